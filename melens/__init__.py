@@ -1,0 +1,51 @@
+"""melens: where a language model's massive activations come from. Layers count from 0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from melens.capture import ChannelMax, stream
+    from melens.emergence import locate
+    from melens.knowledge import known
+    from melens.models import load
+    from melens.batches import Batch, prompts
+    from melens.results import MELayer, load_result
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "melens.batches",
+    "ChannelMax": "melens.capture",
+    "MELayer": "melens.results",
+    "known": "melens.knowledge",
+    "load": "melens.models",
+    "load_result": "melens.results",
+    "locate": "melens.emergence",
+    "prompts": "melens.batches",
+    "stream": "melens.capture",
+}
+__all__ = [
+    "Batch",
+    "ChannelMax",
+    "MELayer",
+    "known",
+    "load",
+    "load_result",
+    "locate",
+    "prompts",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load public names on first use, so that ``import melens`` never imports torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'melens' has no attribute {name!r}; it has {__all__}.")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

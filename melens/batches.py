@@ -1,0 +1,231 @@
+"""Texts -> token batches: the bundled set, files, stdin and strings; BOS and chat policy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melens.errors import PromptError
+from melens.shapes import TokenIds, TokenMask
+
+BUNDLED = "bundled"
+BUNDLED_ORDER = (
+    "prose_1", "code_1", "german", "digits", "chinese", "json", "prose_2", "russian",
+    "french", "code_2", "arabic", "prose_3", "spanish", "japanese", "hindi",
+)  # fmt: skip
+"""Interleaved, so that the first few sequences already differ in kind and in first token."""
+BUNDLED_CHAT = ("chat_1", "chat_2", "chat_3")
+DEFAULT_N = 8
+DEFAULT_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids with their mask and absolute positions, all ``[batch, pos]``.
+
+    ``positions`` counts real tokens from 0 in each row, whatever side the padding is on;
+    padding has position -1.
+    """
+
+    ids: TokenIds
+    mask: TokenMask
+    positions: TokenIds
+
+    @classmethod
+    def of(cls, ids: TokenIds, mask: TokenMask | None = None) -> Batch:
+        """A batch of ready token ids; no mask means no padding."""
+        if ids.ndim != 2 or not ids.numel():
+            raise PromptError(f"ids must be [batch, pos] and not empty, got {tuple(ids.shape)}.")
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        if mask.shape != ids.shape or not mask.any(dim=1).all():
+            raise PromptError("mask must have the shape of ids and a real token in every row.")
+        positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, -1)
+        return cls(ids, mask, positions)
+
+    @classmethod
+    def pad(cls, rows: Sequence[Sequence[int]], *, pad_id: int = 0, side: str = "right") -> Batch:
+        """Pad rows of ids to one length on ``side`` (``right`` or ``left``)."""
+        if side not in ("left", "right"):
+            raise PromptError(f"padding side {side!r} is neither 'left' nor 'right'.")
+        width = max(map(len, rows), default=0)
+        ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            span = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+            ids[i, span] = torch.tensor(row, dtype=torch.long)
+            mask[i, span] = True
+        return cls.of(ids, mask)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row is shorter than the batch."""
+        return not bool(self.mask.all())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.ids.to(device), self.mask.to(device), self.positions.to(device))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts and how to cut them; :meth:`pack` turns them into batches for one tokenizer."""
+
+    texts: tuple[str, ...]
+    n: int | None = None
+    length: int = DEFAULT_LENGTH
+    bos: bool | None = None
+    chat: bool = False
+
+    def token_rows(self, tokenizer: Any, *, max_length: int | None = None) -> list[list[int]]:
+        """Rows of ids: the first piece of every text, then the second ones, until ``n``.
+
+        Args:    max_length: the model's context; a longer ``length`` is refused.
+        Raises:  PromptError: length over the context, a BOS that the tokenizer lacks, no tokens.
+        """
+        if max_length is not None and self.length > max_length:
+            raise PromptError(
+                f"length {self.length} is over the model's context of {max_length} tokens; "
+                f"choose at most {max_length}."
+            )
+        encoded = [encode(tokenizer, text, bos=self.bos, chat=self.chat) for text in self.texts]
+        if self.chat:
+            pieces = [[ids[: self.length]] for ids in encoded]
+        else:
+            pieces = [list(_cut(*_split_bos(ids, tokenizer), self.length)) for ids in encoded]
+        depth = max(map(len, pieces))
+        rows = [piece[i] for i in range(depth) for piece in pieces if i < len(piece)]
+        return rows[: self.n]
+
+    def pack(
+        self, tokenizer: Any, *, batch_size: int = 4, side: str = "right",
+        max_length: int | None = None,
+    ) -> list[Batch]:
+        """Token batches of at most ``batch_size`` rows, in order.
+
+        Raises:  PromptError: as :meth:`token_rows`, or a batch size below 1.
+        """  # fmt: skip
+        if batch_size < 1:
+            raise PromptError(f"batch size {batch_size} is below 1.")
+        rows = self.token_rows(tokenizer, max_length=max_length)
+        pad = next(
+            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+        )
+        return [
+            Batch.pad(rows[i : i + batch_size], pad_id=pad, side=side)
+            for i in range(0, len(rows), batch_size)
+        ]
+
+
+def prompts(
+    source: str | Path | Sequence[str] = BUNDLED, *, n: int | None = None,
+    length: int = DEFAULT_LENGTH, bos: bool | None = None, chat: bool = False,
+) -> Prompts:
+    """Choose texts: ``"bundled"``, ``"-"`` (stdin), a Path of a UTF-8 file, or strings.
+
+    A string other than those two is itself the text. Long texts are cut into pieces of ``length``
+    tokens, BOS included; a short one makes a short row, a one-token text a row of one token.
+
+    Args:    n: how many rows; None = 8 of the bundled set, every first piece of strings, at most
+             8 pieces of one file.
+             length: tokens a row at most, >= 1.
+             bos: None as the tokenizer does, True forced on, False off.
+             chat: put each text through the tokenizer's chat template as a user's message;
+             the template then decides about BOS.
+    Raises:  PromptError: nothing to read, not UTF-8, empty texts, or n or length below 1.
+    """  # fmt: skip
+    if length < 1 or (n is not None and n < 1):
+        raise PromptError(f"n and length must be at least 1, got n={n}, length={length}.")
+    if chat and bos is not None:
+        raise PromptError("chat=True leaves BOS to the chat template; drop bos.")
+    if isinstance(source, str) and source == BUNDLED:
+        texts = bundled_texts(chat=chat)
+        n = n or (len(texts) if chat else DEFAULT_N)
+    elif isinstance(source, str) and source == "-":
+        texts, n = (_decode(sys.stdin.buffer.read(), "standard input"),), n or DEFAULT_N
+    elif isinstance(source, Path):
+        texts, n = (read_text(source),), n or DEFAULT_N
+    else:
+        texts = (source,) if isinstance(source, str) else tuple(source)
+        n = n or len(texts)
+    empty = [i for i, text in enumerate(texts) if not text.strip()]
+    if not texts or empty:
+        raise PromptError(f"text {empty[0] if empty else 0} is empty; give at least one character.")
+    return Prompts(texts, n=n, length=length, bos=bos, chat=chat)
+
+
+def bundled_texts(*, chat: bool = False) -> tuple[str, ...]:
+    """The texts that come with melens: prose, code, digits, JSON and eight languages; or chat."""
+    folder = resources.files("melens") / "texts"
+    names = BUNDLED_CHAT if chat else BUNDLED_ORDER
+    return tuple((folder / f"{name}.txt").read_text("utf-8").strip() for name in names)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text; a missing, unreadable or binary file is a PromptError."""
+    try:
+        return _decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise PromptError(f"cannot read the text {path}: {error.strerror or error}.") from None
+
+
+def encode(tokenizer: Any, text: str, *, bos: bool | None, chat: bool = False) -> list[int]:
+    """Token ids of one text under the BOS and chat policy of :func:`prompts`."""
+    if chat:
+        return _encode_chat(tokenizer, text)
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    start = tokenizer.bos_token_id
+    has = bool(ids) and start is not None and ids[0] == start
+    if bos is True and not has:
+        if start is None:
+            raise PromptError("this tokenizer has no BOS token; leave bos at its default or off.")
+        ids = [start, *ids]
+    elif bos is False and has:
+        ids = ids[1:]
+    if not ids:
+        raise PromptError(f"the tokenizer makes no tokens of {text[:40]!r}; give another text.")
+    return list(ids)
+
+
+def _encode_chat(tokenizer: Any, text: str) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError("this tokenizer has no chat template; drop the chat option.")
+    made = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(made, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _split_bos(ids: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    start = tokenizer.bos_token_id
+    return (ids[:1], ids[1:]) if start is not None and ids[0] == start else ([], ids)
+
+
+def _cut(head: list[int], body: list[int], length: int) -> Iterator[list[int]]:
+    """Pieces of at most ``length`` tokens; every piece keeps the BOS, if there is one."""
+    step = length - len(head)
+    if step < 1 or not body:
+        yield (head + body)[:length]
+        return
+    for i in range(0, len(body), step):
+        yield head + body[i : i + step]
+
+
+def _decode(raw: bytes, name: str) -> str:
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{name} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv."
+        ) from None
+    if not text.strip():
+        raise PromptError(f"{name} is empty; give at least one character of text.")
+    return text

@@ -1,0 +1,147 @@
+"""stream(): one forward pass, reducers fed by hooks, constant memory, early stop, firing count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.errors import CaptureError, SiteError
+from melens.batches import Batch
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """Takes one site's activations batch by batch and keeps only what it needs of them."""
+
+    def update(self, x: Tensor, batch: Batch) -> None:
+        """Take in ``x`` (read only; never keep it) of the rows of ``batch``."""
+        ...
+
+    def result(self) -> Any:
+        """What has been gathered; CaptureError before the first batch."""
+        ...
+
+
+class ChannelMax:
+    """Largest |x| per channel over real tokens. Memory: d_model floats, any corpus size."""
+
+    def __init__(self) -> None:
+        self._max: Tensor | None = None
+
+    def update(self, x: Tensor, batch: Batch) -> None:
+        """Take in ``[batch, pos, d_model]`` activations."""
+        rows = x.detach()[batch.mask].float().abs()
+        new = rows.amax(dim=0)
+        self._max = new if self._max is None else torch.maximum(self._max, new)
+
+    def result(self) -> Float[Tensor, " d_model"]:
+        """The maxima, on the CPU."""
+        if self._max is None:
+            raise CaptureError("ChannelMax saw no batch; pass it to stream() first.")
+        return self._max.cpu()
+
+
+class _EverythingSeen(Exception):  # noqa: N818 - a signal that ends a forward pass, no error
+    """Raised inside the last hook that was needed, to skip the rest of the forward pass."""
+
+
+@torch.no_grad()
+def stream(
+    model: Any, batches: Iterable[Batch], taps: Mapping[str, Reducer], *,
+    stop_early: bool = True, progress: Callable[[int], None] | None = None,
+) -> int:
+    """Run ``model`` once over ``batches`` and feed each reducer from its site.
+
+    Nothing is stored but what the reducers keep. Hooks are removed however this ends, an
+    interrupt included. Edits entered before the call are seen.
+
+    Args:    model: a TransformerBridge or a HookedTransformer; never moved, put in eval mode for
+             the call and back.
+             taps: hook name -> reducer, e.g. ``{"blocks.3.hook_resid_post": ChannelMax()}``.
+             stop_early: leave a forward pass once every site has fired (skips the unembedding
+             and any layer after the last tap).
+             progress: called with the number of rows done after every batch.
+    Returns: the number of batches.
+    Raises:  SiteError: a hook name the model does not have.
+             CaptureError: a site that did not fire exactly once a batch; no batch at all.
+    """  # fmt: skip
+    check_sites(model, taps)
+    fired: Counter[str] = Counter()
+    seen: set[str] = set()
+    current: list[Batch] = []
+
+    def tap(site: str, reducer: Reducer) -> Callable[..., None]:
+        def read(x: Tensor, hook: object) -> None:
+            fired[site] += 1
+            reducer.update(x, current[0].to(x.device))
+            seen.add(site)
+            if stop_early and len(seen) == len(taps):
+                raise _EverythingSeen
+
+        return read
+
+    count = 0
+    hooks = [(site, tap(site, reducer)) for site, reducer in taps.items()]
+    with evaluating(model), model.hooks(fwd_hooks=hooks):
+        for count, batch in enumerate(batches, start=1):
+            seen.clear()
+            current[:] = [batch]
+            forward(model, batch)
+            _require_firing(fired, taps, count)
+            if progress is not None:
+                progress(len(batch))
+    if not count:
+        raise CaptureError("stream() got no batch; give it at least one.")
+    return count
+
+
+def check_sites(model: Any, sites: Iterable[str]) -> None:
+    """Refuse hook names that the model does not have.
+
+    Raises:  SiteError: naming the sites, before any forward pass.
+    """
+    known = model.hook_dict
+    if missing := [site for site in sites if site not in known]:
+        raise SiteError(
+            f"this model has no hook {', '.join(missing[:3])}; layers count from 0 to "
+            f"{model.cfg.n_layers - 1}. See model.hook_dict for the names."
+        )
+
+
+def forward(model: Any, batch: Batch) -> None:
+    """One forward pass without logits; ends where the last needed hook says so."""
+    device = next(model.parameters()).device
+    here = batch.to(device)
+    options = {"attention_mask": here.mask.long()} if here.padded else {}
+    try:
+        model(here.ids, return_type=None, **options)
+    except _EverythingSeen:
+        return
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode back outside."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _require_firing(fired: Counter[str], sites: Iterable[str], count: int) -> None:
+    if silent := [site for site in sites if fired[site] != count]:
+        counts = [fired[site] for site in silent]
+        raise CaptureError(
+            f"{', '.join(silent[:3])} fired {counts[:3]} times over {count} batches; expected "
+            f"{count}. The hook exists but this model's forward pass does not use it once."
+        )

@@ -1,0 +1,39 @@
+"""Named constants of the verdict. Provisional: chosen on two models (docs/definitions.md)."""
+
+SUN_ABSOLUTE = 100.0
+"""Sun et al. 2024: a massive activation exceeds 100 ..."""
+SUN_RATIO = 1000.0
+"""... and 1000 times the median |x|."""
+SPARSE_TOKENS = 4
+"""A dimension that is massive on more tokens of a sequence than this ..."""
+SPARSE_SHARE = 0.03
+"""... and on more than this share of them is a broad outlier dimension, not a massive token."""
+NORM_RATIO = 5.0
+"""A massive token weighs at least this many times the median token norm. Ordinary tokens of both
+reference models stay below 3, massive ones are above 15."""
+FIRST_SHARE = 0.1
+"""The ME Layer is where the cumulative write share passes this."""
+SINGLE_SHARE = 0.75
+SINGLE_EFFECTIVE = 1.6
+"""Single: one layer holds SINGLE_SHARE and the effective number stays below this."""
+STEP_SHARE = 0.1
+STEPS_SHARE = 0.75
+STEPS_MOST = 3
+"""Multi-step: 2 to STEPS_MOST layers of at least STEP_SHARE each hold STEPS_SHARE together."""
+ERASED_LEFT = 0.5
+"""A stage is erased where less than this part of its peak norm is left."""
+ERASE_SHARE = 0.05
+"""The erase layer takes away at least this share of the peak; less is drift."""
+DIRECTION_COSINE = 0.99
+FINAL_WINDOW = 0.1
+"""The last tenth of the layers (at least one) prepares the unembedding: growth that appears only
+there is no emergence, because hardly any layer is left to read it."""
+FINAL_FACTOR = 2.0
+"""Growth of max |x| from one layer to the next that counts as final-layer growth."""
+MIN_TOKENS = 4
+"""A sequence shorter than this has too few ordinary tokens to compare with."""
+
+
+def last_body_layer(n_layers: int) -> int:
+    """The last layer in which emergence may happen; those after it are the final window."""
+    return n_layers - 1 - min(max(1, round(FINAL_WINDOW * n_layers)), n_layers - 1)

@@ -1,0 +1,84 @@
+"""Every error a user can see; each carries the exit code of the command it ends."""
+
+from __future__ import annotations
+
+BAD_INPUT = 2
+"""Exit code: bad usage or bad input, refused before work starts."""
+COULD_NOT_RUN = 3
+"""Exit code: the model, the data, the network or the memory said no."""
+
+
+class MelensError(Exception):
+    """Base of every error melens raises on purpose: one line, what was given and what to do."""
+
+    exit_code: int = BAD_INPUT
+
+
+class UnknownNameError(MelensError, KeyError):
+    """A name that no registry knows."""
+
+    def __str__(self) -> str:
+        """The message as written (KeyError would show its repr)."""
+        return str(self.args[0])
+
+
+class DuplicateNameError(MelensError):
+    """A name registered twice."""
+
+
+class PromptError(MelensError):
+    """Texts that cannot be turned into token batches."""
+
+
+class ModelError(MelensError):
+    """A model that cannot be loaded or analysed as it is."""
+
+
+class ModelNotFoundError(ModelError):
+    """No model of that name or path."""
+
+
+class FetchError(ModelError):
+    """Weights could not be fetched from the package index or the hub."""
+
+    exit_code = COULD_NOT_RUN
+
+
+class LicenceError(ModelError):
+    """Weights whose licence was not accepted yet."""
+
+
+class WeightsError(ModelError):
+    """Weight files that are missing, truncated, corrupt, pickled or not finite."""
+
+
+class ContractError(ModelError):
+    """A loaded model whose hooks do not mean what melens needs them to mean."""
+
+    exit_code = COULD_NOT_RUN
+
+
+class FoldedWeightsError(ModelError):
+    """Norm gains were folded into the next matrix, so they cannot be read."""
+
+
+class SiteError(MelensError):
+    """A layer, site or position that the model does not have."""
+
+
+class CaptureError(MelensError):
+    """A capture that saw nothing, or not what was asked for."""
+
+
+class MetricError(MelensError):
+    """A metric that is undefined on what it was given."""
+
+
+class ResultError(MelensError):
+    """A saved result that cannot be read, or is of another kind."""
+
+
+class OutputError(MelensError):
+    """Results could not be written."""
+
+    exit_code = COULD_NOT_RUN

@@ -1,0 +1,195 @@
+"""What a block is made of, as data: which norms, which FFN, which sites it writes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.errors import FoldedWeightsError, ModelError, SiteError
+from melens.models.tiny import TINY
+from melens.registry import Registry
+
+MIXERS = ("hook_attn_out", "linear_attn.hook_out", "mamba.hook_out", "mixer.hook_out")
+"""Sites through which a block's token mixer writes; a block has one of them, or two in parallel."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What melens must know of a family beyond its hooks, and its tiny random test model."""
+
+    architectures: tuple[str, ...]
+    pre_norms: tuple[str, ...]
+    """Norms before attention and before the FFN."""
+    post_norms: tuple[str, ...]
+    """Norms on the write path, between a part's output and the residual."""
+    gain_offset: float
+    """Effective gain = offset + stored weight (1 where the weight is kept around zero)."""
+    norm: Literal["rms", "layer"]
+    ffn: Literal["gated", "plain", "moe"]
+    tiny: Callable[[], Any]
+    parallel: bool = False
+    """Attention and FFN read the same residual: there is no hook_resid_mid."""
+
+
+FAMILIES: Registry[Family] = Registry("model family")
+
+
+def _family(name: str, *architectures: str, **facts: Any) -> None:
+    usual = {
+        "pre_norms": ("ln1", "ln2"), "post_norms": (), "gain_offset": 0.0, "norm": "rms",
+        "ffn": "gated",
+    }  # fmt: skip
+    FAMILIES.add(name, Family(architectures, tiny=TINY[name], **{**usual, **facts}))
+
+
+_SANDWICH = {"post_norms": ("ln1_post", "ln2_post"), "gain_offset": 1.0}
+_family("llama", "LlamaForCausalLM")
+_family("qwen2", "Qwen2ForCausalLM")
+_family("qwen3", "Qwen3ForCausalLM")
+_family("mistral", "MistralForCausalLM")
+_family("phi3", "Phi3ForCausalLM")
+_family("gemma2", "Gemma2ForCausalLM", **_SANDWICH)
+_family("gemma3", "Gemma3ForCausalLM", **_SANDWICH)
+_family("olmo2", "Olmo2ForCausalLM", pre_norms=(), post_norms=("ln1_post", "ln2_post"))
+_family("gpt2", "GPT2LMHeadModel", norm="layer", ffn="plain")
+_family("neox", "GPTNeoXForCausalLM", norm="layer", ffn="plain", parallel=True)
+_family("mixtral", "MixtralForCausalLM", ffn="moe")
+_family("qwen3-moe", "Qwen3MoeForCausalLM", ffn="moe")
+_family("qwen3-next", "Qwen3NextForCausalLM", gain_offset=1.0, ffn="moe")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block's sites. ``attention`` is False where a hybrid mixes tokens in another way."""
+
+    layer: int
+    mixer_writes: tuple[str, ...]
+    ffn_write: str | None
+    attention: bool
+    norms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's blocks, and its family's row if it has one."""
+
+    family: str | None
+    blocks: tuple[Block, ...]
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers that have attention: the only ones attention measures may speak of."""
+        return tuple(block.layer for block in self.blocks if block.attention)
+
+
+def resid_pre(layer: int) -> str:
+    """Hook name of the residual entering ``layer``."""
+    return f"blocks.{layer}.hook_resid_pre"
+
+
+def resid_post(layer: int) -> str:
+    """Hook name of the residual leaving ``layer``: where layers are counted."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def anatomy(model: Any) -> Anatomy:
+    """The blocks of a TransformerBridge or HookedTransformer, read from its hook names.
+
+    Raises:  ModelError: a block without any known write site.
+    """
+    known = set(model.hook_dict)
+    row = family_of(model)
+    return Anatomy(row, tuple(_block(known, layer) for layer in range(model.cfg.n_layers)))
+
+
+def family_of(model: Any) -> str | None:
+    """Name of the family's row; None where melens has none (gains are then refused)."""
+    architecture = getattr(model.cfg, "architecture", None)
+    found = (name for name, row in FAMILIES.items() if architecture in row.architectures)
+    return next(found, None)
+
+
+def check_layer(model: Any, layer: int) -> None:
+    """Refuse a layer the model does not have.
+
+    Raises:  SiteError: with the range that fits.
+    """
+    n = model.cfg.n_layers
+    if not 0 <= layer < n:
+        name = getattr(model.cfg, "model_name", "this model")
+        raise SiteError(f"layer {layer} is outside 0..{n - 1} of {name}. Layers count from 0.")
+
+
+def norm_gain(model: Any, layer: int, norm: str) -> Float[Tensor, " d_model"]:
+    """Effective gain of one norm, e.g. ``ln2``, in float32: what its normalised input is
+    multiplied by.
+
+    Raises:  FoldedWeightsError: the gains were folded away. SiteError: no such norm or layer.
+             ModelError: melens has no row for this family, so the gain's offset is unknown.
+    """  # noqa: D205
+    check_layer(model, layer)
+    require_unfolded(model)
+    part = getattr(model.blocks[layer], norm, None)
+    if part is None:
+        raise SiteError(f"block {layer} has no norm '{norm}'; it has {', '.join(_norms(model, layer))}.")
+    weight = getattr(part, "w", None) if not hasattr(part, "weight") else part.weight
+    if not isinstance(weight, Tensor):
+        raise FoldedWeightsError(f"blocks.{layer}.{norm} has no gain of its own.")
+    row = family_of(model)
+    if row is None and hasattr(model, "original_model"):
+        raise ModelError(
+            f"melens has no row for {model.cfg.architecture}, so it cannot say what its norms "
+            "multiply by; docs/extending.md shows how to add one."
+        )
+    offset = FAMILIES[row].gain_offset if row else 0.0
+    return weight.detach().float() + offset
+
+
+def gains(model: Any, layer: int) -> dict[str, Float[Tensor, " d_model"]]:
+    """Effective gain of every norm of a block, by the norm's name."""
+    check_layer(model, layer)
+    return {norm: norm_gain(model, layer, norm) for norm in _norms(model, layer)}
+
+
+def require_unfolded(model: Any) -> None:
+    """Refuse a model whose norm gains were folded into the next matrix.
+
+    Raises:  FoldedWeightsError: saying how to load it unfolded.
+    """
+    kind = str(getattr(model.cfg, "normalization_type", None))
+    if getattr(model, "_weights_processed", False) or kind.endswith("Pre"):
+        raise FoldedWeightsError(
+            "this model's norm gains are folded into the next weights (fold_ln or "
+            "enable_compatibility_mode), so gamma reads 1 everywhere; load it with melens.load, or "
+            "with HookedTransformer.from_pretrained_no_processing."
+        )
+
+
+def _norms(model: Any, layer: int) -> tuple[str, ...]:
+    return _block(set(model.hook_dict), layer).norms
+
+
+def _block(known: set[str], layer: int) -> Block:
+    prefix = f"blocks.{layer}."
+    mixers = tuple(prefix + site for site in MIXERS if prefix + site in known)
+    ffn = f"{prefix}hook_mlp_out"
+    if not mixers and ffn not in known:
+        raise ModelError(f"block {layer} has no write site melens knows ({', '.join(MIXERS)}).")
+    norms = ("ln1", "ln1_post", "ln2", "ln2_post")
+    return Block(
+        layer=layer,
+        mixer_writes=mixers,
+        ffn_write=ffn if ffn in known else None,
+        attention=f"{prefix}attn.hook_pattern" in known,
+        norms=tuple(norm for norm in norms if f"{prefix}{norm}.hook_normalized" in known),
+    )
+
+
+def residual_dtype(model: Any) -> torch.dtype:
+    """The dtype that tolerances go by."""
+    return next(model.parameters()).dtype

@@ -1,0 +1,131 @@
+"""The check that ends every load: do this model's hooks mean what melens takes them to mean?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melens.capture import evaluating, forward
+from melens.errors import ContractError
+from melens.models.anatomy import (
+    FAMILIES,
+    Anatomy,
+    Block,
+    anatomy,
+    norm_gain,
+    resid_post,
+    resid_pre,
+    residual_dtype,
+)
+from melens.batches import Batch
+
+PROBE_TOKENS = 8
+SUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""Relative to the largest residual entry; half precision adds in steps of 2^-8 (bf16)."""
+HALF_SUM_TOLERANCE = 3e-2
+ROW_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+HALF_ROW_TOLERANCE = 2e-2
+
+
+@torch.no_grad()
+def check_contract(model: Any) -> Anatomy:
+    """Run eight tokens through the model and hold every block against the contract.
+
+    Every write, residual and attention hook fires; resid_pre + attention + FFN = resid_post;
+    attention rows sum to 1; each norm's output is its normalised input times the gain that the
+    family's row says.
+
+    Raises:  ContractError: naming the block and the sum that does not hold.
+    """
+    parts = anatomy(model)
+    seen: dict[str, Tensor] = {}
+    done: list[int] = []
+
+    def keep(site: str) -> Any:
+        def read(x: Tensor, hook: object) -> None:
+            seen[site] = x.detach()
+
+        return read
+
+    def close(block: Block) -> Any:
+        def read(x: Tensor, hook: object) -> None:
+            seen[resid_post(block.layer)] = x.detach()
+            _check_block(model, block, seen)
+            seen.clear()
+            done.append(block.layer)
+
+        return read
+
+    hooks = [(site, keep(site)) for block in parts.blocks for site in _sites(model, block)]
+    hooks += [(resid_post(block.layer), close(block)) for block in parts.blocks]
+    ids = (torch.arange(PROBE_TOKENS)[None] + 3) % min(model.cfg.d_vocab, 100)
+    with evaluating(model), model.hooks(fwd_hooks=hooks):
+        forward(model, Batch.of(ids))
+    if done != list(range(model.cfg.n_layers)):
+        raise ContractError(f"blocks fired in the order {done[:8]}, expected 0 to the last, once.")
+    return parts
+
+
+def _sites(model: Any, block: Block) -> list[str]:
+    sites = [resid_pre(block.layer), *block.mixer_writes]
+    sites += [block.ffn_write] if block.ffn_write else []
+    sites += [f"blocks.{block.layer}.attn.hook_pattern"] if block.attention else []
+    if _knows_gains(model):
+        for norm in block.norms:
+            sites += [f"blocks.{block.layer}.{norm}.hook_{end}" for end in ("normalized", "out")]
+    return sites
+
+
+def _knows_gains(model: Any) -> bool:
+    return (
+        getattr(model.cfg, "architecture", None) is not None
+        and not getattr(model, "_weights_processed", False)
+        and any(model.cfg.architecture in row.architectures for row in FAMILIES.values())
+    )
+
+
+def _check_block(model: Any, block: Block, seen: dict[str, Tensor]) -> None:
+    expected = {*_sites(model, block), resid_post(block.layer)}
+    if silent := sorted(expected - set(seen)):
+        raise ContractError(f"{silent[0]} exists but did not fire; melens cannot read this model.")
+    dtype = residual_dtype(model)
+    after = seen[resid_post(block.layer)].float()
+    total = seen[resid_pre(block.layer)].float()
+    for site in (*block.mixer_writes, block.ffn_write):
+        total = total + seen[site].float() if site else total
+    scale = after.abs().max().clamp(min=1e-12)
+    error = ((total - after).abs().max() / scale).item()
+    if not error <= SUM_TOLERANCE.get(dtype, HALF_SUM_TOLERANCE):
+        raise ContractError(
+            f"block {block.layer}: resid_pre + attention + FFN misses resid_post by {error:.1e} of "
+            "its largest entry, so nothing can be attributed to its parts."
+        )
+    if block.attention:
+        _check_rows(block, seen, dtype)
+    if _knows_gains(model):
+        _check_norms(model, block, seen, dtype)
+
+
+def _check_rows(block: Block, seen: dict[str, Tensor], dtype: torch.dtype) -> None:
+    rows = seen[f"blocks.{block.layer}.attn.hook_pattern"].float().sum(-1)
+    error = (rows - 1).abs().max().item()
+    if not error <= ROW_TOLERANCE.get(dtype, HALF_ROW_TOLERANCE):
+        raise ContractError(f"block {block.layer}: attention rows miss 1 by {error:.1e}.")
+
+
+def _check_norms(model: Any, block: Block, seen: dict[str, Tensor], dtype: torch.dtype) -> None:
+    for norm in block.norms:
+        prefix = f"blocks.{block.layer}.{norm}.hook_"
+        bias = getattr(getattr(model.blocks[block.layer], norm), "bias", None)
+        gain = norm_gain(model, block.layer, norm)
+        made = seen[f"{prefix}normalized"].float() * gain
+        made = made + bias.float() if isinstance(bias, Tensor) else made
+        out = seen[f"{prefix}out"].float()
+        error = ((made - out).abs().max() / out.abs().max().clamp(min=1e-12)).item()
+        if not error <= ROW_TOLERANCE.get(dtype, HALF_ROW_TOLERANCE):
+            raise ContractError(
+                f"block {block.layer}: {norm} does not multiply by the gain its family's row says "
+                f"(off by {error:.1e}); the row's gain_offset is wrong for this model."
+            )

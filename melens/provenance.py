@@ -1,0 +1,76 @@
+"""RunInfo: what made a result, so that a number can be traced and made again."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+PACKAGES = ("melens", "torch", "transformers", "transformer-lens")
+
+
+class RunInfo(BaseModel):
+    """Versions, model and settings behind a result; only ``created`` differs between equal runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    model_revision: str | None
+    weights: str | None
+    """Short hash over a fixed sample of every parameter."""
+    dtype: str
+    device: str
+    seed: int
+    command: str
+    versions: dict[str, str]
+    git: str | None
+    created: str
+    """UTC, ISO 8601."""
+
+    @classmethod
+    def collect(
+        cls, *, model: str, revision: str | None, weights: str | None, dtype: str, device: str,
+        seed: int,
+    ) -> RunInfo:
+        """Record this process beside the facts about the model that the caller knows."""
+        now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+        return cls(
+            model=model, model_revision=revision, weights=weights, dtype=dtype, device=device,
+            seed=seed, command=command_line(), versions=versions(), git=git_commit(),
+            created=now.isoformat(),
+        )  # fmt: skip
+
+
+def command_line() -> str:
+    """The command as typed, the program by its name alone."""
+    program, *args = sys.argv or ["python"]
+    return shlex.join([Path(program).name or "python", *args])
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that melens runs from; None where it is an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or None

@@ -1,0 +1,47 @@
+"""One generic registry: a duplicate raises, an unknown name says what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from melens.errors import DuplicateNameError, UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Named things of one kind, in the order they were registered."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def add(self, name: str, item: T) -> T:
+        """Register ``item``; a name that is taken raises DuplicateNameError."""
+        if name in self._items:
+            raise DuplicateNameError(f"{self.kind} '{name}' is registered already; choose another.")
+        self._items[name] = item
+        return item
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator form of :meth:`add`; the decorated object stays what it is."""
+        return lambda item: self.add(name, item)
+
+    def __getitem__(self, name: str) -> T:
+        if name in self._items:
+            return self._items[name]
+        raise UnknownNameError(self.unknown(name))
+
+    def unknown(self, name: str) -> str:
+        """The message for a name that is not here, with the closest one that is."""
+        close = difflib.get_close_matches(name, self._items, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return f"unknown {self.kind} '{name}'.{hint} Known: {', '.join(self._items) or 'none'}."
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)

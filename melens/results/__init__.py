@@ -1,0 +1,30 @@
+"""Frozen results: plain numbers that know how they were made and can be drawn again."""
+
+from melens.results.base import Result, load_result
+from melens.results.locate import (
+    Criteria,
+    Cumulative,
+    FinalGrowth,
+    FirstToken,
+    LayerRow,
+    MassiveToken,
+    MELayer,
+    Stability,
+    Stage,
+    Writer,
+)
+
+__all__ = [
+    "Criteria",
+    "Cumulative",
+    "FinalGrowth",
+    "FirstToken",
+    "LayerRow",
+    "MELayer",
+    "MassiveToken",
+    "Result",
+    "Stability",
+    "Stage",
+    "Writer",
+    "load_result",
+]

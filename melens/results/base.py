@@ -1,0 +1,130 @@
+"""What every result can do: JSON there and back, a frame, a figure, atomic saving."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from melens.errors import OutputError, ResultError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class Part(BaseModel):
+    """A frozen piece of a result; unknown fields are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(),
+        allow_inf_nan=False,
+    )  # fmt: skip
+
+
+class Result(Part):
+    """A finished measurement. ``schema`` names kind and version, e.g. ``melens/locate/1``."""
+
+    schema_id: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, field names as in the JSON."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_json(self) -> str:
+        """Sorted keys, no NaN: equal results give equal text."""
+        return json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote; anything else is a ResultError that says where."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ResultError(f"this is not JSON: {error}.") from None
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != cls.schema_id:
+            raise ResultError(f"expected a result of schema {cls.schema_id}, found {found!r}.")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ResultError(f"{cls.schema_id}: {place}: {first['msg']}.") from None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The result's main table, one dict a row."""
+        raise ResultError(f"{type(self).__name__} has no table.")
+
+    def to_frame(self) -> pd.DataFrame:
+        """The main table as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows())
+
+    def plot(self) -> Figure:
+        """Draw this result; the only place where a result reaches for ``figures``."""
+        from melens.figures import draw
+
+        return draw(self)
+
+    def summary(self) -> str:
+        """One plain sentence."""
+        raise ResultError(f"{type(self).__name__} has no summary.")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.summary()}>"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame().to_html(index=False, border=0, float_format="%.4g", escape=True)
+        return f"<p>{html.escape(self.summary())}</p>{table}"
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write beside ``path`` and move into place: a reader never sees half a file.
+
+    Raises:  OutputError: the folder cannot be made or written.
+    """
+    raw = data.encode("utf-8") if isinstance(data, str) else data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(raw)
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
+
+
+def load_result(path: str | Path) -> Result:
+    """Read any saved result, whatever its kind.
+
+    Raises:  ResultError: the file is missing, no JSON, or of a kind this version does not know.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultError(f"cannot read {path}: {error}.") from None
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ResultError(f"{path} is not JSON: {error}.") from None
+    found = data.get("schema") if isinstance(data, dict) else None
+    kinds = {kind.schema_id: kind for kind in Result.__subclasses__()}
+    if found not in kinds:
+        raise ResultError(f"{path} has schema {found!r}; this version reads {', '.join(kinds)}.")
+    return kinds[found].from_json(text)

@@ -1,0 +1,184 @@
+"""MELayer: where massive activations emerge in one model. Layers count from 0, block outputs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from melens.provenance import RunInfo
+from melens.results.base import Part, Result
+
+Verdict = Literal["single", "multi-step", "gradual", "re-emergent", "none"]
+
+
+class LayerRow(Part):
+    """One layer's output. Residual units unless said; ``layer`` -1 would be the embedding."""
+
+    layer: int
+    max: float
+    """Largest |x| over all sequences, tokens and dimensions."""
+    median: float
+    """Median |x| over tokens and dimensions of a sequence, averaged over sequences."""
+    token_median: float
+    """Median |x| over the dimensions of the token that holds ``max``."""
+    norm_ratio: float
+    """Norm of the heaviest token over the median token norm, averaged over sequences."""
+    position: int
+    """Absolute position of the token that holds ``max``; padding does not count."""
+    dim: int
+    value: float
+    """The signed entry behind ``max``."""
+    write_share: float | None
+    """This block's share of the massive token's vector at its peak; None without one."""
+
+
+class Criteria(Part):
+    """Every criterion's own answer (a layer), None = never. Formulas: docs/definitions.md."""
+
+    sun_layer: int | None
+    sun_token: int | None
+    ratio_jump: int | None
+    max_jump: int | None
+    difference: int | None
+    first_share: int | None
+    write_share: int | None
+    direction: int | None
+
+
+class Stage(Part):
+    """A stretch of layers over which the token stays large."""
+
+    layer: int
+    """The step that adds most within this stage."""
+    peak: float
+    """Largest |x| of the token within the stage."""
+    peak_layer: int
+    norm_ratio: float
+    """Token norm at the stage's peak over the median token norm there."""
+    position: int
+    dim: int
+    erased_at: int | None
+    """First layer at whose output less than half of the stage's peak norm is left."""
+
+
+class MassiveToken(Part):
+    """A token that becomes massive. Equal tokens after the first position are one entry."""
+
+    position: int
+    """0 for the first token, else the earliest position it was seen massive at."""
+    token_id: int
+    token: str
+    dim: int
+    value: float
+    """Its largest entry, signed."""
+    frequency: float
+    """Share of the sequences in which it is massive."""
+
+
+class Writer(Part):
+    """Who wrote it: shares of the growth from the first counted layer to the peak; sum 1."""
+
+    attention: float
+    ffn: float
+
+
+class Cumulative(Part):
+    """Layers at which the cumulative write share reaches 10, 50 and 90 %."""
+
+    p10: int | None
+    p50: int | None
+    p90: int | None
+
+
+class FinalGrowth(Part):
+    """Growth in the last layers that the massive token's direction does not explain."""
+
+    layer: int
+    factor: float
+    """max |x| of this layer over the previous one's."""
+    position: int
+    dim: int
+    value: float
+
+
+class FirstToken(Part):
+    """One observation of what another first token does, alone at position 0."""
+
+    token_id: int
+    token: str
+    massive: bool
+    me_layer: int | None
+    value: float
+    """Its largest entry before the final layers, signed."""
+
+
+class Stability(Part):
+    """Independent observations: with one fixed first token all texts are a single one."""
+
+    observations: int
+    agreeing: int
+    sequences: int
+    sequences_massive: int
+    first_tokens: tuple[FirstToken, ...]
+
+
+class MELayer(Result):
+    """Where massive activations emerge, who writes them, and how sure that is."""
+
+    schema_id: ClassVar[str] = "melens/locate/1"
+
+    kind: Literal["locate"] = "locate"
+    schema_: Literal["melens/locate/1"] = Field("melens/locate/1", alias="schema")
+    verdict: Verdict
+    me_layer: int | None
+    """Layer where what stays first appears (``first_share``); None only for ``none``."""
+    main_layer: int | None
+    """The step that adds most (``write_share``); None only for ``none``."""
+    effective_layers: float | None
+    """exp(entropy) of the positive write shares up to the peak; 1 = one layer."""
+    confidence: float
+    """Agreement between criteria x stability over observations, in [0, 1]."""
+    n_layers: int
+    criteria: Criteria
+    cumulative: Cumulative
+    stages: tuple[Stage, ...]
+    peak_layer: int | None
+    erase_layer: int | None
+    massive: tuple[MassiveToken, ...]
+    writer: Writer | None
+    final_layer_growth: FinalGrowth | None
+    stability: Stability
+    profile: tuple[LayerRow, ...]
+    run: RunInfo
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The layer profile."""
+        return [row.model_dump() for row in self.profile]
+
+    @property
+    def level(self) -> str:
+        """``high``, ``medium`` or ``low``: the confidence in one word."""
+        return "high" if self.confidence >= 0.7 else "medium" if self.confidence >= 0.4 else "low"
+
+    def summary(self) -> str:
+        """One plain sentence; layers count from 0 at the block output."""
+        if self.verdict == "none":
+            return f"{self.run.model}: no massive activations ({self._sureness()})."
+        first = self.massive[0]
+        writer = "FFN" if self.writer and self.writer.ffn >= 0.5 else "attention"
+        text = (
+            f"{self.run.model}: {self.verdict} emergence, ME Layer {self.me_layer} of "
+            f"{self.n_layers} (counted from 0, at the block output), written by the {writer}; "
+            f"token {first.token!r} at position {first.position} reaches {first.value:,.0f} "
+            f"in dimension {first.dim}"
+        )
+        if self.verdict in ("gradual", "multi-step"):
+            text += f"; main step at layer {self.main_layer}, "
+            text += f"10 to 90 % from layer {self.cumulative.p10} to {self.cumulative.p90}"
+        if self.stages[-1].erased_at is not None:
+            text += f"; erased at layer {self.stages[-1].erased_at}"
+        return f"{text} ({self._sureness()})."
+
+    def _sureness(self) -> str:
+        return f"confidence {self.confidence:.2f}, {self.level}"
