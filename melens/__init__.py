@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from melens.batches import Batch, prompts
     from melens.capture import ChannelMax, stream
     from melens.emergence import locate
     from melens.knowledge import known
     from melens.models import load
-    from melens.batches import Batch, prompts
     from melens.results import MELayer, load_result
 
 __version__ = "0.1.0"

@@ -106,7 +106,11 @@ class Prompts:
         return rows[: self.n]
 
     def pack(
-        self, tokenizer: Any, *, batch_size: int = 4, side: str = "right",
+        self,
+        tokenizer: Any,
+        *,
+        batch_size: int = 4,
+        side: str = "right",
         max_length: int | None = None,
     ) -> list[Batch]:
         """Token batches of at most ``batch_size`` rows, in order.
@@ -126,8 +130,12 @@ class Prompts:
 
 
 def prompts(
-    source: str | Path | Sequence[str] = BUNDLED, *, n: int | None = None,
-    length: int = DEFAULT_LENGTH, bos: bool | None = None, chat: bool = False,
+    source: str | Path | Sequence[str] = BUNDLED,
+    *,
+    n: int | None = None,
+    length: int = DEFAULT_LENGTH,
+    bos: bool | None = None,
+    chat: bool = False,
 ) -> Prompts:
     """Choose texts: ``"bundled"``, ``"-"`` (stdin), a Path of a UTF-8 file, or strings.
 

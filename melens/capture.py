@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melens.errors import CaptureError, SiteError
 from melens.batches import Batch
+from melens.errors import CaptureError, SiteError
 
 
 @runtime_checkable
@@ -47,14 +47,18 @@ class ChannelMax:
         return self._max.cpu()
 
 
-class _EverythingSeen(Exception):  # noqa: N818 - a signal that ends a forward pass, no error
+class _EverythingSeen(Exception):
     """Raised inside the last hook that was needed, to skip the rest of the forward pass."""
 
 
 @torch.no_grad()
 def stream(
-    model: Any, batches: Iterable[Batch], taps: Mapping[str, Reducer], *,
-    stop_early: bool = True, progress: Callable[[int], None] | None = None,
+    model: Any,
+    batches: Iterable[Batch],
+    taps: Mapping[str, Reducer],
+    *,
+    stop_early: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> int:
     """Run ``model`` once over ``batches`` and feed each reducer from its site.
 

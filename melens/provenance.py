@@ -35,7 +35,13 @@ class RunInfo(BaseModel):
 
     @classmethod
     def collect(
-        cls, *, model: str, revision: str | None, weights: str | None, dtype: str, device: str,
+        cls,
+        *,
+        model: str,
+        revision: str | None,
+        weights: str | None,
+        dtype: str,
+        device: str,
         seed: int,
     ) -> RunInfo:
         """Record this process beside the facts about the model that the caller knows."""

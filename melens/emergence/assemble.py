@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,8 +35,13 @@ Decode = Callable[[int], str]
 
 
 def assemble(
-    steps: Steps, groups: Sequence[Group], paths: Mapping[Group, Path], probed: Sequence[Path],
-    *, decode: Decode, run: RunInfo,
+    steps: Steps,
+    groups: Sequence[Group],
+    paths: Mapping[Group, Path],
+    probed: Sequence[Path],
+    *,
+    decode: Decode,
+    run: RunInfo,
 ) -> MELayer:
     """Put one result together.
 
@@ -50,7 +56,7 @@ def assemble(
     common = {
         "n_layers": len(steps) - 1,
         "criteria": criteria,
-        "massive": tuple(_massive(group, decode) for group in groups[:MASSIVE_LISTED]),
+        "massive": _massive(groups, decode),
         "final_layer_growth": _final_growth(steps, path),
         "stability": stable,
         "profile": _profile(steps, path),
@@ -62,15 +68,16 @@ def assemble(
 
 def _emergence(evidence: Evidence, criteria: Criteria, stable: Stability) -> dict[str, Any]:
     path = evidence.path
-    assert path is not None  # noqa: S101 - narrows the type; the caller has checked
+    assert path is not None
     ratios = evidence.norm_ratios(path)
     stages = spans(path, ratios)
     start, peak, shares = counted_from(path, ratios), path.peak, path.shares
     counted = shares[start : peak + 1]
     verdict = shape_of(counted, stages, peak)
     me_layer = criteria.first_share if criteria.first_share is not None else criteria.write_share
-    assert me_layer is not None  # noqa: S101 - write_share always answers where there is a path
+    assert me_layer is not None
     sure = agreement(criteria, me_layer) * stability(stable.agreeing, stable.observations)
+    sure *= min(1.0, counted.max().item())
     return {
         "verdict": verdict,
         "me_layer": me_layer,
@@ -118,7 +125,7 @@ def _stage(path: Path, ratios: list[float], span: Any) -> Stage:
         layer=span.start + int(steps.argmax()),
         peak=abs(value),
         peak_layer=span.peak,
-        norm_ratio=ratios[span.peak + 1],
+        norm_ratio=max(ratios[span.start + 1 : (span.erased_at or path.n_layers) + 1]),
         position=path.position,
         dim=dim,
         erased_at=span.erased_at,
@@ -139,11 +146,21 @@ def _writer(path: Path, start: int) -> Writer:
     return Writer(attention=mixer / (mixer + ffn), ffn=ffn / (mixer + ffn))
 
 
-def _massive(group: Group, decode: Decode) -> MassiveToken:
-    return MassiveToken(
-        position=group.position, token_id=group.token_id, token=decode(group.token_id),
-        dim=group.dim, value=group.value, frequency=group.frequency,
-    )  # fmt: skip
+def _massive(groups: Sequence[Group], decode: Decode) -> tuple[MassiveToken, ...]:
+    """One row a token and massive dimension."""
+    found = (
+        MassiveToken(
+            position=group.position,
+            token_id=group.token_id,
+            token=decode(group.token_id),
+            dim=entry.dim,
+            value=entry.value,
+            frequency=entry.frequency,
+        )
+        for group in groups
+        for entry in group.entries
+    )
+    return tuple(itertools.islice(found, MASSIVE_LISTED))
 
 
 def _profile(steps: Steps, path: Path | None) -> tuple[LayerRow, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from melens.batches import Batch
 from melens.emergence.thresholds import (
     NORM_RATIO,
     SPARSE_SHARE,
@@ -15,7 +16,6 @@ from melens.emergence.thresholds import (
     SUN_ABSOLUTE,
     SUN_RATIO,
 )
-from melens.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,7 @@ def _sparse_hits(
     for row, dim in (over & few).nonzero().tolist():
         at = int(tokens[row])
         if ratios[at] >= NORM_RATIO:
-            found.append(
-                Hit(at, int(ids[at]), dim, x[at, dim].item(), ratios[at].item())
-            )
+            found.append(Hit(at, int(ids[at]), dim, x[at, dim].item(), ratios[at].item()))
     return tuple(found)
 
 

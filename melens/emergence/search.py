@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-
+from melens.batches import Batch, Prompts, prompts
 from melens.capture import check_sites, stream
 from melens.emergence.assemble import assemble
 from melens.emergence.profile import LayerProfile, SequenceRow
@@ -16,7 +16,6 @@ from melens.emergence.trajectory import Path, trace
 from melens.errors import PromptError
 from melens.models.anatomy import resid_post, resid_pre
 from melens.models.loading import load
-from melens.batches import Batch, Prompts, prompts
 from melens.provenance import RunInfo
 from melens.results import MELayer
 
@@ -27,8 +26,12 @@ LATER_GROUPS = 4
 
 
 def locate(
-    model: Any, prompts: Prompts | str | FilePath | Sequence[str] | Sequence[Batch] | None = None, *,
-    batch_size: int = 4, seed: int = 0, progress: Callable[[int, int], None] | None = None,
+    model: Any,
+    prompts: Prompts | str | FilePath | Sequence[str] | Sequence[Batch] | None = None,
+    *,
+    batch_size: int = 4,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> MELayer:
     """Find the layer where a model's massive activations emerge.
 
@@ -49,7 +52,11 @@ def locate(
     batches = _batches(hooked, prompts, batch_size)
     run = _run_info(hooked, seed)
     steps = _profile(hooked, batches, progress)
-    ids = [row[mask].tolist() for batch in batches for row, mask in zip(batch.ids, batch.mask, strict=True)]
+    ids = [
+        row[mask].tolist()
+        for batch in batches
+        for row, mask in zip(batch.ids, batch.mask, strict=True)
+    ]
     groups = group_hits(steps)
     probes = sample_first_tokens(ids, groups, count=FIRST_PROBES, seed=seed)
     paths, probed = _trace(hooked, groups, probes, ids)
@@ -67,7 +74,11 @@ def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise PromptError("this model has no tokenizer; pass token batches (melens.Batch.of).")
-        made = source if isinstance(source, Prompts) else prompts("bundled" if source is None else source)
+        made = (
+            source
+            if isinstance(source, Prompts)
+            else prompts("bundled" if source is None else source)
+        )
         limit = getattr(model.cfg, "n_ctx", None)
         batches = made.pack(tokenizer, batch_size=batch_size, max_length=limit)
     longest = max(int(batch.mask.sum(-1).max()) for batch in batches)
@@ -135,6 +146,3 @@ def _decoder(tokenizer: Any) -> Callable[[int], str]:
     if tokenizer is None:
         return lambda token: f"<{token}>"
     return lambda token: tokenizer.decode([token])
-
-
-

@@ -30,13 +30,13 @@ def spans(path: Path, ratios: Tensor) -> list[Span]:
     found: list[Span] = []
     start, peak = 0, 0
     for layer, norm in enumerate(norms):
-        if norm > norms[peak] and (layer <= last or heavy[peak]):
+        if norm > norms[peak] and layer <= last:
             peak = layer
         elif norm < ERASED_LEFT * norms[peak]:
-            if heavy[peak] and peak <= last:
+            if any(heavy[start : layer + 1]) and peak <= last:
                 found.append(Span(start, peak, layer))
             start = peak = layer
-    if heavy[peak] and peak <= last:
+    if any(heavy[start:]) and peak <= last:
         found.append(Span(start, peak, None))
     return found
 

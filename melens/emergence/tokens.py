@@ -12,6 +12,15 @@ from melens.emergence.thresholds import last_body_layer
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One massive dimension of a token: its largest value, and in how many sequences it is so."""
+
+    dim: int
+    value: float
+    frequency: float
+
+
+@dataclass(frozen=True)
 class Group:
     """One massive token: a first token by its id, or a later one by its id."""
 
@@ -20,9 +29,14 @@ class Group:
     sequence: int
     """A sequence that holds it, at the earliest ``position``."""
     position: int
-    dim: int
-    value: float
     frequency: float
+    entries: tuple[Entry, ...]
+    """Its massive dimensions, the largest first."""
+
+    @property
+    def value(self) -> float:
+        """Its largest entry, signed."""
+        return self.entries[0].value
 
 
 def group_hits(steps: Sequence[Sequence[SequenceRow]]) -> list[Group]:
@@ -50,16 +64,27 @@ def group_hits(steps: Sequence[Sequence[SequenceRow]]) -> list[Group]:
 
 def _group(key: tuple[bool, int], hits: list[tuple[int, Hit]], n: int) -> Group:
     sequence, earliest = min(hits, key=lambda item: (item[1].position, item[0]))
-    _, largest = max(hits, key=lambda item: (abs(item[1].value), -item[0]))
+    by_dim: dict[int, list[tuple[int, Hit]]] = {}
+    for hit in hits:
+        by_dim.setdefault(hit[1].dim, []).append(hit)
+    entries = [_entry(dim, found, n) for dim, found in by_dim.items()]
     return Group(
         first=key[0],
         token_id=key[1],
         sequence=sequence,
         position=earliest.position,
-        dim=largest.dim,
-        value=largest.value,
-        frequency=len({sequence for sequence, _ in hits}) / n,
+        frequency=_frequency(hits, n),
+        entries=tuple(sorted(entries, key=lambda entry: (-abs(entry.value), entry.dim))),
     )
+
+
+def _entry(dim: int, hits: list[tuple[int, Hit]], n: int) -> Entry:
+    largest = max(hits, key=lambda item: (abs(item[1].value), -item[0]))[1]
+    return Entry(dim, largest.value, _frequency(hits, n))
+
+
+def _frequency(hits: list[tuple[int, Hit]], n: int) -> float:
+    return len({sequence for sequence, _ in hits}) / n
 
 
 def sample_first_tokens(

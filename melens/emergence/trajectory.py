@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.batches import Batch
 from melens.capture import stream
 from melens.emergence.thresholds import last_body_layer
 from melens.metrics import cosines, write_shares
 from melens.models.anatomy import anatomy, resid_post, resid_pre
-from melens.batches import Batch
 from melens.shapes import Trajectory
 
 

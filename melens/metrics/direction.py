@@ -41,9 +41,7 @@ def effective_number(shares: Float[Tensor, " layer"]) -> float:
     return torch.special.entr(p).sum().exp().item()
 
 
-def cosines(
-    trajectory: Trajectory, direction: Float[Tensor, " d_model"]
-) -> Float[Tensor, " step"]:
+def cosines(trajectory: Trajectory, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " step"]:
     """Cosine of every step of a trajectory with one direction, in [-1, 1]; 0 for a zero vector."""
     return torch.nn.functional.cosine_similarity(
         trajectory.double(), direction.double()[None], dim=-1

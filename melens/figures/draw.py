@@ -1,0 +1,63 @@
+"""draw() picks the figure of a result; save_figure() writes it the same way every time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import singledispatch
+from importlib import resources
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from melens.errors import ResultError
+from melens.figures.profile import draw_profile
+from melens.results.base import Result, write_atomically
+from melens.results.locate import MELayer
+
+FORMATS = ("png", "svg", "pdf")
+_NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+
+@singledispatch
+def _figure(result: Result) -> Figure:
+    raise ResultError(f"there is no figure for a {type(result).__name__}.")
+
+
+@_figure.register
+def _(result: MELayer) -> Figure:
+    return draw_profile(result)
+
+
+def draw(result: Result) -> Figure:
+    """The figure of a result, in melens' style.
+
+    Raises:  ResultError: a kind of result that has no figure.
+    """
+    with _style():
+        return _figure(result)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure atomically; equal figures give equal bytes.
+
+    Raises:  ResultError: an ending other than png, svg or pdf.
+             OutputError: a folder that cannot be written.
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise ResultError(f"cannot draw into {path.name}; end it in .{', .'.join(FORMATS)}.")
+    made = io.BytesIO()
+    with _style():
+        figure.savefig(made, format=kind, metadata=_NO_DATE[kind])
+    write_atomically(path, made.getvalue())
+    return path
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    style = resources.files("melens.figures") / "melens.mplstyle"
+    with resources.as_file(style) as file, mpl.rc_context(fname=file):
+        yield

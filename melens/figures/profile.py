@@ -1,0 +1,60 @@
+"""The emergence profile: how large activations are at each layer, and who adds how much."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from melens.results.locate import MELayer
+
+
+def draw_profile(result: MELayer) -> Figure:
+    """Two panels over layers (0-based, block outputs): |x| on a log scale, and write shares."""
+    figure = Figure(figsize=(6.9, 3.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    _magnitudes(top, result)
+    _shares(bottom, result)
+    bottom.set_xlabel("layer (counted from 0, at the block output)")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
+    return figure
+
+
+def _magnitudes(axes: Axes, result: MELayer) -> None:
+    layers = [row.layer for row in result.profile]
+    axes.semilogy(layers, [row.max for row in result.profile], marker="o", label="largest |x|")
+    axes.semilogy(layers, [row.token_median for row in result.profile], ls="--",
+                  label="median |x| of that token")  # fmt: skip
+    axes.semilogy(layers, [row.median for row in result.profile], ls=":",
+                  label="median |x| of the layer")  # fmt: skip
+    axes.set_ylabel("|x| (residual units)")
+    axes.set_title(_title(result), loc="left")
+    axes.grid(visible=True, axis="y")
+    if result.me_layer is not None:
+        axes.axvline(result.me_layer, color="#D55E00", lw=0.8)
+        axes.annotate(
+            f"ME Layer {result.me_layer}", (result.me_layer, 0.04), xytext=(4, 0),
+            xycoords=("data", "axes fraction"), textcoords="offset points", color="#D55E00",
+            fontsize=7,
+        )  # fmt: skip
+    axes.legend(loc="lower right", ncols=3, bbox_to_anchor=(1, 1), borderaxespad=0.2)
+
+
+def _shares(axes: Axes, result: MELayer) -> None:
+    axes.axhline(0, color="black", lw=0.6)
+    axes.set_ylabel("write share")
+    if result.verdict == "none":
+        axes.text(0.5, 0.5, "no massive token", transform=axes.transAxes, ha="center", va="center")
+        axes.set_yticks([])
+        return
+    layers = [row.layer for row in result.profile]
+    shares = [row.write_share or 0.0 for row in result.profile]
+    colours = ["#0072B2" if share >= 0 else "#D55E00" for share in shares]
+    axes.bar(layers, shares, color=colours)
+    axes.set_ylim(min(-0.1, *shares) * 1.1, max(0.1, *shares) * 1.15)
+
+
+def _title(result: MELayer) -> str:
+    name = result.run.model.replace("$", r"\$")
+    return f"{name}: {result.verdict}"

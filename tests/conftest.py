@@ -1,0 +1,79 @@
+"""Shared fixtures. melens is imported inside them: the jaxtyping hook must come first."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+TINY_LIMIT = 3_000_000
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
+    vocabulary = {special.get(i, f"w{i}"): i for i in range(64)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
+    )
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tokenizer):
+    """Builds a family's tiny random model; gains are random too, so that none is 1 by accident."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from melens.models import FAMILIES
+
+    def make(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32):
+        torch.manual_seed(seed)
+        hf = AutoModelForCausalLM.from_config(FAMILIES[family].tiny())
+        for name, parameter in hf.named_parameters():
+            if "norm" in name or ".ln_" in name:
+                torch.nn.init.normal_(parameter, 0.3, 0.4)
+        assert sum(p.numel() for p in hf.parameters()) < TINY_LIMIT
+        return hf.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny(make_tiny, tokenizer):
+    """A bridged tiny Llama."""
+    from melens.models import load
+
+    return load(make_tiny("llama"), tokenizer=tokenizer)
+
+
+@pytest.fixture
+def ids():
+    import torch
+
+    return torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def smol():
+    """SmolLM2-135M; without its weights this fails and says how to get them."""
+    from melens.models import load
+
+    return load("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    """Gemma-3-270M; needs the licence accepted (see the marker's text)."""
+    from melens.models import load
+
+    return load("gemma3-270m", device="cpu")

@@ -1,0 +1,98 @@
+"""The layout keeps itself: imports flow one way, names do not collide, files stay short."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "melens"
+ROWS = [
+    {"errors", "shapes", "provenance"},
+    {"registry"},
+    {"metrics", "results", "batches"},
+    {"capture"},
+    {"models", "interventions"},
+    {"emergence", "massive_token", "collapse", "sinks", "foresight", "knowledge"},
+    {"isolate", "patching", "evaluate"},
+    {"finetune", "export", "sweep"},
+    {"figures"},
+    {"report", "check"},
+    {"cli"},
+]
+LEVEL = {module: row for row, modules in enumerate(ROWS) for module in modules}
+LAZY = {("results", "figures")}
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def _home(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            if node.module == "melens":
+                found += [name.name for name in node.names]
+            elif (node.module or "").startswith("melens."):
+                found.append((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found += [n.name.split(".")[1] for n in node.names if n.name.startswith("melens.")]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_flow_one_way(path):
+    here = _home(path)
+    if here in ("__init__",):
+        return
+    for there in _imports(path):
+        if there == here or there not in LEVEL or (here, there) in LAZY:
+            continue
+        assert LEVEL[there] < LEVEL[here], f"{here} may not import {there}"
+
+
+def test_every_module_has_a_row():
+    assert {_home(path) for path in FILES} - {"__init__"} <= set(LEVEL)
+
+
+def test_files_and_functions_stay_short():
+    for path in FILES:
+        text = path.read_text("utf-8")
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and path.parent.name != "cli":
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = (body[-1].end_lineno - body[0].lineno + 1) if body else 0
+                assert length <= 40, f"{path.name}: {node.name} has {length} lines"
+
+
+def test_public_names_are_few_and_no_module_shadows_one():
+    import melens
+
+    assert len(melens.__all__) <= 15
+    modules = {path.stem if path.is_file() else path.name for path in SRC.iterdir()}
+    assert not modules & set(melens.__all__)
+    for name in melens.__all__:
+        assert callable(getattr(melens, name))
+        assert name in dir(melens)
+    with pytest.raises(AttributeError, match="no attribute 'lokate'"):
+        melens.lokate  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import melens",
+        "from melens.cli.app import _run; _run(['--help'], debug=False)",
+        "from melens.cli.app import _run; _run(['locate', '--help'], debug=False)",
+    ],
+)
+def test_neither_import_nor_help_loads_torch(code):
+    check = f"{code}; import sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0

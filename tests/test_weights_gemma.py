@@ -1,0 +1,57 @@
+"""Reference values on the real Gemma-3-270M (docs/definitions.md). Run with: pytest -m gemma"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from melens.batches import prompts
+from melens.emergence import locate
+
+pytestmark = pytest.mark.gemma
+
+NORMS = [
+    2987.4, 5109.1, 6252.3, 13582.2, 26159.8, 42882.7, 55294.6, 68850.2, 83037.8, 88243.5,
+    90912.9, 98606.0, 99568.3, 102042.5, 103827.0, 101047.3, 82960.3, 67256.2,
+]  # fmt: skip
+SHARES = [
+    0.0003, 0.0012, -0.0001, 0.0997, 0.1375, 0.166, 0.1226, 0.132, 0.1388, 0.0507, 0.0262, 0.0745,
+    0.0095, 0.0239, 0.0172, -0.0269, -0.1759, -0.1594,
+]  # fmt: skip
+
+
+def test_emergence_is_gradual_and_the_criteria_disagree(gemma):
+    result = locate(gemma, prompts())
+    assert result.verdict == "gradual"
+    assert (result.me_layer, result.main_layer, result.peak_layer) == (3, 5, 14)
+    assert result.effective_layers == pytest.approx(9.52, abs=0.1)
+    assert (result.cumulative.p10, result.cumulative.p50, result.cumulative.p90) == (3, 6, 11)
+    assert result.erase_layer == 16
+    assert result.level == "low"
+    assert result.criteria.model_dump() == {
+        "sun_layer": 0, "sun_token": 0, "ratio_jump": 0, "max_jump": 0, "difference": 5,
+        "first_share": 3, "write_share": 5, "direction": 7,
+    }  # fmt: skip
+    assert (result.massive[0].token, result.massive[0].dim) == ("<bos>", 163)
+    assert result.massive[0].value == pytest.approx(102014, rel=0.002)
+    assert result.profile[0].dim == 400
+    assert result.profile[0].max == pytest.approx(2984, rel=0.002)
+    assert not any(token.massive for token in result.stability.first_tokens)
+
+
+def test_norms_and_write_shares_of_bos(gemma):
+    from melens.emergence.trajectory import trace
+
+    (path,) = trace(gemma, [[gemma.tokenizer.bos_token_id]])
+    torch.testing.assert_close(
+        path.norms[1:], torch.tensor(NORMS, dtype=torch.float64), rtol=0.002, atol=0.0
+    )
+    torch.testing.assert_close(
+        path.shares, torch.tensor(SHARES, dtype=torch.float64), rtol=0, atol=0.003
+    )
+
+
+def test_without_bos_late_tokens_turn_massive_and_position_0_does_not(gemma):
+    result = locate(gemma, prompts(bos=False))
+    assert result.verdict != "single"
+    assert all(token.position > 0 for token in result.massive)
