@@ -62,7 +62,7 @@ class KnownCheck(Result):
         return f"{self.model}: {self.verdict}{detail} (source: {self.source})."
 
 
-def known(model: str, result: MELayer) -> KnownCheck:
+def known(model: str, result: Result) -> KnownCheck:
     """Hold a result against the published numbers of ``model``.
 
     Args:    model: a row's name (``org/name``, or its last part, or a named model).

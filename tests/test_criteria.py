@@ -16,7 +16,7 @@ D = 8
 
 
 def path(writes, dims=None):
-    """A token that starts at 1 in dim 0 and gets ``writes[l]`` in ``dims[l]`` from layer l's FFN."""
+    """A token that starts at 1 in dim 0; layer l's FFN adds ``writes[l]`` in ``dims[l]``."""
     dims = dims or [1] * len(writes)
     ffn = torch.zeros(len(writes), D, dtype=torch.float64)
     for layer, (write, dim) in enumerate(zip(writes, dims, strict=True)):

@@ -97,7 +97,8 @@ def test_results_do_not_depend_on_batching_order_or_padding(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_finds_the_same(family):
-    for kind in ("single", "multi-step", "re-emergent"):
+    # A planted erasure is calibrated in float32: rounded to bf16 it is another model, so not here.
+    for kind in ("single", "several-tokens"):
         planted = plant(family, kind, 3)
         batches = [Batch.of(batch(planted))]
         exact = locate(planted.model, batches)
@@ -108,7 +109,7 @@ def test_bf16_finds_the_same(family):
         )  # fmt: skip
         assert rough.massive[0].dim == exact.massive[0].dim
         for near, row in zip(rough.profile, exact.profile, strict=True):
-            # bf16 keeps 8 bits, 2^-8 a rounding; where a stage was cancelled only rounding is left
+            # bf16 keeps 8 bits: 2^-8 a rounding, a few of them over the layers
             assert near.median == pytest.approx(row.median, rel=0.05)
             if row.max > 100:
                 assert near.max == pytest.approx(row.max, rel=0.03)

@@ -118,3 +118,15 @@ def test_published_numbers_match(found):
     check = known("smollm2-135m", found)
     assert check.verdict == "match"
     assert {row.verdict for row in check.comparisons} == {"match"}
+
+
+def test_bf16_gives_the_same_layers(found):
+    from melens.models import load
+
+    rough = locate(load("smollm2-135m", device="cpu", dtype="bfloat16"), prompts())
+    assert (rough.verdict, rough.me_layer, rough.erase_layer) == ("re-emergent", 11, 28)
+    assert [stage.layer for stage in rough.stages] == [2, 11]
+    assert rough.criteria == found.criteria
+    # weights and activations rounded to 8 bits, then cubed by the gated FFN
+    assert rough.profile[11].max == pytest.approx(found.profile[11].max, rel=0.03)
+    assert rough.run.dtype == "bfloat16"

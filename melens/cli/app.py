@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from melens import __version__
-from melens.cli.commands import env, known, locate, plot
-from melens.cli.model_commands import models_app
+from melens.cli.commands import env, known, locate, models, plot
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
 
 INTERRUPTED = 130
@@ -30,24 +29,32 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options(
-    version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version."),
-    debug: bool = typer.Option(
-        False, "--debug", help="Show tracebacks; works after a command too."
-    ),
-) -> None:
-    """Options of every command; ``debug`` is taken out of the arguments by :func:`main`."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"melens {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; works after a command too.")
+    ] = False,
+) -> None:
+    """Options of every command; ``debug`` is taken out of the arguments by :func:`main`."""
 
 
 app.command()(locate)
 app.command()(known)
 app.command()(plot)
+app.command()(models)
 app.command()(env)
-app.add_typer(models_app, name="models")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,8 +76,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             raise
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
-        return _end("interrupted; nothing was written. Run the same command again.", INTERRUPTED,
-                    debug=False)  # fmt: skip
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -81,6 +87,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         first = (str(error).strip().splitlines() or [""])[0][:300]
         text = f"could not run ({type(error).__name__}: {first}); --debug shows where."
         return _end(text, COULD_NOT_RUN, debug=debug)
+    if code == INTERRUPTED:
+        _say("interrupted; nothing half-written is left. Run the same command again.")
     return code if isinstance(code, int) else 0
 
 

@@ -1,4 +1,4 @@
-"""locate, known, plot and env."""
+"""locate, known, plot, models and env."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def known(
     from melens.knowledge import known as hold
     from melens.results import load_result
 
-    output.show(hold(model, load_result(result)), as_json=as_json)  # type: ignore[arg-type]
+    output.show(hold(model, load_result(result)), as_json=as_json)
 
 
 def plot(
@@ -133,6 +133,48 @@ def plot(
     from melens.results import load_result
 
     typer.echo(save_figure(load_result(result).plot(), out))
+
+
+class Action(StrEnum):
+    """What to do with the named models."""
+
+    ls = "ls"
+    get = "get"
+    rm = "rm"
+
+
+def models(
+    action: Annotated[
+        Action, typer.Argument(help="List, fetch and convert, or remove.")
+    ] = Action.ls,
+    name: Annotated[str | None, typer.Argument(help="A named model, for get and rm.")] = None,
+    accept: Annotated[
+        str | None, typer.Option("--accept-license", help="The word that accepts its licence.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the named models: here or not, size, licence. Fetch one with get, remove it with rm.
+
+    Examples:
+      melens models
+
+      melens models get gemma3-270m --accept-license gemma
+    """
+    from melens.cli import output
+    from melens.models import named
+
+    if action is Action.ls:
+        output.list_models(as_json=as_json)
+        return
+    if name is None:
+        raise typer.BadParameter(f"{action.value} needs the NAME of a model; see: melens models")
+    model = named.NAMED[name]
+    if action is Action.rm:
+        typer.echo("removed" if named.forget(model) else "was not here")
+        return
+    if accept:
+        named.accept_licence(accept)
+    typer.echo(named.fetch(model))
 
 
 def env(as_json: Json = False) -> None:

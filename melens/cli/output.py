@@ -64,9 +64,8 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
     from melens.results.base import write_atomically
 
     write_atomically(folder / f"{name}.json", result.to_json())
-    drawn = result.plot()
-    for kind in ("png", "svg"):
-        save_figure(drawn, folder / f"{figure}.{kind}")
+    for kind in ("png", "svg"):  # drawn anew each time: saving settles a figure's layout
+        save_figure(result.plot(), folder / f"{figure}.{kind}")
 
 
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
@@ -153,6 +152,21 @@ def _locate_row(result: Any, row: Any) -> dict[str, Any]:
         "write share": None if row.write_share is None else round(row.write_share, 4),
         "": ", ".join(notes),
     }  # fmt: skip
+
+
+def list_models(*, as_json: bool) -> None:
+    """The named models, and whether they are on this machine."""
+    from melens.models import named
+
+    rows = [
+        {"name": name, "model": model.about, "here": named.on_this_machine(model),
+         "fetch_mb": model.megabytes, "licence": model.licence}
+        for name, model in named.NAMED.items()
+    ]  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        table(rows)
 
 
 def environment(*, as_json: bool) -> None:

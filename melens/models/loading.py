@@ -105,14 +105,20 @@ def _read_weights(
     from transformers import AutoModelForCausalLM
 
     try:
-        hf = AutoModelForCausalLM.from_pretrained(
+        hf, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, attn_implementation="eager",
-            local_files_only=is_local, **options,
+            local_files_only=is_local, output_loading_info=True, **options,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         kind = WeightsError if is_local else FetchError
         raise kind(f"cannot load {source}: {first[:200]}") from None
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill them with random values and only warn
+        raise WeightsError(
+            f"{source} lacks {len(missing)} tensor(s) of its model, first {missing[0]}; "
+            "fetch it again."
+        )
     require_finite_weights(hf)
     return hf
 

@@ -1,0 +1,157 @@
+"""The command line as a user meets it: one line on stderr, an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from planted import plant
+
+from melens.cli.app import main
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory):
+    """A planted model with a tokenizer that knows all of its 128 ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("cli") / "planted"
+    plant("llama", "single", 1).model.save_pretrained(folder)
+    words = {{0: "<pad>", 1: "<s>", 2: "</s>"}.get(i, f"w{i}"): i for i in range(128)}
+    made = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{10 + i % 100}" for i in range(200)))
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    def go(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return done.value.code or 0, captured.out, captured.err
+
+    return go
+
+
+def test_locate_writes_its_files_and_says_one_sentence(run, model, text, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = run("locate", model, "--text", text, "--bos", "--length", 40, "-o", out)
+    assert code == 0
+    planted = plant("llama", "single", 1).truth
+    assert f"ME Layer {planted.me_layer} of" in stdout
+    assert "counted from 0" in stdout
+    assert sorted(file.name for file in out.iterdir()) == [
+        "locate.json", "profile.png", "profile.svg",
+    ]  # fmt: skip
+    code, stdout, _ = run("plot", out / "locate.json", "-o", out / "again.svg")
+    assert code == 0
+    assert (out / "again.svg").read_bytes() == (out / "profile.svg").read_bytes()
+    code, stdout, _ = run("known", "Qwen/Qwen3-4B", out / "locate.json", "--json")
+    assert code == 0
+    assert json.loads(stdout)["verdict"] == "mismatch"
+    code, stdout, _ = run("known", "nobody/nothing", out / "locate.json")
+    assert "unknown" in stdout
+
+
+def test_json_stands_alone_on_stdout(run, model, text):
+    code, stdout, _ = run("locate", model, "--text", text, "--bos", "--json", "--n-seq", 2)
+    assert code == 0
+    data = json.loads(stdout)
+    assert data["verdict"] == "single"
+    assert data["run"]["command"].startswith(("pytest", "__main__", "python", "-m"))
+
+
+def test_texts_from_prompts(run, model):
+    words = " ".join(f"w{i}" for i in range(20, 50))
+    code, stdout, _ = run("locate", model, "--prompt", words, "--prompt", words, "--bos", "--json")
+    assert code == 0
+    assert json.loads(stdout)["stability"]["sequences"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["locate"], 2, "Missing argument"),
+        (["locate", "smollm2-13b"], 2, "Did you mean 'smollm2-135m'"),
+        (["locate", "./nowhere"], 2, "there is no file or folder"),
+        (["locate", "some-org/some-model"], 3, "the hub could not be read"),
+        (["locate", "MODEL", "--text", "no-such.txt"], 2, "cannot read the text"),
+        (["locate", "MODEL", "--prompt", " "], 2, "is empty"),
+        (["locate", "MODEL", "--prompt", "w5"], 2, "needs at least 4"),
+        (["locate", "MODEL", "--prompt", "a", "--text", "b"], 2, "exclude each other"),
+        (["locate", "MODEL", "--chat"], 2, "no chat template"),
+        (["locate", "MODEL", "--length", "0"], 2, "--length"),
+        (["locate", "MODEL", "--dtype", "int4"], 2, "'int4'"),
+        (["locate", "MODEL", "--device", "warp"], 2, "device 'warp' cannot be used"),
+        (["locate", "MODEL", "--out", "/dev/null/x"], 3, "cannot make the folder"),
+        (["known", "x", "no-such.json"], 2, "cannot read no-such.json"),
+        (["plot", "no-such.json", "-o", "x.png"], 2, "cannot read no-such.json"),
+        (["models", "get", "smollm"], 2, "unknown model 'smollm'"),
+        (["models", "rm", "nothing"], 2, "unknown model 'nothing'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_the_right_code(run, model, arguments, code, says):
+    arguments = [model if argument == "MODEL" else argument for argument in arguments]
+    found, stdout, stderr = run(*arguments)
+    assert found == code
+    lines = [line for line in stderr.splitlines() if line.startswith("melens: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert not stdout
+
+
+def test_an_interrupt_ends_with_130(run, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("melens.models.named.on_this_machine", stop)
+    code, _, stderr = run("models")
+    assert code == 130
+    assert "interrupted" in stderr
+
+
+def test_surprises_are_one_line_without_debug(run, monkeypatch):
+    def break_down(*_, **__):
+        raise ZeroDivisionError("deep inside")
+
+    monkeypatch.setattr("melens.models.named.on_this_machine", break_down)
+    code, _, stderr = run("models")
+    assert code == 3
+    assert "could not run (ZeroDivisionError: deep inside)" in stderr
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    def break_down(*_, **__):
+        raise ZeroDivisionError("deep inside")
+
+    monkeypatch.setattr("melens.models.named.on_this_machine", break_down)
+    with pytest.raises(SystemExit):
+        main(["models", "--debug"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_models_and_env_are_readable_by_programs(run):
+    code, stdout, _ = run("models", "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(stdout)}
+    assert rows["smollm2-135m"]["licence"] == "Apache-2.0"
+    assert rows["gemma3-270m"]["here"] in ("no", "fetched", "ready")
+    code, stdout, _ = run("env", "--json")
+    assert json.loads(stdout)["python"] == sys.version.split()[0]
+    code, stdout, _ = run("--version")
+    assert stdout.startswith("melens ")

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+from planted import batch, plant
+
+from melens.batches import Batch
+from melens.emergence import locate
+from melens.errors import OutputError, ResultError
+from melens.figures import save_figure
+from melens.knowledge import KnownCheck, known, known_models
+from melens.results import MELayer, load_result
+from melens.results.base import write_atomically
+
+
+@pytest.fixture(scope="module")
+def results():
+    kinds = ("single", "re-emergent", "gradual", "final-growth", "none")
+    made = {}
+    for kind in kinds:
+        planted = plant("llama", kind, 1)
+        made[kind] = locate(planted.model, [Batch.of(batch(planted))])
+    return made
+
+
+def test_json_goes_there_and_back(results, tmp_path):
+    for kind, result in results.items():
+        text = result.to_json()
+        assert MELayer.from_json(text) == result
+        data = json.loads(text)
+        assert list(data) == sorted(data)
+        assert data["schema"] == "melens/locate/1"
+        path = tmp_path / f"{kind}.json"
+        write_atomically(path, text)
+        assert load_result(path) == result
+
+
+def test_the_json_has_what_it_promises(results):
+    data = results["re-emergent"].to_dict()
+    assert {
+        "kind", "schema", "verdict", "me_layer", "main_layer", "effective_layers", "confidence",
+        "criteria", "stages", "erase_layer", "massive", "writer", "profile", "run",
+    } <= set(data)  # fmt: skip
+    assert {"layer", "peak", "position", "dim", "erased_at"} <= set(data["stages"][0])
+    assert {"position", "token", "dim", "value", "frequency"} <= set(data["massive"][0])
+    assert set(data["writer"]) == {"attention", "ffn"}
+    assert {
+        "layer", "max", "median", "token_median", "norm_ratio", "position", "dim", "value",
+        "write_share",
+    } == set(data["profile"][0])  # fmt: skip
+    assert [row["layer"] for row in data["profile"]] == list(range(data["n_layers"]))
+    assert data["run"]["versions"]["torch"]
+    for kind in ("none", "final-growth"):
+        assert results[kind].to_dict()["me_layer"] is None
+
+
+def test_broken_results_are_refused(tmp_path, results):
+    data = results["single"].to_dict()
+    with pytest.raises(ResultError, match=r"me_layer: Input should be a valid integer"):
+        MELayer.from_json(json.dumps({**data, "me_layer": "x"}))
+    with pytest.raises(ResultError, match="more: Extra inputs"):
+        MELayer.from_json(json.dumps({**data, "more": 1}))
+    with pytest.raises(ResultError, match="expected a result of schema melens/locate/1"):
+        MELayer.from_json("[]")
+    path = tmp_path / "x.json"
+    path.write_text('{"schema": "melens/other/9"}')
+    with pytest.raises(ResultError, match="has schema 'melens/other/9'; this version reads"):
+        load_result(path)
+    with pytest.raises(ResultError, match="cannot read"):
+        load_result(tmp_path / "none.json")
+
+
+def test_results_are_frozen_and_show_themselves(results):
+    result = results["single"]
+    with pytest.raises(ValueError, match="frozen"):
+        result.me_layer = 3
+    assert f"ME Layer {result.me_layer} of {result.n_layers} (counted from 0" in repr(result)
+    assert "no massive activations" in results["none"].summary()
+    frame = result.to_frame()
+    assert len(frame) == result.n_layers
+    assert "<table" in result._repr_html_()
+
+
+def test_a_hostile_model_name_stays_text(results):
+    run = results["single"].run.model_copy(update={"model": "<script>alert(1)</script>"})
+    shown = results["single"].model_copy(update={"run": run})._repr_html_()
+    assert "<script>" not in shown
+    assert "&lt;script&gt;" in shown
+
+
+def test_every_verdict_draws_and_equal_results_give_equal_bytes(results, tmp_path):
+    for kind, result in results.items():
+        for ending in ("svg", "pdf", "png"):
+            first = save_figure(result.plot(), tmp_path / f"{kind}.{ending}").read_bytes()
+            again = save_figure(
+                MELayer.from_json(result.to_json()).plot(), tmp_path / f"again.{ending}"
+            ).read_bytes()
+            assert first == again
+    text = (tmp_path / "single.svg").read_text()
+    assert f"ME Layer {results['single'].me_layer}" in text
+    assert "no massive token" in (tmp_path / "none.svg").read_text()
+    with pytest.raises(ResultError, match=r"end it in \.png, \.svg, \.pdf"):
+        save_figure(results["single"].plot(), tmp_path / "x.gif")
+
+
+def test_the_profile_figure_shows_the_numbers(results):
+    result = results["single"]
+    top, bottom = result.plot().axes
+    assert list(top.lines[0].get_ydata()) == [row.max for row in result.profile]
+    assert [bar.get_height() for bar in bottom.patches] == [r.write_share for r in result.profile]
+
+
+def test_writing_is_atomic_and_says_why_it_cannot(tmp_path):
+    path = tmp_path / "sub" / "a.json"
+    write_atomically(path, "one")
+    write_atomically(path, "two")
+    assert path.read_text() == "two"
+    assert [file.name for file in path.parent.iterdir()] == ["a.json"]
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o644  # noqa: PTH116
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_atomically(tmp_path / "file" / "a.json", "x")
+
+
+def test_known_says_match_mismatch_and_unknown(results):
+    result = results["re-emergent"]
+    unknown = known("nobody/nothing", result)
+    assert (unknown.verdict, unknown.comparisons) == ("unknown", ())
+    check = known("HuggingFaceTB/SmolLM2-135M-Instruct", result)
+    assert check.verdict == "unknown"  # a longer published name is another checkpoint
+    check = known("smollm2-135m", result)
+    assert check.verdict == "mismatch"
+    assert "ME Layer" in check.summary()
+    assert "0-based" in check.convention
+    assert KnownCheck.from_json(check.to_json()) == check
+    none = known("allenai/OLMo-2-1124-7B", results["none"])
+    assert none.verdict == "match"
+    with pytest.raises(ResultError, match="needs a locate result"):
+        known("x", check)
+
+
+def test_known_picks_the_row_that_fits_best():
+    rows = known_models()["meta-llama/Llama-3.2-1B"]
+    assert [row["bos"] for row in rows] == [True, False]
