@@ -122,7 +122,9 @@ def forward(model: Any, batch: Batch) -> None:
     """One forward pass without logits; ends where the last needed hook says so."""
     device = next(model.parameters()).device
     here = batch.to(device)
-    options = {"attention_mask": here.mask.long()} if here.padded else {}
+    options: dict[str, Any] = {"attention_mask": here.mask.long()} if here.padded else {}
+    if hasattr(model, "original_model"):
+        options["use_cache"] = False  # keys and values of all layers would outlive their use
     try:
         model(here.ids, return_type=None, **options)
     except _EverythingSeen:

@@ -60,7 +60,7 @@ def test_locate_writes_its_files_and_says_one_sentence(run, model, text, tmp_pat
     code, stdout, _ = run("plot", out / "locate.json", "-o", out / "again.svg")
     assert code == 0
     assert (out / "again.svg").read_bytes() == (out / "profile.svg").read_bytes()
-    code, stdout, _ = run("known", "Qwen/Qwen3-4B", out / "locate.json", "--json")
+    code, stdout, _ = run("known", "Qwen/Qwen3-1.7B", out / "locate.json", "--json")
     assert code == 0
     assert json.loads(stdout)["verdict"] == "mismatch"
     code, stdout, _ = run("known", "nobody/nothing", out / "locate.json")

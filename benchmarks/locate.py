@@ -1,0 +1,123 @@
+"""What locating costs: a ratio to a bare forward pass on the same tokens, and added memory.
+
+    python benchmarks/locate.py                 # SmolLM2-135M, 4 x 512 tokens
+
+All times are taken in one run, alternating. Memory is what a fresh process adds, at its peak, to
+the loaded and warmed-up model (Linux: the high-water mark is reset before the task).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+NAMES = {
+    "forward": "bare forward (bridge, logits)",
+    "body": "bare forward without logits",
+    "locate": "locate",
+    "cache": "run_with_cache of everything",
+}
+TASKS = tuple(NAMES)
+
+
+def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
+    """The tasks, on one loaded model and the same tokens."""
+    import torch
+
+    import melens
+    from melens.emergence import locate
+    from melens.models import load
+
+    bridge = load(model, device="cpu")
+    rows = melens.prompts(n=n, length=length).token_rows(bridge.tokenizer)
+    row = [token for piece in rows for token in piece][: n * length]
+    row = (row * (n * length // len(row) + 1))[: n * length]
+    ids = torch.tensor(row).reshape(n, length)
+
+    def forward() -> None:
+        with torch.no_grad():
+            bridge(ids)
+
+    def cache() -> None:
+        with torch.no_grad():
+            bridge.run_with_cache(ids)
+
+    def body() -> None:
+        with torch.no_grad():
+            bridge.original_model.model(ids, use_cache=False)
+
+    def warm() -> None:
+        locate(bridge, [melens.Batch.of(ids[:1, :16])])
+
+    return {
+        "warm": warm,
+        "forward": forward,
+        "body": body,
+        "locate": lambda: locate(bridge, [melens.Batch.of(ids)]),
+        "cache": cache,
+    }
+
+
+def measure_alone(arguments: argparse.Namespace) -> None:
+    tasks = prepare(arguments.model, arguments.n, arguments.length)
+    tasks["warm"]()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_megabytes("VmRSS")
+    tasks[arguments.alone]()
+    print(json.dumps(status_megabytes("VmHWM") - before))
+
+
+def status_megabytes(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def peak_megabytes(task: str, arguments: argparse.Namespace) -> float:
+    done = subprocess.run(
+        [sys.executable, __file__, "--alone", task, "--model", arguments.model,
+         "--n", str(arguments.n), "--length", str(arguments.length)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds(task: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    task()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--alone", choices=TASKS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        measure_alone(arguments)
+        return
+    tasks = prepare(arguments.model, arguments.n, arguments.length)
+    tasks["forward"]()
+    times: dict[str, list[float]] = {task: [] for task in TASKS}
+    for _ in range(arguments.repeats):
+        for task in ("forward", "body", "locate"):
+            times[task].append(seconds(tasks[task]))
+    times["cache"].append(seconds(tasks["cache"]))
+    base = statistics.median(times["forward"])
+    print(f"{arguments.model}, {arguments.n} x {arguments.length} tokens, CPU")
+    for task in TASKS:
+        taken = statistics.median(times[task])
+        added = peak_megabytes(task, arguments)
+        print(f"{NAMES[task]:30} {taken:6.2f} s  {taken / base:5.2f} x  +{added:5.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
