@@ -1,0 +1,56 @@
+# make demo   environment, embedded weights, the main job on them, figures in runs/demo/
+# make test   environment with the test tools, embedded weights, the suite
+# On a machine with a GPU: make demo TORCH=any (your own torch build, no CPU pin).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= cpu
+BIN := $(VENV)/bin
+PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
+
+.PHONY: demo test test-gemma test-hooked check all clean
+
+demo: $(VENV)/.run
+	$(BIN)/melens locate smollm2-135m --out runs/demo
+	$(BIN)/melens known smollm2-135m runs/demo/locate.json
+
+test: $(VENV)/.test
+	$(BIN)/melens models get smollm2-135m
+	$(BIN)/python -m pytest
+
+# The licence of Gemma must be accepted first: melens models get gemma3-270m --accept-license gemma
+test-gemma: $(VENV)/.test
+	$(BIN)/melens models get gemma3-270m
+	$(BIN)/python -m pytest -m gemma
+
+# HookedTransformer lives in TransformerLens 3.9, which cannot share an environment with 4.3.
+test-hooked: .venv-hooked/.test
+	.venv-hooked/bin/python -m pytest -m hooked tests/test_hooked.py
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+all: check test test-hooked demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(PIN) -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(PIN) -e '.[test]'
+	touch $@ $(VENV)/.run
+
+.venv-hooked/.test: pyproject.toml constraints-hooked.txt
+	$(PYTHON) -m venv .venv-hooked
+	.venv-hooked/bin/python -m pip install --quiet -c constraints-hooked.txt torch transformer-lens \
+	  transformers gguf typer pytest pytest-socket pytest-timeout beartype
+	.venv-hooked/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-hooked runs
