@@ -30,7 +30,7 @@ test-hooked: .venv-hooked/.test
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 all: check test test-hooked demo
 
