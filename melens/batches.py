@@ -22,6 +22,7 @@ BUNDLED_ORDER = (
 """Interleaved, so that the first few sequences already differ in kind and in first token."""
 BUNDLED_CHAT = ("chat_1", "chat_2", "chat_3")
 DEFAULT_N = 8
+MIN_TAIL = 4
 DEFAULT_LENGTH = 128
 
 
@@ -218,13 +219,16 @@ def _split_bos(ids: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _cut(head: list[int], body: list[int], length: int) -> Iterator[list[int]]:
-    """Pieces of at most ``length`` tokens; every piece keeps the BOS, if there is one."""
+    """Pieces of at most ``length`` tokens; every piece keeps the BOS, if there is one. A tail of
+    fewer than MIN_TAIL tokens is dropped.
+    """  # noqa: D205
     step = length - len(head)
     if step < 1 or not body:
         yield (head + body)[:length]
         return
     for i in range(0, len(body), step):
-        yield head + body[i : i + step]
+        if i == 0 or len(body) - i >= min(MIN_TAIL, step):
+            yield head + body[i : i + step]
 
 
 def _decode(raw: bytes, name: str) -> str:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import re
 from importlib import resources
-from typing import Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import Any
 
 from melens.errors import ResultError
 from melens.registry import Registry
-from melens.results.base import Part, Result
+from melens.results.base import Result
+from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import MELayer
 
-CONVENTION = (
-    "Layers are 0-based block indices, measured at the block's output (resid_post): a source that "
-    "counts hidden_states from 1, or block inputs, is one higher."
-)
 VALUE_TOLERANCE = 0.15
 """Relative: published values are rounded to 3 digits, in bf16, and some checkpoints quantised."""
 
@@ -27,52 +22,20 @@ ALIASES = {
 """Names that melens gives to published rows."""
 
 
-class Comparison(Part):
-    """One published number beside the measured one."""
-
-    what: str
-    published: str
-    measured: str
-    verdict: Literal["match", "mismatch", "unknown"]
-
-
-class KnownCheck(Result):
-    """A located ME Layer against what was published about the same model."""
-
-    schema_id: ClassVar[str] = "melens/known/1"
-
-    kind: Literal["known"] = "known"
-    schema_: Literal["melens/known/1"] = Field(default="melens/known/1", alias="schema")
-    model: str
-    verdict: Literal["match", "mismatch", "unknown"]
-    comparisons: tuple[Comparison, ...]
-    source: str | None
-    convention: str = CONVENTION
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a published number."""
-        return [row.model_dump() for row in self.comparisons]
-
-    def summary(self) -> str:
-        """One plain sentence."""
-        if self.source is None:
-            return f"{self.model}: unknown, nothing published is on record for this name."
-        bad = [row.what for row in self.comparisons if row.verdict == "mismatch"]
-        detail = f" in {', '.join(bad)}" if bad else ""
-        return f"{self.model}: {self.verdict}{detail} (source: {self.source})."
-
-
 def known(model: str, result: Result) -> KnownCheck:
     """Hold a result against the published numbers of ``model``.
 
     Args:    model: a row's name (``org/name``, or its last part, or a named model).
              result: what ``locate`` gave.
     Returns: ``unknown`` where nothing is on record; a row without a layer compares what it has.
+             Where numbers with and without BOS are on record, those of the run's own kind count.
     Raises:  ResultError: ``result`` is not a located ME Layer.
     """
     if not isinstance(result, MELayer):
         raise ResultError(f"known() needs a locate result, got {type(result).__name__}.")
     rows = _candidates(model)
+    with_bos = bool(result.run.settings.get("bos_first"))
+    rows = [row for row in rows if row.get("bos", with_bos) == with_bos] or rows
     checks = [_check(row, model, result) for row in rows]
     if not checks:
         return KnownCheck(model=model, verdict="unknown", comparisons=(), source=None)
@@ -106,7 +69,8 @@ def _key(name: str) -> str:
 
 
 def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
-    made = [_layer(row, result), *_dims(row, result), _erase(row, result), _stages(row, result)]
+    made = [_layer(row, result), _jump(row, result), *_dims(row, result)]
+    made += [_erase(row, result), _stages(row, result)]
     rows = tuple(item for item in made if item is not None)
     verdicts = {item.verdict for item in rows}
     verdict = (
@@ -120,13 +84,17 @@ def _layer(row: dict[str, Any], result: MELayer) -> Comparison | None:
     if "me_layer" in row:
         return _compare("ME Layer", row["me_layer"], measured, row["me_layer"] == measured)
     if steps := row.get("steps"):
-        return _compare("emergence steps", steps, measured, measured in steps)
+        return _compare("first of the steps", steps, measured, measured == steps[0])
     return None
 
 
 def _dims(row: dict[str, Any], result: MELayer) -> list[Comparison]:
-    primary = result.massive[0].token_id if result.massive else None
-    largest = {t.dim: abs(t.value) for t in result.massive if t.token_id == primary}
+    primary = (result.massive[0].position, result.massive[0].token_id) if result.massive else None
+    largest = {
+        token.dim: abs(token.value)
+        for token in result.massive
+        if (token.position, token.token_id) == primary
+    }
     made = []
     for dim, value in row.get("dims", {}).items():
         found = largest.get(int(dim))
@@ -134,6 +102,15 @@ def _dims(row: dict[str, Any], result: MELayer) -> list[Comparison]:
         shown = "not massive" if found is None else f"{found:,.0f}"
         made.append(_compare(f"|x| in dimension {dim}", f"{abs(value):,.0f}", shown, fits))
     return made
+
+
+def _jump(row: dict[str, Any], result: MELayer) -> Comparison | None:
+    """The largest |x| that the ME Layer leaves."""
+    if "jump" not in row or not result.me_layer:
+        return None
+    after, found = row["jump"][1], result.profile[result.me_layer].max
+    fits = abs(found - after) <= VALUE_TOLERANCE * after
+    return _compare("max |x| after the ME Layer", f"{after:,.0f}", f"{found:,.0f}", fits)
 
 
 def _erase(row: dict[str, Any], result: MELayer) -> Comparison | None:

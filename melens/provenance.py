@@ -7,12 +7,24 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 PACKAGES = ("melens", "torch", "transformers", "transformer-lens")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a run knows of its model."""
+
+    name: str
+    revision: str | None
+    weights: str | None
+    dtype: str
+    device: str
 
 
 class RunInfo(BaseModel):
@@ -27,6 +39,8 @@ class RunInfo(BaseModel):
     dtype: str
     device: str
     seed: int
+    settings: dict[str, str | int | bool | None]
+    """What the run was fed: counts, a hash of the token ids, BOS and chat policy."""
     command: str
     versions: dict[str, str]
     git: str | None
@@ -35,20 +49,14 @@ class RunInfo(BaseModel):
 
     @classmethod
     def collect(
-        cls,
-        *,
-        model: str,
-        revision: str | None,
-        weights: str | None,
-        dtype: str,
-        device: str,
-        seed: int,
+        cls, model: ModelFacts, *, seed: int, settings: dict[str, str | int | bool | None]
     ) -> RunInfo:
         """Record this process beside the facts about the model that the caller knows."""
         now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
         return cls(
-            model=model, model_revision=revision, weights=weights, dtype=dtype, device=device,
-            seed=seed, command=command_line(), versions=versions(), git=git_commit(),
+            model=model.name, model_revision=model.revision, weights=model.weights,
+            dtype=model.dtype, device=model.device, seed=seed, settings=settings,
+            command=command_line(), versions=versions(), git=git_commit(),
             created=now.isoformat(),
         )  # fmt: skip
 

@@ -11,8 +11,8 @@ from melens.batches import Batch
 from melens.emergence import locate
 from melens.errors import OutputError, ResultError
 from melens.figures import save_figure
-from melens.knowledge import KnownCheck, known, known_models
-from melens.results import MELayer, load_result
+from melens.knowledge import known, known_models
+from melens.results import KnownCheck, MELayer, load_result
 from melens.results.base import write_atomically
 
 

@@ -144,6 +144,12 @@ def _locate_row(result: Any, row: Any) -> dict[str, Any]:
         )
         if layer == row.layer
     ]  # fmt: skip
+    spread = result.cumulative
+    notes += [
+        f"{part} %"
+        for part, layer in ((10, spread.p10), (50, spread.p50), (90, spread.p90))
+        if layer == row.layer and spread.p10 != spread.p90
+    ]
     notes += [f"stage at {s.layer} erased" for s in result.stages if s.erased_at == row.layer]
     return {
         "layer": row.layer, "max |x| (signed)": row.value, "position": row.position,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from melens.emergence import thresholds as limits
-from melens.emergence.criteria import CRITERIA, Evidence, cumulative_layer
+from melens.emergence.criteria import CRITERIA, Evidence, counted_shares, cumulative_layer
+from melens.emergence.final import final_growth
 from melens.emergence.profile import SequenceRow
-from melens.emergence.stages import counted_from, spans
+from melens.emergence.stages import Span, spans
+from melens.emergence.support import gather_support, mean
 from melens.emergence.tokens import Group
 from melens.emergence.trajectory import Path
 from melens.emergence.verdict import agreement, shape_of, stability
@@ -18,8 +21,6 @@ from melens.provenance import RunInfo
 from melens.results.locate import (
     Criteria,
     Cumulative,
-    FinalGrowth,
-    FirstToken,
     LayerRow,
     MassiveToken,
     MELayer,
@@ -28,104 +29,94 @@ from melens.results.locate import (
     Writer,
 )
 
-MASSIVE_LISTED = 32
-
 Steps = Sequence[Sequence[SequenceRow]]
 Decode = Callable[[int], str]
 
 
 def assemble(
     steps: Steps,
-    groups: Sequence[Group],
-    paths: Mapping[Group, Path],
+    paths: Mapping[Group, Path | None],
     probed: Sequence[Path],
     *,
+    first_ids: int,
     decode: Decode,
     run: RunInfo,
 ) -> MELayer:
     """Put one result together.
 
     Args:    steps: rows of the first pass, the embedding first.
-             groups: massive tokens, the primary one first.
-             paths: trajectories of those that were traced. probed: of other first tokens.
+             paths: massive tokens, the primary one first, with the trajectories of those traced.
+             probed: trajectories of other first tokens.
+             first_ids: how many distinct first tokens the texts have.
     """  # fmt: skip
-    path = paths[groups[0]] if groups else None
+    path = next(iter(paths.values()), None)
     evidence = Evidence(steps, path)
     criteria = Criteria(**{name: rule(evidence) for name, rule in CRITERIA.items()})
-    stable = _stability(evidence, paths, probed, criteria.first_share, decode)
-    common = {
-        "n_layers": len(steps) - 1,
-        "criteria": criteria,
-        "massive": _massive(groups, decode),
-        "final_layer_growth": _final_growth(steps, path),
-        "stability": stable,
-        "profile": _profile(steps, path),
-        "run": run,
-    }
-    shape = _nothing(evidence, stable) if path is None else _emergence(evidence, criteria, stable)
-    return MELayer(**common, **shape)
+    traced = [found for found in paths.values() if found is not None]
+    support = gather_support(evidence, traced, probed, first_ids=first_ids, decode=decode)
+    shape = _nothing(evidence, support)
+    if path is not None:
+        shape = _emergence(evidence, path, criteria, support)
+    return MELayer(
+        n_layers=len(steps) - 1,
+        criteria=criteria,
+        massive=_massive(list(paths), decode),
+        final_layer_growth=final_growth(steps, path),
+        stability=support,
+        profile=_profile(steps, path),
+        run=run,
+        **shape,
+    )
 
 
-def _emergence(evidence: Evidence, criteria: Criteria, stable: Stability) -> dict[str, Any]:
-    path = evidence.path
-    assert path is not None
+def _emergence(
+    evidence: Evidence, path: Path, criteria: Criteria, support: Stability
+) -> dict[str, Any]:
     ratios = evidence.norm_ratios(path)
     stages = spans(path, ratios)
-    start, peak, shares = counted_from(path, ratios), path.peak, path.shares
-    counted = shares[start : peak + 1]
-    verdict = shape_of(counted, stages, peak)
-    me_layer = criteria.first_share if criteria.first_share is not None else criteria.write_share
+    start, counted = counted_shares(evidence, path)
+    me_layer = criteria.first_share
     assert me_layer is not None
-    sure = agreement(criteria, me_layer) * stability(stable.agreeing, stable.observations)
-    sure *= min(1.0, counted.max().item())
+    sure = agreement(criteria, me_layer) * stability(support.agreeing, support.observations)
+    embedded = torch.tensor([path.embedding_share], dtype=path.shares.dtype)
     return {
-        "verdict": verdict,
+        "verdict": shape_of(counted, stages, path.peak),
         "me_layer": me_layer,
         "main_layer": criteria.write_share,
-        "effective_layers": effective_number(shares[: peak + 1]),
-        "confidence": sure,
+        "effective_layers": effective_number(torch.cat([embedded, path.shares[: path.peak + 1]])),
+        "confidence": sure * min(1.0, counted.max().item()),
         "cumulative": Cumulative(
             p10=cumulative_layer(evidence, path, 0.1),
             p50=cumulative_layer(evidence, path, 0.5),
             p90=cumulative_layer(evidence, path, 0.9),
         ),
         "stages": tuple(_stage(path, ratios.tolist(), span) for span in stages),
-        "peak_layer": peak,
+        "peak_layer": path.peak,
         "erase_layer": _erase_layer(path),
-        "writer": _writer(path, start),
+        "writer": _writer(path, max(start, 0)),
     }
 
 
-def _nothing(evidence: Evidence, stable: Stability) -> dict[str, Any]:
-    """The fields of a ``none``: sure where no token came near to being massive."""
+def _nothing(evidence: Evidence, support: Stability) -> dict[str, Any]:
+    """A ``none``: sure where no token came near to being massive, in the texts or alone."""
     last = limits.last_body_layer(len(evidence.layers))
     nearest = max(row.closeness for rows in evidence.layers[: last + 1] for row in rows)
-    sure = (1 - nearest) * stability(stable.observations, stable.observations)
-    return {
-        "verdict": "none",
-        "me_layer": None,
-        "main_layer": None,
-        "effective_layers": None,
-        "confidence": sure,
-        "cumulative": Cumulative(p10=None, p50=None, p90=None),
-        "stages": (),
-        "peak_layer": None,
-        "erase_layer": None,
-        "writer": None,
-    }
+    sure = (1 - nearest) * stability(support.agreeing, support.observations)
+    return {"verdict": "none", "confidence": sure}
 
 
-def _stage(path: Path, ratios: list[float], span: Any) -> Stage:
+def _stage(path: Path, ratios: list[float], span: Span) -> Stage:
     """A stage's main step: the largest increase along its own peak direction."""
     end = path.resid[span.peak + 1]
     along = path.resid @ end / end.norm()
     steps = along.diff()[span.start : span.peak + 1]
     dim, value = path.entry(span.peak)
+    until = path.n_layers if span.erased_at is None else span.erased_at
     return Stage(
         layer=span.start + int(steps.argmax()),
         peak=abs(value),
         peak_layer=span.peak,
-        norm_ratio=max(ratios[span.start + 1 : (span.erased_at or path.n_layers) + 1]),
+        norm_ratio=max(ratios[span.start + 1 : until + 1]),
         position=path.position,
         dim=dim,
         erased_at=span.erased_at,
@@ -139,16 +130,19 @@ def _erase_layer(path: Path) -> int | None:
     return path.peak + 1 + int(after.argmin())
 
 
-def _writer(path: Path, start: int) -> Writer:
+def _writer(path: Path, start: int) -> Writer | None:
+    """Who wrote it; None where the blocks together added less than a tenth: it was embedded."""
     part = slice(start, path.peak + 1)
     mixer = path.part_shares(path.mixer)[part].sum().item()
     ffn = path.part_shares(path.ffn)[part].sum().item()
+    if mixer + ffn < limits.FIRST_SHARE:
+        return None
     return Writer(attention=mixer / (mixer + ffn), ffn=ffn / (mixer + ffn))
 
 
 def _massive(groups: Sequence[Group], decode: Decode) -> tuple[MassiveToken, ...]:
     """One row a token and massive dimension."""
-    found = (
+    return tuple(
         MassiveToken(
             position=group.position,
             token_id=group.token_id,
@@ -160,89 +154,24 @@ def _massive(groups: Sequence[Group], decode: Decode) -> tuple[MassiveToken, ...
         for group in groups
         for entry in group.entries
     )
-    return tuple(itertools.islice(found, MASSIVE_LISTED))
 
 
 def _profile(steps: Steps, path: Path | None) -> tuple[LayerRow, ...]:
     shares = path.shares.tolist() if path is not None else None
     made = []
     for layer, rows in enumerate(steps[1:]):
-        top = max(rows, key=lambda row: (row.max, -row.position, -row.dim))
+        largest = max(rows, key=lambda row: (row.max, -row.top.position, -row.top.dim))
         made.append(
             LayerRow(
                 layer=layer,
-                max=top.max,
-                median=_mean([row.median for row in rows]),
-                token_median=top.token_median,
-                norm_ratio=_mean([row.norm_ratio for row in rows]),
-                position=top.position,
-                dim=top.dim,
-                value=top.value,
+                max=largest.max,
+                median=mean([row.median for row in rows]),
+                token_median=largest.token_median,
+                norm_ratio=mean([row.norm_ratio for row in rows]),
+                position=largest.top.position,
+                dim=largest.top.dim,
+                value=largest.top.value,
                 write_share=shares[layer] if shares is not None else None,
             )
         )
     return tuple(made)
-
-
-def _final_growth(steps: Steps, path: Path | None) -> FinalGrowth | None:
-    """The largest jump of max |x| inside the final window, unless it lies along the peak's dim."""
-    tops = [max(rows, key=lambda row: row.max) for rows in steps]
-    explained = path.entry(path.peak)[0] if path is not None else None
-    found = None
-    for layer in range(limits.last_body_layer(len(steps) - 1) + 1, len(steps) - 1):
-        before, here = tops[layer], tops[layer + 1]
-        factor = here.max / max(before.max, 1e-30)
-        own = path is not None and here.dim == explained and here.position == path.position
-        if factor >= limits.FINAL_FACTOR and not own and (found is None or factor > found.factor):
-            found = FinalGrowth(
-                layer=layer, factor=factor, position=here.position, dim=here.dim, value=here.value
-            )
-    return found
-
-
-def _stability(
-    evidence: Evidence, paths: Mapping[Group, Path], probed: Sequence[Path],
-    me_layer: int | None, decode: Decode,
-) -> Stability:  # fmt: skip
-    """Every distinct massive token, and every first token tried alone, is one observation."""
-    steps = evidence.steps
-    tried = [_first_token(evidence, path, decode) for path in probed]
-    answers = [cumulative_layer(evidence, path, limits.FIRST_SHARE) for path in paths.values()]
-    answers += [token.me_layer for token in tried if token.massive]
-    last = limits.last_body_layer(len(steps) - 1)
-    massive = sum(
-        any(steps[layer + 1][i].hits for layer in range(last + 1)) for i in range(len(steps[0]))
-    )
-    return Stability(
-        observations=len(answers) if answers else len(tried) + len(steps[0]),
-        agreeing=sum(answer == me_layer for answer in answers),
-        sequences=len(steps[0]),
-        sequences_massive=massive,
-        first_tokens=tuple(tried),
-    )
-
-
-def _first_token(evidence: Evidence, path: Path, decode: Decode) -> FirstToken:
-    """Is a token massive alone? Held against the medians of the texts' own tokens."""
-    ratios = evidence.norm_ratios(path)
-    last = limits.last_body_layer(path.n_layers)
-    massive = any(
-        abs(path.entry(layer)[1])
-        > max(
-            limits.SUN_ABSOLUTE,
-            limits.SUN_RATIO * _mean([row.median for row in evidence.layers[layer]]),
-        )
-        and ratios[layer + 1] >= limits.NORM_RATIO
-        for layer in range(last + 1)
-    )
-    return FirstToken(
-        token_id=path.token_id,
-        token=decode(path.token_id),
-        massive=massive,
-        me_layer=cumulative_layer(evidence, path, limits.FIRST_SHARE) if massive else None,
-        value=path.entry(path.peak)[1],
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(sorted(values)) / len(values)

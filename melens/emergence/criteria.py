@@ -63,9 +63,9 @@ def ratio_jump(evidence: Evidence) -> int | None:
 
 @CRITERIA.register("max_jump")
 def max_jump(evidence: Evidence) -> int | None:
-    """Largest growth factor of max |x| over the whole layer output."""
-    if evidence.path is None:
-        return None
+    """Largest growth factor of max |x| over the whole layer output; answers without a massive
+    token too.
+    """  # noqa: D205
     top = torch.tensor([max(row.max for row in rows) for rows in evidence.steps])
     return int((top[1:] / top[:-1]).argmax())
 
@@ -79,7 +79,7 @@ def difference(evidence: Evidence) -> int | None:
 @CRITERIA.register("first_share")
 def first_share(evidence: Evidence) -> int | None:
     """The ME Layer: first layer where the cumulative write share, counted after any stage that
-    was erased, passes a tenth.
+    was erased, passes a tenth. -1 = the embedding already holds that.
     """  # noqa: D205
     path = evidence.path
     return None if path is None else cumulative_layer(evidence, path, FIRST_SHARE)
@@ -87,9 +87,12 @@ def first_share(evidence: Evidence) -> int | None:
 
 @CRITERIA.register("write_share")
 def write_share(evidence: Evidence) -> int | None:
-    """The main step: largest write share up to the peak."""
+    """The main step: largest share up to the peak, counted like the ME Layer."""
     path = evidence.path
-    return None if path is None else int(path.shares[: path.peak + 1].argmax())
+    if path is None:
+        return None
+    start, shares = counted_shares(evidence, path)
+    return start + int(shares.argmax())
 
 
 @CRITERIA.register("direction")
@@ -104,10 +107,22 @@ def direction(evidence: Evidence) -> int | None:
 
 def cumulative_layer(evidence: Evidence, path: Path, part: float) -> int | None:
     """First layer at which the counted cumulative share passes ``part``; None = never."""
-    start = counted_from(path, evidence.norm_ratios(path))
-    total = path.shares[start : path.peak + 1].cumsum(0)
-    over = (total > part).nonzero()
+    start, shares = counted_shares(evidence, path)
+    over = (shares.cumsum(0) > part).nonzero()
     return start + int(over[0]) if len(over) else None
+
+
+def counted_shares(evidence: Evidence, path: Path) -> tuple[int, Tensor]:
+    """First counted layer, and the shares from there to the peak.
+
+    Counted is what came after the last erased stage; without one, everything, and the embedding
+    counts as layer -1.
+    """
+    start = counted_from(path, evidence.norm_ratios(path))
+    if start:
+        return start, path.shares[start : path.peak + 1]
+    first = torch.tensor([path.embedding_share], dtype=path.shares.dtype)
+    return -1, torch.cat([first, path.shares[: path.peak + 1]])
 
 
 def _most_frequent(evidence: Evidence, flag: str) -> int | None:

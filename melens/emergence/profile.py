@@ -16,6 +16,7 @@ from melens.emergence.thresholds import (
     SUN_ABSOLUTE,
     SUN_RATIO,
 )
+from melens.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,29 @@ class Hit:
     token_id: int
     dim: int
     value: float
-    norm_ratio: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One activation: where it is and its signed value."""
+
+    position: int
+    dim: int
+    value: float
 
 
 @dataclass(frozen=True)
 class SequenceRow:
     """One sequence at one layer's output."""
 
-    max: float
+    top: Entry
+    """The largest |x| of all tokens."""
+    ordinary: Entry
+    """The largest |x| of the tokens that are not heavy."""
     median: float
     token_median: float
     median_norm: float
     norm_ratio: float
-    position: int
-    dim: int
-    value: float
     sun: bool
     """Sun et al.'s rule fires, whatever the number of tokens."""
     sun_own: bool
@@ -49,11 +58,17 @@ class SequenceRow:
     """How near the heaviest token comes to being massive, in [0, 1]."""
     hits: tuple[Hit, ...]
 
+    @property
+    def max(self) -> float:
+        """Largest |x|."""
+        return abs(self.top.value)
+
 
 @dataclass
 class LayerProfile:
     """Reducer: keeps one :class:`SequenceRow` a sequence, never an activation."""
 
+    site: str = "the residual"
     rows: list[SequenceRow] = field(default_factory=list)
 
     def update(self, x: Tensor, batch: Batch) -> None:
@@ -63,6 +78,7 @@ class LayerProfile:
             whole = bool(keep.all())
             part = x[i].detach() if whole else x[i].detach()[keep]
             ids = batch.ids[i] if whole else batch.ids[i][keep]
+            _require_finite(part, self.site)
             self.rows.append(summarise(part, ids))
 
     def result(self) -> list[SequenceRow]:
@@ -74,27 +90,28 @@ def summarise(x: Tensor, ids: Tensor) -> SequenceRow:
     """Numbers of one sequence at one layer. ``x``: [token, d_model], padding dropped."""
     magnitude = x.float().abs()
     top, dims = magnitude.max(dim=-1)
+    ids = ids.to(x.device)
     norms = torch.linalg.vector_norm(magnitude, dim=-1)
     median = magnitude.flatten().median().item()
     median_norm = max(norms.median().item(), 1e-30)
+    ratios = norms / median_norm
     at = int(top.argmax())
+    light = int(top.where(ratios < NORM_RATIO, -1.0).argmax())
     threshold = max(SUN_ABSOLUTE, SUN_RATIO * median)
     heavy = int(norms.argmax())
     ratio = norms[heavy].item() / median_norm
     nearness = top[heavy].item() / threshold
     return SequenceRow(
-        max=top[at].item(),
+        top=Entry(at, int(dims[at]), x[at, dims[at]].item()),
+        ordinary=Entry(light, int(dims[light]), x[light, dims[light]].item()),
         median=median,
         token_median=magnitude[at].median().item(),
         median_norm=median_norm,
         norm_ratio=ratio,
-        position=at,
-        dim=int(dims[at]),
-        value=x[at, dims[at]].item(),
         sun=bool(top[at] > threshold),
         sun_own=_sun_own(magnitude, top),
         closeness=min(1.0, nearness, ratio / NORM_RATIO),
-        hits=_sparse_hits(x, magnitude, top, ids, threshold, norms / median_norm),
+        hits=_sparse_hits(x, magnitude, top, ids, threshold, ratios),
     )
 
 
@@ -118,8 +135,17 @@ def _sparse_hits(
     for row, dim in (over & few).nonzero().tolist():
         at = int(tokens[row])
         if ratios[at] >= NORM_RATIO:
-            found.append(Hit(at, int(ids[at]), dim, x[at, dim].item(), ratios[at].item()))
+            found.append(Hit(at, int(ids[at]), dim, x[at, dim].item()))
     return tuple(found)
+
+
+def _require_finite(x: Tensor, site: str) -> None:
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise ModelError(
+            f"{site} holds {bad} NaN or Inf activations in {str(x.dtype).removeprefix('torch.')}; "
+            "load the model with dtype float32 or bfloat16."
+        )
 
 
 def first_layer(flags: Sequence[bool]) -> int | None:

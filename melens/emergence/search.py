@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from melens.batches import Batch, Prompts, prompts
-from melens.capture import check_sites, stream
+import torch
+
+from melens.batches import Batch, Prompts
+from melens.batches import prompts as make_prompts
+from melens.capture import stream
 from melens.emergence.assemble import assemble
 from melens.emergence.profile import LayerProfile, SequenceRow
 from melens.emergence.thresholds import MIN_TOKENS
@@ -15,8 +19,9 @@ from melens.emergence.tokens import Group, group_hits, sample_first_tokens
 from melens.emergence.trajectory import Path, trace
 from melens.errors import PromptError
 from melens.models.anatomy import resid_post, resid_pre
-from melens.models.loading import load
-from melens.provenance import RunInfo
+from melens.models.loading import adopt
+from melens.models.origin import fingerprint, origin_of
+from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 
 FIRST_PROBES = 8
@@ -48,52 +53,70 @@ def locate(
     Raises:  PromptError: no row of at least 4 tokens, or no tokenizer to make rows with.
              ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
     """  # fmt: skip
-    hooked = load(model)
+    hooked = adopt(model)
     batches = _batches(hooked, prompts, batch_size)
-    run = _run_info(hooked, seed)
-    steps = _profile(hooked, batches, progress)
     ids = [
         row[mask].tolist()
         for batch in batches
         for row, mask in zip(batch.ids, batch.mask, strict=True)
     ]
+    run = _run_info(hooked, seed, _settings(hooked, prompts, ids))
+    steps = _profile(hooked, batches, progress)
     groups = group_hits(steps)
     probes = sample_first_tokens(ids, groups, count=FIRST_PROBES, seed=seed)
     paths, probed = _trace(hooked, groups, probes, ids)
     decode = _decoder(getattr(hooked, "tokenizer", None))
-    return assemble(steps, groups, paths, probed, decode=decode, run=run)
+    first_ids = len({row[0] for row in ids})
+    return assemble(steps, paths, probed, first_ids=first_ids, decode=decode, run=run)
 
 
 def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:
-    if isinstance(source, Batch):
-        source = [source]
-    ready = isinstance(source, (list, tuple)) and source and isinstance(source[0], Batch)
-    if ready:
+    limit = getattr(model.cfg, "n_ctx", None)
+    source = [source] if isinstance(source, Batch) else source
+    if isinstance(source, (list, tuple)) and source and isinstance(source[0], Batch):
         batches = list(source)
     else:
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
-            raise PromptError("this model has no tokenizer; pass token batches (melens.Batch.of).")
-        made = (
-            source
-            if isinstance(source, Prompts)
-            else prompts("bundled" if source is None else source)
-        )
-        limit = getattr(model.cfg, "n_ctx", None)
-        batches = made.pack(tokenizer, batch_size=batch_size, max_length=limit)
-    longest = max(int(batch.mask.sum(-1).max()) for batch in batches)
-    shortest = min(int(batch.mask.sum(-1).min()) for batch in batches)
-    if shortest < MIN_TOKENS:
+            raise PromptError(
+                "this model has no tokenizer; load it with melens.load(model, tokenizer=...), or "
+                "pass token batches (melens.Batch.of)."
+            )
+        if not isinstance(source, Prompts):
+            source = make_prompts("bundled" if source is None else source)
+        batches = source.pack(tokenizer, batch_size=batch_size, max_length=limit)
+    lengths = torch.cat([batch.mask.sum(-1).cpu() for batch in batches])
+    if lengths.min() < MIN_TOKENS:
         raise PromptError(
-            f"a sequence has {shortest} tokens; locating needs at least {MIN_TOKENS}, to have "
-            "ordinary tokens to compare with."
+            f"sequence {int(lengths.argmin())} has {int(lengths.min())} tokens; locating needs at "
+            f"least {MIN_TOKENS}, to have ordinary tokens to compare with."
         )
-    biggest = max(int(batch.ids.max()) for batch in batches)
-    if biggest >= model.cfg.d_vocab:
-        raise PromptError(f"token id {biggest} is outside the vocabulary of {model.cfg.d_vocab}.")
-    if (limit := getattr(model.cfg, "n_ctx", None)) and longest > limit:
-        raise PromptError(f"a sequence has {longest} tokens; the model's context is {limit}.")
+    if limit and lengths.max() > limit:
+        raise PromptError(
+            f"a sequence has {int(lengths.max())} tokens; the model's context is {limit}."
+        )
+    low = min(int(batch.ids.min()) for batch in batches)
+    high = max(int(batch.ids.max()) for batch in batches)
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise PromptError(
+            f"token ids run from {low} to {high}; the vocabulary is 0 to {model.cfg.d_vocab - 1}."
+        )
     return batches
+
+
+def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What a run was fed, so that it can be made again."""
+    start = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    made = source if isinstance(source, Prompts) else Prompts(())
+    return {
+        "sequences": len(ids),
+        "tokens": sum(map(len, ids)),
+        "ids": hashlib.sha256(repr(sorted(ids)).encode()).hexdigest()[:16],
+        "bos_first": start is not None and all(row[0] == start for row in ids),
+        "length": max(map(len, ids)),
+        "bos": made.bos,
+        "chat": made.chat,
+    }
 
 
 def _profile(
@@ -101,8 +124,7 @@ def _profile(
 ) -> list[list[SequenceRow]]:
     """Rows by step: the embedding, then every layer's output."""
     sites = [resid_pre(0), *(resid_post(layer) for layer in range(model.cfg.n_layers))]
-    check_sites(model, sites)
-    taps = {site: LayerProfile() for site in sites}
+    taps = {site: LayerProfile(site) for site in sites}
     total = sum(map(len, batches))
     done = 0
 
@@ -118,28 +140,27 @@ def _profile(
 
 def _trace(
     model: Any, groups: Sequence[Group], probes: Sequence[int], ids: Sequence[Sequence[int]]
-) -> tuple[dict[Group, Path], list[Path]]:
-    """Exact trajectories of the massive tokens and of the first tokens tried beside them."""
-    first = [group for group in groups if group.first][:FIRST_GROUPS]
-    later = [group for group in groups if not group.first][:LATER_GROUPS]
-    prefixes = [[group.token_id] for group in first] + [[token] for token in probes]
-    prefixes += [list(ids[group.sequence][: group.position + 1]) for group in later]
-    paths = trace(model, prefixes)
-    cut = len(first) + len(probes)
-    known = dict(zip(first, paths[: len(first)], strict=True))
-    known |= dict(zip(later, paths[cut:], strict=True))
-    return known, paths[len(first) : cut]
+) -> tuple[dict[Group, Path | None], list[Path]]:
+    """Exact trajectories of massive tokens (the most telling ones) and of other first tokens."""
+    chosen = [group for group in groups if group.first][:FIRST_GROUPS]
+    chosen += [group for group in groups if not group.first][:LATER_GROUPS]
+    prefixes = [list(ids[group.sequence][: group.position + 1]) for group in chosen]
+    paths = trace(model, [*prefixes, *([token] for token in probes)])
+    found: dict[Group, Path | None] = dict.fromkeys(groups)
+    found |= dict(zip(chosen, paths[: len(chosen)], strict=True))
+    return found, paths[len(chosen) :]
 
 
-def _run_info(model: Any, seed: int) -> RunInfo:
-    from melens.models.origin import fingerprint, origin_of
-
-    origin = origin_of(model)
-    parameter = next(model.parameters())
-    return RunInfo.collect(
-        model=origin.name, revision=origin.revision, weights=fingerprint(model),
-        dtype=str(parameter.dtype).removeprefix("torch."), device=str(parameter.device), seed=seed,
-    )  # fmt: skip
+def _run_info(model: Any, seed: int, settings: dict[str, Any]) -> RunInfo:
+    origin, parameter = origin_of(model), next(model.parameters())
+    facts = ModelFacts(
+        name=origin.name,
+        revision=origin.revision,
+        weights=fingerprint(model),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=str(parameter.device),
+    )
+    return RunInfo.collect(facts, seed=seed, settings=settings)
 
 
 def _decoder(tokenizer: Any) -> Callable[[int], str]:

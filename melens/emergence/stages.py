@@ -25,20 +25,25 @@ def spans(path: Path, ratios: Tensor) -> list[Span]:
     Args:    ratios: norm over the median token norm, by step (embedding first).
     """
     norms = path.norms[1:].tolist()
-    heavy = (ratios[1:] >= NORM_RATIO).tolist()
     last = last_body_layer(path.n_layers)
+    heavy = (ratios[1 : last + 2] >= NORM_RATIO).tolist()
     found: list[Span] = []
     start, peak = 0, 0
     for layer, norm in enumerate(norms):
         if norm > norms[peak] and layer <= last:
             peak = layer
         elif norm < ERASED_LEFT * norms[peak]:
-            if any(heavy[start : layer + 1]) and peak <= last:
+            if _is_stage(found, start, peak, heavy[start : layer + 1]):
                 found.append(Span(start, peak, layer))
             start = peak = layer
-    if any(heavy[start:]) and peak <= last:
+    if _is_stage(found, start, peak, heavy[start:]):
         found.append(Span(start, peak, None))
     return found
+
+
+def _is_stage(before: list[Span], start: int, peak: int, heavy: list[bool]) -> bool:
+    """A heavy stretch; after an erasure it must have grown again, or it is what was left over."""
+    return any(heavy) and (not before or peak > start)
 
 
 def counted_from(path: Path, ratios: Tensor) -> int:

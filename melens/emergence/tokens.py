@@ -63,7 +63,7 @@ def group_hits(steps: Sequence[Sequence[SequenceRow]]) -> list[Group]:
 
 
 def _group(key: tuple[bool, int], hits: list[tuple[int, Hit]], n: int) -> Group:
-    sequence, earliest = min(hits, key=lambda item: (item[1].position, item[0]))
+    sequence, earliest = min(hits, key=lambda item: (item[1].position, -abs(item[1].value)))
     by_dim: dict[int, list[tuple[int, Hit]]] = {}
     for hit in hits:
         by_dim.setdefault(hit[1].dim, []).append(hit)

@@ -51,6 +51,11 @@ class Path:
         """Write share of every block: mixer and FFN together."""
         return self.part_shares(self.mixer) + self.part_shares(self.ffn)
 
+    @property
+    def embedding_share(self) -> float:
+        """The embedding's own share: with all writes up to the peak it sums to 1."""
+        return self.part_shares(self.resid[:1]).item()
+
     def part_shares(self, writes: Float[Tensor, "layer d_model"]) -> Float[Tensor, " layer"]:
         """Shares of the vector at the peak."""
         return write_shares(writes, self.resid[self.peak + 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,21 +29,14 @@ class Family:
     """Norms on the write path, between a part's output and the residual."""
     gain_offset: float
     """Effective gain = offset + stored weight (1 where the weight is kept around zero)."""
-    norm: Literal["rms", "layer"]
-    ffn: Literal["gated", "plain", "moe"]
     tiny: Callable[[], Any]
-    parallel: bool = False
-    """Attention and FFN read the same residual: there is no hook_resid_mid."""
 
 
 FAMILIES: Registry[Family] = Registry("model family")
 
 
 def _family(name: str, *architectures: str, **facts: Any) -> None:
-    usual = {
-        "pre_norms": ("ln1", "ln2"), "post_norms": (), "gain_offset": 0.0, "norm": "rms",
-        "ffn": "gated",
-    }  # fmt: skip
+    usual = {"pre_norms": ("ln1", "ln2"), "post_norms": (), "gain_offset": 0.0}
     FAMILIES.add(name, Family(architectures, tiny=TINY[name], **{**usual, **facts}))
 
 
@@ -56,11 +49,11 @@ _family("phi3", "Phi3ForCausalLM")
 _family("gemma2", "Gemma2ForCausalLM", **_SANDWICH)
 _family("gemma3", "Gemma3ForCausalLM", **_SANDWICH)
 _family("olmo2", "Olmo2ForCausalLM", pre_norms=(), post_norms=("ln1_post", "ln2_post"))
-_family("gpt2", "GPT2LMHeadModel", norm="layer", ffn="plain")
-_family("neox", "GPTNeoXForCausalLM", norm="layer", ffn="plain", parallel=True)
-_family("mixtral", "MixtralForCausalLM", ffn="moe")
-_family("qwen3-moe", "Qwen3MoeForCausalLM", ffn="moe")
-_family("qwen3-next", "Qwen3NextForCausalLM", gain_offset=1.0, ffn="moe")
+_family("gpt2", "GPT2LMHeadModel")
+_family("neox", "GPTNeoXForCausalLM")
+_family("mixtral", "MixtralForCausalLM")
+_family("qwen3-moe", "Qwen3MoeForCausalLM")
+_family("qwen3-next", "Qwen3NextForCausalLM", gain_offset=1.0)
 
 
 @dataclass(frozen=True)

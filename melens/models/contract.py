@@ -15,6 +15,7 @@ from melens.models.anatomy import (
     Anatomy,
     Block,
     anatomy,
+    family_of,
     norm_gain,
     resid_post,
     resid_pre,
@@ -61,11 +62,30 @@ def check_contract(model: Any) -> Anatomy:
     hooks = [(site, keep(site)) for block in parts.blocks for site in _sites(model, block)]
     hooks += [(resid_post(block.layer), close(block)) for block in parts.blocks]
     ids = (torch.arange(PROBE_TOKENS)[None] + 3) % min(model.cfg.d_vocab, 100)
-    with evaluating(model), model.hooks(fwd_hooks=hooks):
-        forward(model, Batch.of(ids))
+    with evaluating(model):
+        with model.hooks(fwd_hooks=hooks):
+            forward(model, Batch.of(ids))
+        _check_causality(model, ids)
     if done != list(range(model.cfg.n_layers)):
         raise ContractError(f"blocks fired in the order {done[:8]}, expected 0 to the last, once.")
     return parts
+
+
+def _check_causality(model: Any, ids: Tensor) -> None:
+    """A token must not see later ones: trajectories are computed from a prefix alone."""
+    rows: list[Tensor] = []
+    site = resid_post(model.cfg.n_layers - 1)
+    keep = [(site, lambda x, hook: rows.append(x.detach().float()))]
+    with model.hooks(fwd_hooks=keep):
+        for last in (ids[:, -1:], ids[:, :1]):
+            forward(model, Batch.of(torch.cat([ids[:, :-1], last], dim=1)))
+    before, after = (row[:, :-1] for row in rows)
+    error = _largest_miss(before, after, [before, after])
+    if not error <= SUM_TOLERANCE.get(residual_dtype(model), HALF_SUM_TOLERANCE):
+        raise ContractError(
+            f"changing the last token changes earlier ones (by {error:.1e}): this model is not "
+            "causal, and melens reads only causal decoders."
+        )
 
 
 def _sites(model: Any, block: Block) -> list[str]:
@@ -73,17 +93,18 @@ def _sites(model: Any, block: Block) -> list[str]:
     sites += [block.ffn_write] if block.ffn_write else []
     sites += [f"blocks.{block.layer}.attn.hook_pattern"] if block.attention else []
     if _knows_gains(model):
+        row = FAMILIES[str(family_of(model))]
+        if {*block.norms} != {*row.pre_norms, *row.post_norms}:
+            raise ContractError(
+                f"block {block.layer} has norms {block.norms}, its family's row not."
+            )
         for norm in block.norms:
             sites += [f"blocks.{block.layer}.{norm}.hook_{end}" for end in ("normalized", "out")]
     return sites
 
 
 def _knows_gains(model: Any) -> bool:
-    return (
-        getattr(model.cfg, "architecture", None) is not None
-        and not getattr(model, "_weights_processed", False)
-        and any(model.cfg.architecture in row.architectures for row in FAMILIES.values())
-    )
+    return family_of(model) is not None and not getattr(model, "_weights_processed", False)
 
 
 def _check_block(model: Any, block: Block, seen: dict[str, Tensor]) -> None:
@@ -92,20 +113,26 @@ def _check_block(model: Any, block: Block, seen: dict[str, Tensor]) -> None:
         raise ContractError(f"{silent[0]} exists but did not fire; melens cannot read this model.")
     dtype = residual_dtype(model)
     after = seen[resid_post(block.layer)].float()
-    total = seen[resid_pre(block.layer)].float()
-    for site in (*block.mixer_writes, block.ffn_write):
-        total = total + seen[site].float() if site else total
-    scale = after.abs().max().clamp(min=1e-12)
-    error = ((total - after).abs().max() / scale).item()
+    if not torch.isfinite(after).all():
+        raise ContractError(f"block {block.layer} leaves NaN or Inf in {dtype}; use float32.")
+    parts = [seen[resid_pre(block.layer)].float()]
+    parts += [seen[site].float() for site in (*block.mixer_writes, block.ffn_write) if site]
+    error = _largest_miss(torch.stack(parts).sum(0), after, [*parts, after])
     if not error <= SUM_TOLERANCE.get(dtype, HALF_SUM_TOLERANCE):
         raise ContractError(
             f"block {block.layer}: resid_pre + attention + FFN misses resid_post by {error:.1e} of "
-            "its largest entry, so nothing can be attributed to its parts."
+            "a token's largest entry, so nothing can be attributed to its parts."
         )
     if block.attention:
         _check_rows(block, seen, dtype)
     if _knows_gains(model):
         _check_norms(model, block, seen, dtype)
+
+
+def _largest_miss(made: Tensor, found: Tensor, scales: list[Tensor]) -> float:
+    """Largest difference, relative to each token's own largest entry: no token hides another."""
+    scale = torch.stack([part.abs().amax(-1) for part in scales]).amax(0).clamp(min=1e-12)
+    return ((made - found).abs().amax(-1) / scale).max().item()
 
 
 def _check_rows(block: Block, seen: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -123,7 +150,7 @@ def _check_norms(model: Any, block: Block, seen: dict[str, Tensor], dtype: torch
         made = seen[f"{prefix}normalized"].float() * gain
         made = made + bias.float() if isinstance(bias, Tensor) else made
         out = seen[f"{prefix}out"].float()
-        error = ((made - out).abs().max() / out.abs().max().clamp(min=1e-12)).item()
+        error = _largest_miss(made, out, [made, out])
         if not error <= ROW_TOLERANCE.get(dtype, HALF_ROW_TOLERANCE):
             raise ContractError(
                 f"block {block.layer}: {norm} does not multiply by the gain its family's row says "

@@ -94,7 +94,8 @@ def read_json(path: Path) -> Any:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        shards = read_json(index).get("weight_map")
+        data = read_json(index)
+        shards = data.get("weight_map") if isinstance(data, dict) else None
         if not isinstance(shards, dict) or not shards:
             raise WeightsError(f"{INDEX} in {folder} has no weight_map; fetch it again.")
         return [folder / name for name in sorted(set(shards.values()))]

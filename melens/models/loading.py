@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from melens.models.gguf import converted_copy
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
 
+_KEPT = "_melens_bridge"
+_CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Model objects that passed the contract already."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,8 +36,9 @@ def load(
     """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
 
     Args:    model: a named model (``melens models``), a folder, a ``.gguf`` file, a Hugging Face
-             id (the only case that may use the network), or a model object: an HF causal LM is
-             bridged in place, a TransformerBridge or HookedTransformer is checked and returned.
+             id, or a model object: an HF causal LM is bridged in place, a TransformerBridge or
+             HookedTransformer is checked and returned. The network is used for a hub id, and for
+             a named model that is not here yet.
              device: ``cpu``, ``cuda``, ``mps``, ...; None = CUDA, else MPS, else CPU. An object
              is never moved: naming another device for it is refused.
              dtype: torch dtype or its name, ``auto`` = the checkpoint's own; None = float32 on
@@ -43,41 +49,70 @@ def load(
              ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
     """  # fmt: skip
     if not isinstance(model, (str, Path)):
-        bridge = _adopt(model, device=device, dtype=dtype, tokenizer=tokenizer)
-        check_contract(bridge)
-        return bridge
+        return adopt(model, device=device, dtype=dtype, tokenizer=tokenizer).eval()
     name = str(model)
     source, is_local = _resolve(name, revision=revision, trust_remote_code=trust_remote_code)
     if is_local and revision is not None:
         raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
     device = device or _best_device()
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    hf = _read_weights(source, dtype=_dtype(dtype, device), is_local=is_local, **options)
-    tokenizer = tokenizer or _read_tokenizer(source, is_local=is_local, **options)
-    bridge = _bridge(_to_device(hf, device), tokenizer, name=name)
+    options = {
+        "revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": is_local,
+    }  # fmt: skip
+    hf = _read_weights(source, dtype=_dtype(dtype, device), options=options)
+    tokenizer = tokenizer or _read_tokenizer(source, options)
+    bridge = _bridge(_to_device(hf, device), tokenizer, name=name).eval()
+    shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
-    remember(bridge, Origin(name if name in NAMED or not is_local else source.name,
-                            revision=commit or revision))  # fmt: skip
+    remember(bridge, Origin(shown, revision=commit or revision))
     check_contract(bridge)
+    return bridge
+
+
+def adopt(
+    model: Any, *, device: str | None = None, dtype: Any = None, tokenizer: Any = None
+) -> Any:
+    """:func:`load` for names and paths; a model object is bridged if need be, checked once, and
+    left on its device, in its dtype and in its mode. An HF model keeps its bridge: bridging
+    replaces its submodules, so that a second one would wrap the first (and saving it no longer
+    works; save a model that was never bridged).
+    """  # noqa: D205
+    if isinstance(model, (str, Path)):
+        return load(model, device=device, dtype=dtype, tokenizer=tokenizer)
+    if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
+        raise ModelError(f"load() got a {type(model).__name__}; give a name, a path or a model.")
+    _refuse_moving(model, device, dtype)
+    if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
+        bridge = model
+    elif (bridge := vars(model).get(_KEPT)) is None:
+        bridge = _bridge_object(model, tokenizer)
+        vars(model)[_KEPT] = bridge
+    if bridge not in _CHECKED:
+        require_finite_weights(bridge)
+        check_contract(bridge)
+        _CHECKED.add(bridge)
     return bridge
 
 
 def _resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tuple[Any, bool]:
     """Where to load from (a folder, or a hub id) and whether that is local."""
     if name in NAMED:
-        return fetch(NAMED[name]), True
+        return _checked(fetch(NAMED[name])), True
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but no .gguf; give the model's folder instead.")
-        return converted_copy(path), True
+        return _checked(converted_copy(path)), True
     if path.is_dir():
-        check_folder(path, trust_remote_code=trust_remote_code)
-        return path, True
+        return _checked(path, trust_remote_code=trust_remote_code), True
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         raise ModelNotFoundError(f"there is no file or folder {name}.")
     _check_hub(name, revision=revision, trust_remote_code=trust_remote_code)
     return name, False
+
+
+def _checked(folder: Path, *, trust_remote_code: bool = False) -> Path:
+    check_folder(folder, trust_remote_code=trust_remote_code)
+    return folder
 
 
 def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> None:
@@ -89,30 +124,28 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = _first_line(error)
         if "valid model identifier" in first:
             raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
         raise FetchError(
-            f"{name} is no named model and no folder here, and the hub could not be read: "
-            f"{first[:160]}"
+            f"{name} is no named model and no folder here, and the hub could not be read: {first}"
         ) from None
     check_config(config, name=name, trust_remote_code=trust_remote_code)
 
 
-def _read_weights(
-    source: Any, *, dtype: torch.dtype | str, is_local: bool, **options: Any
-) -> torch.nn.Module:
+def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, attn_implementation="eager",
-            local_files_only=is_local, output_loading_info=True, **options,
+            output_loading_info=True, **options,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        kind = WeightsError if is_local else FetchError
-        raise kind(f"cannot load {source}: {first[:200]}") from None
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        kind = WeightsError if options["local_files_only"] else FetchError
+        raise kind(f"cannot load {source}: {_first_line(error)}") from None
+    hf, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would fill them with random values and only warn
         raise WeightsError(
@@ -123,38 +156,41 @@ def _read_weights(
     return hf
 
 
-def _read_tokenizer(source: Any, *, is_local: bool, **options: Any) -> Any:
+def _read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=is_local, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or ["?"])[0]
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(
-            f"{source} has no tokenizer that can be read ({first[:120]}); pass tokenizer=..."
+            f"{source} has no tokenizer that can be read ({_first_line(error)}); pass tokenizer=..."
         ) from None
 
 
-def _adopt(model: Any, *, device: str | None, dtype: Any, tokenizer: Any) -> Any:
-    """A model object of the caller's: bridged if it is a plain HF model, never moved or cast."""
-    if not isinstance(model, torch.nn.Module):
-        raise ModelError(f"load() got a {type(model).__name__}; give a name, a path or a model.")
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _refuse_moving(model: torch.nn.Module, device: str | None, dtype: Any) -> None:
     first = next(model.parameters())
     if device is not None and torch.device(device).type != first.device.type:
         raise ModelError(f"the model is on {first.device}; move it yourself, or drop device.")
     if dtype not in (None, "auto") and _dtype(dtype, "cpu") != first.dtype:
         raise ModelError(f"the model is in {first.dtype}; cast it yourself, or drop dtype.")
-    if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
-        return model.eval()
-    config = getattr(model, "config", None)
+
+
+def _bridge_object(model: torch.nn.Module, tokenizer: Any) -> Any:
+    """Bridge a plain HF model of the caller's."""
+    config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise ModelError(f"{type(model).__name__} is neither an HF causal LM nor a hooked model.")
     data = {**config.to_dict(), "architectures": [type(model).__name__]}
     check_config(data, name=type(model).__name__, trust_remote_code=True)
-    require_finite_weights(model)
     path = str(getattr(config, "_name_or_path", "") or "")
     if tokenizer is None and path and Path(path).is_dir():
-        tokenizer = _read_tokenizer(Path(path), is_local=True)
+        tokenizer = _read_tokenizer(
+            Path(path), {"local_files_only": True, "trust_remote_code": False}
+        )
     name = path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__
     bridge = _bridge(model, tokenizer, name=name)
     remember(bridge, Origin(name))
@@ -164,9 +200,8 @@ def _adopt(model: Any, *, device: str | None, dtype: Any, tokenizer: Any) -> Any
 def _bridge(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    config: Any = hf.config
-    if not getattr(config, "architectures", None):
-        config.architectures = [type(hf).__name__]
+    config = copy.deepcopy(hf.config)
+    config.architectures = [type(hf).__name__]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -175,14 +210,14 @@ def _bridge(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
             )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(
-                f"TransformerLens has no adapter for {type(hf).__name__} ({str(error)[:120]})."
+                f"TransformerLens has no adapter for {type(hf).__name__} ({_first_line(error)})."
             ) from None
     if tokenizer is not None:
         # The tokenizer as it is: TransformerLens' own set-up would switch BOS on.
         bridge.tokenizer = tokenizer
         probe = tokenizer("a", verbose=False)["input_ids"]
         bridge.cfg.tokenizer_prepends_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
-    return bridge.eval()
+    return bridge
 
 
 def require_finite_weights(model: torch.nn.Module) -> None:
@@ -203,8 +238,7 @@ def _to_device(hf: Any, device: str) -> Any:
     try:
         return hf.to(device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"device {device!r} cannot be used: {first[:150]}") from None
+        raise ModelError(f"device {device!r} cannot be used: {_first_line(error)}") from None
 
 
 def _best_device() -> str:

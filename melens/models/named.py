@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from melens.errors import FetchError, LicenceError, WeightsError
-from melens.models.cache import building, cache_dir, fetch_package, package_dir, require_sha256
+from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256
 from melens.registry import Registry
 from melens.results.base import write_atomically
 
@@ -107,7 +108,8 @@ def fetch(model: NamedModel) -> Path:
             f"{model.name} comes under the {model.licence}. If you accept it, run: "
             f"melens models get {model.name} --accept-license {model.accept}"
         )
-    if os.environ.get("MELENS_OFFLINE") and on_this_machine(model) == "no":
+    offline = any(os.environ.get(name) for name in ("MELENS_OFFLINE", "HF_HUB_OFFLINE"))
+    if offline and on_this_machine(model) == "no":
         raise FetchError(f"{model.name} is not on this machine, and offline was asked for.")
     for package, module, _ in model.parts:
         if package_dir(package, module) is None:
@@ -129,8 +131,9 @@ def forget(model: NamedModel) -> bool:
 def _convert(model: NamedModel) -> Path:
     from melens.models.gguf import convert_gguf
 
-    with building(cache_dir() / "joined" / model.name) as folder:
-        whole = folder / model.file
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".joined.") as folder:
+        whole = Path(folder) / model.file
         with whole.open("wb") as out:
             for part in _part_files(model):
                 if part is None:
@@ -140,7 +143,6 @@ def _convert(model: NamedModel) -> Path:
         require_sha256(whole, model.sha256)
         _say(f"converting {model.about} to safetensors, once (about half a minute)")
         convert_gguf(whole, model.converted)
-    shutil.rmtree(cache_dir() / "joined", ignore_errors=True)
     return model.converted
 
 

@@ -48,5 +48,5 @@ def fingerprint(model: Any) -> str:
         flat = value.detach().flatten()
         step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(flat[::step].to("cpu", torch.float64).numpy().tobytes())
+        digest.update(flat[::step].cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Frozen results: plain numbers that know how they were made and can be drawn again."""
 
 from melens.results.base import Result, load_result
+from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import (
     Criteria,
     Cumulative,
@@ -15,10 +16,12 @@ from melens.results.locate import (
 )
 
 __all__ = [
+    "Comparison",
     "Criteria",
     "Cumulative",
     "FinalGrowth",
     "FirstToken",
+    "KnownCheck",
     "LayerRow",
     "MELayer",
     "MassiveToken",

@@ -88,9 +88,9 @@ class Writer(Part):
 class Cumulative(Part):
     """Layers at which the cumulative write share reaches 10, 50 and 90 %."""
 
-    p10: int | None
-    p50: int | None
-    p90: int | None
+    p10: int | None = None
+    p50: int | None = None
+    p90: int | None = None
 
 
 class FinalGrowth(Part):
@@ -133,11 +133,13 @@ class MELayer(Result):
     kind: Literal["locate"] = "locate"
     schema_: Literal["melens/locate/1"] = Field(default="melens/locate/1", alias="schema")
     verdict: Verdict
-    me_layer: int | None
-    """Layer where what stays first appears (``first_share``); None only for ``none``."""
-    main_layer: int | None
+    me_layer: int | None = None
+    """Layer where what stays first appears (``first_share``); None only for ``none``, -1 where the
+    embedding itself is massive.
+    """
+    main_layer: int | None = None
     """The step that adds most (``write_share``); None only for ``none``."""
-    effective_layers: float | None
+    effective_layers: float | None = None
     """exp(entropy) of the positive write shares up to the peak; 1 = one layer."""
     confidence: float
     """That one layer explains it: agreement between criteria x stability over observations x
@@ -145,12 +147,12 @@ class MELayer(Result):
     """
     n_layers: int
     criteria: Criteria
-    cumulative: Cumulative
-    stages: tuple[Stage, ...]
-    peak_layer: int | None
-    erase_layer: int | None
+    cumulative: Cumulative = Cumulative()
+    stages: tuple[Stage, ...] = ()
+    peak_layer: int | None = None
+    erase_layer: int | None = None
     massive: tuple[MassiveToken, ...]
-    writer: Writer | None
+    writer: Writer | None = None
     final_layer_growth: FinalGrowth | None
     stability: Stability
     profile: tuple[LayerRow, ...]
@@ -168,21 +170,36 @@ class MELayer(Result):
     def summary(self) -> str:
         """One plain sentence; layers count from 0 at the block output."""
         if self.verdict == "none":
-            return f"{self.run.model}: no massive activations ({self._sureness()})."
+            return f"{self.run.model}: {self._without()} ({self._sureness()})."
         first = self.massive[0]
-        writer = "FFN" if self.writer and self.writer.ffn >= 0.5 else "attention"
         text = (
             f"{self.run.model}: {self.verdict} emergence, ME Layer {self.me_layer} of "
-            f"{self.n_layers} (counted from 0, at the block output), written by the {writer}; "
+            f"{self.n_layers} (counted from 0, at the block output), {self._origin()}; "
             f"token {first.token!r} at position {first.position} reaches {first.value:,.0f} "
             f"in dimension {first.dim}"
         )
         if self.verdict in ("gradual", "multi-step"):
             text += f"; main step at layer {self.main_layer}, "
             text += f"10 to 90 % from layer {self.cumulative.p10} to {self.cumulative.p90}"
-        if self.stages and self.stages[-1].erased_at is not None:
-            text += f"; erased at layer {self.stages[-1].erased_at}"
+        if self.erase_layer is not None:
+            text += f"; erased at layer {self.erase_layer}"
         return f"{text} ({self._sureness()})."
+
+    def _origin(self) -> str:
+        if self.writer is None:
+            return "already in the embedding (-1)"
+        return f"written by the {'FFN' if self.writer.ffn >= 0.5 else 'attention'}"
+
+    def _without(self) -> str:
+        """What there is instead of a massive token."""
+        if self.criteria.sun_layer is None:
+            return "no massive activations"
+        row = max(self.profile, key=lambda row: row.max)
+        return (
+            "no token stands out, so no massive activations by definition, but |x| reaches "
+            f"{row.max:,.0f} in dimension {row.dim} (layer {row.layer}) on many tokens or only in "
+            "the last layers"
+        )
 
     def _sureness(self) -> str:
         return f"confidence {self.confidence:.2f}, {self.level}"

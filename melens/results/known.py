@@ -1,0 +1,49 @@
+"""KnownCheck: a located ME Layer beside what was published about the same model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from melens.results.base import Part, Result
+
+CONVENTION = (
+    "Layers are 0-based block indices, measured at the block's output (resid_post): a source that "
+    "counts hidden_states from 1, or block inputs, is one higher."
+)
+
+
+class Comparison(Part):
+    """One published number beside the measured one."""
+
+    what: str
+    published: str
+    measured: str
+    verdict: Literal["match", "mismatch", "unknown"]
+
+
+class KnownCheck(Result):
+    """A located ME Layer against what was published about the same model."""
+
+    schema_id: ClassVar[str] = "melens/known/1"
+
+    kind: Literal["known"] = "known"
+    schema_: Literal["melens/known/1"] = Field(default="melens/known/1", alias="schema")
+    model: str
+    verdict: Literal["match", "mismatch", "unknown"]
+    comparisons: tuple[Comparison, ...]
+    source: str | None
+    convention: str = CONVENTION
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a published number."""
+        return [row.model_dump() for row in self.comparisons]
+
+    def summary(self) -> str:
+        """One plain sentence."""
+        if self.source is None:
+            return f"{self.model}: unknown, nothing published is on record for this name."
+        bad = [row.what for row in self.comparisons if row.verdict == "mismatch"]
+        detail = f" in {', '.join(bad)}" if bad else ""
+        return f"{self.model}: {self.verdict}{detail} (source: {self.source})."
