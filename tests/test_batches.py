@@ -46,8 +46,14 @@ def test_bos_follows_the_tokenizer_unless_forced(tokenizer):
 
 
 def test_first_pieces_of_all_texts_come_before_second_ones(tokenizer):
-    rows = prompts(["w5 w6 w7", "w8 w9"], n=3, length=2).token_rows(tokenizer)
-    assert rows == [[5, 6], [8, 9], [7]]
+    rows = prompts(["w5 w6 w7 w8", "w9 w10 w11"], n=3, length=2).token_rows(tokenizer)
+    assert rows == [[5, 6], [9, 10], [7, 8]]
+
+
+def test_a_tail_of_a_few_tokens_is_dropped_but_a_short_text_is_not(tokenizer):
+    text = " ".join(f"w{i}" for i in range(40, 63))
+    assert [len(r) for r in prompts(text, n=9, length=10).token_rows(tokenizer)] == [10, 10]
+    assert [len(r) for r in prompts("w5 w6", length=10).token_rows(tokenizer)] == [2]
 
 
 def test_one_token_texts_make_one_token_rows_and_overlong_lengths_are_refused(tokenizer):

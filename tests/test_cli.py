@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -80,6 +81,16 @@ def test_texts_from_prompts(run, model):
     code, stdout, _ = run("locate", model, "--prompt", words, "--prompt", words, "--bos", "--json")
     assert code == 0
     assert json.loads(stdout)["stability"]["sequences"] == 2
+
+
+def test_texts_from_stdin_offline(run, model, monkeypatch):
+    words = " ".join(f"w{i}" for i in range(20, 50))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(words.encode())))
+    monkeypatch.setenv("MELENS_OFFLINE", "")
+    code, stdout, _ = run("locate", model, "--text", "-", "--bos", "--json", "--offline")
+    assert code == 0
+    settings = json.loads(stdout)["run"]["settings"]
+    assert (settings["tokens"], settings["bos_first"]) == (31, True)
 
 
 @pytest.mark.parametrize(

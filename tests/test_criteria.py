@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from melens.batches import Batch
+from melens.emergence.assemble import _writer
 from melens.emergence.criteria import CRITERIA, Evidence, counted_shares, cumulative_layer
-from melens.emergence.profile import Entry, summarise
+from melens.emergence.final import final_growth
+from melens.emergence.profile import Entry, LayerProfile, summarise
 from melens.emergence.stages import Span, counted_from, spans
 from melens.emergence.thresholds import last_body_layer
 from melens.emergence.trajectory import Path
-from melens.emergence.verdict import shape_of, stability
+from melens.emergence.verdict import agreement, shape_of, stability
+from melens.errors import ModelError
+from melens.metrics import METRICS
+from melens.results import Criteria
 
 D = 8
 
@@ -123,6 +131,91 @@ def test_stability_is_modest_about_one_observation():
     assert stability(1, 1) == pytest.approx(2 / 3)
     assert stability(16, 16) == pytest.approx(17 / 18)
     assert stability(0, 4) == pytest.approx(1 / 6)
+
+
+def test_the_writer_is_split_and_left_out_where_it_was_embedded():
+    made = path([0, 0, 1000, 0, 0, 0, 0, 0, 0, 0])
+    made = dataclasses.replace(made, mixer=3 * made.ffn, resid=made.resid * 1.0)
+    resid = made.resid[:1] + torch.cat([torch.zeros(1, D), (made.mixer + made.ffn).cumsum(0)])
+    writer = _writer(dataclasses.replace(made, resid=resid), 0)
+    assert (writer.attention, writer.ffn) == pytest.approx((0.75, 0.25), abs=1e-3)
+    embedded = path([0.0] * 10)
+    assert _writer(embedded, 0) is None
+    assert CRITERIA["first_share"](evidence(embedded)) == -1
+
+
+def test_agreement_counts_the_criteria_that_answer():
+    answers = dict.fromkeys(Criteria.model_fields)
+    assert agreement(Criteria(**{**answers, "sun_layer": 3, "ratio_jump": 4}), 4) == 0.5
+    assert agreement(Criteria(**{**answers, "sun_layer": 3, "ratio_jump": 3}), 3) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shares", "verdict"),
+    [
+        ([0.76, 0.24], "multi-step"),  # effective number 1.74: the rest is no crumb
+        ([0.90, 0.10], "single"),
+        ([0.76, 0.08, 0.08, 0.08], "gradual"),  # 76 % alone is not single: effective number 2.2
+        ([0.40, 0.35, 0.25], "multi-step"),
+        ([0.25, 0.25, 0.25, 0.25], "gradual"),
+        ([0.74, 0.09, 0.09, 0.08], "gradual"),
+    ],
+)
+def test_the_boundaries_between_shapes(shares, verdict):
+    assert shape_of(torch.tensor(shares), [Span(0, 3, None)], 3) == verdict
+
+
+def test_what_an_erasure_leaves_is_no_stage():
+    made = path([0, 5000, 0, -3000, 0, -1500, 0, -450, 0, 0])
+    assert spans(made, evidence(made).norm_ratios(made)) == [Span(0, 1, 3)]
+    late = path([0, 5000, 0, 0, -4999.5, 0, 0, 0, 0, 60])
+    assert spans(late, evidence(late).norm_ratios(late)) == [Span(0, 1, 4)]
+
+
+def test_the_main_step_is_counted_after_an_erasure_too():
+    made = path([0, 8000, 0, -7990, 0, 3000, 3000, 3000, 0, 0])
+    seen = evidence(made)
+    assert (CRITERIA["first_share"](seen), CRITERIA["write_share"](seen)) == (5, 5)
+
+
+def test_final_growth_is_seen_beside_a_massive_token():
+    made = path([0, 0, 5000, 0, 0, 0, 0, 0, 0, 0])
+    seen = evidence(made)
+    assert final_growth(seen.steps, made) is None
+    row = seen.steps[-1][0]
+    grown = dataclasses.replace(row, ordinary=Entry(4, 6, -2.1 * abs(row.ordinary.value)))
+    found = final_growth([*seen.steps[:-1], [grown]], made)
+    assert (found.layer, found.position, found.dim) == (9, 4, 6)
+    assert found.factor == pytest.approx(2.1)
+    little = dataclasses.replace(row, ordinary=Entry(4, 6, 1.9 * abs(row.ordinary.value)))
+    assert final_growth([*seen.steps[:-1], [little]], made) is None
+
+
+@pytest.mark.parametrize(("tokens", "sparse"), [(1, True), (4, True), (5, False)])
+def test_a_dimension_shared_by_more_than_four_tokens_is_broad(tokens, sparse):
+    x = torch.full((100, 6), 0.1)
+    x[:tokens, 2] = 500.0
+    hits = summarise(x, torch.arange(100)).hits
+    assert [hit.position for hit in hits] == (list(range(tokens)) if sparse else [])
+
+
+def test_the_summary_agrees_with_the_registered_metrics():
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
+    row = summarise(x, torch.arange(50))
+    for name, value in (
+        ("max_magnitude", row.max),
+        ("layer_median", row.median),
+        ("massive_ratio", row.max / row.median),
+        ("heaviest_norm_ratio", row.norm_ratio),
+    ):
+        assert METRICS[name].fn(x).item() == pytest.approx(value, rel=1e-6)
+
+
+def test_non_finite_activations_are_named():
+    x = torch.ones(1, 5, 4, dtype=torch.float16)
+    x[0, 2, 1] = float("inf")
+    with pytest.raises(ModelError, match=r"blocks\.3\.x holds 1 NaN or Inf activations in float16"):
+        LayerProfile("blocks.3.x").update(x, Batch.of(torch.zeros(1, 5, dtype=torch.long)))
 
 
 def test_summary_of_a_sequence_by_hand():

@@ -10,6 +10,7 @@ from melens.emergence import locate
 from melens.errors import ContractError, FoldedWeightsError, SiteError
 from melens.models import FAMILIES, anatomy, check_contract, gains, load
 from melens.models.anatomy import norm_gain
+from melens.models.contract import _check_causality
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3))
 
@@ -78,6 +79,19 @@ def test_attention_that_does_not_sum_to_one_is_caught(tiny):
         pytest.raises(ContractError, match="block 2: attention rows miss 1"),
     ):
         check_contract(tiny)
+
+
+def test_a_model_that_sees_later_tokens_is_caught(tiny):
+    def peek(x, hook):
+        return x + x.mean(dim=1, keepdim=True)
+
+    ids = torch.arange(3, 11)[None]
+    _check_causality(tiny, ids)
+    with (
+        tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_post", peek)]),
+        pytest.raises(ContractError, match="this model is not causal"),
+    ):
+        _check_causality(tiny, ids)
 
 
 def test_gains_carry_the_offset_and_refuse_what_is_not_there(make_tiny, tokenizer):

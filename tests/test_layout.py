@@ -89,8 +89,8 @@ def test_public_names_are_few_and_no_module_shadows_one():
     "code",
     [
         "import melens",
-        "from melens.cli.app import _run; _run(['--help'], debug=False)",
-        "from melens.cli.app import _run; _run(['locate', '--help'], debug=False)",
+        "from melens.cli.app import _run; assert _run(['--help'], debug=False) == 0",
+        "from melens.cli.app import _run; assert _run(['locate', '--help'], debug=False) == 0",
     ],
 )
 def test_neither_import_nor_help_loads_torch(code):

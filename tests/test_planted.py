@@ -10,6 +10,8 @@ from planted import BOS_ID, FAMILIES, KINDS, SECOND_ID, batch, plant
 
 from melens.batches import Batch
 from melens.emergence import locate
+from melens.errors import ContractError
+from melens.models import anatomy, contract, load
 
 SEEDS = range(4)
 VERDICT = {"several-tokens": "single", "final-growth": "none"}
@@ -67,6 +69,55 @@ def test_confidence_falls_where_no_single_layer_explains_it(family):
     assert gradual.confidence < 0.4
     assert gradual.level == "low"
     assert gradual.cumulative.p10 < gradual.cumulative.p50 < gradual.cumulative.p90
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_token_that_is_massive_in_the_embedding_is_said_to_be(family):
+    planted = plant(family, "none", 2)
+    with torch.no_grad():
+        planted.model.get_input_embeddings().weight[BOS_ID, 7] = 5000.0
+    found = locate(planted.model, [Batch.of(batch(planted))])
+    assert (found.me_layer, found.main_layer, found.writer) == (-1, -1, None)
+    assert found.massive[0].dim == 7
+    assert "already in the embedding" in found.summary()
+
+
+def test_locating_leaves_the_mode_and_bridges_an_object_once():
+    model = plant("llama", "single", 1).model
+    batches = [Batch.of(batch(plant("llama", "single", 1)))]
+    bridge = load(model)
+    assert load(model) is bridge
+    count = len(list(model.modules()))
+    bridge.train()
+    assert locate(model, batches).me_layer == locate(bridge, batches).me_layer
+    assert bridge.training
+    assert len(list(model.modules())) == count
+
+
+def test_a_small_leak_is_not_hidden_by_the_massive_token():
+    planted = plant("llama", "single", 1)
+    bridge = load(planted.model)
+
+    def leak(x, hook):
+        x = x.clone()
+        x[:, 3] += 0.02  # 20 000 in the first token must not buy the fourth an error of 0.2
+        return x
+
+    ids = torch.tensor([[BOS_ID, 20, 30, 40, 50, 60]])
+    layer = planted.truth.me_layer
+    seen = {}
+    with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", leak)]):
+        hooks = [(s, lambda x, hook, s=s: seen.update({s: x})) for s in _sites(bridge, layer)]
+        with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
+            bridge(ids)
+    assert seen[f"blocks.{layer}.hook_resid_post"].abs().max() > 3000
+    with pytest.raises(ContractError, match="misses resid_post"):
+        contract._check_block(bridge, anatomy(bridge).blocks[layer], seen)
+
+
+def _sites(bridge, layer):
+    block = anatomy(bridge).blocks[layer]
+    return [*contract._sites(bridge, block), f"blocks.{layer}.hook_resid_post"]
 
 
 def _profile(found):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 
 import pytest
 from planted import batch, plant
@@ -119,7 +117,6 @@ def test_writing_is_atomic_and_says_why_it_cannot(tmp_path):
     write_atomically(path, "two")
     assert path.read_text() == "two"
     assert [file.name for file in path.parent.iterdir()] == ["a.json"]
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o644  # noqa: PTH116
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         write_atomically(tmp_path / "file" / "a.json", "x")
@@ -142,6 +139,33 @@ def test_known_says_match_mismatch_and_unknown(results):
         known("x", check)
 
 
-def test_known_picks_the_row_that_fits_best():
+def _as_llama(result, *, bos, value):
+    """A result with the published layer of Llama-3.2-1B, dimension 400 as large as asked."""
+    settings = {**result.run.settings, "bos_first": bos}
+    token = result.massive[0]
+    massive = [token.model_copy(update={"dim": d, "value": value}) for d in (400, 698, 1159, 2029)]
+    return result.model_copy(
+        update={
+            "me_layer": 1,
+            "massive": tuple(massive),
+            "run": result.run.model_copy(update={"settings": settings}),
+        }
+    )
+
+
+def test_known_holds_a_run_against_the_row_of_its_own_kind(results):
     rows = known_models()["meta-llama/Llama-3.2-1B"]
     assert [row["bos"] for row in rows] == [True, False]
+    name = "Llama-3.2-1B"
+    assert known(name, _as_llama(results["single"], bos=True, value=205.0)).verdict == "match"
+    assert known(name, _as_llama(results["single"], bos=False, value=205.0)).verdict == "mismatch"
+    assert known(name, _as_llama(results["single"], bos=False, value=-390.0)).verdict == "match"
+
+
+def test_saved_checks_are_read_but_have_no_figure(results, tmp_path):
+    check = known("smollm2-135m", results["single"])
+    path = tmp_path / "known.json"
+    write_atomically(path, check.to_json())
+    assert load_result(path) == check
+    with pytest.raises(ResultError, match="there is no figure for a KnownCheck"):
+        check.plot()

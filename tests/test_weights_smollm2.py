@@ -130,3 +130,18 @@ def test_bf16_gives_the_same_layers(found):
     # weights and activations rounded to 8 bits, then cubed by the gated FFN
     assert rough.profile[11].max == pytest.approx(found.profile[11].max, rel=0.03)
     assert rough.run.dtype == "bfloat16"
+
+
+def test_a_gguf_file_of_the_users_own_loads_like_the_named_model(smol, tmp_path, monkeypatch):
+    from melens.models import NAMED, load
+    from melens.models.cache import package_dir
+
+    package, module, inside = NAMED["smollm2-135m"].parts[0]
+    file = package_dir(package, module) / inside
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path))
+    own = load(file, device="cpu")
+    ids = torch.tensor([[1, 5965, 5488, 2380]])
+    with torch.no_grad():
+        assert torch.equal(own(ids), smol(ids))
+    assert own.tokenizer(TEXT)["input_ids"] == smol.tokenizer(TEXT)["input_ids"]
+    assert len(list((tmp_path / "models").iterdir())) == 1
