@@ -182,7 +182,7 @@ class MELayer(Result):
             text += f"; main step at layer {self.main_layer}, "
             text += f"10 to 90 % from layer {self.cumulative.p10} to {self.cumulative.p90}"
         if self.erase_layer is not None:
-            text += f"; erased at layer {self.erase_layer}"
+            text += f"; erase layer {self.erase_layer}"
         return f"{text} ({self._sureness()})."
 
     def _origin(self) -> str:
