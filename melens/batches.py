@@ -82,7 +82,7 @@ class Prompts:
 
     texts: tuple[str, ...]
     n: int | None = None
-    length: int = DEFAULT_LENGTH
+    length: int | None = None
     bos: bool | None = None
     chat: bool = False
 
@@ -92,16 +92,17 @@ class Prompts:
         Args:    max_length: the model's context; a longer ``length`` is refused.
         Raises:  PromptError: length over the context, a BOS that the tokenizer lacks, no tokens.
         """
-        if max_length is not None and self.length > max_length:
+        length = self.length or min(DEFAULT_LENGTH, max_length or DEFAULT_LENGTH)
+        if max_length is not None and length > max_length:
             raise PromptError(
-                f"length {self.length} is over the model's context of {max_length} tokens; "
+                f"length {length} is over the model's context of {max_length} tokens; "
                 f"choose at most {max_length}."
             )
         encoded = [encode(tokenizer, text, bos=self.bos, chat=self.chat) for text in self.texts]
         if self.chat:
-            pieces = [[ids[: self.length]] for ids in encoded]
+            pieces = [[ids[:length]] for ids in encoded]
         else:
-            pieces = [list(_cut(*_split_bos(ids, tokenizer), self.length)) for ids in encoded]
+            pieces = [list(_cut(*_split_bos(ids, tokenizer), length)) for ids in encoded]
         depth = max(map(len, pieces))
         rows = [piece[i] for i in range(depth) for piece in pieces if i < len(piece)]
         return rows[: self.n]
@@ -134,7 +135,7 @@ def prompts(
     source: str | Path | Sequence[str] = BUNDLED,
     *,
     n: int | None = None,
-    length: int = DEFAULT_LENGTH,
+    length: int | None = None,
     bos: bool | None = None,
     chat: bool = False,
 ) -> Prompts:
@@ -145,13 +146,13 @@ def prompts(
 
     Args:    n: how many rows; None = 8 of the bundled set, every first piece of strings, at most
              8 pieces of one file.
-             length: tokens a row at most, >= 1.
+             length: tokens a row at most, >= 1; None = 128, or the model's context if shorter.
              bos: None as the tokenizer does, True forced on, False off.
              chat: put each text through the tokenizer's chat template as a user's message;
              the template then decides about BOS.
     Raises:  PromptError: nothing to read, not UTF-8, empty texts, or n or length below 1.
     """  # fmt: skip
-    if length < 1 or (n is not None and n < 1):
+    if (length is not None and length < 1) or (n is not None and n < 1):
         raise PromptError(f"n and length must be at least 1, got n={n}, length={length}.")
     if chat and bos is not None:
         raise PromptError("chat=True leaves BOS to the chat template; drop bos.")
@@ -163,12 +164,29 @@ def prompts(
     elif isinstance(source, Path):
         texts, n = (read_text(source),), n or DEFAULT_N
     else:
-        texts = (source,) if isinstance(source, str) else tuple(source)
+        texts = (source,) if isinstance(source, str) else _strings(source)
         n = n or len(texts)
-    empty = [i for i, text in enumerate(texts) if not text.strip()]
-    if not texts or empty:
-        raise PromptError(f"text {empty[0] if empty else 0} is empty; give at least one character.")
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise PromptError(f"text {empty[0]} is empty; give at least one character.")
+    if (
+        len(texts) == 1
+        and "\n" not in texts[0]
+        and len(texts[0]) < 200
+        and Path(texts[0]).is_file()
+    ):
+        raise PromptError(
+            f"{texts[0]!r} is a file here; to read it pass pathlib.Path({texts[0]!r})."
+        )
     return Prompts(texts, n=n, length=length, bos=bos, chat=chat)
+
+
+def _strings(source: Any) -> tuple[str, ...]:
+    texts = tuple(source) if isinstance(source, (list, tuple)) else ()
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise PromptError(
+            f"texts must be a string, a Path or a list of at least one string, got {source!r:.80}."
+        )
+    return texts
 
 
 def bundled_texts(*, chat: bool = False) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melens.batches import Batch
-from melens.errors import CaptureError, SiteError
+from melens.batches import Batch, Prompts
+from melens.errors import CaptureError, PromptError, SiteError
 
 
 @runtime_checkable
@@ -54,7 +54,7 @@ class _EverythingSeen(Exception):
 @torch.no_grad()
 def stream(
     model: Any,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Batch | Prompts,
     taps: Mapping[str, Reducer],
     *,
     stop_early: bool = True,
@@ -67,6 +67,7 @@ def stream(
 
     Args:    model: a TransformerBridge or a HookedTransformer; never moved, put in eval mode for
              the call and back.
+             batches: token batches, or prompts (packed four rows a batch).
              taps: hook name -> reducer, e.g. ``{"blocks.3.hook_resid_post": ChannelMax()}``.
              stop_early: leave a forward pass once every site has fired (skips the unembedding
              and any layer after the last tap).
@@ -75,6 +76,13 @@ def stream(
     Raises:  SiteError: a hook name the model does not have.
              CaptureError: a site that did not fire exactly once a batch; no batch at all.
     """  # fmt: skip
+    if not hasattr(model, "hook_dict"):
+        raise CaptureError(
+            f"stream() needs a hooked model, got {type(model).__name__}; melens.load it."
+        )
+    if isinstance(batches, Prompts):
+        batches = batches.pack(model.tokenizer, max_length=getattr(model.cfg, "n_ctx", None))
+    batches = [batches] if isinstance(batches, Batch) else batches
     check_sites(model, taps)
     fired: Counter[str] = Counter()
     seen: set[str] = set()
@@ -96,6 +104,7 @@ def stream(
         for count, batch in enumerate(batches, start=1):
             seen.clear()
             current[:] = [batch]
+            check_ids(model, batch)
             forward(model, batch)
             _require_firing(fired, taps, count)
             if progress is not None:
@@ -115,6 +124,18 @@ def check_sites(model: Any, sites: Iterable[str]) -> None:
         raise SiteError(
             f"this model has no hook {', '.join(missing[:3])}; layers count from 0 to "
             f"{model.cfg.n_layers - 1}. See model.hook_dict for the names."
+        )
+
+
+def check_ids(model: Any, batch: Batch) -> None:
+    """Refuse token ids outside the vocabulary.
+
+    Raises:  PromptError: with the range found and the one that fits.
+    """
+    low, high = int(batch.ids.min()), int(batch.ids.max())
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise PromptError(
+            f"token ids run from {low} to {high}; the vocabulary is 0 to {model.cfg.d_vocab - 1}."
         )
 
 

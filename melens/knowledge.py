@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from importlib import resources
@@ -38,7 +39,12 @@ def known(model: str, result: Result) -> KnownCheck:
     rows = [row for row in rows if row.get("bos", with_bos) == with_bos] or rows
     checks = [_check(row, model, result) for row in rows]
     if not checks:
-        return KnownCheck(model=model, verdict="unknown", comparisons=(), source=None)
+        names = [name.rsplit("/", 1)[-1] for name in known_models()]
+        close = difflib.get_close_matches(model.rsplit("/", 1)[-1], [*names, *ALIASES], n=1)
+        return KnownCheck(
+            model=model, verdict="unknown", comparisons=(), source=None,
+            meant=close[0] if close else None,
+        )  # fmt: skip
     order = ("match", "mismatch", "unknown")
     return min(checks, key=lambda check: order.index(check.verdict))
 

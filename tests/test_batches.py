@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from melens.batches import Batch, bundled_texts, prompts
+from melens.batches import Batch, _strings, bundled_texts, prompts
 from melens.errors import PromptError
 
 WORDS = " ".join(f"w{i}" for i in range(10, 30))
@@ -59,10 +59,26 @@ def test_a_tail_of_a_few_tokens_is_dropped_but_a_short_text_is_not(tokenizer):
 def test_one_token_texts_make_one_token_rows_and_overlong_lengths_are_refused(tokenizer):
     assert prompts("w5").token_rows(tokenizer) == [[5]]
     with pytest.raises(PromptError, match="length 128 is over the model's context of 64"):
-        prompts("w5").token_rows(tokenizer, max_length=64)
+        prompts("w5", length=128).token_rows(tokenizer, max_length=64)
+    long = " ".join(["w5"] * 300)
+    assert len(prompts(long).token_rows(tokenizer, max_length=64)[0]) == 64
+    assert len(prompts(long).token_rows(tokenizer)[0]) == 128
 
 
-@pytest.mark.parametrize("text", ["", "  \n", [], ["w5", ""]])
+@pytest.mark.parametrize("wrong", [[], [1, 2], {"a": "b"}])
+def test_what_is_no_text_is_refused(wrong):
+    with pytest.raises(PromptError, match="texts must be a string, a Path or a list"):
+        _strings(wrong)
+
+
+def test_a_file_name_given_as_text_is_caught(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.txt").write_text("w5 w6")
+    with pytest.raises(PromptError, match=r"'corpus\.txt' is a file here; to read it pass"):
+        prompts("corpus.txt")
+
+
+@pytest.mark.parametrize("text", ["", "  \n", ["w5", ""]])
 def test_empty_texts_are_refused(text):
     with pytest.raises(PromptError, match="is empty; give at least one character"):
         prompts(text)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from melens.batches import Batch
+from melens.batches import Batch, prompts
 from melens.capture import ChannelMax, Reducer, stream
-from melens.errors import CaptureError, SiteError
+from melens.errors import CaptureError, PromptError, SiteError
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -55,6 +55,19 @@ def test_unknown_and_silent_sites_are_refused(tiny, ids):
         stream(tiny, [Batch.of(ids)], {silent: ChannelMax(), SITE: ChannelMax()})
     with pytest.raises(CaptureError, match="got no batch"):
         stream(tiny, [], {SITE: ChannelMax()})
+
+
+def test_what_a_user_would_hand_over_works(tiny, ids):
+    texts = prompts("w5 w6 w7 w8")
+    by_texts, by_batch = ChannelMax(), ChannelMax()
+    stream(tiny, texts, {SITE: by_texts})
+    stream(tiny, texts.pack(tiny.tokenizer)[0], {SITE: by_batch})
+    assert torch.equal(by_texts.result(), by_batch.result())
+    with pytest.raises(CaptureError, match=r"needs a hooked model, got str; melens\.load it"):
+        stream("smollm2-135m", [Batch.of(ids)], {SITE: ChannelMax()})
+    for wrong in (torch.tensor([[5, 64]]), torch.tensor([[-1, 5]])):
+        with pytest.raises(PromptError, match=r"token ids run from .*the vocabulary is 0 to 63"):
+            stream(tiny, [Batch.of(wrong)], {SITE: ChannelMax()})
 
 
 def test_hooks_and_modes_come_back_even_after_an_interrupt(tiny, ids):

@@ -114,6 +114,12 @@ def test_texts_from_stdin_offline(run, model, monkeypatch):
         (["plot", "no-such.json", "-o", "x.png"], 2, "cannot read no-such.json"),
         (["models", "get", "smollm"], 2, "unknown model 'smollm'"),
         (["models", "rm", "nothing"], 2, "unknown model 'nothing'"),
+        (["models", "get"], 2, "get needs the NAME of a model"),
+        (["models", "ls", "x"], 2, "ls takes no name"),
+        (["models", "get", "smollm2-135m", "--accept-license", "gemma"], 2, "does not ask for"),
+        (["locate", ""], 2, "name is empty"),
+        (["locate", "MODEL", "--seed", "99999999999999999999"], 2, "--seed"),
+        (["plot", "no-such.json", "-o", "."], 2, "cannot read no-such.json"),
     ],
 )
 def test_mistakes_end_in_one_line_and_the_right_code(run, model, arguments, code, says):

@@ -17,6 +17,7 @@ from melens.errors import (
     WeightsError,
 )
 from melens.models import NAMED, load, named, origin_of
+from melens.models.cache import building
 from melens.models.gguf import check_gguf
 
 
@@ -168,6 +169,42 @@ def test_bad_devices_and_dtypes(folder):
         load(folder, device="cuda:9")
     with pytest.raises(ModelError, match="revision belongs to a hub id"):
         load(folder, revision="main")
+
+
+@pytest.mark.parametrize("changes", [{"model_type": ["llama"]}, {"num_attention_heads": 7}])
+def test_configs_that_cannot_be_are_refused(folder, changes):
+    _edit_config(folder, **changes)
+    with pytest.raises(ModelError):
+        load(folder)
+
+
+def test_a_torn_converted_copy_or_licence_record_heals(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path))
+    model = NAMED["smollm2-135m"]
+    shutil.copytree(folder, model.converted)
+    assert named.on_this_machine(model) == "ready"
+    with (model.converted / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert named.on_this_machine(model) != "ready"
+    (tmp_path / "licences.json").write_text("{")
+    named.accept_licence("gemma")
+    assert json.loads((tmp_path / "licences.json").read_text()) == ["gemma"]
+
+
+def test_two_builds_of_one_target_both_succeed(tmp_path):
+    target = tmp_path / "models" / "x"
+    with building(target) as first, building(target) as second:
+        assert first != second
+        (first / "a").write_text("1")
+        (second / "a").write_text("2")
+    assert (target / "a").read_text() in ("1", "2")
+    assert [path.name for path in target.parent.iterdir()] == ["x"]
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(FetchError, match="cannot write to the cache"),
+        building(tmp_path / "file" / "x" / "y"),
+    ):
+        pass
 
 
 def test_gguf_files_that_are_none_or_torn(tmp_path):

@@ -71,6 +71,32 @@ def test_broken_results_are_refused(tmp_path, results):
         load_result(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"profile": []}, "one row a layer"),
+        ({"massive": []}, "must go together"),
+        ({"me_layer": None}, "must go together"),
+        ({"me_layer": 99}, "must be within"),
+        ({"me_layer": "3"}, "me_layer: Input should be a valid integer"),
+        ({"confidence": 9.0}, "confidence: Input should be less than or equal to 1"),
+        ({"verdict": "none"}, "must go together"),
+        ({"schema": ["a"]}, "found None"),
+    ],
+)
+def test_edited_results_are_refused(results, changes, says):
+    with pytest.raises(ResultError, match=says):
+        MELayer.from_json(json.dumps({**results["single"].to_dict(), **changes}))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "1" * 5000, "{", ""])
+def test_what_is_no_json_is_refused(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ResultError, match=r"is not JSON|has schema None"):
+        load_result(path)
+
+
 def test_results_are_frozen_and_show_themselves(results):
     result = results["single"]
     with pytest.raises(ValueError, match="frozen"):

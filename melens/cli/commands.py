@@ -37,16 +37,21 @@ def locate(
     bos: Annotated[
         bool | None,
         typer.Option(
-            "--bos/--no-bos", help="Force BOS on or off  [default: as the tokenizer does]"
+            "--bos/--no-bos", help="Force BOS on or off (default: as the tokenizer does)."
         ),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put texts through the chat template.")
     ] = False,
     n_seq: Annotated[
-        int | None, typer.Option(min=1, help="Sequences  [default: 8, or one a prompt]")
+        int | None, typer.Option(min=1, help="Sequences (default: 8, or one a prompt).")
     ] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens a sequence at most.")] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=4, help="Tokens a sequence at most (default: 128, or the context if shorter)."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder for locate.json, profile.png and profile.svg."),
@@ -58,13 +63,16 @@ def locate(
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            envvar="MELENS_DTYPE", help="[default: float32 on the CPU, else the checkpoint's own]"
+            envvar="MELENS_DTYPE", help="Default: float32 on the CPU, else the checkpoint's own."
         ),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, envvar="MELENS_BATCH_SIZE", help="Sequences a forward pass.")
     ] = 4,
-    seed: Annotated[int, typer.Option(help="Chooses the first tokens that are tried alone.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Chooses the first tokens that are tried alone."),
+    ] = 0,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")
     ] = None,
@@ -163,18 +171,24 @@ def models(
     from melens.cli import output
     from melens.models import named
 
+    if accept and action is not Action.get:
+        raise typer.BadParameter("--accept-license goes with: melens models get NAME")
     if action is Action.ls:
+        if name is not None:
+            raise typer.BadParameter(f"ls takes no name; did you mean: melens models get {name}")
         output.list_models(as_json=as_json)
         return
     if name is None:
-        raise typer.BadParameter(f"{action.value} needs the NAME of a model; see: melens models")
+        raise typer.BadParameter(f"{action.value} needs the NAME of a model")
     model = named.NAMED[name]
     if action is Action.rm:
         typer.echo("removed" if named.forget(model) else "was not here")
         return
+    if accept and accept != model.accept:
+        raise typer.BadParameter(f"{name} does not ask for the licence '{accept}'")
     if accept:
         named.accept_licence(accept)
-    typer.echo(named.fetch(model))
+    output.show_path(named.fetch(model), as_json=as_json)
 
 
 def env(as_json: Json = False) -> None:

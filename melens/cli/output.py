@@ -91,8 +91,10 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         made.add_column(name.replace("_", " "), justify="right" if number else "left")
     for row in rows:
         made.add_row(*(Text(cell(value)) for value in row.values()))
-    width = None if sys.stdout.isatty() else 120
-    Console(file=sys.stdout, width=width, highlight=False).print(made)
+    console = Console(file=sys.stdout, highlight=False)
+    # A narrow terminal wraps lines; names are never cut.
+    console.width = max(console.width, 120)
+    console.print(made)
 
 
 def cell(value: Any) -> str:
@@ -107,7 +109,10 @@ def cell(value: Any) -> str:
 def _show_locate(result: Any) -> None:
     table([_locate_row(result, row) for row in result.profile])
     if result.massive:
-        typer.echo("\nMassive tokens (largest entry before the final layers):")
+        typer.echo(
+            "\nMassive tokens, largest entry before the final layers; the first row is the "
+            "primary one, which shares, stages and the sentence below are about:"
+        )
         table(
             [
                 {"position": token.position, "token": repr(token.token), "dim": token.dim,
@@ -158,6 +163,11 @@ def _locate_row(result: Any, row: Any) -> dict[str, Any]:
         "write share": None if row.write_share is None else round(row.write_share, 4),
         "": ", ".join(notes),
     }  # fmt: skip
+
+
+def show_path(path: Path, *, as_json: bool) -> None:
+    """Where something is now."""
+    typer.echo(json.dumps({"path": str(path)}) if as_json else path)
 
 
 def list_models(*, as_json: bool) -> None:

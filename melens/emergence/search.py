@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from melens.batches import Batch, Prompts
 from melens.batches import prompts as make_prompts
-from melens.capture import stream
+from melens.capture import check_ids, stream
 from melens.emergence.assemble import assemble
 from melens.emergence.profile import LayerProfile, SequenceRow
 from melens.emergence.thresholds import MIN_TOKENS
@@ -32,7 +32,7 @@ LATER_GROUPS = 4
 
 def locate(
     model: Any,
-    prompts: Prompts | str | FilePath | Sequence[str] | Sequence[Batch] | None = None,
+    prompts: Prompts | str | FilePath | Iterable[str] | Iterable[Batch] | Batch | None = None,
     *,
     batch_size: int = 4,
     seed: int = 0,
@@ -72,9 +72,12 @@ def locate(
 
 def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:
     limit = getattr(model.cfg, "n_ctx", None)
-    source = [source] if isinstance(source, Batch) else source
-    if isinstance(source, (list, tuple)) and source and isinstance(source[0], Batch):
-        batches = list(source)
+    if isinstance(source, Batch):
+        source = [source]
+    elif isinstance(source, Iterable) and not isinstance(source, (str, Prompts)):
+        source = list(source)
+    if isinstance(source, list) and source and all(isinstance(item, Batch) for item in source):
+        batches = source
     else:
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
@@ -95,12 +98,8 @@ def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:
         raise PromptError(
             f"a sequence has {int(lengths.max())} tokens; the model's context is {limit}."
         )
-    low = min(int(batch.ids.min()) for batch in batches)
-    high = max(int(batch.ids.max()) for batch in batches)
-    if low < 0 or high >= model.cfg.d_vocab:
-        raise PromptError(
-            f"token ids run from {low} to {high}; the vocabulary is 0 to {model.cfg.d_vocab - 1}."
-        )
+    for batch in batches:
+        check_ids(model, batch)
     return batches
 
 
@@ -111,7 +110,7 @@ def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str
     return {
         "sequences": len(ids),
         "tokens": sum(map(len, ids)),
-        "ids": hashlib.sha256(repr(sorted(ids)).encode()).hexdigest()[:16],
+        "ids": hashlib.sha256(repr(sorted(map(list, ids))).encode()).hexdigest()[:16],
         "bos_first": start is not None and all(row[0] == start for row in ids),
         "length": max(map(len, ids)),
         "bos": made.bos,

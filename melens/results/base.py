@@ -45,15 +45,11 @@ class Result(Part):
     @classmethod
     def from_json(cls: type[R], text: str) -> R:
         """Read what :meth:`to_json` wrote; anything else is a ResultError that says where."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ResultError(f"this is not JSON: {error}.") from None
-        found = data.get("schema") if isinstance(data, dict) else None
+        found = schema_of(text, "this")
         if found != cls.schema_id:
             raise ResultError(f"expected a result of schema {cls.schema_id}, found {found!r}.")
         try:
-            return cls.model_validate(data)
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -108,6 +104,19 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
 
 
+def schema_of(text: str, name: str) -> str | None:
+    """The schema that a JSON text names; None where it names none.
+
+    Raises:  ResultError: not JSON.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ResultError(f"{name} is not JSON: {str(error)[:120]}.") from None
+    found = data.get("schema") if isinstance(data, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def load_result(path: str | Path) -> Result:
     """Read any saved result, whatever its kind.
 
@@ -115,14 +124,12 @@ def load_result(path: str | Path) -> Result:
     """
     path = Path(path)
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultError(f"cannot read {path}: {error}.") from None
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ResultError(f"{path} is not JSON: {error}.") from None
-    found = data.get("schema") if isinstance(data, dict) else None
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ResultError(f"cannot read {path}: it is not UTF-8 text.") from None
+    found = schema_of(text, str(path))
     kinds = {kind.schema_id: kind for kind in Result.__subclasses__()}
     if found not in kinds:
         raise ResultError(f"{path} has schema {found!r}; this version reads {', '.join(kinds)}.")

@@ -34,6 +34,8 @@ class KnownCheck(Result):
     verdict: Literal["match", "mismatch", "unknown"]
     comparisons: tuple[Comparison, ...]
     source: str | None
+    meant: str | None = None
+    """A name on record that is close to one that is not."""
     convention: str = CONVENTION
 
     def rows(self) -> list[dict[str, Any]]:
@@ -43,7 +45,8 @@ class KnownCheck(Result):
     def summary(self) -> str:
         """One plain sentence."""
         if self.source is None:
-            return f"{self.model}: unknown, nothing published is on record for this name."
+            hint = f" Did you mean {self.meant}?" if self.meant else ""
+            return f"{self.model}: unknown, nothing published is on record for this name.{hint}"
         bad = [row.what for row in self.comparisons if row.verdict == "mismatch"]
         detail = f" in {', '.join(bad)}" if bad else ""
         return f"{self.model}: {self.verdict}{detail} (source: {self.source})."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
@@ -141,7 +141,7 @@ class MELayer(Result):
     """The step that adds most (``write_share``); None only for ``none``."""
     effective_layers: float | None = None
     """exp(entropy) of the positive write shares up to the peak; 1 = one layer."""
-    confidence: float
+    confidence: float = Field(ge=0, le=1)
     """That one layer explains it: agreement between criteria x stability over observations x
     share of the largest step, in [0, 1]; for ``none``, how far every token stayed from massive.
     """
@@ -158,6 +158,19 @@ class MELayer(Result):
     profile: tuple[LayerRow, ...]
     run: RunInfo
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> MELayer:
+        """Refuse what no run can have made; figures and sentences rely on it."""
+        if [row.layer for row in self.profile] != list(range(self.n_layers)) or not self.profile:
+            raise ValueError("profile must have one row a layer, counted from 0")
+        named = (self.me_layer, self.main_layer, self.peak_layer)
+        found = self.verdict != "none"
+        if any((layer is not None) != found for layer in named) or bool(self.massive) != found:
+            raise ValueError("verdict, layers and massive tokens must go together")
+        if any(layer is not None and not -1 <= layer < self.n_layers for layer in named):
+            raise ValueError(f"layers must be within -1 and {self.n_layers - 1}")
+        return self
+
     def rows(self) -> list[dict[str, Any]]:
         """The layer profile."""
         return [row.model_dump() for row in self.profile]
@@ -172,15 +185,15 @@ class MELayer(Result):
         if self.verdict == "none":
             return f"{self.run.model}: {self._without()} ({self._sureness()})."
         first = self.massive[0]
-        text = (
-            f"{self.run.model}: {self.verdict} emergence, ME Layer {self.me_layer} of "
-            f"{self.n_layers} (counted from 0, at the block output), {self._origin()}; "
-            f"token {first.token!r} at position {first.position} reaches {first.value:,.0f} "
-            f"in dimension {first.dim}"
-        )
+        text = f"{self.run.model}: {self.verdict} emergence"
         if self.verdict in ("gradual", "multi-step"):
-            text += f"; main step at layer {self.main_layer}, "
-            text += f"10 to 90 % from layer {self.cumulative.p10} to {self.cumulative.p90}"
+            text += f" over layers {self.cumulative.p10} to {self.cumulative.p90} (10 to 90 %), "
+            text += f"main step at layer {self.main_layer}"
+        text += (
+            f", ME Layer {self.me_layer} of {self.n_layers} (counted from 0, at the block output), "
+            f"{self._origin()}; token {first.token!r} at position {first.position} reaches "
+            f"{first.value:,.0f} in dimension {first.dim}"
+        )
         if self.erase_layer is not None:
             text += f"; erase layer {self.erase_layer}"
         return f"{text} ({self._sureness()})."
