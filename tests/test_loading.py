@@ -51,6 +51,9 @@ def test_objects_are_adopted_and_never_moved_or_cast(make_tiny, tokenizer):
     hf = make_tiny("llama")
     bridge = load(hf, tokenizer=tokenizer)
     assert load(bridge) is bridge
+    bare = make_tiny("llama")
+    assert load(bare).tokenizer is None
+    assert load(bare, tokenizer=tokenizer).tokenizer is tokenizer
     with pytest.raises(ModelError, match="cast it yourself"):
         load(bridge, dtype="bfloat16")
     with pytest.raises(ModelError, match="move it yourself"):

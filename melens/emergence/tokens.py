@@ -12,7 +12,7 @@ from melens.emergence.thresholds import last_body_layer
 
 
 @dataclass(frozen=True)
-class Entry:
+class MassiveDim:
     """One massive dimension of a token: its largest value, and in how many sequences it is so."""
 
     dim: int
@@ -30,7 +30,7 @@ class Group:
     """A sequence that holds it, at the earliest ``position``."""
     position: int
     frequency: float
-    entries: tuple[Entry, ...]
+    entries: tuple[MassiveDim, ...]
     """Its massive dimensions, the largest first."""
 
     @property
@@ -78,9 +78,9 @@ def _group(key: tuple[bool, int], hits: list[tuple[int, Hit]], n: int) -> Group:
     )
 
 
-def _entry(dim: int, hits: list[tuple[int, Hit]], n: int) -> Entry:
+def _entry(dim: int, hits: list[tuple[int, Hit]], n: int) -> MassiveDim:
     largest = max(hits, key=lambda item: (abs(item[1].value), -item[0]))[1]
-    return Entry(dim, largest.value, _frequency(hits, n))
+    return MassiveDim(dim, largest.value, _frequency(hits, n))
 
 
 def _frequency(hits: list[tuple[int, Hit]], n: int) -> float:

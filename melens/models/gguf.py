@@ -37,7 +37,7 @@ def convert_gguf(path: Path, target: Path) -> None:
             path.parent, gguf_file=path.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise WeightsError(f"transformers cannot read {path.name}: {first[:200]}") from None
     _drop_quantizer(model)

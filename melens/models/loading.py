@@ -66,6 +66,7 @@ def load(
     commit = getattr(hf.config, "_commit_hash", None)
     remember(bridge, Origin(shown, revision=commit or revision))
     check_contract(bridge)
+    _CHECKED.add(bridge)
     return bridge
 
 
@@ -87,6 +88,8 @@ def adopt(
     elif (bridge := vars(model).get(_KEPT)) is None:
         bridge = _bridge_object(model, tokenizer)
         vars(model)[_KEPT] = bridge
+    if tokenizer is not None and bridge.tokenizer is None:
+        _give_tokenizer(bridge, tokenizer)
     if bridge not in _CHECKED:
         require_finite_weights(bridge)
         check_contract(bridge)
@@ -222,11 +225,15 @@ def _bridge(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
                 f"TransformerLens has no adapter for {type(hf).__name__} ({_first_line(error)})."
             ) from None
     if tokenizer is not None:
-        # The tokenizer as it is: TransformerLens' own set-up would switch BOS on.
-        bridge.tokenizer = tokenizer
-        probe = tokenizer("a", verbose=False)["input_ids"]
-        bridge.cfg.tokenizer_prepends_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
+        _give_tokenizer(bridge, tokenizer)
     return bridge
+
+
+def _give_tokenizer(bridge: Any, tokenizer: Any) -> None:
+    """The tokenizer as it is: TransformerLens' own set-up would switch BOS on."""
+    bridge.tokenizer = tokenizer
+    probe = tokenizer("a", verbose=False)["input_ids"]
+    bridge.cfg.tokenizer_prepends_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
 
 
 def require_finite_weights(model: torch.nn.Module) -> None:
@@ -247,7 +254,7 @@ def _usable(device: str) -> str:
     """Refuse a device before any weights are read."""
     try:
         torch.empty(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} cannot be used: {_first_line(error)[:90]}") from None
     return device
 
