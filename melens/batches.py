@@ -41,6 +41,8 @@ class Batch:
     @classmethod
     def of(cls, ids: TokenIds, mask: TokenMask | None = None) -> Batch:
         """A batch of ready token ids; no mask means no padding."""
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+            raise PromptError("ids must be a tensor of integers; Batch.pad takes lists of ids.")
         if ids.ndim != 2 or not ids.numel():
             raise PromptError(f"ids must be [batch, pos] and not empty, got {tuple(ids.shape)}.")
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

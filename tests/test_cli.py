@@ -142,21 +142,21 @@ def test_an_interrupt_ends_with_130(run, monkeypatch):
     assert "interrupted" in stderr
 
 
-def test_surprises_are_one_line_without_debug(run, monkeypatch):
+@pytest.fixture
+def broken(monkeypatch):
     def break_down(*_, **__):
         raise ZeroDivisionError("deep inside")
 
     monkeypatch.setattr("melens.models.named.on_this_machine", break_down)
+
+
+def test_surprises_are_one_line_without_debug(run, broken):
     code, _, stderr = run("models")
     assert code == 3
     assert "could not run (ZeroDivisionError: deep inside)" in stderr
 
 
-def test_debug_shows_the_traceback(capsys, monkeypatch):
-    def break_down(*_, **__):
-        raise ZeroDivisionError("deep inside")
-
-    monkeypatch.setattr("melens.models.named.on_this_machine", break_down)
+def test_debug_shows_the_traceback(capsys, broken):
     with pytest.raises(SystemExit):
         main(["models", "--debug"])
     assert "Traceback" in capsys.readouterr().err

@@ -91,8 +91,11 @@ def test_padding_on_either_side_gives_the_same(hooked, ids):
 def test_folded_gains_are_refused(hooked):
     from melens.errors import FoldedWeightsError
     from melens.models import gains
+    from melens.models.anatomy import is_folded
 
     assert gains(hooked, 0)["ln1"].shape == (32,)
+    assert not is_folded(hooked)
     hooked.cfg.normalization_type += "Pre"
+    assert is_folded(hooked)
     with pytest.raises(FoldedWeightsError, match="from_pretrained_no_processing"):
         gains(hooked, 0)

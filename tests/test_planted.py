@@ -82,6 +82,15 @@ def test_a_token_that_is_massive_in_the_embedding_is_said_to_be(family):
     assert "already in the embedding" in found.summary()
 
 
+def test_a_folded_model_is_marked_as_such():
+    planted = plant("llama", "single", 1)
+    bridge = load(planted.model)
+    batches = [Batch.of(batch(planted))]
+    assert locate(bridge, batches).run.settings["folded_norms"] is False
+    bridge.enable_compatibility_mode()
+    assert locate(bridge, batches).run.settings["folded_norms"] is True
+
+
 def test_locating_leaves_the_mode_and_bridges_an_object_once():
     model = plant("llama", "single", 1).model
     batches = [Batch.of(batch(plant("llama", "single", 1)))]

@@ -18,7 +18,7 @@ from melens.emergence.thresholds import MIN_TOKENS
 from melens.emergence.tokens import Group, group_hits, sample_first_tokens
 from melens.emergence.trajectory import Path, trace
 from melens.errors import PromptError
-from melens.models.anatomy import resid_post, resid_pre
+from melens.models.anatomy import is_folded, resid_post, resid_pre
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
 from melens.provenance import ModelFacts, RunInfo
@@ -115,6 +115,7 @@ def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str
         "length": max(map(len, ids)),
         "bos": made.bos,
         "chat": made.chat,
+        "folded_norms": is_folded(model),
     }
 
 

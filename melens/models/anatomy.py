@@ -151,13 +151,18 @@ def gains(model: Any, layer: int) -> dict[str, Float[Tensor, " d_model"]]:
     return {norm: norm_gain(model, layer, norm) for norm in _norms(model, layer)}
 
 
+def is_folded(model: Any) -> bool:
+    """Whether norm gains were folded into the next matrix (which may shift channels as well)."""
+    kind = str(getattr(model.cfg, "normalization_type", None))
+    return bool(getattr(model, "_weights_processed", False)) or kind.endswith("Pre")
+
+
 def require_unfolded(model: Any) -> None:
     """Refuse a model whose norm gains were folded into the next matrix.
 
     Raises:  FoldedWeightsError: saying how to load it unfolded.
     """
-    kind = str(getattr(model.cfg, "normalization_type", None))
-    if getattr(model, "_weights_processed", False) or kind.endswith("Pre"):
+    if is_folded(model):
         raise FoldedWeightsError(
             "this model's norm gains are folded into the next weights (fold_ln or "
             "enable_compatibility_mode), so gamma reads 1 everywhere; load it with melens.load, or "

@@ -96,7 +96,7 @@ def require_sha256(path: Path, expected: str) -> None:
 def building(target: Path) -> Iterator[Path]:
     """A folder to build in: put in ``target``'s place when complete, removed when not.
 
-    Two processes may build the same; the later one's result stays.
+    Two processes may build the same; one of the results stays.
 
     Raises:  FetchError: the cache cannot be written.
     """
@@ -112,7 +112,11 @@ def building(target: Path) -> Iterator[Path]:
         old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
         with contextlib.suppress(FileNotFoundError):
             target.replace(old / "replaced")
-        part.replace(target)
+        try:
+            part.replace(target)
+        except OSError:
+            if not target.is_dir():  # else another process has just put the same in its place
+                raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -16,6 +16,7 @@ from melens.models.anatomy import (
     Block,
     anatomy,
     family_of,
+    is_folded,
     norm_gain,
     resid_post,
     resid_pre,
@@ -104,7 +105,7 @@ def _sites(model: Any, block: Block) -> list[str]:
 
 
 def _knows_gains(model: Any) -> bool:
-    return family_of(model) is not None and not getattr(model, "_weights_processed", False)
+    return family_of(model) is not None and not is_folded(model)
 
 
 def _check_block(model: Any, block: Block, seen: dict[str, Tensor]) -> None:
