@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path as FilePath
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from melens.batches import Batch, Prompts
-from melens.batches import prompts as make_prompts
-from melens.capture import check_ids, stream
+from melens.capture import stream
 from melens.emergence.assemble import assemble
 from melens.emergence.profile import LayerProfile, SequenceRow
-from melens.emergence.thresholds import MIN_TOKENS
 from melens.emergence.tokens import Group, group_hits, sample_first_tokens
 from melens.emergence.trajectory import Path, trace
-from melens.errors import PromptError
-from melens.models.anatomy import is_folded, resid_post, resid_pre
-from melens.models.loading import adopt
-from melens.models.origin import fingerprint, origin_of
-from melens.provenance import ModelFacts, RunInfo
+from melens.inputs import Inputs, Source, take_in
+from melens.models.anatomy import resid_post, resid_pre
 from melens.results import MELayer
 
 FIRST_PROBES = 8
@@ -32,7 +22,7 @@ LATER_GROUPS = 4
 
 def locate(
     model: Any,
-    prompts: Prompts | str | FilePath | Iterable[str] | Iterable[Batch] | Batch | None = None,
+    prompts: Source = None,
     *,
     batch_size: int = 4,
     seed: int = 0,
@@ -53,88 +43,24 @@ def locate(
     Raises:  PromptError: no row of at least 4 tokens, or no tokenizer to make rows with.
              ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
     """  # fmt: skip
-    hooked = adopt(model)
-    batches = _batches(hooked, prompts, batch_size)
-    ids = [
-        row[mask].tolist()
-        for batch in batches
-        for row, mask in zip(batch.ids, batch.mask, strict=True)
-    ]
-    run = _run_info(hooked, seed, _settings(hooked, prompts, ids))
-    steps = _profile(hooked, batches, progress)
+    inputs = take_in(model, prompts, batch_size=batch_size)
+    ids = inputs.rows
+    run = inputs.run_info(seed=seed)
+    steps = _profile(inputs, progress)
     groups = group_hits(steps)
     probes = sample_first_tokens(ids, groups, count=FIRST_PROBES, seed=seed)
-    paths, probed = _trace(hooked, groups, probes, ids)
-    decode = _decoder(getattr(hooked, "tokenizer", None))
+    paths, probed = _trace(inputs.model, groups, probes, ids)
     first_ids = len({row[0] for row in ids})
-    return assemble(steps, paths, probed, first_ids=first_ids, decode=decode, run=run)
-
-
-def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:
-    limit = getattr(model.cfg, "n_ctx", None)
-    if isinstance(source, Batch):
-        source = [source]
-    elif isinstance(source, Iterable) and not isinstance(source, (str, Prompts)):
-        source = list(source)
-    if isinstance(source, list) and source and all(isinstance(item, Batch) for item in source):
-        batches = source
-    else:
-        tokenizer = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise PromptError(
-                "this model has no tokenizer; load it with melens.load(model, tokenizer=...), or "
-                "pass token batches (melens.Batch.of)."
-            )
-        if not isinstance(source, Prompts):
-            source = make_prompts("bundled" if source is None else source)
-        batches = source.pack(tokenizer, batch_size=batch_size, max_length=limit)
-    lengths = torch.cat([batch.mask.sum(-1).cpu() for batch in batches])
-    if lengths.min() < MIN_TOKENS:
-        raise PromptError(
-            f"sequence {int(lengths.argmin())} has {int(lengths.min())} tokens; locating needs at "
-            f"least {MIN_TOKENS}, to have ordinary tokens to compare with."
-        )
-    if limit and lengths.max() > limit:
-        raise PromptError(
-            f"a sequence has {int(lengths.max())} tokens; the model's context is {limit}."
-        )
-    for batch in batches:
-        check_ids(model, batch)
-    return batches
-
-
-def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What a run was fed, so that it can be made again."""
-    start = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
-    made = source if isinstance(source, Prompts) else Prompts(())
-    return {
-        "sequences": len(ids),
-        "tokens": sum(map(len, ids)),
-        "ids": hashlib.sha256(repr(sorted(map(list, ids))).encode()).hexdigest()[:16],
-        "bos_first": start is not None and all(row[0] == start for row in ids),
-        "length": max(map(len, ids)),
-        "bos": made.bos,
-        "chat": made.chat,
-        "folded_norms": is_folded(model),
-    }
+    return assemble(steps, paths, probed, first_ids=first_ids, decode=inputs.decode, run=run)
 
 
 def _profile(
-    model: Any, batches: Sequence[Batch], progress: Callable[[int, int], None] | None
+    inputs: Inputs, progress: Callable[[int, int], None] | None
 ) -> list[list[SequenceRow]]:
     """Rows by step: the embedding, then every layer's output."""
-    sites = [resid_pre(0), *(resid_post(layer) for layer in range(model.cfg.n_layers))]
+    sites = [resid_pre(0), *map(resid_post, range(inputs.model.cfg.n_layers))]
     taps = {site: LayerProfile(site) for site in sites}
-    total = sum(map(len, batches))
-    done = 0
-
-    def tick(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress(done, total)
-
-    stream(model, batches, taps, progress=tick)
+    stream(inputs.model, inputs.batches, taps, progress=inputs.ticker(progress))
     return [taps[site].result() for site in sites]
 
 
@@ -149,21 +75,3 @@ def _trace(
     found: dict[Group, Path | None] = dict.fromkeys(groups)
     found |= dict(zip(chosen, paths[: len(chosen)], strict=True))
     return found, paths[len(chosen) :]
-
-
-def _run_info(model: Any, seed: int, settings: dict[str, Any]) -> RunInfo:
-    origin, parameter = origin_of(model), next(model.parameters())
-    facts = ModelFacts(
-        name=origin.name,
-        revision=origin.revision,
-        weights=fingerprint(model),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        device=str(parameter.device),
-    )
-    return RunInfo.collect(facts, seed=seed, settings=settings)
-
-
-def _decoder(tokenizer: Any) -> Callable[[int], str]:
-    if tokenizer is None:
-        return lambda token: f"<{token}>"
-    return lambda token: tokenizer.decode([token])

@@ -31,8 +31,6 @@ FINAL_WINDOW = 0.1
 there is no emergence, because hardly any layer is left to read it."""
 FINAL_FACTOR = 2.0
 """Growth of max |x| from one layer to the next that counts as final-layer growth."""
-MIN_TOKENS = 4
-"""A sequence shorter than this has too few ordinary tokens to compare with."""
 
 
 def last_body_layer(n_layers: int) -> int:

@@ -5,7 +5,7 @@ Causality makes a token's residual depend on its prefix alone, so a first token 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,13 +90,25 @@ class LastRow:
 
 
 def trace(model: Any, prefixes: Sequence[Sequence[int]], *, batch_size: int = 16) -> list[Path]:
-    """Trajectories of the last token of every prefix, in the order given.
-
-    Prefixes of one length share a batch, so nothing is padded.
-    """
+    """Trajectories of the last token of every prefix, in the order given."""
     if not prefixes:
         return []
     blocks = anatomy(model).blocks
+    sites = [resid_pre(0)]
+    for block in blocks:
+        writes = [*block.mixer_writes, block.ffn_write]
+        sites += [*(site for site in writes if site), resid_post(block.layer)]
+    done = last_rows(model, prefixes, sites, batch_size=batch_size)
+    return [_path(done, blocks, row, prefix) for row, prefix in enumerate(prefixes)]
+
+
+def last_rows(
+    model: Any, prefixes: Sequence[Sequence[int]], sites: Iterable[str], *, batch_size: int = 16
+) -> dict[str, Float[Tensor, "prefix d_model"]]:
+    """Activations of every prefix's last token at ``[batch, pos, d_model]`` sites, in order.
+
+    Prefixes of one length share a batch, so nothing is padded.
+    """
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
     groups: list[list[int]] = []
     for i in order:
@@ -104,16 +116,10 @@ def trace(model: Any, prefixes: Sequence[Sequence[int]], *, batch_size: int = 16
         if full or len(prefixes[groups[-1][0]]) != len(prefixes[i]):
             groups.append([])
         groups[-1].append(i)
-    sites = [resid_pre(0)]
-    for block in blocks:
-        writes = [*block.mixer_writes, block.ffn_write]
-        sites += [*(site for site in writes if site), resid_post(block.layer)]
     taps = {site: LastRow() for site in sites}
     stream(model, [Batch.of(torch.tensor([prefixes[i] for i in group])) for group in groups], taps)
-    done = {site: tap.result() for site, tap in taps.items()}
-    flat = [i for group in groups for i in group]
-    paths = {i: _path(done, blocks, row, prefixes[i]) for row, i in enumerate(flat)}
-    return [paths[i] for i in range(len(prefixes))]
+    back = torch.tensor([i for group in groups for i in group]).argsort()
+    return {site: tap.result()[back] for site, tap in taps.items()}
 
 
 def _path(done: dict[str, Tensor], blocks: Any, row: int, prefix: Sequence[int]) -> Path:

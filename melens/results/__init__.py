@@ -1,5 +1,6 @@
 """Frozen results: plain numbers that know how they were made and can be drawn again."""
 
+from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
 from melens.results.base import Result, load_result
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import (
@@ -16,11 +17,13 @@ from melens.results.locate import (
 )
 
 __all__ = [
+    "AttentionMaps",
     "Comparison",
     "Criteria",
     "Cumulative",
     "FinalGrowth",
     "FirstToken",
+    "HeadMap",
     "KnownCheck",
     "LayerRow",
     "MELayer",
@@ -29,5 +32,6 @@ __all__ = [
     "Stability",
     "Stage",
     "Writer",
+    "TokenNorms",
     "load_result",
 ]

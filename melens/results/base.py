@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 
 R = TypeVar("R", bound="Result")
+_NUMBERS = re.compile(r"\[\n\s+(?:-?\d[-+.\deE]*|null)(?:,\n\s+(?:-?\d[-+.\deE]*|null))*\n\s+\]")
+"""An indented JSON list of numbers; no string holds a raw line break, so none can match."""
 
 
 class Part(BaseModel):
@@ -39,8 +42,9 @@ class Result(Part):
         return self.model_dump(mode="json", by_alias=True)
 
     def to_json(self) -> str:
-        """Sorted keys, no NaN: equal results give equal text."""
-        return json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        """Sorted keys, no NaN, a list of numbers on one line: equal results give equal text."""
+        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False)
+        return _NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n"
 
     @classmethod
     def from_json(cls: type[R], text: str) -> R:

@@ -1,0 +1,146 @@
+"""What a measurement is fed: a checked model, token batches, and the record of both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melens.batches import Batch, Prompts
+from melens.batches import prompts as make_prompts
+from melens.capture import check_ids
+from melens.errors import PromptError
+from melens.models.anatomy import is_folded
+from melens.models.loading import adopt
+from melens.models.origin import fingerprint, origin_of
+from melens.provenance import ModelFacts, RunInfo
+
+Source = Prompts | str | Path | Iterable[str] | Iterable[Batch] | Batch | None
+"""What a measurement takes as texts; None = the bundled ones."""
+MIN_TOKENS = 4
+"""A sequence shorter than this has too few ordinary tokens to compare with."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model whose hooks were checked, and the token batches to run it over."""
+
+    model: Any
+    batches: list[Batch]
+    settings: dict[str, Any]
+    """What the run is fed, so that it can be made again; part of every RunInfo."""
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Token ids of every sequence, padding dropped."""
+        return [
+            row[mask].tolist()
+            for batch in self.batches
+            for row, mask in zip(batch.ids, batch.mask, strict=True)
+        ]
+
+    @property
+    def total(self) -> int:
+        """Number of sequences."""
+        return sum(map(len, self.batches))
+
+    @property
+    def decode(self) -> Callable[[int], str]:
+        """Token id -> its text; the number in brackets where there is no tokenizer."""
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if tokenizer is None:
+            return lambda token: f"<{token}>"
+        return lambda token: tokenizer.decode([token])
+
+    def run_info(self, *, seed: int, **settings: str | int | bool | None) -> RunInfo:
+        """The record of a run over these inputs; ``settings`` are the measurement's own."""
+        origin, parameter = origin_of(self.model), next(self.model.parameters())
+        facts = ModelFacts(
+            name=origin.name,
+            revision=origin.revision,
+            weights=fingerprint(self.model),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(parameter.device),
+        )
+        return RunInfo.collect(facts, seed=seed, settings={**self.settings, **settings})
+
+    def ticker(self, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+        """Turns rows done in a batch into (rows done so far, rows in all)."""
+        done = 0
+
+        def tick(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress is not None:
+                progress(done, self.total)
+
+        return tick
+
+
+def take_in(model: Any, prompts: Source, *, batch_size: int = 4) -> Inputs:
+    """Adopt a model and turn texts into batches for it; refuses before any forward pass.
+
+    Raises:  PromptError: no row of at least 4 tokens, or no tokenizer to make rows with.
+             ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
+    """
+    hooked = adopt(model)
+    batches = _batches(hooked, prompts, batch_size)
+    made = Inputs(hooked, batches, {})
+    made.settings.update(_settings(hooked, prompts, made.rows))
+    return made
+
+
+def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:
+    limit = getattr(model.cfg, "n_ctx", None)
+    if isinstance(source, Batch):
+        source = [source]
+    elif isinstance(source, Iterable) and not isinstance(source, (str, Prompts)):
+        source = list(source)
+    if isinstance(source, list) and source and all(isinstance(item, Batch) for item in source):
+        batches = source
+    else:
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise PromptError(
+                "this model has no tokenizer; load it with melens.load(model, tokenizer=...), or "
+                "pass token batches (melens.Batch.of)."
+            )
+        if not isinstance(source, Prompts):
+            source = make_prompts("bundled" if source is None else source)
+        batches = source.pack(tokenizer, batch_size=batch_size, max_length=limit)
+    _check_lengths(batches, limit)
+    for batch in batches:
+        check_ids(model, batch)
+    return batches
+
+
+def _check_lengths(batches: Sequence[Batch], limit: int | None) -> None:
+    lengths = torch.cat([batch.mask.sum(-1).cpu() for batch in batches])
+    if lengths.min() < MIN_TOKENS:
+        raise PromptError(
+            f"sequence {int(lengths.argmin())} has {int(lengths.min())} tokens; melens needs at "
+            f"least {MIN_TOKENS}, to have ordinary tokens to compare with."
+        )
+    if limit and lengths.max() > limit:
+        raise PromptError(
+            f"a sequence has {int(lengths.max())} tokens; the model's context is {limit}."
+        )
+
+
+def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+    start = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    made = source if isinstance(source, Prompts) else Prompts(())
+    return {
+        "sequences": len(ids),
+        "tokens": sum(map(len, ids)),
+        "ids": hashlib.sha256(repr(sorted(map(list, ids))).encode()).hexdigest()[:16],
+        "bos_first": start is not None and all(row[0] == start for row in ids),
+        "length": max(map(len, ids)),
+        "bos": made.bos,
+        "chat": made.chat,
+        "folded_norms": is_folded(model),
+    }

@@ -1,0 +1,84 @@
+"""AttentionMaps: what chosen heads attend to in one text, with the size of every token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from melens.provenance import RunInfo
+from melens.results.base import Part, Result
+
+if TYPE_CHECKING:
+    from melens.figures.attention_view import HtmlView
+
+
+class HeadMap(Part):
+    """One head's attention. Heads are query heads, counted from 0."""
+
+    layer: int
+    head: int
+    rows: tuple[tuple[float, ...], ...]
+    """Row i holds query i's attention to keys 0 to i (causal), rounded to four digits."""
+
+
+class TokenNorms(Part):
+    """Norm of every token's residual at one layer's output, in residual units."""
+
+    layer: int
+    norms: tuple[float, ...]
+
+
+class AttentionMaps(Result):
+    """Attention of chosen layers and heads over one text, as numbers that can be drawn again."""
+
+    schema_id: ClassVar[str] = "melens/attention/1"
+
+    kind: Literal["attention"] = "attention"
+    schema_: Literal["melens/attention/1"] = Field(default="melens/attention/1", alias="schema")
+    tokens: tuple[str, ...]
+    me_layer: int | None
+    """Where massive activations emerge in this model (``melens locate``)."""
+    massive_positions: tuple[int, ...]
+    """Positions of massive tokens in this text."""
+    heads: tuple[HeadMap, ...]
+    norms: tuple[TokenNorms, ...]
+    run: RunInfo
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AttentionMaps:
+        """Refuse what no run can have made; figures and pages rely on it."""
+        n = len(self.tokens)
+        if not self.heads or n < 1:
+            raise ValueError("there must be a token and a head")
+        if any([len(row) for row in head.rows] != list(range(1, n + 1)) for head in self.heads):
+            raise ValueError("a head needs one row a token, row i with i + 1 entries")
+        if any(len(layer.norms) != n for layer in self.norms):
+            raise ValueError("norms must have one number a token")
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a head: its mean attention to the first token and to its own query."""
+        return [
+            {
+                "layer": head.layer,
+                "head": head.head,
+                "attention_to_first": sum(row[0] for row in head.rows) / len(head.rows),
+                "attention_to_self": sum(row[-1] for row in head.rows) / len(head.rows),
+            }
+            for head in self.heads
+        ]
+
+    def view(self) -> HtmlView:
+        """circuitsvis views of this result: one page that works offline."""
+        from melens.figures.attention_view import attention_view
+
+        return attention_view(self)
+
+    def summary(self) -> str:
+        """One plain sentence."""
+        layers = sorted({head.layer for head in self.heads})
+        return (
+            f"{self.run.model}: {len(self.heads)} heads of layers {', '.join(map(str, layers))} "
+            f"(counted from 0) over {len(self.tokens)} tokens; ME Layer {self.me_layer}"
+        )
