@@ -168,6 +168,7 @@ def _profile(steps: Steps, path: Path | None) -> tuple[LayerRow, ...]:
                 median=mean([row.median for row in rows]),
                 token_median=largest.token_median,
                 norm_ratio=mean([row.norm_ratio for row in rows]),
+                median_norm=mean([row.median_norm for row in rows]),
                 position=largest.top.position,
                 dim=largest.top.dim,
                 value=largest.top.value,

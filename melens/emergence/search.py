@@ -44,6 +44,13 @@ def locate(
              ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
     """  # fmt: skip
     inputs = take_in(model, prompts, batch_size=batch_size)
+    return locate_in(inputs, seed=seed, progress=progress)
+
+
+def locate_in(
+    inputs: Inputs, *, seed: int = 0, progress: Callable[[int, int], None] | None = None
+) -> MELayer:
+    """:func:`locate` over inputs that were taken in already."""
     ids = inputs.rows
     run = inputs.run_info(seed=seed)
     steps = _profile(inputs, progress)

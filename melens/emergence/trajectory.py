@@ -89,17 +89,28 @@ class LastRow:
         return torch.stack(self.rows)
 
 
-def trace(model: Any, prefixes: Sequence[Sequence[int]], *, batch_size: int = 16) -> list[Path]:
+def trace(model: Any, prefixes: Sequence[Sequence[int]]) -> list[Path]:
     """Trajectories of the last token of every prefix, in the order given."""
-    if not prefixes:
-        return []
+    return trace_with(model, prefixes, ())[0] if prefixes else []
+
+
+def trace_with(
+    model: Any,
+    prefixes: Sequence[Sequence[int]],
+    sites: Iterable[str],
+    *,
+    batch_size: int = 16,
+) -> tuple[list[Path], dict[str, Float[Tensor, "prefix d_model"]]]:
+    """:func:`trace`, and the same tokens' activations at other ``[batch, pos, d_model]`` sites."""
     blocks = anatomy(model).blocks
-    sites = [resid_pre(0)]
+    needed = [resid_pre(0)]
     for block in blocks:
         writes = [*block.mixer_writes, block.ffn_write]
-        sites += [*(site for site in writes if site), resid_post(block.layer)]
-    done = last_rows(model, prefixes, sites, batch_size=batch_size)
-    return [_path(done, blocks, row, prefix) for row, prefix in enumerate(prefixes)]
+        needed += [*(site for site in writes if site), resid_post(block.layer)]
+    extra = list(sites)
+    done = last_rows(model, prefixes, [*needed, *extra], batch_size=batch_size)
+    paths = [_path(done, blocks, row, prefix) for row, prefix in enumerate(prefixes)]
+    return paths, {site: done[site] for site in extra}
 
 
 def last_rows(

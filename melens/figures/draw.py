@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import singledispatch
 from importlib import resources
 from pathlib import Path
 
@@ -13,31 +12,21 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from melens.errors import ResultError
-from melens.figures.profile import draw_profile
+from melens.figures.styles import chosen
 from melens.results.base import Result, write_atomically
-from melens.results.locate import MELayer
 
 FORMATS = ("png", "svg", "pdf")
 _NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
-@singledispatch
-def _figure(result: Result) -> Figure:
-    raise ResultError(f"there is no figure for a {type(result).__name__}.")
+def draw(result: Result, style: str | None = None) -> Figure:
+    """The figure of a result, in melens' style; ``style`` is one of its kind's, None its default.
 
-
-@_figure.register
-def _(result: MELayer) -> Figure:
-    return draw_profile(result)
-
-
-def draw(result: Result) -> Figure:
-    """The figure of a result, in melens' style.
-
-    Raises:  ResultError: a kind of result that has no figure.
+    Raises:  ResultError: a kind of result that has no figure. UnknownNameError: no such style.
     """
+    function = chosen(result, style)
     with _style():
-        return _figure(result)
+        return function(result)
 
 
 def save_figure(figure: Figure, path: Path | str) -> Path:

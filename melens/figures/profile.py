@@ -6,19 +6,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from melens.figures.styles import LAYER_LABEL, PAGE, figure, mark_me_layer, plain
 from melens.results.locate import MELayer
 
 
+@figure(MELayer, "profile")
 def draw_profile(result: MELayer) -> Figure:
     """Two panels over layers (0-based, block outputs): |x| on a log scale, and write shares."""
-    figure = Figure(figsize=(6.9, 3.6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    made = Figure(figsize=(PAGE, 3.6), layout="constrained")
+    top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _magnitudes(top, result)
     _shares(bottom, result)
-    bottom.set_xlabel("layer (counted from 0, at the block output)")
+    bottom.set_xlabel(LAYER_LABEL)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.align_ylabels()
-    return figure
+    made.align_ylabels()
+    return made
 
 
 def _magnitudes(axes: Axes, result: MELayer) -> None:
@@ -31,13 +33,7 @@ def _magnitudes(axes: Axes, result: MELayer) -> None:
     axes.set_ylabel("|x| (residual units)")
     axes.set_title(_title(result), loc="left")
     axes.grid(visible=True, axis="y")
-    if result.me_layer is not None:
-        axes.axvline(result.me_layer, color="#D55E00", lw=0.8)
-        axes.annotate(
-            f"ME Layer {result.me_layer}", (result.me_layer, 0.04), xytext=(4, 0),
-            xycoords=("data", "axes fraction"), textcoords="offset points", color="#D55E00",
-            fontsize=7,
-        )  # fmt: skip
+    mark_me_layer(axes, result.me_layer)
     axes.legend(loc="lower right", ncols=3, bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
 
@@ -56,5 +52,4 @@ def _shares(axes: Axes, result: MELayer) -> None:
 
 
 def _title(result: MELayer) -> str:
-    name = result.run.model.replace("$", r"\$")
-    return f"{name}: {result.verdict}"
+    return f"{plain(result.run.model)}: {result.verdict}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from einops import einsum, reduce
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import MetricError
@@ -16,15 +16,13 @@ Pattern = Float[Tensor, "*group query key"]
 def key_attention(pattern: Pattern) -> Float[Tensor, "*group key"]:
     """alpha[k] = mean over queries i >= k of A[i, k], in [0, 1].
 
-    Raises:  MetricError: the pattern is not square, or a query looks ahead.
-    Source:  Gu et al., "When Attention Sink Emerges in Language Models", ICLR 2025, section 3.1:
-             their alpha with their T as the number of queries.
+    Raises:  MetricError: the pattern is not square.
+    Source:  Gu et al., "When Attention Sink Emerges in Language Models", 2024: their alpha, with
+             their T as the number of queries.
     """  # fmt: skip
     n = pattern.shape[-1]
     if pattern.shape[-2] != n or not n:
         raise MetricError(f"a pattern must be square, got {tuple(pattern.shape[-2:])}.")
-    if pattern.triu(1).any():
-        raise MetricError("a query attends to a later key; sinks are defined for causal attention.")
     counts = torch.arange(n, 0, -1, device=pattern.device, dtype=torch.float64)
     return reduce(pattern, "... query key -> ... key", "sum").double() / counts
 
@@ -34,7 +32,7 @@ def sink_rate(alpha: Float[Tensor, "*group"], eps: float) -> float:
 
     Args:    alpha: attention to one key position, whatever the axes.
     Raises:  MetricError: nothing to count, or eps outside (0, 1).
-    Source:  Gu et al. 2025, section 3.1, equation of Sink_k^eps.
+    Source:  Gu et al. 2024.
     """
     if not alpha.numel() or not 0 < eps < 1:
         raise MetricError(f"sink_rate needs alpha and 0 < eps < 1, got {alpha.numel()}, {eps}.")
@@ -48,12 +46,5 @@ def attention_entropy(pattern: Pattern) -> Float[Tensor, "*group query"]:
 
 
 def uniform_alpha(n: int) -> float:
-    """alpha of the first key if every query looked at all its keys alike: mean of 1 / (i + 1)."""
+    """Alpha of the first key if every query looked at all its keys alike: mean of 1 / (i + 1)."""
     return float((1 / torch.arange(1, n + 1, dtype=torch.float64)).mean())
-
-
-def attention_on(
-    pattern: Pattern, keys: Bool[Tensor, "*group key"]
-) -> Float[Tensor, "*group query"]:
-    """Attention of every query that goes to the marked keys together."""
-    return reduce(pattern * keys[..., None, :], "... query key -> ... query", "sum")

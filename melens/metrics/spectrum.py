@@ -74,7 +74,7 @@ def matrix_entropy_of(s: Spectrum) -> Float[Tensor, "*group"]:
 
 @SPECTRAL.register("top1_share")
 def top1_share_of(s: Spectrum) -> Float[Tensor, "*group"]:
-    """max s^2 / sum s^2."""
+    """Max s^2 / sum s^2."""
     return reduce(_energy(s), "... value -> ...", "max")
 
 

@@ -2,6 +2,8 @@
 
 from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
 from melens.results.base import Result, load_result
+from melens.results.collapse import Collapse, CollapseRow
+from melens.results.describe import TokenPortrait
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import (
     Criteria,
@@ -15,9 +17,12 @@ from melens.results.locate import (
     Stage,
     Writer,
 )
+from melens.results.sinks import Sinks
 
 __all__ = [
     "AttentionMaps",
+    "Collapse",
+    "CollapseRow",
     "Comparison",
     "Criteria",
     "Cumulative",
@@ -29,9 +34,11 @@ __all__ = [
     "MELayer",
     "MassiveToken",
     "Result",
+    "Sinks",
     "Stability",
     "Stage",
-    "Writer",
     "TokenNorms",
+    "TokenPortrait",
+    "Writer",
     "load_result",
 ]

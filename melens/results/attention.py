@@ -70,7 +70,7 @@ class AttentionMaps(Result):
         ]
 
     def view(self) -> HtmlView:
-        """circuitsvis views of this result: one page that works offline."""
+        """Circuitsvis views of this result: one page that works offline."""
         from melens.figures.attention_view import attention_view
 
         return attention_view(self)

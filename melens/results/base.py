@@ -69,11 +69,14 @@ class Result(Part):
 
         return pd.DataFrame(self.rows())
 
-    def plot(self) -> Figure:
-        """Draw this result; the only place where a result reaches for ``figures``."""
+    def plot(self, style: str | None = None) -> Figure:
+        """Draw this result, in one of its kind's styles (None = the default).
+
+        The only place where a result reaches for ``figures``.
+        """
         from melens.figures import draw
 
-        return draw(self)
+        return draw(self, style)
 
     def summary(self) -> str:
         """One plain sentence."""

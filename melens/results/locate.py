@@ -24,6 +24,8 @@ class LayerRow(Part):
     """Median |x| over the dimensions of the token that holds ``max``."""
     norm_ratio: float
     """Norm of the heaviest token over the median token norm, averaged over sequences."""
+    median_norm: float
+    """Median token norm of a sequence, averaged over sequences."""
     position: int
     """Absolute position of the token that holds ``max``; padding does not count."""
     dim: int

@@ -1,0 +1,43 @@
+"""Attention of chosen heads, a panel each."""
+
+from __future__ import annotations
+
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from melens.errors import ResultError
+from melens.figures.styles import PAGE, figure, plain
+from melens.results.attention import AttentionMaps
+
+COLUMNS = 4
+MAX_PANELS = 24
+GAMMA = 0.4
+"""Colours go with attention to this power, so that small weights show."""
+
+
+@figure(AttentionMaps, "panels")
+def draw_panels(result: AttentionMaps) -> Figure:
+    """Queries down, keys across; massive tokens' columns are ticked."""
+    if len(result.heads) > MAX_PANELS:
+        raise ResultError(
+            f"{len(result.heads)} heads are too many for one figure of {MAX_PANELS} panels; "
+            "choose fewer with layers and heads."
+        )
+    columns = min(COLUMNS, len(result.heads))
+    rows = -(-len(result.heads) // columns)
+    made = Figure(figsize=(PAGE, 0.6 + rows * 0.98 * PAGE / COLUMNS), layout="constrained")
+    grid = made.subplots(rows, columns, squeeze=False)
+    n = len(result.tokens)
+    image = None
+    for axes, head in zip(grid.flat, result.heads, strict=False):
+        square = [[*row, *([float("nan")] * (n - len(row)))] for row in head.rows]
+        image = axes.imshow(square, cmap="cividis", norm=PowerNorm(GAMMA, vmin=0, vmax=1))
+        axes.set_title(f"layer {head.layer}, head {head.head}", loc="left")
+        axes.set_xticks(result.massive_positions)
+        axes.set_yticks([0, n - 1])
+    for axes in grid.flat[len(result.heads) :]:
+        axes.set_axis_off()
+    assert image is not None
+    made.colorbar(image, ax=grid, label=f"attention (colour ~ its power {GAMMA})", shrink=0.8)
+    made.suptitle(plain(f"{result.run.model}: queries down, keys across (from 0)"), fontsize=8)
+    return made

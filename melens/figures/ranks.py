@@ -1,0 +1,82 @@
+"""Rank collapse: how many directions are filled, with and without the massive token."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from melens.figures.styles import PAGE, figure, plain
+from melens.figures.token_curves import gaps
+from melens.results.collapse import Collapse
+
+NAMES = {
+    "resid_post": "residual (block output)", "ln1": "attention input (after its norm)",
+    "q": "queries", "k": "keys", "q_norm": "queries after QK-norm", "k_norm": "keys after QK-norm",
+    "rot_q": "queries after RoPE", "rot_k": "keys after RoPE", "v": "values",
+}  # fmt: skip
+COLUMNS = 3
+
+
+@figure(Collapse, "rank")
+def draw_rank(result: Collapse) -> Figure:
+    """Effective rank by layer, a panel a site: with the token, without it, and centred."""
+    return _panels(result, "effective_rank", "effective rank")
+
+
+@figure(Collapse, "participation")
+def draw_participation(result: Collapse) -> Figure:
+    """Participation ratio by layer, a panel a site."""
+    return _panels(result, "participation_ratio", "participation ratio")
+
+
+@figure(Collapse, "stable")
+def draw_stable(result: Collapse) -> Figure:
+    """Stable rank by layer, a panel a site."""
+    return _panels(result, "stable_rank", "stable rank")
+
+
+@figure(Collapse, "entropy")
+def draw_entropy(result: Collapse) -> Figure:
+    """Matrix entropy by layer, a panel a site."""
+    return _panels(result, "matrix_entropy", "matrix entropy (nats)")
+
+
+@figure(Collapse, "top1")
+def draw_top1(result: Collapse) -> Figure:
+    """Share of energy in the top direction by layer, a panel a site."""
+    return _panels(result, "top1_share", "top-1 share")
+
+
+def _panels(result: Collapse, definition: str, label: str) -> Figure:
+    rows = -(-(len(result.sites) + 1) // COLUMNS)
+    made = Figure(figsize=(PAGE, 0.3 + 1.5 * rows), layout="constrained")
+    grid = made.subplots(rows, COLUMNS, squeeze=False)
+    for axes, site in zip(grid.flat, result.sites, strict=False):
+        _panel(axes, result, site, definition)
+    for axes in grid.flat[len(result.sites) :]:
+        axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(label)
+    for axes in grid.flat[max(0, len(result.sites) - COLUMNS) : len(result.sites)]:
+        axes.set_xlabel("layer (from 0)")
+    grid.flat[-1].legend(*grid.flat[0].get_legend_handles_labels(), loc="center")
+    made.suptitle(plain(f"{result.run.model}: {label}, heads averaged"), fontsize=8)
+    return made
+
+
+def _panel(axes: Axes, result: Collapse, site: str, definition: str) -> None:
+    layers = range(result.n_layers)
+    kept, left = result.curve(site, definition)
+    centred, centred_left = result.curve(site, f"{definition}_centred")
+    axes.plot(layers, gaps(tuple(kept)), label="all rows")
+    if result.sequences_massive:
+        axes.plot(layers, gaps(tuple(left)), ls="--", label="without the massive token")
+        axes.plot(layers, gaps(tuple(centred_left)), ls=":", label="without it, centred")
+    else:
+        axes.plot(layers, gaps(tuple(centred)), ls=":", label="centred")
+    if result.me_layer is not None:
+        axes.axvline(result.me_layer, color="#D55E00", lw=0.8, label="ME Layer")
+    axes.set_title(NAMES[site], loc="left")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,53 @@
+"""The figures there are: for every kind of result one or more styles, the first its default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from melens.errors import ResultError
+from melens.registry import Registry
+from melens.results.base import Result
+
+COLUMN, PAGE = 3.3, 6.9
+"""Widths in inches of one column and of a page's two."""
+ME_COLOUR = "#D55E00"
+LAYER_LABEL = "layer (counted from 0, at the block output)"
+FIGURES: dict[type[Result], Registry[Callable[[Any], Figure]]] = {}
+
+
+def figure(
+    kind: type[Result], style: str
+) -> Callable[[Callable[[Any], Figure]], Callable[[Any], Figure]]:
+    """Register a function of one kind of result under a style's name."""
+    styles = FIGURES.setdefault(kind, Registry(f"style of {kind.schema_id.split('/')[1]}"))
+    return styles.register(style)
+
+
+def chosen(result: Result, style: str | None) -> Callable[[Any], Figure]:
+    """The function that draws a result; None = its default style.
+
+    Raises:  ResultError: a kind without figures. UnknownNameError: a style that it lacks.
+    """
+    if type(result) not in FIGURES:
+        raise ResultError(f"there is no figure for a {type(result).__name__}.")
+    styles = FIGURES[type(result)]
+    return styles[style if style is not None else next(iter(styles))]
+
+
+def mark_me_layer(axes: Any, layer: int | None, *, at: float = 0.04) -> None:
+    """A line at the ME Layer, with its number."""
+    if layer is None:
+        return
+    axes.axvline(layer, color=ME_COLOUR, lw=0.8)
+    axes.annotate(
+        f"ME Layer {layer}", (layer, at), xytext=(4, 0), xycoords=("data", "axes fraction"),
+        textcoords="offset points", color=ME_COLOUR, fontsize=7,
+    )  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Text without mathtext: a model or token may hold any character."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,99 @@
+"""What a measurement knows of the massive tokens in its texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from melens.capture import stream
+from melens.emergence.profile import LayerProfile
+from melens.emergence.search import locate_in
+from melens.errors import ResultError
+from melens.inputs import Inputs
+from melens.models.anatomy import resid_post
+from melens.models.origin import fingerprint
+from melens.results import MELayer
+
+Progress = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True)
+class Located:
+    """A MELayer of the model at hand, and where its massive tokens stand in the texts."""
+
+    me_layer: MELayer
+    heavy: Sequence[Bool[Tensor, "batch pos"]]
+    """Massive tokens of every batch."""
+
+    @property
+    def sequences_massive(self) -> int:
+        """Sequences with at least one massive token."""
+        return sum(int(marks.any(dim=-1).sum()) for marks in self.heavy)
+
+
+def settle(
+    inputs: Inputs, me_layer: MELayer | None, *, seed: int = 0, progress: Progress = None
+) -> Located:
+    """Locate if that was not done, and mark the massive tokens of the texts.
+
+    Raises:  ResultError: ``me_layer`` was located on other weights.
+    """
+    if me_layer is None:
+        me_layer = locate_in(inputs, seed=seed, progress=progress)
+    check_same_model(inputs, me_layer)
+    return Located(me_layer, mark(inputs, me_layer))
+
+
+def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
+    """Refuse a result of another model.
+
+    Raises:  ResultError: naming both.
+    """
+    if me_layer.run.weights != (here := fingerprint(inputs.model)):
+        raise ResultError(
+            f"this ME Layer was located on {me_layer.run.model} (weights {me_layer.run.weights}), "
+            f"the model at hand has weights {here}; locate it again."
+        )
+
+
+def mark(inputs: Inputs, me_layer: MELayer) -> list[Tensor]:
+    """True at every massive token, batch by batch.
+
+    A first token's residual follows from its id alone (causality), so on the very texts that were
+    located the ids say it all. For later tokens, or other texts, the layers up to the peak are run.
+    """
+    if me_layer.verdict == "none" or me_layer.peak_layer is None:
+        return [torch.zeros_like(batch.mask) for batch in inputs.batches]
+    firsts = {token.token_id for token in me_layer.massive if token.position == 0}
+    later = any(token.position > 0 for token in me_layer.massive)
+    if later or me_layer.run.settings.get("ids") != inputs.settings["ids"]:
+        return _run_and_mark(inputs, me_layer)
+    wanted = torch.tensor(sorted(firsts))
+    return [
+        (batch.positions == 0) & torch.isin(batch.ids, wanted.to(batch.ids.device))
+        for batch in inputs.batches
+    ]
+
+
+def _run_and_mark(inputs: Inputs, me_layer: MELayer) -> list[Tensor]:
+    """Mark the hits of the layers from the ME Layer to the peak."""
+    assert me_layer.me_layer is not None
+    assert me_layer.peak_layer is not None
+    layers = range(max(me_layer.me_layer, 0), me_layer.peak_layer + 1)
+    taps = {resid_post(layer): LayerProfile(resid_post(layer)) for layer in layers}
+    stream(inputs.model, inputs.batches, taps)
+    rows = [tap.result() for tap in taps.values()]
+    marks, done = [], 0
+    for batch in inputs.batches:
+        made = torch.zeros_like(batch.mask)
+        for i in range(len(batch)):
+            found = {hit.position for layer in rows for hit in layer[done + i].hits}
+            for position in found:
+                made[i] |= batch.positions[i] == position
+        done += len(batch)
+        marks.append(made)
+    return marks

@@ -1,0 +1,113 @@
+"""attention(): what chosen heads attend to in one text, as numbers to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.capture import stream
+from melens.errors import CaptureError, PromptError, SiteError
+from melens.inputs import Inputs, Source, take_in
+from melens.measure.located import settle
+from melens.models.anatomy import anatomy, check_layer, resid_post
+from melens.results import AttentionMaps, MELayer
+from melens.results.attention import HeadMap, TokenNorms
+
+DIGITS = 4
+MOST_TOKENS = 128
+"""A longer text is cut: a page of a few heads would grow past what a browser shows."""
+
+
+@dataclass
+class FirstSequence:
+    """Reducer: the first sequence's tensor as it is; for one short text only."""
+
+    kept: Tensor | None = None
+
+    def update(self, x: Tensor, batch: Batch) -> None:
+        """Keep the one sequence there is."""
+        self.kept = x.detach()[0].float().cpu()
+
+    def result(self) -> Tensor:
+        """The kept tensor, without its batch axis."""
+        if self.kept is None:
+            raise CaptureError("FirstSequence saw no batch; pass it to stream() first.")
+        return self.kept
+
+
+def attention(
+    model: Any,
+    me_layer: MELayer | None = None,
+    prompts: Source = None,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> AttentionMaps:
+    """Attention patterns of chosen layers and heads over the first of the texts.
+
+    ``result.plot()`` draws them, ``result.view()`` gives circuitsvis views that work offline.
+
+    Args:    model: anything ``melens.load`` takes.
+             me_layer: what ``melens.locate`` found on this model; None = locate first.
+             prompts: texts, as for ``melens.locate``; the first 128 tokens of the first one count.
+             layers: which layers, counted from 0; None = the ME Layer and the one after it.
+             heads: which query heads, counted from 0; None = all.
+    Raises:  SiteError: a layer without attention, or a head the model does not have.
+             PromptError, ModelError, ResultError: as ``describe``.
+    """  # fmt: skip
+    inputs = take_in(model, prompts)
+    located = settle(inputs, me_layer)
+    chosen = _layers(inputs, located.me_layer, layers)
+    n_heads = inputs.model.cfg.n_heads
+    wanted = list(range(n_heads)) if heads is None else list(dict.fromkeys(heads))
+    if bad := [head for head in wanted if not 0 <= head < n_heads]:
+        raise SiteError(f"head {bad[0]} is outside 0..{n_heads - 1}. Heads count from 0.")
+    if not wanted or not chosen:
+        raise PromptError("give at least one layer and one head.")
+    row = inputs.rows[0][:MOST_TOKENS]
+    patterns = {layer: FirstSequence() for layer in chosen}
+    resids = {layer: FirstSequence() for layer in chosen}
+    taps = {f"blocks.{layer}.attn.hook_pattern": tap for layer, tap in patterns.items()}
+    taps |= {resid_post(layer): tap for layer, tap in resids.items()}
+    stream(inputs.model, Batch.of(torch.tensor([row])), taps)
+    real = located.heavy[0][0][inputs.batches[0].mask[0]][: len(row)]
+    return AttentionMaps(
+        tokens=tuple(map(inputs.decode, row)),
+        me_layer=located.me_layer.me_layer,
+        massive_positions=tuple(real.nonzero().flatten().tolist()),
+        heads=tuple(
+            HeadMap(layer=layer, head=head, rows=_triangle(patterns[layer].result()[head]))
+            for layer in chosen
+            for head in wanted
+        ),
+        norms=tuple(
+            TokenNorms(layer=layer, norms=tuple(tap.result().norm(dim=-1).tolist()))
+            for layer, tap in resids.items()
+        ),
+        run=inputs.run_info(seed=located.me_layer.run.seed, tokens_shown=len(row)),
+    )
+
+
+def _layers(inputs: Inputs, found: MELayer, layers: Sequence[int] | None) -> list[int]:
+    able = anatomy(inputs.model).attention_layers
+    if layers is None:
+        start = found.me_layer if found.me_layer is not None and found.me_layer >= 0 else 0
+        return [layer for layer in able if layer >= start][:2] or list(able[-1:])
+    for layer in layers:
+        check_layer(inputs.model, layer)
+        if layer not in able:
+            raise SiteError(f"layer {layer} has no attention; these have: {list(able)}.")
+    return sorted(set(layers))
+
+
+def _triangle(pattern: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Row i up to key i, rounded."""
+    rows = pattern.tolist()
+    return tuple(
+        tuple(round(value, DIGITS) for value in row[: i + 1]) for i, row in enumerate(rows)
+    )

@@ -1,0 +1,144 @@
+"""Sinks: which keys draw attention, layer by layer and head by head. Layers count from 0."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from melens.provenance import RunInfo
+from melens.results.base import Part, Result
+
+ByLayer = tuple[float | None, ...]
+"""One number a layer, None where a layer has no attention."""
+
+
+class HeadSink(Part):
+    """One head. Heads are query heads, counted from 0."""
+
+    layer: int
+    head: int
+    alpha: float
+    """Mean attention that the first token receives from queries 0 to T - 1."""
+    rate: float
+    """Share of the sequences in which that exceeds the onset's eps."""
+    entropy: float
+    """Mean attention entropy of the queries after the first, in nats."""
+
+
+class KeySink(Part):
+    """A key position that draws more than the smallest eps on average."""
+
+    layer: int
+    head: int
+    position: int
+    alpha: float
+    queries: int
+    """How many queries that mean is over; a late key has few, its own query among them."""
+
+
+class TokenSink(Part):
+    """One massive token: what it draws, apart from all others."""
+
+    position: int
+    """0 for a first token, else the earliest position it was located at."""
+    token_id: int
+    token: str
+    count: int
+    """How often it was met within the first T tokens."""
+    attention: ByLayer
+    """Mean over heads and occurrences of alpha."""
+    sink_rate: dict[str, ByLayer]
+    overall: dict[str, float]
+
+
+class Span(Part):
+    """A stretch of layers, both ends included; layers without attention do not end it."""
+
+    first: int
+    last: int
+
+
+class Sinks(Result):
+    """Attention sinks by Gu et al.'s measure, on the first token and on other massive ones."""
+
+    schema_id: ClassVar[str] = "melens/sinks/1"
+
+    kind: Literal["sinks"] = "sinks"
+    schema_: Literal["melens/sinks/1"] = Field(default="melens/sinks/1", alias="schema")
+    me_layer: int | None
+    n_layers: int
+    t: int
+    """T: tokens of a sequence that count, at most."""
+    sequences: int
+    sink_rate: dict[str, ByLayer]
+    """Sink^eps of the first token: share of (sequence, head) with alpha > eps, by layer."""
+    overall: dict[str, float]
+    """The same over all layers that have attention."""
+    head_rate: dict[str, ByLayer]
+    """Another definition: share of heads whose alpha, averaged over sequences, exceeds eps."""
+    attention_to_token: ByLayer
+    """Mean over heads and sequences of the first token's alpha."""
+    uniform: float
+    """What the first token would draw if every query looked at all its keys alike."""
+    entropy: ByLayer
+    """Mean attention entropy of the queries after the first, in nats."""
+    tokens: tuple[TokenSink, ...]
+    """Massive tokens, first tokens before later ones."""
+    others: dict[str, ByLayer] | None
+    """Sink^eps of the massive tokens after the first, over (occurrence, head); None without."""
+    onset_layer: int | None
+    """First layer in which at least ONSET_SHARE of (sequence, head) have a sink at ONSET_EPS."""
+    spans: tuple[Span, ...]
+    """All stretches of layers that pass the same rule: sinks can vanish and come back."""
+    onset_of: Literal["first", "others"]
+    """Which massive tokens the onset is about: later ones only where no first token is massive."""
+    onset_rule: str
+    heads: tuple[HeadSink, ...]
+    keys: tuple[KeySink, ...]
+    run: RunInfo
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Sinks:
+        """Refuse what no run can have made."""
+        curves = [
+            *self.sink_rate.values(),
+            *self.head_rate.values(),
+            self.attention_to_token,
+            self.entropy,
+        ]
+        if any(len(curve) != self.n_layers for curve in curves):
+            raise ValueError("every curve must have one entry a layer")
+        if set(self.sink_rate) != set(self.overall):
+            raise ValueError("sink_rate and overall must hold the same eps")
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The first token's numbers, one row a layer."""
+        return [
+            {"layer": layer}
+            | {f"sink_{eps}": curve[layer] for eps, curve in self.sink_rate.items()}
+            | {f"others_{eps}": curve[layer] for eps, curve in (self.others or {}).items()}
+            | {
+                "attention_to_token": self.attention_to_token[layer],
+                "entropy": self.entropy[layer],
+            }
+            for layer in range(self.n_layers)
+        ]
+
+    def summary(self) -> str:
+        """One plain sentence; layers count from 0."""
+        rates = ", ".join(f"{value:.2f} at eps {eps}" for eps, value in self.overall.items())
+        text = f"{self.run.model}: Sink^eps (Gu et al., T = {self.t}) of the first token {rates}"
+        which = "the first token" if self.onset_of == "first" else "other massive tokens"
+        if self.onset_layer is None:
+            return f"{text}; no layer passes {self.onset_rule} on {which}."
+        text += f"; sinks on {which} begin at layer {self.onset_layer}"
+        if len(self.spans) > 1:
+            text += f" (layers {', '.join(f'{s.first}-{s.last}' for s in self.spans)})"
+        if self.me_layer is None:
+            return f"{text}, and there is no ME Layer."
+        gap = self.onset_layer - self.me_layer
+        place = "in it" if not gap else f"{abs(gap)} layer{'s' * (abs(gap) != 1)} "
+        place += "" if not gap else ("after it" if gap > 0 else "before it")
+        return f"{text}, {place} (ME Layer {self.me_layer}, counted from 0)."
