@@ -1,4 +1,4 @@
-"""melens: where a language model's massive activations come from. Layers count from 0."""
+"""melens: where massive activations come from, and what they do. Layers count from 0."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from melens.capture import ChannelMax, stream
     from melens.emergence import locate
     from melens.knowledge import known
+    from melens.measure import attention, collapse, describe, sinks
     from melens.models import load
     from melens.results import MELayer, load_result
 
@@ -18,22 +19,30 @@ _HOMES = {
     "Batch": "melens.batches",
     "ChannelMax": "melens.capture",
     "MELayer": "melens.results",
+    "attention": "melens.measure",
+    "collapse": "melens.measure",
+    "describe": "melens.measure",
     "known": "melens.knowledge",
     "load": "melens.models",
     "load_result": "melens.results",
     "locate": "melens.emergence",
     "prompts": "melens.batches",
+    "sinks": "melens.measure",
     "stream": "melens.capture",
 }
 __all__ = [
     "Batch",
     "ChannelMax",
     "MELayer",
+    "attention",
+    "collapse",
+    "describe",
     "known",
     "load",
     "load_result",
     "locate",
     "prompts",
+    "sinks",
     "stream",
 ]
 

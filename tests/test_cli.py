@@ -68,6 +68,107 @@ def test_locate_writes_its_files_and_says_one_sentence(run, model, text, tmp_pat
     assert "unknown" in stdout
 
 
+@pytest.fixture(scope="module")
+def located(model, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("located")
+    with pytest.raises(SystemExit):
+        main(["locate", model, "--text", text, "--bos", "--length", "40", "-q", "-o", str(out)])
+    return out / "locate.json"
+
+
+MEASURES = [
+    ("describe", ["--first-tokens", "5"], "dimension"),
+    ("collapse", [], "effective rank"),
+    ("sinks", ["--t", "20"], "T = 20"),
+    ("attention", ["--layer", "1", "--head", "0", "--head", "2"], "2 heads of layers 1"),
+]
+
+
+@pytest.mark.parametrize(("command", "options", "says"), MEASURES)
+def test_measures_write_their_files_and_say_one_sentence(
+    run, model, text, tmp_path, command, options, says
+):
+    out = tmp_path / "out"
+    texts = ("--text", text, "--bos", "--length", "40")
+    code, stdout, _ = run(command, model, *texts, *options, "-o", out)
+    assert code == 0
+    assert says in stdout.splitlines()[-1]
+    expected = {f"{command}.{end}" for end in ("json", "png", "svg")}
+    expected |= {"locate.json", "profile.png", "profile.svg"}
+    expected |= {"attention.html"} if command == "attention" else set()
+    assert {file.name for file in out.iterdir()} == expected
+    saved = out / f"{command}.json"
+    assert run("plot", saved, "-o", out / "again.svg")[0] == 0
+    assert (out / "again.svg").read_bytes() == (out / f"{command}.svg").read_bytes()
+    code, stdout, _ = run(command, model, *texts, *options, "--located", out / "locate.json",
+                          "--json")  # fmt: skip
+    assert code == 0
+    made, again = json.loads(saved.read_text()), json.loads(stdout)
+    made.pop("run"), again.pop("run")
+    assert made == again
+
+
+def test_plot_help_names_every_style(run):
+    from melens.figures import FIGURES
+
+    _, stdout, _ = run("plot", "--help")
+    said = " ".join(stdout.replace("│", " ").split())
+    for kind, styles in FIGURES.items():
+        name = kind.schema_id.split("/")[1]
+        assert f"{name}: {', '.join(styles)}" in said
+
+
+def test_plot_draws_other_styles_and_pages(run, model, text, tmp_path):
+    texts = ("--text", text, "--bos", "--length", "40")
+    assert run("sinks", model, *texts, "-q", "-o", tmp_path)[0] == 0
+    assert (
+        run("plot", tmp_path / "sinks.json", "--style", "curves", "-o", tmp_path / "c.pdf")[0] == 0
+    )
+    for arguments, says in (
+        (("sinks.json", "--style", "curve", "-o", "x.png"), "Did you mean 'curves'"),
+        (("sinks.json", "-o", "x.html"), "has no page"),
+        (("sinks.json", "-o", "x.gif"), "end it in .png"),
+    ):
+        name, *rest = arguments
+        code, _, stderr = run("plot", tmp_path / name, *rest)
+        assert code == 2
+        assert says in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sinks", "MODEL", "--t", "1"], "--t"),
+        (["describe", "MODEL", "--first-tokens", "-1"], "--first-tokens"),
+        (["collapse", "MODEL", "--located", "none.json"], "cannot read none.json"),
+        (["attention", "MODEL", "--layer", "99", "--prompt", "w5 w6 w7 w8"], "layer 99 is outside"),
+        (["attention", "MODEL", "--head", "9", "--prompt", "w5 w6 w7 w8"], "head 9 is outside"),
+    ],
+)
+def test_mistakes_in_measures(run, model, arguments, says):
+    arguments = [model if argument == "MODEL" else argument for argument in arguments]
+    code, stdout, stderr = run(*arguments)
+    assert code == 2
+    assert says in stderr
+    assert not stdout
+
+
+def test_a_result_of_another_kind_or_model_is_not_a_located_layer(run, model, located, tmp_path):
+    folder = tmp_path / "other"
+    plant("llama", "single", 2).model.save_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    words = " ".join(f"w{i}" for i in range(20, 50))
+    code, _, stderr = run("sinks", folder, "--prompt", words, "--located", located)
+    assert code == 2
+    assert "the model at hand has weights" in stderr
+    assert run("sinks", model, "--prompt", words, "-q", "-o", tmp_path / "s")[0] == 0
+    code, _, stderr = run("sinks", model, "--prompt", words, "--located", tmp_path / "s/sinks.json")
+    assert code == 2
+    assert "is a Sinks; give a locate.json" in stderr
+
+
 def test_json_stands_alone_on_stdout(run, model, text):
     code, stdout, _ = run("locate", model, "--text", text, "--bos", "--json", "--n-seq", 2)
     assert code == 0

@@ -47,7 +47,7 @@ def test_the_json_has_what_it_promises(results):
     assert set(data["writer"]) == {"attention", "ffn"}
     assert {
         "layer", "max", "median", "token_median", "norm_ratio", "position", "dim", "value",
-        "write_share",
+        "write_share", "median_norm",
     } == set(data["profile"][0])  # fmt: skip
     assert [row["layer"] for row in data["profile"]] == list(range(data["n_layers"]))
     assert data["run"]["versions"]["torch"]

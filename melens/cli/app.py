@@ -11,6 +11,7 @@ import typer
 
 from melens import __version__
 from melens.cli.commands import env, known, locate, models, plot
+from melens.cli.measure_commands import attention, collapse, describe, sinks
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
 
 INTERRUPTED = 130
@@ -19,7 +20,7 @@ ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ =
 
 app = typer.Typer(
     name="melens",
-    help="Find the layer where a language model's massive activations emerge. "
+    help="Find the layer where a language model's massive activations emerge, and what they do. "
     "Layers count from 0, at the block output. Exit codes: 0 done, 2 bad usage or bad input, "
     "3 could not run, 130 interrupted.",
     no_args_is_help=True,
@@ -52,6 +53,10 @@ def options(
 
 
 app.command()(locate)
+app.command()(describe)
+app.command()(collapse)
+app.command()(sinks)
+app.command()(attention)
 app.command()(known)
 app.command()(plot)
 app.command()(models)

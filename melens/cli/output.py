@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from melens.errors import OutputError, PromptError
+from melens.errors import OutputError, PromptError, ResultError
 
 BUNDLED = "bundled"
 
@@ -68,16 +68,35 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
         save_figure(result.plot(), folder / f"{figure}.{kind}")
 
 
+def draw(result: Any, path: Path, style: str | None) -> Path:
+    """One figure, or the page of a result that has one."""
+    from melens.figures import save_figure
+
+    if path.suffix.lower() not in (".html", ".htm"):
+        return save_figure(result.plot(style), path)
+    if not hasattr(result, "view"):
+        raise ResultError(
+            f"a {result.kind} result has no page; end the file in .png, .svg or .pdf."
+        )
+    if style is not None:
+        raise ResultError("a page has no style; drop --style, or end the file in .png.")
+    return result.view().save_html(path)
+
+
+def save_page(result: Any, folder: Path | None) -> None:
+    """The circuitsvis page of a result."""
+    if folder is not None:
+        result.view().save_html(folder / f"{result.kind}.html")
+
+
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
+    from melens.cli.tables import TABLES
+
     if as_json:
         typer.echo(result.to_json(), nl=False)
         return
-    if result.kind == "locate":
-        _show_locate(result)
-    elif result.rows():
-        table(result.rows())
-        typer.echo(result.convention)
+    TABLES[result.kind](result)
     typer.echo(result.summary())
     if folder is not None:
         sys.stderr.write(f"melens: wrote {folder}\n")
@@ -104,65 +123,6 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
-
-
-def _show_locate(result: Any) -> None:
-    table([_locate_row(result, row) for row in result.profile])
-    if result.massive:
-        typer.echo(
-            "\nMassive tokens, largest entry before the final layers; the first row is the "
-            "primary one, which shares, stages and the sentence below are about:"
-        )
-        table(
-            [
-                {"position": token.position, "token": repr(token.token), "dim": token.dim,
-                 "value": token.value, "frequency": token.frequency}
-                for token in result.massive[:8]
-            ]
-        )  # fmt: skip
-    answers = result.criteria.model_dump().items()
-    typer.echo("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))
-    typer.echo(_stability(result))
-    if growth := result.final_layer_growth:
-        typer.echo(
-            f"Final-layer growth (not emergence): layer {growth.layer}, x{growth.factor:.3g}, "
-            f"dimension {growth.dim}."
-        )
-
-
-def _stability(result: Any) -> str:
-    seen = result.stability
-    alone = sum(token.massive for token in seen.first_tokens)
-    return (
-        f"Massive in {seen.sequences_massive} of {seen.sequences} sequences; of "
-        f"{len(seen.first_tokens)} other first tokens tried alone, {alone} turn massive; "
-        f"{seen.agreeing} of {seen.observations} independent observations agree."
-    )
-
-
-def _locate_row(result: Any, row: Any) -> dict[str, Any]:
-    notes = [
-        word
-        for word, layer in (
-            ("ME Layer", result.me_layer), ("main step", result.main_layer),
-            ("peak", result.peak_layer), ("erase", result.erase_layer),
-        )
-        if layer == row.layer
-    ]  # fmt: skip
-    spread = result.cumulative
-    notes += [
-        f"{part} %"
-        for part, layer in ((10, spread.p10), (50, spread.p50), (90, spread.p90))
-        if layer == row.layer and spread.p10 != spread.p90
-    ]
-    notes += [f"stage at {s.layer} erased" for s in result.stages if s.erased_at == row.layer]
-    return {
-        "layer": row.layer, "max |x| (signed)": row.value, "position": row.position,
-        "dim": row.dim, "median |x|": row.median, "token's median": row.token_median,
-        "norm ratio": row.norm_ratio,
-        "write share": None if row.write_share is None else round(row.write_share, 4),
-        "": ", ".join(notes),
-    }  # fmt: skip
 
 
 def show_path(path: Path, *, as_json: bool) -> None:

@@ -302,4 +302,4 @@ def _bundle() -> tuple[str, str]:
             "run `pip install --force-reinstall circuitsvis`."
         ) from None
     code = re.sub(r"\s*//# sourceMappingURL=\S*\s*$", "\n", code)
-    return code, version
+    return re.sub(r"<(?=/?script|!--)", r"\\x3c", code, flags=re.IGNORECASE), version

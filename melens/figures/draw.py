@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from melens.errors import ResultError
-from melens.figures.styles import chosen
+from melens.figures.styles import FIGURES, chosen
 from melens.results.base import Result, write_atomically
 
 FORMATS = ("png", "svg", "pdf")
@@ -44,6 +46,17 @@ def save_figure(figure: Figure, path: Path | str) -> Path:
         figure.savefig(made, format=kind, metadata=_NO_DATE[kind])
     write_atomically(path, made.getvalue())
     return path
+
+
+def inline(result: Result) -> str:
+    """The default figure as an ``<img>`` that carries its own bytes; empty where there is none."""
+    if type(result) not in FIGURES:
+        return ""
+    made = io.BytesIO()
+    with _style():
+        draw(result).savefig(made, format="png", dpi=110, metadata=_NO_DATE["png"])
+    data = base64.b64encode(made.getvalue()).decode()
+    return f'<img alt="{html.escape(result.summary())}" src="data:image/png;base64,{data}">'
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from melens.capture import Reducer
 from melens.errors import ModelError, PromptError
 from melens.inputs import Inputs, Source, take_in
 from melens.measure.located import Located, Progress, settle
-from melens.measure.one_pass import run_plans
+from melens.measure.one_pass import run_once
 from melens.measure.patterns import EPSILONS, PatternMeans, PatternSums, Received
 from melens.metrics import uniform_alpha
 from melens.models.anatomy import anatomy
@@ -52,7 +52,7 @@ def sinks(
     inputs = take_in(model, prompts, batch_size=batch_size)
     located = settle(inputs, me_layer, progress=progress)
     plan = SinkPlan(inputs, located, t)
-    run_plans(inputs, [plan], progress)
+    run_once(inputs, plan.taps, progress=progress)
     return plan.result()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from melens.capture import stream
@@ -26,8 +25,8 @@ class Located:
     """A MELayer of the model at hand, and where its massive tokens stand in the texts."""
 
     me_layer: MELayer
-    heavy: Sequence[Bool[Tensor, "batch pos"]]
-    """Massive tokens of every batch."""
+    heavy: Sequence[Tensor]
+    """[batch, pos] marks of massive tokens, batch by batch."""
 
     @property
     def sequences_massive(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import stream
-from melens.errors import CaptureError, PromptError, SiteError
+from melens.errors import CaptureError, SiteError
 from melens.inputs import Inputs, Source, take_in
 from melens.measure.located import settle
 from melens.models.anatomy import anatomy, check_layer, resid_post
@@ -61,14 +61,10 @@ def attention(
              PromptError, ModelError, ResultError: as ``describe``.
     """  # fmt: skip
     inputs = take_in(model, prompts)
+    check_choice(inputs.model, layers, heads)
     located = settle(inputs, me_layer)
-    chosen = _layers(inputs, located.me_layer, layers)
-    n_heads = inputs.model.cfg.n_heads
-    wanted = list(range(n_heads)) if heads is None else list(dict.fromkeys(heads))
-    if bad := [head for head in wanted if not 0 <= head < n_heads]:
-        raise SiteError(f"head {bad[0]} is outside 0..{n_heads - 1}. Heads count from 0.")
-    if not wanted or not chosen:
-        raise PromptError("give at least one layer and one head.")
+    chosen = sorted(set(layers or _telling_layers(inputs, located.me_layer)))
+    wanted = sorted(set(heads or range(inputs.model.cfg.n_heads)))
     row = inputs.rows[0][:MOST_TOKENS]
     patterns = {layer: FirstSequence() for layer in chosen}
     resids = {layer: FirstSequence() for layer in chosen}
@@ -93,16 +89,28 @@ def attention(
     )
 
 
-def _layers(inputs: Inputs, found: MELayer, layers: Sequence[int] | None) -> list[int]:
-    able = anatomy(inputs.model).attention_layers
-    if layers is None:
-        start = found.me_layer if found.me_layer is not None and found.me_layer >= 0 else 0
-        return [layer for layer in able if layer >= start][:2] or list(able[-1:])
-    for layer in layers:
-        check_layer(inputs.model, layer)
+def check_choice(model: Any, layers: Sequence[int] | None, heads: Sequence[int] | None) -> None:
+    """Refuse layers and heads that cannot be shown, before any work.
+
+    Raises:  SiteError: naming the first one that does not fit.
+    """
+    able = anatomy(model).attention_layers
+    for layer in layers or ():
+        check_layer(model, layer)
         if layer not in able:
             raise SiteError(f"layer {layer} has no attention; these have: {list(able)}.")
-    return sorted(set(layers))
+    n_heads = model.cfg.n_heads
+    if bad := [head for head in heads or () if not 0 <= head < n_heads]:
+        raise SiteError(f"head {bad[0]} is outside 0..{n_heads - 1}. Heads count from 0.")
+    if not able:
+        raise SiteError("no layer of this model has attention.")
+
+
+def _telling_layers(inputs: Inputs, found: MELayer) -> list[int]:
+    """The ME Layer and the next one, where sinks are expected to begin."""
+    able = anatomy(inputs.model).attention_layers
+    start = max(found.me_layer if found.me_layer is not None else 0, 0)
+    return [layer for layer in able if layer >= start][:2] or list(able[-1:])
 
 
 def _triangle(pattern: Tensor) -> tuple[tuple[float, ...], ...]:

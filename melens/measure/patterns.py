@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from einops import reduce
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
@@ -38,7 +38,7 @@ class Received:
 class PatternSums:
     """Reducer of one layer's attention pattern; memory: heads x T floats, any corpus size."""
 
-    heavy: Sequence[Bool[Tensor, "batch pos"]]
+    heavy: Sequence[Tensor]
     t: int | None = None
     """Only the first T tokens of every sequence, as Gu et al.; None = whole sequences."""
     alpha: Tensor | None = None

@@ -11,7 +11,7 @@ import torch
 from melens.capture import Reducer
 from melens.inputs import Inputs, Source, take_in
 from melens.measure.located import Located, Progress, settle
-from melens.measure.one_pass import run_plans
+from melens.measure.one_pass import run_once
 from melens.measure.spectra import VARIANTS, Spectra
 from melens.metrics.spectrum import SPECTRAL
 from melens.models.attention import AttentionSites, attention_sites
@@ -43,7 +43,7 @@ def collapse(
     inputs = take_in(model, prompts, batch_size=batch_size)
     located = settle(inputs, me_layer, progress=progress)
     with RankPlan(inputs, located, attention_sites(inputs.model)) as plan:
-        run_plans(inputs, [plan], progress)
+        run_once(inputs, plan.taps, progress=progress)
         return plan.result()
 
 

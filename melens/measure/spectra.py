@@ -31,8 +31,8 @@ class Spectra:
     """
 
     view: View
-    heavy: Sequence[Bool[Tensor, "batch pos"]]
-    """Massive rows of every batch, in the order the batches come."""
+    heavy: Sequence[Tensor]
+    """[batch, pos] marks of massive rows, batch by batch in the order they come."""
     pool: ThreadPoolExecutor
     sums: Tensor | None = None
     """[variant, definition, head], and how many sequences each sum holds in ``counts``."""

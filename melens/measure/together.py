@@ -8,7 +8,7 @@ from melens.inputs import Source, take_in
 from melens.measure.attention_sinks import T_PAPER, SinkPlan, check_t
 from melens.measure.located import Progress, settle
 from melens.measure.massive_token import FIRST_TOKENS, portray
-from melens.measure.one_pass import run_plans
+from melens.measure.one_pass import run_once
 from melens.measure.rank_collapse import RankPlan
 from melens.models.attention import attention_sites
 from melens.results import Collapse, MELayer, Sinks, TokenPortrait
@@ -41,5 +41,5 @@ def measure_all(
     portrait = portray(inputs, located, first_tokens=FIRST_TOKENS, seed=0)
     sink_plan = SinkPlan(inputs, located, t)
     with RankPlan(inputs, located, attention_sites(inputs.model)) as rank_plan:
-        run_plans(inputs, [rank_plan, sink_plan], progress)
+        run_once(inputs, rank_plan.taps, sink_plan.taps, progress=progress)
         return Measurements(portrait, rank_plan.result(), sink_plan.result())

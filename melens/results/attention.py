@@ -75,6 +75,10 @@ class AttentionMaps(Result):
 
         return attention_view(self)
 
+    def _repr_html_(self) -> str:
+        """The circuitsvis views, in a frame of their own."""
+        return self.view()._repr_html_()
+
     def summary(self) -> str:
         """One plain sentence."""
         layers = sorted({head.layer for head in self.heads})

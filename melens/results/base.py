@@ -88,9 +88,22 @@ class Result(Part):
     def __str__(self) -> str:
         return self.summary()
 
+    def shown(self) -> list[dict[str, Any]]:
+        """What a notebook shows of the table."""
+        return self.rows()
+
     def _repr_html_(self) -> str:
-        table = self.to_frame().to_html(index=False, border=0, float_format="%.4g", escape=True)
-        return f"<p>{html.escape(self.summary())}</p>{table}"
+        """The sentence, the default figure, and the table folded away."""
+        import pandas as pd
+
+        from melens.figures import inline
+
+        frame = pd.DataFrame(self.shown())
+        table = frame.to_html(index=False, border=0, float_format="%.4g", escape=True)
+        return (
+            f"<p>{html.escape(self.summary())}</p>{inline(self)}"
+            f"<details><summary>{len(frame)} rows</summary>{table}</details>"
+        )
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

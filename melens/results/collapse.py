@@ -90,6 +90,10 @@ class Collapse(Result):
             for layer in range(self.n_layers)
         ]
 
+    def shown(self) -> list[dict[str, Any]]:
+        """Effective rank by layer and site; the full table has thousands of rows."""
+        return self.overview()
+
     def summary(self) -> str:
         """One plain sentence about effective rank around the ME Layer, uncentred."""
         name = f"{self.run.model}: effective rank exp(H(s / sum s)), uncentred, averaged over heads"

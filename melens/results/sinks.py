@@ -58,6 +58,9 @@ class Span(Part):
     first: int
     last: int
 
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
 
 class Sinks(Result):
     """Attention sinks by Gu et al.'s measure, on the first token and on other massive ones."""
@@ -135,7 +138,7 @@ class Sinks(Result):
             return f"{text}; no layer passes {self.onset_rule} on {which}."
         text += f"; sinks on {which} begin at layer {self.onset_layer}"
         if len(self.spans) > 1:
-            text += f" (layers {', '.join(f'{s.first}-{s.last}' for s in self.spans)})"
+            text += f" (layers {', '.join(map(str, self.spans))})"
         if self.me_layer is None:
             return f"{text}, and there is no ME Layer."
         gap = self.onset_layer - self.me_layer

@@ -1,0 +1,95 @@
+"""What every measuring command does: refuse early, load, locate if needed, save, show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melens.cli import output
+from melens.cli.options import Dtype
+from melens.errors import ResultError
+
+
+@dataclass
+class Job:
+    """One command's shared options, as typed."""
+
+    model: str
+    text: Path | None
+    prompt: list[str] | None
+    bos: bool | None
+    chat: bool
+    n_seq: int | None
+    length: int | None
+    out: Path | None
+    as_json: bool
+    device: str
+    dtype: Dtype | None
+    batch_size: int
+    seed: int
+    revision: str | None
+    trust_remote_code: bool
+    offline: bool
+    quiet: bool
+    located: Path | None = None
+    source: Any = None
+    """The texts' source, once looked at."""
+    saved: Any = None
+    """The ME Layer that ``located`` holds."""
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Job:
+        """From a command's arguments, those of its own left out; refuses before torch loads."""
+        job = cls(**{name: options[name] for name in cls.__dataclass_fields__ if name in options})
+        job.source = output.source(job.text, job.prompt)
+        if job.offline:
+            os.environ["HF_HUB_OFFLINE"] = os.environ["MELENS_OFFLINE"] = "1"
+        job.out = output.writable(job.out)
+        return job
+
+    def load(self) -> tuple[Any, Any]:
+        """The model, and the texts."""
+        from melens import load, prompts
+
+        texts = prompts(self.source, n=self.n_seq, length=self.length, bos=self.bos, chat=self.chat)
+        self.saved = self._read_located()
+        model = load(
+            self.model, device=None if self.device == "auto" else self.device,
+            dtype=self.dtype.value if self.dtype else None, revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+        return model, texts
+
+    def locate(self, model: Any, texts: Any) -> Any:
+        """The ME Layer: read, or found now and saved beside what comes next."""
+        if self.saved is not None:
+            return self.saved
+        from melens.emergence import locate
+
+        with self.bar() as tick:
+            found = locate(model, texts, batch_size=self.batch_size, seed=self.seed, progress=tick)
+        output.save(found, self.out, "locate", "profile")
+        return found
+
+    def bar(self) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Progress over sequences."""
+        return output.bar("sequences", quiet=self.quiet)
+
+    def finish(self, result: Any) -> None:
+        """Save and print."""
+        output.save(result, self.out, result.kind, result.kind)
+        output.show(result, as_json=self.as_json, folder=self.out)
+
+    def _read_located(self) -> Any:
+        if self.located is None:
+            return None
+        from melens.results import MELayer, load_result
+
+        found = load_result(self.located)
+        if not isinstance(found, MELayer):
+            raise ResultError(f"{self.located} is a {type(found).__name__}; give a locate.json.")
+        return found

@@ -1,0 +1,182 @@
+"""describe, collapse, sinks and attention."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from melens.cli import options as opt
+
+
+def describe(
+    model: opt.Model,
+    located: opt.Located = None,
+    first_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of the vocabulary to try alone at position 0.")
+    ] = 64,
+    text: opt.Text = None,
+    prompt: opt.Prompt = None,
+    bos: opt.Bos = None,
+    chat: opt.Chat = False,
+    n_seq: opt.NSeq = None,
+    length: opt.Length = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    batch_size: opt.BatchSize = 4,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Describe MODEL's massive token: dimensions, energy, steps, rigidity, what sets it off.
+
+    Examples:
+      melens describe smollm2-135m --out runs/describe
+
+      melens describe smollm2-135m --located runs/demo/locate.json --first-tokens 500
+    """
+    from melens.cli.job import Job
+
+    job = Job.of(locals())
+    loaded, texts = job.load()
+    found = job.locate(loaded, texts)
+    from melens.measure import describe as measure
+
+    job.finish(measure(loaded, found, texts, first_tokens=first_tokens, seed=seed))
+
+
+def collapse(
+    model: opt.Model,
+    located: opt.Located = None,
+    text: opt.Text = None,
+    prompt: opt.Prompt = None,
+    bos: opt.Bos = None,
+    chat: opt.Chat = False,
+    n_seq: opt.NSeq = None,
+    length: opt.Length = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    batch_size: opt.BatchSize = 4,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure rank collapse in MODEL: residual, attention input, queries, keys and values.
+
+    Every number with and without the massive token's row, centred and not.
+
+    Examples:
+      melens collapse smollm2-135m --out runs/collapse
+
+      melens collapse smollm2-135m --located runs/demo/locate.json --json > collapse.json
+    """
+    from melens.cli.job import Job
+
+    job = Job.of(locals())
+    loaded, texts = job.load()
+    found = job.locate(loaded, texts)
+    from melens.measure import collapse as measure
+
+    with job.bar() as tick:
+        result = measure(loaded, found, texts, batch_size=batch_size, progress=tick)
+    job.finish(result)
+
+
+def sinks(
+    model: opt.Model,
+    located: opt.Located = None,
+    t: Annotated[
+        int, typer.Option("--t", min=2, help="T: tokens of a sequence that count (paper: 64).")
+    ] = 64,
+    text: opt.Text = None,
+    prompt: opt.Prompt = None,
+    bos: opt.Bos = None,
+    chat: opt.Chat = False,
+    n_seq: opt.NSeq = None,
+    length: opt.Length = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    batch_size: opt.BatchSize = 4,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure attention sinks in MODEL, by layer, head and key position (Sink^eps of Gu et al.).
+
+    Examples:
+      melens sinks smollm2-135m --bos --t 128 --out runs/sinks
+
+      melens sinks smollm2-135m --located runs/demo/locate.json --json
+    """
+    from melens.cli.job import Job
+
+    job = Job.of(locals())
+    loaded, texts = job.load()
+    found = job.locate(loaded, texts)
+    from melens.measure import sinks as measure
+
+    with job.bar() as tick:
+        result = measure(loaded, found, texts, t=t, batch_size=batch_size, progress=tick)
+    job.finish(result)
+
+
+def attention(
+    model: opt.Model,
+    located: opt.Located = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer to show, counted from 0; may be given several times."),
+    ] = None,
+    head: Annotated[
+        list[int] | None,
+        typer.Option(help="A query head to show, from 0; may be given several times."),
+    ] = None,
+    text: opt.Text = None,
+    prompt: opt.Prompt = None,
+    bos: opt.Bos = None,
+    chat: opt.Chat = False,
+    length: opt.Length = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    batch_size: opt.BatchSize = 4,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Show what chosen heads of MODEL attend to: circuitsvis views in one offline HTML file.
+
+    The first text counts, up to 128 tokens. Default: all heads of the ME Layer and the next.
+
+    Examples:
+      melens attention smollm2-135m --prompt "My favorite color is Dark Blue." --out runs/heads
+
+      melens attention smollm2-135m --layer 12 --layer 20 --head 0 --head 3 --out runs/heads
+    """
+    from melens.cli import output
+    from melens.cli.job import Job
+
+    job = Job.of({**locals(), "n_seq": None})
+    loaded, texts = job.load()
+    from melens.measure import attention as measure
+    from melens.measure.maps import check_choice
+
+    check_choice(loaded, layer, head)
+    result = measure(loaded, job.locate(loaded, texts), texts, layers=layer, heads=head)
+    output.save_page(result, job.out)
+    job.finish(result)

@@ -1,0 +1,193 @@
+"""The tables of every kind of result; words, not numbers, are decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from melens.cli.output import cell, table
+from melens.registry import Registry
+
+TABLES: Registry[Callable[[Any], None]] = Registry("table")
+MOST_TOKENS = 8
+"""Massive tokens that a table lists; the JSON has all."""
+
+
+@TABLES.register("known")
+def _known(result: Any) -> None:
+    if result.rows():
+        table(result.rows())
+        typer.echo(result.convention)
+
+
+@TABLES.register("describe")
+def _describe(result: Any) -> None:
+    if result.massive:
+        table([_described_row(result, row) for row in result.rows()])
+        typer.echo("\nMassive tokens; the first row is the primary one, which all else is about:")
+        table(
+            [
+                {"position": token.position, "token": repr(token.token), "dim": token.dim,
+                 "value": token.value, "frequency": token.frequency}
+                for token in result.massive[:MOST_TOKENS]
+            ]
+        )  # fmt: skip
+        typer.echo(f"\nEnergy at layer {result.peak_layer}: {_energies(result)}")
+        if next_norm := _next_norm(result):
+            typer.echo(next_norm)
+    typer.echo("\nPosition 0, by what stands there:")
+    table(
+        [
+            {"start": row.name, "first tokens": row.first_tokens, "massive": row.massive,
+             "95 % interval": _interval(row.interval), "median largest |x|": row.median_value}
+            for row in result.conditions
+        ]
+    )  # fmt: skip
+    typer.echo("")
+
+
+def _described_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
+    ups = {step.layer for step in result.step_up}
+    downs = {step.layer for step in result.step_down}
+    layer = row["layer"]
+    notes = ["ME Layer"] * (layer == result.me_layer) + ["peak"] * (layer == result.peak_layer)
+    notes += ["step up"] * (layer in ups) + ["step down"] * (layer in downs)
+    names = {
+        "energy_1": "energy in 1", "energy_4": "energy in 4", "cosine_peak": "cos to peak",
+        "cosine_previous": "cos to layer before", "cosine_inputs": "cos between inputs",
+    }  # fmt: skip
+    return {names.get(name, name): value for name, value in row.items()} | {"": ", ".join(notes)}
+
+
+def _energies(result: Any) -> str:
+    shares = ", ".join(f"{100 * share:.1f} % in {top}" for top, share in result.energy.items())
+    return (
+        f"{shares} coordinates; {100 * result.energy_direction:.2f} % of {result.inputs} "
+        "inputs' in one direction."
+    )
+
+
+def _next_norm(result: Any) -> str | None:
+    """What the first norm after the peak leaves."""
+    after = [norm for norm in result.norms if norm.layer == result.peak_layer + 1]
+    if not after:
+        return None
+    parts = [f"{n.site} {n.before:.1%} -> {n.after:.1%}" for n in after]
+    return (
+        f"Energy in the massive dimensions before -> after the norms of layer {after[0].layer}, "
+        f"gains included: {', '.join(parts)}."
+    )
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+@TABLES.register("collapse")
+def _collapse(result: Any) -> None:
+    typer.echo(
+        "Effective rank exp(H(s / sum s)), uncentred, per sequence and averaged; heads averaged; "
+        "in brackets without the massive tokens' rows:"
+    )
+    table(result.overview())
+    typer.echo("\nThe same centred (the mean row taken off):")
+    table(result.overview("effective_rank_centred"))
+    for line in result.missing:
+        typer.echo(f"Not there: {line}.")
+    typer.echo(
+        f"\n{result.sequences_massive} of {result.sequences} sequences hold a massive token. "
+        "Other definitions and single heads: --json, or melens plot --style.\n"
+    )
+
+
+@TABLES.register("sinks")
+def _sinks(result: Any) -> None:
+    typer.echo(
+        f"Sink^eps of the first token (Gu et al.): share of (sequence, head) with alpha > eps, "
+        f"T = {result.t}; uniform attention would give alpha {result.uniform:.3f}:"
+    )
+    table([_sink_row(result, row) for row in result.rows()])
+    if result.tokens:
+        typer.echo("\nMassive tokens, each apart:")
+        table(
+            [
+                {"position": token.position, "token": repr(token.token), "met": token.count,
+                 **{f"sink {eps}": rate for eps, rate in token.overall.items()}}
+                for token in result.tokens[:MOST_TOKENS]
+            ]
+        )  # fmt: skip
+    typer.echo("")
+
+
+def _sink_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
+    layer = row["layer"]
+    notes = ["ME Layer"] * (layer == result.me_layer)
+    notes += ["sinks begin"] * (layer == result.onset_layer)
+    return {name.replace("_", " "): value for name, value in row.items()} | {"": ", ".join(notes)}
+
+
+@TABLES.register("attention")
+def _attention(result: Any) -> None:
+    table(result.rows())
+
+
+@TABLES.register("locate")
+def _locate(result: Any) -> None:
+    table([_locate_row(result, row) for row in result.profile])
+    if result.massive:
+        typer.echo(
+            "\nMassive tokens, largest entry before the final layers; the first row is the "
+            "primary one, which shares, stages and the sentence below are about:"
+        )
+        table(
+            [
+                {"position": token.position, "token": repr(token.token), "dim": token.dim,
+                 "value": token.value, "frequency": token.frequency}
+                for token in result.massive[:8]
+            ]
+        )  # fmt: skip
+    answers = result.criteria.model_dump().items()
+    typer.echo("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))
+    typer.echo(_stability(result))
+    if growth := result.final_layer_growth:
+        typer.echo(
+            f"Final-layer growth (not emergence): layer {growth.layer}, x{growth.factor:.3g}, "
+            f"dimension {growth.dim}."
+        )
+
+
+def _stability(result: Any) -> str:
+    seen = result.stability
+    alone = sum(token.massive for token in seen.first_tokens)
+    return (
+        f"Massive in {seen.sequences_massive} of {seen.sequences} sequences; of "
+        f"{len(seen.first_tokens)} other first tokens tried alone, {alone} turn massive; "
+        f"{seen.agreeing} of {seen.observations} independent observations agree."
+    )
+
+
+def _locate_row(result: Any, row: Any) -> dict[str, Any]:
+    notes = [
+        word
+        for word, layer in (
+            ("ME Layer", result.me_layer), ("main step", result.main_layer),
+            ("peak", result.peak_layer), ("erase", result.erase_layer),
+        )
+        if layer == row.layer
+    ]  # fmt: skip
+    spread = result.cumulative
+    notes += [
+        f"{part} %"
+        for part, layer in ((10, spread.p10), (50, spread.p50), (90, spread.p90))
+        if layer == row.layer and spread.p10 != spread.p90
+    ]
+    notes += [f"stage at {s.layer} erased" for s in result.stages if s.erased_at == row.layer]
+    return {
+        "layer": row.layer, "max |x| (signed)": row.value, "position": row.position,
+        "dim": row.dim, "median |x|": row.median, "token's median": row.token_median,
+        "norm ratio": row.norm_ratio,
+        "write share": None if row.write_share is None else round(row.write_share, 4),
+        "": ", ".join(notes),
+    }  # fmt: skip

@@ -1,0 +1,163 @@
+"""Attention sinks: closed forms, the patterns TransformerLens caches, padding, spans."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from planted import BOS_ID, batch, plant
+
+from melens.batches import Batch
+from melens.emergence import locate
+from melens.errors import MetricError, PromptError
+from melens.measure import sinks
+from melens.measure.attention_sinks import spans
+from melens.measure.patterns import PatternSums
+from melens.metrics import attention_entropy, key_attention, sink_rate, uniform_alpha
+from melens.models import load
+
+
+def uniform(n):
+    return torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
+
+
+def test_uniform_attention_in_closed_form():
+    alpha = key_attention(uniform(4))
+    harmonic = [(1 + 1 / 2 + 1 / 3 + 1 / 4) / 4, (1 / 2 + 1 / 3 + 1 / 4) / 3, (1 / 3 + 1 / 4) / 2]
+    torch.testing.assert_close(alpha, torch.tensor([*harmonic, 1 / 4], dtype=torch.float64))
+    assert uniform_alpha(4) == pytest.approx(harmonic[0])
+    entropy = attention_entropy(uniform(4))
+    torch.testing.assert_close(entropy, torch.tensor([1.0, 2, 3, 4]).log())
+
+
+def test_a_perfect_sink_and_a_perfect_diagonal():
+    sink = torch.zeros(5, 5)
+    sink[:, 0] = 1
+    torch.testing.assert_close(key_attention(sink), torch.tensor([1.0, 0, 0, 0, 0]).double())
+    torch.testing.assert_close(
+        key_attention(torch.eye(5)), torch.tensor([1 / 5, 1 / 4, 1 / 3, 1 / 2, 1]).double()
+    )
+    assert attention_entropy(sink).abs().max() == 0
+    assert sink_rate(torch.tensor([0.1, 0.3, 0.31, 0.9]), 0.3) == 0.5
+
+
+def test_what_has_no_sink_rate_is_refused():
+    with pytest.raises(MetricError, match="square"):
+        key_attention(torch.ones(3, 4))
+    with pytest.raises(MetricError, match=r"0 < eps < 1, got 2, 1\.5"):
+        sink_rate(torch.ones(2), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([0.0, 0.6, 0.7, 0.2, 0.5], [(1, 2), (4, 4)]),
+        ([0.6, None, 0.9, 0.1], [(0, 2)]),
+        ([None, 0.1], []),
+    ],
+)
+def test_spans_of_layers(rates, expected):
+    assert [(span.first, span.last) for span in spans(rates)] == expected
+
+
+def gu(patterns, eps, t):
+    """Their formula with plain loops: [layer][sequence, head, query, key]."""
+    over = []
+    for layer in patterns:
+        for sample in layer:
+            for head in sample:
+                head = head[:t, :t]
+                n = len(head)
+                over.append(sum(head[i, 0].item() for i in range(n)) / n > eps)
+    return sum(over) / len(over)
+
+
+@pytest.mark.parametrize("t", [5, 64])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3-next", "neox"])
+def test_the_cached_patterns_give_the_same_numbers(make_tiny, tokenizer, ids, family, t):
+    model = load(make_tiny(family), tokenizer=tokenizer)
+    found = sinks(model, prompts=Batch.of(ids), t=t)
+    names = [name for name in model.hook_dict if name.endswith("attn.hook_pattern")]
+    _, cache = model.run_with_cache(ids, names_filter=names, use_cache=False)
+    patterns = {int(name.split(".")[1]): cache[name] for name in names}
+    for eps, rate in found.overall.items():
+        assert rate == pytest.approx(gu(patterns.values(), float(eps), t))
+    for layer in range(model.cfg.n_layers):
+        if layer not in patterns:
+            assert found.attention_to_token[layer] is None
+            continue
+        pattern = patterns[layer][:, :, :t, :t]
+        assert found.attention_to_token[layer] == pytest.approx(
+            pattern[..., 0].mean().item(), rel=1e-5
+        )
+        entropy = torch.special.entr(pattern).sum(-1)[:, :, 1:].mean()
+        assert found.entropy[layer] == pytest.approx(entropy.item(), rel=1e-4)
+    alphas = {(head.layer, head.head): head.alpha for head in found.heads}
+    for layer, pattern in patterns.items():
+        for head, value in enumerate(pattern[:, :, :t, 0].mean(dim=(0, 2)).tolist()):
+            assert alphas[layer, head] == pytest.approx(value, rel=1e-5)
+    assert found.t == t
+    for key in found.keys:
+        column = patterns[key.layer][:, key.head, :t, key.position]
+        assert key.alpha == pytest.approx(column[:, key.position :].mean().item(), rel=1e-5)
+        assert key.queries == min(t, 12) - key.position
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_batches_change_nothing(tiny, side):
+    rows = [[5, 9, 11, 7, 8], [6, 10, 12, 20, 21, 22, 23, 9], [30, 31, 32, 33]]
+    padded = sinks(tiny, prompts=Batch.pad(rows, side=side))
+    alone = sinks(tiny, prompts=[Batch.of(torch.tensor([row])) for row in rows])
+    assert padded.overall == pytest.approx(alone.overall)
+    assert padded.sink_rate == alone.sink_rate
+    assert padded.attention_to_token == pytest.approx(alone.attention_to_token, rel=1e-5)
+    assert padded.entropy == pytest.approx(alone.entropy, rel=1e-5)
+    assert (
+        padded.uniform
+        == alone.uniform
+        == pytest.approx((uniform_alpha(5) + uniform_alpha(8) + uniform_alpha(4)) / 3)
+    )
+
+
+def test_first_and_later_massive_tokens_are_told_apart():
+    planted = plant("llama", "several-tokens", 2)
+    model = load(planted.model)
+    ids = batch(planted)
+    found = sinks(model, locate(model, Batch.of(ids)), Batch.of(ids))
+    kinds = {token.token_id: token for token in found.tokens}
+    assert set(kinds) == set(planted.truth.token_ids)
+    assert kinds[BOS_ID].position == 0
+    assert kinds[BOS_ID].count == len(ids)
+    (later,) = (token for token in found.tokens if token.position)
+    assert later.count == int((ids == later.token_id).sum())
+    assert found.others is not None
+    assert found.onset_of == "first"
+    _, cache = model.run_with_cache(ids, use_cache=False)
+    layer = model.cfg.n_layers - 1
+    pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+    expected = [
+        pattern[i, :, k:, k].mean(dim=-1).mean().item()
+        for i, k in (ids == later.token_id).nonzero().tolist()
+    ]
+    assert later.attention[layer] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_longer_sequences_add_keys_not_errors():
+    x = torch.stack([uniform(6)] * 2)[:, None]
+    heavy = [torch.zeros(2, 6, dtype=torch.bool), torch.zeros(1, 9, dtype=torch.bool)]
+    taps = PatternSums(heavy)
+    taps.update(x, Batch.of(torch.ones(2, 6, dtype=torch.long)))
+    taps.update(uniform(9)[None, None], Batch.of(torch.ones(1, 9, dtype=torch.long)))
+    made = taps.result()
+    assert made.alpha.shape == (1, 9)
+    assert made.alpha[0, 8].item() == pytest.approx(1 / 9)
+    first = (2 * uniform_alpha(6) + uniform_alpha(9)) / 3
+    assert made.alpha[0, 0].item() == pytest.approx(first)
+    spread = 2 * sum(math.log(i) for i in range(2, 7)) + sum(math.log(i) for i in range(2, 10))
+    assert made.entropy.item() == pytest.approx(spread / (2 * 5 + 8), rel=1e-6)
+
+
+def test_a_t_that_no_query_fills_is_refused(tiny, ids):
+    with pytest.raises(PromptError, match="t must be at least 2, got 1; the paper takes 64"):
+        sinks(tiny, prompts=Batch.of(ids), t=1)
