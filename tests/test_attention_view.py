@@ -40,7 +40,7 @@ PLAIN = ("My", " favorite", " color", "\n", "    ", "中")
 CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 
 
-def _run(**changes: str) -> RunInfo:
+def _run(**changes: str | dict[str, str]) -> RunInfo:
     facts = {
         "model": "planted", "model_revision": None, "weights": "0123", "dtype": "float32",
         "device": "cpu", "seed": 0, "settings": {}, "command": "melens attention planted",

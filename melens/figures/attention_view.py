@@ -29,7 +29,7 @@ MAX_TOKENS = 128
 MAX_HEADS = 300
 """Heads a page can show, however short the text."""
 MAX_BOXES = 500_000
-"""Boxes of all heads together, 30 heads at 128 tokens. The page has 5 MB then, but a browser on
+"""Boxes of all heads together, 30 heads at 128 tokens. The page has 3 MB then, but a browser on
 two slow cores needs 20 seconds to draw it, so this binds long before 20 MB do."""
 FRAME_HEIGHT = 800
 """Pixels a notebook cell gives to the page. Fixed, because circuitsvis' maps follow the size of
@@ -171,14 +171,15 @@ def _norms(maps: AttentionMaps) -> str:
         for layer in maps.norms
     ]
     # circuitsvis writes the tokens of this component into the page as HTML: escape them for that.
-    tokens = [html.escape(_shown(token), quote=False) for token in maps.tokens]
+    # Its tooltips take them as text, so there the escape shows; ">" needs none.
+    tokens = [_shown(token).replace("&", "&amp;").replace("<", "&lt;") for token in maps.tokens]
     low, high = min(-1.0, *map(min, logs)), max(1.0, *map(max, logs))
     blue = max(10.0, *(max(layer.norms) for layer in maps.norms))
     parts = [
         "<h2>Residual norms</h2>\n<p class=note>Colour is log10 of the norm of a token's residual, "
         "because norms span orders of magnitude: white is a norm of 1, full blue "
         f"{_number(blue)}, red less than 1, the same in all layers. Pointing at a token shows "
-        "its log10. A token of spaces is shown as ·, a line break as ↵.</p>"
+        "its log10 (and &lt; as &amp;lt;). A token of spaces is shown as ·, a line break as ↵.</p>"
     ]
     for i, (layer, values) in enumerate(zip(maps.norms, logs, strict=True)):
         parts.append(f"<h3>Output of layer {layer.layer} (counted from 0)</h3>{_range(layer)}")
