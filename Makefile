@@ -8,11 +8,13 @@ TORCH ?= cpu
 BIN := $(VENV)/bin
 PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
 
-.PHONY: demo test test-gemma test-hooked check all clean
+.PHONY: demo test test-gemma test-browser test-hooked notebooks check all clean
 
 demo: $(VENV)/.run
 	$(BIN)/melens locate smollm2-135m --out runs/demo
 	$(BIN)/melens known smollm2-135m runs/demo/locate.json
+	$(BIN)/melens describe smollm2-135m --located runs/demo/locate.json --out runs/demo
+	$(BIN)/melens sinks smollm2-135m --located runs/demo/locate.json --out runs/demo
 
 test: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
@@ -23,6 +25,15 @@ test-gemma: $(VENV)/.test
 	$(BIN)/melens models get gemma3-270m
 	$(BIN)/python -m pytest -m gemma
 
+# Needs a browser: apt-get install chromium chromium-driver
+test-browser: $(VENV)/.test
+	$(BIN)/python -m pytest -m browser tests/test_attention_view.py
+
+# Runs every notebook as it is; its source in percent format is kept beside it.
+notebooks: $(VENV)/.test
+	$(BIN)/melens models get smollm2-135m
+	$(BIN)/python -m pytest -o addopts= --nbmake --nbmake-timeout=600 notebooks
+
 # HookedTransformer lives in TransformerLens 3.9, which cannot share an environment with 4.3.
 test-hooked: .venv-hooked/.test
 	.venv-hooked/bin/python -m pytest -m hooked tests/test_hooked.py
@@ -32,7 +43,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-all: check test test-hooked demo
+all: check test notebooks test-browser test-hooked demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,7 +59,7 @@ $(VENV)/.test: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
 .venv-hooked/.test: pyproject.toml constraints-hooked.txt
 	$(PYTHON) -m venv .venv-hooked
 	.venv-hooked/bin/python -m pip install --quiet -c constraints-hooked.txt torch transformer-lens \
-	  transformers gguf typer pytest pytest-socket pytest-timeout beartype
+	  transformers gguf typer einops pytest pytest-socket pytest-timeout beartype
 	.venv-hooked/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 

@@ -33,6 +33,8 @@ class Inputs:
     batches: list[Batch]
     settings: dict[str, Any]
     """What the run is fed, so that it can be made again; part of every RunInfo."""
+    weights: str
+    """Fingerprint of the model's weights."""
 
     @property
     def rows(self) -> list[list[int]]:
@@ -62,7 +64,7 @@ class Inputs:
         facts = ModelFacts(
             name=origin.name,
             revision=origin.revision,
-            weights=fingerprint(self.model),
+            weights=self.weights,
             dtype=str(parameter.dtype).removeprefix("torch."),
             device=str(parameter.device),
         )
@@ -89,7 +91,7 @@ def take_in(model: Any, prompts: Source, *, batch_size: int = 4) -> Inputs:
     """
     hooked = adopt(model)
     batches = _batches(hooked, prompts, batch_size)
-    made = Inputs(hooked, batches, {})
+    made = Inputs(hooked, batches, {}, fingerprint(hooked))
     made.settings.update(_settings(hooked, prompts, made.rows))
     return made
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from melens.batches import Batch
 from melens.errors import CaptureError, MetricError
+from melens.measure.eigen import EigenQueue
 from melens.measure.spectra import VARIANTS, Spectra
 from melens.metrics import METRICS, SPECTRAL
 from melens.models.attention import View
@@ -108,12 +108,10 @@ def test_nothing_is_said_about_nothing(name):
 
 def stream_in(x, mask, heavy, view, sizes):
     """Feed ``x`` to a reducer in batches of the given sizes."""
-    with ThreadPoolExecutor(2) as pool:
-        marks = list(heavy.split(sizes))
-        reducer = Spectra(view, marks, pool)
-        for part, keep in zip(x.split(sizes), mask.split(sizes), strict=True):
-            reducer.update(part, Batch.of(torch.ones(keep.shape, dtype=torch.long), keep))
-        return reducer.result()
+    reducer = Spectra(view, list(heavy.split(sizes)))
+    for part, keep in zip(x.split(sizes), mask.split(sizes), strict=True):
+        reducer.update(part, Batch.of(torch.ones(keep.shape, dtype=torch.long), keep))
+    return reducer.result()
 
 
 def all_at_once(x, mask, heavy, view):
@@ -176,15 +174,36 @@ def test_memory_does_not_grow_with_sequences():
     view = View("q", 0, "", "batch pos head d", 3)
     x = torch.randn(2, 9, 3, 4, generator=generator(9))
     batch = Batch.of(torch.ones(2, 9, dtype=torch.long))
-    with ThreadPoolExecutor(1) as pool:
-        reducer = Spectra(view, [torch.zeros(2, 9, dtype=torch.bool)] * 50, pool)
-        for _ in range(50):
-            reducer.update(x, batch)
+    reducer = Spectra(view, [torch.zeros(2, 9, dtype=torch.bool)] * 50)
+    for _ in range(50):
+        reducer.update(x, batch)
+    reducer.result()
+    assert not reducer.queue.waiting
     held = [value for value in vars(reducer).values() if isinstance(value, torch.Tensor)]
     assert sum(value.numel() for value in held) == 2 * len(VARIANTS) * len(NAMES) * 3
     assert int(reducer.counts.max()) == 100
 
 
 def test_a_reducer_without_a_batch_has_no_answer():
-    with ThreadPoolExecutor(1) as pool, pytest.raises(CaptureError, match="saw no batch"):
-        Spectra(View("ln1", 0, "", "batch pos d", None), [], pool).result()
+    with pytest.raises(CaptureError, match="saw no batch"):
+        Spectra(View("ln1", 0, "", "batch pos d", None), []).result()
+
+
+def test_a_full_queue_is_solved_at_once_and_threads_are_put_back(monkeypatch):
+    monkeypatch.setattr("melens.measure.eigen.FLUSH_BYTES", 8 * 9 * 5)
+    threads, queue, seen = torch.get_num_threads(), EigenQueue(), []
+    x = torch.randn(4, 3, 3, generator=generator(10)).double()
+    x = x + x.mT
+    queue.submit([x[:1]], seen.append)
+    assert not seen
+    queue.submit([torch.eye(2).double()[None], x], seen.append)
+    assert [[tuple(part.shape) for part in values] for values in seen] == [
+        [(1, 3)],
+        [(1, 2), (4, 3)],
+    ]
+    torch.testing.assert_close(seen[1][1], torch.linalg.eigvalsh(x))
+    assert seen[1][0].tolist() == [[1, 1]]
+    assert torch.get_num_threads() == threads
+    with pytest.raises(RuntimeError):
+        queue.submit([torch.full((1, 9, 9), torch.nan).double()], seen.append)
+    assert torch.get_num_threads() == threads

@@ -55,3 +55,39 @@ def test_without_bos_late_tokens_turn_massive_and_position_0_does_not(gemma):
     result = locate(gemma, prompts(bos=False))
     assert result.verdict != "single"
     assert all(token.position > 0 for token in result.massive)
+
+
+SINK_HEADS = [
+    0.5, 0.75, 0.25, 0.75, 0, 1, 1, 0, 0.25, 0.75, 0.75, 1, 1, 1, 1, 0.75, 1, 0.75,
+]  # fmt: skip
+
+
+def test_what_bos_does_and_that_no_other_first_token_does_it(gemma):
+    from melens.measure import measure_all
+
+    texts = prompts()
+    made = measure_all(gemma, locate(gemma, texts), texts, t=128)
+    assert made.describe.inputs == 1  # only <bos>: nothing to compare it with
+    assert set(made.describe.cosine_inputs) == {None}
+    assert made.describe.energy["1"] > 0.99
+    for rate, expected in zip(made.sinks.head_rate["0.3"], SINK_HEADS, strict=True):
+        assert rate == pytest.approx(expected, abs=0.26)  # one head is 0.25
+    assert made.sinks.overall["0.3"] == pytest.approx(0.69, abs=0.06)
+    assert made.sinks.onset_layer == 0
+    kept, left = made.collapse.curve("resid_post")
+    assert min(kept) > 10
+    assert max(kept) < 75
+    for site, low, high in (("q", 43, 75), ("k", 40, 75)):
+        kept = made.collapse.curve(site)[0]
+        assert low - 6 < min(kept[1:])
+        assert max(kept[1:]) < high + 6
+
+
+def test_without_bos_the_first_token_is_no_sink(gemma):
+    from melens.measure import sinks
+
+    texts = prompts(bos=False)
+    made = sinks(gemma, locate(gemma, texts), texts, t=128)
+    assert made.overall["0.3"] < 0.01
+    assert made.onset_of == "others"
+    assert made.others is not None

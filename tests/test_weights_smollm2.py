@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -145,3 +148,104 @@ def test_a_gguf_file_of_the_users_own_loads_like_the_named_model(smol, tmp_path,
         assert torch.equal(own(ids), smol(ids))
     assert own.tokenizer(TEXT)["input_ids"] == smol.tokenizer(TEXT)["input_ids"]
     assert len(list((tmp_path / "models").iterdir())) == 1
+
+
+# --- what the token does (docs/definitions.md, sections 3, 4 and 6); BOS first ------------------
+
+WIKI = "WIKITEXT2"
+"""Environment variable: WikiText-2's valid.txt, which the reference values were measured on."""
+SINK_HEADS = [
+    0, 0, 0, 0.111, 0, 0, 0, 0, 0, 0.111, 0, 0, 0.778, 0.889, 1, 0.889, 0.778, 1, 0.889, 0.778,
+    0.889, 0.889, 1, 1, 1, 1, 1, 1, 0.778, 0.778,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(smol, found_bos):
+    from melens.measure import measure_all
+
+    return measure_all(smol, found_bos, prompts(bos=True), t=128)
+
+
+def test_the_token_is_one_coordinate_and_rigid(measured, smol):
+    made = measured.describe
+    assert made.energy["1"] == pytest.approx(0.99, abs=0.01)
+    assert made.cosine_layers[10] == pytest.approx(0.16, abs=0.005)
+    assert min(made.cosine_layers[11:27]) > 0.9995
+    assert made.cosine_layers[28] == pytest.approx(0.97, abs=0.005)
+    assert {step.layer for step in made.step_up} == {0, 1, 2, 11}
+    assert {9, 28} <= {step.layer for step in made.step_down}
+    sample = next(row for row in made.conditions if row.name == "vocabulary sample")
+    assert sample.massive >= sample.first_tokens - 1  # 99.9 % of 1,500 in the reference
+    assert min(made.cosine_inputs[2:9]) == pytest.approx(0.99, abs=0.006)
+    assert min(made.cosine_inputs[11:27]) > 0.995
+    gains = {(norm.layer, norm.site): norm.after for norm in made.norms}
+    assert max(gains[layer, "ln2"] for layer in (12, 13)) < 1e-3  # the gain there is 0
+
+
+def test_the_residual_collapses_by_one_row_and_queries_and_keys_do_not(measured):
+    """Text moves these by up to 4 (bundled texts against WikiText-2)."""
+    ranks = measured.collapse
+    kept, left = ranks.curve("resid_post")
+    assert (kept[10], left[10]) == (pytest.approx(83, abs=4), pytest.approx(83, abs=4))
+    assert (kept[11], left[11]) == (pytest.approx(6.9, abs=1), pytest.approx(84, abs=4))
+    stable = ranks.curve("resid_post", "stable_rank")
+    assert stable[0][11] == pytest.approx(1.0, abs=0.01)
+    assert stable[1][11] == pytest.approx(1.86, abs=0.2)
+    for site, before, after in (("q", 33, 28), ("k", 26, 30)):
+        kept, left = ranks.curve(site)
+        assert kept[11] == pytest.approx(before, abs=3)
+        assert kept[12] == pytest.approx(after, abs=3)
+        assert all(abs(a - b) < 0.7 for a, b in zip(kept, left, strict=True))
+    assert ranks.missing == ()
+
+
+def test_sinks_begin_in_the_layer_after(measured):
+    found = measured.sinks
+    assert max(found.head_rate["0.3"][:3]) == 0
+    assert found.head_rate["0.3"][10:12] == (0, 0)
+    assert min(found.head_rate["0.3"][12:28]) > 0.7
+    assert [span.first for span in found.spans][-1] == 12
+    assert sum(found.attention_to_token[12:]) / 18 == pytest.approx(0.54, abs=0.1)
+    assert found.uniform == pytest.approx(0.0424, abs=1e-3)
+
+
+def test_without_bos_sinks_come_with_the_first_stage_and_go_with_it(smol, found):
+    from melens.measure import sinks
+
+    made = sinks(smol, found, prompts())
+    assert [(span.first, span.last) for span in made.spans] == [(3, 9), (12, 29)]
+    stages = [(stage.layer, stage.erased_at) for stage in found.stages]
+    assert stages == [(2, 9), (11, 28)]
+
+
+@pytest.mark.skipif(WIKI not in os.environ, reason=f"set {WIKI} to WikiText-2's valid.txt")
+def test_reference_values_on_wikitext(smol):
+    """32 x 128 tokens drawn evenly; the reference's own 8 (sinks) and 4 (ranks) are not known."""
+    import json
+    import random
+
+    from melens.batches import Batch
+    from melens.measure import measure_all
+
+    text = "\n".join(
+        line for line in Path(os.environ[WIKI]).read_text("utf-8").split("\n") if line.strip()
+    )
+    ids = smol.tokenizer(text, verbose=False)["input_ids"]
+    draw = random.Random(1)
+    rows = [ids[i : i + 127] for i in (draw.randrange(len(ids) - 127) for _ in range(32))]
+    batches = [
+        Batch.of(torch.tensor([[smol.tokenizer.bos_token_id, *row] for row in rows[i : i + 8]]))
+        for i in range(0, 32, 8)
+    ]
+    made = measure_all(smol, locate(smol, batches), batches, t=128)
+    for rate, expected in zip(made.sinks.head_rate["0.3"], SINK_HEADS, strict=True):
+        assert rate == pytest.approx(expected, abs=0.12)
+    assert made.sinks.overall["0.3"] == pytest.approx(0.55, abs=0.02)
+    reference = json.loads((Path(__file__).parent / "golden/smollm2_ranks.json").read_text())
+    # a mean of 4 sequences against one of 32: the residual moves most with the text
+    for site, tolerance in (("q", 1.5), ("k", 1.75), ("ln1", 4), ("resid_post", 4)):
+        kept, left = made.collapse.curve(site)
+        for layer, (with_token, without_token, _) in enumerate(reference[site]):
+            assert kept[layer] == pytest.approx(with_token, abs=tolerance)
+            assert left[layer] == pytest.approx(without_token, abs=tolerance)

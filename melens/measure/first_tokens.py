@@ -74,9 +74,9 @@ def chat_start(tokenizer: Any) -> int | None:
 def first_token_row(path: Path, source: Start, located: MELayer, *, token: str) -> FirstTokenRow:
     """Is a token massive alone? Held against the texts' own medians, as ``locate`` does it."""
     last = last_body_layer(path.n_layers)
-    norms = path.norms[1:].tolist()
+    norms, tops = path.norms[1:].tolist(), path.resid[1:].abs().amax(dim=-1).tolist()
     massive = any(
-        abs(path.entry(row.layer)[1]) > max(SUN_ABSOLUTE, SUN_RATIO * row.median)
+        tops[row.layer] > max(SUN_ABSOLUTE, SUN_RATIO * row.median)
         and norms[row.layer] >= NORM_RATIO * row.median_norm
         for row in located.profile[: last + 1]
     )

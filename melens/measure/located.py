@@ -14,7 +14,6 @@ from melens.emergence.search import locate_in
 from melens.errors import ResultError
 from melens.inputs import Inputs
 from melens.models.anatomy import resid_post
-from melens.models.origin import fingerprint
 from melens.results import MELayer
 
 Progress = Callable[[int, int], None] | None
@@ -52,10 +51,10 @@ def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
 
     Raises:  ResultError: naming both.
     """
-    if me_layer.run.weights != (here := fingerprint(inputs.model)):
+    if me_layer.run.weights != inputs.weights:
         raise ResultError(
             f"this ME Layer was located on {me_layer.run.model} (weights {me_layer.run.weights}), "
-            f"the model at hand has weights {here}; locate it again."
+            f"the model at hand has weights {inputs.weights}; locate it again."
         )
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import torch
 
 from melens.capture import Reducer
 from melens.inputs import Inputs, Source, take_in
+from melens.measure.eigen import EigenQueue
 from melens.measure.located import Located, Progress, settle
 from melens.measure.one_pass import run_once
 from melens.measure.spectra import VARIANTS, Spectra
@@ -42,9 +40,9 @@ def collapse(
     """  # fmt: skip
     inputs = take_in(model, prompts, batch_size=batch_size)
     located = settle(inputs, me_layer, progress=progress)
-    with RankPlan(inputs, located, attention_sites(inputs.model)) as plan:
-        run_once(inputs, plan.taps, progress=progress)
-        return plan.result()
+    plan = RankPlan(inputs, located, attention_sites(inputs.model))
+    run_once(inputs, plan.taps, progress=progress)
+    return plan.result()
 
 
 class RankPlan:
@@ -52,14 +50,8 @@ class RankPlan:
 
     def __init__(self, inputs: Inputs, located: Located, sites: AttentionSites) -> None:
         self.inputs, self.located, self.sites = inputs, located, sites
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())
-        self.spectra = [Spectra(view, located.heavy, self.pool) for view in sites.views]
-
-    def __enter__(self) -> RankPlan:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown()
+        queue = EigenQueue()
+        self.spectra = [Spectra(view, located.heavy, queue) for view in sites.views]
 
     @property
     def taps(self) -> Mapping[str, Reducer]:

@@ -46,7 +46,7 @@ def observe(inputs: Inputs, prefixes: Sequence[Sequence[int]]) -> Iterator[Obser
         if (name := f"blocks.{block.layer}.{norm}.hook_{end}") in known
     }
     per_prefix = 8 * model.cfg.d_model * (len(taps) + 4 * len(blocks))
-    step = max(1, min(64, CHUNK_BYTES // per_prefix))
+    step = max(1, min(128, CHUNK_BYTES // per_prefix))
     for start in range(0, len(prefixes), step):
         part = prefixes[start : start + step]
         paths, found = trace_with(model, part, taps.values(), batch_size=step)
@@ -64,7 +64,9 @@ class Rigidity:
     n_layers: int
     peak: int
     count: int = 0
-    sums: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Site -> [layer, d_model], for the layers in ``layers``."""
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     at_peak: list[Tensor] = field(default_factory=list)
 
     def add(self, seen: Observation) -> None:
@@ -72,20 +74,20 @@ class Rigidity:
         self.count += 1
         self.at_peak.append(seen.path.resid[self.peak + 1])
         for site in (RESID, *seen.outputs):
-            held = self.sums.setdefault(site, {})
-            for layer, row in seen.rows(site).items():
-                unit = torch.nn.functional.normalize(row, dim=0)
-                held[layer] = held[layer] + unit if layer in held else unit
+            rows = seen.rows(site)
+            units = torch.nn.functional.normalize(torch.stack(list(rows.values())), dim=-1)
+            if site in self.sums:
+                units = units + self.sums[site]
+            self.sums[site], self.layers[site] = units, tuple(rows)
 
     def between_inputs(self, site: str) -> tuple[float | None, ...]:
         """Mean cosine over all pairs of inputs: (|sum of units|^2 - n) / (n (n - 1))."""
-        n, held = self.count, self.sums.get(site, {})
+        n = self.count
         if n < 2:
             return (None,) * self.n_layers
-        return tuple(
-            ((held[layer].square().sum() - n) / (n * (n - 1))).item() if layer in held else None
-            for layer in range(self.n_layers)
-        )
+        means = (self.sums[site].square().sum(-1) - n) / (n * (n - 1))
+        by_layer = dict(zip(self.layers[site], means.tolist(), strict=True))
+        return tuple(by_layer.get(layer) for layer in range(self.n_layers))
 
 
 def consecutive(rows: dict[int, Tensor], n_layers: int) -> tuple[float | None, ...]:

@@ -40,6 +40,6 @@ def measure_all(
     located = settle(inputs, me_layer, progress=progress)
     portrait = portray(inputs, located, first_tokens=FIRST_TOKENS, seed=0)
     sink_plan = SinkPlan(inputs, located, t)
-    with RankPlan(inputs, located, attention_sites(inputs.model)) as rank_plan:
-        run_once(inputs, rank_plan.taps, sink_plan.taps, progress=progress)
-        return Measurements(portrait, rank_plan.result(), sink_plan.result())
+    rank_plan = RankPlan(inputs, located, attention_sites(inputs.model))
+    run_once(inputs, rank_plan.taps, sink_plan.taps, progress=progress)
+    return Measurements(portrait, rank_plan.result(), sink_plan.result())

@@ -6,6 +6,7 @@ well. A short run shows what is really there; what is not is named with its reas
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,18 @@ class AttentionSites:
         return tuple(view for view in self.views if view.layer == layer)
 
 
-@torch.no_grad()
+_KNOWN: weakref.WeakKeyDictionary[Any, AttentionSites] = weakref.WeakKeyDictionary()
+
+
 def attention_sites(model: Any) -> AttentionSites:
+    """What can be read of a model's attention; found out once for every model."""
+    if model not in _KNOWN:
+        _KNOWN[model] = _look(model)
+    return _KNOWN[model]
+
+
+@torch.no_grad()
+def _look(model: Any) -> AttentionSites:
     """Run a few tokens through the model and note which attention hooks fire, and their shapes."""
     parts = anatomy(model)
     known = model.hook_dict
