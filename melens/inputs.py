@@ -39,11 +39,7 @@ class Inputs:
     @property
     def rows(self) -> list[list[int]]:
         """Token ids of every sequence, padding dropped."""
-        return [
-            row[mask].tolist()
-            for batch in self.batches
-            for row, mask in zip(batch.ids, batch.mask, strict=True)
-        ]
+        return rows_of(self.batches)
 
     @property
     def total(self) -> int:
@@ -83,6 +79,15 @@ class Inputs:
         return tick
 
 
+def rows_of(batches: Sequence[Batch]) -> list[list[int]]:
+    """Token ids of every sequence, padding dropped."""
+    return [
+        row[mask].tolist()
+        for batch in batches
+        for row, mask in zip(batch.ids, batch.mask, strict=True)
+    ]
+
+
 def take_in(model: Any, prompts: Source, *, batch_size: int = 4) -> Inputs:
     """Adopt a model and turn texts into batches for it; refuses before any forward pass.
 
@@ -91,9 +96,8 @@ def take_in(model: Any, prompts: Source, *, batch_size: int = 4) -> Inputs:
     """
     hooked = adopt(model)
     batches = _batches(hooked, prompts, batch_size)
-    made = Inputs(hooked, batches, {}, fingerprint(hooked))
-    made.settings.update(_settings(hooked, prompts, made.rows))
-    return made
+    settings = _settings(hooked, prompts, rows_of(batches))
+    return Inputs(hooked, batches, settings, fingerprint(hooked))
 
 
 def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:

@@ -146,6 +146,7 @@ def test_chosen_heads_are_shown_as_they_are(tiny, ids):
         ({"layers": [3]}, r"layer 3 is outside 0\.\.2"),
         ({"heads": [4]}, r"head 4 is outside 0\.\.3"),
         ({"heads": [-1]}, r"head -1 is outside 0\.\.3"),
+        ({"heads": []}, "leave the argument out"),
     ],
 )
 def test_heads_that_are_not_there_are_refused(tiny, ids, options, says):

@@ -16,14 +16,12 @@ from melens.errors import OutputError, ResultError
 from melens.figures import attention_view as module
 from melens.figures.attention_view import (
     FRAME_HEIGHT,
-    MAX_BOXES,
-    MAX_HEADS,
-    MAX_TOKENS,
     HtmlView,
     attention_view,
 )
 from melens.provenance import RunInfo
 from melens.results import AttentionMaps, HeadMap, TokenNorms
+from melens.results.attention import MOST_HEADS, MOST_TOKENS, most_heads
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -231,16 +229,14 @@ def test_the_page_says_what_it_shows():
 
 def test_pages_that_no_browser_can_draw_are_refused():
     with pytest.raises(ResultError, match=r"129 tokens are more than a page can show \(128\); m"):
-        attention_view(_maps(tokens=["a"] * (MAX_TOKENS + 1)))
-    assert MAX_BOXES // MAX_TOKENS**2 == 30
-    heads = (_head(MAX_TOKENS, 0, 0),) * 31
+        attention_view(_maps(tokens=["a"] * (MOST_TOKENS + 1)))
+    assert most_heads(MOST_TOKENS) == 30
+    heads = (_head(MOST_TOKENS, 0, 0),) * 31
     with pytest.raises(ResultError, match=r"31 heads are more .* at 128 tokens \(30\); choose few"):
-        attention_view(_maps(tokens="a" * MAX_TOKENS, heads=heads))
-    heads = (_head(2, 0, 0),) * (MAX_HEADS + 1)
+        attention_view(_maps(tokens="a" * MOST_TOKENS, heads=heads))
+    heads = (_head(2, 0, 0),) * (MOST_HEADS + 1)
     with pytest.raises(ResultError, match=r"301 heads .* at 2 tokens \(300\)"):
         attention_view(_maps(tokens="ab", heads=heads))
-    with pytest.raises(ResultError, match=r"massive positions \[-1, 6\] are outside 0\.\.5"):
-        attention_view(_maps(massive_positions=(-1, 0, 6)))
 
 
 def test_the_largest_pages_stay_far_below_twenty_megabytes():

@@ -49,10 +49,14 @@ def test_a_planted_token_is_described_as_planted(family):
 def test_only_the_planted_first_token_turns_massive():
     _, _, _, made = portray("llama", "single", 3, first_tokens=40)
     assert [row.token_id for row in made.first_tokens if row.massive] == [BOS_ID]
-    sample = next(row for row in made.conditions if row.name == "vocabulary sample")
-    assert sample.massive == 0
-    assert sample.interval[0] == 0
-    assert sample.interval[1] < 0.12
+    by_name = {row.name: row for row in made.conditions}
+    assert set(by_name) == {"texts' own, no BOS", "vocabulary sample"}  # no tokenizer here
+    sample = by_name["vocabulary sample"]
+    assert sample.first_tokens == 40
+    assert sample.massive == (
+        BOS_ID in [r.token_id for r in made.first_tokens if "vocabulary" in r.sources]
+    )
+    assert sample.interval == wilson(sample.massive, 40)
     assert made.inputs == 1
     assert set(made.cosine_inputs) == {None}  # one input has nothing to be compared with
 
@@ -123,6 +127,49 @@ def test_a_later_token_is_compared_with_its_other_occurrences():
     assert made.cosine_layers[made.peak_layer] == pytest.approx(1)
 
 
+def test_a_bos_is_told_from_the_texts_own_first_tokens(tiny):
+    made = describe(tiny, prompts=Batch.of(torch.tensor([[1, 5, 6, 7], [1, 8, 6, 7]])))
+    by_name = {row.name: row for row in made.conditions}
+    assert by_name["with BOS"].first_tokens == 1
+    assert by_name["texts' own, no BOS"].first_tokens == 2
+    assert "chat template" not in by_name
+    starts = {row.token_id: row.sources for row in made.first_tokens}
+    assert starts[1] == ("bos",)
+    assert set(starts[5]) <= {"text", "vocabulary"}
+
+
+def test_energy_in_the_top_direction_and_the_norm_ratio_in_closed_form():
+    truth, model, _, made = portray("llama", "single", 3)
+    assert made.energy_direction == pytest.approx(1)  # one input
+    d = model.cfg.d_model
+    (name,) = {f"blocks.{truth.me_layer}.ln2.hook_out"}
+    _, cache = model.run_with_cache(torch.tensor([[BOS_ID]]), names_filter=[name])
+    (seen,) = (n for n in made.norms if (n.layer, n.site) == (truth.me_layer, "ln2"))
+    expected = (cache[name][0, 0].square().mean() ** 0.5).item()
+    assert d == cache[name].shape[-1]
+    assert seen.norm_ratio == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_token_alone_is_judged_as_locate_judges_it():
+    """An erased stage does not count, and a broad outlier dimension makes nothing massive."""
+    for kind, seed in (("re-emergent", 1), ("none", 1), ("several-tokens", 2)):
+        _, _, located, made = portray("llama", kind, seed, first_tokens=127)
+        tried = {row.token_id: row for row in made.first_tokens}
+        for token in located.stability.first_tokens:
+            assert tried[token.token_id].massive == token.massive
+            assert tried[token.token_id].first_share == token.me_layer
+        if located.massive:
+            assert tried[BOS_ID].first_share == located.me_layer
+
+
+def test_a_later_token_that_the_texts_lack_is_refused_in_words():
+    planted = plant("llama", "several-tokens", 2)
+    model = load(planted.model)
+    located = locate(model, Batch.of(batch(planted)[:, 1:]))
+    with pytest.raises(PromptError, match="is not massive in these; locate on the texts"):
+        describe(model, located, Batch.of(torch.arange(20, 40)[None]))
+
+
 def test_samples_are_seeded_distinct_and_ordinary(tiny):
     sample = sample_vocabulary(tiny, count=30, seed=4)
     assert sample == sample_vocabulary(tiny, count=30, seed=4)
@@ -147,4 +194,4 @@ def test_a_result_of_another_model_is_refused(tiny, ids):
     with pytest.raises(ResultError, match="the model at hand has weights"):
         describe(tiny, located, Batch.of(ids))
     with pytest.raises(PromptError, match="0 or more, got -1"):
-        describe(other, located, Batch.of(batch(planted)), first_tokens=-1)
+        describe(other, first_tokens=-1)

@@ -13,8 +13,8 @@ from melens.emergence import locate
 from melens.errors import MetricError, PromptError
 from melens.measure import sinks
 from melens.measure.attention_sinks import spans
-from melens.measure.patterns import PatternSums
-from melens.metrics import attention_entropy, key_attention, sink_rate, uniform_alpha
+from melens.measure.patterns import LEAST_QUERIES, PatternSums
+from melens.metrics import attention_entropy, key_attention, uniform_alpha
 from melens.models import load
 
 
@@ -39,14 +39,11 @@ def test_a_perfect_sink_and_a_perfect_diagonal():
         key_attention(torch.eye(5)), torch.tensor([1 / 5, 1 / 4, 1 / 3, 1 / 2, 1]).double()
     )
     assert attention_entropy(sink).abs().max() == 0
-    assert sink_rate(torch.tensor([0.1, 0.3, 0.31, 0.9]), 0.3) == 0.5
 
 
 def test_what_has_no_sink_rate_is_refused():
     with pytest.raises(MetricError, match="square"):
         key_attention(torch.ones(3, 4))
-    with pytest.raises(MetricError, match=r"0 < eps < 1, got 2, 1\.5"):
-        sink_rate(torch.ones(2), 1.5)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +95,31 @@ def test_the_cached_patterns_give_the_same_numbers(make_tiny, tokenizer, ids, fa
         for head, value in enumerate(pattern[:, :, :t, 0].mean(dim=(0, 2)).tolist()):
             assert alphas[layer, head] == pytest.approx(value, rel=1e-5)
     assert found.t == t
-    for key in found.keys:
-        column = patterns[key.layer][:, key.head, :t, key.position]
-        assert key.alpha == pytest.approx(column[:, key.position :].mean().item(), rel=1e-5)
-        assert key.queries == min(t, 12) - key.position
+    length = min(t, ids.shape[1])
+    shown = {(key.layer, key.head, key.position): key for key in found.keys}
+    for layer, pattern in patterns.items():
+        for position in range(length):
+            alphas = pattern[:, :, position:length, position].mean(dim=-1)  # [sequence, head]
+            for head in range(pattern.shape[1]):
+                key = shown.get((layer, head, position))
+                enough = position == 0 or length - position >= LEAST_QUERIES
+                assert (key is not None) == (enough and bool((alphas[:, head] > 0.2).any()))
+                if key is not None:
+                    assert key.alpha == pytest.approx(alphas[:, head].mean().item(), rel=1e-5)
+                    for eps, rate in key.rate.items():
+                        over = (alphas[:, head] > float(eps)).float().mean().item()
+                        assert rate == pytest.approx(over)
+                    assert key.queries == len(ids) * (length - position)
+    rates = {(head.layer, head.head): head.rate for head in found.heads}
+    for (layer, head), rate in rates.items():
+        assert (
+            rate == shown[layer, head, 0].rate
+            if (layer, head, 0) in shown
+            else not any(rate.values())
+        )
+    for layer, pattern in patterns.items():
+        means = pattern[:, :, :t, 0].mean(dim=(0, 2))
+        assert found.head_rate["0.3"][layer] == (means > 0.3).float().mean().item()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -130,16 +148,20 @@ def test_first_and_later_massive_tokens_are_told_apart():
     assert kinds[BOS_ID].position == 0
     assert kinds[BOS_ID].count == len(ids)
     (later,) = (token for token in found.tokens if token.position)
-    assert later.count == int((ids == later.token_id).sum())
+    places = (ids == later.token_id).nonzero().tolist()
+    places = [(i, k) for i, k in places if ids.shape[1] - k >= LEAST_QUERIES]
+    assert later.count == len(places)
     assert found.others is not None
     assert found.onset_of == "first"
     _, cache = model.run_with_cache(ids, use_cache=False)
     layer = model.cfg.n_layers - 1
     pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
-    expected = [
-        pattern[i, :, k:, k].mean(dim=-1).mean().item()
-        for i, k in (ids == later.token_id).nonzero().tolist()
-    ]
+    expected = [pattern[i, :, k:, k].mean(dim=-1).mean().item() for i, k in places]
+    assert found.others["0.3"][layer] == pytest.approx(
+        torch.stack([(pattern[i, :, k:, k].mean(dim=-1) > 0.3).double().mean() for i, k in places])
+        .mean()
+        .item()
+    )
     assert later.attention[layer] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
@@ -151,11 +173,44 @@ def test_longer_sequences_add_keys_not_errors():
     taps.update(uniform(9)[None, None], Batch.of(torch.ones(1, 9, dtype=torch.long)))
     made = taps.result()
     assert made.alpha.shape == (1, 9)
-    assert made.alpha[0, 8].item() == pytest.approx(1 / 9)
+    assert made.queries.tolist() == [2 * 6 + 9, 8, 0, 0, 0, 0, 0, 0, 0]  # fewer than 8 do not count
+    assert made.alpha[0, 8].item() == 0
     first = (2 * uniform_alpha(6) + uniform_alpha(9)) / 3
     assert made.alpha[0, 0].item() == pytest.approx(first)
     spread = 2 * sum(math.log(i) for i in range(2, 7)) + sum(math.log(i) for i in range(2, 10))
     assert made.entropy.item() == pytest.approx(spread / (2 * 5 + 8), rel=1e-6)
+
+
+def test_a_key_that_only_sees_itself_is_no_sink():
+    """A diagonal head gives key 14 of 16 an alpha of 0.5, from two queries."""
+    heavy = torch.zeros(1, 16, dtype=torch.bool)
+    heavy[0, [2, 14]] = True
+    taps = PatternSums([heavy])
+    taps.update(torch.eye(16)[None, None], Batch.of(torch.arange(16)[None] + 3))
+    made = taps.result()
+    assert set(made.tokens) == {(False, 5)}
+    assert made.rates[0].nonzero().tolist() == []
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_t_cuts_padded_rows_as_it_cuts_others(tiny, side):
+    rows = [list(range(5, 25)), list(range(6, 18))]
+    padded = sinks(tiny, prompts=Batch.pad(rows, side=side), t=8)
+    alone = sinks(tiny, prompts=[Batch.of(torch.tensor([row])) for row in rows], t=8)
+    assert padded.attention_to_token == pytest.approx(alone.attention_to_token, rel=1e-5)
+    assert padded.uniform == pytest.approx(uniform_alpha(8))
+    assert padded.t == 8
+
+
+def test_what_is_massive_in_the_texts_decides_whose_onset_it_is():
+    planted = plant("llama", "several-tokens", 2)
+    model = load(planted.model)
+    ids = batch(planted)
+    located = locate(model, Batch.of(ids))
+    headless = sinks(model, located, Batch.of(ids[:, 1:]))
+    assert headless.onset_of == "others"
+    assert {token.token_id for token in headless.tokens} == {planted.truth.token_ids[1]}
+    assert min(token.position for token in headless.tokens) > 0
 
 
 def test_a_t_that_no_query_fills_is_refused(tiny, ids):

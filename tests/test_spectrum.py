@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from melens.batches import Batch
-from melens.errors import CaptureError, MetricError
+from melens.errors import CaptureError, MetricError, ModelError
 from melens.measure.eigen import EigenQueue
 from melens.measure.spectra import VARIANTS, Spectra
 from melens.metrics import METRICS, SPECTRAL
@@ -163,11 +163,23 @@ def test_streaming_equals_all_at_once(layout, side):
 def test_rows_that_are_equal_have_no_centred_spectrum():
     view = View("ln1", 0, "", "batch pos d", None)
     x = torch.randn(1, 1, 6, generator=generator(8)).expand(2, 9, 6)
+    x = x + 1e-9 * torch.randn(2, 9, 6, generator=generator(9)).double()  # rounding, not rows
     mask = torch.ones(2, 9, dtype=torch.bool)
     found = stream_in(x, mask, ~mask, view, [2])
     kept = dict(zip(VARIANTS, found, strict=True))
     assert kept["with_centred"].isnan().all()
     assert kept["with"][NAMES.index("effective_rank")].item() == pytest.approx(1, abs=1e-6)
+
+
+def test_activations_that_are_not_finite_are_refused_but_padding_may_be():
+    view = View("ln1", 0, "blocks.0.ln1.hook_out", "batch pos d", None)
+    x = torch.randn(1, 5, 6, generator=generator(8))
+    x[0, 4] = torch.nan
+    mask = torch.tensor([[True, True, True, True, False]])
+    found = stream_in(x, mask, ~mask & mask, view, [1])
+    assert found.isfinite().all()
+    with pytest.raises(ModelError, match=r"blocks\.0\.ln1\.hook_out holds NaN or Inf"):
+        stream_in(x, torch.ones_like(mask), ~mask & mask, view, [1])
 
 
 def test_memory_does_not_grow_with_sequences():
@@ -191,12 +203,15 @@ def test_a_reducer_without_a_batch_has_no_answer():
 
 def test_a_full_queue_is_solved_at_once_and_threads_are_put_back(monkeypatch):
     monkeypatch.setattr("melens.measure.eigen.FLUSH_BYTES", 8 * 9 * 5)
-    threads, queue, seen = torch.get_num_threads(), EigenQueue(), []
+    before, threads, queue, seen = torch.get_num_threads(), 2, EigenQueue(), []
+    torch.set_num_threads(threads)
     x = torch.randn(4, 3, 3, generator=generator(10)).double()
     x = x + x.mT
     queue.submit([x[:1]], seen.append)
     assert not seen
     queue.submit([torch.eye(2).double()[None], x], seen.append)
+    assert len(seen) == 1  # what waited was solved before more was taken in
+    queue.flush()
     assert [[tuple(part.shape) for part in values] for values in seen] == [
         [(1, 3)],
         [(1, 2), (4, 3)],
@@ -204,6 +219,8 @@ def test_a_full_queue_is_solved_at_once_and_threads_are_put_back(monkeypatch):
     torch.testing.assert_close(seen[1][1], torch.linalg.eigvalsh(x))
     assert seen[1][0].tolist() == [[1, 1]]
     assert torch.get_num_threads() == threads
+    queue.submit([torch.full((1, 9, 9), torch.nan).double()], seen.append)
     with pytest.raises(RuntimeError):
-        queue.submit([torch.full((1, 9, 9), torch.nan).double()], seen.append)
+        queue.flush()
     assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)

@@ -74,7 +74,7 @@ def test_what_bos_does_and_that_no_other_first_token_does_it(gemma):
         assert rate == pytest.approx(expected, abs=0.26)  # one head is 0.25
     assert made.sinks.overall["0.3"] == pytest.approx(0.69, abs=0.06)
     assert made.sinks.onset_layer == 0
-    kept, left = made.collapse.curve("resid_post")
+    kept = made.collapse.curve("resid_post")[0]
     assert min(kept) > 10
     assert max(kept) < 75
     for site, low, high in (("q", 43, 75), ("k", 40, 75)):

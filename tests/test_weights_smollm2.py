@@ -11,6 +11,7 @@ import torch
 from melens.batches import prompts
 from melens.emergence import locate
 from melens.knowledge import known
+from melens.models.anatomy import norm_gain
 
 pytestmark = pytest.mark.weights
 TEXT = "My favorite color is Dark Blue."
@@ -179,8 +180,10 @@ def test_the_token_is_one_coordinate_and_rigid(measured, smol):
     assert sample.massive >= sample.first_tokens - 1  # 99.9 % of 1,500 in the reference
     assert min(made.cosine_inputs[2:9]) == pytest.approx(0.99, abs=0.006)
     assert min(made.cosine_inputs[11:27]) > 0.995
-    gains = {(norm.layer, norm.site): norm.after for norm in made.norms}
-    assert max(gains[layer, "ln2"] for layer in (12, 13)) < 1e-3  # the gain there is 0
+    left = {(norm.layer, norm.site): norm.after for norm in made.norms}
+    assert left[12, "ln2"] < 0.25 < 0.9 < left[12, "ln1"]  # dim 247 is left, 507 is not
+    for layer in (11, 12, 13):
+        assert norm_gain(smol, layer, "ln2")[507].abs() < 1e-3
 
 
 def test_the_residual_collapses_by_one_row_and_queries_and_keys_do_not(measured):

@@ -161,7 +161,8 @@ def attention(
 ) -> None:
     """Show what chosen heads of MODEL attend to: circuitsvis views in one offline HTML file.
 
-    The first text counts, up to 128 tokens. Default: all heads of the ME Layer and the next.
+    The first text counts, up to 128 tokens. Default: the ME Layer and the next, as many
+    heads as a page holds.
 
     Examples:
       melens attention smollm2-135m --prompt "My favorite color is Dark Blue." --out runs/heads
@@ -178,5 +179,5 @@ def attention(
 
     check_choice(loaded, layer, head)
     result = measure(loaded, job.locate(loaded, texts), texts, layers=layer, heads=head)
-    output.save_page(result, job.out)
     job.finish(result)
+    output.save_page(result, job.out)

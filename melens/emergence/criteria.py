@@ -107,18 +107,28 @@ def direction(evidence: Evidence) -> int | None:
 
 def cumulative_layer(evidence: Evidence, path: Path, part: float) -> int | None:
     """First layer at which the counted cumulative share passes ``part``; None = never."""
-    start, shares = counted_shares(evidence, path)
+    return first_over(path, evidence.norm_ratios(path), part)
+
+
+def first_over(path: Path, ratios: Tensor, part: float) -> int | None:
+    """:func:`cumulative_layer` from the token's norm ratios, by step."""
+    start, shares = counted(path, ratios)
     over = (shares.cumsum(0) > part).nonzero()
     return start + int(over[0]) if len(over) else None
 
 
 def counted_shares(evidence: Evidence, path: Path) -> tuple[int, Tensor]:
+    """:func:`counted` with the evidence's norm ratios."""
+    return counted(path, evidence.norm_ratios(path))
+
+
+def counted(path: Path, ratios: Tensor) -> tuple[int, Tensor]:
     """First counted layer, and the shares from there to the peak.
 
     Counted is what came after the last erased stage; without one, everything, and the embedding
     counts as layer -1.
     """
-    start = counted_from(path, evidence.norm_ratios(path))
+    start = counted_from(path, ratios)
     if start:
         return start, path.shares[start : path.peak + 1]
     first = torch.tensor([path.embedding_share], dtype=path.shares.dtype)

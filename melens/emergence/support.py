@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from melens.emergence import thresholds as limits
 from melens.emergence.criteria import Evidence, cumulative_layer
 from melens.emergence.trajectory import Path
@@ -50,22 +52,28 @@ def gather_support(
 def _first_token(evidence: Evidence, path: Path, decode: Callable[[int], str]) -> FirstToken:
     """Is a token massive alone? Held against the medians of the texts' own tokens."""
     ratios = evidence.norm_ratios(path)
-    last = limits.last_body_layer(path.n_layers)
-    massive = any(
-        abs(path.entry(layer)[1])
-        > max(
-            limits.SUN_ABSOLUTE,
-            limits.SUN_RATIO * mean([row.median for row in evidence.layers[layer]]),
-        )
-        and ratios[layer + 1] >= limits.NORM_RATIO
-        for layer in range(last + 1)
-    )
+    medians = [mean([row.median for row in rows]) for rows in evidence.layers]
+    massive = massive_alone(path, medians, ratios)
     return FirstToken(
         token_id=path.token_id,
         token=decode(path.token_id),
         massive=massive,
         me_layer=cumulative_layer(evidence, path, limits.FIRST_SHARE) if massive else None,
         value=path.entry(path.peak)[1],
+    )
+
+
+def massive_alone(path: Path, medians: Sequence[float], ratios: Tensor) -> bool:
+    """Sun et al.'s rule and the norm ratio, before the final window, for one token by itself.
+
+    Args:    medians: median |x| of the texts, by layer.
+             ratios: the token's norm over the texts' median token norm, by step.
+    """
+    tops = path.resid[1:].abs().amax(dim=-1).tolist()
+    return any(
+        tops[layer] > max(limits.SUN_ABSOLUTE, limits.SUN_RATIO * medians[layer])
+        and ratios[layer + 1] >= limits.NORM_RATIO
+        for layer in range(limits.last_body_layer(path.n_layers) + 1)
     )
 
 

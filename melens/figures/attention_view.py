@@ -21,16 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import OutputError, ResultError
-from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
+from melens.results.attention import MOST_TOKENS, AttentionMaps, HeadMap, TokenNorms, most_heads
 from melens.results.base import write_atomically
 
-MAX_TOKENS = 128
-"""Tokens a page can show: every head draws a box for every pair of them."""
-MAX_HEADS = 300
-"""Heads a page can show, however short the text."""
-MAX_BOXES = 500_000
-"""Boxes of all heads together, 30 heads at 128 tokens. The page has 3 MB then, but a browser on
-two slow cores needs 20 seconds to draw it, so this binds long before 20 MB do."""
 FRAME_HEIGHT = 800
 """Pixels a notebook cell gives to the page. Fixed, because circuitsvis' maps follow the size of
 their frame: in a frame that follows its content they shrink without end."""
@@ -136,19 +129,17 @@ def attention_view(maps: AttentionMaps) -> HtmlView:
 
 def _refuse_what_no_page_can_show(maps: AttentionMaps) -> None:
     n, heads = len(maps.tokens), len(maps.heads)
-    if n > MAX_TOKENS:
+    if n > MOST_TOKENS:
         raise ResultError(
-            f"{n} tokens are more than a page can show ({MAX_TOKENS}); "
+            f"{n} tokens are more than a page can show ({MOST_TOKENS}); "
             "measure attention on a shorter text."
         )
-    limit = min(MAX_HEADS, MAX_BOXES // n**2)
+    limit = most_heads(n)
     if heads > limit:
         raise ResultError(
             f"{heads} heads are more than a page can show at {n} tokens ({limit}); "
             "choose fewer layers or heads, or a shorter text."
         )
-    if outside := [at for at in maps.massive_positions if not 0 <= at < n]:
-        raise ResultError(f"massive positions {outside} are outside 0..{n - 1}, the text.")
 
 
 def _heading(maps: AttentionMaps) -> str:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import LAYER_LABEL, PAGE, figure, mark_me_layer, plain
+from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, figure, mark_me_layer, plain
 from melens.results.locate import MELayer
 
 
@@ -46,7 +46,7 @@ def _shares(axes: Axes, result: MELayer) -> None:
         return
     layers = [row.layer for row in result.profile]
     shares = [row.write_share or 0.0 for row in result.profile]
-    colours = ["#0072B2" if share >= 0 else "#D55E00" for share in shares]
+    colours = ["#0072B2" if share >= 0 else ME_COLOUR for share in shares]
     axes.bar(layers, shares, color=colours)
     axes.set_ylim(min(-0.1, *shares) * 1.1, max(0.1, *shares) * 1.15)
 

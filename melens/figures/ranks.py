@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import PAGE, figure, plain
+from melens.figures.styles import ME_COLOUR, PAGE, figure, plain
 from melens.figures.token_curves import gaps
 from melens.results.collapse import Collapse
 
@@ -76,7 +76,7 @@ def _panel(axes: Axes, result: Collapse, site: str, definition: str) -> None:
     else:
         axes.plot(layers, gaps(tuple(centred)), ls=":", label="centred")
     if result.me_layer is not None:
-        axes.axvline(result.me_layer, color="#D55E00", lw=0.8, label="ME Layer")
+        axes.axvline(result.me_layer, color=ME_COLOUR, lw=0.8, label="ME Layer")
     axes.set_title(NAMES[site], loc="left")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,7 +7,7 @@ import math
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import COLUMN, LAYER_LABEL, PAGE, figure, mark_me_layer, plain
+from melens.figures.styles import COLUMN, LAYER_LABEL, ME_COLOUR, PAGE, figure, mark_me_layer, plain
 from melens.figures.token_curves import gaps
 from melens.results.sinks import Sinks
 
@@ -28,7 +28,7 @@ def draw_map(result: Sinks) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if result.me_layer is not None:
-        axes.axhline(result.me_layer + 0.5, color="#D55E00", lw=1.0)
+        axes.axhline(result.me_layer + 0.5, color=ME_COLOUR, lw=1.0)
         axes.set_title(f"line: output of the ME Layer ({result.me_layer})", loc="left")
     made.colorbar(image, label=f"attention to the first token (T = {result.t})")
     made.suptitle(plain(result.run.model), fontsize=8)

@@ -9,11 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import LAYER_LABEL, PAGE, figure, mark_me_layer, plain
+from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, figure, mark_me_layer, plain
 from melens.results.describe import TokenPortrait
-
-SHOWN = 8
-"""Dimensions in the layer x dimension view; more of them hide each other."""
 
 
 @figure(TokenPortrait, "curves")
@@ -46,7 +43,7 @@ def _cosines(axes: Axes, result: TokenPortrait) -> None:
     if result.inputs > 1:
         label = f"between {result.inputs} inputs"
         axes.plot(layers, gaps(result.cosine_inputs), ls=":", label=label)
-    axes.axvline(result.me_layer or 0, color="#D55E00", lw=0.8)
+    axes.axvline(result.me_layer or 0, color=ME_COLOUR, lw=0.8)
     axes.set_ylabel("cosine")
     axes.set_ylim(top=1.03)
     axes.legend(loc="lower right", ncols=3)
@@ -59,7 +56,7 @@ def draw_dimensions(result: TokenPortrait) -> Figure:
     if not result.coordinates:
         return nothing(made, result)
     axes: Any = made.add_axes((0.0, 0.0, 0.98, 0.98), projection="3d")
-    shown = result.coordinates[:SHOWN]
+    shown = result.coordinates
     colours = mpl.colormaps["cividis"]
     for place, coordinate in enumerate(shown):
         heights = [abs(value) for value in coordinate.values]

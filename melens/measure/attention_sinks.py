@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from melens.capture import Reducer
 from melens.errors import ModelError, PromptError
 from melens.inputs import Inputs, Source, take_in
@@ -12,7 +14,7 @@ from melens.measure.located import Located, Progress, settle
 from melens.measure.one_pass import run_once
 from melens.measure.patterns import EPSILONS, PatternMeans, PatternSums, Received
 from melens.metrics import uniform_alpha
-from melens.models.anatomy import anatomy
+from melens.models.anatomy import anatomy, pattern_hook
 from melens.results import MELayer, Sinks
 from melens.results.sinks import HeadSink, KeySink, Span, TokenSink
 
@@ -21,7 +23,6 @@ T_PAPER = 64
 ONSET_EPS = 0.3
 ONSET_SHARE = 0.5
 """Sinks begin at the first layer in which at least this share of (sequence, head) has one."""
-KEY_ALPHA = EPSILONS[0]
 
 
 def sinks(
@@ -50,6 +51,7 @@ def sinks(
     """  # fmt: skip
     check_t(t)
     inputs = take_in(model, prompts, batch_size=batch_size)
+    check_attention(inputs.model)
     located = settle(inputs, me_layer, progress=progress)
     plan = SinkPlan(inputs, located, t)
     run_once(inputs, plan.taps, progress=progress)
@@ -62,20 +64,27 @@ def check_t(t: int) -> None:
         raise PromptError(f"t must be at least 2, got {t}; the paper takes {T_PAPER}.")
 
 
+def check_attention(model: Any) -> None:
+    """Refuse a model that has no attention at all."""
+    if not anatomy(model).attention_layers:
+        raise ModelError(
+            "no layer of this model has attention, so it has no sinks; melens.locate and "
+            "melens.describe work on it."
+        )
+
+
 class SinkPlan:
     """The taps of :func:`sinks`, and how their numbers become its result."""
 
     def __init__(self, inputs: Inputs, located: Located, t: int) -> None:
         self.inputs, self.located, self.t = inputs, located, t
         layers = anatomy(inputs.model).attention_layers
-        if not layers:
-            raise ModelError("no layer of this model has attention, so it has no sinks.")
         self.sums = {layer: PatternSums(located.heavy, t) for layer in layers}
 
     @property
     def taps(self) -> Mapping[str, Reducer]:
         """Hook -> reducer."""
-        return {f"blocks.{layer}.attn.hook_pattern": tap for layer, tap in self.sums.items()}
+        return {pattern_hook(layer): tap for layer, tap in self.sums.items()}
 
     def result(self) -> Sinks:
         """The frozen result."""
@@ -84,7 +93,8 @@ class SinkPlan:
         first = {layer: mean.first for layer, mean in means.items()}
         later = {layer: _together(mean, first=False) for layer, mean in means.items()}
         others = any(received is not None for received in later.values())
-        of_first = not found.massive or found.massive[0].position == 0 or not others
+        leading = any(first for mean in means.values() for first, _ in mean.tokens)
+        of_first = leading or not others
         passed = spans(_rates(first if of_first else later, n)[str(ONSET_EPS)])
         lengths = [min(len(row), self.t) for row in self.inputs.rows]
         return Sinks(
@@ -114,16 +124,12 @@ class SinkPlan:
     def _tokens(self, means: Mapping[int, PatternMeans]) -> tuple[TokenSink, ...]:
         n = self.located.me_layer.n_layers
         held = dict.fromkeys(key for mean in means.values() for key in mean.tokens)
-        positions = {
-            (token.position == 0, token.token_id): token.position
-            for token in self.located.me_layer.massive
-        }
         made = []
         for first, token_id in sorted(held, key=lambda key: (not key[0], key[1])):
             got = {layer: mean.tokens[first, token_id] for layer, mean in means.items()}
             made.append(
                 TokenSink(
-                    position=positions.get((first, token_id), 0 if first else -1),
+                    position=next(iter(got.values())).position,
                     token_id=token_id,
                     token=self.inputs.decode(token_id),
                     count=next(iter(got.values())).count,
@@ -163,16 +169,14 @@ def _together(mean: PatternMeans, *, first: bool) -> Received | None:
 
 def _attention(got: Got, n: int) -> tuple[float | None, ...]:
     return tuple(
-        (here.alpha / here.count).mean().item() if (here := got.get(layer)) else None
-        for layer in range(n)
+        here.mean.mean().item() if (here := got.get(layer)) else None for layer in range(n)
     )
 
 
 def _rates(got: Got, n: int) -> dict[str, tuple[float | None, ...]]:
     return {
         str(eps): tuple(
-            (here.over[i] / here.count).mean().item() if (here := got.get(layer)) else None
-            for layer in range(n)
+            here.rates[i].mean().item() if (here := got.get(layer)) else None for layer in range(n)
         )
         for i, eps in enumerate(EPSILONS)
     }
@@ -181,9 +185,7 @@ def _rates(got: Got, n: int) -> dict[str, tuple[float | None, ...]]:
 def _head_rates(got: Mapping[int, Received], n: int) -> dict[str, tuple[float | None, ...]]:
     return {
         str(eps): tuple(
-            ((here.alpha / here.count) > eps).double().mean().item()
-            if (here := got.get(i))
-            else None
+            (here.mean > eps).double().mean().item() if (here := got.get(i)) else None
             for i in range(n)
         )
         for eps in EPSILONS
@@ -194,19 +196,18 @@ def _overall(got: Got) -> dict[str, float]:
     """Over all (occurrence, layer, head); heads are equally many in every layer."""
     found = [received for received in got.values() if received is not None]
     return {
-        str(eps): sum((here.over[i] / here.count).mean().item() for here in found) / len(found)
+        str(eps): sum(here.rates[i].mean().item() for here in found) / len(found)
         for i, eps in enumerate(EPSILONS)
     }
 
 
 def _heads(means: Mapping[int, PatternMeans]) -> tuple[HeadSink, ...]:
-    at = EPSILONS.index(ONSET_EPS)
     return tuple(
         HeadSink(
             layer=layer,
             head=head,
-            alpha=(mean.first.alpha[head] / mean.first.count).item(),
-            rate=(mean.first.over[at, head] / mean.first.count).item(),
+            alpha=mean.first.mean[head].item(),
+            rate=_by_eps(mean.first.rates[:, head]),
             entropy=mean.entropy[head].item(),
         )
         for layer, mean in means.items()
@@ -215,13 +216,20 @@ def _heads(means: Mapping[int, PatternMeans]) -> tuple[HeadSink, ...]:
 
 
 def _keys(means: Mapping[int, PatternMeans]) -> tuple[KeySink, ...]:
-    """Key positions that draw more than KEY_ALPHA on average, head by head."""
-    made: list[KeySink] = []
-    for layer, mean in means.items():
-        for head, position in (mean.alpha > KEY_ALPHA).nonzero().tolist():
-            queries = mean.alpha.shape[-1] - position
-            alpha = mean.alpha[head, position].item()
-            made.append(
-                KeySink(layer=layer, head=head, position=position, alpha=alpha, queries=queries)
-            )
-    return tuple(made)
+    """Every key position that is a sink of some head in some sequence, at the smallest eps."""
+    return tuple(
+        KeySink(
+            layer=layer,
+            head=head,
+            position=position,
+            alpha=mean.alpha[head, position].item(),
+            rate=_by_eps(mean.rates[:, head, position]),
+            queries=int(mean.queries[position]),
+        )
+        for layer, mean in means.items()
+        for head, position in mean.rates[0].nonzero().tolist()
+    )
+
+
+def _by_eps(rates: Tensor) -> dict[str, float]:
+    return {str(eps): rate for eps, rate in zip(EPSILONS, rates.tolist(), strict=True)}

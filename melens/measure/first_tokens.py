@@ -4,53 +4,45 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
-from melens.emergence.thresholds import (
-    FIRST_SHARE,
-    NORM_RATIO,
-    SUN_ABSOLUTE,
-    SUN_RATIO,
-    last_body_layer,
-)
+from melens.emergence.criteria import first_over
+from melens.emergence.support import massive_alone
+from melens.emergence.thresholds import FIRST_SHARE
 from melens.emergence.trajectory import Path
 from melens.inputs import Inputs
 from melens.results import MELayer
-from melens.results.describe import Condition, FirstTokenRow
+from melens.results.describe import Condition, FirstTokenRow, Start
 
-Start = Literal["bos", "text", "chat", "vocabulary"]
 CONDITIONS: dict[Start, str] = {
     "bos": "with BOS",
-    "text": "without BOS",
+    "text": "texts' own, no BOS",
     "chat": "chat template",
     "vocabulary": "vocabulary sample",
 }
+TEXT_STARTS = 64
+"""Most first tokens of the texts that are tried; a corpus may have one for every sequence."""
 WILSON_Z = 1.96
 
 
-def choose_starts(inputs: Inputs, *, count: int, seed: int) -> dict[int, Start]:
-    """Token ids to try alone, each with where it comes from; the first source of an id counts."""
+def choose_starts(inputs: Inputs, *, count: int, seed: int) -> dict[int, tuple[Start, ...]]:
+    """Token ids to try alone, each with everything it stands for."""
     tokenizer = getattr(inputs.model, "tokenizer", None)
     bos = getattr(tokenizer, "bos_token_id", None)
-    found: dict[int, Start] = {}
-    if bos is not None:
-        found[bos] = "bos"
-    if (chat := chat_start(tokenizer)) is not None:
-        found.setdefault(chat, "chat")
-    for row in inputs.rows:
-        found.setdefault(row[1] if row[0] == bos else row[0], "text")
-    for token in sample_vocabulary(inputs.model, count=count, seed=seed):
-        found.setdefault(token, "vocabulary")
-    return found
-
-
-def lead(starts: dict[int, Start], token: int) -> dict[int, Start]:
-    """The same tokens with one of them in front; a new one counts as the texts'."""
-    made: dict[int, Start] = {token: starts.get(token, "text")}
-    made.update(starts)
-    return made
+    texts = dict.fromkeys(row[1] if row[0] == bos else row[0] for row in inputs.rows)
+    found: dict[Start, list[int]] = {
+        "bos": [bos] if bos is not None else [],
+        "chat": _chat_start(tokenizer),
+        "text": list(texts)[:TEXT_STARTS],
+        "vocabulary": sample_vocabulary(inputs.model, count=count, seed=seed),
+    }
+    ids = dict.fromkeys(token for tokens in found.values() for token in tokens)
+    return {
+        token: tuple(start for start, tokens in found.items() if token in tokens) for token in ids
+    }
 
 
 def sample_vocabulary(model: Any, *, count: int, seed: int) -> list[int]:
@@ -62,49 +54,39 @@ def sample_vocabulary(model: Any, *, count: int, seed: int) -> list[int]:
     return [token for token in order if token not in special][:count]
 
 
-def chat_start(tokenizer: Any) -> int | None:
-    """The first token that the chat template puts; None where there is no template."""
+def _chat_start(tokenizer: Any) -> list[int]:
+    """The first token that the chat template puts; empty without a template that takes one text."""
     if not getattr(tokenizer, "chat_template", None):
-        return None
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids[0] if ids else None
+        return []
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except (TemplateError, ValueError, TypeError):  # a template may want roles of its own
+        return []
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:1]
 
 
-def first_token_row(path: Path, source: Start, located: MELayer, *, token: str) -> FirstTokenRow:
+def first_token_row(
+    path: Path, sources: tuple[Start, ...], located: MELayer, *, token: str
+) -> FirstTokenRow:
     """Is a token massive alone? Held against the texts' own medians, as ``locate`` does it."""
-    last = last_body_layer(path.n_layers)
-    norms, tops = path.norms[1:].tolist(), path.resid[1:].abs().amax(dim=-1).tolist()
-    massive = any(
-        tops[row.layer] > max(SUN_ABSOLUTE, SUN_RATIO * row.median)
-        and norms[row.layer] >= NORM_RATIO * row.median_norm
-        for row in located.profile[: last + 1]
-    )
+    norms = torch.tensor([1.0, *(row.median_norm for row in located.profile)]).double()
+    ratios = path.norms / norms
+    massive = massive_alone(path, [row.median for row in located.profile], ratios)
     return FirstTokenRow(
-        source=source,
+        sources=sources,
         token_id=path.token_id,
         token=token,
         massive=massive,
         value=path.entry(path.peak)[1],
-        first_share=_first_share(path) if massive else None,
+        first_share=first_over(path, ratios, FIRST_SHARE) if massive else None,
     )
 
 
-def _first_share(path: Path) -> int | None:
-    """First layer where the cumulative write share passes FIRST_SHARE and stays there."""
-    total = path.shares.cumsum(0) + path.embedding_share
-    below = (total[: path.peak + 1] <= FIRST_SHARE).nonzero().flatten()
-    return int(below[-1]) + 1 if len(below) else -1
-
-
-def conditions(rows: Sequence[FirstTokenRow], chat: int | None) -> tuple[Condition, ...]:
+def conditions(rows: Sequence[FirstTokenRow]) -> tuple[Condition, ...]:
     """One line a way to start a text."""
     made = []
     for source, name in CONDITIONS.items():
-        here = [row for row in rows if row.source == source]
-        if source == "chat":  # most templates start with BOS, whose row stands for both
-            here = [row for row in rows if row.token_id == chat]
-        if here:
+        if here := [row for row in rows if source in row.sources]:
             made.append(_condition(name, here, sampled=source == "vocabulary"))
     return tuple(made)
 

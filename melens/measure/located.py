@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from melens.capture import stream
 from melens.emergence.profile import LayerProfile
 from melens.emergence.search import locate_in
+from melens.emergence.thresholds import last_body_layer
 from melens.errors import ResultError
 from melens.inputs import Inputs
 from melens.models.anatomy import resid_post
@@ -61,15 +63,14 @@ def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
 def mark(inputs: Inputs, me_layer: MELayer) -> list[Tensor]:
     """True at every massive token, batch by batch.
 
-    A first token's residual follows from its id alone (causality), so on the very texts that were
-    located the ids say it all. For later tokens, or other texts, the layers up to the peak are run.
+    Where only first tokens are massive, each in every text that it starts, and the texts are those
+    that were located, their ids say it all. Else the texts are run again up to the final window.
     """
-    if me_layer.verdict == "none" or me_layer.peak_layer is None:
+    if me_layer.verdict == "none":
         return [torch.zeros_like(batch.mask) for batch in inputs.batches]
-    firsts = {token.token_id for token in me_layer.massive if token.position == 0}
-    later = any(token.position > 0 for token in me_layer.massive)
-    if later or me_layer.run.settings.get("ids") != inputs.settings["ids"]:
-        return _run_and_mark(inputs, me_layer)
+    firsts = _firsts(inputs, me_layer)
+    if firsts is None:
+        return _run_and_mark(inputs, me_layer.n_layers)
     wanted = torch.tensor(sorted(firsts))
     return [
         (batch.positions == 0) & torch.isin(batch.ids, wanted.to(batch.ids.device))
@@ -77,11 +78,23 @@ def mark(inputs: Inputs, me_layer: MELayer) -> list[Tensor]:
     ]
 
 
-def _run_and_mark(inputs: Inputs, me_layer: MELayer) -> list[Tensor]:
-    """Mark the hits of the layers from the ME Layer to the peak."""
-    assert me_layer.me_layer is not None
-    assert me_layer.peak_layer is not None
-    layers = range(max(me_layer.me_layer, 0), me_layer.peak_layer + 1)
+def _firsts(inputs: Inputs, me_layer: MELayer) -> set[int] | None:
+    """Ids that are massive wherever they come first; None if that does not settle every token."""
+    if me_layer.run.settings.get("ids") != inputs.settings["ids"]:
+        return None
+    starts = Counter(row[0] for row in inputs.rows)
+    most: dict[int, float] = {}
+    for token in me_layer.massive:
+        if token.position > 0:
+            return None
+        most[token.token_id] = max(most.get(token.token_id, 0.0), token.frequency)
+    always = all(round(share * inputs.total) == starts[i] for i, share in most.items())
+    return set(most) if always else None
+
+
+def _run_and_mark(inputs: Inputs, n_layers: int) -> list[Tensor]:
+    """Mark the hits of every layer before the final window, as ``locate`` counts them."""
+    layers = range(last_body_layer(n_layers) + 1)
     taps = {resid_post(layer): LayerProfile(resid_post(layer)) for layer in layers}
     stream(inputs.model, inputs.batches, taps)
     rows = [tap.result() for tap in taps.values()]

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import stream
+from melens.emergence.search import locate_in
 from melens.errors import CaptureError, SiteError
 from melens.inputs import Inputs, Source, take_in
-from melens.measure.located import settle
-from melens.models.anatomy import anatomy, check_layer, resid_post
+from melens.measure.located import check_same_model, mark
+from melens.models.anatomy import anatomy, check_layer, pattern_hook, resid_post
 from melens.results import AttentionMaps, MELayer
-from melens.results.attention import HeadMap, TokenNorms
+from melens.results.attention import MOST_TOKENS, HeadMap, TokenNorms, most_heads
 
 DIGITS = 4
-MOST_TOKENS = 128
-"""A longer text is cut: a page of a few heads would grow past what a browser shows."""
 
 
 @dataclass
@@ -56,26 +55,29 @@ def attention(
              me_layer: what ``melens.locate`` found on this model; None = locate first.
              prompts: texts, as for ``melens.locate``; the first 128 tokens of the first one count.
              layers: which layers, counted from 0; None = the ME Layer and the one after it.
-             heads: which query heads, counted from 0; None = all.
+             heads: which query heads, counted from 0; None = as many as a page holds.
     Raises:  SiteError: a layer without attention, or a head the model does not have.
              PromptError, ModelError, ResultError: as ``describe``.
     """  # fmt: skip
     inputs = take_in(model, prompts)
     check_choice(inputs.model, layers, heads)
-    located = settle(inputs, me_layer)
-    chosen = sorted(set(layers or _telling_layers(inputs, located.me_layer)))
-    wanted = sorted(set(heads or range(inputs.model.cfg.n_heads)))
+    found = me_layer if me_layer is not None else locate_in(inputs)
+    check_same_model(inputs, found)
     row = inputs.rows[0][:MOST_TOKENS]
+    chosen = sorted(set(_telling_layers(inputs, found) if layers is None else layers))
+    every = range(inputs.model.cfg.n_heads)
+    fitting = max(1, most_heads(len(row)) // len(chosen))
+    wanted = sorted(set(every[:fitting] if heads is None else heads))
     patterns = {layer: FirstSequence() for layer in chosen}
     resids = {layer: FirstSequence() for layer in chosen}
-    taps = {f"blocks.{layer}.attn.hook_pattern": tap for layer, tap in patterns.items()}
+    taps = {pattern_hook(layer): tap for layer, tap in patterns.items()}
     taps |= {resid_post(layer): tap for layer, tap in resids.items()}
     stream(inputs.model, Batch.of(torch.tensor([row])), taps)
-    real = located.heavy[0][0][inputs.batches[0].mask[0]][: len(row)]
+    (marks,) = mark(take_in(inputs.model, Batch.of(torch.tensor([row]))), found)
     return AttentionMaps(
         tokens=tuple(map(inputs.decode, row)),
-        me_layer=located.me_layer.me_layer,
-        massive_positions=tuple(real.nonzero().flatten().tolist()),
+        me_layer=found.me_layer,
+        massive_positions=tuple(marks[0].nonzero().flatten().tolist()),
         heads=tuple(
             HeadMap(layer=layer, head=head, rows=_triangle(patterns[layer].result()[head]))
             for layer in chosen
@@ -85,7 +87,7 @@ def attention(
             TokenNorms(layer=layer, norms=tuple(tap.result().norm(dim=-1).tolist()))
             for layer, tap in resids.items()
         ),
-        run=inputs.run_info(seed=located.me_layer.run.seed, tokens_shown=len(row)),
+        run=inputs.run_info(seed=found.run.seed, tokens_shown=len(row)),
     )
 
 
@@ -100,10 +102,12 @@ def check_choice(model: Any, layers: Sequence[int] | None, heads: Sequence[int] 
         if layer not in able:
             raise SiteError(f"layer {layer} has no attention; these have: {list(able)}.")
     n_heads = model.cfg.n_heads
+    if (layers is not None and not layers) or (heads is not None and not heads):
+        raise SiteError("no layer or no head was given; leave the argument out for the default.")
     if bad := [head for head in heads or () if not 0 <= head < n_heads]:
         raise SiteError(f"head {bad[0]} is outside 0..{n_heads - 1}. Heads count from 0.")
     if not able:
-        raise SiteError("no layer of this model has attention.")
+        raise SiteError("no layer of this model has attention, so there is none to show.")
 
 
 def _telling_layers(inputs: Inputs, found: MELayer) -> list[int]:

@@ -13,11 +13,9 @@ from melens.emergence.trajectory import Path
 from melens.errors import PromptError
 from melens.inputs import Inputs, Source, take_in
 from melens.measure.first_tokens import (
-    chat_start,
     choose_starts,
     conditions,
     first_token_row,
-    lead,
 )
 from melens.measure.located import Located, Progress, settle
 from melens.measure.rigidity import RESID, Observation, Rigidity, consecutive, observe
@@ -37,8 +35,8 @@ from melens.results.describe import (
 STEP_FACTOR = 2.0
 """A layer steps up (down) where the token's norm at least doubles (halves) in it, or where its
 write share passes the thresholds of ``locate``."""
-COORDINATES = 16
-"""Dimensions that the layer x dimension view shows."""
+COORDINATES = 8
+"""Dimensions that the layer x dimension view shows; more of them hide each other."""
 LATER_INPUTS = 8
 """Occurrences of a later massive token that are compared with each other."""
 FIRST_TOKENS = 64
@@ -67,63 +65,73 @@ def describe(
              progress: called with (rows done, rows in all) while locating.
     Raises:  ResultError: ``me_layer`` is of other weights. PromptError, ModelError: as ``locate``.
     """  # fmt: skip
+    check_count(first_tokens)
     inputs = take_in(model, prompts)
     located = settle(inputs, me_layer, seed=seed, progress=progress)
     return portray(inputs, located, first_tokens=first_tokens, seed=seed)
 
 
-def portray(inputs: Inputs, located: Located, *, first_tokens: int, seed: int) -> TokenPortrait:
-    """:func:`describe` over inputs that were taken in already."""
+def check_count(first_tokens: int) -> None:
+    """Refuse a negative number of first tokens."""
     if first_tokens < 0:
         raise PromptError(f"first_tokens must be 0 or more, got {first_tokens}.")
+
+
+def portray(inputs: Inputs, located: Located, *, first_tokens: int, seed: int) -> TokenPortrait:
+    """:func:`describe` over inputs that were taken in already."""
     found = located.me_layer
     starts = choose_starts(inputs, count=first_tokens, seed=seed)
-    first = bool(found.massive) and found.massive[0].position == 0
-    if first:  # the primary token leads, whatever else is tried
-        starts = lead(starts, found.massive[0].token_id)
     rigidity = Rigidity(found.n_layers, found.peak_layer or 0)
-    rows: list[FirstTokenRow] = []
+    chosen = _primary_prefixes(inputs, located)
     primary: Observation | None = None
+    for seen in observe(inputs, chosen):
+        primary = primary or seen
+        rigidity.add(seen)
+    first = bool(chosen) and len(chosen[0]) == 1
+    rows: list[FirstTokenRow] = []
     for seen in observe(inputs, [[token] for token in starts]):
         token = seen.path.token_id
         row = first_token_row(seen.path, starts[token], found, token=inputs.decode(token))
         rows.append(row)
-        if first and row.massive:
+        if first and row.massive and token != chosen[0][0]:
             rigidity.add(seen)
-        if first and primary is None:
-            primary = seen
-    if found.massive and not first:
-        primary = _watch_later(inputs, located, rigidity)
     return TokenPortrait(
         me_layer=found.me_layer,
         peak_layer=found.peak_layer,
         n_layers=found.n_layers,
         massive=tuple(MassiveEntry(**token.model_dump()) for token in found.massive),
         inputs=rigidity.count,
-        conditions=conditions(rows, chat_start(getattr(inputs.model, "tokenizer", None))),
+        conditions=conditions(rows),
         first_tokens=tuple(rows),
+        missing=_missing(inputs),
         run=inputs.run_info(seed=seed, first_tokens=first_tokens),
         **_portrait(inputs, found, primary, rigidity),
     )
 
 
-def _watch_later(inputs: Inputs, located: Located, rigidity: Rigidity) -> Observation | None:
-    """The primary token where it stands later in a text, and its other occurrences."""
+def _primary_prefixes(inputs: Inputs, located: Located) -> list[list[int]]:
+    """What makes the primary token: itself, where it is first; else its shortest occurrences.
+
+    Raises:  PromptError: a later token that these texts do not hold.
+    """
+    if not located.me_layer.massive:
+        return []
     wanted = located.me_layer.massive[0]
+    if wanted.position == 0:
+        return [[wanted.token_id]]
     prefixes: dict[tuple[int, ...], None] = {}
     for batch, heavy in zip(inputs.batches, located.heavy, strict=True):
-        for i, position in zip(
-            *(axis.tolist() for axis in heavy.nonzero(as_tuple=True)), strict=True
-        ):
-            at = int(batch.positions[i, position])
+        for i, column in heavy.nonzero().tolist():
+            at = int(batch.positions[i, column])
             ids = batch.ids[i][batch.mask[i]][: at + 1].tolist()
             if at > 0 and ids[-1] == wanted.token_id:
                 prefixes[tuple(ids)] = None
-    chosen = sorted(prefixes, key=len)[:LATER_INPUTS]
-    seen = list(observe(inputs, chosen))
-    for one in seen:
-        rigidity.add(one)
-    return seen[0] if seen else None
+    if not prefixes:
+        raise PromptError(
+            f"the massive token {wanted.token!r} was located at position {wanted.position} of "
+            "other texts and is not massive in these; locate on the texts that are described."
+        )
+    return [list(prefix) for prefix in sorted(prefixes, key=len)[:LATER_INPUTS]]
 
 
 def _portrait(
@@ -158,6 +166,19 @@ def _portrait(
         ),
         "norms": _norms(inputs, found, primary),
     }
+
+
+def _missing(inputs: Inputs) -> tuple[str, ...]:
+    known = inputs.model.hook_dict
+    silent = [
+        f"{block.layer}.{norm}"
+        for block in anatomy(inputs.model).blocks
+        for norm in block.norms
+        if f"blocks.{block.layer}.{norm}.hook_out" not in known
+    ]
+    if not silent:
+        return ()
+    return (f"norm outputs: the model has no such hook (blocks {', '.join(silent)})",)
 
 
 def _energy(row: Tensor) -> dict[str, float]:

@@ -19,6 +19,10 @@ Token = tuple[bool, int]
 """A massive token: (is it the first of its sequence, its id)."""
 
 
+LEAST_QUERIES = 8
+"""A later key counts only with this many queries behind it: the last ones mostly see themselves."""
+
+
 @dataclass
 class Received:
     """What one kind of key gets, summed over its occurrences."""
@@ -27,11 +31,28 @@ class Received:
     """[head]"""
     over: Tensor
     """[eps, head]: occurrences whose alpha exceeds eps."""
-    count: int = 1
+    count: int
+    position: int
+    """The earliest one met."""
 
     def add(self, other: Received) -> Received:
         """Both together."""
-        return Received(self.alpha + other.alpha, self.over + other.over, self.count + other.count)
+        return Received(
+            self.alpha + other.alpha,
+            self.over + other.over,
+            self.count + other.count,
+            min(self.position, other.position),
+        )
+
+    @property
+    def mean(self) -> Float[Tensor, " head"]:
+        """Mean alpha over the occurrences."""
+        return self.alpha / self.count
+
+    @property
+    def rates(self) -> Float[Tensor, "eps head"]:
+        """Share of the occurrences whose alpha exceeds eps."""
+        return self.over / self.count
 
 
 @dataclass
@@ -41,10 +62,10 @@ class PatternSums:
     heavy: Sequence[Tensor]
     t: int | None = None
     """Only the first T tokens of every sequence, as Gu et al.; None = whole sequences."""
-    alpha: Tensor | None = None
-    """[head, key], summed over the sequences that have the key."""
+    keys: Tensor | None = None
+    """[1 + eps, head, key]: alpha, then whether it exceeds each eps, summed over sequences."""
     holders: Tensor | None = None
-    """[key]: how many sequences have it."""
+    """[2, key]: how many sequences have the key with enough queries, and their queries."""
     entropy: Tensor | None = None
     """[head], summed over queries after the first."""
     queries: int = 0
@@ -57,11 +78,12 @@ class PatternSums:
         heavy = self.heavy[self.seen]
         self.seen += 1
         for pattern, ids, marked in self._whole(x.detach(), batch, heavy.to(batch.ids.device)):
-            alpha = key_attention(pattern).cpu()  # [sequence, head, key]
+            alpha = key_attention(pattern)  # [sequence, head, key]
             self._add(alpha, attention_entropy(pattern))
             for sequence, position in marked.nonzero().tolist():
-                key = (position == 0, int(ids[sequence, position]))
-                self._receive(key, alpha[sequence, :, position])
+                if position == 0 or alpha.shape[-1] - position >= LEAST_QUERIES:
+                    key = (position == 0, int(ids[sequence, position]))
+                    self._receive(key, _received(alpha[sequence, :, position], position))
 
     def _whole(
         self, x: Tensor, batch: Batch, heavy: Tensor
@@ -78,33 +100,34 @@ class PatternSums:
 
     def _add(self, alpha: Tensor, entropy: Tensor) -> None:
         n, _, keys = alpha.shape
-        if self.alpha is None or self.holders is None:
-            self.alpha = alpha.new_zeros(alpha.shape[1:])
-            self.holders = torch.zeros(keys, dtype=torch.long)
-        if keys > len(self.holders):
-            extra = keys - len(self.holders)
-            self.alpha = torch.nn.functional.pad(self.alpha, (0, extra))
-            self.holders = torch.nn.functional.pad(self.holders, (0, extra))
-        self.alpha[:, :keys] += reduce(alpha, "sequence head key -> head key", "sum")
-        self.holders[:keys] += n
-        spread = reduce(entropy[..., 1:].double(), "sequence head query -> head", "sum").cpu()
+        found = torch.stack([alpha, *((alpha > eps).double() for eps in EPSILONS)])
+        found = reduce(found, "kind sequence head key -> kind head key", "sum")
+        behind = torch.arange(keys, 0, -1)
+        enough = (behind >= LEAST_QUERIES) | (behind == keys)
+        holders = torch.stack([enough * n, enough * n * behind])
+        if self.keys is None or self.holders is None:
+            self.keys, self.holders = found * enough, holders
+        else:
+            wide = max(keys, self.keys.shape[-1])
+            self.keys = _widened(self.keys, wide) + _widened(found * enough, wide)
+            self.holders = _widened(self.holders, wide) + _widened(holders, wide)
+        spread = reduce(entropy[..., 1:].cpu().double(), "sequence head query -> head", "sum")
         self.entropy = spread if self.entropy is None else self.entropy + spread
         self.queries += n * (keys - 1)
         for row in alpha[..., 0]:
-            made = _received(row)
+            made = _received(row, 0)
             self.first = made if self.first is None else self.first.add(made)
 
-    def _receive(self, key: Token, alpha: Tensor) -> None:
-        made = _received(alpha)
+    def _receive(self, key: Token, made: Received) -> None:
         self.tokens[key] = self.tokens[key].add(made) if key in self.tokens else made
 
     def result(self) -> PatternMeans:
         """Means over sequences and queries."""
-        if self.alpha is None or self.holders is None or self.first is None or self.entropy is None:
+        if self.keys is None or self.holders is None or self.first is None or self.entropy is None:
             raise CaptureError("PatternSums saw no batch; pass it to stream() first.")
-        return PatternMeans(
-            self.alpha / self.holders, self.entropy / max(self.queries, 1), self.first, self.tokens
-        )
+        means = self.keys / self.holders[0].clamp_min(1)
+        entropy = self.entropy / max(self.queries, 1)
+        return PatternMeans(means[0], means[1:], self.holders[1], entropy, self.first, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -112,7 +135,11 @@ class PatternMeans:
     """One layer's attention."""
 
     alpha: Float[Tensor, "head key"]
-    """Mean over sequences of the attention that each key position receives."""
+    """Mean over sequences of what each key position receives; 0 where too few queries stand."""
+    rates: Float[Tensor, "eps head key"]
+    """Share of the sequences in which that exceeds each eps."""
+    queries: Tensor
+    """[key]: queries behind each key's numbers, over all sequences."""
     entropy: Float[Tensor, " head"]
     """Mean over queries after the first, in nats."""
     first: Received
@@ -121,5 +148,10 @@ class PatternMeans:
     """Massive tokens, each apart."""
 
 
-def _received(alpha: Tensor) -> Received:
-    return Received(alpha, torch.stack([(alpha > eps).double() for eps in EPSILONS]))
+def _received(alpha: Tensor, position: int) -> Received:
+    over = torch.stack([(alpha > eps).double() for eps in EPSILONS])
+    return Received(alpha, over, 1, position)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))

@@ -59,7 +59,7 @@ def observe(inputs: Inputs, prefixes: Sequence[Sequence[int]]) -> Iterator[Obser
 
 @dataclass
 class Rigidity:
-    """Cosines between inputs, from running sums of unit vectors; never keeps an input."""
+    """Cosines between inputs, from running sums of unit vectors; keeps each input's peak alone."""
 
     n_layers: int
     peak: int

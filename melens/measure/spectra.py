@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.errors import CaptureError
+from melens.errors import CaptureError, ModelError
 from melens.measure.eigen import EigenQueue
 from melens.metrics.spectrum import SPECTRAL
 from melens.models.attention import View
@@ -47,7 +47,12 @@ class Spectra:
         exact = x.detach().cpu() if x.device.type == "mps" else x.detach()
         rows = self.view.by_head(exact).double().contiguous()
         if batch.padded:
-            rows = rows * batch.mask.to(rows.device)[:, None, :, None]
+            rows = rows.masked_fill(~batch.mask.to(rows.device)[:, None, :, None], 0.0)
+        if not rows.isfinite().all():
+            raise ModelError(
+                f"{self.view.hook} holds NaN or Inf at real tokens; load the model with dtype "
+                "float32 or bfloat16."
+            )
         moments = list(_moments(rows, batch.mask.to(rows.device), heavy.to(rows.device)))
         shape = moments[0].shape[:-1]
         self.queue.submit(

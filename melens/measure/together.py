@@ -1,11 +1,11 @@
-"""measure(): describe, collapse and sinks over the same tokens, at the price of one pass."""
+"""measure_all(): describe, collapse and sinks, one forward pass over the texts."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from melens.inputs import Source, take_in
-from melens.measure.attention_sinks import T_PAPER, SinkPlan, check_t
+from melens.measure.attention_sinks import T_PAPER, SinkPlan, check_attention, check_t
 from melens.measure.located import Progress, settle
 from melens.measure.massive_token import FIRST_TOKENS, portray
 from melens.measure.one_pass import run_once
@@ -33,12 +33,14 @@ def measure_all(
 ) -> Measurements:
     """:func:`describe`, :func:`collapse` and :func:`sinks` in one forward pass over the texts.
 
-    Arguments and errors are theirs.
+    Arguments and errors are theirs; the vocabulary sample is describe's default, with the seed the
+    ME Layer was located with.
     """
     check_t(t)
     inputs = take_in(model, prompts, batch_size=batch_size)
+    check_attention(inputs.model)
     located = settle(inputs, me_layer, progress=progress)
-    portrait = portray(inputs, located, first_tokens=FIRST_TOKENS, seed=0)
+    portrait = portray(inputs, located, first_tokens=FIRST_TOKENS, seed=located.me_layer.run.seed)
     sink_plan = SinkPlan(inputs, located, t)
     rank_plan = RankPlan(inputs, located, attention_sites(inputs.model))
     run_once(inputs, rank_plan.taps, sink_plan.taps, progress=progress)

@@ -1,6 +1,6 @@
 """Pure tensor functions, one file per notion; nothing here ever sees a model."""
 
-from melens.metrics.attention import attention_entropy, key_attention, sink_rate, uniform_alpha
+from melens.metrics.attention import attention_entropy, key_attention, uniform_alpha
 from melens.metrics.direction import cosines, effective_number, write_shares
 from melens.metrics.magnitude import (
     METRICS,
@@ -44,7 +44,6 @@ __all__ = [
     "metric",
     "participation_ratio",
     "participation_ratio_centred",
-    "sink_rate",
     "stable_rank",
     "stable_rank_centred",
     "top1_share",

@@ -23,20 +23,9 @@ def key_attention(pattern: Pattern) -> Float[Tensor, "*group key"]:
     n = pattern.shape[-1]
     if pattern.shape[-2] != n or not n:
         raise MetricError(f"a pattern must be square, got {tuple(pattern.shape[-2:])}.")
-    counts = torch.arange(n, 0, -1, device=pattern.device, dtype=torch.float64)
-    return reduce(pattern, "... query key -> ... key", "sum").double() / counts
-
-
-def sink_rate(alpha: Float[Tensor, "*group"], eps: float) -> float:
-    """Sink_k^eps: share of all (sample, layer, head) in ``alpha`` that exceed ``eps``.
-
-    Args:    alpha: attention to one key position, whatever the axes.
-    Raises:  MetricError: nothing to count, or eps outside (0, 1).
-    Source:  Gu et al. 2024.
-    """
-    if not alpha.numel() or not 0 < eps < 1:
-        raise MetricError(f"sink_rate needs alpha and 0 < eps < 1, got {alpha.numel()}, {eps}.")
-    return (alpha > eps).double().mean().item()
+    counts = torch.arange(n, 0, -1, dtype=torch.float64)
+    # divided on the CPU: not every device has float64
+    return reduce(pattern.float(), "... query key -> ... key", "sum").cpu().double() / counts
 
 
 def attention_entropy(pattern: Pattern) -> Float[Tensor, "*group query"]:

@@ -90,6 +90,11 @@ def resid_post(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
+def pattern_hook(layer: int) -> str:
+    """Hook name of a layer's attention pattern."""
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
 def anatomy(model: Any) -> Anatomy:
     """The blocks of a TransformerBridge or HookedTransformer, read from its hook names.
 
@@ -185,7 +190,7 @@ def _block(known: set[str], layer: int) -> Block:
         layer=layer,
         mixer_writes=mixers,
         ffn_write=ffn if ffn in known else None,
-        attention=f"{prefix}attn.hook_pattern" in known,
+        attention=pattern_hook(layer) in known,
         norms=tuple(norm for norm in norms if f"{prefix}{norm}.hook_normalized" in known),
     )
 

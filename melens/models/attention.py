@@ -17,7 +17,7 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import evaluating, forward
-from melens.models.anatomy import anatomy, resid_post
+from melens.models.anatomy import anatomy, pattern_hook, resid_post
 
 HOOKS = {
     "ln1": "ln1.hook_out",
@@ -108,7 +108,7 @@ def _look(model: Any) -> AttentionSites:
                 views.append(found)
             elif site in ("ln1", "q", "k", "v") or name in known:
                 missing.append((site, layer, _reason(block, name, known, shapes)))
-    patterns = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in parts.attention_layers}
+    patterns = {layer: pattern_hook(layer) for layer in parts.attention_layers}
     return AttentionSites(tuple(views), patterns, _gather(missing))
 
 

@@ -18,6 +18,7 @@ from melens.models.anatomy import (
     family_of,
     is_folded,
     norm_gain,
+    pattern_hook,
     resid_post,
     resid_pre,
     residual_dtype,
@@ -92,7 +93,7 @@ def _check_causality(model: Any, ids: Tensor) -> None:
 def _sites(model: Any, block: Block) -> list[str]:
     sites = [resid_pre(block.layer), *block.mixer_writes]
     sites += [block.ffn_write] if block.ffn_write else []
-    sites += [f"blocks.{block.layer}.attn.hook_pattern"] if block.attention else []
+    sites += [pattern_hook(block.layer)] if block.attention else []
     if _knows_gains(model):
         row = FAMILIES[str(family_of(model))]
         if {*block.norms} != {*row.pre_norms, *row.post_norms}:
@@ -138,7 +139,7 @@ def _largest_miss(made: Tensor, found: Tensor, scales: list[Tensor]) -> float:
 
 
 def _check_rows(block: Block, seen: dict[str, Tensor], dtype: torch.dtype) -> None:
-    rows = seen[f"blocks.{block.layer}.attn.hook_pattern"].float().sum(-1)
+    rows = seen[pattern_hook(block.layer)].float().sum(-1)
     error = (rows - 1).abs().max().item()
     if not error <= ROW_TOLERANCE.get(dtype, HALF_ROW_TOLERANCE):
         raise ContractError(f"block {block.layer}: attention rows miss 1 by {error:.1e}.")

@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from melens.figures.attention_view import HtmlView
 
 
+MOST_TOKENS = 128
+"""A longer text is cut: a head has tokens^2 numbers."""
+PAGE_BOXES = 500_000
+"""Boxes of all heads together on one page, 30 heads at 128 tokens: 3 MB, and 20 seconds of drawing
+for a browser on two slow cores."""
+MOST_HEADS = 300
+"""Heads on one page, however short the text."""
+
+
+def most_heads(tokens: int) -> int:
+    """How many heads one page holds for a text of so many tokens; at least one."""
+    return max(1, min(MOST_HEADS, PAGE_BOXES // tokens**2))
+
+
 class HeadMap(Part):
     """One head's attention. Heads are query heads, counted from 0."""
 
@@ -55,6 +69,8 @@ class AttentionMaps(Result):
             raise ValueError("a head needs one row a token, row i with i + 1 entries")
         if any(len(layer.norms) != n for layer in self.norms):
             raise ValueError("norms must have one number a token")
+        if any(not 0 <= position < n for position in self.massive_positions):
+            raise ValueError("massive_positions must be within the tokens")
         return self
 
     def rows(self) -> list[dict[str, Any]]:
@@ -76,7 +92,9 @@ class AttentionMaps(Result):
         return attention_view(self)
 
     def _repr_html_(self) -> str:
-        """The circuitsvis views, in a frame of their own."""
+        """The circuitsvis views in a frame of their own; the figure where they are too many."""
+        if len(self.heads) > most_heads(len(self.tokens)):
+            return super()._repr_html_()
         return self.view()._repr_html_()
 
     def summary(self) -> str:

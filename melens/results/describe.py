@@ -10,7 +10,9 @@ from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 
 ByLayer = tuple[float | None, ...]
+Start = Literal["bos", "text", "chat", "vocabulary"]
 TOPS = ("1", "2", "4", "8")
+RESID = "resid_post"
 
 
 class MassiveEntry(Part):
@@ -70,7 +72,8 @@ class Coordinate(Part):
 class FirstTokenRow(Part):
     """A token alone at position 0."""
 
-    source: Literal["bos", "text", "chat", "vocabulary"]
+    sources: tuple[Start, ...]
+    """What it stands for: BOS, the texts' own first token, the chat template's, the sample."""
     token_id: int
     token: str
     massive: bool
@@ -84,7 +87,7 @@ class Condition(Part):
     """What becomes of position 0 under one way to start a text."""
 
     name: str
-    """with BOS, without BOS, chat template, vocabulary sample."""
+    """with BOS; texts' own, no BOS; chat template; vocabulary sample."""
     first_tokens: int
     """Distinct first tokens that were tried."""
     massive: int
@@ -124,6 +127,8 @@ class TokenPortrait(Result):
     """Mean pairwise cosine between different inputs' massive tokens, at the residual."""
     sites: tuple[SiteCosines, ...]
     norms: tuple[NormView, ...]
+    missing: tuple[str, ...]
+    """What this model does not show, with the reason."""
     conditions: tuple[Condition, ...]
     first_tokens: tuple[FirstTokenRow, ...]
     run: RunInfo
@@ -135,15 +140,27 @@ class TokenPortrait(Result):
         if bool(self.massive) != found or (self.energy is not None) != found:
             raise ValueError("ME Layer, massive tokens and energy must go together")
         wanted = self.n_layers if found else 0
-        if len(self.cosine_layers) != wanted or len(self.cosine_inputs) != wanted:
-            raise ValueError("cosines must have one entry a layer, none without a massive token")
+        curves = [self.cosine_layers, self.cosine_inputs, *(self.energy_layers or {}).values()]
+        curves += [curve for site in self.sites for curve in (site.consecutive, site.inputs)]
+        curves += [row.values for row in self.coordinates]
+        lengths = {len(curve) for curve in curves} - ({0} if not found else set())
+        if lengths != ({wanted} if found else set()):
+            raise ValueError("curves must have one entry a layer, none without a massive token")
+        if found and (
+            set(self.energy or ()) != set(TOPS) or set(self.energy_layers or ()) != set(TOPS)
+        ):
+            raise ValueError(f"energy and energy_layers must hold the tops {', '.join(TOPS)}")
+        if found and RESID not in [site.site for site in self.sites]:
+            raise ValueError(f"sites must hold {RESID}")
+        if not self.conditions or not self.first_tokens:
+            raise ValueError("at least one first token must have been tried")
         return self
 
     def rows(self) -> list[dict[str, Any]]:
         """The primary token by layer; the first tokens where nothing is massive."""
         if not self.massive or self.energy_layers is None:
             return [row.model_dump() for row in self.first_tokens]
-        resid = next(site for site in self.sites if site.site == "resid_post")
+        resid = next(site for site in self.sites if site.site == RESID)
         return [
             {
                 "layer": layer,
@@ -176,8 +193,6 @@ class TokenPortrait(Result):
     def _rigid(self) -> str:
         """The stretch around the peak over which the direction does not change."""
         assert self.peak_layer is not None
-        if self.peak_layer < 0:
-            return "massive in the embedding already"
         low = high = self.peak_layer
         while low > 0 and (self.cosine_layers[low - 1] or 0) > RIGID_COSINE:
             low -= 1

@@ -20,28 +20,30 @@ class HeadSink(Part):
     head: int
     alpha: float
     """Mean attention that the first token receives from queries 0 to T - 1."""
-    rate: float
-    """Share of the sequences in which that exceeds the onset's eps."""
+    rate: dict[str, float]
+    """Share of the sequences in which that exceeds eps: Sink^eps of this head."""
     entropy: float
     """Mean attention entropy of the queries after the first, in nats."""
 
 
 class KeySink(Part):
-    """A key position that draws more than the smallest eps on average."""
+    """A key position that exceeds the smallest eps in some sequence: Sink_k^eps of one head."""
 
     layer: int
     head: int
     position: int
     alpha: float
+    """Mean over the sequences that have the key with at least LEAST_QUERIES queries behind it."""
+    rate: dict[str, float]
     queries: int
-    """How many queries that mean is over; a late key has few, its own query among them."""
+    """Queries behind these numbers, over all sequences."""
 
 
 class TokenSink(Part):
     """One massive token: what it draws, apart from all others."""
 
     position: int
-    """0 for a first token, else the earliest position it was located at."""
+    """The earliest position it was met at."""
     token_id: int
     token: str
     count: int
@@ -110,8 +112,13 @@ class Sinks(Result):
             self.attention_to_token,
             self.entropy,
         ]
+        curves += (self.others or {}).values()
+        curves += [c for token in self.tokens for c in (token.attention, *token.sink_rate.values())]
         if any(len(curve) != self.n_layers for curve in curves):
             raise ValueError("every curve must have one entry a layer")
+        rows = [*self.heads, *self.keys]
+        if not self.heads or any(not 0 <= row.layer < self.n_layers for row in rows):
+            raise ValueError("heads must be there, layers counted from 0 to n_layers - 1")
         if set(self.sink_rate) != set(self.overall):
             raise ValueError("sink_rate and overall must hold the same eps")
         return self
