@@ -99,3 +99,32 @@ def test_folded_gains_are_refused(hooked):
     assert is_folded(hooked)
     with pytest.raises(FoldedWeightsError, match="from_pretrained_no_processing"):
         gains(hooked, 0)
+
+
+def test_the_token_and_what_it_does_are_measured(hooked, ids):
+    """It shows no norm outputs, which the results say; all else is there."""
+    from melens.emergence import locate
+    from melens.measure import attention, measure_all
+    from melens.metrics import METRICS
+
+    _plant(hooked, layer=4, dim=7, token=1)
+    batch = Batch.of(ids)
+    located = locate(hooked, [batch])
+    made = measure_all(hooked, located, [batch])
+    assert made.describe.energy["1"] > 0.9
+    assert made.describe.coordinates[0].dim == 7
+    assert made.describe.norms == ()
+    assert "no such hook" in made.describe.missing[0]
+    assert [line.split(":")[0] for line in made.collapse.missing] == ["ln1"]
+    names = ["blocks.5.attn.hook_q", "blocks.5.attn.hook_pattern"]
+    _, cache = hooked.run_with_cache(ids, names_filter=names)
+    rank = METRICS["effective_rank"].fn
+    ranks = [[rank(row[:, head]).item() for head in range(4)] for row in cache[names[0]]]
+    kept, _ = made.collapse.curve("q")
+    assert kept[5] == pytest.approx(sum(map(sum, ranks)) / 12, rel=1e-5)
+    assert made.sinks.attention_to_token[5] == pytest.approx(
+        cache[names[1]][..., 0].mean().item(), rel=1e-5
+    )
+    shown = attention(hooked, located, [batch], layers=[5], heads=[2])
+    assert shown.heads[0].rows[3][0] == pytest.approx(cache[names[1]][0, 2, 3, 0].item(), abs=1e-4)
+    assert shown.massive_positions == (0,)
