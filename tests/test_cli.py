@@ -80,7 +80,7 @@ MEASURES = [
     ("describe", ["--first-tokens", "5"], "dimension"),
     ("collapse", [], "effective rank"),
     ("sinks", ["--t", "20"], "T = 20"),
-    ("attention", ["--layer", "1", "--head", "0", "--head", "2"], "2 heads of layers 1"),
+    ("attention", ["--layer", "1", "--head", "0", "--head", "2"], "2 heads of layer 1"),
 ]
 
 

@@ -193,5 +193,10 @@ def test_a_result_of_another_model_is_refused(tiny, ids):
     located = locate(other, Batch.of(batch(planted)))
     with pytest.raises(ResultError, match="the model at hand has weights"):
         describe(tiny, located, Batch.of(ids))
-    with pytest.raises(PromptError, match="0 or more, got -1"):
+    edited = located.model_copy(
+        update={"massive": (located.massive[0].model_copy(update={"dim": 10**6}),)}
+    )
+    with pytest.raises(ResultError, match=r"dimensions \[1000000\], the model .* d_model 64"):
+        describe(other, edited, Batch.of(batch(planted)))
+    with pytest.raises(PromptError, match="from 0 on, got -1"):
         describe(other, first_tokens=-1)

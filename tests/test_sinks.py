@@ -214,5 +214,7 @@ def test_what_is_massive_in_the_texts_decides_whose_onset_it_is():
 
 
 def test_a_t_that_no_query_fills_is_refused(tiny, ids):
-    with pytest.raises(PromptError, match="t must be at least 2, got 1; the paper takes 64"):
+    with pytest.raises(
+        PromptError, match="t must be a whole number of at least 2, got 1; the paper takes 64"
+    ):
         sinks(tiny, prompts=Batch.of(ids), t=1)

@@ -46,7 +46,9 @@ def describe(
     found = job.locate(loaded, texts)
     from melens.measure import describe as measure
 
-    job.finish(measure(loaded, found, texts, first_tokens=first_tokens, seed=seed))
+    with job.bar() as tick:
+        result = measure(loaded, found, texts, first_tokens=first_tokens, seed=seed, progress=tick)
+    job.finish(result)
 
 
 def collapse(

@@ -60,8 +60,10 @@ def sinks(
 
 def check_t(t: int) -> None:
     """Refuse a T that no query can fill."""
-    if t < 2:
-        raise PromptError(f"t must be at least 2, got {t}; the paper takes {T_PAPER}.")
+    if not isinstance(t, int) or t < 2:
+        raise PromptError(
+            f"t must be a whole number of at least 2, got {t!r}; the paper takes {T_PAPER}."
+        )
 
 
 def check_attention(model: Any) -> None:

@@ -15,7 +15,7 @@ from melens.emergence.search import locate_in
 from melens.emergence.thresholds import last_body_layer
 from melens.errors import ResultError
 from melens.inputs import Inputs
-from melens.models.anatomy import resid_post
+from melens.models.anatomy import resid_post, residual_dtype
 from melens.results import MELayer
 
 Progress = Callable[[int, int], None] | None
@@ -49,14 +49,27 @@ def settle(
 
 
 def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
-    """Refuse a result of another model.
+    """Refuse what is no ME Layer, or one of another model.
 
     Raises:  ResultError: naming both.
     """
+    if not isinstance(me_layer, MELayer):
+        raise ResultError(
+            f"me_layer must be what melens.locate returns, got {type(me_layer).__name__}; read a "
+            "saved one with melens.load_result(path)."
+        )
     if me_layer.run.weights != inputs.weights:
         raise ResultError(
-            f"this ME Layer was located on {me_layer.run.model} (weights {me_layer.run.weights}), "
-            f"the model at hand has weights {inputs.weights}; locate it again."
+            f"this ME Layer was located on {me_layer.run.model} in {me_layer.run.dtype} (weights "
+            f"{me_layer.run.weights}), the model at hand has weights {inputs.weights} in "
+            f"{residual_dtype(inputs.model)}; locate it again."
+        )
+    cfg = inputs.model.cfg
+    dims = [token.dim for token in me_layer.massive]
+    if me_layer.n_layers != cfg.n_layers or any(not 0 <= dim < cfg.d_model for dim in dims):
+        raise ResultError(
+            f"this ME Layer has {me_layer.n_layers} layers and dimensions {dims[:4]}, the model "
+            f"{cfg.n_layers} layers and d_model {cfg.d_model}; the file was edited: locate again."
         )
 
 

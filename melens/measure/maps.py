@@ -97,6 +97,9 @@ def check_choice(model: Any, layers: Sequence[int] | None, heads: Sequence[int] 
     Raises:  SiteError: naming the first one that does not fit.
     """
     able = anatomy(model).attention_layers
+    for given in (layers, heads):
+        if given is not None and not _whole_numbers(given):
+            raise SiteError(f"layers and heads are lists of whole numbers, got {given!r}.")
     for layer in layers or ():
         check_layer(model, layer)
         if layer not in able:
@@ -108,6 +111,10 @@ def check_choice(model: Any, layers: Sequence[int] | None, heads: Sequence[int] 
         raise SiteError(f"head {bad[0]} is outside 0..{n_heads - 1}. Heads count from 0.")
     if not able:
         raise SiteError("no layer of this model has attention, so there is none to show.")
+
+
+def _whole_numbers(given: Any) -> bool:
+    return isinstance(given, Sequence) and all(type(value) is int for value in given)
 
 
 def _telling_layers(inputs: Inputs, found: MELayer) -> list[int]:

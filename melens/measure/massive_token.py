@@ -62,22 +62,29 @@ def describe(
              prompts: texts, as for ``melens.locate``.
              first_tokens: how many tokens of the vocabulary to try alone at position 0.
              seed: chooses them.
-             progress: called with (rows done, rows in all) while locating.
+             progress: called with (rows done, rows in all) while locating, then with first tokens.
     Raises:  ResultError: ``me_layer`` is of other weights. PromptError, ModelError: as ``locate``.
     """  # fmt: skip
     check_count(first_tokens)
     inputs = take_in(model, prompts)
     located = settle(inputs, me_layer, seed=seed, progress=progress)
-    return portray(inputs, located, first_tokens=first_tokens, seed=seed)
+    return portray(inputs, located, first_tokens=first_tokens, seed=seed, progress=progress)
 
 
 def check_count(first_tokens: int) -> None:
     """Refuse a negative number of first tokens."""
-    if first_tokens < 0:
-        raise PromptError(f"first_tokens must be 0 or more, got {first_tokens}.")
+    if not isinstance(first_tokens, int) or first_tokens < 0:
+        raise PromptError(f"first_tokens must be a whole number from 0 on, got {first_tokens!r}.")
 
 
-def portray(inputs: Inputs, located: Located, *, first_tokens: int, seed: int) -> TokenPortrait:
+def portray(
+    inputs: Inputs,
+    located: Located,
+    *,
+    first_tokens: int,
+    seed: int,
+    progress: Progress = None,
+) -> TokenPortrait:
     """:func:`describe` over inputs that were taken in already."""
     found = located.me_layer
     starts = choose_starts(inputs, count=first_tokens, seed=seed)
@@ -93,6 +100,8 @@ def portray(inputs: Inputs, located: Located, *, first_tokens: int, seed: int) -
         token = seen.path.token_id
         row = first_token_row(seen.path, starts[token], found, token=inputs.decode(token))
         rows.append(row)
+        if progress is not None:
+            progress(len(rows), len(starts))
         if first and row.massive and token != chosen[0][0]:
             rigidity.add(seen)
     return TokenPortrait(

@@ -100,7 +100,9 @@ class AttentionMaps(Result):
     def summary(self) -> str:
         """One plain sentence."""
         layers = sorted({head.layer for head in self.heads})
+        heads = "1 head" if len(self.heads) == 1 else f"{len(self.heads)} heads"
+        of = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
         return (
-            f"{self.run.model}: {len(self.heads)} heads of layers {', '.join(map(str, layers))} "
-            f"(counted from 0) over {len(self.tokens)} tokens; ME Layer {self.me_layer}"
+            f"{self.run.model}: {heads} of {of} (counted from 0) over {len(self.tokens)} tokens; "
+            f"ME Layer {'none' if self.me_layer is None else self.me_layer}"
         )
