@@ -9,13 +9,10 @@ the loaded and warmed-up model (Linux: the high-water mark is reset before the t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+
+from common import peak_megabytes, print_added_megabytes, seconds
 
 NAMES = {
     "forward": "bare forward (bridge, logits)",
@@ -67,30 +64,7 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
 def measure_alone(arguments: argparse.Namespace) -> None:
     tasks = prepare(arguments.model, arguments.n, arguments.length)
     tasks["warm"]()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_megabytes("VmRSS")
-    tasks[arguments.alone]()
-    print(json.dumps(status_megabytes("VmHWM") - before))
-
-
-def status_megabytes(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
-def peak_megabytes(task: str, arguments: argparse.Namespace) -> float:
-    done = subprocess.run(
-        [sys.executable, __file__, "--alone", task, "--model", arguments.model,
-         "--n", str(arguments.n), "--length", str(arguments.length)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def seconds(task: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    task()
-    return time.perf_counter() - start
+    print_added_megabytes(tasks[arguments.alone])
 
 
 def main() -> None:
@@ -115,7 +89,7 @@ def main() -> None:
     print(f"{arguments.model}, {arguments.n} x {arguments.length} tokens, CPU")
     for task in TASKS:
         taken = statistics.median(times[task])
-        added = peak_megabytes(task, arguments)
+        added = peak_megabytes(__file__, task, arguments, arguments.n)
         print(f"{NAMES[task]:30} {taken:6.2f} s  {taken / base:5.2f} x  +{added:5.0f} MB")
 
 

@@ -10,13 +10,10 @@ sequences: it must not grow with them (Linux: the high-water mark is reset befor
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+
+from common import peak_megabytes, print_added_megabytes, seconds
 
 TASKS = ("forward", "describe", "collapse", "sinks", "together")
 
@@ -54,30 +51,7 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
 
 def measure_alone(arguments: argparse.Namespace) -> None:
     tasks = prepare(arguments.model, arguments.n, arguments.length)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_megabytes("VmRSS")
-    tasks[arguments.alone]()
-    print(json.dumps(status_megabytes("VmHWM") - before))
-
-
-def status_megabytes(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
-def peak_megabytes(task: str, arguments: argparse.Namespace, n: int) -> float:
-    done = subprocess.run(
-        [sys.executable, __file__, "--alone", task, "--model", arguments.model,
-         "--n", str(n), "--length", str(arguments.length)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def seconds(task: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    task()
-    return time.perf_counter() - start
+    print_added_megabytes(tasks[arguments.alone])
 
 
 def main() -> None:
@@ -106,7 +80,7 @@ def main() -> None:
     if arguments.no_memory:
         return
     for n in (arguments.n, 4 * arguments.n):
-        added = peak_megabytes("together", arguments, n)
+        added = peak_megabytes(__file__, "together", arguments, n)
         print(f"together, {n} sequences: +{added:.0f} MB at its peak")
 
 
