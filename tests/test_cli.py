@@ -108,6 +108,16 @@ def test_measures_write_their_files_and_say_one_sentence(
     assert made == again
 
 
+def test_an_older_locate_json_stays_and_other_texts_are_noted(run, model, located, tmp_path):
+    words = " ".join(f"w{i}" for i in range(20, 50))
+    (tmp_path / "locate.json").write_text("mine")
+    assert run("sinks", model, "--prompt", words, "-q", "-o", tmp_path)[0] == 0
+    assert (tmp_path / "locate.json").read_text() == "mine"
+    code, _, stderr = run("sinks", model, "--prompt", words, "--located", located)
+    assert code == 0
+    assert "note: the ME Layer was located on other texts" in stderr
+
+
 def test_plot_help_names_every_style(run):
     from melens.figures import FIGURES
 

@@ -213,6 +213,11 @@ def test_what_is_massive_in_the_texts_decides_whose_onset_it_is():
     assert min(token.position for token in headless.tokens) > 0
 
 
+def test_short_texts_say_what_uniform_attention_gives(tiny):
+    found = sinks(tiny, prompts=Batch.of(torch.tensor([[5, 6, 7, 8]])))
+    assert "short texts: uniform attention alone gives 0.52" in found.summary()
+
+
 def test_a_t_that_no_query_fills_is_refused(tiny, ids):
     with pytest.raises(
         PromptError, match="t must be a whole number of at least 2, got 1; the paper takes 64"

@@ -43,7 +43,7 @@ def locate(
     from melens.cli.job import Job
 
     job = Job.of(locals())
-    result = job.locate(*job.load())
+    result = job.locate(*job.load(), overwrite=True)
     output.show(result, as_json=as_json, folder=job.out)
 
 

@@ -64,15 +64,18 @@ class Job:
         )  # fmt: skip
         return model, texts
 
-    def locate(self, model: Any, texts: Any) -> Any:
-        """The ME Layer: read, or found now and saved beside what comes next."""
+    def locate(self, model: Any, texts: Any, *, overwrite: bool = False) -> Any:
+        """The ME Layer: read, or found now; saved beside what comes next, never over an older one
+        unless asked.
+        """  # noqa: D205
         if self.saved is not None:
             return self.saved
         from melens.emergence import locate
 
         with self.bar() as tick:
             found = locate(model, texts, batch_size=self.batch_size, seed=self.seed, progress=tick)
-        output.save(found, self.out, "locate", "profile")
+        if overwrite or self.out is None or not (self.out / "locate.json").exists():
+            output.save(found, self.out, "locate", "profile")
         return found
 
     def bar(self) -> AbstractContextManager[Callable[[int, int], None]]:
@@ -81,6 +84,8 @@ class Job:
 
     def finish(self, result: Any) -> None:
         """Save and print."""
+        if self.saved is not None and _texts_of(self.saved) != _texts_of(result):
+            output.note("the ME Layer was located on other texts, or with another BOS setting.")
         output.save(result, self.out, result.kind, result.kind)
         output.show(result, as_json=self.as_json, folder=self.out)
 
@@ -93,3 +98,7 @@ class Job:
         if not isinstance(found, MELayer):
             raise ResultError(f"{self.located} is a {type(found).__name__}; give a locate.json.")
         return found
+
+
+def _texts_of(result: Any) -> Any:
+    return result.run.settings.get("ids")

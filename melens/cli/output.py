@@ -89,6 +89,11 @@ def save_page(result: Any, folder: Path | None) -> None:
         result.view().save_html(folder / f"{result.kind}.html")
 
 
+def note(text: str) -> None:
+    """A remark on stderr that ends nothing."""
+    sys.stderr.write(f"melens: note: {text}\n")
+
+
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
     from melens.cli.tables import TABLES

@@ -74,13 +74,17 @@ class AttentionMaps(Result):
         return self
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a head: its mean attention to the first token and to its own query."""
+        """One row a head: mean attention to the first token and to its own position.
+
+        Over the queries after the first, which can only look at itself.
+        """
+        n = max(len(self.tokens) - 1, 1)
         return [
             {
                 "layer": head.layer,
                 "head": head.head,
-                "attention_to_first": sum(row[0] for row in head.rows) / len(head.rows),
-                "attention_to_self": sum(row[-1] for row in head.rows) / len(head.rows),
+                "attention_to_first": sum(row[0] for row in head.rows[1:]) / n,
+                "attention_to_self": sum(row[-1] for row in head.rows[1:]) / n,
             }
             for head in self.heads
         ]
