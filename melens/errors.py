@@ -70,6 +70,10 @@ class CaptureError(MelensError):
     """A capture that saw nothing, or not what was asked for."""
 
 
+class InterventionError(MelensError):
+    """An edit that cannot be done as asked, or that never took place."""
+
+
 class MetricError(MelensError):
     """A metric that is undefined on what it was given."""
 

@@ -1,0 +1,182 @@
+"""The one place in melens that registers an editing hook, so that no edit can forget a rule.
+
+Every edit is a context manager: it acts at hook points while it is open, on tokens chosen by their
+absolute position, and leaves nothing behind. An edit that never took place is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melens.capture import check_sites
+from melens.errors import InterventionError
+from melens.interventions.now import Now, now_of, watching
+from melens.interventions.tokens import Choice, Tokens, choice_of
+from melens.models.anatomy import check_layer
+from melens.registry import Registry
+from melens.results.locate import MELayer
+from melens.shapes import TokenMask
+
+Editor = Callable[[Tensor, TokenMask, Now], Tensor]
+"""(x [batch, pos, ...] in float32 at least, chosen, now) -> the chosen tokens' new rows."""
+Reader = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One registered edit, with the settings that its contract test needs."""
+
+    make: Callable[..., AbstractContextManager[None]]
+    neutral: Mapping[str, Any]
+    """Settings under which it changes nothing, bit for bit."""
+    strong: Mapping[str, Any]
+    """Settings under which it changes something."""
+    about: str
+
+
+INTERVENTIONS: Registry[Intervention] = Registry("intervention")
+
+
+def intervention(
+    name: str, *, neutral: Mapping[str, Any], strong: Mapping[str, Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a context manager ``(model, layer, *, tokens, ...)`` under its name."""
+
+    def add(make: Callable[..., Any]) -> Callable[..., Any]:
+        about = (make.__doc__ or "").strip().split("\n", 1)[0]
+        INTERVENTIONS.add(name, Intervention(make, neutral, strong, about))
+        return make
+
+    return add
+
+
+@dataclass
+class Place:
+    """Where an edit acts: a model's layer, and the tokens of every forward pass."""
+
+    model: Any
+    layer: int
+    choice: Choice
+    passes: int = field(default=0)
+    touched: int = field(default=0)
+
+    @classmethod
+    def of(cls, model: Any, layer: int | MELayer, tokens: Tokens) -> Place:
+        """Check layer and tokens before any forward pass.
+
+        Raises:  InterventionError: a ME Layer without a layer, or tokens that cannot be meant.
+                 SiteError: a layer the model does not have.
+        """
+        if not hasattr(model, "hook_dict"):
+            raise InterventionError(
+                f"an edit needs a hooked model, got {type(model).__name__}; melens.load it first."
+            )
+        if isinstance(layer, MELayer):
+            tokens = layer if tokens is None else tokens
+            if layer.me_layer is None or layer.me_layer < 0:
+                raise InterventionError(
+                    f"{layer.run.model} has no block that its massive activation emerges in "
+                    f"(ME Layer: {layer.me_layer}); name a layer."
+                )
+            layer = layer.me_layer
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise InterventionError(
+                f"layer must be a number or what melens.locate returns, got {layer!r:.60}."
+            )
+        check_layer(model, layer)
+        return cls(model, layer, choice_of("first" if tokens is None else tokens))
+
+    def hook(self, site: str) -> str:
+        """Name of a hook of this layer."""
+        return f"blocks.{self.layer}.{site}"
+
+
+@contextmanager
+def editing(
+    place: Place,
+    edits: Mapping[str, Editor],
+    *,
+    reads: Mapping[str, Reader] | None = None,
+) -> Iterator[None]:
+    """Edit the chosen tokens at hook points; ``reads`` see their sites before, and change nothing.
+
+    Raises:  SiteError: a hook name the model does not have.
+             InterventionError: at the end, where no forward pass reached the edit or none of them
+             held a chosen token.
+    """  # fmt: skip
+    check_sites(place.model, [*(reads or {}), *edits])
+    hooks = [(site, _reading(reader)) for site, reader in (reads or {}).items()]
+    hooks += [(site, _writing(place, editor)) for site, editor in edits.items()]
+    with watching(place.model), place.model.hooks(fwd_hooks=hooks):
+        yield
+    if not place.passes:
+        raise InterventionError(
+            f"an edit at {', '.join(edits)} was active but no forward pass reached it."
+        )
+    if not place.touched:
+        raise InterventionError(
+            f"an edit at {', '.join(edits)} was active over {place.passes} forward passes, but "
+            "none of them held a token that it was to change; look at tokens=."
+        )
+
+
+def _reading(reader: Reader) -> Callable[..., None]:
+    def read(x: Tensor, hook: object) -> None:
+        reader(x.detach())
+
+    return read
+
+
+def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
+    def write(x: Tensor, hook: object) -> Tensor | None:
+        now = now_of(place.model)
+        if tuple(now.positions.shape) != tuple(x.shape[:2]):
+            raise InterventionError(
+                f"layer {place.layer} holds {tuple(x.shape[:2])} tokens where the model was given "
+                f"{tuple(now.positions.shape)}; this edit cannot tell them apart."
+            )
+        place.passes += 1
+        chosen = (place.choice(now) & now.real).to(x.device)
+        count = int(chosen.sum())
+        place.touched += count
+        if not count:
+            return None
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        made = x.clone()  # never in place on the model's own tensor
+        made[chosen] = editor(wide, chosen, now).to(x.dtype)
+        return made
+
+    return write
+
+
+def blend(old: Tensor, new: Tensor, strength: float) -> Tensor:
+    """``old`` at 0 and ``new`` at 1, each bit for bit."""
+    if strength == 0:
+        return old
+    return new if strength == 1 else old + strength * (new - old)
+
+
+def check_number(name: str, value: float, *, low: float = -math.inf) -> float:
+    """Refuse what is no number, or one below ``low``; infinity is one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
+        floor = f" of at least {low:g}" if low > -math.inf else ""
+        raise InterventionError(f"{name} must be a number{floor}, got {value!r:.40}.")
+    return float(value)
+
+
+def check_indices(name: str, indices: Sequence[int], size: int, *, what: str) -> list[int]:
+    """Refuse an empty list, and indices outside a width."""
+    found = list(indices)
+    bad = [i for i in found if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size]
+    if bad or not found:
+        raise InterventionError(
+            f"{name} must be at least one of {what} 0 to {size - 1}, got {found[:6]}."
+        )
+    return found

@@ -1,0 +1,248 @@
+"""Edits of an FFN: its product p = act(gate) * up, its neurons, its weights, what it writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.errors import InterventionError
+from melens.interventions.core import (
+    Place,
+    blend,
+    check_indices,
+    check_number,
+    editing,
+    intervention,
+)
+from melens.interventions.now import Now
+from melens.interventions.tokens import Tokens
+from melens.models.anatomy import anatomy
+from melens.models.ffn import ffn_of
+from melens.results.locate import MELayer
+from melens.shapes import TokenMask
+
+
+@intervention("ffn_pull_back", neutral={"strength": 0.0}, strong={"reference": 1e-3})
+@contextmanager
+def ffn_pull_back(
+    model: Any,
+    layer: int | MELayer,
+    *,
+    tokens: Tokens = None,
+    reference: float | None = None,
+    strength: float = 1.0,
+) -> Iterator[None]:
+    """Scale the product down to an ordinary token's: p *= min(1, reference / rms(p)).
+
+    Args:    layer: a layer counted from 0, or a located ME Layer.
+             tokens: see ``melens.interventions``.
+             reference: an rms; None = the median over the other real tokens of the sequence, which
+             a chosen token must have (later ones count too, so this reads ahead).
+             strength: 0 changes nothing, 1 is the whole edit.
+    Raises:  SiteError: no such layer, or an FFN without neurons. InterventionError: no other token
+             to take a reference from; at the end, if nothing was edited.
+    Source:  the ME-Layer authors' released code, ablation F1.
+    """  # fmt: skip
+    check_number("strength", strength)
+    check_reference(reference)
+    place = Place.of(model, layer, tokens)
+
+    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+        size = _rms(x)
+        limit = _reference(size, chosen, now, reference)
+        factor = (limit / size[chosen].clamp_min(1e-30)).clamp(max=1.0)
+        return blend(x[chosen], x[chosen] * factor[:, None], strength)
+
+    with editing(place, {ffn_of(model, place.layer).product: edit}):
+        yield
+
+
+@intervention("ffn_rms_normalise", neutral={"strength": 0.0}, strong={})
+@contextmanager
+def ffn_rms_normalise(
+    model: Any, layer: int | MELayer, *, tokens: Tokens = None, strength: float = 1.0
+) -> Iterator[None]:
+    """Divide the product by its root mean square: p / rms(p); strength 0 changes nothing.
+
+    Source:  the ME-Layer authors' released code, ablation F2.
+    """
+    check_number("strength", strength)
+    place = Place.of(model, layer, tokens)
+
+    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+        rows = x[chosen]
+        return blend(rows, rows / _rms(rows).clamp_min(1e-30)[:, None], strength)
+
+    with editing(place, {ffn_of(model, place.layer).product: edit}):
+        yield
+
+
+@intervention(
+    "ffn_cap", neutral={"factor": math.inf, "reference": 1.0},
+    strong={"factor": 0.5, "reference": 1e-3},
+)  # fmt: skip
+@contextmanager
+def ffn_cap(
+    model: Any,
+    layer: int | MELayer,
+    *,
+    tokens: Tokens = None,
+    reference: float | None = None,
+    factor: float = 2.0,
+) -> Iterator[None]:
+    """Cap the norm of what the FFN writes at ``factor`` times the reference norm.
+
+    What is written is taken as it enters the residual, a norm on the write path included.
+
+    Args:    reference: a norm; None = the median over the sequence's other real tokens.
+             factor: the strength; infinity changes nothing.
+    Raises:  as ``ffn_pull_back``.
+    Source:  the ME-Layer authors' released code, ablation F3 (there with factor 2).
+    """  # fmt: skip
+    check_number("factor", factor, low=0.0)
+    check_reference(reference)
+    place = Place.of(model, layer, tokens)
+
+    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+        size = x.norm(dim=-1)
+        limit = factor * _reference(size, chosen, now, reference)
+        return x[chosen] * (limit / size[chosen].clamp_min(1e-30)).clamp(max=1.0)[:, None]
+
+    with editing(place, {_write_site(place): edit}):
+        yield
+
+
+@intervention("ffn_scale", neutral={"factor": 1.0}, strong={"factor": 30.0})
+@contextmanager
+def ffn_scale(
+    model: Any, layer: int | MELayer, *, tokens: Tokens = None, factor: float = 0.0
+) -> Iterator[None]:
+    """Multiply what the FFN makes, before a norm on its write path; 1 changes nothing.
+
+    A norm after the FFN restores the size: there, only factor 0 removes it. ``write_block`` acts
+    after such a norm.
+    """
+    check_number("factor", factor)
+    place = Place.of(model, layer, tokens)
+    with editing(
+        place, {ffn_of(model, place.layer).output: lambda x, chosen, _: x[chosen] * factor}
+    ):
+        yield
+
+
+@intervention(
+    "ffn_ablate_neurons", neutral={"neurons": [0], "factor": 1.0},
+    strong={"neurons": list(range(32)), "factor": 30.0},
+)  # fmt: skip
+@contextmanager
+def ffn_ablate_neurons(
+    model: Any,
+    layer: int | MELayer,
+    *,
+    neurons: Sequence[int],
+    tokens: Tokens = None,
+    factor: float = 0.0,
+) -> Iterator[None]:
+    """Multiply the product of chosen neurons; 0 ablates them, 1 changes nothing."""
+    check_number("factor", factor)
+    place = Place.of(model, layer, tokens)
+    ffn = ffn_of(model, place.layer)
+    wanted = check_indices("neurons", neurons, len(ffn.down), what=f"layer {place.layer}'s neurons")
+
+    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+        rows = x[chosen]
+        rows[:, wanted] *= factor
+        return rows
+
+    with editing(place, {ffn.product: edit}):
+        yield
+
+
+@intervention(
+    "ffn_zero_weights", neutral={"weights": [(0, 0)], "factor": 1.0},
+    strong={"weights": [(i, j) for i in range(8) for j in range(32)], "factor": 90.0},
+)  # fmt: skip
+@contextmanager
+def ffn_zero_weights(
+    model: Any,
+    layer: int | MELayer,
+    *,
+    weights: Sequence[tuple[int, int]],
+    tokens: Tokens = None,
+    factor: float = 0.0,
+) -> Iterator[None]:
+    """Multiply single entries of the down projection, as (row = residual dim, column = neuron).
+
+    The weights themselves are not written to: the rows concerned are computed again with the
+    changed matrix, for the chosen tokens.
+
+    Args:    factor: 0 removes the weights, 1 changes nothing.
+    """
+    check_number("factor", factor)
+    place = Place.of(model, layer, tokens)
+    ffn = ffn_of(model, place.layer)
+    bad = [pair for pair in weights if not isinstance(pair, tuple) or len(pair) != 2]
+    if bad or not weights:
+        raise InterventionError(f"weights must be (row, column) pairs, got {list(weights)[:4]}.")
+    rows = check_indices("rows", [row for row, _ in weights], ffn.down.shape[1], what="d_model")
+    columns = check_indices("columns", [c for _, c in weights], len(ffn.down), what="the neurons")
+    product: list[Tensor] = []
+
+    def keep(x: Tensor) -> None:
+        product[:] = [x]
+
+    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+        made = x[chosen]
+        if factor == 1:
+            return made
+        changed = ffn.down.to(x.dtype).clone()
+        changed[columns, rows] *= factor
+        touched = sorted(set(rows))
+        bias = getattr(ffn.weights, "b_out", None)
+        made[:, touched] = product[0][chosen].to(x.dtype) @ changed[:, touched]
+        if isinstance(bias, Tensor):
+            made[:, touched] += bias.detach()[touched]
+        return made
+
+    with editing(place, {ffn.output: edit}, reads={ffn.product: keep}):
+        yield
+
+
+def check_reference(reference: float | None) -> None:
+    """Refuse a reference that is no positive number."""
+    if reference is not None:
+        check_number("reference", reference, low=0.0)
+
+
+def _write_site(place: Place) -> str:
+    site = anatomy(place.model).blocks[place.layer].ffn_write
+    if site is None:
+        raise InterventionError(f"block {place.layer} has no FFN.")
+    return site
+
+
+def _rms(x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row"]:
+    return reduce(x.square(), "... d -> ...", "mean").sqrt()
+
+
+def _reference(
+    size: Float[Tensor, "batch pos"], chosen: TokenMask, now: Now, fixed: float | None
+) -> Float[Tensor, " chosen"]:
+    """One reference a chosen token: the median size of its sequence's other real tokens."""
+    if fixed is not None:
+        return size.new_full((int(chosen.sum()),), fixed)
+    others = now.real.to(size.device) & ~chosen
+    if not others[chosen.any(dim=1)].any(dim=1).all():
+        raise InterventionError(
+            "this edit takes its reference from the sequence's other tokens, and there are none in "
+            "this pass (a one-token input, or a chunk of cached decoding); pass reference=."
+        )
+    medians = size.masked_fill(~others, math.nan).nanmedian(dim=1).values
+    return medians[torch.nonzero(chosen)[:, 0]]

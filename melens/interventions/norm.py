@@ -1,0 +1,140 @@
+"""Edits of a norm's gain: what it does to the massive token's way into the FFN, or out of it.
+
+``norm`` names which one: ``ln2`` before the FFN (the default), ``ln2_post`` after it where a model
+has one (Gemma-2/3, OLMo-2), ``ln1`` and ``ln1_post`` around attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.interventions.core import (
+    Place,
+    blend,
+    check_indices,
+    check_number,
+    editing,
+    intervention,
+)
+from melens.interventions.now import Now
+from melens.interventions.tokens import Tokens
+from melens.models.anatomy import norm_gain
+from melens.results.locate import MELayer
+from melens.shapes import TokenMask
+
+Gain = Float[Tensor, " d_model"]
+
+
+@intervention("norm_flatten", neutral={"alpha": 1.0}, strong={"alpha": 0.0})
+@contextmanager
+def norm_flatten(
+    model: Any,
+    layer: int | MELayer,
+    *,
+    tokens: Tokens = None,
+    norm: str = "ln2",
+    alpha: float = 0.0,
+) -> Iterator[None]:
+    """Pull a norm's gain towards its mean: gamma_eff = mean + alpha (gamma - mean).
+
+    Args:    layer: a layer counted from 0, or a located ME Layer.
+             tokens: see ``melens.interventions``; None = the located massive tokens, or the first
+             token where ``layer`` is a number.
+             alpha: 1 changes nothing, 0 is a flat norm.
+    Raises:  SiteError: no such layer or norm. FoldedWeightsError: the gain was folded away.
+             InterventionError: bad tokens or alpha; at the end, if nothing was edited.
+    Source:  the ME-Layer authors' released code, ablation R1.
+    """  # fmt: skip
+    check_number("alpha", alpha)
+    with _regained(model, layer, tokens, norm, lambda gain: _flat(gain, alpha)):
+        yield
+
+
+def _flat(gain: Gain, alpha: float) -> Gain:
+    return blend(gain.mean().expand_as(gain), gain, alpha)
+
+
+@intervention(
+    "norm_scale_dims", neutral={"dims": [0], "factor": 1.0}, strong={"dims": [0, 3], "factor": 9.0}
+)
+@contextmanager
+def norm_scale_dims(
+    model: Any,
+    layer: int | MELayer,
+    *,
+    dims: Sequence[int],
+    tokens: Tokens = None,
+    norm: str = "ln2",
+    factor: float = 0.0,
+) -> Iterator[None]:
+    """Multiply a norm's gain in chosen residual dimensions; 1 changes nothing.
+
+    Raises:  InterventionError: dims outside the residual stream; else as ``norm_flatten``.
+    """
+    check_number("factor", factor)
+
+    def scaled(gain: Gain) -> Gain:
+        wanted = check_indices("dims", dims, len(gain), what="the residual's dimensions")
+        made = gain.clone()
+        made[wanted] *= factor
+        return made
+
+    with _regained(model, layer, tokens, norm, scaled):
+        yield
+
+
+@intervention("norm_shuffle", neutral={"seed": 0, "strength": 0.0}, strong={"seed": 0})
+@contextmanager
+def norm_shuffle(
+    model: Any,
+    layer: int | MELayer,
+    *,
+    seed: int,
+    tokens: Tokens = None,
+    norm: str = "ln2",
+    strength: float = 1.0,
+) -> Iterator[None]:
+    """Shuffle a norm's gain over the dimensions: its values stay, their places do not.
+
+    Args:    strength: 0 changes nothing, 1 is the shuffled gain.
+    """
+    check_number("strength", strength)
+
+    def shuffled(gain: Gain) -> Gain:
+        order = torch.randperm(len(gain), generator=torch.Generator().manual_seed(seed))
+        return blend(gain, gain[order.to(gain.device)], strength)
+
+    with _regained(model, layer, tokens, norm, shuffled):
+        yield
+
+
+def _regained(
+    model: Any,
+    layer: int | MELayer,
+    tokens: Tokens,
+    norm: str,
+    change: Callable[[Gain], Gain],
+) -> AbstractContextManager[None]:
+    """Give the chosen tokens another gain; the rest of the norm, a bias included, stays."""
+    place = Place.of(model, layer, tokens)
+    gain = norm_gain(model, place.layer, norm)
+    new = change(gain)
+    normalized: list[Tensor] = []
+
+    def keep(x: Tensor) -> None:
+        normalized[:] = [x]
+
+    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+        if torch.equal(new, gain):
+            return x[chosen]
+        # Added, not multiplied: a gain of zero could not be undone by a factor.
+        return x[chosen] + normalized[0][chosen].to(x.dtype) * (new - gain).to(x.device, x.dtype)
+
+    sites = place.hook(f"{norm}.hook_normalized"), place.hook(f"{norm}.hook_out")
+    return editing(place, {sites[1]: edit}, reads={sites[0]: keep})

@@ -1,0 +1,73 @@
+"""Which tokens an edit touches: always by absolute position or id, never by index in a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from melens.errors import InterventionError
+from melens.interventions.now import Now
+from melens.results.locate import MELayer
+from melens.shapes import TokenMask
+
+Tokens = MELayer | str | int | Sequence[int] | None
+"""A located ME Layer (its massive tokens), ``"first"``, ``"all"``, or absolute positions."""
+Choice = Callable[[Now], TokenMask]
+
+
+def choice_of(tokens: Tokens) -> Choice:
+    """The rule that marks tokens, ``[batch, chunk]``; padding is never marked.
+
+    Raises:  InterventionError: something else, or a ME Layer without any massive token.
+    """
+    if isinstance(tokens, MELayer):
+        return _located(tokens)
+    if tokens == "first":
+        return lambda now: now.positions == 0
+    if tokens == "all":
+        return lambda now: now.real
+    if isinstance(tokens, int) and not isinstance(tokens, bool):
+        tokens = [tokens]
+    if isinstance(tokens, (list, tuple, range)) and tokens and all(map(_is_position, tokens)):
+        wanted = torch.tensor(sorted(set(tokens)))
+        return lambda now: torch.isin(now.positions, wanted.to(now.positions.device))
+    raise InterventionError(
+        f"tokens must be what melens.locate returns, 'first', 'all' or absolute positions from 0, "
+        f"got {tokens!r:.60}."
+    )
+
+
+def _is_position(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _located(me_layer: MELayer) -> Choice:
+    """Massive first tokens where they come first, later ones wherever their id comes.
+
+    Where every first token that ``locate`` tried alone turned massive, any first token counts.
+    """
+    if not me_layer.massive:
+        raise InterventionError(
+            f"{me_layer.run.model} has no massive token to edit; say which tokens: 'first', 'all' "
+            "or positions."
+        )
+    first = torch.tensor([token.token_id for token in me_layer.massive if token.position == 0])
+    later = torch.tensor([token.token_id for token in me_layer.massive if token.position > 0])
+    tried = me_layer.stability.first_tokens
+    any_first = bool(len(first) and tried) and all(token.massive for token in tried)
+
+    def choose(now: Now) -> TokenMask:
+        start = now.positions == 0
+        if any_first and not len(later):
+            return start
+        if now.ids is None:
+            raise InterventionError(
+                "these massive tokens are told by their ids, and the model was called with "
+                "embeddings; pass tokens='first' or positions."
+            )
+        ids = now.ids
+        marked = start if any_first else start & torch.isin(ids, first.to(ids.device))
+        return marked | ((now.positions > 0) & torch.isin(ids, later.to(ids.device)))
+
+    return choose

@@ -1,0 +1,359 @@
+"""The contract of every registered edit, present and future, and each edit's own formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from melens.batches import Batch
+from melens.errors import InterventionError, MelensError, SiteError
+from melens.interventions import (
+    INTERVENTIONS,
+    ffn_ablate_neurons,
+    ffn_cap,
+    ffn_pull_back,
+    ffn_rms_normalise,
+    ffn_scale,
+    ffn_zero_weights,
+    norm_flatten,
+    norm_scale_dims,
+    norm_shuffle,
+    qk_orthogonalise,
+    residual_set,
+    transplant,
+    write_block,
+)
+from melens.models import FAMILIES, load
+from melens.models.anatomy import norm_gain, resid_post
+from melens.models.ffn import ffn_input, ffn_of
+
+EACH = pytest.mark.parametrize("name", list(INTERVENTIONS))
+LAYER = 1
+CAUSAL_CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+"""float32; cached and uncached attention sum in another order."""
+
+
+def run(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, return_type="logits", **options)
+
+
+def _run_and_fail(model, ids):
+    run(model, ids)
+    raise ZeroDivisionError
+
+
+def make(model, name, settings, **options):
+    return INTERVENTIONS[name].make(model, LAYER, **settings, **options)
+
+
+def no_hooks(model):
+    return all(not point.fwd_hooks for point in model.hook_dict.values())
+
+
+@EACH
+def test_it_changes_something_and_leaves_no_trace(name, tiny, ids):
+    clean = run(tiny, ids)
+    with make(tiny, name, INTERVENTIONS[name].strong):
+        assert not torch.equal(run(tiny, ids), clean)
+    assert torch.equal(run(tiny, ids), clean)
+    with pytest.raises(ZeroDivisionError), make(tiny, name, INTERVENTIONS[name].strong):
+        _run_and_fail(tiny, ids)
+    assert torch.equal(run(tiny, ids), clean)
+    assert no_hooks(tiny)
+    assert not tiny.original_model._forward_pre_hooks
+
+
+@EACH
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3"])
+def test_its_neutral_setting_changes_no_bit(name, family, make_tiny, ids):
+    model = load(make_tiny(family))
+    clean = run(model, ids)
+    with make(model, name, INTERVENTIONS[name].neutral, tokens="first"):
+        assert torch.equal(run(model, ids), clean)
+
+
+@EACH
+def test_its_neutral_setting_changes_no_bit_in_bfloat16(name, make_tiny, ids):
+    model = load(make_tiny("llama", dtype=torch.bfloat16))
+    clean = run(model, ids)
+    with make(model, name, INTERVENTIONS[name].neutral):
+        assert torch.equal(run(model, ids), clean)
+
+
+@EACH
+def test_it_acts_downstream_only(name, tiny, ids):
+    """Layers before keep every bit; so do tokens before the edited one, in every layer."""
+    position = 5
+
+    def residuals():
+        sites = [resid_post(layer) for layer in range(tiny.cfg.n_layers)]
+        with torch.no_grad():
+            _, cache = tiny.run_with_cache(ids, names_filter=sites)
+        return [cache[site].clone() for site in sites]
+
+    clean = residuals()
+    with make(tiny, name, INTERVENTIONS[name].strong, tokens=position):
+        edited = residuals()
+    assert torch.equal(edited[0], clean[0])
+    assert not torch.equal(edited[-1], clean[-1])
+    if name != "qk_orthogonalise":  # which edits a whole sequence, by one token's direction
+        for before, after in zip(clean, edited, strict=True):
+            assert torch.equal(before[:, :position], after[:, :position])
+
+
+@EACH
+def test_it_is_right_under_a_kv_cache(name, tiny, ids):
+    """Prefill and decoding chunk by chunk give the logits of the whole, position by position."""
+    settings = dict(INTERVENTIONS[name].strong)
+    with make(tiny, name, settings):
+        whole = run(tiny, ids)
+        prefill, past = tiny(ids[:, :7], return_type="logits_and_cache")
+        rest = []
+        for chunk in (ids[:, 7:8], ids[:, 8:11], ids[:, 11:]):
+            logits, past = tiny(chunk, past_key_values=past, return_type="logits_and_cache")
+            rest.append(logits)
+    torch.testing.assert_close(torch.cat([prefill, *rest], dim=1), whole, **CAUSAL_CLOSE)
+
+
+@EACH
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_company_change_nothing(name, side, tiny, ids):
+    rows = [ids[0].tolist(), ids[1, :8].tolist(), ids[2, :5].tolist()]
+    batch = Batch.pad(rows, side=side)
+    settings = INTERVENTIONS[name].strong
+    with make(tiny, name, settings):
+        together = run(tiny, batch.ids, attention_mask=batch.mask.long())
+        for i, row in enumerate(rows):
+            alone = run(tiny, torch.tensor([row]))[0]
+            torch.testing.assert_close(together[i][batch.mask[i]], alone, **CAUSAL_CLOSE)
+
+
+@EACH
+def test_it_nests_and_the_outer_one_survives_the_inner(name, tiny, ids):
+    settings = INTERVENTIONS[name].strong
+    with ffn_scale(tiny, 2, factor=3.0):
+        outer = run(tiny, ids)
+        with make(tiny, name, settings):
+            assert not torch.equal(run(tiny, ids), outer)
+        assert torch.equal(run(tiny, ids), outer)
+
+
+@EACH
+def test_it_refuses_what_it_cannot_do(name, tiny, ids):
+    settings = INTERVENTIONS[name].strong
+    with pytest.raises(SiteError, match=r"layer 9 is outside 0\.\.2"):
+        INTERVENTIONS[name].make(tiny, 9, **settings).__enter__()
+    with pytest.raises(InterventionError, match="tokens must be"):
+        make(tiny, name, settings, tokens="last").__enter__()
+    with (
+        pytest.raises(InterventionError, match="no forward pass reached it"),
+        make(tiny, name, settings),
+    ):
+        pass
+    with pytest.raises(InterventionError), make(tiny, name, settings, tokens=50):
+        run(tiny, ids)
+    with pytest.raises(InterventionError, match="needs a hooked model"):
+        INTERVENTIONS[name].make(tiny.original_model, 1, **settings).__enter__()
+    assert no_hooks(tiny)
+
+
+def test_a_block_called_by_itself_is_refused(tiny):
+    x = torch.randn(1, 4, 32)
+    with pytest.raises(InterventionError, match="called by itself"), ffn_scale(tiny, 1):
+        tiny.blocks[1].mlp(x)
+
+
+def test_settings_are_refused_before_any_pass(tiny):
+    cases = [
+        (ffn_ablate_neurons(tiny, 1, neurons=[64]), "neurons 0 to 63|1's neurons 0 to 63"),
+        (ffn_ablate_neurons(tiny, 1, neurons=[]), "at least one"),
+        (norm_scale_dims(tiny, 1, dims=[-1]), "dimensions 0 to 31"),
+        (ffn_cap(tiny, 1, factor=-1.0), "at least 0"),
+        (ffn_zero_weights(tiny, 1, weights=[]), "pairs"),
+        (residual_set(tiny, 1), "dims: name them"),
+        (residual_set(tiny, 1, dims=[1, 2], values=[1.0]), "1 were given for 2"),
+        (write_block(tiny, 1, part="norm"), "attention or ffn"),
+        (transplant(tiny, 1, donor=None), "donor must be"),
+        (qk_orthogonalise(tiny, 1, of=("v",)), "shows no v"),
+        (norm_flatten(tiny, 1, alpha=float("nan")), "must be a number"),
+        (norm_flatten(tiny, 1, norm="ln2_post"), "no norm 'ln2_post'"),
+    ]
+    for context, text in cases:
+        with pytest.raises(MelensError, match=text):
+            context.__enter__()
+
+
+@pytest.mark.parametrize("make_edit", [ffn_pull_back, ffn_cap])
+def test_a_reference_needs_other_tokens(make_edit, tiny, ids):
+    with pytest.raises(InterventionError, match="pass reference="), make_edit(tiny, 1):
+        run(tiny, ids[:, :1])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mixtral", "qwen3-moe")])
+def test_the_ffn_formula_is_the_models_own(family, make_tiny, ids):
+    """product_of and written against what the model's hooks show."""
+    model = load(make_tiny(family))
+    if family == "qwen3-next":
+        with pytest.raises(SiteError, match="Mixture of Experts"):
+            ffn_of(model, 1)
+        return
+    ffn = ffn_of(model, 1)
+    sites = [ffn_input(model, 1), ffn.product, ffn.output]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(ids, names_filter=sites)
+    product = ffn.product_of(cache[sites[0]])
+    torch.testing.assert_close(product, cache[ffn.product], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ffn.written(product), cache[ffn.output], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "qwen3-next"])
+def test_experts_have_no_neurons_but_their_write_can_be_dropped(family, make_tiny, ids):
+    model = load(make_tiny(family))
+    with pytest.raises(SiteError, match="write_block"):
+        ffn_ablate_neurons(model, 1, neurons=[0]).__enter__()
+    clean = run(model, ids)
+    with write_block(model, 1, part="ffn", tokens="all"):
+        assert not torch.equal(run(model, ids), clean)
+
+
+def site_of(model, ids, site, edit=None):
+    with torch.no_grad():
+        if edit is None:
+            return model.run_with_cache(ids, names_filter=[site])[1][site]
+        with edit:
+            return model.run_with_cache(ids, names_filter=[site])[1][site]
+
+
+@pytest.mark.parametrize(
+    ("family", "norm"), [("llama", "ln2"), ("gemma2", "ln2_post"), ("gpt2", "ln2")]
+)
+def test_a_flat_norm_multiplies_by_the_mean_gain(family, norm, make_tiny, ids):
+    model = load(make_tiny(family))
+    gain = norm_gain(model, 1, norm)
+    bias = getattr(model.blocks[1].ln2, "bias", None)
+    bias = bias.detach() if isinstance(bias, torch.Tensor) and norm == "ln2" else 0.0
+    normalized = site_of(model, ids, f"blocks.1.{norm}.hook_normalized")
+    site = f"blocks.1.{norm}.hook_out"
+    edited = site_of(model, ids, site, norm_flatten(model, 1, tokens="all", norm=norm, alpha=0.25))
+    expected = normalized * (gain.mean() + 0.25 * (gain - gain.mean())) + bias
+    torch.testing.assert_close(edited, expected, rtol=1e-5, atol=1e-5)
+    shuffled = site_of(model, ids, site, norm_shuffle(model, 1, tokens="all", norm=norm, seed=3))
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(shuffled, normalized * gain[order] + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_the_product_edits_follow_their_formulas(tiny, ids):
+    site = "blocks.1.mlp.hook_post"
+    product = site_of(tiny, ids, site)
+    rms = product.square().mean(-1).sqrt()
+    normal = site_of(tiny, ids, site, ffn_rms_normalise(tiny, 1, tokens="all"))
+    torch.testing.assert_close(normal.square().mean(-1).sqrt(), torch.ones_like(rms))
+    pulled = site_of(tiny, ids, site, ffn_pull_back(tiny, 1, tokens=[0, 4]))
+    others = torch.tensor([i for i in range(12) if i not in (0, 4)])
+    reference = rms[:, others].median(dim=1).values
+    for t in (0, 4):
+        factor = (reference / rms[:, t]).clamp(max=1)
+        torch.testing.assert_close(pulled[:, t], product[:, t] * factor[:, None])
+    assert torch.equal(pulled[:, others], product[:, others])
+
+
+def test_a_cap_holds_the_written_norm(tiny, ids):
+    site = "blocks.1.hook_mlp_out"
+    capped = site_of(tiny, ids, site, ffn_cap(tiny, 1, tokens="all", reference=0.01, factor=2.0))
+    assert capped.norm(dim=-1).max() <= 0.02 * (1 + 1e-5)
+    clean = site_of(tiny, ids, site)
+    torch.testing.assert_close(
+        torch.nn.functional.cosine_similarity(capped, clean, dim=-1), torch.ones(3, 12)
+    )
+
+
+def test_zeroed_weights_equal_a_model_without_them(make_tiny, ids):
+    hf = make_tiny("llama")
+    model = load(hf)
+    pairs = [(3, 10), (7, 10), (3, 11)]
+    with ffn_zero_weights(model, 1, weights=pairs, tokens="all"):
+        edited = run(model, ids)
+    down = hf.model.layers[1].mlp.down_proj.weight
+    before = down.detach().clone()
+    with torch.no_grad():
+        for row, column in pairs:
+            down[row, column] = 0
+    torch.testing.assert_close(edited, run(model, ids), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        down.copy_(before)
+
+
+def test_ablated_neurons_equal_zeroed_columns(tiny, ids):
+    with ffn_ablate_neurons(tiny, 1, neurons=[10, 20], tokens="all"):
+        one = run(tiny, ids)
+    weights = [(row, column) for row in range(32) for column in (10, 20)]
+    with ffn_zero_weights(tiny, 1, weights=weights, tokens="all"):
+        other = run(tiny, ids)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_transplant_from_itself_changes_nothing_and_from_a_donor_everything(make_tiny, ids):
+    model, donor = load(make_tiny("llama")), load(make_tiny("llama", seed=1))
+    clean = run(model, ids)
+    with transplant(model, 1, donor=1, tokens="all"):
+        torch.testing.assert_close(run(model, ids), clean, rtol=1e-5, atol=1e-6)
+    site = "blocks.1.hook_mlp_out"
+    normalized = site_of(model, ids, "blocks.1.ln2.hook_normalized")
+    moved = site_of(model, ids, site, transplant(model, 1, donor=donor, tokens="all"))
+    theirs = donor.blocks[1].mlp.original_component(normalized * norm_gain(donor, 1, "ln2"))
+    torch.testing.assert_close(moved, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_residual_set_sets_the_stream_itself(tiny, ids):
+    seen = site_of(
+        tiny, ids, "blocks.2.hook_resid_pre", residual_set(tiny, 1, dims=[4, 9], values=[2.0, -1.0])
+    )
+    assert torch.equal(seen[:, 0, [4, 9]], torch.tensor([[2.0, -1.0]]).expand(3, 2))
+    tenth = site_of(
+        tiny, ids, "blocks.2.hook_resid_pre", residual_set(tiny, 1, dims=[4], strength=0.9)
+    )
+    clean = site_of(tiny, ids, "blocks.2.hook_resid_pre")
+    torch.testing.assert_close(tenth[:, 0, 4], clean[:, 0, 4] * 0.1)
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+@pytest.mark.parametrize("family", ["llama", "neox", "gemma2", "qwen3-next"])
+def test_a_dropped_write_is_missing_from_the_sum(part, family, make_tiny, ids):
+    model = load(make_tiny(family))
+    from melens.models.anatomy import anatomy
+
+    block = anatomy(model).blocks[1]
+    site = block.ffn_write if part == "ffn" else block.mixer_writes[0]
+    before, kept = site_of(model, ids, resid_post(1)), site_of(model, ids, site)
+    after = site_of(model, ids, resid_post(1), write_block(model, 1, part=part, tokens="all"))
+    if part == "ffn" or family == "neox":  # else the FFN reads another residual
+        torch.testing.assert_close(after, before - kept, rtol=1e-4, atol=1e-5)
+    else:
+        assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_orthogonal_queries_have_nothing_left_along_the_token(itself, tiny, ids):
+    clean = site_of(tiny, ids, "blocks.1.attn.hook_q")
+    edited = site_of(
+        tiny, ids, "blocks.1.attn.hook_q", qk_orthogonalise(tiny, 1, itself=itself, of=("q",))
+    )
+    direction = clean[:, :1] / clean[:, :1].norm(dim=-1, keepdim=True)
+    left = (edited * direction).sum(-1)
+    assert left[:, 1:].abs().max() < 1e-6
+    assert torch.equal(edited[:, 0], clean[:, 0]) != itself
+
+
+def test_hf_generate_with_a_static_cache_sees_absolute_positions(make_tiny, tokenizer, ids):
+    model = load(make_tiny("llama"), tokenizer=tokenizer)
+    hf = model.original_model
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 64}
+    with ffn_scale(model, 1, factor=30.0):
+        grown = hf.generate(ids, **greedy)
+        static = hf.generate(ids, cache_implementation="static", **greedy)
+        plain = ids
+        for _ in range(6):
+            plain = torch.cat([plain, run(model, plain)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(grown, plain)
+    assert torch.equal(static, plain)
