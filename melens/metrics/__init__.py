@@ -2,6 +2,7 @@
 
 from melens.metrics.attention import attention_entropy, key_attention, uniform_alpha
 from melens.metrics.direction import cosines, effective_number, write_shares
+from melens.metrics.loss import next_token_loss, sequence_loss
 from melens.metrics.magnitude import (
     METRICS,
     Metric,
@@ -42,8 +43,10 @@ __all__ = [
     "matrix_entropy_centred",
     "max_magnitude",
     "metric",
+    "next_token_loss",
     "participation_ratio",
     "participation_ratio_centred",
+    "sequence_loss",
     "stable_rank",
     "stable_rank_centred",
     "top1_share",
