@@ -17,7 +17,7 @@ from melens.interventions.ffn import (
     ffn_scale,
     ffn_zero_weights,
 )
-from melens.interventions.norm import norm_flatten, norm_scale_dims, norm_shuffle
+from melens.interventions.norm import norm_flatten, norm_ones, norm_scale_dims, norm_shuffle
 from melens.interventions.residual import residual_set, write_block
 from melens.interventions.transplant import transplant
 
@@ -32,6 +32,7 @@ __all__ = [
     "ffn_zero_weights",
     "intervention",
     "norm_flatten",
+    "norm_ones",
     "norm_scale_dims",
     "norm_shuffle",
     "qk_orthogonalise",

@@ -53,7 +53,8 @@ def qk_orthogonalise(
     place = Place.of(model, layer, tokens)
     at = place.layer + 1 if isinstance(layer, MELayer) else place.layer
     views = {view.site: view for view in attention_sites(model).layer(at)}
-    if not of or (missing := [site for site in of if site not in SITES or site not in views]):
+    missing = [site for site in of if site not in SITES or site not in views]
+    if missing or not of:
         raise InterventionError(
             f"layer {at} of this model shows no {', '.join(missing) if of else 'site'}; "
             f"of= takes {' and '.join(site for site in SITES if site in views) or 'nothing here'}."

@@ -89,6 +89,27 @@ def norm_scale_dims(
         yield
 
 
+@intervention("norm_ones", neutral={"strength": 0.0}, strong={})
+@contextmanager
+def norm_ones(
+    model: Any,
+    layer: int | MELayer,
+    *,
+    tokens: Tokens = None,
+    norm: str = "ln2",
+    strength: float = 1.0,
+) -> Iterator[None]:
+    """Set every gain of a norm to 1: neither its shape nor its overall scale is left.
+
+    A gated FFN multiplies the scale twice, so this says more of size than of shape.
+
+    Args:    strength: 0 changes nothing, 1 is a gain of ones.
+    """
+    check_number("strength", strength)
+    with _regained(model, layer, tokens, norm, lambda g: blend(g, torch.ones_like(g), strength)):
+        yield
+
+
 @intervention("norm_shuffle", neutral={"seed": 0, "strength": 0.0}, strong={"seed": 0})
 @contextmanager
 def norm_shuffle(

@@ -11,18 +11,21 @@ from melens.interventions.now import Now
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
-Tokens = MELayer | str | int | Sequence[int] | None
-"""A located ME Layer (its massive tokens), ``"first"``, ``"all"``, or absolute positions."""
 Choice = Callable[[Now], TokenMask]
+Tokens = MELayer | str | int | Sequence[int] | Choice | None
+"""A located ME Layer (its massive tokens), ``"first"``, ``"all"``, absolute positions, or a rule
+of one's own: a function of what a pass looks at (ids and positions, ``[batch, chunk]``)."""
 
 
 def choice_of(tokens: Tokens) -> Choice:
-    """The rule that marks tokens, ``[batch, chunk]``; padding is never marked.
+    """The rule that marks tokens, ``[batch, chunk]``.
 
     Raises:  InterventionError: something else, or a ME Layer without any massive token.
     """
     if isinstance(tokens, MELayer):
         return _located(tokens)
+    if callable(tokens):
+        return tokens
     if tokens == "first":
         return lambda now: now.positions == 0
     if tokens == "all":
@@ -33,8 +36,8 @@ def choice_of(tokens: Tokens) -> Choice:
         wanted = torch.tensor(sorted(set(tokens)))
         return lambda now: torch.isin(now.positions, wanted.to(now.positions.device))
     raise InterventionError(
-        f"tokens must be what melens.locate returns, 'first', 'all' or absolute positions from 0, "
-        f"got {tokens!r:.60}."
+        f"tokens must be what melens.locate returns, 'first', 'all', absolute positions from 0 "
+        f"or a function, got {tokens!r:.60}."
     )
 
 

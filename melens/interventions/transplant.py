@@ -78,9 +78,10 @@ def transplant(
 
 
 def _donor(model: Any, place: Place, given: Any) -> tuple[Any, int]:
-    donor, at = given if isinstance(given, tuple) and len(given) == 2 else (given, place.layer)
-    if isinstance(donor, int) and not isinstance(donor, bool):
-        donor, at = model, donor
+    pair = given if isinstance(given, tuple) and len(given) == 2 else (given, place.layer)
+    if isinstance(given, int) and not isinstance(given, bool):
+        pair = model, given
+    donor: Any = pair[0]
     if not hasattr(donor, "hook_dict"):
         raise InterventionError(
             "donor must be a hooked model, a layer's number or (model, layer), got "
@@ -91,4 +92,4 @@ def _donor(model: Any, place: Place, given: Any) -> tuple[Any, int]:
             f"the donor's residual has {donor.cfg.d_model} dimensions, the model's "
             f"{model.cfg.d_model}; only equal widths fit."
         )
-    return donor, at
+    return donor, pair[1]

@@ -1,0 +1,173 @@
+"""What texts show under an edit: massive coordinate, sinks and loss, sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.inputs import Inputs
+from melens.interventions.now import Now
+from melens.interventions.tokens import Choice
+from melens.measure.located import Located
+from melens.metrics import sequence_loss
+from melens.models.anatomy import anatomy, pattern_hook, resid_post
+from melens.results import MELayer
+from melens.resume import Resumable
+from melens.shapes import TokenMask
+
+SINK_EPS = 0.3
+Edit = Callable[[Any, Choice], AbstractContextManager[None]]
+"""(model, tokens) -> an intervention, ready to be entered."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Edits of one layer, entered together; none = the model as it is."""
+
+    layer: int
+    edits: tuple[Edit, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One change's effect, ``[sequence]`` each; the coordinate is NaN without a massive token."""
+
+    coordinate: Float[Tensor, " sequence"]
+    sink_rate: Float[Tensor, " sequence"]
+    loss: Float[Tensor, " sequence"]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Sequences and their massive tokens, ready to be run from any layer."""
+
+    runner: Resumable
+    marks: TokenMask
+    me_layer: MELayer
+
+    @property
+    def choice(self) -> Choice:
+        """The rule that marks them; every pass runs the whole batch once."""
+
+        def choose(now: Now) -> TokenMask:
+            assert now.positions.shape == self.marks.shape, "a pass of another batch"
+            return self.marks.to(now.positions.device)
+
+        return choose
+
+    @property
+    def first(self) -> Tensor:
+        """Column of each sequence's first massive token; -1 without one."""
+        return torch.where(self.marks.any(1), self.marks.int().argmax(1), -1)
+
+    def final(self, change: Change, upto: int, hooks: Sequence[tuple[str, Any]]) -> Tensor:
+        """The residual that enters layer ``upto`` under a change; ``hooks`` only read."""
+        runner = self.runner
+        with ExitStack() as stack:
+            for edit in change.edits:
+                stack.enter_context(edit(runner.model, self.choice))
+            return runner.run(
+                change.layer, runner.resid_pre(change.layer), upto=upto, hooks=list(hooks)
+            )
+
+
+@dataclass
+class Texts:
+    """Runs changes over all texts, batch by batch: one batch's clean run in memory."""
+
+    inputs: Inputs
+    located: Located
+    dim: int
+    clean: dict[int, Float[Tensor, "batch head"]] = field(default_factory=dict)
+
+    def outcomes(
+        self, changes: Sequence[Change], tick: Callable[[int], None]
+    ) -> Iterator[list[Outcome]]:
+        """The outcomes of every change, one list a batch; ``tick`` counts changes done."""
+        for batch, marks in zip(self.inputs.batches, self.located.heavy, strict=True):
+            yield self._of_batch(batch, marks, changes, tick)
+
+    def _of_batch(
+        self,
+        batch: Batch,
+        marks: Tensor,
+        changes: Sequence[Change],
+        tick: Callable[[int], None],
+    ) -> list[Outcome]:
+        marked = Marked(Resumable(self.inputs.model, batch), marks, self.located.me_layer)
+        self.clean.clear()
+        found = []
+        for change in changes:
+            found.append(self._outcome(marked, change))
+            tick(1)
+        return found
+
+    def _outcome(self, marked: Marked, change: Change) -> Outcome:
+        """A change at layer l leaves the layers before as they were in the clean run."""
+        me, runner = marked.me_layer, marked.runner
+        assert me.me_layer is not None
+        assert me.peak_layer is not None
+        first = marked.first
+        alphas = dict(self.clean)
+        after = [n for n in anatomy(runner.model).attention_layers if n > me.me_layer]
+        hooks = [
+            (pattern_hook(layer), _alpha_into(alphas, layer, marked))
+            for layer in after
+            if layer >= change.layer
+        ]
+        peak: list[Tensor] = [runner.resid_pre(me.peak_layer + 1)]
+
+        def at_peak(x: Tensor, hook: object) -> None:
+            peak[:] = [x.detach()]
+
+        if change.layer <= me.peak_layer:
+            hooks.append((resid_post(me.peak_layer), at_peak))
+        final = marked.final(change, runner.n_layers, hooks)
+        if not self.clean:
+            self.clean.update(alphas)
+        rows = torch.arange(len(first))
+        coordinate = peak[0][rows, first.clamp_min(0), self.dim].float().cpu()
+        loss = torch.cat([_loss(runner, final, i) for i in range(len(final))])
+        return Outcome(
+            coordinate.masked_fill(first.cpu() < 0, torch.nan).double(),
+            _sink_rate(alphas, first).double(),
+            loss.cpu().double(),
+        )
+
+
+def _alpha_into(
+    alphas: dict[int, Tensor], layer: int, marked: Marked
+) -> Callable[[Tensor, object], None]:
+    """Mean attention that each row's first massive token draws from the queries that see it."""
+    first, real = marked.first, marked.runner.batch.mask
+
+    def read(x: Tensor, hook: object) -> None:
+        found = x.new_zeros(x.shape[:2], dtype=torch.float32)
+        for i, column in enumerate(first.tolist()):
+            if column >= 0:
+                queries = real[i].clone()
+                queries[:column] = False
+                found[i] = x[i, :, queries.to(x.device), column].float().mean(-1)
+        alphas[layer] = found
+
+    return read
+
+
+def _sink_rate(alphas: dict[int, Tensor], first: Tensor) -> Tensor:
+    if not alphas:
+        return torch.zeros(len(first))
+    over = torch.stack([(alpha > SINK_EPS).float().mean(-1) for alpha in alphas.values()])
+    return over.mean(0).cpu()
+
+
+def _loss(runner: Resumable, final: Tensor, row: int) -> Tensor:
+    """One row at a time: the logits of a batch are the largest tensor there is."""
+    one, batch = slice(row, row + 1), runner.batch
+    return sequence_loss(runner.logits(final[one]), batch.ids[one], batch.mask[one])

@@ -1,0 +1,275 @@
+"""Isolation: which parameters of the ME Layer make the massive activation. Layers count from 0."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from melens.provenance import RunInfo
+from melens.results.base import Part, Result
+
+Interval = tuple[float, float] | None
+"""95 %, bootstrapped over sequences; None where all observations are the same one."""
+ADDS_UP = 1e-6
+
+
+class Cell(Part):
+    """One cell of the 2 x 2, or one control: what the texts show under an edit."""
+
+    coordinate: float
+    """Massive coordinate at the peak, mean over sequences that hold a massive token."""
+    left: float
+    """Share of the unedited coordinate."""
+    left_interval: Interval
+    sink_rate: float
+    """Share of (sequence, layer after the ME Layer, head) with alpha > 0.3 on that token."""
+    sink_interval: Interval
+    loss: float
+    """Next-token loss in nats a token, mean over sequences."""
+    loss_delta: float
+    """Against the unedited run, paired."""
+    loss_interval: Interval
+    """Of ``loss_delta``."""
+
+
+class Interaction(Part):
+    """What both edits do together beyond each alone: x11 - x10 - x01 + x00."""
+
+    coordinate: float
+    """On the additive scale, in residual units: misleading where the FFN multiplies."""
+    log_coordinate: float | None
+    """The same of ln |c|: 0 where the edits multiply; None where a coordinate is 0."""
+    sink_rate: float
+    sink_interval: Interval
+    loss: float
+    loss_interval: Interval
+
+
+class Factorial(Part):
+    """Norm {kept, flattened} x FFN {kept, edited}, on the massive tokens only."""
+
+    norm: str
+    """Which norm was flattened (alpha = 0)."""
+    ffn_edit: str
+    """What was done to the FFN."""
+    kept_kept: Cell
+    flat_kept: Cell
+    kept_edited: Cell
+    flat_edited: Cell
+    interaction: Interaction
+
+
+class Write(Part):
+    """One block's attention or FFN write, dropped (necessity) or put in alone (sufficiency)."""
+
+    layer: int
+    part: Literal["attention", "ffn"]
+    left: float
+    """Massive coordinate at the peak, as a share of the unedited one."""
+
+
+class Step(Part):
+    """One site inside the ME Layer's FFN branch, norms over all its coordinates."""
+
+    site: str
+    token: float
+    """Norm of the massive token, mean over sequences."""
+    median_others: float
+    """Median norm of the other real tokens, mean over sequences."""
+    ratio: float
+
+
+class Neuron(Part):
+    """One neuron's part in what its layer's FFN writes into the massive dimension."""
+
+    layer: int
+    neuron: int
+    share: float
+    """Of the layer's write; all neurons of a layer (and a bias) sum to 1."""
+    gate: float | None
+    """After its activation; None where the FFN has no gate."""
+    up: float
+    product: float
+    weight: float
+    """Entry (dim, neuron) of the down projection."""
+
+
+class Decomposition(Part):
+    """How one layer's FFN write into the massive dimension comes about."""
+
+    layer: int
+    written: float
+    """By the FFN, a norm on its write path included; residual units."""
+    share: float
+    """Of the coordinate at the peak."""
+    error: float
+    """Sum of the contributions against the write, relative."""
+    neurons_for: dict[str, int]
+    """Fewest neurons that together make 0.5, 0.9, 0.99 of the write."""
+
+
+class Direction(Part):
+    """The direction in FFN input space that a token must align with to make the coordinate."""
+
+    kind: Literal["quadratic", "linear"]
+    eigenvalue: float
+    """Write into the massive dimension for a unit input along the direction, gates wide open."""
+    concentration: float
+    """Its square over the sum of all squared eigenvalues; 1 = one direction says it all."""
+    massive: float
+    """|cosine| of the massive token's FFN input with it; mean over sequences."""
+    others_median: float
+    others_max: float
+    """The largest |cosine| among the other tokens."""
+    explained: float
+    """What the direction alone predicts of the massive token's write (before a post-norm)."""
+    predicted: float
+    """What the whole form predicts of it; 1 = the form is exact for this token."""
+
+
+class Gains(Part):
+    """What the gain of one norm does to the write, dimension by dimension."""
+
+    norm: str
+    mean: float
+    at_dim: float
+    """Gain at the massive dimension."""
+    left: tuple[float, ...]
+    """By residual dimension: share of the FFN's write into the massive dimension that is left when
+    this dimension's gain alone is set to the mean."""
+    top: tuple[int, ...]
+    """The dimensions that change it most."""
+    gains: tuple[float, ...]
+
+
+class NormEdit(Part):
+    """Edits of one norm around the FFN, on the coordinate alone."""
+
+    norm: str
+    flat: float
+    """Share left with alpha 0; ``half`` with 0.5."""
+    half: float
+    ones: float
+    """With every gain 1."""
+    shuffled: tuple[float, ...]
+    """Control: the same gains in other places, one a seed."""
+
+
+class LayerControl(Part):
+    """The same edits at another layer."""
+
+    layer: int
+    flat: Cell | None
+    """None where the layer has no such norm."""
+    edited: Cell | None
+    """None where the layer's FFN has no neurons to edit."""
+
+
+class Controls(Part):
+    """What every claim has to be held against."""
+
+    layers: tuple[LayerControl, ...]
+    neurons: tuple[float, ...]
+    """Share of the coordinate left without as many other neurons, of like down-projection norm."""
+    neurons_loss: Cell | None
+    """The first of these draws, on the texts."""
+    shuffled: Cell | None
+    """The norm's gains shuffled (seed 0), on the texts."""
+
+
+class Isolation(Result):
+    """The cause of the massive activation, by edits at one layer and their controls."""
+
+    schema_id: ClassVar[str] = "melens/isolate/1"
+
+    kind: Literal["isolate"] = "isolate"
+    schema_: Literal["melens/isolate/1"] = Field(default="melens/isolate/1", alias="schema")
+    layer: int
+    """The layer that was edited: the ME Layer, unless another was asked for."""
+    me_layer: int
+    peak_layer: int
+    dim: int
+    coordinate: float
+    """Massive coordinate of the unedited run at the peak layer."""
+    n_layers: int
+    sequences: int
+    sequences_massive: int
+    observations: int
+    """Distinct inputs up to the massive token: with a fixed first token, one."""
+    factorial: Factorial
+    norms: tuple[NormEdit, ...]
+    necessity: tuple[Write, ...]
+    sufficiency: tuple[Write, ...]
+    path: tuple[Step, ...]
+    decompositions: tuple[Decomposition, ...]
+    neurons: tuple[Neuron, ...]
+    neurons_for: dict[str, int]
+    direction: Direction | None
+    gains: Gains | None
+    controls: Controls
+    missing: tuple[str, ...]
+    """What could not be measured on this model, and why."""
+    run: RunInfo
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Isolation:
+        """Refuse what no run can have made."""
+        layers = [self.layer, self.peak_layer, *(row.layer for row in self.necessity)]
+        layers += [row.layer for row in (*self.sufficiency, *self.neurons, *self.controls.layers)]
+        if any(not 0 <= layer < self.n_layers for layer in layers):
+            raise ValueError(f"layers must be within 0 and {self.n_layers - 1}")
+        f = self.factorial
+        for name in ("coordinate", "sink_rate", "loss"):
+            both, flat, edited, none = (
+                getattr(cell, name)
+                for cell in (f.flat_edited, f.flat_kept, f.kept_edited, f.kept_kept)
+            )
+            made, scale = both - flat - edited + none, max(map(abs, (both, flat, edited, none, 1)))
+            if abs(made - getattr(f.interaction, name)) > ADDS_UP * scale:
+                raise ValueError(f"the interaction of {name} is not x11 - x10 - x01 + x00")
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The 2 x 2, one row a cell."""
+        cells = ("kept_kept", "flat_kept", "kept_edited", "flat_edited")
+        made = []
+        for name in cells:
+            norm, ffn = name.split("_")
+            cell = getattr(self.factorial, name).model_dump()
+            made.append({"norm": norm, "ffn": ffn, **cell})
+        return made
+
+    def least(self, writes: tuple[Write, ...]) -> Write | None:
+        """The write without which least is left."""
+        return min(writes, key=lambda write: abs(write.left), default=None)
+
+    def summary(self) -> str:
+        """One plain sentence; layers count from 0."""
+        f = self.factorial
+        where = f"layer {self.layer}" + (" (the ME Layer)" if self.layer == self.me_layer else "")
+        text = (
+            f"{self.run.model}: of the massive coordinate {self.coordinate:,.0f} (dimension "
+            f"{self.dim}), {_percent(f.flat_kept.left)} is left with the gain of {f.norm} "
+            f"flattened at {where}, {_percent(f.kept_edited.left)} with {f.ffn_edit}, "
+            f"{_percent(f.flat_edited.left)} with both"
+        )
+        if self.neurons:
+            shares = ", ".join(
+                f"{neuron.neuron} ({_percent(neuron.share)})"
+                for neuron in self.neurons
+                if neuron.layer == self.layer
+            )
+            text += f"; its neurons: {shares}" if shares else ""
+        if (found := self.least(self.necessity)) is not None:
+            text += (
+                f"; least is left without the {found.part} write of layer {found.layer} "
+                f"({_percent(found.left)})"
+            )
+        return f"{text} (layers count from 0)."
+
+
+def _percent(share: float) -> str:
+    digits = 0 if abs(share) >= 0.1 or not math.isfinite(share) else 1
+    return f"{100 * share:.{digits}f} %"

@@ -1,0 +1,334 @@
+"""Run a model from the middle: a clean run is recorded, then the blocks from l on are called.
+
+TransformerLens's ``start_at_layer`` runs the earlier blocks all the same. Here they are not run:
+each block is called with the arguments it had in the clean run and an edited residual; the final
+norm, the unembedding and the cap on the logits follow. A change at position p leaves all earlier
+positions as they were, so only the suffix from p on is computed, against the keys and values that
+the clean run kept. Hooks of the blocks fire as ever, so interventions and readers act.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.capture import check_ids, evaluating
+from melens.errors import ContractError, SiteError
+from melens.interventions.now import passing
+from melens.models.anatomy import anatomy, residual_dtype
+from melens.models.origin import origin_of
+from melens.shapes import Resid
+
+CACHES = ("past_key_values", "layer_past")
+"""Names under which a block takes its key-value cache."""
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+HALF_TOLERANCE = 5e-2
+"""Relative to a token's largest entry; bf16 adds in steps of 2^-8 and matmuls of other shapes add
+in another order, once a block.
+"""
+NUDGE = 1.5
+"""Factor by which the check edits a residual: visible, and still ordinary."""
+Hooks = Iterable[tuple[str, Callable[..., Any]]]
+
+
+class _Keeping:
+    """A cache that notes the keys and values it is shown, and hands them back as they are."""
+
+    def __init__(self) -> None:
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        """``[batch, head, pos, d]`` keys and values of the whole sequences."""
+        self.pair = (keys.detach(), values.detach())
+        return keys, values
+
+    def get_seq_length(self, *rest: Any) -> int:
+        """Nothing came before."""
+        return 0
+
+
+class _Prefix:
+    """A cache that puts recorded keys and values before new ones, and changes nothing."""
+
+    def __init__(self, pair: tuple[Tensor, Tensor], start: int, copies: int) -> None:
+        self.pair = tuple(
+            repeat(x[:, :, :start], "row head pos d -> (copy row) head pos d", copy=copies)
+            for x in pair
+        )
+        self.start = start
+
+    def update(self, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        """The whole sequences' keys and values."""
+        before_k, before_v = self.pair
+        return torch.cat([before_k, keys], dim=-2), torch.cat([before_v, values], dim=-2)
+
+    def get_seq_length(self, *rest: Any) -> int:
+        """Positions before the new ones."""
+        return self.start
+
+
+class Resumable:
+    """One batch's clean run, kept so that it can be resumed at any layer and position.
+
+    ``P`` variants of the batch run at once: residuals are ``[P * b, chunk, d_model]``, variant by
+    variant, ``b`` the rows of the batch and ``chunk`` its positions from ``start`` on. Memory kept:
+    every layer's residual, keys and values, in the model's dtype and on its device.
+
+    Interventions that are active when this is made are part of the clean run; those entered later
+    act on what is resumed, but not on the prefix before ``start``.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, batch: Batch) -> None:
+        """Record the clean run, and check that resuming gives the same numbers.
+
+        Args:    model: a TransformerBridge or HookedTransformer; never moved.
+                 batch: token ids, padded on either side or not at all.
+        Raises:  ContractError: resumed runs differ from the full one, so this model cannot be
+                 resumed. PromptError: token ids that the model does not have.
+        """
+        check_ids(model, batch)
+        self.model = model
+        self.batch = batch.to(next(model.parameters()).device)
+        self.n_layers: int = model.cfg.n_layers
+        self._names = [_parameters(block) for block in model.blocks]
+        self._calls: list[dict[str, Any]] = []
+        self._resids: list[Tensor] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self.suffixes = self._can_cut()
+        """Whether runs can start behind position 0; else every run takes whole sequences."""
+        with evaluating(model):
+            last = self._record_what_can_be()
+            self._check(last)
+
+    def resid_pre(self, layer: int) -> Resid:
+        """The clean residual entering ``layer``; ``n_layers`` = what leaves the last block.
+
+        Raises:  SiteError: no such layer.
+        """
+        if not 0 <= layer <= self.n_layers:
+            raise SiteError(
+                f"layer {layer} is outside 0..{self.n_layers} (the last one: the final residual)."
+            )
+        return self._resids[layer]
+
+    @torch.no_grad()
+    def block(self, layer: int, resid: Resid, *, start: int = 0) -> Resid:
+        """One block over the positions from ``start`` on; the model must be in eval mode.
+
+        Args:    resid: ``[P * b, pos - start, d_model]``, as it enters the block.
+        Raises:  SiteError: rows or positions that do not fit the recorded batch.
+        """
+        copies = self._copies(resid, start)
+        named = {
+            name: self._fitted(name, value, start, copies)
+            for name, value in self._calls[layer].items()
+        }
+        if start:
+            cache = next(name for name in CACHES if name in self._names[layer])
+            named[cache] = _Prefix(self._pairs[layer], start, copies)
+        ids = self.batch.ids[:, start:].repeat(copies, 1)
+        positions = self.batch.positions[:, start:].repeat(copies, 1)
+        with passing(self.model, ids, positions):
+            out = self.model.blocks[layer](resid, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def run(
+        self,
+        layer: int,
+        resid: Resid,
+        *,
+        start: int = 0,
+        upto: int | None = None,
+        hooks: Hooks = (),
+    ) -> Resid:
+        """Run the blocks ``layer`` to ``upto - 1`` on an edited residual.
+
+        Args:    layer: the first block to run. ``layer == upto`` runs none.
+                 resid: ``[P * b, pos - start, d_model]``, as it enters ``layer``.
+                 start: the first position that ``resid`` holds; before it all is as recorded.
+                 upto: None = all blocks.
+                 hooks: TransformerLens hooks (name, function) to register for this run alone.
+        Returns: the residual that leaves the last block run, from ``start`` on.
+        Raises:  SiteError: a layer, rows or positions that do not fit.
+        """  # fmt: skip
+        self.resid_pre(layer)
+        stop = self.n_layers if upto is None else upto
+        self.resid_pre(stop)
+        self._copies(resid, start)
+        with evaluating(self.model), self.model.hooks(fwd_hooks=list(hooks)):
+            for current in range(layer, stop):
+                resid = self.block(current, resid, start=start)
+        return resid
+
+    @torch.no_grad()
+    def logits(self, resid: Resid) -> Float[Tensor, "batch pos d_vocab"]:
+        """Final norm, unembedding and the model's own cap or scale on the logits.
+
+        Give it only the positions whose logits are wanted: the unembedding is dear.
+        """
+        logits = self.model.unembed(self.model.ln_final(resid))
+        transform = getattr(getattr(self.model, "adapter", None), "apply_output_logits_transform",
+                            None)  # fmt: skip
+        if transform is not None:
+            return transform(logits)
+        cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
+        return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+    def _can_cut(self) -> bool:
+        """Every block has attention, and takes a cache that the keys can go through."""
+        attention = all(block.attention for block in anatomy(self.model).blocks)
+        return attention and all(set(names) & set(CACHES) for names in self._names)
+
+    def _record_what_can_be(self) -> Tensor:
+        if not self.suffixes:
+            return self._record()
+        try:
+            last = self._record()
+        except (AttributeError, TypeError):  # a block that asks more of its cache than we offer
+            self.suffixes = False
+            return self._record()
+        width = self.batch.ids.shape[1]
+        self.suffixes = len(self._pairs) == self.n_layers and all(
+            x.ndim == 4 and x.shape[-2] == width for pair in self._pairs for x in pair
+        )
+        return last
+
+    def _record(self) -> Tensor:
+        """One full run; returns the logits at each row's last real position."""
+        self._calls, self._resids, self._pairs = [], [], []
+        kept: list[_Keeping] = []
+
+        def before(layer: int) -> Callable[..., Any]:
+            def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                named = {**dict(zip(self._names[layer], args, strict=False)), **kwargs}
+                resid = named.pop(self._names[layer][0])
+                self._resids.append(resid.detach())
+                self._calls.append(named)
+                if not self.suffixes:
+                    return None
+                kept.append(_Keeping())
+                cache = next(name for name in CACHES if name in self._names[layer])
+                return (resid,), {**named, cache: kept[-1]}
+
+            return note
+
+        def after(module: Any, args: tuple[Any, ...], out: Any) -> None:
+            self._resids.append((out[0] if isinstance(out, tuple) else out).detach())
+
+        blocks = list(self.model.blocks)
+        handles = [
+            block.register_forward_pre_hook(before(layer), with_kwargs=True)
+            for layer, block in enumerate(blocks)
+        ]
+        handles.append(blocks[-1].register_forward_hook(after))
+        try:
+            logits = self._full()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._pairs = [cache.pair for cache in kept if cache.pair is not None]
+        return logits[torch.arange(len(logits)), self._last()]
+
+    def _full(self) -> Tensor:
+        options: dict[str, Any] = {}
+        if self.batch.padded:
+            options["attention_mask"] = self.batch.mask.long()
+        if hasattr(self.model, "original_model"):
+            options["use_cache"] = False
+        return self.model(self.batch.ids, return_type="logits", **options)
+
+    def _check(self, last: Tensor) -> None:
+        """Two variants from the middle: as it was, and edited; whole and, if it can, the suffix."""
+        if len(self._resids) != self.n_layers + 1:
+            self._refuse(f"its {self.n_layers} blocks ran {len(self._resids) - 1} times")
+        layer, start = self.n_layers // 2, self.batch.ids.shape[1] // 2
+        clean = self._resids[layer]
+        edited = clean.clone()
+        edited[:, start:] *= NUDGE
+        whole = self.run(layer, torch.cat([clean, edited]))
+        final, rows = self._resids[-1], len(clean)
+        if (miss := self._miss(whole[:rows], final)) > self._tolerance:
+            self._refuse(f"resumed at layer {layer} it misses the full run by {miss:.1e}")
+        ends = final[torch.arange(rows), self._last()][:, None]
+        if (miss := _largest_miss(self.logits(ends)[:, 0], last)) > self._tolerance:
+            self._refuse(f"its logits miss those of the full run by {miss:.1e}")
+        if self.suffixes and start:
+            both = torch.cat([clean, edited])[:, start:]
+            cut = self.run(layer, both, start=start)
+            self.suffixes = self._miss(cut, whole[:, start:], start) <= self._tolerance
+
+    def _miss(self, found: Tensor, expected: Tensor, start: int = 0) -> float:
+        real = self.batch.mask[:, start:].repeat(len(found) // len(self.batch), 1)
+        return _largest_miss(found[real], expected[real])
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE.get(residual_dtype(self.model), HALF_TOLERANCE)
+
+    def _refuse(self, what: str) -> None:
+        raise ContractError(
+            f"{origin_of(self.model).name} cannot be resumed from the middle: {what}. If hooks are "
+            "active on the model, leave them first; else this family needs the full run."
+        )
+
+    def _last(self) -> Tensor:
+        """Each row's last real column."""
+        return self.batch.positions.argmax(dim=1)
+
+    def _copies(self, resid: Tensor, start: int) -> int:
+        rows, width = self.batch.ids.shape
+        if start and not self.suffixes:
+            raise SiteError(
+                f"{origin_of(self.model).name} resumes whole sequences only; start at 0, not "
+                f"{start} (Resumable.suffixes says so)."
+            )
+        if resid.ndim != 3 or len(resid) % rows or resid.shape[1] != width - start:
+            raise SiteError(
+                f"a residual from position {start} on must be [P * {rows}, {width - start}, "
+                f"d_model], got {tuple(resid.shape)}."
+            )
+        return len(resid) // rows
+
+    def _fitted(self, name: str, value: Any, start: int, copies: int) -> Any:
+        """A recorded argument, for these rows and positions."""
+        if isinstance(value, tuple):
+            return tuple(self._fitted(name, item, start, copies) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if start:
+            value = _cut(name, value, start)
+        if value.ndim > 1 and len(value) == len(self.batch) > 1:
+            value = value.repeat(copies, *[1] * (value.ndim - 1))
+        return value
+
+
+def _cut(name: str, value: Tensor, start: int) -> Tensor:
+    """The part of an argument that is about the positions from ``start`` on."""
+    if name == "attention_mask":
+        return value[..., start:, :] if value.ndim > 2 else value
+    if name == "position_embeddings":
+        return value[..., start:, :]
+    return value[..., start:] if name in ("position_ids", "cache_position") else value
+
+
+def _parameters(block: Any) -> list[str]:
+    """Names of a block's arguments in order, the residual first."""
+    inner = getattr(block, "original_component", None) or block
+    return list(inspect.signature(inner.forward).parameters)
+
+
+def _largest_miss(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to each row's own largest entry."""
+    found, expected = found.float(), expected.float()
+    scale = expected.abs().amax(-1).clamp_min(1e-12)
+    miss = ((found - expected).abs().amax(-1) / scale).max().item()
+    return miss if miss == miss else float("inf")  # NaN compares as no miss at all
