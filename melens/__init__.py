@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from melens.batches import Batch, prompts
-    from melens.capture import ChannelMax, stream
+    from melens.capture import stream
     from melens.emergence import locate
+    from melens.isolation import isolate
     from melens.knowledge import known
     from melens.measure import attention, collapse, describe, sinks
     from melens.models import load
-    from melens.results import MELayer, load_result
+    from melens.results import load_result
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": "melens.batches",
-    "ChannelMax": "melens.capture",
-    "MELayer": "melens.results",
     "attention": "melens.measure",
     "collapse": "melens.measure",
     "describe": "melens.measure",
+    "isolate": "melens.isolation",
     "known": "melens.knowledge",
     "load": "melens.models",
     "load_result": "melens.results",
@@ -32,11 +32,10 @@ _HOMES = {
 }
 __all__ = [
     "Batch",
-    "ChannelMax",
-    "MELayer",
     "attention",
     "collapse",
     "describe",
+    "isolate",
     "known",
     "load",
     "load_result",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from melens import __version__
+from melens.cli.cause_commands import isolate
 from melens.cli.commands import env, known, locate, models, plot
 from melens.cli.measure_commands import attention, collapse, describe, sinks
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
@@ -57,6 +58,7 @@ app.command()(describe)
 app.command()(collapse)
 app.command()(sinks)
 app.command()(attention)
+app.command()(isolate)
 app.command()(known)
 app.command()(plot)
 app.command()(models)

@@ -29,12 +29,12 @@ class Job:
     as_json: bool
     device: str
     dtype: Dtype | None
-    batch_size: int
-    seed: int
     revision: str | None
     trust_remote_code: bool
     offline: bool
     quiet: bool
+    batch_size: int = 4
+    seed: int = 0
     located: Path | None = None
     source: Any = None
     """The texts' source, once looked at."""
@@ -78,9 +78,9 @@ class Job:
             output.save(found, self.out, "locate", "profile")
         return found
 
-    def bar(self) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Progress over sequences."""
-        return output.bar("sequences", quiet=self.quiet)
+    def bar(self, unit: str = "sequences") -> AbstractContextManager[Callable[[int, int], None]]:
+        """Progress over sequences, or other units of work."""
+        return output.bar(unit, quiet=self.quiet)
 
     def finish(self, result: Any) -> None:
         """Save and print."""

@@ -96,12 +96,12 @@ def note(text: str) -> None:
 
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
-    from melens.cli.tables import TABLES
+    from melens.cli import cause_tables
 
     if as_json:
         typer.echo(result.to_json(), nl=False)
         return
-    TABLES[result.kind](result)
+    cause_tables.TABLES[result.kind](result)
     typer.echo(result.summary())
     if folder is not None:
         sys.stderr.write(f"melens: wrote {folder}\n")

@@ -115,7 +115,7 @@ class _Run:
             sizes_of(self.inputs, self.located) if self.kind in ("pull-back", "cap") else {}
         )
         self.neurons = self._neurons(self.layer)
-        count = 3 + len(self.norms) * (3 + DRAWS) + 4 * (self.upto + 1) + DRAWS
+        count = 1 + len(self.norms) * (3 + DRAWS) + 4 * (self.upto + 1) + DRAWS
         self.total = count + len(self.inputs.batches) * (6 + 2 * (len(self.blocks) - 1))
 
     def result(self) -> Isolation:
@@ -288,7 +288,7 @@ class _Run:
 
     def _rows(self, found: Written) -> list[Any]:
         count = len(found.top(MOST_SHARE))
-        return neuron_rows(found, found.strongest(min(max(count, 2), TOP_NEURONS)), self.dim)
+        return neuron_rows(found, found.strongest(min(max(count, 2), TOP_NEURONS)), self.prefixes)
 
     def _direction(self, branch: Branch) -> Any:
         here = self.written[self.layer]

@@ -11,7 +11,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.isolation.edits import ablate
 from melens.isolation.prefixes import Prefixes
+from melens.isolation.texts import Change
 from melens.models.anatomy import anatomy, norm_gain
 from melens.models.ffn import FFN, ffn_input, ffn_of
 from melens.results.isolate import Decomposition, Direction, Gains, Neuron
@@ -92,17 +94,19 @@ def decomposition(found: Written, coordinate: float) -> Decomposition:
     )
 
 
-def neuron_rows(found: Written, neurons: Sequence[int], dim: int) -> list[Neuron]:
-    """The table of chosen neurons."""
+def neuron_rows(found: Written, neurons: Sequence[int], prefixes: Prefixes) -> list[Neuron]:
+    """The table of chosen neurons, each ablated alone."""
+    layer = found.ffn.layer
     return [
         Neuron(
-            layer=found.ffn.layer,
+            layer=layer,
             neuron=n,
             share=found.shares[n].item(),
             gate=found.gate[n].item() if found.gate is not None else None,
             up=found.up[n].item(),
             product=found.product[n].item(),
-            weight=found.ffn.down[n, dim].item(),
+            weight=found.ffn.down[n, prefixes.dim].item(),
+            left=prefixes.left(Change(layer, (ablate(layer, [n]),))),
         )
         for n in neurons
     ]

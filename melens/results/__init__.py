@@ -4,6 +4,7 @@ from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
 from melens.results.base import Result, load_result
 from melens.results.collapse import Collapse, CollapseRow
 from melens.results.describe import TokenPortrait
+from melens.results.isolate import Isolation
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import (
     Criteria,
@@ -29,6 +30,7 @@ __all__ = [
     "FinalGrowth",
     "FirstToken",
     "HeadMap",
+    "Isolation",
     "KnownCheck",
     "LayerRow",
     "MELayer",

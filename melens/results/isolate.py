@@ -94,6 +94,8 @@ class Neuron(Part):
     product: float
     weight: float
     """Entry (dim, neuron) of the down projection."""
+    left: float
+    """Share of the coordinate at the peak without this neuron alone."""
 
 
 class Decomposition(Part):

@@ -1,0 +1,72 @@
+"""isolate."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from melens.cli import options as opt
+
+
+class FfnEdit(StrEnum):
+    """What the FFN's half of the 2 x 2 is."""
+
+    neurons = "neurons"
+    pull_back = "pull-back"
+    cap = "cap"
+    drop = "drop"
+
+
+def isolate(
+    model: opt.Model,
+    located: opt.Located = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Layer to edit, from 0 (default: the ME Layer).")
+    ] = None,
+    ffn_edit: Annotated[
+        FfnEdit,
+        typer.Option(
+            help="neurons: ablate the fewest that make 90 % of the write; pull-back and cap: to "
+            "an ordinary token's size; drop: no FFN write."
+        ),
+    ] = FfnEdit.neurons,
+    text: opt.Text = None,
+    prompt: opt.Prompt = None,
+    bos: opt.Bos = None,
+    chat: opt.Chat = False,
+    n_seq: opt.NSeq = None,
+    length: opt.Length = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Find which parameters of MODEL's ME Layer make its massive activation.
+
+    Norm and FFN edited alone and together, every block's write dropped and put in alone, the
+    write split into neurons; the same at every other layer and at random, as controls.
+
+    Examples:
+      melens isolate smollm2-135m --bos --n-seq 4 --length 64
+
+      melens isolate smollm2-135m --bos --located runs/demo/locate.json --out runs/isolate
+
+      melens isolate smollm2-135m --bos --layer 2 --ffn-edit drop --n-seq 2 --length 32
+    """
+    from melens.cli.job import Job
+
+    job = Job.of(locals())
+    loaded, texts = job.load()
+    found = job.locate(loaded, texts)
+    from melens.isolation import isolate as measure
+
+    with job.bar("steps") as tick:
+        result = measure(loaded, found, texts, layer=layer, ffn_edit=ffn_edit.value, progress=tick)
+    job.finish(result)

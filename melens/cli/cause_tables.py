@@ -1,0 +1,126 @@
+"""The table of an isolation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from melens.cli.output import table
+from melens.cli.tables import TABLES
+
+MOST_NEURONS = 4
+"""Neurons a layer that the table lists; the JSON has more."""
+
+
+@TABLES.register("isolate")
+def _isolate(result: Any) -> None:
+    f = result.factorial
+    typer.echo(
+        f"Norm ({f.norm}) x FFN ({f.ffn_edit}) at layer {result.layer}, on the massive tokens of "
+        f"{result.sequences_massive} of {result.sequences} sequences ({result.observations} "
+        f"distinct up to the token); sinks over layers after {result.me_layer}, losses in nats:"
+    )
+    table([_cell(row) for row in result.rows()])
+    typer.echo(_interaction(f.interaction))
+    typer.echo("\nShare of the coordinate left without a block's write, and with that write alone:")
+    table(_writes(result))
+    typer.echo(f"\nGrowth through the FFN branch of layer {result.layer} (norms):")
+    table([step.model_dump() for step in result.path])
+    if result.decompositions:
+        typer.echo("\nNeurons (share of their layer's write into the massive dimension):")
+        table(_neurons(result))
+    for line in (_direction(result), *_norms(result), *_controls(result)):
+        if line:
+            typer.echo(line)
+    for line in result.missing:
+        typer.echo(f"Not there: {line}")
+    typer.echo("")
+
+
+def _cell(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "norm": row["norm"], "FFN": row["ffn"], "coordinate": row["coordinate"],
+        "left": row["left"], "sinks > 0.3": row["sink_rate"], "loss": row["loss"],
+        "change": row["loss_delta"], "95 %": interval(row["loss_interval"]),
+    }  # fmt: skip
+
+
+def interval(found: Any) -> str:
+    """Two numbers, or that there is nothing to resample."""
+    return "-" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
+
+
+def _interaction(found: Any) -> str:
+    log = "-" if found.log_coordinate is None else f"{found.log_coordinate:+.3f}"
+    return (
+        f"Interaction: {log} in ln |coordinate| (0 = the edits multiply), "
+        f"{found.coordinate:+,.0f} on the additive scale, {found.sink_rate:+.3f} in sinks, "
+        f"{found.loss:+.4f} nats ({interval(found.loss_interval)})."
+    )
+
+
+def _writes(result: Any) -> list[dict[str, Any]]:
+    rows: dict[int, dict[str, Any]] = {}
+    for name, writes in (("without", result.necessity), ("alone", result.sufficiency)):
+        for write in writes:
+            rows.setdefault(write.layer, {"layer": write.layer})[f"{name} {write.part}"] = (
+                write.left
+            )
+    names = [f"{name} {part}" for name in ("without", "alone") for part in ("attention", "ffn")]
+    return [{"layer": n} | {name: row.get(name) for name in names} for n, row in rows.items()]
+
+
+def _neurons(result: Any) -> list[dict[str, Any]]:
+    rows = []
+    for found in result.decompositions:
+        here = [neuron for neuron in result.neurons if neuron.layer == found.layer]
+        for i, neuron in enumerate(here[:MOST_NEURONS]):
+            needed = ", ".join(
+                f"{n} for {100 * float(t):g} %" for t, n in found.neurons_for.items()
+            )
+            rows.append({
+                "layer": neuron.layer, "neuron": neuron.neuron, "share": neuron.share,
+                "left without": neuron.left, "gate": neuron.gate, "up": neuron.up, "weight": neuron.weight,
+                "layer writes": found.written if not i else None, "needed": "" if i else needed,
+            })  # fmt: skip
+    return rows
+
+
+def _direction(result: Any) -> str | None:
+    d = result.direction
+    if d is None:
+        return None
+    return (
+        f"\nInput direction ({d.kind} form, {d.concentration:.0%} of it in one direction): "
+        f"|cosine| {d.massive:.2f} for the massive token, {d.others_median:.3f} (at most "
+        f"{d.others_max:.2f}) for others; it alone predicts {d.explained:.0%} of the write."
+    )
+
+
+def _norms(result: Any) -> list[str]:
+    return [
+        f"{row.norm}: flat leaves {row.flat:.1%}, half-way {row.half:.1%}, all gains 1 "
+        f"{row.ones:.0%}, shuffled {min(row.shuffled):.0%} to {max(row.shuffled):.0%}."
+        for row in result.norms
+    ]
+
+
+def _controls(result: Any) -> list[str]:
+    lines = []
+    for name, label in (("flat", "a flat norm"), ("edited", "the FFN edit")):
+        cells = [(c.layer, getattr(c, name)) for c in result.controls.layers]
+        cells = [(n, cell) for n, cell in cells if cell is not None]
+        if cells:
+            n, least = min(cells, key=lambda item: abs(item[1].left))
+            m, most = max(cells, key=lambda item: item[1].loss_delta)
+            lines.append(
+                f"Control, {label} at every other layer: least left {least.left:.0%} (layer {n}), "
+                f"largest loss change {most.loss_delta:+.4f} (layer {m})."
+            )
+    if drawn := result.controls.neurons:
+        lines.append(
+            f"Control, as many random neurons: {min(drawn):.1%} to {max(drawn):.1%} left "
+            f"({len(drawn)} draws)."
+        )
+    return lines

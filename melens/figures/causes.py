@@ -1,0 +1,146 @@
+"""Isolation: the 2 x 2 with its controls, layer by layer, the path, neurons, gains."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from melens.figures.styles import COLUMN, ME_COLOUR, PAGE, figure, plain
+from melens.results.isolate import Cell, Isolation
+
+CELLS = {
+    "kept_kept": "as it is", "flat_kept": "flat norm", "kept_edited": "FFN edited",
+    "flat_edited": "both",
+}  # fmt: skip
+BLUE, GREY = "#0072B2", "#999999"
+LEAST = 1e-4
+"""Shares below this are drawn at the edge of a log axis."""
+
+
+@figure(Isolation, "factorial")
+def draw_factorial(result: Isolation) -> Figure:
+    """Coordinate, sinks and loss in the four cells; grey: the same edits at all other layers."""
+    made = Figure(figsize=(PAGE, 2.7), layout="constrained")
+    left, middle, right = made.subplots(1, 3)
+    cells = [getattr(result.factorial, name) for name in CELLS]
+    _bars(left, [max(abs(c.left), LEAST) for c in cells], [c.left_interval for c in cells])
+    left.set_yscale("log")
+    left.set_ylim(LEAST / 2, 3)
+    left.set_title("coordinate left (share)", loc="left")
+    _bars(middle, [c.sink_rate for c in cells], [c.sink_interval for c in cells])
+    middle.set_ylim(0, 1.03)
+    middle.set_title("sink rate (alpha > 0.3)", loc="left")
+    _bars(right, [c.loss_delta for c in cells], [c.loss_interval for c in cells])
+    right.axhline(0, color="black", lw=0.6)
+    right.set_title("change of loss (nats)", loc="left")
+    for x, name in ((1.4, "flat"), (2.4, "edited")):
+        others = [c for row in result.controls.layers if (c := getattr(row, name)) is not None]
+        _dots(left, x, [max(abs(c.left), LEAST) for c in others])
+        _dots(middle, x, [c.sink_rate for c in others])
+        _dots(right, x, [c.loss_delta for c in others])
+    where = f"layer {result.layer} (from 0), dimension {result.dim}; grey: every other layer"
+    made.suptitle(plain(f"{result.run.model}: {where}"), fontsize=8)
+    return made
+
+
+def _bars(axes: Axes, values: list[float], intervals: list[tuple[float, float] | None]) -> None:
+    axes.bar(range(len(values)), values, width=0.6, color=BLUE)
+    for x, (value, found) in enumerate(zip(values, intervals, strict=True)):
+        if found is not None:
+            low, high = min(found[0], value), max(found[1], value)
+            axes.errorbar(x, value, [[value - low], [high - value]], color="black", capsize=2, lw=1)
+    axes.set_xticks(range(len(values)), CELLS.values(), rotation=20, fontsize=7)
+
+
+def _dots(axes: Axes, x: float, values: list[float]) -> None:
+    axes.plot([x] * len(values), values, ls="", marker=".", ms=3, color=GREY)
+
+
+@figure(Isolation, "layers")
+def draw_layers(result: Isolation) -> Figure:
+    """Every block's write dropped, put in alone; and the two edits at every layer."""
+    made = Figure(figsize=(PAGE, 5.0), layout="constrained")
+    top, middle, bottom = made.subplots(3, 1, sharex=True)
+    for axes, writes, title in (
+        (top, result.necessity, "left without this write"),
+        (middle, result.sufficiency, "made by this write alone"),
+    ):
+        for part, marker in (("attention", "s"), ("ffn", "o")):
+            rows = [write for write in writes if write.part == part]
+            axes.plot([w.layer for w in rows], [w.left for w in rows], marker=marker, label=part)
+        axes.set_title(f"{title} (share of the coordinate)", loc="left")
+        axes.axhline(0, color="black", lw=0.6)
+        axes.legend(loc="upper right", ncols=2)
+    here = {"flat": result.factorial.flat_kept, "edited": result.factorial.kept_edited}
+    for name, label in (("flat", "flat norm"), ("edited", "FFN edited")):
+        cells: dict[int, Cell | None] = {c.layer: getattr(c, name) for c in result.controls.layers}
+        cells[result.layer] = here[name]
+        known = sorted((n, c.left) for n, c in cells.items() if c is not None)
+        bottom.plot([n for n, _ in known], [left for _, left in known], marker="o", label=label)
+    bottom.set_title("left with the same edit at each layer", loc="left")
+    bottom.legend(loc="lower right", ncols=2)
+    for axes in (top, middle, bottom):
+        axes.axvline(result.layer, color=ME_COLOUR, lw=0.8)
+    bottom.set_xlabel(f"layer (counted from 0); line: layer {result.layer}, the one edited")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    made.suptitle(plain(f"{result.run.model}, dimension {result.dim}"), fontsize=8)
+    return made
+
+
+@figure(Isolation, "path")
+def draw_path(result: Isolation) -> Figure:
+    """How the massive token's norm grows against the others' through the FFN branch."""
+    made = Figure(figsize=(COLUMN, 2.6), layout="constrained")
+    axes = made.add_subplot()
+    names = [step.site for step in result.path]
+    axes.semilogy(names, [step.ratio for step in result.path], marker="o", color=BLUE)
+    for step in result.path:
+        axes.annotate(f"{step.ratio:.3g}", (step.site, step.ratio), xytext=(0, 4),
+                      textcoords="offset points", ha="center", fontsize=7)  # fmt: skip
+    axes.axhline(1, color="black", lw=0.6)
+    axes.margins(x=0.08, y=0.15)
+    axes.set_ylabel("norm over median of others")
+    axes.tick_params(axis="x", rotation=30)
+    axes.set_title(plain(f"{result.run.model}, layer {result.layer} (from 0)"), loc="left")
+    return made
+
+
+@figure(Isolation, "neurons")
+def draw_neurons(result: Isolation) -> Figure:
+    """The neurons that write the massive coordinate, layer by layer."""
+    made = Figure(figsize=(PAGE, 2.6), layout="constrained")
+    axes = made.add_subplot()
+    amounts = {row.layer: row.written for row in result.decompositions}
+    rows = [n for n in result.neurons if n.layer in amounts]
+    labels = [f"{n.layer} / {n.neuron}" for n in rows]
+    values = [n.share * amounts[n.layer] for n in rows]
+    axes.bar(labels, values, color=[BLUE if v >= 0 else ME_COLOUR for v in values])
+    axes.axhline(0, color="black", lw=0.6)
+    largest = max(map(abs, values), default=1.0)
+    axes.set_yscale("symlog", linthresh=max(largest / 1000, 1e-9))
+    axes.set_ylabel(f"written into dimension {result.dim}")
+    axes.tick_params(axis="x", rotation=90)
+    axes.set_xlabel("layer (from 0) / neuron")
+    axes.set_title(plain(result.run.model), loc="left")
+    return made
+
+
+@figure(Isolation, "gains")
+def draw_gains(result: Isolation) -> Figure:
+    """What each dimension's gain does: its size, and what is left with it set to the mean."""
+    made = Figure(figsize=(COLUMN, 2.6), layout="constrained")
+    axes = made.add_subplot()
+    if result.gains is None:
+        axes.text(0.5, 0.5, "no norm before the FFN", ha="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return made
+    axes.plot(result.gains.gains, result.gains.left, ls="", marker=".", ms=3, color=BLUE)
+    for d in result.gains.top[:5]:
+        at = result.gains.gains[d], result.gains.left[d]
+        axes.annotate(str(d), at, xytext=(3, 2), textcoords="offset points", fontsize=7)
+    axes.axvline(result.gains.mean, color="black", lw=0.6, ls=":")
+    axes.set_xlabel(f"gain of {result.gains.norm} (dotted: mean)")
+    axes.set_ylabel("write left, this gain at the mean")
+    axes.set_title(plain(f"{result.run.model}, layer {result.layer} (from 0)"), loc="left")
+    return made
