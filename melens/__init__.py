@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from melens.knowledge import known
     from melens.measure import attention, collapse, describe, sinks
     from melens.models import load
+    from melens.patching import patch
     from melens.results import load_result
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOMES = {
     "load": "melens.models",
     "load_result": "melens.results",
     "locate": "melens.emergence",
+    "patch": "melens.patching",
     "prompts": "melens.batches",
     "sinks": "melens.measure",
     "stream": "melens.capture",
@@ -40,6 +42,7 @@ __all__ = [
     "load",
     "load_result",
     "locate",
+    "patch",
     "prompts",
     "sinks",
     "stream",

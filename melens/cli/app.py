@@ -13,6 +13,7 @@ from melens import __version__
 from melens.cli.cause_commands import isolate
 from melens.cli.commands import env, known, locate, models, plot
 from melens.cli.measure_commands import attention, collapse, describe, sinks
+from melens.cli.patch_command import patch
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
 
 INTERRUPTED = 130
@@ -59,6 +60,7 @@ app.command()(collapse)
 app.command()(sinks)
 app.command()(attention)
 app.command()(isolate)
+app.command()(patch)
 app.command()(known)
 app.command()(plot)
 app.command()(models)

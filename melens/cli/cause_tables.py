@@ -81,7 +81,8 @@ def _neurons(result: Any) -> list[dict[str, Any]]:
             )
             rows.append({
                 "layer": neuron.layer, "neuron": neuron.neuron, "share": neuron.share,
-                "left without": neuron.left, "gate": neuron.gate, "up": neuron.up, "weight": neuron.weight,
+                "left without": neuron.left, "gate": neuron.gate, "up": neuron.up,
+                "weight": neuron.weight,
                 "layer writes": found.written if not i else None, "needed": "" if i else needed,
             })  # fmt: skip
     return rows

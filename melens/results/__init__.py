@@ -18,10 +18,12 @@ from melens.results.locate import (
     Stage,
     Writer,
 )
+from melens.results.patch import Axis, PatchGrid
 from melens.results.sinks import Sinks
 
 __all__ = [
     "AttentionMaps",
+    "Axis",
     "Collapse",
     "CollapseRow",
     "Comparison",
@@ -35,6 +37,7 @@ __all__ = [
     "LayerRow",
     "MELayer",
     "MassiveToken",
+    "PatchGrid",
     "Result",
     "Sinks",
     "Stability",

@@ -1,0 +1,168 @@
+"""patch: which activations carry a difference between two texts."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from melens.cli import options as opt
+from melens.cli.output import table
+from melens.cli.tables import TABLES
+from melens.errors import MetricError, PromptError
+
+CHECKPOINT = "patch.cells.json"
+LISTED = 12
+
+
+class Metric(StrEnum):
+    """What patched runs are judged by."""
+
+    logit_difference = "logit_difference"
+    kl = "kl"
+    loss = "loss"
+    massive_coordinate = "massive_coordinate"
+    sink_rate = "sink_rate"
+
+
+class Mode(StrEnum):
+    """What is put where."""
+
+    denoising = "denoising"
+    noising = "noising"
+    mean = "mean"
+    resample = "resample"
+
+
+LOCATED = (Metric.massive_coordinate, Metric.sink_rate)
+
+
+def patch(
+    model: opt.Model,
+    clean: Annotated[list[str], typer.Option(help="The text to explain; repeat for a batch.")],
+    corrupted: Annotated[
+        list[str] | None,
+        typer.Option(help="Its counterpart, of as many tokens; none = ablation of the clean run."),
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, ln1, ln2, z, q, k or v; "
+            "repeat for several (default: resid_pre)."
+        ),
+    ] = None,
+    metric: Annotated[Metric, typer.Option(help="What every patched run measures.")] = Metric.kl,
+    answer: Annotated[str | None, typer.Option(help="Right token, for logit_difference.")] = None,
+    wrong: Annotated[str | None, typer.Option(help="Wrong token, for logit_difference.")] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(help="Default: denoising for a pair, mean (ablation) without one."),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Axes: 'layer', 'layer position', 'layer head', 'layer position head'."),
+    ] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Only these layers, from 0.")] = None,
+    position: Annotated[
+        list[int] | None, typer.Option(help="Only these positions, from 0.")
+    ] = None,
+    located: opt.Located = None,
+    bos: opt.Bos = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Patch activations of one text into another run of MODEL, and measure each patched run.
+
+    With --out an interrupted sweep goes on where it was when the same command is given again.
+
+    Examples:
+      melens patch smollm2-135m --clean "The capital of France is" --corrupted "The capital of
+      Italy is" --metric logit_difference --answer " Paris" --wrong " Rome" --out runs/patch
+
+      melens patch smollm2-135m --clean "The capital of France is" --site mlp_out --metric
+      massive_coordinate --located runs/demo/locate.json
+    """
+    _check(metric, answer, wrong)
+    from melens.cli.job import Job
+
+    job = Job.of({**locals(), "prompt": clean, "text": None, "chat": False, "n_seq": None,
+                  "length": None, "batch_size": 4})  # fmt: skip
+    from melens.patching import Sweep
+    from melens.patching import patch as measure
+
+    choices: dict[str, Any] = {
+        "sites": site or "resid_pre", "mode": mode.value if mode else None, "by": by,
+        "layers": layer, "positions": position, "seed": seed,
+    }  # fmt: skip
+    Sweep(paired=bool(corrupted), **choices)  # refuses what cannot be swept, before loading
+    loaded, texts = job.load()
+    chosen = _metric(metric, answer, wrong, job.locate(loaded, None) if metric in LOCATED else None)
+    kept = job.out / CHECKPOINT if job.out is not None else None
+    from melens.cli import output
+
+    with output.bar("patched runs", quiet=quiet) as tick:
+        result = measure(
+            loaded, _texts(clean, bos, loaded), _texts(corrupted, bos, loaded), metric=chosen,
+            progress=tick, checkpoint=kept, **choices,
+        )  # fmt: skip
+    job.finish(result)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+
+
+def _check(metric: Metric, answer: str | None, wrong: str | None) -> None:
+    """Refuse options that do not go together, before torch loads."""
+    given = [name for name, value in (("--answer", answer), ("--wrong", wrong)) if value]
+    if metric is Metric.logit_difference and len(given) < 2:
+        raise MetricError("logit_difference needs both --answer and --wrong, one token each.")
+    if metric is not Metric.logit_difference and given:
+        raise MetricError(
+            f"{given[0]} is for logit_difference; drop it, or add --metric logit_difference."
+        )
+
+
+def _metric(metric: Metric, answer: str | None, wrong: str | None, located: Any) -> Any:
+    from melens.patching import METRICS_OF_PATCH
+
+    kind = METRICS_OF_PATCH[metric.value]
+    if metric in LOCATED:
+        return kind(located)
+    return kind(answer, wrong) if metric is Metric.logit_difference else kind()
+
+
+def _texts(texts: list[str] | None, bos: bool | None, model: Any) -> Any:
+    if texts is None:
+        return None
+    if any(not text.strip() for text in texts):
+        raise PromptError("--clean and --corrupted must hold text, not blanks.")
+    from melens import prompts
+
+    return prompts(texts, bos=bos, length=getattr(model.cfg, "n_ctx", None))
+
+
+@TABLES.register("patch")
+def _patch(result: Any) -> None:
+    rows = result.strongest()[:LISTED]
+    typer.echo(f"{result.metric}: {result.metric_about}")
+    typer.echo(f"The {len(rows)} of {len(result.rows())} patched runs that change it most:")
+    empty = {name for name in rows[0] if all(row[name] is None for row in rows)}
+    table(
+        [
+            {
+                name: repr(cell) if name == "token" else cell
+                for name, cell in row.items()
+                if name not in empty
+            }
+            for row in rows
+        ]
+    )
+    for line in result.missing[:4]:
+        typer.echo(line)

@@ -1,0 +1,261 @@
+"""patch(): put one run's activations into another, everywhere, and see what they bring along."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melens.batches import Batch
+from melens.batches import prompts as make_prompts
+from melens.capture import evaluating
+from melens.errors import MetricError, ModelError, PromptError
+from melens.inputs import Inputs, Source, take_in
+from melens.measure.located import check_same_model
+from melens.models.loading import adopt
+from melens.patching.budget import LEAST_TOKENS, fits, tokens_at_once
+from melens.patching.checkpoint import Cells
+from melens.patching.choices import Sweep, cells_of
+from melens.patching.gather import fields_of
+from melens.patching.metrics import PatchMetric, metric_of
+from melens.patching.readouts import Readout
+from melens.patching.sites import places_of
+from melens.patching.sources import (
+    Values,
+    mean_values,
+    resampled_values,
+    values_of,
+    written,
+)
+from melens.patching.waves import Cell, changes, plan_waves, run_wave
+from melens.results.patch import PatchGrid
+from melens.resume import Resumable
+
+Progress = Callable[[int, int], None] | None
+LONG = 1 << 20
+
+
+@torch.no_grad()
+def patch(
+    model: Any,
+    clean: Source,
+    corrupted: Source = None,
+    *,
+    progress: Progress = None,
+    checkpoint: Path | str | None = None,
+    **sweep: Any,
+) -> PatchGrid:
+    """Patch activations of one run into another, cell by cell, and measure each patched run.
+
+    Equal to running the model once a cell with a hook, at a fraction of the cost: a run is resumed
+    at the layer and position of its patch, many together, and unembedded only where the metric
+    looks. Interventions entered before the call act on all runs.
+
+    Args:    model: anything ``melens.load`` takes.
+             clean: a text, texts, or one token batch.
+             corrupted: the same, of equal shape token by token; None = ablation of ``clean``.
+             sweep: the fields of :class:`melens.patching.Sweep`: ``sites``, ``metric``, ``mode``,
+             ``by``, ``layers``, ``positions``, ``seed``.
+             progress: called with (cells done, cells in all).
+             checkpoint: a file that keeps finished cells; the same call goes on from it.
+    Returns: a frozen :class:`melens.results.patch.PatchGrid`.
+    Raises:  PromptError: texts that do not fit each other. SiteError: a site, layer, position or
+             axis that is not there. MetricError: a metric that is undefined here.
+             ContractError: the model cannot be resumed. ResultError: a checkpoint of another sweep,
+             or a ME Layer of another model. UnknownNameError: a site, metric or mode.
+    """  # fmt: skip
+    choice = Sweep(paired=corrupted is not None, **sweep)
+    metric = metric_of(choice.metric)
+    hooked = adopt(model)
+    first = _one_batch(hooked, clean, "clean")
+    second = None if corrupted is None else _one_batch(hooked, corrupted, "corrupted")
+    if second is not None:
+        _check_pair(first.batches[0], second.batches[0])
+    with evaluating(hooked):
+        prepared = _Prepared(first, second, choice, metric)
+        cells = Cells(None if checkpoint is None else Path(checkpoint), prepared.fingerprint)
+        try:
+            _run_all(prepared, cells, progress)
+        finally:
+            cells.save()
+    return prepared.result(cells.done)
+
+
+class _Prepared:
+    """Both runs recorded, what to write at every place, and all cells."""
+
+    def __init__(
+        self, clean: Inputs, corrupted: Inputs | None, choice: Sweep, metric: PatchMetric
+    ) -> None:
+        self.choice, self.metric = choice, metric
+        self.clean, self.corrupted = clean, corrupted
+        model = clean.model
+        _check_located(metric, clean)
+        into, self.other = clean, corrupted
+        if choice.mode == "denoising" and corrupted is not None:
+            into, self.other = corrupted, clean
+        found = {site: places_of(model, site, choice.layers) for site in choice.sites}
+        self.places = {site: places for site, (places, _) in found.items()}
+        self.missing = tuple(line for _, lines in found.values() for line in lines)
+        self.cells = cells_of(choice, self.places, clean.batches[0])
+        self.run = Resumable(model, into.batches[0])
+        self.readout: Readout = metric.bind(self.run, self.run)
+        self.unpatched = _finite(self.readout.unpatched().tolist(), "the unpatched run")
+        self.others = self._of_other_run()
+        self.source = self._source()
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything the numbers depend on."""
+        facts = [
+            self.clean.weights, self.metric.about, self.choice.facts,
+            *(_ids(inputs) for inputs in (self.clean, self.corrupted) if inputs is not None),
+            str(next(self.run.model.parameters()).dtype),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def differs_from(self) -> int:
+        """First column whose token differs between a pair in any sequence; 0 under ablation."""
+        if self.corrupted is None:
+            return 0
+        same = self.clean.batches[0].ids.cpu() == self.corrupted.batches[0].ids.cpu()
+        return int(same.all(0).long().cumprod(0).sum())
+
+    def result(self, done: dict[str, list[float]]) -> PatchGrid:
+        """The grid of all cells."""
+        clean, corrupted = self.unpatched, self.others
+        if self.choice.mode == "denoising" and self.others is not None:
+            clean, corrupted = self.others, self.unpatched
+        settings = {"sites": ",".join(self.choice.sites), "mode": self.choice.mode,
+                    "metric": self.metric.about}  # fmt: skip
+        info = self.clean.run_info(seed=self.choice.seed, **settings)
+        inputs = [self.clean, self.corrupted or self.clean]
+        return PatchGrid(
+            **fields_of(self.choice, self.metric, self.places, inputs, self.cells, done),
+            clean=_mean(clean),
+            corrupted=_mean(corrupted) if corrupted is not None else None,
+            missing=self.missing,
+            run=info,
+        )
+
+    def _of_other_run(self) -> list[float] | None:
+        """The metric of the run that patches come from; None under ablation."""
+        if self.other is None:
+            return None
+        other = Resumable(self.run.model, self.other.batches[0])
+        return _finite(
+            self.metric.bind(other, self.run).unpatched().tolist(), "the other unpatched run"
+        )
+
+    def _source(self) -> Values:
+        places = [place for found in self.places.values() for place in found]
+        batch = (self.other or self.clean).batches[0]
+        values: Values = values_of(self.run.model, batch, places)
+        if self.choice.mode == "mean":
+            values = mean_values(values, batch.mask)
+        elif self.choice.mode == "resample":
+            values = resampled_values(values, batch, seed=self.choice.seed)
+        return written(values, self.run.resid_pre)
+
+
+def _run_all(prepared: _Prepared, cells: Cells, progress: Progress) -> None:
+    """Run what is not done; half the tokens at once whenever memory runs out."""
+    left = [cell for cell in prepared.cells if cell.key not in cells.done]
+    idle = {
+        cell.key: prepared.unpatched
+        for cell in left
+        if not changes(cell, prepared.readout, differs_from=prepared.differs_from)
+    }
+    cells.add(idle)
+    left = [cell for cell in left if cell.key not in idle]
+    most = tokens_at_once(prepared.run)
+    while left:
+        for wave in plan_waves(left, prepared.run, most=most, least=min(LEAST_TOKENS, most)):
+            if not fits(lambda wave=wave: _run_one(prepared, cells, wave)):
+                most = _halved(most, wave, prepared)
+                break
+            if progress is not None:
+                progress(len(cells.done), len(prepared.cells))
+        left = [cell for cell in left if cell.key not in cells.done]
+    if progress is not None:
+        progress(len(prepared.cells), len(prepared.cells))
+
+
+def _run_one(prepared: _Prepared, cells: Cells, wave: Sequence[Cell]) -> None:
+    found = run_wave(wave, prepared.run, prepared.source, prepared.readout)
+    for cell in wave:
+        _finite(found[cell.key], f"patching {cell.place.site} at layer {cell.place.layer}")
+    cells.add(found)
+
+
+def _halved(most: int, wave: Sequence[Cell], prepared: _Prepared) -> int:
+    tokens = prepared.run.batch.ids.numel()
+    if len(wave) == 1:
+        raise _TooLarge(
+            f"out of memory on one patched run of {tokens} tokens; give fewer or shorter sequences."
+        )
+    return max(1, min(most, len(wave) * tokens) // 2)
+
+
+class _TooLarge(ModelError):
+    """Not even one patched run fits."""
+
+    exit_code = 3
+
+
+def _one_batch(model: Any, source: Any, name: str) -> Inputs:
+    """Texts keep their full length here: the last token is what most metrics look at."""
+    texts = [source] if isinstance(source, str) else source
+    if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
+        limit = getattr(model.cfg, "n_ctx", None)
+        source = make_prompts(list(texts), length=limit or LONG)
+    inputs = take_in(model, source, batch_size=LONG)
+    if len(inputs.batches) != 1:
+        raise PromptError(
+            f"{name} makes {len(inputs.batches)} batches; patching runs on one: put the sequences "
+            "into a single melens.Batch."
+        )
+    return inputs
+
+
+def _check_pair(clean: Batch, corrupted: Batch) -> None:
+    """Every token of one run must have its counterpart in the other."""
+    if clean.ids.shape != corrupted.ids.shape:
+        raise PromptError(
+            f"clean is {tuple(clean.ids.shape)} tokens, corrupted {tuple(corrupted.ids.shape)} "
+            "(sequences, tokens); patching puts token i into token i, so reword one until both "
+            "have the same shape."
+        )
+    if not torch.equal(clean.mask.cpu(), corrupted.mask.cpu()):
+        rows = (clean.mask.cpu() != corrupted.mask.cpu()).any(1).nonzero().flatten().tolist()
+        raise PromptError(
+            f"sequences {rows[:4]} have other lengths in clean and corrupted; each pair must have "
+            "the same number of tokens, padded on the same side."
+        )
+
+
+def _check_located(metric: PatchMetric, inputs: Inputs) -> None:
+    found = getattr(metric, "me_layer", None)
+    if found is not None:
+        check_same_model(inputs, found)
+
+
+def _ids(inputs: Inputs) -> list[list[list[int]]]:
+    batch = inputs.batches[0]
+    return [batch.ids.tolist(), batch.mask.long().tolist()]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _finite(values: list[float], what: str) -> list[float]:
+    if not all(map(math.isfinite, values)):
+        raise MetricError(f"{what} makes the metric NaN or Inf; load the model in float32.")
+    return values
