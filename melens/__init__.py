@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from melens.batches import Batch, prompts
     from melens.capture import stream
     from melens.emergence import locate
-    from melens.isolation import isolate
+    from melens.isolation import isolate, super_weights
     from melens.knowledge import known
     from melens.measure import attention, collapse, describe, sinks
     from melens.models import load
@@ -31,6 +31,7 @@ _HOMES = {
     "prompts": "melens.batches",
     "sinks": "melens.measure",
     "stream": "melens.capture",
+    "super_weights": "melens.isolation",
 }
 __all__ = [
     "Batch",
@@ -46,6 +47,7 @@ __all__ = [
     "prompts",
     "sinks",
     "stream",
+    "super_weights",
 ]
 
 

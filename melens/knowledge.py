@@ -34,7 +34,7 @@ def known(model: str, result: Result) -> KnownCheck:
     """
     if not isinstance(result, MELayer):
         raise ResultError(f"known() needs a locate result, got {type(result).__name__}.")
-    rows = _candidates(model)
+    rows = published_rows(model)
     with_bos = bool(result.run.settings.get("bos_first"))
     rows = [row for row in rows if row.get("bos", with_bos) == with_bos] or rows
     checks = [_check(row, model, result) for row in rows]
@@ -60,7 +60,8 @@ def known_models() -> Registry[list[dict[str, Any]]]:
     return found
 
 
-def _candidates(model: str) -> list[dict[str, Any]]:
+def published_rows(model: str) -> list[dict[str, Any]]:
+    """Rows on record for a model's name, its last part, or a name melens gives it."""
     wanted = _key(ALIASES.get(model, model))
     return [
         row

@@ -80,6 +80,8 @@ MEASURES = [
     ("describe", ["--first-tokens", "5"], "dimension"),
     ("collapse", [], "effective rank"),
     ("sinks", ["--t", "20"], "T = 20"),
+    ("isolate", ["--n-seq", "2"], "is left with the gain"),
+    ("super-weights", ["--n-seq", "2"], "super weight"),
     ("attention", ["--layer", "1", "--head", "0", "--head", "2"], "2 heads of layer 1"),
 ]
 
@@ -106,6 +108,19 @@ def test_measures_write_their_files_and_say_one_sentence(
     made, again = json.loads(saved.read_text()), json.loads(stdout)
     made.pop("run"), again.pop("run")
     assert made == again
+
+
+def test_patch_writes_its_files_and_leaves_no_checkpoint(run, model, tmp_path):
+    pair = ("--clean", "w5 w6 w7 w8 w9", "--corrupted", "w5 w16 w7 w8 w9")
+    options = ("--metric", "logit_difference", "--answer", "w4", "--wrong", "w3", "--site", "z")
+    code, _, _ = run("patch", model, *pair, *options, "-o", tmp_path)
+    assert code == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"patch.json", "patch.png", "patch.svg"}
+    saved = json.loads((tmp_path / "patch.json").read_text())
+    assert {"axes", "values", "clean", "corrupted"} <= set(saved)
+    code, again, _ = run("patch", model, *pair, *options, "--json")
+    made = json.loads(again)
+    assert made["values"] == saved["values"]
 
 
 def test_an_older_locate_json_stays_and_other_texts_are_noted(run, model, located, tmp_path):
@@ -150,6 +165,12 @@ def test_plot_draws_other_styles_and_pages(run, model, text, tmp_path):
     [
         (["sinks", "MODEL", "--t", "1"], "--t"),
         (["describe", "MODEL", "--first-tokens", "-1"], "--first-tokens"),
+        (["isolate", "MODEL", "--layer", "99", "--prompt", "w5 w6 w7 w8"], "layer 99 is outside"),
+        (["isolate", "MODEL", "--ffn-edit", "top"], "--ffn-edit"),
+        (["super-weights", "MODEL", "--most", "0"], "--most"),
+        (["patch", "MODEL", "--clean", "w5 w6 w7", "--answer", "w4"], "--answer is for"),
+        (["patch", "MODEL", "--clean", "w5 w6 w7 w8", "--site", "resid"], "unknown site 'resid'"),
+        (["patch", "MODEL", "--clean", "w5 w6 w7 w8", "--corrupted", "w5 w6 w7 w8 w9"], "tokens"),
         (["collapse", "MODEL", "--located", "none.json"], "cannot read none.json"),
         (["attention", "MODEL", "--layer", "99", "--prompt", "w5 w6 w7 w8"], "layer 99 is outside"),
         (["attention", "MODEL", "--head", "9", "--prompt", "w5 w6 w7 w8"], "head 9 is outside"),

@@ -14,6 +14,7 @@ from melens.cli.cause_commands import isolate
 from melens.cli.commands import env, known, locate, models, plot
 from melens.cli.measure_commands import attention, collapse, describe, sinks
 from melens.cli.patch_command import patch
+from melens.cli.super_weights_command import super_weights
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
 
 INTERRUPTED = 130
@@ -60,6 +61,7 @@ app.command()(collapse)
 app.command()(sinks)
 app.command()(attention)
 app.command()(isolate)
+app.command()(super_weights)
 app.command()(patch)
 app.command()(known)
 app.command()(plot)

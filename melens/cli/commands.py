@@ -76,7 +76,8 @@ def plot(
     """Draw a saved RESULT again, without the model.
 
     Styles: locate: profile. describe: curves, dimensions. collapse: rank, participation, stable,
-    entropy, top1. sinks: map, curves. attention: panels, or a page where the file ends in .html.
+    entropy, top1. sinks: map, curves. attention: panels, or a page where the file ends in .html. isolate:
+    factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised.
 
     Example:  melens plot runs/demo/locate.json -o profile.pdf
     """

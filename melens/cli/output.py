@@ -96,12 +96,13 @@ def note(text: str) -> None:
 
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
-    from melens.cli import cause_tables
+    from melens.cli import cause_tables, patch_command, super_weights_table, tables
 
     if as_json:
         typer.echo(result.to_json(), nl=False)
         return
-    cause_tables.TABLES[result.kind](result)
+    assert {cause_tables, patch_command, super_weights_table}  # imported for what they register
+    tables.TABLES[result.kind](result)
     typer.echo(result.summary())
     if folder is not None:
         sys.stderr.write(f"melens: wrote {folder}\n")

@@ -1,10 +1,19 @@
 """Result -> matplotlib Figure, and nothing else: no model, no computing."""
 
-from melens.figures import attention, causes, patch_grid, profile, ranks, sink_maps, token_curves
+from melens.figures import (
+    attention,
+    causes,
+    patch_grid,
+    profile,
+    ranks,
+    sink_maps,
+    super_weights,
+    token_curves,
+)
 from melens.figures.draw import FORMATS, draw, inline, save_figure
 from melens.figures.styles import FIGURES
 
-MODULES = (profile, token_curves, ranks, sink_maps, attention, causes, patch_grid)
+MODULES = (profile, token_curves, ranks, sink_maps, attention, causes, super_weights, patch_grid)
 """Imported for what they register in FIGURES; the order is that of the documentation."""
 
 __all__ = ["FIGURES", "FORMATS", "MODULES", "draw", "inline", "save_figure"]

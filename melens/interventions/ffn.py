@@ -202,11 +202,12 @@ def ffn_zero_weights(
         made = x[chosen]
         if factor == 1:
             return made
-        changed = ffn.down.to(x.dtype).clone()
-        changed[columns, rows] *= factor
         touched = sorted(set(rows))
+        changed = ffn.down[:, touched].to(x.dtype)
+        for row, column in zip(rows, columns, strict=True):
+            changed[column, touched.index(row)] = ffn.down[column, row] * factor
         bias = getattr(ffn.weights, "b_out", None)
-        made[:, touched] = product[0][chosen].to(x.dtype) @ changed[:, touched]
+        made[:, touched] = product[0][chosen].to(x.dtype) @ changed
         if isinstance(bias, Tensor):
             made[:, touched] += bias.detach()[touched]
         return made

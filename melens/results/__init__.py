@@ -20,6 +20,7 @@ from melens.results.locate import (
 )
 from melens.results.patch import Axis, PatchGrid
 from melens.results.sinks import Sinks
+from melens.results.super_weights import SuperWeight, SuperWeights
 
 __all__ = [
     "AttentionMaps",
@@ -42,6 +43,8 @@ __all__ = [
     "Sinks",
     "Stability",
     "Stage",
+    "SuperWeight",
+    "SuperWeights",
     "TokenNorms",
     "TokenPortrait",
     "Writer",

@@ -1,0 +1,214 @@
+"""SuperWeights: single down-projection entries that make a spike, and what removing each costs.
+
+Layers count from 0. A row is a dimension of the residual stream, a column a neuron of the FFN, as
+in the (out, in) matrix of a checkpoint's ``down_proj.weight[row, column]``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from melens.provenance import RunInfo
+from melens.results.base import Part, Result
+from melens.results.known import KnownCheck
+
+Site = Literal["output", "write"]
+"""Where the spike was read: the down projection's output, or that after the norm behind it."""
+Role = Literal["writes", "erases", "elsewhere"]
+Interval = tuple[float, float]
+ROLES = {
+    "writes": "grows the massive coordinate", "erases": "shrinks the massive coordinate",
+    "elsewhere": "another dimension",
+}  # fmt: skip
+
+
+class Thresholds(Part):
+    """The numbers that the verdicts go by."""
+
+    against_layers: float
+    """Times the median of the other layers' largest entries, of input and of output."""
+    against_median: float
+    """Times the median |x| of the layer's own input and output."""
+    least_share: float
+    """Share of the spike that the one weight must make."""
+
+
+class LayerSpikes(Part):
+    """One layer of the unedited run: how far its FFN's input and output stand out."""
+
+    layer: int
+    input: float
+    """Largest |product|: what the down projection reads."""
+    input_median: float
+    """Median |product| of a sequence, averaged over sequences."""
+    output: float
+    """Largest |output| of the down projection, before any norm."""
+    output_median: float
+    write: float | None
+    """The same after the norm behind the FFN; None where there is none."""
+    write_median: float | None
+    row: int
+    column: int
+    """Of the largest product at the token where the output (the write) is largest."""
+    position: int
+    token: str
+    share: float
+    """What that one weight makes of the output there, signed; 1 = all of it."""
+    verdict: str
+    """"candidate", or the first condition that fails."""
+
+
+class SuperWeight(Part):
+    """One entry of a down projection, in the order in which it was found."""
+
+    layer: int
+    row: int
+    column: int
+    value: float
+    found_in: int
+    """The pass that found it, from 1; in later passes the earlier ones are removed already."""
+    site: Site
+    input_spike: float
+    """The column's product at the token, signed."""
+    output_spike: float
+    """The row's entry of the down projection's output there, before any norm."""
+    write_spike: float | None
+    """The same entry after the norm behind the FFN; None where there is none."""
+    share: float
+    """input_spike x value / output_spike."""
+    sequence: int
+    position: int
+    token_id: int
+    token: str
+    residual_before: float
+    """The coordinate in the residual that enters the block, in the same pass."""
+    role: Role | None
+    """None where no ME Layer was given."""
+    loss_without: float
+    """Mean loss with this weight alone removed, nats a token."""
+    loss_delta: float
+    """loss_without - base_loss, paired by sequence."""
+    interval: Interval | None
+    """95 % bootstrap over sequences; None where it says nothing (one sequence, no change)."""
+    neuron_loss_delta: float
+    """The same for the whole neuron (its column): more is removed, yet it can cost less."""
+    neuron_interval: Interval | None
+
+    @property
+    def at(self) -> tuple[int, int, int]:
+        """(layer, row, column)."""
+        return self.layer, self.row, self.column
+
+
+class Removal(Part):
+    """Several weights removed together."""
+
+    weights: tuple[tuple[int, int, int], ...]
+    """(layer, row, column)."""
+    values: tuple[float, ...]
+    loss_without: float
+    loss_delta: float
+    interval: Interval | None
+
+
+class SuperWeights(Result):
+    """The super weights of one model by Yu et al.'s activation spikes, and their damage."""
+
+    schema_id: ClassVar[str] = "melens/super-weights/1"
+
+    kind: Literal["super-weights"] = "super-weights"
+    schema_: Literal["melens/super-weights/1"] = Field(
+        default="melens/super-weights/1", alias="schema"
+    )
+    n_layers: int
+    super_weights: tuple[SuperWeight, ...]
+    base_loss: float
+    """Mean over sequences of the mean next-token loss, nats a token, nothing removed."""
+    together: Removal | None
+    """All of them removed; None where none was found."""
+    control: Removal | None
+    """As many others removed together: entries of the same matrices, of the nearest size."""
+    passes: int
+    stopped: Literal["no spike left", "most"]
+    profile: tuple[LayerSpikes, ...]
+    missing: tuple[str, ...]
+    """Layers that were not looked at, with the reason."""
+    rule: str
+    thresholds: Thresholds
+    known: KnownCheck | None = None
+    """Held against published coordinates, where that was asked for."""
+    run: RunInfo
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SuperWeights:
+        """Refuse what no run can have made."""
+        layers = [row.layer for row in self.profile]
+        if sorted(set(layers)) != layers or any(not 0 <= i < self.n_layers for i in layers):
+            raise ValueError("the profile must have layers in order, from 0 to n_layers - 1")
+        places = [weight.at for weight in self.super_weights]
+        if len(set(places)) != len(places) or not {at[0] for at in places} <= set(layers):
+            raise ValueError("super weights must differ, and be of layers in the profile")
+        groups = [group for group in (self.together, self.control) if group is not None]
+        if any(len(group.weights) != len(places) for group in groups) or (
+            bool(places) != (len(groups) == 2)
+        ):
+            raise ValueError("together and control must be there for as many weights as were found")
+        for damage in (*self.super_weights, *groups):
+            apart = damage.loss_without - self.base_loss - damage.loss_delta
+            if not math.isclose(apart, 0.0, abs_tol=1e-6 * max(1.0, abs(damage.loss_without))):
+                raise ValueError("loss_delta must be loss_without - base_loss")
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a super weight; together and control last."""
+        made = [weight.model_dump() for weight in self.super_weights]
+        groups = {"together": self.together, "control": self.control}
+        keys = ("loss_without", "loss_delta", "interval")
+        return [{"weights": "one", **row} for row in made] + [
+            {"weights": name, **{key: getattr(group, key) for key in keys}}
+            for name, group in groups.items()
+            if group is not None
+        ]
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The main columns."""
+        keep = ("weights", "layer", "row", "column", "value", "share", "position", "token", "role",
+                "loss_without", "loss_delta", "interval",
+                "neuron_loss_delta")  # fmt: skip
+        return [{key: row.get(key) for key in keep} for row in self.rows()]
+
+    def summary(self) -> str:
+        """Plain sentences; layers count from 0."""
+        if self.together is None or self.control is None:
+            return f"{self.run.model}: no super weight ({self.rule}).{self._held()}"
+        worst = max(self.super_weights, key=lambda weight: weight.loss_delta)
+        n = len(self.super_weights)
+        text = (
+            f"{self.run.model}: {n} super weight{'s' * (n != 1)} "
+            f"({'no spike left' if self.stopped != 'most' else 'stopped at the most asked for'}, "
+            f"pass {self.passes}). Mean loss {self.base_loss:.3f} nats a token; removing the "
+            f"costliest, layer {worst.layer} row {worst.row} column {worst.column}, changes it by "
+            f"{worst.loss_delta:+.3g}{_within(worst.interval)} (its whole neuron: "
+            f"{worst.neuron_loss_delta:+.3g})"
+        )
+        if n > 1:
+            text += f", all {n} by {self.together.loss_delta:+.3g}{_within(self.together.interval)}"
+        control = f"{self.control.loss_delta:+.3g}{_within(self.control.interval)}"
+        others = "another weight" if n == 1 else f"{n} other weights"
+        text += f"; {others} of the nearest size by {control}."
+        if behind := sum(weight.site == "write" for weight in self.super_weights):
+            text += (
+                f" {behind} of {n} only spike after the norm behind the FFN, which the published"
+            )
+            text += " method does not look at."
+        return text + self._held()
+
+    def _held(self) -> str:
+        return f" Published coordinates: {self.known.summary()}" if self.known else ""
+
+
+def _within(interval: Interval | None) -> str:
+    return "" if interval is None else f" ({interval[0]:+.3g} to {interval[1]:+.3g})"
