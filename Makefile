@@ -1,10 +1,11 @@
 # make demo   environment, embedded weights, the main job on them, figures in runs/demo/
-# make test   environment with the test tools, embedded weights, the suite
+# make test   environment with the test tools, embedded weights, the suite (WORKERS=2 processes)
 # On a machine with a GPU: make demo TORCH=any (your own torch build, no CPU pin).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= cpu
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
 
@@ -18,7 +19,7 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The licence of Gemma must be accepted first: melens models get gemma3-270m --accept-license gemma
 test-gemma: $(VENV)/.test

@@ -14,6 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 TINY_LIMIT = 3_000_000
 
 
+def pytest_configure(config):
+    """Workers share the cores; more threads than cores would spin against each other."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers

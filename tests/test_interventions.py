@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planted import SECOND_ID, batch, plant
 
 from melens.batches import Batch
+from melens.emergence import locate
 from melens.errors import InterventionError, MelensError, SiteError
 from melens.interventions import (
     INTERVENTIONS,
@@ -23,7 +25,8 @@ from melens.interventions import (
     transplant,
     write_block,
 )
-from melens.interventions.now import now_of, watching
+from melens.interventions.now import Now, now_of, watching
+from melens.interventions.tokens import choice_of
 from melens.models import FAMILIES, load
 from melens.models.anatomy import norm_gain, resid_post
 from melens.models.ffn import ffn_input, ffn_of
@@ -371,3 +374,25 @@ def test_generate_sees_absolute_positions(make_tiny, tokenizer, ids):
         assert torch.equal(seen[0], expected)
         after = torch.cat(seen[1:], dim=1)
         assert torch.equal(after, expected[:, -1:] + torch.arange(1, 6))
+
+
+def test_a_located_layer_chooses_its_own_tokens_by_id_and_dimension():
+    """Two massive tokens; a third that is massive in another dimension is left alone."""
+    planted = plant("llama", "several-tokens", 1)
+    model = load(planted.model)
+    texts = batch(planted, n=2, length=20)
+    me = locate(model, [Batch.of(texts)])
+    rule = choice_of(me)
+    now = Now(texts, torch.arange(20).expand(2, 20))
+    expected = (texts == SECOND_ID) | (now.positions == 0)
+    assert torch.equal(rule(now), expected)
+    other = me.massive[-1].model_copy(update={"dim": 0, "token_id": int(texts[0, 5])})
+    wider = me.model_copy(update={"massive": (*me.massive, other)})
+    assert torch.equal(choice_of(wider)(now), expected)
+    later = Now(texts[:, 7:9], now.positions[:, 7:9])
+    assert torch.equal(rule(later), expected[:, 7:9])
+    none = me.model_copy(update={"massive": ()})
+    with pytest.raises(InterventionError, match="no massive token"):
+        choice_of(none)
+    with pytest.raises(InterventionError, match="told by their ids"), ffn_scale(model, me):
+        model.original_model(inputs_embeds=torch.randn(1, 4, 64))

@@ -2,8 +2,9 @@
 
 Every edit takes ``(model, layer, *, tokens, ...)`` and a strength with a neutral value. ``layer``
 counts from 0, or is what ``melens.locate`` returns (its ME Layer). ``tokens`` is a located ME Layer
-(its massive tokens), ``"first"``, ``"all"`` or absolute positions; padding never counts, and under
-a KV cache a position means the same token. Edits nest, act downstream only and are undone on
+(its massive tokens of the primary dimension; the default where ``layer`` is one), ``"first"`` (the
+default where ``layer`` is a number), ``"all"`` or absolute positions; padding never counts, and
+under a KV cache a position means the same token. Edits nest, act downstream only and are undone on
 errors too; one that never took place is an error.
 """
 

@@ -13,8 +13,9 @@ from melens.shapes import TokenMask
 
 Choice = Callable[[Now], TokenMask]
 Tokens = MELayer | str | int | Sequence[int] | Choice | None
-"""A located ME Layer (its massive tokens), ``"first"``, ``"all"``, absolute positions, or a rule
-of one's own: a function of what a pass looks at (ids and positions, ``[batch, chunk]``)."""
+"""A located ME Layer (its massive tokens of the primary dimension), ``"first"``, ``"all"``,
+absolute positions, or a rule of one's own: a function of what a pass looks at (ids and positions,
+``[batch, chunk]``)."""
 
 
 def choice_of(tokens: Tokens) -> Choice:
@@ -48,15 +49,17 @@ def _is_position(value: object) -> bool:
 def _located(me_layer: MELayer) -> Choice:
     """Massive first tokens where they come first, later ones wherever their id comes.
 
-    Where every first token that ``locate`` tried alone turned massive, any first token counts.
+    Those of the primary dimension: what is massive in another one has another cause. Where every
+    first token that ``locate`` tried alone turned massive, any first token counts.
     """
     if not me_layer.massive:
         raise InterventionError(
             f"{me_layer.run.model} has no massive token to edit; say which tokens: 'first', 'all' "
             "or positions."
         )
-    first = torch.tensor([token.token_id for token in me_layer.massive if token.position == 0])
-    later = torch.tensor([token.token_id for token in me_layer.massive if token.position > 0])
+    tokens = [token for token in me_layer.massive if token.dim == me_layer.massive[0].dim]
+    first = torch.tensor([token.token_id for token in tokens if token.position == 0])
+    later = torch.tensor([token.token_id for token in tokens if token.position > 0])
     tried = me_layer.stability.first_tokens
     any_first = bool(len(first) and tried) and all(token.massive for token in tried)
 

@@ -25,7 +25,7 @@ from melens.isolation.path import Branch, branch_of, sizes_of
 from melens.isolation.prefixes import Prefixes
 from melens.isolation.sufficiency import has_part, ordinary_tokens, sufficiency
 from melens.isolation.texts import Change, Outcome, Texts
-from melens.measure.located import Located, Progress, settle
+from melens.measure.located import Located, Progress, settle_primary
 from melens.models.anatomy import anatomy, check_layer, require_unfolded
 from melens.results import MELayer
 from melens.results.isolate import Controls, Isolation, LayerControl, NormEdit, Write
@@ -75,7 +75,7 @@ def isolate(
     require_unfolded(inputs.model)
     if layer is not None:
         check_layer(inputs.model, layer)
-    located = settle(inputs, me_layer)
+    located = settle_primary(inputs, me_layer)
     _require_emergence(located.me_layer)
     return _Run(inputs, located, layer, ffn_edit, progress).result()
 

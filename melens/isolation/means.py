@@ -7,7 +7,7 @@ from typing import Any
 from melens.errors import ResultError
 from melens.inputs import Source, take_in
 from melens.isolation.prefixes import Prefixes
-from melens.measure.located import settle
+from melens.measure.located import settle_primary
 from melens.models.anatomy import check_layer, resid_post
 from melens.results import MELayer
 
@@ -30,6 +30,6 @@ def mean_coordinates(
         raise ResultError(f"{me_layer.run.model} has no layer that its massive token emerges in.")
     check_layer(inputs.model, at)
     dims = sorted({token.dim for token in me_layer.massive})
-    prefixes = Prefixes(inputs, settle(inputs, me_layer), dims[0])
+    prefixes = Prefixes(inputs, settle_primary(inputs, me_layer), me_layer.massive[0].dim)
     rows = prefixes.read([resid_post(at)])[resid_post(at)].double()
     return {dim: rows[:, dim].mean().item() for dim in dims}

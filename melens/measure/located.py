@@ -38,7 +38,7 @@ class Located:
 def settle(
     inputs: Inputs, me_layer: MELayer | None, *, seed: int = 0, progress: Progress = None
 ) -> Located:
-    """Locate if that was not done, and mark the massive tokens of the texts.
+    """Locate if that was not done, and mark the massive tokens of the texts, in any dimension.
 
     Raises:  ResultError: ``me_layer`` was located on other weights.
     """
@@ -46,6 +46,18 @@ def settle(
         me_layer = locate_in(inputs, seed=seed, progress=progress)
     check_same_model(inputs, me_layer)
     return Located(me_layer, mark(inputs, me_layer))
+
+
+def settle_primary(inputs: Inputs, me_layer: MELayer | None) -> Located:
+    """:func:`settle`, marking only tokens that are massive in the primary dimension.
+
+    A token of another dimension may have another cause.
+    """
+    if me_layer is None:
+        me_layer = locate_in(inputs)
+    check_same_model(inputs, me_layer)
+    dim = me_layer.massive[0].dim if me_layer.massive else None
+    return Located(me_layer, mark(inputs, me_layer, dim=dim))
 
 
 def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
@@ -73,17 +85,17 @@ def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
         )
 
 
-def mark(inputs: Inputs, me_layer: MELayer) -> list[Tensor]:
-    """True at every massive token, batch by batch.
+def mark(inputs: Inputs, me_layer: MELayer, *, dim: int | None = None) -> list[Tensor]:
+    """True at every massive token, batch by batch; of one dimension, or of any (None).
 
     Where only first tokens are massive, each in every text that it starts, and the texts are those
     that were located, their ids say it all. Else the texts are run again up to the final window.
     """
     if me_layer.verdict == "none":
         return [torch.zeros_like(batch.mask) for batch in inputs.batches]
-    firsts = _firsts(inputs, me_layer)
+    firsts = _firsts(inputs, me_layer, dim)
     if firsts is None:
-        return _run_and_mark(inputs, me_layer.n_layers)
+        return _run_and_mark(inputs, me_layer.n_layers, dim)
     wanted = torch.tensor(sorted(firsts))
     return [
         (batch.positions == 0) & torch.isin(batch.ids, wanted.to(batch.ids.device))
@@ -91,13 +103,15 @@ def mark(inputs: Inputs, me_layer: MELayer) -> list[Tensor]:
     ]
 
 
-def _firsts(inputs: Inputs, me_layer: MELayer) -> set[int] | None:
+def _firsts(inputs: Inputs, me_layer: MELayer, dim: int | None) -> set[int] | None:
     """Ids that are massive wherever they come first; None if that does not settle every token."""
     if me_layer.run.settings.get("ids") != inputs.settings["ids"]:
         return None
     starts = Counter(row[0] for row in inputs.rows)
     most: dict[int, float] = {}
     for token in me_layer.massive:
+        if dim is not None and token.dim != dim:
+            continue
         if token.position > 0:
             return None
         most[token.token_id] = max(most.get(token.token_id, 0.0), token.frequency)
@@ -105,7 +119,7 @@ def _firsts(inputs: Inputs, me_layer: MELayer) -> set[int] | None:
     return set(most) if always else None
 
 
-def _run_and_mark(inputs: Inputs, n_layers: int) -> list[Tensor]:
+def _run_and_mark(inputs: Inputs, n_layers: int, dim: int | None) -> list[Tensor]:
     """Mark the hits of every layer before the final window, as ``locate`` counts them."""
     layers = range(last_body_layer(n_layers) + 1)
     taps = {resid_post(layer): LayerProfile(resid_post(layer)) for layer in layers}
@@ -115,7 +129,8 @@ def _run_and_mark(inputs: Inputs, n_layers: int) -> list[Tensor]:
     for batch in inputs.batches:
         made = torch.zeros_like(batch.mask)
         for i in range(len(batch)):
-            found = {hit.position for layer in rows for hit in layer[done + i].hits}
+            hits = [hit for layer in rows for hit in layer[done + i].hits]
+            found = {hit.position for hit in hits if dim is None or hit.dim == dim}
             for position in found:
                 made[i] |= batch.positions[i] == position
         done += len(batch)
