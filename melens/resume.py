@@ -21,7 +21,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import check_ids, evaluating
 from melens.errors import ContractError, SiteError
-from melens.interventions.now import passing
+from melens.interventions.now import passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.origin import origin_of
 from melens.shapes import Resid
@@ -102,7 +102,7 @@ class Resumable:
         self._calls: list[dict[str, Any]] = []
         self._resids: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        self.suffixes = self._can_cut()
+        self.suffixes = self._can_cut() and not reads_whole(model)
         """Whether runs can start behind position 0; else every run takes whole sequences."""
         with evaluating(model):
             last = self._record_what_can_be()
@@ -247,10 +247,12 @@ class Resumable:
         return self.model(self.batch.ids, return_type="logits", **options)
 
     def _check(self, last: Tensor) -> None:
-        """Two variants from the middle: as it was, and edited; whole and, if it can, the suffix."""
+        """Two variants: as it was, and edited; whole and, if it can, the suffix. All blocks: an
+        edit that is active in any of them must act as in the full run.
+        """  # noqa: D205
         if len(self._resids) != self.n_layers + 1:
             self._refuse(f"its {self.n_layers} blocks ran {len(self._resids) - 1} times")
-        layer, start = self.n_layers // 2, self.batch.ids.shape[1] // 2
+        layer, start = 0, self.batch.ids.shape[1] // 2
         clean = self._resids[layer]
         edited = clean.clone()
         edited[:, start:] *= NUDGE

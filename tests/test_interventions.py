@@ -396,3 +396,109 @@ def test_a_located_layer_chooses_its_own_tokens_by_id_and_dimension():
         choice_of(none)
     with pytest.raises(InterventionError, match="told by their ids"), ffn_scale(model, me):
         model.original_model(inputs_embeds=torch.randn(1, 4, 64))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        lambda m: (ffn_scale(m, 1, factor=2.0), ffn_scale(m, 1, factor=0.5)),
+        lambda m: (
+            norm_scale_dims(m, 1, dims=[1, 4], factor=2.0),
+            norm_scale_dims(m, 1, dims=[1, 4], factor=0.5),
+        ),
+        lambda m: (
+            ffn_ablate_neurons(m, 1, neurons=[3], factor=4.0),
+            ffn_ablate_neurons(m, 1, neurons=[3], factor=0.25),
+        ),
+        lambda m: (
+            write_block(m, 1, part="attention", factor=2.0),
+            write_block(m, 1, part="attention", factor=0.5),
+        ),
+    ],
+)
+def test_an_edit_and_its_inverse_are_nothing(pair, tiny, ids):
+    clean = run(tiny, ids)
+    outer, inner = pair(tiny)
+    with outer, inner:
+        torch.testing.assert_close(run(tiny, ids), clean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt2", "neox"])
+def test_removed_weights_compose_with_every_other_edit_of_the_ffn(family, make_tiny, ids):
+    """Against a model whose weights are really zero, whatever is entered first."""
+    hf = make_tiny(family)
+    model = load(hf)
+    pairs = [(3, 10), (3, 11), (7, 10)]
+
+    def others():
+        return ffn_scale(model, 1, factor=3.0), ffn_ablate_neurons(model, 1, neurons=[10, 20])
+
+    def weights(some):
+        return ffn_zero_weights(model, 1, weights=some)
+
+    found = []
+    scale, ablate = others()
+    with scale, weights(pairs[:1]), ablate, weights(pairs[1:]):
+        found.append(run(model, ids))
+    scale, ablate = others()
+    with weights(pairs), ablate, scale:
+        found.append(run(model, ids))
+    scale, ablate = others()
+    with ablate, scale, weights(pairs[::-1]):
+        found.append(run(model, ids))
+    projection = ffn_of(model, 1).projection.weight
+    across = family == "gpt2"  # Conv1D keeps (in, out)
+    with torch.no_grad():
+        kept = projection.clone()
+        for row, column in pairs:
+            projection[(column, row) if across else (row, column)] = 0
+    # The zeros are for all tokens, our edits for the first: its own logits depend on it alone.
+    scale, ablate = others()
+    with scale, ablate:
+        expected = run(model, ids)
+    with torch.no_grad():
+        projection.copy_(kept)
+    for made in found:
+        torch.testing.assert_close(made[:, 0], expected[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made, found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_flat_norm_and_a_scaled_one_compose(tiny, ids):
+    gain = norm_gain(tiny, 1, "ln2")
+    normalized = site_of(tiny, ids, "blocks.1.ln2.hook_normalized")
+    site = "blocks.1.ln2.hook_out"
+    with norm_flatten(tiny, 1, tokens="all"):
+        made = site_of(
+            tiny, ids, site, norm_scale_dims(tiny, 1, dims=[2], tokens="all", factor=3.0)
+        )
+    flat = gain.mean().expand(32).clone()
+    flat[2] *= 3
+    torch.testing.assert_close(made, normalized * flat, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_prefill_forgets_the_direction_of_the_last_one(tiny, ids):
+    with qk_orthogonalise(tiny, 1, tokens=5):
+        run(tiny, ids)
+        with pytest.raises(InterventionError, match="does not hold the chosen token"):
+            run(tiny, ids[:, :4])
+
+
+def test_a_resumed_run_takes_whole_sequences_while_an_edit_reads_them(tiny, ids):
+    from melens.resume import Resumable
+
+    assert Resumable(tiny, Batch.of(ids)).suffixes
+    with ffn_cap(tiny, 1, factor=0.5):
+        resumed = Resumable(tiny, Batch.of(ids))
+        assert not resumed.suffixes
+    with ffn_cap(tiny, 1, factor=0.5, reference=0.01):
+        assert Resumable(tiny, Batch.of(ids)).suffixes
+
+
+def test_odd_values_are_refused_in_one_line(tiny):
+    cases = [
+        (ffn_cap(tiny, 1, reference=0.0), "above 0"),
+        (transplant(tiny, 1, donor=(tiny, "2")), "layer must be a number"),
+    ]
+    for context, text in cases:
+        with pytest.raises(MelensError, match=text):
+            context.__enter__()

@@ -23,7 +23,11 @@ def _isolate(result: Any) -> None:
     )
     table([_cell(row) for row in result.rows()])
     typer.echo(_interaction(f.interaction))
-    typer.echo("\nShare of the coordinate left without a block's write, and with that write alone:")
+    own = "" if result.ordinary is None else f" (which has {result.ordinary:.1%} by itself)"
+    typer.echo(
+        "\nShare of the coordinate left without a block's write, and made by that write put into "
+        f"an ordinary token{own}:"
+    )
     table(_writes(result))
     typer.echo(f"\nGrowth through the FFN branch of layer {result.layer} (norms):")
     table([step.model_dump() for step in result.path])
@@ -62,12 +66,12 @@ def _interaction(found: Any) -> str:
 
 def _writes(result: Any) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
-    for name, writes in (("without", result.necessity), ("alone", result.sufficiency)):
+    for name, writes in (("without", result.necessity), ("put in", result.sufficiency)):
         for write in writes:
             rows.setdefault(write.layer, {"layer": write.layer})[f"{name} {write.part}"] = (
                 write.left
             )
-    names = [f"{name} {part}" for name in ("without", "alone") for part in ("attention", "ffn")]
+    names = [f"{name} {part}" for name in ("without", "put in") for part in ("attention", "ffn")]
     return [{"layer": n} | {name: row.get(name) for name in names} for n, row in rows.items()]
 
 

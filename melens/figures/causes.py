@@ -46,10 +46,9 @@ def draw_factorial(result: Isolation) -> Figure:
 
 def _bars(axes: Axes, values: list[float], intervals: list[tuple[float, float] | None]) -> None:
     axes.bar(range(len(values)), values, width=0.6, color=BLUE)
-    for x, (value, found) in enumerate(zip(values, intervals, strict=True)):
+    for x, found in enumerate(intervals):
         if found is not None:
-            low, high = min(found[0], value), max(found[1], value)
-            axes.errorbar(x, value, [[value - low], [high - value]], color="black", capsize=2, lw=1)
+            axes.vlines(x, *found, color="black", lw=1)
     axes.set_xticks(range(len(values)), CELLS.values(), rotation=20, fontsize=7)
 
 
@@ -64,14 +63,16 @@ def draw_layers(result: Isolation) -> Figure:
     top, middle, bottom = made.subplots(3, 1, sharex=True)
     for axes, writes, title in (
         (top, result.necessity, "left without this write"),
-        (middle, result.sufficiency, "made by this write alone"),
+        (middle, result.sufficiency, "made by this write in an ordinary token"),
     ):
         for part, marker in (("attention", "s"), ("ffn", "o")):
             rows = [write for write in writes if write.part == part]
             axes.plot([w.layer for w in rows], [w.left for w in rows], marker=marker, label=part)
         axes.set_title(f"{title} (share of the coordinate)", loc="left")
         axes.axhline(0, color="black", lw=0.6)
-        axes.legend(loc="upper right", ncols=2)
+        if axes is middle and result.ordinary is not None:
+            axes.axhline(result.ordinary, color=GREY, lw=0.8, ls=":", label="its own")
+        axes.legend(loc="upper right", ncols=3)
     here = {"flat": result.factorial.flat_kept, "edited": result.factorial.kept_edited}
     for name, label in (("flat", "flat norm"), ("edited", "FFN edited")):
         cells: dict[int, Cell | None] = {c.layer: getattr(c, name) for c in result.controls.layers}

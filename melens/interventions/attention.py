@@ -53,6 +53,7 @@ def qk_orthogonalise(
     place = Place.of(model, layer, tokens)
     at = place.layer + 1 if isinstance(layer, MELayer) else place.layer
     views = {view.site: view for view in attention_sites(model).layer(at)}
+    of = (of,) if isinstance(of, str) else tuple(of or ())
     missing = [site for site in of if site not in SITES or site not in views]
     if missing or not of:
         raise InterventionError(
@@ -65,7 +66,7 @@ def qk_orthogonalise(
         views[site].hook: _Projection(views[site], source, itself=itself, strength=strength)
         for site in of
     }
-    with editing(everyone, edits):
+    with editing(everyone, edits, whole=True):
         yield
     if not all(edit.found for edit in edits.values()):
         raise InterventionError("no forward pass held a token whose direction could be taken.")
@@ -96,6 +97,8 @@ class _Projection:
 
     def _learn(self, x: Float[Tensor, "b h p d"], marked: TokenMask, now: Now) -> None:
         here = marked.sum(dim=1)
+        if (now.positions == 0).any():  # a new prefill: what was kept is of another text
+            self.directions = None
         if (here > 1).any():
             raise InterventionError(
                 "a sequence holds several chosen tokens, so there is no one direction to take out; "

@@ -7,7 +7,8 @@ absolute position, and leaves nothing behind. An edit that never took place is a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ from melens.shapes import TokenMask
 
 Editor = Callable[[Tensor, TokenMask, Now], Tensor]
 """(x [batch, pos, ...] in float32 at least, chosen, now) -> the chosen tokens' new rows."""
+ModuleEditor = Callable[[Tensor, Tensor, TokenMask], Tensor]
+"""(output [batch, pos, ...], the chosen tokens' inputs, chosen) -> the chosen tokens' new rows."""
 Reader = Callable[[Tensor], None]
 
 
@@ -86,12 +89,13 @@ class Place:
                     f"(ME Layer: {layer.me_layer}); name a layer."
                 )
             layer = layer.me_layer
-        if not isinstance(layer, int) or isinstance(layer, bool):
+        number = as_index(layer)
+        if number is None:
             raise InterventionError(
                 f"layer must be a number or what melens.locate returns, got {layer!r:.60}."
             )
-        check_layer(model, layer)
-        return cls(model, layer, choice_of("first" if tokens is None else tokens))
+        check_layer(model, number)
+        return cls(model, number, choice_of("first" if tokens is None else tokens))
 
     def hook(self, site: str) -> str:
         """Name of a hook of this layer."""
@@ -104,9 +108,12 @@ def editing(
     edits: Mapping[str, Editor],
     *,
     reads: Mapping[str, Reader] | None = None,
+    whole: bool = False,
 ) -> Iterator[None]:
     """Edit the chosen tokens at hook points; ``reads`` see their sites before, and change nothing.
 
+    Args:    whole: the edit looks at other tokens too, so a run that holds only the end of a
+             sequence would be edited otherwise; ``melens.resume`` then takes whole sequences.
     Raises:  SiteError: a hook name the model does not have.
              InterventionError: at the end, where no forward pass reached the edit or none of them
              held a chosen token.
@@ -114,16 +121,42 @@ def editing(
     check_sites(place.model, [*(reads or {}), *edits])
     hooks = [(site, _reading(reader)) for site, reader in (reads or {}).items()]
     hooks += [(site, _writing(place, editor)) for site, editor in edits.items()]
-    with watching(place.model), place.model.hooks(fwd_hooks=hooks):
+    with watching(place.model, whole=whole), place.model.hooks(fwd_hooks=hooks):
         yield
+    _require_effect(place, ", ".join(edits))
+
+
+@contextmanager
+def editing_module(place: Place, module: torch.nn.Module, editor: ModuleEditor) -> Iterator[None]:
+    """Edit what one of the model's own modules makes of the chosen tokens.
+
+    It sees the module's input after every hook before it, and acts before every hook after it.
+
+    Raises:  InterventionError: as :func:`editing`.
+    """
+
+    def write(_: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        given = args[0].detach()
+        made = _writing(place, lambda x, chosen, now: editor(x, given[chosen].to(x), chosen))
+        edited = made(out, module)
+        return out if edited is None else edited
+
+    with watching(place.model):
+        handle = module.register_forward_hook(write)
+        try:
+            yield
+        finally:
+            handle.remove()
+    _require_effect(place, f"layer {place.layer}'s {type(module).__name__}")
+
+
+def _require_effect(place: Place, where: str) -> None:
     if not place.passes:
-        raise InterventionError(
-            f"an edit at {', '.join(edits)} was active but no forward pass reached it."
-        )
+        raise InterventionError(f"an edit at {where} was active but no forward pass reached it.")
     if not place.touched:
         raise InterventionError(
-            f"an edit at {', '.join(edits)} was active over {place.passes} forward passes, but "
-            "none of them held a token that it was to change; look at tokens=."
+            f"an edit at {where} was active over {place.passes} forward passes, but none of them "
+            "held a token that it was to change; look at tokens=."
         )
 
 
@@ -143,7 +176,7 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
                 f"{tuple(now.positions.shape)}; this edit cannot tell them apart."
             )
         place.passes += 1
-        chosen = (place.choice(now) & now.real).to(x.device)
+        chosen = _checked(place.choice(now), now).to(x.device) & now.real.to(x.device)
         count = int(chosen.sum())
         place.touched += count
         if not count:
@@ -156,6 +189,16 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
     return write
 
 
+def _checked(marked: Any, now: Now) -> Tensor:
+    """What a rule for tokens gave, as a mask."""
+    if not isinstance(marked, Tensor) or marked.shape != now.positions.shape:
+        found = tuple(marked.shape) if isinstance(marked, Tensor) else type(marked).__name__
+        raise InterventionError(
+            f"a rule for tokens must give a mask {tuple(now.positions.shape)}, got {found}."
+        )
+    return marked.bool()
+
+
 def blend(old: Tensor, new: Tensor, strength: float) -> Tensor:
     """``old`` at 0 and ``new`` at 1, each bit for bit."""
     if strength == 0:
@@ -163,9 +206,16 @@ def blend(old: Tensor, new: Tensor, strength: float) -> Tensor:
     return new if strength == 1 else old + strength * (new - old)
 
 
+def as_index(value: Any) -> int | None:
+    """A whole number of any library as an int; None for anything else."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)
+
+
 def check_number(name: str, value: float, *, low: float = -math.inf) -> float:
     """Refuse what is no number, or one below ``low``; infinity is one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not value >= low:
         floor = f" of at least {low:g}" if low > -math.inf else ""
         raise InterventionError(f"{name} must be a number{floor}, got {value!r:.40}.")
     return float(value)
@@ -173,10 +223,11 @@ def check_number(name: str, value: float, *, low: float = -math.inf) -> float:
 
 def check_indices(name: str, indices: Sequence[int], size: int, *, what: str) -> list[int]:
     """Refuse an empty list, and indices outside a width."""
-    found = list(indices)
-    bad = [i for i in found if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size]
-    if bad or not found:
+    if not isinstance(indices, Iterable) or isinstance(indices, str):
+        raise InterventionError(f"{name} must be a list of numbers, got {indices!r:.40}.")
+    found = [as_index(i) for i in indices]
+    if not found or any(i is None or not 0 <= i < size for i in found):
         raise InterventionError(
-            f"{name} must be at least one of {what} 0 to {size - 1}, got {found[:6]}."
+            f"{name} must be at least one of {what} 0 to {size - 1}, got {list(indices)[:6]}."
         )
-    return found
+    return [i for i in found if i is not None]

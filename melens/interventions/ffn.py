@@ -19,6 +19,7 @@ from melens.interventions.core import (
     check_indices,
     check_number,
     editing,
+    editing_module,
     intervention,
 )
 from melens.interventions.now import Now
@@ -60,7 +61,8 @@ def ffn_pull_back(
         factor = (limit / size[chosen].clamp_min(1e-30)).clamp(max=1.0)
         return blend(x[chosen], x[chosen] * factor[:, None], strength)
 
-    with editing(place, {ffn_of(model, place.layer).product: edit}):
+    whole = reference is None
+    with editing(place, {ffn_of(model, place.layer).product: edit}, whole=whole):
         yield
 
 
@@ -111,11 +113,13 @@ def ffn_cap(
     place = Place.of(model, layer, tokens)
 
     def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+        if factor == math.inf:
+            return x[chosen]
         size = x.norm(dim=-1)
         limit = factor * _reference(size, chosen, now, reference)
         return x[chosen] * (limit / size[chosen].clamp_min(1e-30)).clamp(max=1.0)[:, None]
 
-    with editing(place, {_write_site(place): edit}):
+    with editing(place, {_write_site(place): edit}, whole=reference is None):
         yield
 
 
@@ -180,46 +184,36 @@ def ffn_zero_weights(
 ) -> Iterator[None]:
     """Multiply single entries of the down projection, as (row = residual dim, column = neuron).
 
-    The weights themselves are not written to: the rows concerned are computed again with the
-    changed matrix, for the chosen tokens.
+    The weights themselves are not written to: what they add is taken off where the projection
+    makes its output, after all edits of its input and before all edits of its output.
 
-    Args:    factor: 0 removes the weights, 1 changes nothing.
+    Args:    factor: 0 removes the weights, 1 changes nothing. Nested edits of one entry add up.
+    Raises:  SiteError: a model whose down projection is no module of its own (HookedTransformer).
     """
     check_number("factor", factor)
     place = Place.of(model, layer, tokens)
     ffn = ffn_of(model, place.layer)
-    bad = [pair for pair in weights if not isinstance(pair, tuple) or len(pair) != 2]
-    if bad or not weights:
-        raise InterventionError(f"weights must be (row, column) pairs, got {list(weights)[:4]}.")
+    pairs = list(weights) if isinstance(weights, (list, tuple)) else []
+    if not pairs or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise InterventionError(f"weights must be (row, column) pairs, got {weights!r:.60}.")
     rows = check_indices("rows", [row for row, _ in weights], ffn.down.shape[1], what="d_model")
     columns = check_indices("columns", [c for _, c in weights], len(ffn.down), what="the neurons")
-    product: list[Tensor] = []
+    entries = list(dict.fromkeys(zip(rows, columns, strict=True)))
 
-    def keep(x: Tensor) -> None:
-        product[:] = [x]
-
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, product: Tensor, chosen: TokenMask) -> Tensor:
         made = x[chosen]
-        if factor == 1:
-            return made
-        touched = sorted(set(rows))
-        changed = ffn.down[:, touched].to(x.dtype)
-        for row, column in zip(rows, columns, strict=True):
-            changed[column, touched.index(row)] = ffn.down[column, row] * factor
-        bias = getattr(ffn.weights, "b_out", None)
-        made[:, touched] = product[0][chosen].to(x.dtype) @ changed
-        if isinstance(bias, Tensor):
-            made[:, touched] += bias.detach()[touched]
+        for row, column in entries if factor != 1 else ():
+            made[:, row] += (factor - 1) * product[:, column] * ffn.down[column, row].to(x)
         return made
 
-    with editing(place, {ffn.output: edit}, reads={ffn.product: keep}):
+    with editing_module(place, ffn.projection, edit):
         yield
 
 
 def check_reference(reference: float | None) -> None:
     """Refuse a reference that is no positive number."""
-    if reference is not None:
-        check_number("reference", reference, low=0.0)
+    if reference is not None and not check_number("reference", reference) > 0:
+        raise InterventionError(f"reference must be above 0, got {reference!r:.40}.")
 
 
 def _write_site(place: Place) -> str:

@@ -6,6 +6,7 @@ has one (Gemma-2/3, OLMo-2), ``ln1`` and ``ln1_post`` around attention.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.errors import InterventionError
 from melens.interventions.core import (
     Place,
     blend,
@@ -28,7 +30,8 @@ from melens.models.anatomy import norm_gain
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
-Gain = Float[Tensor, " d_model"]
+Gain = Float[Tensor, "token d_model"]
+_GAINS: weakref.WeakKeyDictionary[Any, dict[tuple[int, str], Tensor]] = weakref.WeakKeyDictionary()
 
 
 @intervention("norm_flatten", neutral={"alpha": 1.0}, strong={"alpha": 0.0})
@@ -57,7 +60,7 @@ def norm_flatten(
 
 
 def _flat(gain: Gain, alpha: float) -> Gain:
-    return blend(gain.mean().expand_as(gain), gain, alpha)
+    return blend(gain.mean(dim=-1, keepdim=True).expand_as(gain), gain, alpha)
 
 
 @intervention(
@@ -80,9 +83,9 @@ def norm_scale_dims(
     check_number("factor", factor)
 
     def scaled(gain: Gain) -> Gain:
-        wanted = check_indices("dims", dims, len(gain), what="the residual's dimensions")
+        wanted = check_indices("dims", dims, gain.shape[-1], what="the residual's dimensions")
         made = gain.clone()
-        made[wanted] *= factor
+        made[:, wanted] *= factor
         return made
 
     with _regained(model, layer, tokens, norm, scaled):
@@ -126,10 +129,12 @@ def norm_shuffle(
     Args:    strength: 0 changes nothing, 1 is the shuffled gain.
     """
     check_number("strength", strength)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise InterventionError(f"seed must be a whole number, got {seed!r:.40}.")
 
     def shuffled(gain: Gain) -> Gain:
-        order = torch.randperm(len(gain), generator=torch.Generator().manual_seed(seed))
-        return blend(gain, gain[order.to(gain.device)], strength)
+        order = torch.randperm(gain.shape[-1], generator=torch.Generator().manual_seed(seed))
+        return blend(gain, gain[:, order.to(gain.device)], strength)
 
     with _regained(model, layer, tokens, norm, shuffled):
         yield
@@ -145,17 +150,26 @@ def _regained(
     """Give the chosen tokens another gain; the rest of the norm, a bias included, stays."""
     place = Place.of(model, layer, tokens)
     gain = norm_gain(model, place.layer, norm)
-    new = change(gain)
+    change(gain[None])
     normalized: list[Tensor] = []
+    # Edits of one norm share the gains of the running pass, so that each changes what the one
+    # before it left.
+    shared = _GAINS.setdefault(model, {})
+    where = place.layer, norm
 
     def keep(x: Tensor) -> None:
         normalized[:] = [x]
+        shared.pop(where, None)
 
     def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
-        if torch.equal(new, gain):
+        if where not in shared:
+            shared[where] = gain.to(x.device).expand(x.shape).clone()
+        old = shared[where][chosen]
+        new = shared[where][chosen] = change(old)
+        if torch.equal(new, old):
             return x[chosen]
         # Added, not multiplied: a gain of zero could not be undone by a factor.
-        return x[chosen] + normalized[0][chosen].to(x.dtype) * (new - gain).to(x.device, x.dtype)
+        return x[chosen] + normalized[0][chosen].to(x.dtype) * (new - old).to(x.dtype)
 
     sites = place.hook(f"{norm}.hook_normalized"), place.hook(f"{norm}.hook_out")
     return editing(place, {sites[1]: edit}, reads={sites[0]: keep})

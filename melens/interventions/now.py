@@ -38,6 +38,8 @@ class Now:
 
 
 _NOW: weakref.WeakKeyDictionary[Any, list[Now]] = weakref.WeakKeyDictionary()
+_WHOLE: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""How many open edits look at whole sequences."""
 
 
 def now_of(model: Any) -> Now:
@@ -64,11 +66,19 @@ def passing(model: Any, ids: TokenIds, positions: TokenIds) -> Iterator[None]:
         stack.pop()
 
 
+def reads_whole(model: Any) -> bool:
+    """Whether an open edit looks at other tokens than those it edits."""
+    return _WHOLE.get(model, 0) > 0
+
+
 @contextmanager
-def watching(model: Any) -> Iterator[None]:
-    """Note the tokens of every forward pass of the whole model while this is open."""
-    whole = getattr(model, "original_model", model)
-    names = list(inspect.signature(whole.forward).parameters)
+def watching(model: Any, *, whole: bool = False) -> Iterator[None]:
+    """Note the tokens of every forward pass of the whole model while this is open.
+
+    Args:    whole: count as an edit that looks at whole sequences.
+    """
+    outer = getattr(model, "original_model", model)
+    names = list(inspect.signature(outer.forward).parameters)
     stack = _NOW.setdefault(model, [])
     depth = len(stack)
 
@@ -76,10 +86,12 @@ def watching(model: Any) -> Iterator[None]:
         del stack[depth:]  # a pass that failed or stopped early leaves its entry behind
         stack.append(_read({**dict(zip(names, args, strict=False)), **kwargs}))
 
-    handle = whole.register_forward_pre_hook(note, with_kwargs=True)
+    handle = outer.register_forward_pre_hook(note, with_kwargs=True)
+    _WHOLE[model] = _WHOLE.get(model, 0) + whole
     try:
         yield
     finally:
+        _WHOLE[model] -= whole
         handle.remove()
         del stack[depth:]
 

@@ -57,7 +57,7 @@ def residual_set(
             raise InterventionError("dims: name them, or pass a located ME Layer.")
         dims = sorted({token.dim for token in found.massive})
     wanted = check_indices("dims", dims, model.cfg.d_model, what="the residual's dimensions")
-    given = [values] * len(wanted) if isinstance(values, (int, float)) else list(values)
+    given: list[Any] = list(values) if isinstance(values, (list, tuple)) else [values] * len(wanted)
     if len(given) != len(wanted):
         raise InterventionError(f"values: {len(given)} were given for {len(wanted)} dims.")
     aim = torch.tensor([check_number("values", value) for value in given])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
 Choice = Callable[[Now], TokenMask]
-Tokens = MELayer | str | int | Sequence[int] | Choice | None
+Tokens = MELayer | str | int | Iterable[int] | Choice | None
 """A located ME Layer (its massive tokens of the primary dimension), ``"first"``, ``"all"``,
 absolute positions, or a rule of one's own: a function of what a pass looks at (ids and positions,
 ``[batch, chunk]``)."""
@@ -31,10 +33,9 @@ def choice_of(tokens: Tokens) -> Choice:
         return lambda now: now.positions == 0
     if tokens == "all":
         return lambda now: now.real
-    if isinstance(tokens, int) and not isinstance(tokens, bool):
-        tokens = [tokens]
-    if isinstance(tokens, (list, tuple, range)) and tokens and all(map(_is_position, tokens)):
-        wanted = torch.tensor(sorted(set(tokens)))
+    positions = _positions(tokens)
+    if positions:
+        wanted = torch.tensor(positions)
         return lambda now: torch.isin(now.positions, wanted.to(now.positions.device))
     raise InterventionError(
         f"tokens must be what melens.locate returns, 'first', 'all', absolute positions from 0 "
@@ -42,8 +43,18 @@ def choice_of(tokens: Tokens) -> Choice:
     )
 
 
-def _is_position(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _positions(tokens: Any) -> list[int] | None:
+    """Absolute positions, in whatever they come; None where they are no such thing."""
+    if isinstance(tokens, (str, bool, dict)) or tokens is None:
+        return None
+    try:
+        found = [operator.index(tokens)]
+    except TypeError:
+        try:
+            found = [operator.index(item) for item in tokens]
+        except TypeError:
+            return None
+    return sorted(set(found)) if all(position >= 0 for position in found) else None
 
 
 def _located(me_layer: MELayer) -> Choice:

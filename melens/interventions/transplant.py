@@ -82,6 +82,8 @@ def _donor(model: Any, place: Place, given: Any) -> tuple[Any, int]:
     if isinstance(given, int) and not isinstance(given, bool):
         pair = model, given
     donor: Any = pair[0]
+    if not isinstance(pair[1], int):
+        raise InterventionError(f"the donor's layer must be a number, got {pair[1]!r:.40}.")
     if not hasattr(donor, "hook_dict"):
         raise InterventionError(
             "donor must be a hooked model, a layer's number or (model, layer), got "

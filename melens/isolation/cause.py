@@ -23,7 +23,7 @@ from melens.isolation.neurons import (
 )
 from melens.isolation.path import Branch, branch_of, sizes_of
 from melens.isolation.prefixes import Prefixes
-from melens.isolation.sufficiency import has_part, ordinary_tokens, sufficiency
+from melens.isolation.sufficiency import has_part, ordinary_tokens, share_at, sufficiency
 from melens.isolation.texts import Change, Outcome, Texts
 from melens.measure.located import Located, Progress, settle_primary
 from melens.models.anatomy import anatomy, check_layer, require_unfolded
@@ -97,6 +97,7 @@ class _Run:
     progress: Progress
     missing: list[str] = field(default_factory=list)
     done: int = 0
+    ordinary: float | None = None
 
     def __post_init__(self) -> None:
         me = self.me = self.located.me_layer
@@ -114,7 +115,17 @@ class _Run:
         self.sizes = (
             sizes_of(self.inputs, self.located) if self.kind in ("pull-back", "cap") else {}
         )
+        if not self._can_edit(self.layer):
+            raise InterventionError(
+                f"layer {self.layer} has no neurons of its own for ffn_edit '{self.kind}'; take "
+                "'cap' or 'drop'."
+            )
         self.neurons = self._neurons(self.layer)
+        if self.layer > self.prefixes.peak:
+            self.missing.append(
+                f"an effect on the coordinate: it is read at the peak, layer {self.prefixes.peak}, "
+                f"before layer {self.layer}"
+            )
         count = 1 + len(self.norms) * (3 + DRAWS) + 4 * (self.upto + 1) + DRAWS
         self.total = count + len(self.inputs.batches) * (6 + 2 * (len(self.blocks) - 1))
 
@@ -125,41 +136,52 @@ class _Run:
         necessity, norms = self._necessity(), self._norm_edits()
         enough, random = self._sufficiency(), self._random_neurons()
         main, layers, others = self._texts(random)
-        here = self.written[self.layer]
+        here, groups = self.written[self.layer], self.prefixes.groups
         clean = self.prefixes.clean.mean().item()
         known = [w for n, w in self.written.items() if w is not None and self._counts(n, clean)]
         direction, gains = self._direction(branch), self._gains()
+        controls = Controls(
+            layers=layers,
+            neurons=tuple(self.prefixes.left(change) for change in random),
+            neurons_loss=cell_of(others[0], main[0], groups) if len(others) > 1 else None,
+            shuffled=cell_of(others[-1], main[0], groups),
+        )
         return Isolation(
-            layer=self.layer,
-            me_layer=self.me.me_layer or 0,
-            peak_layer=self.prefixes.peak,
-            dim=self.dim,
-            coordinate=main[0].coordinate.nanmean().item(),
-            n_layers=len(self.blocks),
-            sequences=self.inputs.total,
-            sequences_massive=self.located.sequences_massive,
-            observations=self.prefixes.distinct,
-            factorial=factorial_of(main, self.norms[0], edits.named(self.kind, self.neurons)),
+            coordinate=clean,
+            factorial=factorial_of(
+                main, groups, self.norms[0], edits.named(self.kind, self.neurons)
+            ),
             norms=norms,
             necessity=necessity,
             sufficiency=enough,
+            ordinary=self.ordinary,
             path=branch.steps,
             decompositions=tuple(decomposition(found, clean) for found in known),
             neurons=tuple(row for found in known for row in self._rows(found)),
             neurons_for=decomposition(here, clean).neurons_for if here is not None else {},
             direction=direction,
             gains=gains,
-            controls=Controls(
-                layers=layers,
-                neurons=tuple(self.prefixes.left(change) for change in random),
-                neurons_loss=cell_of(others[0], main[0]) if len(others) > 1 else None,
-                shuffled=cell_of(others[-1], main[0]),
-            ),
+            controls=controls,
             missing=tuple(self.missing),
-            run=self.inputs.run_info(
+            **self._facts(),
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """What the result says of the model, the texts and the run."""
+        return {
+            "layer": self.layer,
+            "me_layer": self.me.me_layer,
+            "peak_layer": self.prefixes.peak,
+            "dim": self.dim,
+            "n_layers": len(self.blocks),
+            "sequences": self.inputs.total,
+            "sequences_massive": self.located.sequences_massive,
+            "observations": self.prefixes.distinct,
+            "observations_used": len(self.prefixes.clean),
+            "run": self.inputs.run_info(
                 seed=0, me_layer=self.me.me_layer, layer=self.layer, ffn_edit=self.kind
             ),
-        )
+        }
 
     def _tick(self, steps: int = 1) -> None:
         self.done += steps
@@ -178,10 +200,7 @@ class _Run:
         if self.kind != "neurons":
             return []
         found = self.written[layer]
-        if found is None:
-            raise InterventionError(
-                f"layer {layer} has no neurons of its own to ablate; take ffn_edit 'drop'."
-            )
+        assert found is not None
         if layer == self.layer:
             return found.top(MOST_SHARE)
         return found.strongest(len(self.neurons))
@@ -189,6 +208,12 @@ class _Run:
     def _ffn_change(self, layer: int) -> edits.Edit:
         neurons = self.neurons if layer == self.layer else self._neurons(layer)
         return edits.ffn_edit(self.kind, layer, neurons, self.sizes.get(layer))
+
+    def _can_edit(self, layer: int) -> bool:
+        """Whether a block has what the chosen FFN edit changes."""
+        needs_neurons = self.kind in ("neurons", "pull-back")
+        has = self.written[layer] is not None if needs_neurons else True
+        return has and has_part(self.model, layer, "ffn")
 
     def _necessity(self) -> tuple[Write, ...]:
         rows = []
@@ -206,6 +231,7 @@ class _Run:
             self.missing.append("sufficiency: the texts hold no ordinary token")
             return ()
         runner, rows = Resumable(self.model, ordinary), []
+        self.ordinary = share_at(runner.resid_pre(self.prefixes.peak + 1), ordinary, self.prefixes)
         for n in range(self.upto + 1):
             for part in PARTS:
                 if has_part(self.model, n, part):
@@ -239,6 +265,9 @@ class _Run:
         rest = torch.ones(len(size), dtype=torch.bool)
         rest[self.neurons] = False
         free = rest.nonzero().flatten()
+        if len(free) < len(self.neurons):
+            self.missing.append("random neurons: the edit takes more than half of the layer's")
+            return []
         near = free[(size[free.to(size.device)] - aim).abs().argsort().cpu()]
         pool = near[: max(LIKE, 2 * len(self.neurons))]
         changes = []
@@ -264,7 +293,7 @@ class _Run:
         for n in (n for n in range(len(self.blocks)) if n != at):
             if norm in self.blocks[n].norms:
                 around.append((n, "flat", Change(n, (edits.flatten(n, norm),))))
-            if self.written[n] is not None or self.kind == "drop":
+            if self._can_edit(n):
                 around.append((n, "edited", Change(n, (self._ffn_change(n),))))
         changes = [*main, *extra, *(change for _, _, change in around)]
         texts = Texts(self.inputs, self.located, self.dim)
@@ -272,7 +301,7 @@ class _Run:
         cells: dict[int, dict[str, Any]] = {n: {} for n, _, _ in around}
         rest = found[len(main) + len(extra) :]
         for (n, which, _), outcome in zip(around, rest, strict=True):
-            cells[n][which] = cell_of(outcome, found[0])
+            cells[n][which] = cell_of(outcome, found[0], self.prefixes.groups)
         layers = tuple(
             LayerControl(layer=n, flat=c.get("flat"), edited=c.get("edited"))
             for n, c in cells.items()

@@ -1,15 +1,25 @@
-"""Outcomes over sequences -> cells of the result, with paired intervals."""
+"""Outcomes over sequences -> cells of the result, with paired intervals.
+
+Losses and sinks are resampled over sequences. Coordinates are resampled over distinct inputs up to
+the massive token: sequences that agree up to it are one observation, and one has no interval.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from melens.isolation.texts import Outcome
-from melens.metrics import mean_interval
+from melens.metrics import mean_interval, percentiles, resamples
+from melens.metrics.bootstrap import LEAST
 from melens.results.isolate import Cell, Factorial, Interaction
+
+Groups = Tensor
+"""Index of every sequence's distinct input; -1 without a massive token."""
 
 
 def joined(batches: Sequence[Sequence[Outcome]]) -> list[Outcome]:
@@ -24,14 +34,15 @@ def joined(batches: Sequence[Sequence[Outcome]]) -> list[Outcome]:
     ]
 
 
-def cell_of(found: Outcome, base: Outcome) -> Cell:
+def cell_of(found: Outcome, base: Outcome, groups: Groups) -> Cell:
     """One cell; coordinate and sinks over the sequences that hold a massive token."""
-    has = ~base.coordinate.isnan()
+    has = groups >= 0
+    coordinates = _by_input(found, groups), _by_input(base, groups)
     changed = found.loss - base.loss
     return Cell(
-        coordinate=found.coordinate[has].mean().item(),
-        left=(found.coordinate[has].mean() / base.coordinate[has].mean()).item(),
-        left_interval=mean_interval(found.coordinate[has] / base.coordinate[has]),
+        coordinate=coordinates[0].mean().item(),
+        left=_ratio(*coordinates).item(),
+        left_interval=_interval(_ratio, *coordinates),
         sink_rate=found.sink_rate[has].mean().item(),
         sink_interval=mean_interval(found.sink_rate[has]),
         loss=found.loss.mean().item(),
@@ -40,30 +51,62 @@ def cell_of(found: Outcome, base: Outcome) -> Cell:
     )
 
 
-def factorial_of(cells: Sequence[Outcome], norm: str, ffn_edit: str) -> Factorial:
+def factorial_of(cells: Sequence[Outcome], groups: Groups, norm: str, ffn_edit: str) -> Factorial:
     """The 2 x 2 from its four outcomes: kept, flat norm, edited FFN, both."""
-    base, flat, edited, both = cells
-    has = ~base.coordinate.isnan()
-    made = [cell_of(one, base) for one in cells]
-    sinks = both.sink_rate - flat.sink_rate - edited.sink_rate + base.sink_rate
-    losses = both.loss - flat.loss - edited.loss + base.loss
-    sizes = [abs(cell.coordinate) for cell in made]
-    logs = [math.log(size) for size in sizes] if all(sizes) else None
+    base, flat, edited, both = (cell_of(one, cells[0], groups) for one in cells)
     return Factorial(
-        norm=norm,
-        ffn_edit=ffn_edit,
-        kept_kept=made[0],
-        flat_kept=made[1],
-        kept_edited=made[2],
-        flat_edited=made[3],
-        interaction=Interaction(
-            coordinate=made[3].coordinate - made[1].coordinate - made[2].coordinate
-            + made[0].coordinate,
-            log_coordinate=logs[3] - logs[1] - logs[2] + logs[0] if logs else None,
-            sink_rate=made[3].sink_rate - made[1].sink_rate - made[2].sink_rate
-            + made[0].sink_rate,
-            sink_interval=mean_interval(sinks[has]),
-            loss=made[3].loss - made[1].loss - made[2].loss + made[0].loss,
-            loss_interval=mean_interval(losses),
-        ),
+        norm=norm, ffn_edit=ffn_edit, kept_kept=base, flat_kept=flat, kept_edited=edited,
+        flat_edited=both, interaction=_interaction(cells, (base, flat, edited, both), groups),
     )  # fmt: skip
+
+
+def _interaction(outcomes: Sequence[Outcome], cells: Sequence[Cell], groups: Groups) -> Interaction:
+    base, flat, edited, both = cells
+    inputs = [_by_input(one, groups) for one in outcomes]
+    logs = bool(torch.stack([row.mean() for row in inputs]).all())
+    sinks = _beyond(*(one.sink_rate for one in outcomes))
+    losses = _beyond(*(one.loss for one in outcomes))
+    return Interaction(
+        coordinate=_beyond(*(cell.coordinate for cell in cells)),
+        coordinate_interval=_interval(_additive, *inputs),
+        log_coordinate=_logarithmic(*inputs).item() if logs else None,
+        log_interval=_interval(_logarithmic, *inputs) if logs else None,
+        sink_rate=_beyond(base.sink_rate, flat.sink_rate, edited.sink_rate, both.sink_rate),
+        sink_interval=mean_interval(sinks[groups >= 0]),
+        loss=_beyond(base.loss, flat.loss, edited.loss, both.loss),
+        loss_interval=mean_interval(losses),
+    )
+
+
+def _beyond(base: Any, flat: Any, edited: Any, both: Any) -> Any:
+    return both - flat - edited + base
+
+
+def _ratio(found: Tensor, base: Tensor) -> Tensor:
+    return found.mean(-1) / base.mean(-1)
+
+
+def _additive(*inputs: Tensor) -> Tensor:
+    return _beyond(*(row.mean(-1) for row in inputs))
+
+
+def _logarithmic(*inputs: Tensor) -> Tensor:
+    return _beyond(*(row.mean(-1).abs().log() for row in inputs))
+
+
+def _by_input(outcome: Outcome, groups: Groups) -> Float[Tensor, " input"]:
+    """Coordinates, one a distinct input."""
+    return torch.stack(
+        [outcome.coordinate[groups == i].mean() for i in groups[groups >= 0].unique().tolist()]
+    )
+
+
+def _interval(
+    statistic: Callable[..., Tensor], *inputs: Float[Tensor, " input"]
+) -> tuple[float, float] | None:
+    """Of a statistic of means over distinct inputs; None with too few."""
+    count = len(inputs[0])
+    if count < LEAST:
+        return None
+    draws = resamples(count)
+    return percentiles(statistic(*(row[draws] for row in inputs)))

@@ -60,16 +60,20 @@ def written_at(model: Any, layer: int, prefixes: Prefixes) -> Written:
     Raises:  SiteError: the block has no FFN with neurons.
     """
     ffn = ffn_of(model, layer)
-    write = anatomy(model).blocks[layer].ffn_write
+    block = anatomy(model).blocks[layer]
+    write = block.ffn_write
     assert write is not None
-    sites = [ffn.up, ffn.product, ffn.output, write, *([ffn.gate] if ffn.gate else [])]
-    seen = {site: x.double() for site, x in prefixes.read(list(dict.fromkeys(sites))).items()}
+    norm = f"blocks.{layer}.ln2_post.hook_scale" if "ln2_post" in block.norms else None
+    sites = [ffn.up, ffn.product, ffn.output, write, ffn.gate, norm]
+    found = prefixes.read([site for site in dict.fromkeys(sites) if site])
+    seen = {site: x.double() for site, x in found.items()}
     dim = prefixes.dim
     weights = ffn.down[:, dim].double()
     bias = getattr(ffn.weights, "b_out", None)
     extra = bias.detach()[dim].double() if isinstance(bias, Tensor) else weights.new_zeros(())
-    # A norm after the FFN multiplies all contributions of a token by one factor.
-    scale = seen[write][:, dim] / seen[ffn.output][:, dim]
+    scale = torch.ones_like(seen[write][:, dim])
+    if norm is not None:  # it multiplies all contributions of a token by one factor
+        scale = norm_gain(model, layer, "ln2_post")[dim].double() / seen[norm][:, 0]
     each = seen[ffn.product] * weights * scale[:, None]
     gate = ffn.activation(seen[ffn.gate].float()).double() if ffn.gate else None
     return Written(

@@ -95,18 +95,22 @@ def branch_of(inputs: Inputs, located: Located, layer: int) -> Branch:
 
 
 def sizes_of(inputs: Inputs, located: Located) -> dict[int, Sizes]:
-    """Ordinary sizes of product and write at every layer that has neurons."""
+    """Ordinary sizes of product and write at every layer; no product without neurons."""
     taps: dict[str, Any] = {}
-    hooks: dict[int, tuple[str, str, int]] = {}
+    hooks: dict[int, tuple[str, FFN | None]] = {}
     for block in anatomy(inputs.model).blocks:
-        ffn = _ffn(inputs.model, block.layer)
-        if ffn is not None and block.ffn_write is not None:
-            hooks[block.layer] = ffn.product, block.ffn_write, len(ffn.down)
-            taps |= {ffn.product: Norms(located.heavy), block.ffn_write: Norms(located.heavy)}
+        if block.ffn_write is not None:
+            ffn = _ffn(inputs.model, block.layer)
+            hooks[block.layer] = block.ffn_write, ffn
+            taps[block.ffn_write] = Norms(located.heavy)
+            taps |= {ffn.product: Norms(located.heavy)} if ffn is not None else {}
     stream(inputs.model, inputs.batches, taps)
+
+    def rms(ffn: FFN | None) -> float:
+        return taps[ffn.product].result()[1] / len(ffn.down) ** 0.5 if ffn is not None else 0.0
+
     return {
-        layer: Sizes(taps[product].result()[1] / width**0.5, taps[write].result()[1])
-        for layer, (product, write, width) in hooks.items()
+        layer: Sizes(rms(ffn), taps[write].result()[1]) for layer, (write, ffn) in hooks.items()
     }
 
 

@@ -28,13 +28,17 @@ class Prefixes:
         assert me.peak_layer is not None
         self.dim, self.peak = dim, me.peak_layer
         rows: dict[tuple[int, ...], list[bool]] = {}
+        groups: list[int] = []
         for batch, marks in zip(inputs.batches, located.heavy, strict=True):
             for i in range(len(batch)):
                 real = batch.mask[i]
                 ids, marked = batch.ids[i][real].tolist(), marks[i][real].tolist()
-                if True in marked:
-                    end = marked.index(True) + 1
-                    rows[tuple(ids[:end])] = marked[:end]
+                end = marked.index(True) + 1 if True in marked else 0
+                if end:
+                    rows.setdefault(tuple(ids[:end]), marked[:end])
+                groups.append(list(rows).index(tuple(ids[:end])) if end else -1)
+        self.groups = torch.tensor(groups)
+        """Index of every sequence's distinct input; -1 without a massive token."""
         if not rows:
             raise ResultError(
                 "none of these texts holds a massive token, so there is nothing to isolate; take "
@@ -42,6 +46,7 @@ class Prefixes:
             )
         self.distinct = len(rows)
         chosen = list(rows.items())[:MOST]
+        self._seen: dict[str, Tensor] = {}
         self.batch = Batch.pad([ids for ids, _ in chosen])
         marks = torch.zeros_like(self.batch.mask)
         for i, (_, marked) in enumerate(chosen):
@@ -68,14 +73,14 @@ class Prefixes:
 
     def read(self, sites: list[str]) -> dict[str, Float[Tensor, "prefix width"]]:
         """Clean activations of the massive tokens at ``[batch, pos, width]`` sites."""
-        found: dict[str, Tensor] = {}
 
         def keep(site: str) -> Callable[[Tensor, object], None]:
             def reader(x: Tensor, hook: object) -> None:
-                found[site] = self.at_token(x.detach()).float()
+                self._seen[site] = self.at_token(x.detach()).float()
 
             return reader
 
-        runner = self.marked.runner
-        runner.run(0, runner.resid_pre(0), hooks=[(site, keep(site)) for site in sites])
-        return found
+        runner, new = self.marked.runner, [site for site in sites if site not in self._seen]
+        if new:
+            runner.run(0, runner.resid_pre(0), hooks=[(site, keep(site)) for site in new])
+        return {site: self._seen[site] for site in sites}

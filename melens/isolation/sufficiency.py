@@ -16,7 +16,7 @@ from melens.isolation.prefixes import Prefixes
 from melens.measure.located import Located
 from melens.results.isolate import Write
 from melens.resume import Resumable
-from melens.shapes import TokenMask
+from melens.shapes import Resid, TokenMask
 
 SEQUENCES = 4
 DEPTH = 24
@@ -51,7 +51,8 @@ def sufficiency(
     last = ordinary.positions.argmax(1)
 
     def choose(now: Now) -> TokenMask:
-        return torch.arange(now.positions.shape[1])[None] == last[:, None]
+        width = torch.arange(now.positions.shape[1], device=last.device)
+        return width[None] == last[:, None]
 
     def put(site: str) -> Float[Tensor, " d_model"]:
         return writes[site].mean(0)
@@ -65,10 +66,17 @@ def sufficiency(
     place = Place(model, layer, choose)
     with editing(place, {site: editor(put(site)) for site in sites}):
         final = runner.run(layer, runner.resid_pre(layer), upto=prefixes.peak + 1)
-    made = final[torch.arange(len(final)), last.to(final.device), prefixes.dim]
-    share = (made.double().mean().cpu() / prefixes.clean.mean()).item()
-    assert part in ("attention", "ffn")
-    return Write(layer=layer, part=part, left=share)
+    return Write(
+        layer=layer, part="attention" if part == "attention" else "ffn",
+        left=share_at(final, ordinary, prefixes),
+    )  # fmt: skip
+
+
+def share_at(final: Resid, ordinary: Batch, prefixes: Prefixes) -> float:
+    """What each row's last token has of the massive coordinate: mean over mean."""
+    last = ordinary.positions.argmax(1).to(final.device)
+    made = final[torch.arange(len(final), device=final.device), last, prefixes.dim]
+    return (made.double().mean().cpu() / prefixes.clean.mean()).item()
 
 
 def has_part(model: object, layer: int, part: str) -> bool:

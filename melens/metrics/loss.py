@@ -21,7 +21,7 @@ def next_token_loss(
     before = logits[:, :-1].float()
     found = before.logsumexp(-1) - before.gather(-1, ids[:, 1:, None])[..., 0]
     counted = mask[:, 1:] & mask[:, :-1]
-    return torch.nn.functional.pad(found * counted, (1, 0))
+    return torch.nn.functional.pad(torch.where(counted, found, 0.0), (1, 0))
 
 
 def sequence_loss(

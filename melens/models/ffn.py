@@ -34,6 +34,20 @@ class FFN:
     activation: Callable[[Tensor], Tensor]
 
     @property
+    def projection(self) -> torch.nn.Module:
+        """The down projection's own module.
+
+        Raises:  SiteError: the model multiplies without one (HookedTransformer).
+        """
+        found = getattr(getattr(self.weights, "out", None), "original_component", None)
+        if not isinstance(found, torch.nn.Module):
+            raise SiteError(
+                f"block {self.layer}'s down projection is no module of its own; load the model "
+                "with melens.load, or ablate whole neurons."
+            )
+        return found
+
+    @property
     def down(self) -> Float[Tensor, "d_mlp d_model"]:
         """The down projection: row n is what neuron n writes."""
         return self.weights.W_out.detach()
@@ -91,7 +105,7 @@ def ffn_of(model: Any, layer: int) -> FFN:
 def ffn_input(model: Any, layer: int) -> str:
     """Hook of what the FFN reads, its norm and gain included."""
     check_layer(model, layer)
-    for site in ("mlp.hook_in", "ln2.hook_out", "ln2.hook_normalized"):
+    for site in ("mlp.hook_in", "ln2.hook_out"):
         if f"blocks.{layer}.{site}" in model.hook_dict:
             return f"blocks.{layer}.{site}"
     raise SiteError(f"block {layer} has no hook at its FFN's input.")

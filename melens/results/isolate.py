@@ -11,7 +11,8 @@ from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 
 Interval = tuple[float, float] | None
-"""95 %, bootstrapped over sequences; None where all observations are the same one."""
+"""95 %, bootstrapped over sequences, for coordinates over distinct inputs up to the massive token;
+None where all observations are the same one."""
 ADDS_UP = 1e-6
 
 
@@ -19,7 +20,7 @@ class Cell(Part):
     """One cell of the 2 x 2, or one control: what the texts show under an edit."""
 
     coordinate: float
-    """Massive coordinate at the peak, mean over sequences that hold a massive token."""
+    """Massive coordinate at the peak, mean over distinct inputs up to the massive token."""
     left: float
     """Share of the unedited coordinate."""
     left_interval: Interval
@@ -39,8 +40,10 @@ class Interaction(Part):
 
     coordinate: float
     """On the additive scale, in residual units: misleading where the FFN multiplies."""
+    coordinate_interval: Interval
     log_coordinate: float | None
     """The same of ln |c|: 0 where the edits multiply; None where a coordinate is 0."""
+    log_interval: Interval
     sink_rate: float
     sink_interval: Interval
     loss: float
@@ -123,8 +126,9 @@ class Direction(Part):
     massive: float
     """|cosine| of the massive token's FFN input with it; mean over sequences."""
     others_median: float
+    """Over up to 64 ordinary tokens of every sequence."""
     others_max: float
-    """The largest |cosine| among the other tokens."""
+    """The largest |cosine| among them."""
     explained: float
     """What the direction alone predicts of the massive token's write (before a post-norm)."""
     predicted: float
@@ -200,10 +204,15 @@ class Isolation(Result):
     sequences_massive: int
     observations: int
     """Distinct inputs up to the massive token: with a fixed first token, one."""
+    observations_used: int
+    """Of these, how many the single-token measures (necessity, neurons, norms, ...) ran on."""
     factorial: Factorial
     norms: tuple[NormEdit, ...]
     necessity: tuple[Write, ...]
     sufficiency: tuple[Write, ...]
+    ordinary: float | None
+    """What the ordinary tokens that ``sufficiency`` writes into have of the coordinate by
+    themselves, as a share; None without any."""
     path: tuple[Step, ...]
     decompositions: tuple[Decomposition, ...]
     neurons: tuple[Neuron, ...]
