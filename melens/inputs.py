@@ -88,19 +88,21 @@ def rows_of(batches: Sequence[Batch]) -> list[list[int]]:
     ]
 
 
-def take_in(model: Any, prompts: Source, *, batch_size: int = 4) -> Inputs:
+def take_in(model: Any, prompts: Source, *, batch_size: int = 4, least: int = MIN_TOKENS) -> Inputs:
     """Adopt a model and turn texts into batches for it; refuses before any forward pass.
+
+    Args:    least: tokens that every sequence must have.
 
     Raises:  PromptError: no row of at least 4 tokens, or no tokenizer to make rows with.
              ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
     """
     hooked = adopt(model)
-    batches = _batches(hooked, prompts, batch_size)
+    batches = _batches(hooked, prompts, batch_size, least)
     settings = _settings(hooked, prompts, rows_of(batches))
     return Inputs(hooked, batches, settings, fingerprint(hooked))
 
 
-def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:
+def _batches(model: Any, source: Any, batch_size: int, least: int) -> list[Batch]:
     limit = getattr(model.cfg, "n_ctx", None)
     if isinstance(source, Batch):
         source = [source]
@@ -118,18 +120,18 @@ def _batches(model: Any, source: Any, batch_size: int) -> list[Batch]:
         if not isinstance(source, Prompts):
             source = make_prompts("bundled" if source is None else source)
         batches = source.pack(tokenizer, batch_size=batch_size, max_length=limit)
-    _check_lengths(batches, limit)
+    _check_lengths(batches, limit, least)
     for batch in batches:
         check_ids(model, batch)
     return batches
 
 
-def _check_lengths(batches: Sequence[Batch], limit: int | None) -> None:
+def _check_lengths(batches: Sequence[Batch], limit: int | None, least: int) -> None:
     lengths = torch.cat([batch.mask.sum(-1).cpu() for batch in batches])
-    if lengths.min() < MIN_TOKENS:
+    if lengths.min() < least:
         raise PromptError(
-            f"sequence {int(lengths.argmin())} has {int(lengths.min())} tokens; melens needs at "
-            f"least {MIN_TOKENS}, to have ordinary tokens to compare with."
+            f"sequence {int(lengths.argmin())} has {int(lengths.min())} token(s); melens needs at "
+            f"least {least}, to have ordinary tokens to compare with."
         )
     if limit and lengths.max() > limit:
         raise PromptError(

@@ -130,7 +130,7 @@ def test_an_older_locate_json_stays_and_other_texts_are_noted(run, model, locate
     assert (tmp_path / "locate.json").read_text() == "mine"
     code, _, stderr = run("sinks", model, "--prompt", words, "--located", located)
     assert code == 0
-    assert "note: the ME Layer was located on other texts" in stderr
+    assert "note: the ME Layer was located on texts with BOS first" in stderr
 
 
 def test_plot_help_names_every_style(run):
@@ -197,7 +197,7 @@ def test_a_result_of_another_kind_or_model_is_not_a_located_layer(run, model, lo
     assert run("sinks", model, "--prompt", words, "-q", "-o", tmp_path / "s")[0] == 0
     code, _, stderr = run("sinks", model, "--prompt", words, "--located", tmp_path / "s/sinks.json")
     assert code == 2
-    assert "is a Sinks; give a locate.json" in stderr
+    assert "holds a result of 'sinks'; give a locate.json" in stderr
 
 
 def test_json_stands_alone_on_stdout(run, model, text):
@@ -205,7 +205,7 @@ def test_json_stands_alone_on_stdout(run, model, text):
     assert code == 0
     data = json.loads(stdout)
     assert data["verdict"] == "single"
-    assert data["run"]["command"].startswith(("pytest", "__main__", "python", "-m"))
+    assert data["run"]["command"].startswith(("pytest", "__main__", "python", "-m", "-c"))
 
 
 def test_texts_from_prompts(run, model):

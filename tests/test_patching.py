@@ -198,9 +198,26 @@ def test_whole_rows_at_layer_0_give_the_other_run_and_ones_own_give_no_change(ti
         assert made.normalised(made.clean) == 1.0
         assert made.normalised(made.corrupted) == 0.0
         assert len(made.values["v"]) == 3
-    same = patch(tiny, clean, clean, sites=["resid_pre", "z"], metric=DIFFERENCE)
-    assert {row["value"] for row in same.rows()} == {same.clean}
-    assert same.normalised(same.clean) is None
+    with pytest.raises(PromptError, match="the same tokens"):
+        patch(tiny, clean, clean, sites=["resid_pre", "z"], metric=DIFFERENCE)
+    with pytest.raises(MetricError, match="cannot differ"):
+        LogitDifference(5, 5)
+
+
+def test_a_sequence_that_ends_before_a_position_counts_there_as_unpatched(tiny):
+    rows = Batch.pad([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14]])
+    found = patch(tiny, rows, mode="mean", sites="mlp_out", metric="loss", layers=[1])
+    short = found.by_sequence[1]["mlp_out"][0]
+    assert short[4] == short[5]
+    assert len({short[i] for i in range(4)}) > 1
+    assert found.axes["mlp_out"][1].label[4] == "w9"
+    assert found.axes["mlp_out"][1].label[0].endswith(" ...")
+
+
+def test_a_function_of_ones_own_takes_no_checkpoint(tiny, tmp_path):
+    clean, corrupted = PAIRS["right"]
+    with pytest.raises(MetricError, match="cannot be told from another"):
+        patch(tiny, clean, corrupted, metric=lambda lo: lo[:, -1, 3], checkpoint=tmp_path / "c")
 
 
 def test_positions_before_the_first_difference_are_not_run_and_do_not_change(tiny, monkeypatch):

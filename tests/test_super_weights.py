@@ -193,8 +193,7 @@ def test_the_damage_is_that_of_a_model_without_the_weight(family, make_tiny, tex
         without = zeroed([weight.at])
         assert weight.loss_without == pytest.approx(without.mean().item(), **CLOSE)
         assert weight.loss_delta == pytest.approx((without - clean).mean().item(), **CLOSE)
-        low, high = weight.interval
-        assert (without - clean).min() - 1e-5 <= low <= weight.loss_delta <= high
+        assert weight.interval is None  # too few sequences to resample
         whole = zeroed([(weight.layer, row, weight.column) for row in range(32)])
         assert weight.neuron_loss_delta == pytest.approx((whole - clean).mean().item(), **CLOSE)
     for group in (found.together, found.control):

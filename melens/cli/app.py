@@ -100,7 +100,10 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         text = f"could not run ({type(error).__name__}: {first}); --debug shows where."
         return _end(text, COULD_NOT_RUN, debug=debug)
     if code == INTERRUPTED:
-        _say("interrupted; nothing half-written is left. Run the same command again.")
+        _say(
+            "interrupted; no half-written file is left, and what --out holds of finished work is "
+            "kept. Run the same command again."
+        )
     return code if isinstance(code, int) else 0
 
 

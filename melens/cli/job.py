@@ -82,10 +82,15 @@ class Job:
         """Progress over sequences, or other units of work."""
         return output.bar(unit, quiet=self.quiet)
 
-    def finish(self, result: Any) -> None:
-        """Save and print."""
-        if self.saved is not None and _texts_of(self.saved) != _texts_of(result):
-            output.note("the ME Layer was located on other texts, or with another BOS setting.")
+    def finish(self, result: Any, *, same_texts: bool = True) -> None:
+        """Save and print; remark where the ME Layer is of other texts, if that matters here."""
+        if self.saved is not None and _starts(self.saved) != _starts(result):
+            output.note(
+                f"the ME Layer was located on texts {_starts(self.saved)}, these are "
+                f"{_starts(result)}: other tokens may be massive here."
+            )
+        elif same_texts and self.saved is not None and _texts_of(self.saved) != _texts_of(result):
+            output.note("the ME Layer was located on other texts (BOS is the same).")
         output.save(result, self.out, result.kind, result.kind)
         output.show(result, as_json=self.as_json, folder=self.out)
 
@@ -96,8 +101,15 @@ class Job:
 
         found = load_result(self.located)
         if not isinstance(found, MELayer):
-            raise ResultError(f"{self.located} is a {type(found).__name__}; give a locate.json.")
+            raise ResultError(
+                f"{self.located} holds a result of '{found.schema_id.split('/')[1]}'; give a "
+                "locate.json."
+            )
         return found
+
+
+def _starts(result: Any) -> str:
+    return "with BOS first" if result.run.settings.get("bos_first") else "without BOS"
 
 
 def _texts_of(result: Any) -> Any:

@@ -76,7 +76,7 @@ def draw(result: Any, path: Path, style: str | None) -> Path:
         return save_figure(result.plot(style), path)
     if not hasattr(result, "view"):
         raise ResultError(
-            f"a {result.kind} result has no page; end the file in .png, .svg or .pdf."
+            f"a result of '{result.kind}' has no page; end the file in .png, .svg or .pdf."
         )
     if style is not None:
         raise ResultError("a page has no style; drop --style, or end the file in .png.")
@@ -96,13 +96,12 @@ def note(text: str) -> None:
 
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
-    from melens.cli import cause_tables, patch_command, super_weights_table, tables
+    from melens.cli.all_tables import TABLES
 
     if as_json:
         typer.echo(result.to_json(), nl=False)
         return
-    assert {cause_tables, patch_command, super_weights_table}  # imported for what they register
-    tables.TABLES[result.kind](result)
+    TABLES[result.kind](result)
     typer.echo(result.summary())
     if folder is not None:
         sys.stderr.write(f"melens: wrote {folder}\n")

@@ -61,11 +61,14 @@ def patch(
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option(help="Axes: 'layer', 'layer position', 'layer head', 'layer position head'."),
+        typer.Option(
+            help="Axes: 'layer', 'layer position', 'layer head', 'layer position head' (default: "
+            "layer position, and head where the site has heads)."
+        ),
     ] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Only these layers, from 0.")] = None,
     position: Annotated[
-        list[int] | None, typer.Option(help="Only these positions, from 0.")
+        list[int] | None, typer.Option(help="Only these columns of the batch, from 0.")
     ] = None,
     located: opt.Located = None,
     bos: opt.Bos = None,
@@ -91,6 +94,10 @@ def patch(
       massive_coordinate --located runs/demo/locate.json
     """
     _check(metric, answer, wrong)
+    if located is not None and metric not in LOCATED:
+        raise MetricError(
+            f"--located is for massive_coordinate and sink_rate; {metric.value} needs none."
+        )
     from melens.cli.job import Job
 
     job = Job.of({**locals(), "prompt": clean, "text": None, "chat": False, "n_seq": None,
@@ -104,7 +111,7 @@ def patch(
     }  # fmt: skip
     Sweep(paired=bool(corrupted), **choices)  # refuses what cannot be swept, before loading
     loaded, texts = job.load()
-    chosen = _metric(metric, answer, wrong, job.locate(loaded, None) if metric in LOCATED else None)
+    chosen = _metric(metric, answer, wrong, _me_layer(job, loaded) if metric in LOCATED else None)
     kept = job.out / CHECKPOINT if job.out is not None else None
     from melens.cli import output
 
@@ -113,7 +120,7 @@ def patch(
             loaded, _texts(clean, bos, loaded), _texts(corrupted, bos, loaded), metric=chosen,
             progress=tick, checkpoint=kept, **choices,
         )  # fmt: skip
-    job.finish(result)
+    job.finish(result, same_texts=False)
     if kept is not None:
         kept.unlink(missing_ok=True)
 
@@ -136,6 +143,13 @@ def _metric(metric: Metric, answer: str | None, wrong: str | None, located: Any)
     if metric in LOCATED:
         return kind(located)
     return kind(answer, wrong) if metric is Metric.logit_difference else kind()
+
+
+def _me_layer(job: Any, model: Any) -> Any:
+    """Located on the bundled texts, BOS as in the patched ones."""
+    from melens import prompts
+
+    return job.locate(model, prompts(bos=job.bos))
 
 
 def _texts(texts: list[str] | None, bos: bool | None, model: Any) -> Any:

@@ -15,7 +15,9 @@ def super_weights(
     most: Annotated[int, typer.Option(min=1, help="Stop after this many super weights.")] = 10,
     known: Annotated[
         str | None,
-        typer.Option(help="A published name to hold the coordinates against, e.g. Qwen/Qwen3-4B."),
+        typer.Option(
+            help="A published name to hold the coordinates against, e.g. mistralai/Mistral-7B-v0.1."
+        ),
     ] = None,
     text: opt.Text = None,
     prompt: opt.Prompt = None,
@@ -47,6 +49,10 @@ def super_weights(
     from melens.cli.job import Job
 
     job = Job.of(locals())
+    if known is not None:
+        from melens.isolation.super_weight_known import check_known
+
+        check_known(known)
     loaded, texts = job.load()
     found = job.locate(loaded, texts)
     from melens.isolation.super_weight_known import with_known

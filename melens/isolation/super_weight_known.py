@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from melens.knowledge import published_rows
+from melens.errors import ResultError
+from melens.knowledge import known_models, published_rows
 from melens.results.known import Comparison, KnownCheck
 from melens.results.super_weights import SuperWeights
 
@@ -12,6 +13,22 @@ CONVENTION = (
     "(layer, row, column): 0-based block, row = residual dimension, column = neuron, as in the "
     "checkpoint's down_proj.weight[row, column]."
 )
+
+
+def check_known(model: str) -> None:
+    """Refuse a name without published super weights.
+
+    Raises:  ResultError: naming those that have them.
+    """
+    if not any(row.get("super_weights") for row in published_rows(model)):
+        names = [
+            name
+            for name, rows in known_models().items()
+            if any(row.get("super_weights") for row in rows)
+        ]
+        raise ResultError(
+            f"no super weights of {model!r} are on record; known: {', '.join(names)}."
+        )
 
 
 def hold_super_weights(model: str, result: SuperWeights) -> KnownCheck:

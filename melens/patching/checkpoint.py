@@ -58,4 +58,13 @@ class Cells:
                 f"the checkpoint {path} is of another sweep (other weights, tokens, sites, metric "
                 "or mode); delete it to start anew, or choose another path."
             )
-        return data["cells"]
+        cells = data.get("cells")
+        if not isinstance(cells, dict) or not all(map(_is_values, cells.values())):
+            raise ResultError(f"the checkpoint {path} is damaged; delete it to start anew.")
+        return cells
+
+
+def _is_values(found: object) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in found
+    )

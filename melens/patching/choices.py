@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from melens.batches import Batch
 from melens.errors import PromptError, SiteError
+from melens.interventions.core import as_index
 from melens.patching.sites import BY_HEAD, SITES, Place
 from melens.patching.waves import Cell
 from melens.registry import Registry
@@ -46,7 +47,11 @@ class Sweep:
     paired: bool = True
 
     def __post_init__(self) -> None:
-        sites = [self.sites] if isinstance(self.sites, str) else list(self.sites)
+        for name in ("layers", "positions"):
+            given = getattr(self, name)
+            if given is not None and not all(as_index(i) is not None for i in _listed(given)):
+                raise SiteError(f"{name} must be a list of whole numbers, got {given!r:.40}.")
+        sites = [self.sites] if isinstance(self.sites, str) else _listed(self.sites)
         object.__setattr__(self, "sites", tuple(dict.fromkeys(sites)))
         object.__setattr__(self, "mode", self.mode or ("denoising" if self.paired else "mean"))
         by = re.split(r"[\s,x]+", self.by) if isinstance(self.by, str) else self.by
@@ -88,6 +93,13 @@ class Sweep:
                 )
             if "head" in axes and SITES[site].axes != BY_HEAD:
                 raise SiteError(f"'{site}' has no heads; sweep it by layer, or layer position.")
+
+
+def _listed(given: Any) -> list[Any]:
+    """A list of what was given one by one."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        return [given]
+    return list(given)
 
 
 def cells_of(choice: Sweep, places: Mapping[str, Sequence[Place]], batch: Batch) -> list[Cell]:

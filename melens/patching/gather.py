@@ -25,6 +25,7 @@ def fields_of(
     """A PatchGrid's fields but for the unpatched values and the record of the run.
 
     Args:    inputs: the clean run's and the corrupted one's.
+             done: values of every cell, one a sequence.
     """
     axes = {site: _axes(choice, site, found, inputs) for site, found in places.items()}
     at = {(c.place.site, c.place.layer, c.position, c.head): done[c.key] for c in cells}
@@ -63,13 +64,18 @@ def _axes(
 
 
 def _tokens(choice: Sweep, inputs: Sequence[Inputs]) -> tuple[str, ...]:
-    """The first sequence's tokens; both where clean and corrupted differ, clean first."""
+    """Of the first sequence that has the position; both where clean and corrupted differ, clean
+    first; dots where other sequences hold another token.
+    """  # noqa: D205
     columns = columns_of(choice, inputs[0].batches[0])
-    clean, corrupted = (
-        [found.decode(int(found.batches[0].ids[0, column])) for column in columns]
-        for found in inputs
-    )
+    clean, corrupted = ([_token(found, column) for column in columns] for found in inputs)
     return tuple(a if a == b else f"{a} | {b}" for a, b in zip(clean, corrupted, strict=True))
+
+
+def _token(found: Inputs, column: int) -> str:
+    batch = found.batches[0]
+    here = batch.ids[:, column][batch.mask[:, column]].tolist()
+    return found.decode(here[0]) + (" ..." if len(set(here)) > 1 else "")
 
 
 def _nest(

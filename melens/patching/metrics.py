@@ -123,6 +123,10 @@ class LogitDifference:
     wrong: Token | Sequence[Token]
     name: str = "logit_difference"
 
+    def __post_init__(self) -> None:
+        if self.answer == self.wrong:
+            raise MetricError(f"answer and wrong are both {self.answer!r}: they cannot differ.")
+
     @property
     def about(self) -> str:
         """What it is."""

@@ -22,7 +22,7 @@ from melens.patching.budget import LEAST_TOKENS, fits, tokens_at_once
 from melens.patching.checkpoint import Cells
 from melens.patching.choices import Sweep, cells_of
 from melens.patching.gather import fields_of
-from melens.patching.metrics import PatchMetric, metric_of
+from melens.patching.metrics import Own, PatchMetric, metric_of
 from melens.patching.readouts import Readout
 from melens.patching.sites import places_of
 from melens.patching.sources import (
@@ -76,6 +76,11 @@ def patch(
     second = None if corrupted is None else _one_batch(hooked, corrupted, "corrupted")
     if second is not None:
         _check_pair(first.batches[0], second.batches[0])
+    if checkpoint is not None and isinstance(metric, Own):
+        raise MetricError(
+            "a function of one's own cannot be told from another after an interrupt; drop "
+            "checkpoint, or take one of melens.patching's metrics."
+        )
     with evaluating(hooked):
         prepared = _Prepared(first, second, choice, metric)
         cells = Cells(None if checkpoint is None else Path(checkpoint), prepared.fingerprint)
@@ -116,6 +121,8 @@ class _Prepared:
             self.clean.weights, self.metric.about, self.choice.facts,
             *(_ids(inputs) for inputs in (self.clean, self.corrupted) if inputs is not None),
             str(next(self.run.model.parameters()).dtype),
+            # edits that are open around the call change these, and nothing else here
+            *(f"{value:.5g}" for value in (*self.unpatched, *(self.others or ()))),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -189,7 +196,13 @@ def _run_all(prepared: _Prepared, cells: Cells, progress: Progress) -> None:
 
 def _run_one(prepared: _Prepared, cells: Cells, wave: Sequence[Cell]) -> None:
     found = run_wave(wave, prepared.run, prepared.source, prepared.readout)
+    real = prepared.run.batch.mask.tolist()
     for cell in wave:
+        if cell.position is not None:  # a sequence that ends before it has nothing to patch there
+            found[cell.key] = [
+                value if real[row][cell.position] else prepared.unpatched[row]
+                for row, value in enumerate(found[cell.key])
+            ]
         _finite(found[cell.key], f"patching {cell.place.site} at layer {cell.place.layer}")
     cells.add(found)
 
@@ -215,7 +228,7 @@ def _one_batch(model: Any, source: Any, name: str) -> Inputs:
     if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
         limit = getattr(model.cfg, "n_ctx", None)
         source = make_prompts(list(texts), length=limit or LONG)
-    inputs = take_in(model, source, batch_size=LONG)
+    inputs = take_in(model, source, batch_size=LONG, least=1)
     if len(inputs.batches) != 1:
         raise PromptError(
             f"{name} makes {len(inputs.batches)} batches; patching runs on one: put the sequences "
@@ -231,6 +244,10 @@ def _check_pair(clean: Batch, corrupted: Batch) -> None:
             f"clean is {tuple(clean.ids.shape)} tokens, corrupted {tuple(corrupted.ids.shape)} "
             "(sequences, tokens); patching puts token i into token i, so reword one until both "
             "have the same shape."
+        )
+    if torch.equal(clean.ids.cpu(), corrupted.ids.cpu()):
+        raise PromptError(
+            "clean and corrupted are the same tokens, so no patch can change a thing."
         )
     if not torch.equal(clean.mask.cpu(), corrupted.mask.cpu()):
         rows = (clean.mask.cpu() != corrupted.mask.cpu()).any(1).nonzero().flatten().tolist()

@@ -57,7 +57,8 @@ class Result(Part):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise ResultError(f"{cls.schema_id}: {place}: {first['msg']}.") from None
+            said = first["msg"].removeprefix("Value error, ")
+            raise ResultError(": ".join(filter(None, [cls.schema_id, place, said])) + ".") from None
 
     def rows(self) -> list[dict[str, Any]]:
         """The result's main table, one dict a row."""
@@ -98,11 +99,12 @@ class Result(Part):
 
         from melens.figures import inline
 
-        frame = pd.DataFrame(self.shown())
+        frame, total = pd.DataFrame(self.shown()), len(self.rows())
         table = frame.to_html(index=False, border=0, float_format="%.4g", escape=True)
         return (
             f"<p>{html.escape(self.summary())}</p>{inline(self)}"
-            f"<details><summary>{len(frame)} rows</summary>{table}</details>"
+            f"<details><summary>{len(frame)}{f' of {total}' * (len(frame) < total)} rows</summary>"
+            f"{table}</details>"
         )
 
 
@@ -153,4 +155,7 @@ def load_result(path: str | Path) -> Result:
     kinds = {kind.schema_id: kind for kind in Result.__subclasses__()}
     if found not in kinds:
         raise ResultError(f"{path} has schema {found!r}; this version reads {', '.join(kinds)}.")
-    return kinds[found].from_json(text)
+    try:
+        return kinds[found].from_json(text)
+    except ResultError as error:
+        raise ResultError(f"{path}: {error}") from None

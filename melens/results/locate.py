@@ -169,8 +169,13 @@ class MELayer(Result):
         found = self.verdict != "none"
         if any((layer is not None) != found for layer in named) or bool(self.massive) != found:
             raise ValueError("verdict, layers and massive tokens must go together")
+        if any(min(token.position, token.token_id, token.dim) < 0 for token in self.massive):
+            raise ValueError("positions, token ids and dimensions count from 0")
         if any(layer is not None and not -1 <= layer < self.n_layers for layer in named):
             raise ValueError(f"layers must be within -1 and {self.n_layers - 1}")
+        said = self.criteria.first_share, self.criteria.write_share
+        if found and (self.me_layer, self.main_layer) != said:
+            raise ValueError("me_layer and main_layer must be what their criteria say")
         return self
 
     def rows(self) -> list[dict[str, Any]]:

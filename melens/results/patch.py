@@ -15,6 +15,8 @@ Row = tuple[float, ...]
 Plane = tuple[Row, ...]
 Nested = Row | Plane | tuple[Plane, ...]
 """One level an axis, one to three axes; the validator holds it against them."""
+NOTHING = 1e-6
+"""A change below this, relative to the unpatched value, is rounding."""
 SHOWN = 60
 """Rows that a notebook or a terminal lists, the strongest first."""
 
@@ -46,7 +48,8 @@ class PatchGrid(Result):
     values: dict[str, Nested]
     """Site -> nested lists along its axes."""
     by_sequence: tuple[dict[str, Nested], ...] = ()
-    """The same for each sequence of the batch; empty with one sequence."""
+    """The same for each sequence of the batch; empty with one sequence. A sequence that ends before
+    a position counts there as unpatched."""
     clean: float
     """The metric of the unpatched clean run."""
     corrupted: float | None
@@ -112,6 +115,8 @@ class PatchGrid(Result):
     def summary(self) -> str:
         """One plain sentence."""
         top = self.strongest()[0]
+        if abs(top["change"]) <= NOTHING * max(1.0, abs(self.baseline)):
+            return f"{self.run.model}, {self.mode}: no patched run changes {self.metric}."
         place = f"{top['site']} at layer {top['layer']}"
         if top["position"] is not None:
             place += f", position {top['position']} ({top['token']!r})"

@@ -198,7 +198,7 @@ class SuperWeights(Result):
             text += f", all {n} by {self.together.loss_delta:+.3g}{_within(self.together.interval)}"
         control = f"{self.control.loss_delta:+.3g}{_within(self.control.interval)}"
         others = "another weight" if n == 1 else f"{n} other weights"
-        text += f"; {others} of the nearest size by {control}."
+        text += f"; {others} of the nearest size by {control} (layers count from 0)."
         if behind := sum(weight.site == "write" for weight in self.super_weights):
             text += (
                 f" {behind} of {n} only spike after the norm behind the FFN, which the published"
