@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from common import seconds
 
 SITES = ("resid_pre", "mlp_out")
+TOLERANCE = 1e-5
+"""Of the largest value: float32, matrix products of other shapes."""
 ANSWER, WRONG = 500, 600
 
 
@@ -70,7 +73,9 @@ def matmul_gflops() -> float:
     return max(2 * 2048**3 / seconds(lambda: a @ a) / 1e9 for _ in range(8))
 
 
-def compare(model: Any, site: str, length: int, count: int | None) -> None:
+def compare(model: Any, site: str, arguments: argparse.Namespace, speed: float) -> None:
+    """Time both on one site; ``speed`` is the machine's, in GFLOP/s."""
+    length, count = arguments.length, arguments.cells
     from melens import Batch
     from melens.patching import LogitDifference, patch
 
@@ -111,6 +116,10 @@ def compare(model: Any, site: str, length: int, count: int | None) -> None:
     print(f"  operations {counted / 1e12:.2f} against {needed / 1e12:.2f} TFLOP: "
           f"{counted / needed:.1f} x fewer")  # fmt: skip
     print(f"  speed {counted / whole / 1e9:.0f} against {needed / taken / 1e9:.0f} GFLOP/s")
+    limit = needed / (speed * 1e9)
+    print(f"  floating-point limit {limit:.1f} s: {whole / limit:.1f} x faster than plain")
+    if miss > TOLERANCE * theirs.abs().max().item():
+        sys.exit(f"{site}: the numbers differ by more than {TOLERANCE}")
 
 
 def main() -> None:
@@ -124,9 +133,10 @@ def main() -> None:
 
     model = load(arguments.model, device="cpu")
     print(f"{arguments.model}, CPU, {torch.get_num_threads()} threads")
-    print(f"a large float32 matrix product: {matmul_gflops():.0f} GFLOP/s")
+    speed = matmul_gflops()
+    print(f"a large float32 matrix product: {speed:.0f} GFLOP/s")
     for site in arguments.sites:
-        compare(model, site, arguments.length, arguments.cells)
+        compare(model, site, arguments, speed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from planted import batch, plant
@@ -8,10 +9,12 @@ from planted import batch, plant
 from melens.batches import Batch
 from melens.emergence import locate
 from melens.errors import OutputError, ResultError
-from melens.figures import save_figure
+from melens.figures import draw, save_figure
 from melens.knowledge import known, known_models
 from melens.results import KnownCheck, MELayer, load_result
 from melens.results.base import write_atomically
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +198,17 @@ def test_saved_checks_are_read_but_have_no_figure(results, tmp_path):
     assert load_result(path) == check
     with pytest.raises(ResultError, match="there is no figure for a KnownCheck"):
         check.plot()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs/results").glob("*.json")), ids=lambda p: p.name
+)
+def test_the_published_results_can_be_read_and_drawn(path):
+    found = load_result(path)
+    assert found.to_json() == path.read_text("utf-8")
+    assert draw(found).axes
+
+
+def test_no_document_holds_a_placeholder():
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        assert "@@" not in path.read_text("utf-8"), path.name
