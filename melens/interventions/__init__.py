@@ -18,13 +18,18 @@ from melens.interventions.ffn import (
     ffn_scale,
     ffn_zero_weights,
 )
+from melens.interventions.keys import drop_key
 from melens.interventions.norm import norm_flatten, norm_ones, norm_scale_dims, norm_shuffle
 from melens.interventions.residual import residual_set, write_block
 from melens.interventions.transplant import transplant
+from melens.interventions.wemask import MaskRecord, check_mask, wemask
 
 __all__ = [
     "INTERVENTIONS",
     "Intervention",
+    "MaskRecord",
+    "check_mask",
+    "drop_key",
     "ffn_ablate_neurons",
     "ffn_cap",
     "ffn_pull_back",
@@ -39,5 +44,6 @@ __all__ = [
     "qk_orthogonalise",
     "residual_set",
     "transplant",
+    "wemask",
     "write_block",
 ]

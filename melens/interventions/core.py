@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,7 @@ class Place:
     choice: Choice
     passes: int = field(default=0)
     touched: int = field(default=0)
+    _marked: tuple[Now, TokenMask, int] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, model: Any, layer: int | MELayer, tokens: Tokens) -> Place:
@@ -96,6 +97,13 @@ class Place:
             )
         check_layer(model, number)
         return cls(model, number, choice_of("first" if tokens is None else tokens))
+
+    def marked(self, now: Now) -> tuple[TokenMask, int]:
+        """The chosen real tokens of a pass and their number, asked for once a pass."""
+        if self._marked is None or self._marked[0] is not now:
+            chosen = _checked(self.choice(now), now) & now.real
+            self._marked = now, chosen, int(chosen.sum())
+        return self._marked[1:]
 
     def hook(self, site: str) -> str:
         """Name of a hook of this layer."""
@@ -150,6 +158,55 @@ def editing_module(place: Place, module: torch.nn.Module, editor: ModuleEditor) 
     _require_effect(place, f"layer {place.layer}'s {type(module).__name__}")
 
 
+InputEditor = Callable[[int, Tensor], Tensor]
+"""(layer, the chosen tokens' rows [token, d_model], float32 at least) -> their new rows."""
+
+
+@contextmanager
+def editing_inputs(
+    place: Place, modules: Mapping[int, torch.nn.Module], editor: InputEditor
+) -> Iterator[None]:
+    """Edit the chosen tokens in what several layers' modules read, bridged or plain.
+
+    Raises:  InterventionError: as :func:`editing`.
+    """
+
+    def before(layer: int) -> Callable[..., Any]:
+        write = _writing(place, lambda x, chosen, now: editor(layer, x[chosen]))
+
+        def edit(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            name = "hidden_states"
+            x = kwargs[name] if name in kwargs else args[0]
+            made = write(x, module)
+            if made is None:
+                return None
+            return (args, {**kwargs, name: made}) if name in kwargs else ((made, *args[1:]), kwargs)
+
+        return edit
+
+    with before_modules(place, modules, before):
+        yield
+
+
+PreHook = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def before_modules(
+    place: Place, modules: Mapping[int, torch.nn.Module], make: Callable[[int], PreHook]
+) -> Iterator[None]:
+    """Change the arguments that several layers' modules are called with.
+
+    ``make(layer)`` gives a torch pre-hook that counts in ``place`` what it touches.
+    """
+    with watching(place.model), ExitStack() as stack:
+        for layer, module in modules.items():
+            handle = module.register_forward_pre_hook(make(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+    _require_effect(place, f"what attention reads in layers {', '.join(map(str, modules))}")
+
+
 def _require_effect(place: Place, where: str) -> None:
     if not place.passes:
         raise InterventionError(f"an edit at {where} was active but no forward pass reached it.")
@@ -176,11 +233,11 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
                 f"{tuple(now.positions.shape)}; this edit cannot tell them apart."
             )
         place.passes += 1
-        chosen = _checked(place.choice(now), now).to(x.device) & now.real.to(x.device)
-        count = int(chosen.sum())
+        chosen, count = place.marked(now)
         place.touched += count
         if not count:
             return None
+        chosen = chosen.to(x.device)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         made = x.clone()  # never in place on the model's own tensor
         made[chosen] = editor(wide, chosen, now).to(x.dtype)

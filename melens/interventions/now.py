@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from melens.errors import InterventionError
@@ -30,6 +31,8 @@ class Now:
     """None where the caller passed embeddings instead of ids."""
     positions: TokenIds
     """Absolute, counted over real tokens from 0; padding -1."""
+    keys: Int[Tensor, "batch key"] | None = None
+    """The same for all that attention can read, cached tokens first, ``[batch, past + chunk]``."""
 
     @property
     def real(self) -> Tensor:
@@ -75,25 +78,48 @@ def reads_whole(model: Any) -> bool:
 def watching(model: Any, *, whole: bool = False) -> Iterator[None]:
     """Note the tokens of every forward pass of the whole model while this is open.
 
+    Open edits share one note a pass, however many they are.
+
     Args:    whole: count as an edit that looks at whole sequences.
     """
-    outer = getattr(model, "original_model", model)
-    names = list(inspect.signature(outer.forward).parameters)
-    stack = _NOW.setdefault(model, [])
-    depth = len(stack)
-
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del stack[depth:]  # a pass that failed or stopped early leaves its entry behind
-        stack.append(_read({**dict(zip(names, args, strict=False)), **kwargs}))
-
-    handle = outer.register_forward_pre_hook(note, with_kwargs=True)
+    watch = _WATCHED.get(model)
+    if watch is None:
+        watch = _WATCHED[model] = _Watch(model)
+    watch.users += 1
     _WHOLE[model] = _WHOLE.get(model, 0) + whole
     try:
         yield
     finally:
         _WHOLE[model] -= whole
-        handle.remove()
-        del stack[depth:]
+        watch.users -= 1
+        if not watch.users:
+            watch.close()
+            del _WATCHED[model]
+
+
+class _Watch:
+    """The one hook that notes a model's passes, and how many open edits need it."""
+
+    def __init__(self, model: Any) -> None:
+        outer = getattr(model, "original_model", model)
+        self.names = list(inspect.signature(outer.forward).parameters)
+        self.stack = _NOW.setdefault(model, [])
+        self.depth = len(self.stack)
+        self.users = 0
+        self.handle = outer.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the whole model runs."""
+        del self.stack[self.depth :]  # a pass that failed or stopped early leaves its entry behind
+        self.stack.append(_read({**dict(zip(self.names, args, strict=False)), **kwargs}))
+
+    def close(self) -> None:
+        """Take the hook off."""
+        self.handle.remove()
+        del self.stack[self.depth :]
+
+
+_WATCHED: weakref.WeakKeyDictionary[Any, _Watch] = weakref.WeakKeyDictionary()
 
 
 def _read(call: dict[str, Any]) -> Now:
@@ -108,20 +134,23 @@ def _read(call: dict[str, Any]) -> Now:
         )
     rows, width = shown.shape[:2]
     past = _past(call)
+    seen = past + width
     mask = call.get("attention_mask")
+    if isinstance(mask, dict):  # one a kind of layer; that of full attention shows all keys
+        mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
-        start = torch.arange(past, past + width, device=shown.device)
-        return Now(ids, start.expand(rows, width))
+        keys = torch.arange(seen, device=shown.device).expand(rows, seen)
+        return Now(ids, keys[:, past:], keys)
     if isinstance(mask, Tensor) and mask.ndim == 4:  # a static cache: the last query sees all keys
         mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[-1] < past + width:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[-1] < seen:
         raise InterventionError(
             "an edit needs a [batch, tokens] attention_mask that covers the cached tokens too, got "
             f"{tuple(getattr(mask, 'shape', ()))} for {past} cached and {width} new tokens."
         )
-    real = mask[:, : past + width].bool().expand(rows, -1)
-    positions = (real.long().cumsum(-1) - 1).masked_fill(~real, -1)
-    return Now(ids, positions[:, past:].to(shown.device))
+    real = mask[:, :seen].bool().expand(rows, -1)
+    keys = (real.long().cumsum(-1) - 1).masked_fill(~real, -1).to(shown.device)
+    return Now(ids, keys[:, past:], keys)
 
 
 def _past(call: dict[str, Any]) -> int:

@@ -14,12 +14,12 @@ import torch
 
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
 from melens.models.contract import check_contract
+from melens.models.decoder import KEPT_BRIDGE
 from melens.models.files import check_config, check_folder
 from melens.models.gguf import converted_copy
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
 
-_KEPT = "_melens_bridge"
 _CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Model objects that passed the contract already."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,9 +85,9 @@ def adopt(
     _refuse_moving(model, device, dtype)
     if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
         bridge = model
-    elif (bridge := vars(model).get(_KEPT)) is None:
+    elif (bridge := vars(model).get(KEPT_BRIDGE)) is None:
         bridge = _bridge_object(model, tokenizer)
-        vars(model)[_KEPT] = bridge
+        vars(model)[KEPT_BRIDGE] = bridge
     if tokenizer is not None and bridge.tokenizer is None:
         _give_tokenizer(bridge, tokenizer)
     if bridge not in _CHECKED:

@@ -1,0 +1,1 @@
+"""What a model can do with an edit and without it, paired, with controls."""

@@ -1,0 +1,72 @@
+"""Every edit that can be evaluated, by name: the mask, its rivals, and none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from melens.errors import InterventionError
+from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
+from melens.isolation import mean_coordinates
+from melens.registry import Registry
+from melens.results import MELayer
+from melens.results.edit import Edit
+
+Maker = Callable[[Any, Edit, MELayer], AbstractContextManager[Any]]
+EDITS: Registry[Maker] = Registry("edit")
+CAP = 2.0
+
+
+def applied(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
+    """The edit, ready to be entered; a mask's ``with`` gives its MaskRecord, others None.
+
+    Args:    model: a bridge; for none, wemask and drop-key a plain transformers model as well.
+             me_layer: whose massive tokens are edited; None = the first token, where the edit
+             names its layers itself.
+    Raises:  InterventionError, SiteError: settings that this model cannot follow.
+    """
+    if me_layer is None and edit.name in ("zero", "mean", "norm-flatten", "ffn-cap"):
+        raise InterventionError(f"{edit.name} acts at the ME Layer; pass what melens.locate gives.")
+    return EDITS[edit.name](model, edit, me_layer)  # type: ignore[arg-type]
+
+
+def _none(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def _wemask(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+    return wemask(
+        model, me_layer, layers=edit.layers, rate=edit.rate, strength=edit.strength,
+        select=edit.select, seed=edit.seed,
+    )  # fmt: skip
+
+
+def _zero(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+    return residual_set(model, me_layer, strength=edit.strength)
+
+
+def _mean(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+    means = mean_coordinates(model, me_layer)
+    return residual_set(
+        model, me_layer, dims=list(means), values=list(means.values()), strength=edit.strength
+    )
+
+
+def _norm_flatten(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+    return norm_flatten(model, me_layer, alpha=1 - edit.strength)
+
+
+def _ffn_cap(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+    return ffn_cap(model, me_layer, factor=CAP, strength=edit.strength)
+
+
+def _drop_key(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+    return drop_key(model, me_layer, layers=edit.layers, strength=edit.strength)
+
+
+for _name, _maker in {
+    "none": _none, "wemask": _wemask, "zero": _zero, "mean": _mean,
+    "norm-flatten": _norm_flatten, "ffn-cap": _ffn_cap, "drop-key": _drop_key,
+}.items():  # fmt: skip
+    EDITS.add(_name, _maker)

@@ -1,0 +1,125 @@
+"""Take a token out of what later tokens can attend to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from melens.errors import InterventionError
+from melens.interventions.core import Place, before_modules, check_number, intervention
+from melens.interventions.now import Now, now_of
+from melens.interventions.tokens import Tokens, choice_of
+from melens.interventions.wemask import Layers, layers_of
+from melens.models.decoder import decoder_of
+from melens.results.locate import MELayer
+
+MASK = "attention_mask"
+
+
+@intervention("drop_key", neutral={"strength": 0.0}, strong={})
+@contextmanager
+def drop_key(
+    model: Any,
+    layer: int | MELayer | None = None,
+    *,
+    layers: Layers = "after",
+    strength: float = 1.0,
+    tokens: Tokens = None,
+) -> Iterator[None]:
+    """Hide the sink token's key and value from every later token; the token still sees itself.
+
+    Args:    layer, layers, tokens: as for ``wemask``; a bridge or a plain transformers model.
+             strength: attention weights to the token are multiplied by 1 - strength before they
+             are normalised: 0 changes nothing, 1 removes key and value.
+    Raises:  InterventionError: settings; flash attention, whose mask is no matrix; beam search
+             over tokens that are told by their id after the prompt; at the end, if no pass held a
+             chosen token.
+    """
+    if not 0 <= check_number("strength", strength, low=0.0) <= 1:
+        raise InterventionError(f"strength must be from 0 to 1, got {strength!r:.40}.")
+    decoder = decoder_of(model)
+    at = layers_of(decoder, layer, layers)
+    tokens = layer if tokens is None and isinstance(layer, MELayer) else tokens
+    place = Place(decoder.model, at[0], choice_of("first" if tokens is None else tokens))
+    hidden = _Hidden(place)
+    amount = math.log1p(-strength) if strength < 1 else -math.inf
+
+    def make(layer: int) -> Callable[..., Any]:
+        def edit(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            place.passes += 1
+            now = now_of(decoder.model)
+            columns = hidden.columns(now)
+            place.touched += int(columns.any())
+            if strength == 0 or not columns.any():
+                return None
+            made = _with_hidden(kwargs.get(MASK), columns, now, amount, _dtype(args, kwargs))
+            return args, {**kwargs, MASK: made}
+
+        return edit
+
+    with before_modules(place, {n: decoder.attentions[n] for n in at}, make):
+        yield
+
+
+class _Hidden:
+    """Which of all keys are hidden, chunk after chunk of one text."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._now: Now | None = None
+        self._columns: Tensor | None = None
+
+    def columns(self, now: Now) -> Bool[Tensor, "batch key"]:
+        """Hidden keys of a pass, cached ones included."""
+        assert now.keys is not None
+        if now is self._now and self._columns is not None:
+            return self._columns
+        marked, _ = self.place.marked(now)
+        past = now.keys.shape[1] - marked.shape[1]
+        before = marked.new_zeros(len(marked), past)
+        if past:
+            if self._columns is None or len(self._columns) != len(marked):
+                raise InterventionError(
+                    "cached tokens were not seen while drop_key was open; enter it before the "
+                    "prompt is run."
+                )
+            kept = self._columns[:, :past]
+            before[:, : kept.shape[1]] = kept
+        self._now, self._columns = now, torch.cat([before, marked], dim=1)
+        return self._columns
+
+
+def _dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+    return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).dtype
+
+
+def _with_hidden(mask: Any, columns: Tensor, now: Now, amount: float, dtype: torch.dtype) -> Tensor:
+    """The layer's mask, additive, with the hidden keys' columns lowered for other queries."""
+    assert now.keys is not None
+    total, chunk = now.keys.shape[1], now.positions.shape[1]
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
+        raise InterventionError(
+            "drop_key needs eager or sdpa attention (a mask of queries x keys); load the model "
+            "with attn_implementation='eager'."
+        )
+    low = torch.finfo(dtype).min
+    query = torch.arange(total - chunk, total, device=columns.device)
+    key = torch.arange(total, device=columns.device)
+    if mask is None:
+        seen = (key[None] <= query[:, None])[None, None]
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, low)
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low)
+    hide = columns[:, None, None, :].to(mask.device) & (key[None] != query[:, None]).to(mask.device)
+    width = mask.shape[-1]
+    if width < total:  # a sliding window's cache keeps the last keys only
+        hide = hide[..., total - width :]
+    hide = torch.nn.functional.pad(hide, (0, width - hide.shape[-1]))
+    lowered = mask + amount if amount > -math.inf else torch.full_like(mask, low)
+    return torch.where(hide, lowered.clamp_min(low), mask)

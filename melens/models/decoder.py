@@ -1,0 +1,127 @@
+"""What an edit of the attention input must know of a model, bridged or plain transformers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.errors import FoldedWeightsError, InterventionError, SiteError
+from melens.models.anatomy import FAMILIES, anatomy, norm_gain
+
+KEPT_BRIDGE = "_melens_bridge"
+"""Where a plain model keeps the bridge that melens made of it."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder LM: the module whose call shows the tokens, and each layer's attention."""
+
+    model: Any
+    """The bridge, or the transformers model: what passes are noted under."""
+    name: str
+    n_layers: int
+    d_model: int
+    attentions: dict[int, torch.nn.Module]
+    """Layer, from 0, to its attention module; a layer without attention is left out."""
+    norms: dict[int, torch.nn.Module]
+    """Layer to the norm before attention of a plain model; empty for a bridge."""
+
+    def check_layer(self, layer: int) -> None:
+        """Refuse a layer the model does not have.
+
+        Raises:  SiteError: with the range that fits.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise SiteError(
+                f"layer {layer} is outside 0..{self.n_layers - 1} of {self.name}. "
+                "Layers count from 0."
+            )
+
+    def gain(self, layer: int) -> Float[Tensor, " d_model"]:
+        """What the norm before a layer's attention multiplies by, float32.
+
+        Raises:  SiteError: no norm before attention (OLMo-2), or a family melens has no row for.
+                 FoldedWeightsError: the gain was folded away.
+        """
+        if hasattr(self.model, "hook_dict"):
+            return norm_gain(self.model, layer, "ln1")
+        architecture = type(self.model).__name__
+        row = next((r for _, r in FAMILIES.items() if architecture in r.architectures), None)
+        if layer not in self.norms or row is None:
+            why = "melens has no row for its family" if row is None else "there is none"
+            raise SiteError(
+                f"the gain of layer {layer}'s norm before attention cannot be read in "
+                f"{architecture}: {why}; use select='activation'."
+            )
+        weight = getattr(self.norms[layer], "weight", None)
+        if not isinstance(weight, Tensor):
+            raise FoldedWeightsError(f"layer {layer}'s norm before attention has no gain.")
+        return weight.detach().float() + row.gain_offset
+
+
+def decoder_of(model: Any) -> Decoder:
+    """Of a TransformerBridge, a transformers causal LM, or a PEFT model around one.
+
+    A plain model is looked at, never changed: no submodule is replaced.
+
+    Raises:  InterventionError: something else, or a family TransformerLens has no adapter for.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    model = vars(model).get(KEPT_BRIDGE, model) if hasattr(model, "__dict__") else model
+    if hasattr(model, "hook_dict") and hasattr(model, "original_model"):
+        layers = anatomy(model).attention_layers
+        name = getattr(model.cfg, "model_name", "this model")
+        return Decoder(
+            model, name, model.cfg.n_layers, model.cfg.d_model,
+            {layer: model.blocks[layer].attn for layer in layers}, {},
+        )  # fmt: skip
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise InterventionError(
+            "this edit needs a TransformerBridge or a transformers causal LM, got "
+            f"{type(model).__name__}; melens.load it first."
+        )
+    return _plain(model)
+
+
+def _plain(model: Any) -> Decoder:
+    adapter = _adapter(model)
+    n_layers = adapter.cfg.n_layers
+    attentions, norms = {}, {}
+    for layer in range(n_layers):
+        for part, kept in (("attn", attentions), ("ln1", norms)):
+            module = _part(adapter, model, layer, part)
+            if module is not None:
+                kept[layer] = module
+    return Decoder(model, type(model).__name__, n_layers, adapter.cfg.d_model, attentions, norms)
+
+
+def _part(adapter: Any, model: Any, layer: int, part: str) -> torch.nn.Module | None:
+    try:
+        found = adapter.get_component(model, f"blocks.{layer}.{part}")
+    except (ValueError, AttributeError, KeyError):  # a hybrid's layer, or a family without it
+        return None
+    return found if isinstance(found, torch.nn.Module) else None
+
+
+def _adapter(model: Any) -> Any:
+    """TransformerLens's map of where this architecture keeps its parts."""
+    from transformer_lens.factories import architecture_adapter_factory as factories
+    from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
+
+    architecture = type(model).__name__
+    config = copy.deepcopy(model.config)
+    config.architectures = [architecture]
+    try:
+        cfg = build_bridge_config_from_hf(config, architecture, architecture, torch.float32)
+        return factories.ArchitectureAdapterFactory.select_architecture_adapter(cfg)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InterventionError(
+            f"TransformerLens has no adapter for {architecture} ({str(error)[:120]}); pass a "
+            "TransformerBridge of your own."
+        ) from None

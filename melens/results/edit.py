@@ -1,0 +1,77 @@
+"""Edit: one edit of a model by name and settings: what is compared, saved and exported."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from melens.results.base import Part
+
+EditName = Literal["none", "wemask", "zero", "mean", "norm-flatten", "ffn-cap", "drop-key"]
+Select = Literal["gamma", "activation", "product", "random", "bottom"]
+RATED: tuple[EditName, ...] = ("wemask",)
+LAYERED: tuple[EditName, ...] = ("wemask", "drop-key")
+
+
+class Edit(Part):
+    """An edit without its model; two of them are equal if they do the same.
+
+    none: the model as it is. wemask: the mask. zero, mean: the massive coordinates after the ME
+    Layer set to 0 or to their mean (Sun et al.). norm-flatten, ffn-cap: at the ME Layer. drop-key:
+    the sink token's key and value hidden from later tokens.
+    """
+
+    name: EditName = "wemask"
+    select: Select = "gamma"
+    """Rule for a mask's dimensions; only of ``wemask``, as ``rate`` and ``seed``."""
+    rate: float = Field(default=0.5, ge=0, le=1)
+    strength: float = Field(default=1.0, ge=0, le=1)
+    """0 changes nothing, 1 is the whole edit."""
+    layers: Literal["after", "next"] | tuple[int, ...] = "after"
+    """Layers from 0 that a mask or a dropped key acts in, or which of those after the ME Layer."""
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Edit:
+        """Refuse settings that the named edit does not have."""
+        given = self.model_fields_set
+        if self.name not in RATED and given & {"select", "rate", "seed"}:
+            raise ValueError(f"{self.name} has no select, rate or seed; those are wemask's")
+        if self.name not in LAYERED and "layers" in given:
+            raise ValueError(f"{self.name} acts at the ME Layer; layers are of wemask and drop-key")
+        if isinstance(self.layers, tuple) and (not self.layers or min(self.layers) < 0):
+            raise ValueError("layers must be 'after', 'next' or numbers from 0")
+        return self
+
+    def changed(self, **settings: object) -> Edit:
+        """The same edit with other settings."""
+        return Edit.model_validate({**self.model_dump(exclude_unset=True), **settings})
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and axes."""
+        if self.name == "none":
+            return "none"
+        parts: list[str] = [self.name]
+        if self.name in RATED:
+            parts += [self.select, f"rate {self.rate:g}"]
+            parts += [f"seed {self.seed}"] if self.select == "random" else []
+        if self.strength != 1:
+            parts.append(f"strength {self.strength:g}")
+        if self.name in LAYERED:
+            parts.append(_layers(self.layers))
+        return " ".join(parts)
+
+
+def _layers(layers: str | tuple[int, ...]) -> str:
+    if isinstance(layers, str):
+        return {"after": "all later layers", "next": "next layer"}[layers]
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"layer{'s' * (len(set(layers)) > 1)} {shown}"
