@@ -1,0 +1,156 @@
+"""The options of an edit, the same in every command that takes one, and the Edit they mean."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from melens.results.edit import Edit
+
+
+class EditKind(StrEnum):
+    """Names of edits, as in ``melens.results.edit.EditName``."""
+
+    none = "none"
+    wemask = "wemask"
+    zero = "zero"
+    mean = "mean"
+    norm_flatten = "norm-flatten"
+    ffn_cap = "ffn-cap"
+    drop_key = "drop-key"
+
+
+class SelectKind(StrEnum):
+    """A mask's rule for its dimensions, as in ``melens.results.edit.Select``."""
+
+    gamma = "gamma"
+    activation = "activation"
+    product = "product"
+    random = "random"
+    bottom = "bottom"
+
+
+EditOption = Annotated[
+    EditKind | None,
+    typer.Option(
+        "--edit",
+        help="none; wemask: the mask; zero, mean: the massive coordinates after the ME Layer; "
+        "norm-flatten, ffn-cap: at the ME Layer; drop-key: the sink token's key and value. "
+        "Default: wemask, or what MODEL's melens.json says.",
+    ),
+]
+MaskSelect = Annotated[
+    SelectKind | None,
+    typer.Option(
+        "--mask-select",
+        help="Dimensions by largest norm gain (gamma), |activation|, their product, at random, or "
+        "smallest gain (bottom). Default: gamma.",
+    ),
+]
+MaskRate = Annotated[
+    float | None,
+    typer.Option(
+        "--mask-rate", min=0, max=1, help="Share of the dimensions that is masked. Default: 0.5."
+    ),
+]
+MaskStrength = Annotated[
+    float | None,
+    typer.Option(
+        "--mask-strength", min=0, max=1, help="0 = no change, 1 = the whole edit. Default: 1."
+    ),
+]
+MaskLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-layers",
+        help="after = all after the ME Layer, next = the first of them, or layers from 0: "
+        "12-29,31. Default: after.",
+    ),
+]
+MaskSeed = Annotated[
+    int | None,
+    typer.Option("--mask-seed", min=0, max=2**63 - 1, help="For --mask-select random. Default: 0."),
+]
+SETTINGS = ("select", "rate", "strength", "layers", "seed")
+MELENS_JSON = "melens.json"
+RUN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+
+
+def edit_of(options: Mapping[str, Any], model: str | Path | None = None) -> Edit:
+    """The edit that a command's ``edit`` and ``mask_*`` arguments mean; torch is not loaded.
+
+    Args:    options: the command's arguments by name (``locals()``); others are ignored.
+             model: MODEL as typed; where it is a folder with a melens.json and none of these
+             options was given, the edit is that file's.
+    Raises:  InterventionError: settings that the named edit does not have, or layers that are
+             none. ResultError: a melens.json that cannot be read.
+    """  # fmt: skip
+    from pydantic import ValidationError
+
+    from melens.errors import InterventionError
+    from melens.results.edit import Edit
+
+    name = options.get("edit")
+    given = {key: options.get(f"mask_{key}") for key in SETTINGS}
+    given = {key: value for key, value in given.items() if value is not None}
+    if name is None and not given and (saved := edit_beside(model)) is not None:
+        return saved
+    if "layers" in given:
+        given["layers"] = layers_from(given["layers"])
+    plain = {key: getattr(value, "value", value) for key, value in given.items()}
+    try:
+        return Edit.model_validate({"name": str(getattr(name, "value", name) or "wemask"), **plain})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"--mask-{part}: " for part in first["loc"][:1])
+        raise InterventionError(f"{place}{first['msg'].removeprefix('Value error, ')}.") from None
+
+
+def edit_beside(model: str | Path | None) -> Edit | None:
+    """The edit in a model folder's melens.json; None where there is no such file.
+
+    Raises:  ResultError: it cannot be read.
+    """
+    path = None if model is None else Path(model).expanduser() / MELENS_JSON
+    if path is None or not path.is_file():
+        return None
+    from pydantic import ValidationError
+
+    from melens.errors import ResultError
+    from melens.results.edit import Edit
+
+    try:
+        return Edit.model_validate(json.loads(path.read_text("utf-8"))["edit"])
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise ResultError(f"{path} holds no edit that melens can read; export it again.") from None
+
+
+def layers_from(text: str) -> str | tuple[int, ...]:
+    """``after``, ``next``, or the numbers of ``12-29,31``, in order and each once.
+
+    Raises:  InterventionError: anything else.
+    """
+    from melens.errors import InterventionError
+
+    if text in ("after", "next"):
+        return text
+    found: set[int] = set()
+    for part in text.split(","):
+        match = RUN.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last - first > 10_000:
+            raise InterventionError(
+                f"--mask-layers takes after, next, or layers from 0 such as 12-29,31; got "
+                f"{text!r:.60}."
+            )
+        found |= set(range(first, last + 1))
+    return tuple(sorted(found))
