@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from melens.results.base import Part
 
@@ -43,6 +43,13 @@ class Edit(Part):
         if isinstance(self.layers, tuple) and (not self.layers or min(self.layers) < 0):
             raise ValueError("layers must be 'after', 'next' or numbers from 0")
         return self
+
+    @model_serializer(mode="wrap")
+    def _own_settings(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only settings that the named edit has: what is written can be read again."""
+        foreign = set() if self.name in RATED else {"select", "rate", "seed"}
+        foreign |= set() if self.name in LAYERED else {"layers"}
+        return {key: value for key, value in write(self).items() if key not in foreign}
 
     def changed(self, **settings: object) -> Edit:
         """The same edit with other settings."""
