@@ -21,7 +21,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import check_ids, evaluating
 from melens.errors import ContractError, SiteError
-from melens.interventions.now import passing, reads_whole
+from melens.interventions.now import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.origin import origin_of
 from melens.shapes import Resid
@@ -86,11 +86,13 @@ class Resumable:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, batch: Batch) -> None:
+    def __init__(self, model: Any, batch: Batch, *, check: bool = True) -> None:
         """Record the clean run, and check that resuming gives the same numbers.
 
         Args:    model: a TransformerBridge or HookedTransformer; never moved.
                  batch: token ids, padded on either side or not at all.
+                 check: False trusts an earlier batch's check of the same model, which costs three
+                 runs; whole sequences only.
         Raises:  ContractError: resumed runs differ from the full one, so this model cannot be
                  resumed. PromptError: token ids that the model does not have.
         """
@@ -102,11 +104,12 @@ class Resumable:
         self._calls: list[dict[str, Any]] = []
         self._resids: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        self.suffixes = self._can_cut() and not reads_whole(model)
+        self.suffixes = check and self._can_cut() and not reads_whole(model)
         """Whether runs can start behind position 0; else every run takes whole sequences."""
         with evaluating(model):
             last = self._record_what_can_be()
-            self._check(last)
+            if check:
+                self._check(last)
 
     def resid_pre(self, layer: int) -> Resid:
         """The clean residual entering ``layer``; ``n_layers`` = what leaves the last block.
@@ -134,9 +137,9 @@ class Resumable:
         if start:
             cache = next(name for name in CACHES if name in self._names[layer])
             named[cache] = _Prefix(self._pairs[layer], start, copies)
-        ids = self.batch.ids[:, start:].repeat(copies, 1)
-        positions = self.batch.positions[:, start:].repeat(copies, 1)
-        with passing(self.model, ids, positions):
+        keys = self.batch.positions.repeat(copies, 1)
+        now = Now(self.batch.ids[:, start:].repeat(copies, 1), keys[:, start:], keys)
+        with passing(self.model, now):
             out = self.model.blocks[layer](resid, **named)
         return out[0] if isinstance(out, tuple) else out
 

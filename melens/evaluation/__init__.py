@@ -1,1 +1,6 @@
-"""What a model can do with an edit and without it, paired, with controls."""
+"""What a model can do with an edit and without it, paired by item, with doses and controls."""
+
+from melens.evaluation.run import Settings, evaluate
+from melens.evaluation.tasks import Source
+
+__all__ = ["Settings", "Source", "evaluate"]

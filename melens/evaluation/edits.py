@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+
 from melens.errors import InterventionError
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
 from melens.isolation import mean_coordinates
@@ -42,23 +44,46 @@ def _wemask(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager
     )  # fmt: skip
 
 
+def _layer(edit: Edit, me_layer: MELayer) -> Any:
+    return edit.layers[0] if isinstance(edit.layers, tuple) else me_layer
+
+
+def _dims(model: Any, edit: Edit, me_layer: MELayer) -> list[int]:
+    """The massive dimensions, or as many others."""
+    massive = sorted({token.dim for token in me_layer.massive})
+    if edit.select != "random":
+        return massive
+    rng = torch.Generator().manual_seed(edit.seed)
+    others = [d for d in torch.randperm(model.cfg.d_model, generator=rng).tolist()
+              if d not in massive]  # fmt: skip
+    return sorted(others[: len(massive)])
+
+
 def _zero(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
-    return residual_set(model, me_layer, strength=edit.strength)
+    return residual_set(
+        model, _layer(edit, me_layer), tokens=me_layer, dims=_dims(model, edit, me_layer),
+        strength=edit.strength,
+    )  # fmt: skip
 
 
 def _mean(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
-    means = mean_coordinates(model, me_layer)
+    at = edit.layers[0] if isinstance(edit.layers, tuple) else None
+    dims = _dims(model, edit, me_layer)
+    means = mean_coordinates(model, me_layer, layer=at, dims=dims)
     return residual_set(
-        model, me_layer, dims=list(means), values=list(means.values()), strength=edit.strength
-    )
+        model, _layer(edit, me_layer), tokens=me_layer, dims=list(means),
+        values=list(means.values()), strength=edit.strength,
+    )  # fmt: skip
 
 
 def _norm_flatten(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
-    return norm_flatten(model, me_layer, alpha=1 - edit.strength)
+    return norm_flatten(model, _layer(edit, me_layer), tokens=me_layer, alpha=1 - edit.strength)
 
 
 def _ffn_cap(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
-    return ffn_cap(model, me_layer, factor=CAP, strength=edit.strength)
+    return ffn_cap(
+        model, _layer(edit, me_layer), tokens=me_layer, factor=CAP, strength=edit.strength
+    )
 
 
 def _drop_key(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:

@@ -193,13 +193,18 @@ PreHook = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 @contextmanager
 def before_modules(
-    place: Place, modules: Mapping[int, torch.nn.Module], make: Callable[[int], PreHook]
+    place: Place,
+    modules: Mapping[int, torch.nn.Module],
+    make: Callable[[int], PreHook],
+    *,
+    whole: bool = False,
 ) -> Iterator[None]:
     """Change the arguments that several layers' modules are called with.
 
-    ``make(layer)`` gives a torch pre-hook that counts in ``place`` what it touches.
+    ``make(layer)`` gives a torch pre-hook that counts in ``place`` what it touches; ``whole`` as
+    for :func:`editing`.
     """
-    with watching(place.model), ExitStack() as stack:
+    with watching(place.model, whole=whole), ExitStack() as stack:
         for layer, module in modules.items():
             handle = module.register_forward_pre_hook(make(layer), with_kwargs=True)
             stack.callback(handle.remove)

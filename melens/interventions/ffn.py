@@ -98,17 +98,20 @@ def ffn_cap(
     tokens: Tokens = None,
     reference: float | None = None,
     factor: float = 2.0,
+    strength: float = 1.0,
 ) -> Iterator[None]:
     """Cap the norm of what the FFN writes at ``factor`` times the reference norm.
 
     What is written is taken as it enters the residual, a norm on the write path included.
 
     Args:    reference: a norm; None = the median over the sequence's other real tokens.
-             factor: the strength; infinity changes nothing.
+             factor: infinity changes nothing.
+             strength: 0 changes nothing, 1 caps.
     Raises:  as ``ffn_pull_back``.
     Source:  the ME-Layer authors' released code, ablation F3 (there with factor 2).
     """  # fmt: skip
     check_number("factor", factor, low=0.0)
+    check_number("strength", strength)
     check_reference(reference)
     place = Place.of(model, layer, tokens)
 
@@ -117,7 +120,8 @@ def ffn_cap(
             return x[chosen]
         size = x.norm(dim=-1)
         limit = factor * _reference(size, chosen, now, reference)
-        return x[chosen] * (limit / size[chosen].clamp_min(1e-30)).clamp(max=1.0)[:, None]
+        scale = (limit / size[chosen].clamp_min(1e-30)).clamp(max=1.0)[:, None]
+        return blend(x[chosen], x[chosen] * scale, strength)
 
     with editing(place, {_write_site(place): edit}, whole=reference is None):
         yield

@@ -63,7 +63,7 @@ def drop_key(
 
         return edit
 
-    with before_modules(place, {n: decoder.attentions[n] for n in at}, make):
+    with before_modules(place, {n: decoder.attentions[n] for n in at}, make, whole=True):
         yield
 
 

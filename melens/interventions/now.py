@@ -59,10 +59,10 @@ def now_of(model: Any) -> Now:
 
 
 @contextmanager
-def passing(model: Any, ids: TokenIds, positions: TokenIds) -> Iterator[None]:
+def passing(model: Any, now: Now) -> Iterator[None]:
     """Say what is being run while blocks are called directly."""
     stack = _NOW.setdefault(model, [])
-    stack.append(Now(ids, positions))
+    stack.append(now)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from melens.models.anatomy import FAMILIES, Family, anatomy, gains
 from melens.models.contract import check_contract
-from melens.models.loading import load
+from melens.models.loading import load, load_plain
 from melens.models.named import NAMED, NamedModel, accept_licence, fetch, forget, on_this_machine
 from melens.models.origin import Origin, fingerprint, origin_of
 
@@ -20,6 +20,7 @@ __all__ = [
     "forget",
     "gains",
     "load",
+    "load_plain",
     "on_this_machine",
     "origin_of",
 ]

@@ -51,23 +51,50 @@ def load(
     """  # fmt: skip
     if not isinstance(model, (str, Path)):
         return adopt(model, device=device, dtype=dtype, tokenizer=tokenizer).eval()
-    name = str(model)
-    source, is_local = _resolve(name, revision=revision, trust_remote_code=trust_remote_code)
-    if is_local and revision is not None:
-        raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
-    device = _usable(device or _best_device())
-    options = {
-        "revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": is_local,
-    }  # fmt: skip
-    hf = _read_weights(source, dtype=_dtype(dtype, device), options=options)
-    tokenizer = tokenizer or _read_tokenizer(source, options)
-    bridge = _bridge(hf.to(device), tokenizer, name=name).eval()
-    shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
-    commit = getattr(hf.config, "_commit_hash", None)
-    remember(bridge, Origin(shown, revision=commit or revision))
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    hf, tokenizer, origin = _load_hf(
+        str(model), tokenizer, device=device, dtype=dtype,
+        options={**options, "attn_implementation": "eager"},
+    )  # fmt: skip
+    bridge = _bridge(hf, tokenizer, name=str(model)).eval()
+    remember(bridge, origin)
     check_contract(bridge)
     _CHECKED.add(bridge)
     return bridge
+
+
+def load_plain(
+    model: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any, Origin]:
+    """A transformers causal LM that is not bridged, its tokenizer, and where it came from.
+
+    For what a bridge cannot do (be saved) or does slower (decode); arguments, network and errors
+    are :func:`load`'s.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return _load_hf(str(model), None, device=device, dtype=dtype, options=options)
+
+
+def _load_hf(
+    name: str, tokenizer: Any, *, device: str | None, dtype: Any, options: dict[str, Any]
+) -> tuple[Any, Any, Origin]:
+    revision, trusted = options["revision"], options["trust_remote_code"]
+    source, is_local = _resolve(name, revision=revision, trust_remote_code=trusted)
+    if is_local and revision is not None:
+        raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
+    device = _usable(device or _best_device())
+    options = {**options, "local_files_only": is_local}
+    hf = _read_weights(source, dtype=_dtype(dtype, device), options=options)
+    options.pop("attn_implementation", None)
+    tokenizer = tokenizer or _read_tokenizer(source, options)
+    shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
+    commit = getattr(hf.config, "_commit_hash", None)
+    return hf.to(device).eval(), tokenizer, Origin(shown, revision=commit or revision)
 
 
 def adopt(
@@ -148,9 +175,8 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, attn_implementation="eager",
-            output_loading_info=True, **options,
-        )  # fmt: skip
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
     except (
         OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError,
         StrictDataclassError,

@@ -4,6 +4,8 @@ from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
 from melens.results.base import Result, load_result
 from melens.results.collapse import Collapse, CollapseRow
 from melens.results.describe import TokenPortrait
+from melens.results.edit import Edit
+from melens.results.evaluation import Evaluation
 from melens.results.isolate import Isolation
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import (
@@ -30,6 +32,8 @@ __all__ = [
     "Comparison",
     "Criteria",
     "Cumulative",
+    "Edit",
+    "Evaluation",
     "FinalGrowth",
     "FirstToken",
     "HeadMap",

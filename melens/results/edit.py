@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from melens.results.base import Part
 
 EditName = Literal["none", "wemask", "zero", "mean", "norm-flatten", "ffn-cap", "drop-key"]
 Select = Literal["gamma", "activation", "product", "random", "bottom"]
 RATED: tuple[EditName, ...] = ("wemask",)
+COORDINATES: tuple[EditName, ...] = ("zero", "mean")
 LAYERED: tuple[EditName, ...] = ("wemask", "drop-key")
 
 
@@ -24,31 +25,39 @@ class Edit(Part):
 
     name: EditName = "wemask"
     select: Select = "gamma"
-    """Rule for a mask's dimensions; only of ``wemask``, as ``rate`` and ``seed``."""
+    """Rule for a mask's dimensions, as ``rate`` and ``seed``; zero and mean take ``random``: as
+    many dimensions as are massive, drawn by ``seed``."""
     rate: float = Field(default=0.5, ge=0, le=1)
     strength: float = Field(default=1.0, ge=0, le=1)
     """0 changes nothing, 1 is the whole edit."""
     layers: Literal["after", "next"] | tuple[int, ...] = "after"
-    """Layers from 0 that a mask or a dropped key acts in, or which of those after the ME Layer."""
+    """Layers from 0 that a mask or a dropped key acts in, or which of those after the ME Layer;
+    for the others one layer in place of the ME Layer."""
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _means_something(self) -> Edit:
         """Refuse settings that the named edit does not have."""
         given = self.model_fields_set
-        if self.name not in RATED and given & {"select", "rate", "seed"}:
-            raise ValueError(f"{self.name} has no select, rate or seed; those are wemask's")
-        if self.name not in LAYERED and "layers" in given:
-            raise ValueError(f"{self.name} acts at the ME Layer; layers are of wemask and drop-key")
+        if self.name not in RATED and "rate" in given:
+            raise ValueError(f"{self.name} has no rate; that is wemask's")
+        if self.name not in RATED and given & {"select", "seed"}:
+            if self.name not in COORDINATES:
+                raise ValueError(f"{self.name} has no select or seed; those are wemask's")
+            if self.select != "random":
+                raise ValueError(f"{self.name} takes the massive dimensions, or select='random'")
         if isinstance(self.layers, tuple) and (not self.layers or min(self.layers) < 0):
             raise ValueError("layers must be 'after', 'next' or numbers from 0")
+        if self.name not in LAYERED and "layers" in given and len(self.layers) != 1:
+            raise ValueError(f"{self.name} acts at one layer: the ME Layer, or layers=(n,)")
         return self
 
     @model_serializer(mode="wrap")
-    def _own_settings(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Only settings that the named edit has: what is written can be read again."""
+    def _own_settings(self, write: Any) -> dict[str, Any]:
+        """No default of a setting that the named edit lacks: what is written can be read again."""
         foreign = set() if self.name in RATED else {"select", "rate", "seed"}
         foreign |= set() if self.name in LAYERED else {"layers"}
+        foreign -= self.model_fields_set
         return {key: value for key, value in write(self).items() if key not in foreign}
 
     def changed(self, **settings: object) -> Edit:
@@ -63,10 +72,11 @@ class Edit(Part):
         parts: list[str] = [self.name]
         if self.name in RATED:
             parts += [self.select, f"rate {self.rate:g}"]
-            parts += [f"seed {self.seed}"] if self.select == "random" else []
+        if self.select == "random":
+            parts.append(f"{'' if self.name in RATED else 'random dims '}seed {self.seed}")
         if self.strength != 1:
             parts.append(f"strength {self.strength:g}")
-        if self.name in LAYERED:
+        if self.name in LAYERED or self.layers != "after":
             parts.append(_layers(self.layers))
         return " ".join(parts)
 

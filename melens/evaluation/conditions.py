@@ -1,0 +1,142 @@
+"""Which edits an evaluation compares: base, the edit, its doses, its controls, its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from melens.errors import InterventionError
+from melens.interventions.wemask import layers_of
+from melens.models.decoder import decoder_of
+from melens.results import MELayer
+from melens.results.edit import LAYERED, RATED, Edit
+
+Role = Literal["base", "edited", "dose", "control", "rival"]
+RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
+STRENGTHS = (0.25, 0.5, 0.75)
+CONTROL_SEEDS = (0, 1, 2)
+RIVALS = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
+BASE = Edit(name="none")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One column of an evaluation."""
+
+    name: str
+    role: Role
+    edit: Edit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare beside base and edit; doses and both controls unless told otherwise."""
+
+    rates: tuple[float, ...] = RATES
+    """Doses of a mask; an edit without a rate takes ``strengths``."""
+    strengths: tuple[float, ...] = STRENGTHS
+    seeds: tuple[int, ...] = CONTROL_SEEDS
+    """Of the random dimensions."""
+    rivals: tuple[str, ...] = ()
+    """Other edits, by name, at full strength."""
+
+
+def conditions(
+    model: Any, edit: Edit, me_layer: MELayer | None, plan: Plan | None = None
+) -> tuple[Condition, ...]:
+    """Every condition, base first and the edit second; equal ones only once.
+
+    Raises:  InterventionError, SiteError: an edit that this model cannot follow.
+    """
+    plan = plan or Plan()
+    made = [Condition("base", "base", BASE), Condition("edited", "edited", edit)]
+    made += _doses(edit, plan)
+    made += _other_layers(model, edit, me_layer)
+    made += _random_dims(edit, plan)
+    for name in plan.rivals:
+        settings = {"layers": edit.layers} if name in LAYERED and edit.name in LAYERED else {}
+        made.append(Condition(name, "rival", Edit.model_validate({"name": name, **settings})))
+    kept: dict[Edit, Condition] = {}
+    for condition in made:
+        kept.setdefault(condition.edit, condition)
+    if edit.name == "none":
+        return (made[0],)
+    if edit == BASE or len(kept) < 2:
+        raise InterventionError("the edit changes nothing; give it a rate or a strength.")
+    return tuple(kept.values())
+
+
+def _doses(edit: Edit, plan: Plan) -> list[Condition]:
+    if edit.name in RATED:
+        return [
+            Condition(f"rate {rate:g}", "dose", edit.changed(rate=rate))
+            for rate in plan.rates
+            if rate != edit.rate
+        ]
+    return [
+        Condition(f"strength {strength:g}", "dose", edit.changed(strength=strength))
+        for strength in plan.strengths
+        if strength != edit.strength
+    ]
+
+
+def _other_layers(model: Any, edit: Edit, me_layer: MELayer | None) -> list[Condition]:
+    """The same edit where the massive activation is not there yet, or at one other layer."""
+    if edit.name not in LAYERED:
+        return [] if me_layer is None else _elsewhere(edit, me_layer)
+    decoder = decoder_of(model)
+    taken = layers_of(decoder, me_layer, edit.layers)
+    others = tuple(at for at in decoder.attentions if at < taken[0])
+    if not others:
+        others = tuple(at for at in decoder.attentions if at not in taken)
+    if edit.layers == "next" or len(taken) == 1:
+        others = others[len(others) // 2 :][:1]
+    return [Condition("other layers", "control", edit.changed(layers=others))] if others else []
+
+
+def _elsewhere(edit: Edit, me_layer: MELayer) -> list[Condition]:
+    """An edit of the ME Layer, made half-way to it and half-way after it instead."""
+    at = me_layer.me_layer
+    if at is None or at < 0:
+        return []
+    last = (me_layer.peak_layer or me_layer.n_layers - 1) + 1
+    picked = {at // 2, (at + last) // 2} - {at}
+    return [
+        Condition(f"at layer {layer}", "control", edit.changed(layers=(layer,)))
+        for layer in sorted(picked)
+        if layer < me_layer.n_layers
+    ]
+
+
+def _random_dims(edit: Edit, plan: Plan) -> list[Condition]:
+    """As many dimensions, drawn at random; of edits that have dimensions."""
+    if edit.name not in (*RATED, "zero", "mean"):
+        return []
+    return [
+        Condition(f"random dims, seed {seed}", "control", edit.changed(select="random", seed=seed))
+        for seed in plan.seeds
+        if not (edit.select == "random" and edit.seed == seed)
+    ]
+
+
+def first_layer(model: Any, edit: Edit, me_layer: MELayer | None) -> int:
+    """The first block that an edit changes: what a run before it may be kept of.
+
+    Layers count from 0; the unedited model gives the number of its layers.
+    """
+    decoder = decoder_of(model)
+    if edit.name == "none":
+        return decoder.n_layers
+    if edit.name in LAYERED:
+        return layers_of(decoder, me_layer, edit.layers)[0]
+    if isinstance(edit.layers, tuple):
+        return edit.layers[0]
+    assert me_layer is not None
+    assert me_layer.me_layer is not None
+    return max(me_layer.me_layer, 0)
+
+
+def names(found: Sequence[Condition]) -> list[str]:
+    """Names of the conditions, in order."""
+    return [condition.name for condition in found]

@@ -1,0 +1,164 @@
+"""Teacher forcing: how well a model foresees given tokens, under many edits, paired by token.
+
+A batch runs once without any edit; each edit then only runs the blocks that it can change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.capture import check_ids, evaluating
+from melens.errors import PromptError
+from melens.evaluation.conditions import Condition, first_layer
+from melens.evaluation.edits import applied
+from melens.interventions import MaskRecord
+from melens.results import MELayer
+from melens.resume import Resumable
+
+TOKENS = 1024
+"""Tokens a batch, padding included: what 8 x 128 are."""
+
+
+@dataclass(frozen=True)
+class Forced:
+    """One item: token ids, and which of them are to be foreseen."""
+
+    id: str
+    ids: tuple[int, ...]
+    scored: tuple[bool, ...]
+    """As long as ``ids``; the first is never scored, since nothing comes before it."""
+    about: dict[str, Any]
+    """What its rows keep of it: the text, a length, a depth."""
+
+    def __post_init__(self) -> None:
+        """Refuse an item that nothing can be measured on."""
+        if len(self.ids) != len(self.scored) or not any(self.scored[1:]) or self.scored[0]:
+            raise PromptError(
+                f"item {self.id} needs at least one scored token behind its first; it has "
+                f"{len(self.ids)} tokens, {sum(self.scored)} scored."
+            )
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """One item under one condition, token by token in float32; all ``[scored token]``."""
+
+    loss: Float[Tensor, " token"]
+    """-ln p of each scored token, nats."""
+    right: Tensor
+    """Whether the token is the likeliest: all of them = greedy decoding would give them."""
+    kl: Float[Tensor, " token"]
+    """KL(unedited || edited) of the distribution that foresees the token, nats; 0 for base."""
+    agree: Tensor
+    """Whether the edited and the unedited model put the same token first."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A batch of items under every condition, items as given."""
+
+    items: tuple[Forced, ...]
+    found: dict[str, tuple[Foreseen, ...]]
+    """Condition's name -> one an item."""
+    energy: dict[str, float]
+    """Mask conditions' names -> masked share of the token's energy at the attention input."""
+
+
+class Runner:
+    """Runs items under conditions; checks once that the model can be resumed from the middle."""
+
+    def __init__(
+        self,
+        model: Any,
+        conditions: Sequence[Condition],
+        me_layer: MELayer | None,
+        *,
+        batch_tokens: int = TOKENS,
+    ) -> None:
+        """Args:  model: a bridge. conditions: the first is the unedited model."""
+        self.model, self.me_layer = model, me_layer
+        self.conditions = tuple(conditions)
+        self.starts = [first_layer(model, c.edit, me_layer) for c in self.conditions]
+        self.batch_tokens = batch_tokens
+        self._checked = False
+
+    def run(self, items: Sequence[Forced]) -> Iterator[Outcome]:
+        """Batches of items of like length, longest first (what does not fit fails at once)."""
+        for chosen in self._batches(items):
+            yield self.outcome(chosen, self.conditions)
+
+    @torch.no_grad()
+    def outcome(self, items: Sequence[Forced], conditions: Sequence[Condition]) -> Outcome:
+        """One batch under some of the conditions; the unedited run comes first, always."""
+        batch = Batch.pad([list(item.ids) for item in items])
+        check_ids(self.model, batch)
+        clean = Resumable(self.model, batch, check=not self._checked)
+        self._checked = True
+        finals, energy = {}, {}
+        for condition in conditions:
+            start = self.starts[self.conditions.index(condition)]
+            with _entered(self.model, condition, self.me_layer) as record:
+                finals[condition.name] = clean.run(start, clean.resid_pre(start))
+            if isinstance(record, MaskRecord) and record.mean_energy is not None:
+                energy[condition.name] = record.mean_energy
+        found: dict[str, list[Foreseen]] = {condition.name: [] for condition in conditions}
+        for row, item in enumerate(items):
+            for name, foreseen in self._foresee(clean, item, row, finals).items():
+                found[name].append(foreseen)
+        return Outcome(tuple(items), {k: tuple(v) for k, v in found.items()}, energy)
+
+    def _foresee(
+        self, clean: Resumable, item: Forced, row: int, finals: dict[str, Tensor]
+    ) -> dict[str, Foreseen]:
+        """Logits of one row's scored tokens alone: a batch's are the largest tensor there is."""
+        base = clean.resid_pre(clean.n_layers)
+        at = torch.tensor(item.scored).nonzero()[:, 0].to(base.device)
+        wanted = clean.batch.ids[row, at]
+        made = {}
+        with evaluating(self.model):
+            plain = clean.logits(base[row : row + 1, at - 1])[0].float().log_softmax(-1)
+            for name, final in finals.items():
+                edited = plain
+                if final is not base:
+                    edited = clean.logits(final[row : row + 1, at - 1])[0].float().log_softmax(-1)
+                made[name] = _compare(edited, plain, wanted)
+        return made
+
+    def _batches(self, items: Sequence[Forced]) -> Iterator[list[Forced]]:
+        queue = sorted(items, key=lambda item: -len(item.ids))
+        while queue:
+            count = max(1, self.batch_tokens // len(queue[0].ids))
+            yield queue[:count]
+            queue = queue[count:]
+
+
+def _entered(model: Any, condition: Condition, me_layer: MELayer | None) -> Any:
+    if condition.edit.name == "none":
+        return nullcontext()
+    return applied(model, condition.edit, me_layer)
+
+
+def _compare(
+    edited: Float[Tensor, "token vocab"],
+    plain: Float[Tensor, "token vocab"],
+    wanted: Int[Tensor, " token"],
+) -> Foreseen:
+    top = edited.argmax(-1)
+    kl = (plain.exp() * (plain - edited)).sum(-1).clamp_min(0)
+    return Foreseen(
+        loss=-edited.gather(-1, wanted[:, None])[:, 0].cpu(),
+        right=(top == wanted).cpu(),
+        kl=kl.cpu(),
+        agree=(top == plain.argmax(-1)).cpu(),
+    )
+
+
+Progress = Callable[[int, int], None]

@@ -1,0 +1,114 @@
+"""One JSON line an item and condition, on disk as soon as it is known: what a kill leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from melens.errors import OutputError, ResultError
+from melens.results.base import write_atomically
+
+SCHEMA = "melens/items/1"
+
+
+@dataclass(frozen=True)
+class ItemRow:
+    """One item under one condition."""
+
+    item: str
+    condition: str
+    value: float
+    weight: float
+    also: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Further measures: name -> (value, weight)."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What was asked and answered: prompt, answer, gold, lengths."""
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """Short hash of everything that the numbers depend on."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Rows:
+    """Finished rows; on disk if there is a path, where an earlier run's are taken up again."""
+
+    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
+        """Take up an earlier run's rows, or begin the file.
+
+        Args:    facts: what the numbers depend on; kept in the file's first line.
+        Raises:  ResultError: the file is of another evaluation, or no such file.
+        """  # fmt: skip
+        self.path, self.key = path, key_of(facts)
+        self.found: dict[tuple[str, str], ItemRow] = {}
+        if path is None:
+            return
+        if path.exists() and path.stat().st_size:
+            self._read(path)
+        else:
+            head = {"schema": SCHEMA, "key": self.key, "of": facts}
+            write_atomically(path, json.dumps(head, sort_keys=True, default=str) + "\n")
+
+    def has(self, item: str, condition: str) -> bool:
+        """Whether an earlier run finished it."""
+        return (item, condition) in self.found
+
+    def add(self, rows: Iterable[ItemRow]) -> None:
+        """Keep rows; they are on disk when this returns.
+
+        Raises:  OutputError: the file cannot be written.
+        """
+        new = [row for row in rows if not self.has(row.item, row.condition)]
+        self.found.update({(row.item, row.condition): row for row in new})
+        if self.path is None or not new:
+            return
+        lines = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in new)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
+
+    def of(self, condition: str) -> dict[str, ItemRow]:
+        """Item -> row of one condition, in the order in which they were found."""
+        return {item: row for (item, name), row in self.found.items() if name == condition}
+
+    def _read(self, path: Path) -> None:
+        raw = path.read_text("utf-8", errors="replace")
+        whole = raw[: raw.rfind("\n") + 1]
+        if whole != raw:  # a kill in the middle of a line
+            write_atomically(path, whole)
+        head, *lines = whole.splitlines() or [""]
+        found = _json(head, path)
+        if found.get("schema") != SCHEMA:
+            raise ResultError(f"{path} is no file of items; choose another folder.")
+        if found.get("key") != self.key:
+            raise ResultError(
+                f"{path} is of another evaluation (other weights, items, edits or version of "
+                "melens); delete it to start anew, or choose another folder."
+            )
+        for line in lines:
+            data = _json(line, path)
+            try:
+                row = ItemRow(**{**data, "also": {k: tuple(v) for k, v in data["also"].items()}})
+            except (TypeError, KeyError, AttributeError):
+                raise ResultError(f"{path} is damaged; delete it to start anew.") from None
+            self.found[row.item, row.condition] = row
+
+
+def _json(line: str, path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(line)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise ResultError(f"{path} is damaged; delete it to start anew.")
+    return data

@@ -1,0 +1,151 @@
+"""The tasks that are teacher-forced: the answer is given, and how well it was foreseen counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from melens.batches import encode, prompts, read_text
+from melens.errors import PromptError
+from melens.evaluation.forced import Forced, Foreseen
+from melens.registry import Registry
+
+Measured = tuple[float, float]
+"""A value and its weight."""
+LN2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's items come from."""
+
+    data: Path | None = None
+    """A file, or a folder that holds the task's own file; None = what is bundled, if anything."""
+    n: int | None = None
+    """Items; None = the task's own number."""
+    length: int = 128
+    """Tokens an item at most, where the task cuts texts."""
+    bos: bool | None = None
+    """None = as the tokenizer does."""
+    chat: bool | None = None
+    """None = the chat template where the task asks a question and the tokenizer has one."""
+
+
+@dataclass(frozen=True)
+class ForcedTask:
+    """Items, and what each is worth."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    about: str
+    items: tuple[Forced, ...]
+    score: Callable[[Forced, Foreseen], tuple[Measured, dict[str, Measured]]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Maker = Callable[[Any, Source], ForcedTask]
+FORCED_TASKS: Registry[Maker] = Registry("task")
+
+
+def token_loss(item: Forced, found: Foreseen) -> tuple[Measured, dict[str, Measured]]:
+    """Nats a scored token, with what perplexity, KL and agreement need."""
+    tokens = float(len(found.loss))
+    also = {
+        "kl": (found.kl.double().mean().item(), tokens),
+        "agreement": (found.agree.double().mean().item(), tokens),
+    }
+    total = found.loss.double().sum().item()
+    if size := item.about.get("bytes"):
+        also["bits_per_byte"] = (total / LN2 / size, float(size))
+    return (total / tokens, tokens), also
+
+
+@FORCED_TASKS.register("perplexity")
+def perplexity(tokenizer: Any, source: Source) -> ForcedTask:
+    """Next-token loss of texts: nats a token; bits a byte, KL and agreement beside it."""
+    texts = prompts(
+        "bundled" if source.data is None else source.data,
+        n=source.n or 8, length=source.length, bos=source.bos,
+    )  # fmt: skip
+    items = []
+    for i, ids in enumerate(texts.token_rows(tokenizer)):
+        text = tokenizer.decode(ids[1:])
+        about = {"text": tokenizer.decode(ids), "bytes": len(text.encode())}
+        items.append(Forced(str(i), tuple(ids), (False, *[True] * (len(ids) - 1)), about))
+    return ForcedTask(
+        "perplexity", "nats a token", higher_is_better=False, items=tuple(items), score=token_loss,
+        about="Mean next-token loss of all tokens but each text's first; perplexity is its "
+        "exponential. Bits a byte count the bytes of the text behind the first token.",
+    )  # fmt: skip
+
+
+@FORCED_TASKS.register("gsm8k-likelihood")
+def gsm8k_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
+    """Loss of GSM8K's reference solutions, the question given."""
+    rows = read_jsonl(source, "gsm8k/test.jsonl", ("question", "answer"))
+    pairs = [(row["question"], " " + row["answer"]) for row in rows]
+    return _solutions("gsm8k-likelihood", pairs, tokenizer, source)
+
+
+@FORCED_TASKS.register("math500-likelihood")
+def math500_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
+    """Loss of MATH-500's reference solutions, the problem given."""
+    rows = read_jsonl(source, "math500/test.jsonl", ("problem", "solution"))
+    pairs = [(row["problem"], " " + row["solution"]) for row in rows]
+    return _solutions("math500-likelihood", pairs, tokenizer, source)
+
+
+def _solutions(
+    name: str, pairs: list[tuple[str, str]], tokenizer: Any, source: Source
+) -> ForcedTask:
+    """Question and reference answer; the answer's tokens are scored."""
+    chat = tokenizer.chat_template is not None if source.chat is None else source.chat
+    items = []
+    for i, (question, answer) in enumerate(pairs):
+        if chat:
+            head = encode(tokenizer, question, bos=None, chat=True)
+        else:
+            head = encode(tokenizer, f"Question: {question}\nAnswer:", bos=source.bos)
+        if not head:
+            raise PromptError("a question came out without any token.")
+        text = answer.lstrip() if chat else answer
+        tail = tokenizer(text, add_special_tokens=False)["input_ids"]
+        scored = (*[False] * len(head), *[True] * len(tail))
+        about = {"prompt": tokenizer.decode(head), "answer": text, "bytes": len(text.encode())}
+        items.append(Forced(str(i), (*head, *tail), scored, about))
+    how = "the chat template" if chat else "'Question: ... Answer:'"
+    return ForcedTask(
+        name, "nats a token", higher_is_better=False, items=tuple(items), score=token_loss,
+        about=f"Mean loss of the reference solution's tokens, the question given by {how}, zero "
+        "shots. No answer is generated.",
+    )  # fmt: skip
+
+
+def read_jsonl(source: Source, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The first rows of a JSON-lines file, all of them objects with these text fields.
+
+    Raises:  PromptError: no such file, a line that is no such object, or no line at all.
+    """
+    if source.data is None:
+        raise PromptError(f"this task has no bundled items; give --data FILE (as {name}).")
+    path = source.data / name if source.data.is_dir() else source.data
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if source.n is not None and len(rows) == source.n:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or any(not isinstance(row.get(f), str) for f in fields):
+            raise PromptError(f"{path}, line {number}: no object with {' and '.join(fields)}.")
+        rows.append(row)
+    if not rows:
+        raise PromptError(f"{path} holds no item.")
+    return rows

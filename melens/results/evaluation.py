@@ -1,0 +1,146 @@
+"""Evaluation: one task with an edit and without it, paired, its doses and its controls."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from melens.provenance import RunInfo
+from melens.results.base import Part, Result
+from melens.results.edit import Edit
+
+Interval = tuple[float, float]
+Role = Literal["base", "edited", "dose", "control", "rival"]
+
+
+class Score(Part):
+    """A mean over items, weighted as the task says."""
+
+    value: float
+    interval: Interval | None
+    """95 % bootstrap over items; None where too few or equal items say nothing."""
+
+
+class Delta(Score):
+    """Edited minus base, item by item."""
+
+    paired: Literal[True] = True
+
+
+class ConditionScore(Score):
+    """The task's value under one edit."""
+
+    name: str
+    role: Role
+    edit: Edit
+    delta: Delta | None
+    """None for the base."""
+    energy: float | None = None
+    """Masked share of the token's squared norm at the attention input, 0 to 1; masks only."""
+    also: dict[str, float] = Field(default_factory=dict)
+    """The task's further means: bits_per_byte, kl, agreement, other metrics."""
+
+    @property
+    def moved(self) -> bool:
+        """Whether the interval of the difference leaves zero out."""
+        interval = self.delta.interval if self.delta else None
+        return interval is not None and (interval[0] > 0 or interval[1] < 0)
+
+
+class Evaluation(Result):
+    """What one task gives with an edit, against the same items without it."""
+
+    schema_id: ClassVar[str] = "melens/evaluate/1"
+
+    kind: Literal["evaluate"] = "evaluate"
+    schema_: Literal["melens/evaluate/1"] = Field(default="melens/evaluate/1", alias="schema")
+    task: str
+    unit: str
+    higher_is_better: bool
+    n: int
+    """Items."""
+    weight: float
+    """Sum of the items' weights: tokens, or items."""
+    edit: Edit
+    me_layer: int | None
+    """From 0, at the block output."""
+    base: ConditionScore
+    edited: ConditionScore
+    delta: Delta
+    dose: tuple[ConditionScore, ...]
+    controls: tuple[ConditionScore, ...]
+    rivals: tuple[ConditionScore, ...]
+    items: str | None
+    """Name of the file beside this one with every item's prompt, answer and scores."""
+    about: str
+    """Plain words: what is measured, on what, and how prompts were made."""
+    run: RunInfo
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Evaluation:
+        """Refuse what no run can have made."""
+        if self.base.delta is not None or self.base.role != "base":
+            raise ValueError("base must have no delta")
+        others = self.conditions[1:]
+        if any(c.delta is None for c in others) or self.edited.delta != self.delta:
+            raise ValueError("every edited condition needs its delta")
+        for c in others:
+            assert c.delta is not None
+            apart = c.value - self.base.value - c.delta.value
+            if abs(apart) > 1e-6 * max(1.0, abs(c.value), abs(self.base.value)):
+                raise ValueError(f"the delta of {c.name} must be its value - the base's")
+        return self
+
+    @property
+    def conditions(self) -> tuple[ConditionScore, ...]:
+        """All of them, base first."""
+        return (self.base, self.edited, *self.dose, *self.controls, *self.rivals)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a condition."""
+        return [
+            {"condition": c.name, "role": c.role, "edit": c.edit.label, "value": c.value,
+             "interval": c.interval, "delta": c.delta.value if c.delta else None,
+             "delta_interval": c.delta.interval if c.delta else None, "energy": c.energy, **c.also}
+            for c in self.conditions
+        ]  # fmt: skip
+
+    def summary(self) -> str:
+        """Plain sentences; says when the edit does not help, and what the controls do."""
+        unit = f" {self.unit}"
+        text = (
+            f"{self.run.model}, {self.task}, {self.n} items: {self.base.value:.4g}{unit} without, "
+            f"{self.edited.value:.4g} with {self.edit.label}"
+        )
+        if self.edited.energy is not None:
+            text += f" ({self.edited.energy:.0%} of the token's energy masked)"
+        text += f"; difference {_delta(self.delta)}, {self._verdict()}."
+        for c in self.controls:
+            assert c.delta is not None
+            text += f" Control, {c.name}: {_delta(c.delta)}."
+        return text + " Layers count from 0."
+
+    def _verdict(self) -> str:
+        """Whether it helps, by the paired interval, and whether a control does as much."""
+        if self.delta.interval is None:
+            return "too few or equal items to say more"
+        if not self.edited.moved:
+            return "which the items cannot tell from none"
+        better = (self.delta.value > 0) == self.higher_is_better
+        said = "better" if better else "worse"
+        sign = 1 if self.delta.value > 0 else -1
+        as_much = [
+            c.name for c in self.controls
+            if c.delta is not None and sign * c.delta.value >= abs(self.delta.value)
+        ]  # fmt: skip
+        if as_much:
+            said += f", but a control does as much ({', '.join(as_much)})"
+        return f"{said} ({len(self.conditions) - 1} conditions tried, not corrected for)"
+
+
+def _delta(found: Delta) -> str:
+    text = f"{found.value:+.4g}"
+    if found.interval is not None:
+        text += f" ({found.interval[0]:+.4g} to {found.interval[1]:+.4g})"
+    return text
