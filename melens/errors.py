@@ -86,3 +86,9 @@ class OutputError(MelensError):
     """Results could not be written."""
 
     exit_code = COULD_NOT_RUN
+
+
+class MissingPackageError(MelensError):
+    """An extra's package, or data of one, that is not installed."""
+
+    exit_code = COULD_NOT_RUN
