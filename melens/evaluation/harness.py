@@ -1,0 +1,76 @@
+r"""lm-eval with melens' model: ``python -m melens.evaluation.harness --model melens ...``.
+
+lm-eval 0.4.13 finds models by import alone (no entry point; ``--include_path`` is for tasks), so
+that plain ``lm_eval --model melens`` cannot know ours. This imports it, makes IFEval's sentence
+model ready where a task needs it, adds our tasks for local files, and hands over to lm-eval's own
+command line; every option is lm-eval's. From Python, ``import melens.evaluation.harness`` before
+``lm_eval.simple_evaluate(model="melens", model_args=...)`` does the same.
+
+    python -m melens.evaluation.harness --model melens --tasks gsm8k --apply_chat_template \
+        --model_args pretrained=smollm2-135m,mask_select=gamma,mask_rate=0.5,mask_layers=after
+    python -m melens.evaluation.harness --model melens --tasks melens_math500 \
+        --model_args pretrained=smollm2-135m --metadata '{"data": "/path/to/data"}'
+
+Answers cached with ``--use_cache`` are kept apart by weights, dtype, chat template and edit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from melens.errors import COULD_NOT_RUN, MelensError
+
+try:
+    from melens.evaluation.harness_model import MelensLM
+except MelensError as _error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"Error: {_error}")
+
+__all__ = ["MelensLM", "main"]
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run lm-eval's command line with ours registered; returns the exit code."""
+    from lm_eval.__main__ import cli_evaluate
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    before = sys.argv
+    sys.argv = ["lm_eval", *_with_our_tasks(given)]
+    try:
+        _prepare(given)
+        cli_evaluate()
+    except MelensError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as stop:  # argparse's own
+        return stop.code if isinstance(stop.code, int) else COULD_NOT_RUN if stop.code else 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _prepare(given: Sequence[str]) -> None:
+    """What a task needs beside the model, before the model is loaded."""
+    if any("ifeval" in word or "leaderboard" in word for word in given):
+        from melens.evaluation.harness_punkt import require_punkt
+
+        require_punkt()
+
+
+def _with_our_tasks(given: list[str]) -> list[str]:
+    """Our task folder added where one of ours is named and no other folder is."""
+    from melens.evaluation.harness_data import OFFLINE_TASKS
+
+    ours = any(word.startswith("melens_") or ",melens_" in word for word in given)
+    if not ours or any(word.startswith("--include_path") for word in given):
+        return given
+    return [*given, "--include_path", str(OFFLINE_TASKS)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""``melens``: lm-eval's model class for a transformers model under an edit."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from melens.errors import InterventionError, MissingPackageError
+from melens.evaluation.edits import applied
+from melens.evaluation.harness_cache import keep_apart, model_key
+from melens.evaluation.harness_settings import PLAIN, Wanted, read_settings
+from melens.results import MELayer
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models import huggingface
+except ImportError as _error:
+    raise MissingPackageError(
+        f"evaluation with lm-eval needs it ({_error}); run: pip install 'melens[eval]'"
+    ) from None
+
+HFLM: Any = huggingface.HFLM  # its registering decorator hides its type
+
+
+class Generator(HFLM):
+    """lm-eval's HFLM of a loaded model, with the tokenizer left as it was."""
+
+    def __init__(self, model: Any, tokenizer: Any, **passed_on: Any) -> None:
+        """``passed_on`` goes to HFLM verbatim."""
+        super().__init__(pretrained=model, tokenizer=tokenizer, **passed_on)
+
+
+@register_model("melens")
+class MelensLM(Generator):
+    """A model under one edit, for all of lm-eval's tasks.
+
+    The edit is entered here and stays until :meth:`close`.
+    """
+
+    def __init__(self, pretrained: str, **settings: Any) -> None:
+        """Load it, locate its ME Layer where the edit needs one, and enter the edit.
+
+        Args:    pretrained: a named model, a folder, a ``.gguf`` file or a hub id.
+                 settings: see ``read_settings``; all of them are checked before anything loads.
+        Raises:  MelensError: settings, model or edit, in one line.
+        """
+        wanted = read_settings(settings)
+        edited, hf, tokenizer, me_layer = _loaded(str(pretrained), wanted)
+        super().__init__(hf, tokenizer, **wanted.passed_on)
+        self.edit, self.me_layer = wanted.edit, me_layer
+        self.key = model_key(hf, tokenizer, wanted.edit, me_layer)
+        """Tells this model under this edit from every other."""
+        self._passes = 0
+        self._open = ExitStack()
+        self._open.enter_context(applied(edited, wanted.edit, me_layer))
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Keep this model's answers apart in the file that lm-eval caches answers in."""
+        if cache_hook.dbdict is not None:
+            keep_apart(cache_hook.dbdict, self.key)
+        super().set_cache_hook(cache_hook)
+
+    def close(self) -> None:
+        """Leave the edit; the model is as it was.
+
+        Raises:  InterventionError: the model was run, but never on a token that was to be edited.
+        """
+        try:
+            self._open.close()
+        except InterventionError:
+            if self._passes:  # else every answer came from the cache
+                raise
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+        self._passes += 1
+        return super()._model_call(*args, **kwargs)
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._passes += 1
+        return super()._model_generate(*args, **kwargs)
+
+
+def _loaded(name: str, wanted: Wanted) -> tuple[Any, Any, Any, MELayer | None]:
+    """What is edited, the transformers model in it, its tokenizer, and the ME Layer."""
+    from melens.emergence import locate
+    from melens.models.loading import load, load_plain
+
+    me_layer = wanted.me_layer
+    if wanted.edit.name not in PLAIN:
+        bridge = load(name, **wanted.loading)
+        me_layer = me_layer or locate(bridge)
+        return bridge, bridge.original_model, bridge.tokenizer, me_layer
+    if wanted.locate:
+        # Locating bridges a model for good; the one that is evaluated stays plain.
+        me_layer = locate(load(name, **wanted.loading))
+    hf, tokenizer, _ = load_plain(name, **wanted.loading)
+    return hf, hf, tokenizer, me_layer
