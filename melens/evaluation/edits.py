@@ -33,11 +33,11 @@ def applied(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContext
     return EDITS[edit.name](model, edit, me_layer)  # type: ignore[arg-type]
 
 
-def _none(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+def _none(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _wemask(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+def _wemask(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
     return wemask(
         model, me_layer, layers=edit.layers, rate=edit.rate, strength=edit.strength,
         select=edit.select, seed=edit.seed,
@@ -86,7 +86,7 @@ def _ffn_cap(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManage
     )
 
 
-def _drop_key(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+def _drop_key(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
     return drop_key(model, me_layer, layers=edit.layers, strength=edit.strength)
 
 
