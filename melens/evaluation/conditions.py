@@ -47,8 +47,10 @@ def conditions(
 ) -> tuple[Condition, ...]:
     """Every condition, base first and the edit second; equal ones only once.
 
-    Raises:  InterventionError, SiteError: an edit that this model cannot follow.
+    Raises:  InterventionError, SiteError: an edit that changes nothing, or that this model cannot
+             follow.
     """
+    check_edit(edit)
     plan = plan or Plan()
     made = [Condition("base", "base", BASE), Condition("edited", "edited", edit)]
     made += _doses(edit, plan)
@@ -60,11 +62,21 @@ def conditions(
     kept: dict[Edit, Condition] = {}
     for condition in made:
         kept.setdefault(condition.edit, condition)
-    if edit.name == "none":
-        return (made[0],)
-    if edit == BASE or len(kept) < 2:
-        raise InterventionError("the edit changes nothing; give it a rate or a strength.")
+    taken = names(tuple(kept.values()))
+    if twice := sorted({name for name in taken if taken.count(name) > 1}):
+        raise InterventionError(f"two conditions are called '{twice[0]}'; make them differ more.")
     return tuple(kept.values())
+
+
+def check_edit(edit: Edit) -> None:
+    """Refuse an edit that there is nothing to compare of.
+
+    Raises:  InterventionError: it changes nothing.
+    """
+    if edit.name == "none":
+        raise InterventionError("an evaluation holds an edit against none; name an edit.")
+    if not edit.strength or (edit.name in RATED and not edit.rate):
+        raise InterventionError("the edit changes nothing; give it a rate or a strength.")
 
 
 def _doses(edit: Edit, plan: Plan) -> list[Condition]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from melens.batches import prompts
 from melens.errors import InterventionError
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
 from melens.isolation import mean_coordinates
+from melens.models.origin import fingerprint
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import Edit
@@ -18,6 +21,9 @@ from melens.results.edit import Edit
 Maker = Callable[[Any, Edit, MELayer], AbstractContextManager[Any]]
 EDITS: Registry[Maker] = Registry("edit")
 CAP = 2.0
+_KEPT_MEANS: weakref.WeakKeyDictionary[Any, dict[Any, dict[int, float]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def applied(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
@@ -69,11 +75,27 @@ def _zero(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[A
 def _mean(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
     at = edit.layers[0] if isinstance(edit.layers, tuple) else None
     dims = _dims(model, edit, me_layer)
-    means = mean_coordinates(model, me_layer, layer=at, dims=dims)
+    means = _means(model, me_layer, at, dims)
     return residual_set(
         model, _layer(edit, me_layer), tokens=me_layer, dims=list(means),
         values=list(means.values()), strength=edit.strength,
     )  # fmt: skip
+
+
+def _means(model: Any, me_layer: MELayer, at: int | None, dims: list[int]) -> dict[int, float]:
+    """Measured once for a model's weights: an edit is entered anew for every batch."""
+    located = me_layer.run.settings
+    key = (fingerprint(model), me_layer.me_layer, located.get("ids"), at, tuple(dims))
+    kept = _KEPT_MEANS.setdefault(model, {})
+    if key not in kept:
+        # BOS and chat as they were when the massive tokens were located, so that they are there.
+        texts = prompts(bos=_flag(located.get("bos")), chat=bool(located.get("chat")))
+        kept[key] = mean_coordinates(model, me_layer, texts, layer=at, dims=dims)
+    return kept[key]
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _norm_flatten(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:

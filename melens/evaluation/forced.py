@@ -92,7 +92,7 @@ class Runner:
 
     def run(self, items: Sequence[Forced]) -> Iterator[Outcome]:
         """Batches of items of like length, longest first (what does not fit fails at once)."""
-        for chosen in self._batches(items):
+        for chosen in self.batches(items):
             yield self.outcome(chosen, self.conditions)
 
     @torch.no_grad()
@@ -132,7 +132,8 @@ class Runner:
                 made[name] = _compare(edited, plain, wanted)
         return made
 
-    def _batches(self, items: Sequence[Forced]) -> Iterator[list[Forced]]:
+    def batches(self, items: Sequence[Forced]) -> Iterator[list[Forced]]:
+        """What :meth:`run` runs together."""
         queue = sorted(items, key=lambda item: -len(item.ids))
         while queue:
             count = max(1, self.batch_tokens // len(queue[0].ids))

@@ -49,9 +49,7 @@ class Rows:
         self.found: dict[tuple[str, str], ItemRow] = {}
         if path is None:
             return
-        if path.exists() and path.stat().st_size:
-            self._read(path)
-        else:
+        if not (path.exists() and path.stat().st_size and self._read(path)):
             head = {"schema": SCHEMA, "key": self.key, "of": facts}
             write_atomically(path, json.dumps(head, sort_keys=True, default=str) + "\n")
 
@@ -81,27 +79,46 @@ class Rows:
         """Item -> row of one condition, in the order in which they were found."""
         return {item: row for (item, name), row in self.found.items() if name == condition}
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path) -> bool:
+        """Take up what is there; False where no item was finished, so that nothing is lost."""
         raw = path.read_text("utf-8", errors="replace")
+        found = head_of(path)
         whole = raw[: raw.rfind("\n") + 1]
-        if whole != raw:  # a kill in the middle of a line
-            write_atomically(path, whole)
-        head, *lines = whole.splitlines() or [""]
-        found = _json(head, path)
-        if found.get("schema") != SCHEMA:
-            raise ResultError(f"{path} is no file of items; choose another folder.")
+        lines = whole.split("\n")[1:-1]
         if found.get("key") != self.key:
+            if not lines:
+                return False
             raise ResultError(
                 f"{path} is of another evaluation (other weights, items, edits or version of "
-                "melens); delete it to start anew, or choose another folder."
+                "melens); choose another folder, or start anew with --force."
             )
+        if whole != raw:  # a kill in the middle of a line
+            write_atomically(path, whole)
         for line in lines:
             data = _json(line, path)
             try:
                 row = ItemRow(**{**data, "also": {k: tuple(v) for k, v in data["also"].items()}})
             except (TypeError, KeyError, AttributeError):
-                raise ResultError(f"{path} is damaged; delete it to start anew.") from None
+                raise ResultError(
+                    f"{path} is damaged; start anew with --force, or choose another folder."
+                ) from None
             self.found[row.item, row.condition] = row
+        return True
+
+
+def head_of(path: Path) -> dict[str, Any]:
+    """The first line of a file of items: its key, and what its numbers depend on.
+
+    Raises:  ResultError: it cannot be read, or is no file of items.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            found = _json(file.readline(), path)
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror}.") from None
+    if found.get("schema") != SCHEMA:
+        raise ResultError(f"{path} is no file of items; choose another folder.")
+    return found
 
 
 def _json(line: str, path: Path) -> dict[str, Any]:
@@ -110,5 +127,5 @@ def _json(line: str, path: Path) -> dict[str, Any]:
     except ValueError:
         data = None
     if not isinstance(data, dict):
-        raise ResultError(f"{path} is damaged; delete it to start anew.")
+        raise ResultError(f"{path} is damaged; start anew with --force, or choose another folder.")
     return data

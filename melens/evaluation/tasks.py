@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class ForcedTask:
 
 Maker = Callable[[Any, Source], ForcedTask]
 FORCED_TASKS: Registry[Maker] = Registry("task")
+LIKELIHOOD_FILES = {
+    "gsm8k-likelihood": ("gsm8k/test.jsonl", ("question", "answer")),
+    "math500-likelihood": ("math500/test.jsonl", ("problem", "solution")),
+}
+"""Task -> its file in a data folder, and the fields of a line: question and reference answer."""
 
 
 def token_loss(item: Forced, found: Foreseen) -> tuple[Measured, dict[str, Measured]]:
@@ -86,23 +91,19 @@ def perplexity(tokenizer: Any, source: Source) -> ForcedTask:
 @FORCED_TASKS.register("gsm8k-likelihood")
 def gsm8k_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
     """Loss of GSM8K's reference solutions, the question given."""
-    rows = read_jsonl(source, "gsm8k/test.jsonl", ("question", "answer"))
-    pairs = [(row["question"], " " + row["answer"]) for row in rows]
-    return _solutions("gsm8k-likelihood", pairs, tokenizer, source)
+    return _solutions("gsm8k-likelihood", tokenizer, source)
 
 
 @FORCED_TASKS.register("math500-likelihood")
 def math500_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
     """Loss of MATH-500's reference solutions, the problem given."""
-    rows = read_jsonl(source, "math500/test.jsonl", ("problem", "solution"))
-    pairs = [(row["problem"], " " + row["solution"]) for row in rows]
-    return _solutions("math500-likelihood", pairs, tokenizer, source)
+    return _solutions("math500-likelihood", tokenizer, source)
 
 
-def _solutions(
-    name: str, pairs: list[tuple[str, str]], tokenizer: Any, source: Source
-) -> ForcedTask:
+def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:
     """Question and reference answer; the answer's tokens are scored."""
+    file, (asked, told) = LIKELIHOOD_FILES[name]
+    pairs = [(row[asked], " " + row[told]) for row in read_jsonl(source, file, (asked, told))]
     chat = tokenizer.chat_template is not None if source.chat is None else source.chat
     items = []
     for i, (question, answer) in enumerate(pairs):
@@ -125,7 +126,7 @@ def _solutions(
     )  # fmt: skip
 
 
-def read_jsonl(source: Source, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def read_jsonl(source: Source, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The first rows of a JSON-lines file, all of them objects with these text fields.
 
     Raises:  PromptError: no such file, a line that is no such object, or no line at all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,9 @@ from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.edit import Edit
 
+NATS = "nats a token"
+LARGEST = 700.0
+"""Nats; the exponential of more is no number."""
 Interval = tuple[float, float]
 Role = Literal["base", "edited", "dose", "control", "rival"]
 
@@ -40,6 +44,8 @@ class ConditionScore(Score):
     """Masked share of the token's squared norm at the attention input, 0 to 1; masks only."""
     also: dict[str, float] = Field(default_factory=dict)
     """The task's further means: bits_per_byte, kl, agreement, other metrics."""
+    also_delta: dict[str, Delta] = Field(default_factory=dict)
+    """Their differences to the base, paired as the value's; none for the base."""
 
     @property
     def moved(self) -> bool:
@@ -75,6 +81,10 @@ class Evaluation(Result):
     """Name of the file beside this one with every item's prompt, answer and scores."""
     about: str
     """Plain words: what is measured, on what, and how prompts were made."""
+    differences: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    """Condition's name -> edited minus base of every item, in the order of the data."""
+    weights: tuple[float, ...] = ()
+    """Of the same items."""
     run: RunInfo
 
     @model_validator(mode="after")
@@ -90,19 +100,40 @@ class Evaluation(Result):
             apart = c.value - self.base.value - c.delta.value
             if abs(apart) > 1e-6 * max(1.0, abs(c.value), abs(self.base.value)):
                 raise ValueError(f"the delta of {c.name} must be its value - the base's")
+            self._check_items(c)
         return self
+
+    def _check_items(self, condition: ConditionScore) -> None:
+        """The mean of an item's differences is what is printed."""
+        apart = self.differences.get(condition.name)
+        if apart is None or condition.delta is None:
+            return
+        if not len(apart) == len(self.weights) == self.n:
+            raise ValueError(f"{condition.name} must have a difference for each of {self.n} items")
+        mean = sum(x * w for x, w in zip(apart, self.weights, strict=True)) / sum(self.weights)
+        largest = max(1.0, *map(abs, apart))
+        if abs(mean - condition.delta.value) > 1e-6 * largest:
+            raise ValueError(f"the differences of {condition.name} must average to its delta")
 
     @property
     def conditions(self) -> tuple[ConditionScore, ...]:
         """All of them, base first."""
         return (self.base, self.edited, *self.dose, *self.controls, *self.rivals)
 
+    def perplexity(self, condition: ConditionScore) -> float | None:
+        """exp(mean nats a token), over all tokens together; None for a task of another unit."""
+        if self.unit != NATS or condition.value > LARGEST:
+            return None
+        return math.exp(condition.value)
+
     def rows(self) -> list[dict[str, Any]]:
         """One row a condition."""
+        nats = self.unit == NATS
         return [
             {"condition": c.name, "role": c.role, "edit": c.edit.label, "value": c.value,
              "interval": c.interval, "delta": c.delta.value if c.delta else None,
-             "delta_interval": c.delta.interval if c.delta else None, "energy": c.energy, **c.also}
+             "delta_interval": c.delta.interval if c.delta else None, "energy": c.energy,
+             **({"perplexity": self.perplexity(c)} if nats else {}), **c.also}
             for c in self.conditions
         ]  # fmt: skip
 

@@ -1,0 +1,142 @@
+"""Tasks whose answers are generated, brought into the same rows and the same result."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melens.batches import Batch
+from melens.capture import evaluating
+from melens.errors import ResultError
+from melens.evaluation.conditions import Condition
+from melens.evaluation.edits import applied
+from melens.evaluation.harness_data import items
+from melens.evaluation.harness_rows import GenerationSettings, GenerationTask
+from melens.evaluation.harness_rows import ItemRow as Answer
+from melens.evaluation.harness_run import run_task
+from melens.evaluation.rows import ItemRow, Rows
+from melens.evaluation.scores import ENERGY, assembled
+from melens.evaluation.settings import Bench, Card, Progress
+from melens.evaluation.sources import data_folder
+from melens.evaluation.tasks import Source
+from melens.interventions import MaskRecord
+from melens.results.evaluation import Evaluation
+
+PROBES = 4
+"""Prompts that the masked energy is measured on: it belongs to the massive token, not to them."""
+
+
+def generated(
+    bench: Bench, task: GenerationTask, source: Source, progress: Progress | None
+) -> Evaluation:
+    """Generate under every condition in turn, what an earlier run finished left out.
+
+    Raises:  as ``melens.evaluation.harness_run.run_task``.
+    """
+    folder = data_folder(task, source)
+    order = [str(doc["item_id"]) for doc in items(task.name, folder)[: source.n]]
+    length = bench.settings.max_new_tokens or task.max_new_tokens
+    data = hashlib.sha256((folder / task.file).read_bytes()).hexdigest()[:16]
+    template = hashlib.sha256(repr(bench.model.tokenizer.chat_template).encode()).hexdigest()[:16]
+    rows = Rows(
+        bench.settings.items,
+        bench.facts(task=task.name, items=order, data=data, length=length, template=template),
+    )
+    with tempfile.TemporaryDirectory() as nowhere:
+        path = bench.settings.items
+        part = Path(nowhere) / "answers" if path is None else answers_beside(path)
+        job = _Generation(bench, task, folder, part, len(order))
+        for step, condition in enumerate(bench.conditions):
+            if not all(rows.has(item, condition.name) for item in order):
+                rows.add(job.rows(condition, step, progress))
+            if progress is not None:
+                progress((step + 1) * len(order), len(bench.conditions) * len(order))
+        part.unlink(missing_ok=True)  # all of it is in the rows now
+    chat = "in the chat template" if bench.model.tokenizer.chat_template else "no chat template"
+    about = (
+        f"{task.about}: answers of at most {length} tokens, greedy, zero shots, {chat}; "
+        f"the value is {task.primary}."
+    )
+    card = Card(
+        task.name, task.unit, task.higher_is_better, about[0].upper() + about[1:],
+        {"data": task.file, "length": length},
+    )  # fmt: skip
+    return assembled(bench, card, rows, order)
+
+
+def answers_beside(items_file: Path) -> Path:
+    """Where the answers of a condition that is not finished are kept."""
+    return items_file.with_name(f"{items_file.stem}.unfinished.jsonl")
+
+
+class _Generation:
+    """One task, condition by condition."""
+
+    def __init__(
+        self, bench: Bench, task: GenerationTask, folder: Path, part: Path, count: int
+    ) -> None:
+        self.bench, self.task, self.count = bench, task, count
+        self.folder, self.part = folder, part
+
+    def rows(self, condition: Condition, step: int, progress: Progress | None) -> list[ItemRow]:
+        """One condition's rows, with the masked energy where the edit is a mask."""
+        settings = self.bench.settings
+        total = self.count * len(self.bench.conditions)
+
+        def tell(done: int, _: int) -> None:
+            if progress is not None:
+                progress(step * self.count + done, total)
+
+        answers = run_task(
+            self.bench.model, self.bench.model.tokenizer, self.task.name, edit=condition.edit,
+            me_layer=self.bench.me_layer,
+            settings=GenerationSettings(
+                self.folder, self.part, limit=self.count, batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens, progress=tell,
+            ),
+        )  # fmt: skip
+        energy = masked_energy(self.bench, condition, [a.prompt for a in answers[:PROBES]])
+        return [row_of(answer, condition.name, self.task, energy) for answer in answers]
+
+
+def row_of(
+    answer: Answer, condition: str, task: GenerationTask, energy: float | None = None
+) -> ItemRow:
+    """An answer as one row; an item without the primary metric has weight 0.
+
+    Raises:  ResultError: the answer is of another task.
+    """
+    if answer.task != task.name:
+        raise ResultError(f"an answer of {answer.task} is none of {task.name}.")
+    also = {
+        name: (score, float(answer.counts.get(name, 1)))
+        for name, score in answer.scores.items()
+        if name != task.primary
+    }
+    if energy is not None:
+        also[ENERGY] = (energy, 1.0)
+    held = task.primary in answer.scores
+    weight = float(answer.counts.get(task.primary, 1)) if held else 0.0
+    about: dict[str, Any] = {"prompt": answer.prompt, "answer": answer.answer, "gold": answer.gold}
+    value = answer.scores.get(task.primary, 0.0)
+    return ItemRow(answer.item, condition, value, weight, also, about)
+
+
+@torch.no_grad()
+def masked_energy(bench: Bench, condition: Condition, prompts: Sequence[str]) -> float | None:
+    """Mean masked share of the massive token's energy over prompts; None for other edits."""
+    if condition.edit.name != "wemask" or not prompts:
+        return None
+    model, tokenizer = bench.model, bench.model.tokenizer
+    start = tokenizer.bos_token
+    with applied(model, condition.edit, bench.me_layer) as record, evaluating(model):
+        for prompt in prompts:
+            plain = not (start and prompt.startswith(start))
+            ids = tokenizer(prompt, add_special_tokens=plain)["input_ids"]
+            model(Batch.pad([ids]).ids.to(next(model.parameters()).device))
+    return record.mean_energy if isinstance(record, MaskRecord) else None

@@ -1,0 +1,102 @@
+"""Rows of items -> the result: means, paired differences, what is said beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from melens.errors import ResultError
+from melens.evaluation.conditions import Condition
+from melens.evaluation.rows import ItemRow, Rows
+from melens.evaluation.settings import Bench, Card
+from melens.metrics.paired import paired_difference, weighted_mean
+from melens.results.evaluation import ConditionScore, Delta, Evaluation
+
+ENERGY = "energy"
+"""Name among an item's further measures that becomes a field of its own."""
+
+
+def assembled(bench: Bench, card: Card, rows: Rows, order: Sequence[str]) -> Evaluation:
+    """The result, from finished rows alone.
+
+    Args:    order: ids of the items, in the order of the data.
+    """
+    tables = {c.name: [rows.of(c.name)[item] for item in order] for c in bench.conditions}
+    base = tables["base"]
+    seed, path = bench.settings.seed, bench.settings.items
+    scores = [score_of(c, tables[c.name], base, seed) for c in bench.conditions]
+    edited = next(score for score in scores if score.role == "edited")
+    assert edited.delta is not None
+    counted = [at for at, row in enumerate(base) if row.weight > 0]
+    apart = {
+        name: tuple(table[at].value - base[at].value for at in counted)
+        for name, table in tables.items()
+        if name != "base"
+    }
+    run = bench.inputs.run_info(
+        seed=seed, items=rows.key, me_layer_of=bench.me_layer.run.settings.get("ids"), **card.facts
+    )
+    return Evaluation(
+        task=card.name, unit=card.unit, n=len(counted), higher_is_better=card.higher_is_better,
+        weight=sum(row.weight for row in base), edit=edited.edit,
+        me_layer=bench.me_layer.me_layer, base=scores[0], edited=edited, delta=edited.delta,
+        dose=_with_role(scores, "dose"), controls=_with_role(scores, "control"),
+        rivals=_with_role(scores, "rival"), items=path and path.name, about=card.about, run=run,
+        differences=apart, weights=tuple(base[at].weight for at in counted),
+    )  # fmt: skip
+
+
+def _with_role(scores: Sequence[ConditionScore], role: str) -> tuple[ConditionScore, ...]:
+    return tuple(score for score in scores if score.role == role)
+
+
+def score_of(
+    condition: Condition, rows: Sequence[ItemRow], base: Sequence[ItemRow], seed: int
+) -> ConditionScore:
+    """One condition's mean and its paired difference to the base; rows in the same order.
+
+    An item of weight 0 does not count in the value; its further measures still do.
+
+    Raises:  ResultError: rows of other items, or no item that counts.
+    """
+    if [(row.item, row.weight) for row in rows] != [(row.item, row.weight) for row in base]:
+        raise ResultError(f"{condition.name} and base have different items; nothing can be paired.")
+    pairs = [(row, plain) for row, plain in zip(rows, base, strict=True) if row.weight > 0]
+    if not pairs:
+        raise ResultError("no item counts in this task's score; take more items.")
+    values, plains = _column(r.value for r, _ in pairs), _column(b.value for _, b in pairs)
+    weights = _column(row.weight for row, _ in pairs)
+    mean = weighted_mean(values, weights, seed=seed)
+    delta = None
+    if condition.role != "base":
+        # The difference of what is printed, not a second rounding of it.
+        found = paired_difference(values, plains, weights, seed=seed)
+        delta = Delta(value=found.value, interval=found.interval)
+    also, also_delta = _further(condition, rows, base, seed)
+    return ConditionScore(
+        name=condition.name, role=condition.role, edit=condition.edit, value=mean.value,
+        interval=mean.interval, delta=delta, energy=also.pop(ENERGY, None), also=also,
+        also_delta=also_delta,
+    )  # fmt: skip
+
+
+def _further(
+    condition: Condition, rows: Sequence[ItemRow], base: Sequence[ItemRow], seed: int
+) -> tuple[dict[str, float], dict[str, Delta]]:
+    """Means of all further measures over the items that have them, and their differences."""
+    also, apart = {}, {}
+    for name in dict.fromkeys(name for row in rows for name in row.also):
+        held = [(row, plain) for row, plain in zip(rows, base, strict=True) if name in row.also]
+        values, weights = (_column(row.also[name][i] for row, _ in held) for i in (0, 1))
+        also[name] = float((values * weights).sum() / weights.sum())
+        if condition.role != "base" and all(name in plain.also for _, plain in held):
+            before = _column(plain.also[name][0] for _, plain in held)
+            found = paired_difference(values, before, weights, seed=seed)
+            apart[name] = Delta(value=found.value, interval=found.interval)
+    return also, apart
+
+
+def _column(values: object) -> Tensor:
+    return torch.tensor(list(values)).double()  # type: ignore[call-overload]
