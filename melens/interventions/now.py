@@ -132,25 +132,36 @@ def _read(call: dict[str, Any]) -> Now:
             "an edit needs token ids or inputs_embeds as tensors; the model was called with "
             f"{', '.join(name for name, value in call.items() if value is not None)}."
         )
-    rows, width = shown.shape[:2]
     past = _past(call)
-    seen = past + width
+    keys = _key_positions(call, shown, past)
+    return Now(ids, keys[:, past:], keys)
+
+
+def _key_positions(call: dict[str, Any], shown: Tensor, past: int) -> Int[Tensor, "batch key"]:
+    """Absolute positions of all keys, cached ones first; padding -1."""
+    rows, width = shown.shape[:2]
+    seen, told = past + width, call.get("position_ids")
     mask = call.get("attention_mask")
     if isinstance(mask, dict):  # one a kind of layer; that of full attention shows all keys
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
-        keys = torch.arange(seen, device=shown.device).expand(rows, seen)
-        return Now(ids, keys[:, past:], keys)
+        if isinstance(told, Tensor) and told.ndim == 2 and not past:
+            return told.expand(rows, width)  # packed texts start at 0 again
+        return torch.arange(seen, device=shown.device).expand(rows, seen)
     if isinstance(mask, Tensor) and mask.ndim == 4:  # a static cache: the last query sees all keys
         mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[-1] < seen:
+    narrow = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[-1] < seen
+    if narrow and isinstance(told, Tensor):
+        # Every layer has a window, and the cache dropped what is before it: count back.
+        back = told[:, -1:] - torch.arange(seen - 1, -1, -1, device=told.device)
+        return back.clamp_min(-1).expand(rows, seen)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or narrow:
         raise InterventionError(
             "an edit needs a [batch, tokens] attention_mask that covers the cached tokens too, got "
             f"{tuple(getattr(mask, 'shape', ()))} for {past} cached and {width} new tokens."
         )
     real = mask[:, :seen].bool().expand(rows, -1)
-    keys = (real.long().cumsum(-1) - 1).masked_fill(~real, -1).to(shown.device)
-    return Now(ids, keys[:, past:], keys)
+    return (real.long().cumsum(-1) - 1).masked_fill(~real, -1).to(shown.device)
 
 
 def _past(call: dict[str, Any]) -> int:

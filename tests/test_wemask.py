@@ -1,0 +1,380 @@
+"""WeMask and drop_key, on bridges and on plain models: exact however the model is run."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from melens.batches import Batch
+from melens.emergence import locate
+from melens.errors import InterventionError, SiteError
+from melens.interventions import drop_key, norm_flatten, wemask
+from melens.interventions.wemask import SELECTS
+from melens.models import FAMILIES, load
+from melens.models.decoder import decoder_of
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+"""float32; cached and padded attention sum in another order."""
+FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
+RECURRENT = "qwen3-next"
+"""Its linear attention keeps a state that left padding enters, edited or not."""
+PLAIN = [family for family in FAMILIES if family != RECURRENT]
+EDITS = {select: {"select": select, "rate": 0.25} for select in SELECTS}
+
+
+def select_for(family):
+    """OLMo-2 has no norm before attention, so no gain to select by."""
+    return "activation" if family == "olmo2" else "gamma"
+
+
+def edit(model, name, **settings):
+    if name == "drop_key":
+        return drop_key(model, 0, **settings)
+    return wemask(model, 0, **EDITS[name], **settings)
+
+
+def logits(model, ids, **options):
+    with torch.no_grad():
+        return model(input_ids=ids, **options).logits
+
+
+def released_rule(x, rate):
+    """The released code's mask, written down from its description: the largest mean |activation|
+    over the batch at index 0 of the chunk; those dimensions of index 0 are set to zero."""
+    count = int(rate * x.shape[-1])
+    top = x[:, 0].abs().mean(dim=0).topk(count).indices
+    x = x.clone()
+    x[:, 0, top] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
+def test_activation_equals_the_released_rule(family, rate, make_tiny, ids):
+    """Hooks on the norms, as the released fork edits after input_layernorm; one first token."""
+    hf = make_tiny(family)
+    ids = ids.clone()
+    ids[:, 0] = 5
+    with ExitStack() as stack:
+        for layer in (1, 2):
+            norm = hf.model.layers[layer].input_layernorm
+            handle = norm.register_forward_hook(lambda m, a, out: released_rule(out, rate))
+            stack.callback(handle.remove)
+        expected = logits(hf, ids, use_cache=False)
+    with wemask(hf, 0, select="activation", rate=rate):
+        assert torch.equal(logits(hf, ids, use_cache=False), expected)
+    assert not torch.equal(logits(hf, ids, use_cache=False), expected)
+
+
+@FAMILY
+def test_a_plain_model_and_its_bridge_agree(family, make_tiny, ids):
+    hf = make_tiny(family)
+    bridge = load(copy.deepcopy(hf))
+    select = select_for(family)
+    with torch.no_grad(), wemask(bridge, 0, rate=0.5, select=select) as record:
+        bridged = bridge(ids, return_type="logits")
+    clean = logits(hf, ids)
+    with wemask(hf, 0, rate=0.5, select=select) as other:
+        plain = logits(hf, ids)
+    torch.testing.assert_close(plain, bridged, **CLOSE)
+    assert (plain - clean).abs().max() > 1e-4
+    assert record.dims == other.dims
+    assert torch.equal(logits(hf, ids), clean)
+    assert not any(module._forward_pre_hooks for module in hf.modules())
+
+
+@FAMILY
+def test_dropped_keys_agree_on_a_plain_model_and_its_bridge(family, make_tiny, ids):
+    hf = make_tiny(family)
+    bridge = load(copy.deepcopy(hf))
+    with torch.no_grad(), drop_key(bridge, 0):
+        bridged = bridge(ids, return_type="logits")
+    with drop_key(hf, 0):
+        plain = logits(hf, ids)
+    torch.testing.assert_close(plain, bridged, **CLOSE)
+    assert (plain - logits(hf, ids)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "neox", "phi3"])
+def test_a_dropped_key_gets_no_attention_but_its_own(family, make_tiny, ids):
+    bridge = load(make_tiny(family))
+    sites = [f"blocks.{layer}.attn.hook_pattern" for layer in (0, 1, 2)]
+    with torch.no_grad(), drop_key(bridge, 0):
+        _, cache = bridge.run_with_cache(ids, names_filter=sites)
+    for layer in (1, 2):
+        pattern = cache[sites[layer]]
+        assert pattern[:, :, 1:, 0].max() == 0
+        torch.testing.assert_close(pattern[:, :, 0, 0], torch.ones_like(pattern[:, :, 0, 0]))
+        torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern.sum(-1)))
+    assert cache[sites[0]][:, :, 1:, 0].min() > 0
+
+
+def test_a_weakened_key_gets_its_share_of_the_odds(make_tiny, ids):
+    """softmax over s_k + ln(1 - strength): the odds against any other key fall by that factor."""
+    bridge, site = load(make_tiny("llama")), "blocks.1.attn.hook_pattern"
+    with torch.no_grad():
+        clean = bridge.run_with_cache(ids, names_filter=[site])[1][site]
+        with drop_key(bridge, layers=[1], strength=0.75):
+            edited = bridge.run_with_cache(ids, names_filter=[site])[1][site]
+    torch.testing.assert_close(
+        edited[..., 1:, 0] / edited[..., 1:, 1], 0.25 * clean[..., 1:, 0] / clean[..., 1:, 1]
+    )
+
+
+@pytest.mark.parametrize("name", [*EDITS, "drop_key"])
+@pytest.mark.parametrize("family", PLAIN)
+def test_cached_chunked_padded_and_batched_equal_the_whole(name, family, make_tiny, ids):
+    if family == "olmo2" and name in ("gamma", "product", "bottom"):
+        with pytest.raises(SiteError, match=r"select='activation'|no norm 'ln1'"):
+            edit(make_tiny(family), name).__enter__()
+        return
+    hf = make_tiny(family)
+    rows = [ids[0].tolist(), ids[1, :8].tolist(), ids[2, :5].tolist()]
+    with edit(hf, name):
+        alone = [logits(hf, torch.tensor([row]), use_cache=False)[0] for row in rows]
+        for side in ("left", "right"):
+            batch = Batch.pad(rows, side=side)
+            positions = batch.positions.clamp_min(0)
+            made = logits(hf, batch.ids, attention_mask=batch.mask.long(), position_ids=positions)
+            for i, expected in enumerate(alone):
+                torch.testing.assert_close(made[i][batch.mask[i]], expected, **CLOSE)
+        out = hf(input_ids=ids[:1, :5], use_cache=True)
+        found = [out.logits]
+        for chunk in (ids[:1, 5:9], ids[:1, 9:10], ids[:1, 10:]):
+            out = hf(input_ids=chunk, past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, dim=1)[0], alone[0], **CLOSE)
+
+
+def greedy_without_cache(hf, row, steps):
+    for _ in range(steps):
+        row = torch.cat([row, logits(hf, row, use_cache=False)[:, -1:].argmax(-1)], dim=1)
+    return row
+
+
+@pytest.mark.parametrize("name", ["activation", "gamma", "drop_key"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mistral", "qwen3"])
+@pytest.mark.parametrize("how", ["dynamic", "static", "prompt lookup", "beams", "chunked"])
+def test_generate_sees_the_same_mask(name, family, how, make_tiny, ids):
+    """Greedy decoding without a cache is the truth; a left-padded batch of unequal prompts."""
+    hf = make_tiny(family)
+    hf.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 6, "do_sample": False}
+    options |= {
+        "dynamic": {}, "static": {"cache_implementation": "static"},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3}, "beams": {"num_beams": 3},
+        "chunked": {"prefill_chunk_size": 4},
+    }[how]  # fmt: skip
+    rows = [ids[0].tolist()] if how in ("prompt lookup", "chunked") else [
+        ids[0].tolist(), ids[1, :7].tolist()]  # fmt: skip
+    batch = Batch.pad(rows, side="left")
+    mask = batch.mask.long()
+    with edit(hf, name), torch.no_grad():
+        if how == "beams":
+            together = hf.generate(batch.ids, attention_mask=mask, **options)
+            for i, row in enumerate(rows):
+                alone = hf.generate(torch.tensor([row]), **options)
+                assert torch.equal(together[i, -6:], alone[0, -6:])
+            return
+        grown = hf.generate(batch.ids, attention_mask=mask, **options)
+        for i, row in enumerate(rows):
+            expected = greedy_without_cache(hf, torch.tensor([row]), 6)[0, -6:]
+            assert torch.equal(grown[i, -6:], expected)
+
+
+@pytest.mark.parametrize("settings", [{"rate": 0.0}, {"rate": 0.5, "strength": 0.0}])
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rate_0_and_strength_0_change_no_bit(settings, select, dtype, make_tiny, ids):
+    hf = make_tiny("llama", dtype=dtype)
+    clean = logits(hf, ids)
+    with wemask(hf, 0, select=select, **settings):
+        assert torch.equal(logits(hf, ids), clean)
+
+
+def test_selections_are_what_they_say(make_tiny, ids):
+    hf = make_tiny("gemma2")  # its gain is 1 + weight
+    gain = decoder_of(hf).gain(1).abs()
+    torch.testing.assert_close(gain, (1 + hf.model.layers[1].input_layernorm.weight).abs())
+    seen = {}
+    with hf.model.layers[1].input_layernorm.register_forward_hook(
+        lambda m, a, out: seen.update(x=out.detach()[0, 0].abs())
+    ):
+        logits(hf, ids[:1])
+    expected = {
+        "gamma": gain.topk(8).indices, "bottom": gain.topk(8, largest=False).indices,
+        "activation": seen["x"].topk(8).indices, "product": (seen["x"] * gain).topk(8).indices,
+    }  # fmt: skip
+    for select, dims in expected.items():
+        with wemask(hf, layers=[1], rate=0.25, select=select) as record:
+            logits(hf, ids[:1])
+        assert set(record.dims[1]) == set(dims.tolist()), select
+        share = (seen["x"][dims] ** 2).sum() / (seen["x"] ** 2).sum()
+        assert record.energy[1] == pytest.approx(share.item(), rel=1e-5)
+    drawn = []
+    for layers, seed in (([1], 3), ([1, 2], 3), ([1], 4)):
+        with wemask(hf, layers=layers, rate=0.25, select="random", seed=seed) as record:
+            logits(hf, ids[:1])
+        drawn.append(record.dims[1])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_strength_scales_the_token_and_nothing_else(make_tiny, ids):
+    bridge = load(make_tiny("llama"))
+    site = "blocks.1.attn.hook_in"
+    with torch.no_grad():
+        clean = bridge.run_with_cache(ids, names_filter=[site])[1][site]
+        with wemask(bridge, layers=[1], rate=0.25, strength=0.4, tokens=[0, 3]) as record:
+            edited = bridge.run_with_cache(ids, names_filter=[site])[1][site]
+    factor = torch.ones(32)
+    factor[list(record.dims[1])] = 0.6
+    torch.testing.assert_close(edited[:, [0, 3]], clean[:, [0, 3]] * factor)
+    others = [i for i in range(12) if i not in (0, 3)]
+    assert torch.equal(edited[:, others], clean[:, others])
+
+
+def test_layers_are_counted_from_the_me_layer(make_tiny):
+    decoder = make_tiny("qwen3-next")  # attention in layers 1 and 3 only
+    for where, expected in (((0, "after"), (1, 3)), ((0, "next"), (1,)), ((1, "next"), (3,)),
+                            ((-1, "after"), (1, 3)), ((None, [3, 1]), (1, 3))):  # fmt: skip
+        with (
+            pytest.raises(InterventionError, match="no forward pass"),
+            wemask(decoder, where[0], layers=where[1], rate=0.5, select="random") as record,
+        ):
+            assert record.layers == expected
+
+
+def test_packed_texts_each_have_a_first_token(make_tiny, ids):
+    """Texts packed into one row, told apart by their position ids."""
+    hf = make_tiny("llama")
+    bridge = load(hf)
+    site, positions = "blocks.1.attn.hook_in", torch.tensor([[*range(5), *range(7)]])
+    with torch.no_grad():
+        clean, edited = {}, {}
+        for kept, context in ((clean, ExitStack()), (edited, wemask(bridge, 0, rate=1.0))):
+            note = [(site, lambda x, hook, kept=kept: kept.update(x=x.clone()))]
+            with context, bridge.hooks(fwd_hooks=note):
+                bridge.original_model(input_ids=ids[:1], position_ids=positions)
+    changed = (clean["x"] != edited["x"]).any(-1)[0]
+    assert changed.nonzero()[:, 0].tolist() == [0, 5]
+
+
+def test_what_cannot_be_meant_is_refused(make_tiny, tiny):
+    hf = make_tiny("llama")
+    cases = [
+        ({"layer": 0, "rate": 1.5}, "rate must be from 0 to 1"),
+        ({"layer": 0, "rate": float("nan")}, "rate must be a number"),
+        ({"layer": 0, "rate": 0.01}, "of 32 dimensions is none"),
+        ({"layer": 0, "rate": 0.5, "strength": -1.0}, "strength must be"),
+        ({"layer": 0, "rate": 0.5, "select": "top"}, "select must be one of gamma"),
+        ({"rate": 0.5}, "counted from the ME Layer"),
+        ({"layer": 2, "rate": 0.5}, "no layer with attention comes after layer 2"),
+        ({"layer": 0, "rate": 0.5, "layers": "all"}, "layers must be 'after', 'next'"),
+        ({"layers": [5], "rate": 0.5}, r"layer 5 is outside 0\.\.2"),
+        ({"layers": [1], "rate": 0.5, "tokens": "last"}, "tokens must be"),
+    ]
+    for settings, message in cases:
+        with pytest.raises((InterventionError, SiteError), match=message):
+            wemask(hf, **settings).__enter__()
+    with pytest.raises(InterventionError, match=r"layer 0 of .* has no attention"):
+        wemask(make_tiny("qwen3-next"), layers=[0], rate=0.5).__enter__()
+
+
+def test_flash_attention_is_refused_where_a_key_is_dropped(tiny, ids):
+    def flat_mask(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": torch.ones(ids.shape)}
+
+    handle = tiny.blocks[1].attn.register_forward_pre_hook(flat_mask, with_kwargs=True)
+    try:
+        with pytest.raises(InterventionError, match="eager or sdpa"), drop_key(tiny, 0):
+            tiny(ids, return_type="logits")
+    finally:
+        handle.remove()
+
+
+def test_an_exit_stack_attaches_it_and_takes_it_off_in_any_order(make_tiny, ids):
+    hf = make_tiny("llama")
+    clean = logits(hf, ids)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(wemask(hf, layers=[1], rate=0.5))
+    one = logits(hf, ids)
+    second.enter_context(drop_key(hf, layers=[2]))
+    both = logits(hf, ids)
+    first.close()
+    assert not torch.equal(both, one)
+    with drop_key(hf, layers=[2]):
+        twice = logits(hf, ids)
+    torch.testing.assert_close(logits(hf, ids), twice)
+    second.close()
+    assert torch.equal(logits(hf, ids), clean)
+
+
+def test_gradients_pass_through_the_mask(make_tiny, ids):
+    """As in fine-tuning: parameters behind the mask learn, the masked dimensions teach nothing."""
+    hf = make_tiny("llama").train()
+    with wemask(hf, layers=[0], rate=1.0, tokens="all"):
+        hf(input_ids=ids, labels=ids).loss.backward()
+    assert hf.model.layers[0].input_layernorm.weight.grad.abs().max() == 0
+    assert hf.model.layers[1].input_layernorm.weight.grad.abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_peft_models_and_edits_of_the_norm_nest(make_tiny, ids):
+    peft = pytest.importorskip("peft", reason="un-skip: install melens[eval]")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)
+    hf = make_tiny("llama")
+    with wemask(hf, 0, rate=0.5):
+        expected = logits(hf, ids)
+    model = peft.get_peft_model(hf, config)
+    with wemask(model, 0, rate=0.5):
+        torch.testing.assert_close(logits(model, ids), expected)
+    bridge = load(make_tiny("llama"))
+    with torch.no_grad(), norm_flatten(bridge, 1), wemask(bridge, 0, rate=0.5):
+        both = bridge(ids, return_type="logits")
+        with norm_flatten(bridge, 1, alpha=1.0):
+            assert torch.equal(bridge(ids, return_type="logits"), both)
+
+
+def test_a_prompt_whose_start_was_not_seen_is_refused(make_tiny, ids):
+    hf = make_tiny("llama")
+    past = hf(input_ids=ids[:, :5], use_cache=True).past_key_values
+    with (
+        pytest.raises(InterventionError, match="not seen while drop_key was open"),
+        drop_key(hf, 0),
+    ):
+        hf(input_ids=ids[:, 5:], past_key_values=past)
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("name", [*EDITS, "drop_key"])
+def test_smollm2_cached_padded_and_batched_equal_the_whole(name, smol, smol_me):
+    hf, tokenizer = smol.original_model, smol.tokenizer
+    texts = ["The capital of France is Paris, and", "In 1969 people"]
+    rows = [[1, *tokenizer(text)["input_ids"]] for text in texts]
+    batch = Batch.pad(rows, side="left")
+
+    def entered():
+        if name == "drop_key":
+            return drop_key(smol, smol_me)
+        return wemask(smol, smol_me, select=name, rate=0.5)
+
+    with entered():
+        alone = [logits(hf, torch.tensor([row]), use_cache=False)[0] for row in rows]
+        out = hf(input_ids=torch.tensor([rows[0][:-2]]), use_cache=True)
+        last = hf(input_ids=torch.tensor([rows[0][-2:]]), past_key_values=out.past_key_values)
+        padded = logits(hf, batch.ids, attention_mask=batch.mask.long(),
+                        position_ids=batch.positions.clamp_min(0))  # fmt: skip
+    scale = {"rtol": 1e-4, "atol": 1e-4 * alone[0].abs().max().item()}
+    torch.testing.assert_close(last.logits[0], alone[0][-2:], **scale)
+    for i, expected in enumerate(alone):
+        torch.testing.assert_close(padded[i][batch.mask[i]], expected, **scale)
+
+
+@pytest.fixture(scope="module")
+def smol_me(smol):
+    from melens.batches import prompts
+
+    return locate(smol, prompts(n=2, length=32, bos=True))
