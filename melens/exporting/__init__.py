@@ -1,0 +1,8 @@
+"""An edit to take along: beside the weights, as a key/value prefix, or as a PEFT adapter."""
+
+from melens.exporting.folder import export
+from melens.exporting.prefix import for_call, for_generate, load_prefix
+from melens.exporting.record import read_edit
+from melens.exporting.reload import load
+
+__all__ = ["export", "for_call", "for_generate", "load", "load_prefix", "read_edit"]

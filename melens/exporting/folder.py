@@ -1,0 +1,164 @@
+"""export(): one edit of one model into a folder that is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from melens.errors import InterventionError, OutputError, ResultError
+from melens.exporting.open_edit import check_edit
+from melens.exporting.peft_adapter import check_like_peft, row_of, write_adapter
+from melens.exporting.prefix import (
+    Prefix,
+    constant_prefix,
+    difference,
+    facts_of,
+    fixed_first,
+    write_prefix,
+)
+from melens.exporting.record import MELENS_JSON, read_edit, write_edit
+from melens.exporting.subject import Subject, dtype_of, plain_to_save, probe_of, subject_of
+from melens.provenance import ModelFacts, RunInfo
+from melens.results import MELayer
+from melens.results.edit import Edit
+from melens.results.export import EditFile, Format, PrefixFacts
+
+
+def export(
+    model: Any,
+    edit: Edit,
+    *,
+    format: str = "hf",
+    out: str | Path,
+    me_layer: MELayer | None = None,
+    first_token: str | int | None = None,
+) -> Path:
+    """Save an edit so that it can be used elsewhere; the folder appears when it is whole.
+
+    Args:    model: a name, a folder, a bridge or a transformers model.
+             format: ``hf``: a model folder that transformers reads, with a melens.json that
+             ``melens.load`` applies again. ``prefix``: keys and values of the fixed first token
+             under the edit (:func:`melens.exporting.load_prefix`). ``peft``: the same as a
+             prefix-tuning adapter; leave the first token out of the input.
+             out: a new or empty folder, or an earlier export, which is replaced.
+             me_layer: what ``melens.locate`` returned; None only where the edit names its layers.
+             first_token: of prefix and peft, an id or a text of one token; None = BOS where the
+             tokenizer puts it first, or what the chat template starts with.
+    Raises:  InterventionError: an edit that this model or format cannot have. ResultError: an
+             ``out`` that holds something else, or a ME Layer of other weights. PromptError: no one
+             first token. ModelError: no model, or one that cannot be saved.
+             OutputError: the disk said no.
+    """  # fmt: skip
+    kind = next((name for name in get_args(Format) if name == format), None)
+    if kind is None:
+        raise InterventionError(
+            f"format must be one of {', '.join(get_args(Format))}, got {format!r:.40}."
+        )
+    if first_token is not None and kind == "hf":
+        raise InterventionError("first_token belongs to the formats prefix and peft.")
+    if not isinstance(edit, Edit):
+        raise InterventionError(
+            f"edit must be a melens.results.edit.Edit, got {type(edit).__name__}."
+        )
+    target = check_out(out)
+    subject = subject_of(model, me_layer)
+    check_edit(subject.runnable, edit, me_layer)
+    if kind == "hf":
+        hf, tokenizer = plain_to_save(subject)
+        record = _record(subject, edit, me_layer, "hf")
+        return _place(target, lambda folder: _write_model(hf, tokenizer, folder), record)
+    token = fixed_first(subject.tokenizer, first_token)
+    prefix = constant_prefix(subject.runnable, edit, me_layer, token)
+    facts = facts_of(
+        subject.hf, prefix, subject.tokenizer, difference(subject.runnable, edit, me_layer, prefix)
+    )
+    record = _record(subject, edit, me_layer, kind, facts)
+    return _place(target, _writer(subject, prefix, kind), record)
+
+
+def _writer(subject: Subject, prefix: Prefix, format: Format) -> Callable[[Path], None]:
+    if format == "prefix":
+        return lambda folder: write_prefix(prefix, folder)
+    check_like_peft(subject.hf, prefix)
+    row_of(prefix)
+    base, revision = subject.origin.name, subject.origin.revision
+    return lambda folder: write_adapter(prefix, folder, base=base, revision=revision)
+
+
+def _write_model(hf: Any, tokenizer: Any, folder: Path) -> None:
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _record(
+    subject: Subject, edit: Edit, me_layer: MELayer | None, format: Format,
+    prefix: PrefixFacts | None = None,
+) -> EditFile:  # fmt: skip
+    facts = ModelFacts(
+        name=subject.origin.name, revision=subject.origin.revision, weights=subject.weights,
+        dtype=dtype_of(subject.hf), device=str(next(subject.hf.parameters()).device),
+    )  # fmt: skip
+    run = RunInfo.collect(facts, seed=edit.seed, settings={"format": format})
+    return EditFile(
+        format=format, edit=edit, me_layer=me_layer, probe=probe_of(subject.hf), prefix=prefix,
+        run=run,
+    )  # fmt: skip
+
+
+def check_out(out: str | Path) -> Path:
+    """Refuse a folder that must not be written, before any work.
+
+    Raises:  ResultError: a file, or a folder of other things. OutputError: it cannot be written.
+    """
+    target = Path(out).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise ResultError(f"{out} is a file; name a folder to export into.")
+    try:
+        if target.is_dir() and any(target.iterdir()) and not _is_export(target):
+            raise ResultError(f"{out} is not empty and no earlier export; name another folder.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write into {target.parent}: {error.strerror}.") from None
+    if not os.access(target.parent, os.W_OK):
+        raise OutputError(f"cannot write into {target.parent}; name another folder.")
+    return target
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return read_edit(folder) is not None
+    except ResultError:
+        return False
+
+
+def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Path:
+    """Write beside the target and move into place; what was there stays until then."""
+    from safetensors import SafetensorError
+
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        write(part)
+        write_edit(record, part)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or str(error)[:160]
+        raise OutputError(f"cannot write {target}: {said}.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.exists():
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(target)
+    return target
+
+
+__all__ = ["MELENS_JSON", "check_out", "export"]

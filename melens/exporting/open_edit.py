@@ -1,0 +1,40 @@
+"""An edit that is kept open on a model, rather than for the length of a ``with``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from melens.evaluation.edits import applied
+from melens.results import MELayer
+from melens.results.edit import Edit
+
+
+class _ClosedError(Exception):
+    """Leaves an edit's context without the check that it was of use."""
+
+
+class OpenEdit:
+    """An edit in force until it is closed; one that no forward pass used is no error here."""
+
+    def __init__(self, model: Any, edit: Edit, me_layer: MELayer | None) -> None:
+        self.edit, self.me_layer = edit, me_layer
+        self._context: Any = applied(model, edit, me_layer)
+        self.record = self._context.__enter__()
+        """A mask's MaskRecord; None for other edits."""
+
+    def close(self) -> None:
+        """Take the edit off; the model is as it was. A second call does nothing."""
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(_ClosedError, _ClosedError(), None)
+
+    def __repr__(self) -> str:
+        return f"<OpenEdit {self.edit.label}{' (closed)' if self._context is None else ''}>"
+
+
+def check_edit(model: Any, edit: Edit, me_layer: MELayer | None) -> None:
+    """Refuse an edit that the model cannot have, without running it.
+
+    Raises:  InterventionError, SiteError: naming the setting.
+    """
+    OpenEdit(model, edit, me_layer).close()

@@ -1,0 +1,284 @@
+"""The constant key/value prefix: an edit of the first token, computed once.
+
+Under causal attention the first token sees only itself, so that one fixed first token has the same
+keys and values in every text. An edit that touches nothing else is those, changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.errors import InterventionError, PromptError, ResultError
+from melens.evaluation.edits import applied
+from melens.exporting.record import MELENS_JSON, read_edit
+from melens.exporting.subject import check_probe, dtype_of, spread, transformers_of, vocabulary_of
+from melens.interventions.now import Now
+from melens.interventions.tokens import choice_of
+from melens.results import MELayer
+from melens.results.edit import Edit
+from melens.results.export import PrefixFacts
+
+PREFIX_FILE = "prefix.safetensors"
+ATTENDING = ("full_attention", "sliding_attention")
+FIRST_ONLY = ("none", "wemask", "zero", "mean", "norm-flatten")
+CLOSE = 1e-4
+"""Largest difference of the check's logits over the largest of them, float32: the same sums in
+another order."""
+CHECKED = 7
+
+
+@dataclass
+class Prefix:
+    """Keys and values of one first token, layer by layer."""
+
+    token_id: int
+    keys: list[Float[Tensor, "_ 1 _"]]
+    """``[kv_heads, 1, head_dim]``."""
+    values: list[Float[Tensor, "_ 1 _"]]
+
+    def cache(self, hf: Any, batch: int) -> Any:
+        """A fresh transformers cache that holds it, of the model's dtype and device."""
+        from transformers import DynamicCache
+
+        like = next(hf.parameters())
+        made = DynamicCache(config=hf.config)
+        for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            key, value = (part.to(like)[None].repeat(batch, 1, 1, 1) for part in pair)
+            made.update(key, value, layer)
+        return made
+
+
+@torch.no_grad()
+def constant_prefix(model: Any, edit: Edit, me_layer: MELayer | None, token_id: int) -> Prefix:
+    """Keys and values of a first token under an edit.
+
+    Args:    model: a bridge or a plain transformers model.
+    Raises:  InterventionError: the edit touches other tokens too or not this one, or the model
+             keeps more of a token than keys and values.
+    """  # fmt: skip
+    hf = transformers_of(model)
+    _check_constant(hf, edit, me_layer, token_id)
+    ids = torch.tensor([[token_id]], device=next(hf.parameters()).device)
+    with applied(model, edit, me_layer):
+        layers = hf(ids, use_cache=True).past_key_values.layers
+    if any(getattr(layer, "keys", None) is None for layer in layers):
+        raise InterventionError(
+            "some layers of this model share the keys of others, which a prefix cannot hold; "
+            "use format='hf'."
+        )
+    pairs = [(layer.keys[0].detach().cpu(), layer.values[0].detach().cpu()) for layer in layers]
+    return Prefix(token_id, [key.clone() for key, _ in pairs], [val.clone() for _, val in pairs])
+
+
+def _check_constant(hf: Any, edit: Edit, me_layer: MELayer | None, token_id: int) -> None:
+    if edit.name not in FIRST_ONLY:
+        why = {
+            "drop-key": "hides the token from others but not from itself",
+            "ffn-cap": "needs other tokens to compare with",
+        }[edit.name]
+        raise InterventionError(
+            f"{edit.name} {why}, so it is no constant prefix; use format='hf', or another edit."
+        )
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds, _ = get_layer_types_and_kwargs(hf.config.get_text_config(decoder=True))
+    if other := sorted(set(kinds) - set(ATTENDING)):
+        raise InterventionError(
+            f"{type(hf).__name__} has layers of {', '.join(other)}, whose state is not keys and "
+            "values, so a prefix cannot hold it; use format='hf'."
+        )
+    if me_layer is None or edit.name == "none":
+        return
+    later = [t for t in me_layer.massive if t.position > 0 and t.dim == me_layer.massive[0].dim]
+    if later:
+        raise InterventionError(
+            f"token {later[0].token!r} is massive after the first position too, and a prefix holds "
+            "the first token alone; use format='hf'."
+        )
+    now = Now(torch.tensor([[token_id]]), torch.tensor([[0]]))
+    if not choice_of(me_layer)(now).any():
+        raise InterventionError(
+            f"token id {token_id} was not located as a massive first token of "
+            f"{me_layer.run.model}, so the edit would not touch it; locate on texts that start "
+            "with it."
+        )
+
+
+@torch.no_grad()
+def difference(model: Any, edit: Edit, me_layer: MELayer | None, prefix: Prefix) -> float:
+    """Largest difference of logits between edit and prefix on a few tokens.
+
+    Raises:  InterventionError: more than float32 explains; this model needs more than a prefix.
+    """
+    hf = transformers_of(model)
+    device = next(hf.parameters()).device
+    rest = spread(vocabulary_of(hf), CHECKED)
+    ids = torch.tensor([[prefix.token_id, *rest]], device=device)
+    with applied(model, edit, me_layer):
+        wanted = hf(ids, use_cache=False).logits[:, 1:].float()
+    found = hf(ids[:, 1:], past_key_values=prefix.cache(hf, 1)).logits.float()
+    off, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+    if dtype_of(hf) == "float32" and not off <= CLOSE * max(scale, 1.0):
+        raise InterventionError(
+            f"with the prefix the logits of {type(hf).__name__} differ by {off:.2g} from the "
+            "edit's, so it is no exact export here; use format='hf'."
+        )
+    return off
+
+
+def facts_of(hf: Any, prefix: Prefix, tokenizer: Any, logit_difference: float) -> PrefixFacts:
+    """What to know of a prefix before using it."""
+    shapes = {tuple(key.shape) for key in prefix.keys}
+    heads, _, width = next(iter(shapes)) if len(shapes) == 1 else (None, 1, None)
+    text = hf.config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or []
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in kinds or not kinds
+    token = f"<{prefix.token_id}>" if tokenizer is None else tokenizer.decode([prefix.token_id])
+    return PrefixFacts(
+        token_id=prefix.token_id, token=token, layers=len(prefix.keys), kv_heads=heads,
+        head_dim=width, dtype=str(prefix.keys[0].dtype).removeprefix("torch."),
+        sliding_window=window if slides else None, logit_difference=logit_difference,
+    )  # fmt: skip
+
+
+def write_prefix(prefix: Prefix, folder: Path) -> None:
+    """``layer.i.key`` and ``layer.i.value``, ``[kv_heads, 1, head_dim]``, in one file."""
+    from safetensors.torch import save_file
+
+    named = {f"layer.{i}.key": key.contiguous() for i, key in enumerate(prefix.keys)}
+    named |= {f"layer.{i}.value": value.contiguous() for i, value in enumerate(prefix.values)}
+    save_file(named, folder / PREFIX_FILE)
+
+
+def load_prefix(folder: str | Path, model: Any, *, batch: int = 1) -> Any:
+    """The exported first token as a transformers cache, a fresh one a call (a run fills it).
+
+    Hand it to ``model.generate(**for_generate(ids, mask), past_key_values=cache)``, or to
+    ``model(**for_call(ids, mask), past_key_values=cache)``; neither needs melens' hooks.
+
+    Args:    model: the transformers model (or its bridge) that it was exported from, any dtype.
+             batch: rows.
+    Raises:  ResultError: no such export, a damaged one, or one of other weights.
+    """  # fmt: skip
+    folder = Path(folder)
+    record, hf = read_edit(folder), transformers_of(model)
+    if record is None or record.format != "prefix" or record.prefix is None:
+        raise ResultError(
+            f"{folder} holds no prefix ({MELENS_JSON} says "
+            f"{record.format if record else 'nothing'}); make one with melens.export(..., "
+            "format='prefix')."
+        )
+    if batch < 1:
+        raise ResultError(f"batch must be at least 1, got {batch}.")
+    check_probe(hf, record.probe, name=str(folder))
+    return _read_prefix(folder, record.prefix).cache(hf, batch)
+
+
+def _read_prefix(folder: Path, facts: PrefixFacts) -> Prefix:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / PREFIX_FILE
+    try:
+        named = load_file(path)
+        keys = [named[f"layer.{i}.key"] for i in range(facts.layers)]
+        values = [named[f"layer.{i}.value"] for i in range(facts.layers)]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ResultError(f"cannot read {path}: {str(error)[:120]}; export it again.") from None
+    return Prefix(facts.token_id, keys, values)
+
+
+def for_generate(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Inputs of ``generate`` beside a prefix: whole prompts, the first token before any padding.
+
+    transformers leaves out as many columns as the cache holds; that column must be the first
+    token's, so that a left-padded row gets its padding after it. Positions are unchanged. In
+    sliding-window layers such a row is exact up to the window only, where padding counts.
+
+    Args:    ids: ``[batch, pos]``, each row with its first token. mask: 0 or False at padding.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask.long()
+    if not (mask.sum(dim=-1) > 1).all():
+        raise PromptError("every row must hold its first token and at least one after it.")
+    ids, mask = ids.clone(), mask.clone()
+    at = mask.argmax(dim=-1)
+    rows = torch.arange(len(ids), device=ids.device)
+    ids[rows, at], ids[:, 0] = ids[:, 0].clone(), ids[rows, at]
+    mask[rows, at], mask[:, 0] = mask[:, 0].clone(), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def for_call(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Inputs of the model itself beside a prefix: as :func:`for_generate`, without the token."""
+    made = for_generate(ids, mask)
+    whole = made["attention_mask"]
+    positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)
+    return {
+        "input_ids": made["input_ids"][:, 1:],
+        "attention_mask": whole,
+        "position_ids": positions[:, 1:],
+    }
+
+
+def fixed_first(tokenizer: Any, first_token: str | int | None = None) -> int:
+    """Id of the token that every input starts with.
+
+    Args:    first_token: an id, or a text of one token; None = BOS where the tokenizer puts it
+             first, or what the chat template starts with.
+    Raises:  PromptError: none, or two that differ.
+    """
+    if first_token is not None:
+        return _asked_for(tokenizer, first_token)
+    if tokenizer is None:
+        raise PromptError("no tokenizer is known, so the first token is not; pass first_token=id.")
+    found = {"BOS": _bos(tokenizer), "the chat template": _chat_first(tokenizer)}
+    known = {name: token for name, token in found.items() if token is not None}
+    if len(set(known.values())) == 1:
+        return next(iter(known.values()))
+    said = " and ".join(
+        f"{name} starts with {tokenizer.decode([token])!r}" for name, token in known.items()
+    )
+    raise PromptError(
+        f"{said or 'this tokenizer puts no fixed token first'}; say which token your inputs start "
+        "with: first_token= (--first-token)."
+    )
+
+
+def _asked_for(tokenizer: Any, first_token: str | int) -> int:
+    if isinstance(first_token, int) and not isinstance(first_token, bool):
+        if first_token < 0 or (tokenizer is not None and first_token >= len(tokenizer)):
+            raise PromptError(f"first_token {first_token} is outside the vocabulary.")
+        return first_token
+    if tokenizer is None or not isinstance(first_token, str):
+        raise PromptError("first_token must be an id, or a text of one token with a tokenizer.")
+    ids = tokenizer(first_token, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) != 1:
+        raise PromptError(f"first_token {first_token[:40]!r} is {len(ids)} tokens; give one.")
+    return int(ids[0])
+
+
+def _bos(tokenizer: Any) -> int | None:
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def _chat_first(tokenizer: Any) -> int | None:
+    """What the chat template puts first, whatever is said."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    firsts: set[int] = set()
+    for text in ("a", "Hello there"):
+        made = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        ids: Sequence[int] = tokenizer(made, add_special_tokens=False, verbose=False)["input_ids"]
+        firsts |= set(ids[:1])
+    return firsts.pop() if len(firsts) == 1 else None

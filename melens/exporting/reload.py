@@ -1,0 +1,67 @@
+"""load(): a model with its exported edit, if its folder has one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melens import models
+from melens.errors import ResultError
+from melens.exporting.open_edit import OpenEdit
+from melens.exporting.record import read_edit
+from melens.exporting.subject import check_probe
+from melens.results.export import EditFile
+
+KEPT_EDIT = "melens_edit"
+"""Where a bridge keeps the edit that is open on it."""
+
+
+def load(
+    model: Any,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
+
+    A folder that ``melens.export`` wrote is loaded with its edit in force, on every forward pass
+    and in ``generate``: ``bridge.melens_edit`` says which, ``bridge.melens_edit.close()`` takes it
+    off. Measurements that are given a name or a folder use the model without the edit.
+
+    Args:    model: a named model (``melens models``), a folder, a ``.gguf`` file, a Hugging Face
+             id, or a model object: an HF causal LM is bridged in place, a TransformerBridge or
+             HookedTransformer is checked and returned. The network is used for a hub id, and for
+             a named model that is not here yet.
+             device: ``cpu``, ``cuda``, ``mps``, ...; None = CUDA, else MPS, else CPU. An object
+             is never moved: naming another device for it is refused.
+             dtype: torch dtype or its name, ``auto`` = the checkpoint's own; None = float32 on
+             the CPU, the checkpoint's own elsewhere.
+             revision: branch, tag or commit of a hub id.
+             tokenizer: needed only for an HF model object whose folder holds none.
+    Raises:  ModelNotFoundError, WeightsError, LicenceError, FetchError: it cannot be had.
+             ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
+             ResultError: a melens.json that is broken, or of other weights.
+    """  # fmt: skip
+    record = _edit_in(model)
+    bridge = models.load(
+        model, device=device, dtype=dtype, revision=revision, tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if record is not None:
+        check_probe(bridge.original_model, record.probe, name=f"the edit in {model}")
+        vars(bridge)[KEPT_EDIT] = OpenEdit(bridge, record.edit, record.me_layer)
+    return bridge
+
+
+def _edit_in(model: Any) -> EditFile | None:
+    """The edit that a model's folder says to apply; refuses what is no model folder."""
+    record = read_edit(model) if isinstance(model, (str, Path)) else None
+    if record is not None and record.format != "hf":
+        how = "melens.exporting.load_prefix" if record.format == "prefix" else "PEFT"
+        raise ResultError(f"{model} is a {record.format} export, no model; load it with {how}.")
+    return record
