@@ -18,8 +18,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from melens.errors import COULD_NOT_RUN, MelensError
+from melens.errors import COULD_NOT_RUN, MelensError, ModelNotFoundError
+from melens.evaluation.harness_data import OFFLINE_TASKS, data_folder, items
+from melens.evaluation.harness_punkt import require_punkt
+from melens.evaluation.harness_rows import GENERATION_TASKS
+from melens.evaluation.harness_settings import read_settings
 
 try:
     from melens.evaluation.harness_model import MelensLM
@@ -34,14 +39,19 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run lm-eval's command line with ours registered; returns the exit code."""
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     before = sys.argv
-    sys.argv = ["lm_eval", *_with_our_tasks(given)]
+    sys.argv = ["lm_eval", *_with_our_tasks(given)]  # where lm-eval looks
     try:
-        _prepare(given)
-        cli_evaluate()
+        setup_logging()
+        theirs = HarnessCLI()
+        parsed = theirs.parse_args()
+        if parsed.command == "run":
+            _prepare(parsed)
+        theirs.execute(parsed)
     except MelensError as error:
         sys.stderr.write(f"Error: {error}\n")
         return error.exit_code
@@ -54,18 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prepare(given: Sequence[str]) -> None:
-    """What a task needs beside the model, before the model is loaded."""
-    if any("ifeval" in word or "leaderboard" in word for word in given):
-        from melens.evaluation.harness_punkt import require_punkt
-
+def _prepare(parsed: Any) -> None:
+    """Check what can be checked before lm-eval reads its tasks and the model is loaded."""
+    if parsed.model == "melens":
+        settings = dict(parsed.model_args or {})
+        if not settings.pop("pretrained", None):
+            raise ModelNotFoundError("name the model: --model_args pretrained=smollm2-135m")
+        read_settings(settings)
+    tasks = str(parsed.tasks)
+    if "ifeval" in tasks or "leaderboard" in tasks:
         require_punkt()
+    for name in GENERATION_TASKS:
+        if f"melens_{name}" in tasks:
+            items(name, data_folder(dict(parsed.metadata or {})))
 
 
 def _with_our_tasks(given: list[str]) -> list[str]:
     """Our task folder added where one of ours is named and no other folder is."""
-    from melens.evaluation.harness_data import OFFLINE_TASKS
-
     ours = any(word.startswith("melens_") or ",melens_" in word for word in given)
     if not ours or any(word.startswith("--include_path") for word in given):
         return given

@@ -18,7 +18,10 @@ WRAPPED = "_original_component."
 
 @torch.no_grad()
 def weights_key(model: Any) -> str:
-    """Short hash of a plain model's weights; bridging the model later does not change it.
+    """Short hash of a transformers model's weights.
+
+    Bridging the model later does not change it, but where the bridge splits fused queries, keys and
+    values (GPT-2, NeoX, Phi-3): there a bridged model counts as another one.
 
     Args:    model: a transformers model; its bridge's ``original_model``.
     """

@@ -28,6 +28,20 @@ IGNORED = [",", r"\$", r"(?s).*#### ", r"\.$"]
 Doc = dict[str, Any]
 
 
+def data_folder(metadata: Mapping[str, Any]) -> Path:
+    """The folder that the user named.
+
+    Raises:  PromptError: none was.
+    """
+    folder = metadata.get("data") or os.environ.get("MELENS_DATA")
+    if not folder:
+        raise PromptError(
+            'our tasks need the folder of their data: --metadata \'{"data": "FOLDER"}\' or '
+            "MELENS_DATA=FOLDER."
+        )
+    return Path(folder).expanduser()
+
+
 def data_file(task: str, folder: Path) -> Path:
     """The task's file in a data folder.
 
@@ -154,13 +168,7 @@ def _lm_eval_gsm8k(doc: Doc, answer: str, pattern: str, which: int) -> float:
 def _dataset(task: str, metadata: Mapping[str, Any]) -> Any:
     from datasets import Dataset
 
-    folder = metadata.get("data") or os.environ.get("MELENS_DATA")
-    if not folder:
-        raise PromptError(
-            f'{task} needs the folder of its data: --metadata \'{{"data": "FOLDER"}}\' or '
-            "MELENS_DATA=FOLDER."
-        )
-    return {"test": Dataset.from_list(items(task, Path(folder).expanduser()))}
+    return {"test": Dataset.from_list(items(task, data_folder(metadata)))}
 
 
 def _parsed(line: str) -> Doc | None:

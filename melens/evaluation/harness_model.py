@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from melens.errors import InterventionError, MissingPackageError
@@ -70,6 +70,11 @@ class MelensLM(Generator):
         except InterventionError:
             if self._passes:  # else every answer came from the cache
                 raise
+
+    def __del__(self) -> None:
+        if "_open" in vars(self):
+            with suppress(InterventionError):
+                self._open.close()
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
         self._passes += 1
