@@ -12,6 +12,7 @@ import typer
 from melens import __version__
 from melens.cli.cause_commands import isolate
 from melens.cli.commands import env, known, locate, models, plot
+from melens.cli.eval_command import evaluate
 from melens.cli.measure_commands import attention, collapse, describe, sinks
 from melens.cli.patch_command import patch
 from melens.cli.super_weights_command import super_weights
@@ -63,6 +64,7 @@ app.command()(attention)
 app.command()(isolate)
 app.command()(super_weights)
 app.command()(patch)
+app.command("eval")(evaluate)
 app.command()(known)
 app.command()(plot)
 app.command()(models)

@@ -3,6 +3,7 @@
 from melens.figures import (
     attention,
     causes,
+    evaluation,
     patch_grid,
     profile,
     ranks,
@@ -13,7 +14,8 @@ from melens.figures import (
 from melens.figures.draw import FORMATS, draw, inline, save_figure
 from melens.figures.styles import FIGURES
 
-MODULES = (profile, token_curves, ranks, sink_maps, attention, causes, super_weights, patch_grid)
+MODULES = (profile, token_curves, ranks, sink_maps, attention, causes, super_weights, patch_grid,
+           evaluation)  # fmt: skip
 """Imported for what they register in FIGURES; the order is that of the documentation."""
 
 __all__ = ["FIGURES", "FORMATS", "MODULES", "draw", "inline", "save_figure"]

@@ -1,0 +1,233 @@
+"""eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from melens.cli import mask_options as mask
+from melens.cli import options as opt
+
+if TYPE_CHECKING:
+    from melens.evaluation.conditions import Plan
+
+RIVALS = "zero,mean,norm-flatten,ffn-cap,drop-key"
+
+
+def evaluate(
+    model: opt.Model,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="perplexity, gsm8k-likelihood, math500-likelihood: the answer is given. gsm8k, "
+            "math500, ifeval, xstest: it is generated (needs the extra eval)."
+        ),
+    ] = "perplexity",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="The task's file, or a folder that holds it, as gsm8k/test.jsonl "
+            "(default: the bundled texts, for perplexity)."
+        ),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", min=1, help="Items (default: all; 8 texts).")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=4, help="Tokens a text at most, for perplexity. Default: 128.")
+    ] = None,
+    edit: mask.EditOption = None,
+    mask_select: mask.MaskSelect = None,
+    mask_rate: mask.MaskRate = None,
+    mask_strength: mask.MaskStrength = None,
+    mask_layers: mask.MaskLayers = None,
+    mask_seed: mask.MaskSeed = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            help="Doses: rates of a mask, strengths of another edit; or none. Default: "
+            "0.1,0.25,0.5,0.75,0.9; strengths 0.25,0.5,0.75."
+        ),
+    ] = None,
+    control_seeds: Annotated[
+        str | None,
+        typer.Option(help="Seeds of the random dimensions; or none. Default: 0,1,2."),
+    ] = None,
+    rivals: Annotated[
+        str, typer.Option(help=f"Other edits beside it: {RIVALS}, all or none.")
+    ] = "none",
+    located: opt.Located = None,
+    bos: opt.Bos = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="The chat template, for the likelihood tasks (default: if there is one).",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a generated answer (default: the task's own).")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens a forward pass, where the answer is given.")
+    ] = 1024,
+    batch_size: Annotated[
+        int, typer.Option(min=1, envvar="MELENS_BATCH_SIZE", help="Answers generated at a time.")
+    ] = 1,
+    out: opt.Out = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start anew in an --out of another evaluation.")
+    ] = False,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the bootstrap.")] = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Hold an edit of MODEL against the unedited model on one task, item by item.
+
+    Paired differences with 95 % bootstrap intervals over items; doses of the edit, the same edit
+    in other layers and on random dimensions stand beside it. --out keeps every item's prompt,
+    answer and scores in items.jsonl; the same command again goes on from there.
+
+    Examples:
+      melens eval smollm2-135m --mask-select activation --out runs/eval
+
+      melens eval smollm2-135m --task gsm8k-likelihood --data data -n 100 --rivals all --json
+
+      melens eval ./my-model --task ifeval --data data -n 50 --rates 0.25 --control-seeds 0
+    """
+    from melens.cli.job import Job
+
+    asked = locals()
+    chosen = mask.edit_of(asked, model)
+    plan = plan_of(rates, control_seeds, rivals, rated=chosen.name == "wemask")
+    source = _refuse_early(asked, chosen)
+    job = Job.of(
+        {**asked, **dict.fromkeys(("text", "prompt", "n_seq")), "chat": False, "length": None}
+    )
+    loaded, texts = job.load()
+    from melens.evaluation import Settings
+    from melens.evaluation.run import evaluate as measure
+
+    if job.out is not None and force:
+        _start_anew(job.out)
+    settings = Settings(
+        plan, seed, batch_tokens=batch_tokens, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        items=job.out and job.out / "items.jsonl",
+    )  # fmt: skip
+    found = _kept(job, loaded, texts) or job.locate(loaded, texts, overwrite=force)
+    with job.bar("items") as tick:
+        result = measure(
+            loaded, task, chosen, me_layer=found, source=source, settings=settings, progress=tick
+        )
+    _finish(job, result)
+
+
+def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -> Plan:
+    """Doses, controls and rivals as typed.
+
+    Raises:  InterventionError: what is none.
+    """
+    from melens.errors import InterventionError
+    from melens.evaluation.conditions import RIVALS as ALL
+    from melens.evaluation.conditions import Plan
+
+    made: dict[str, Any] = {}
+    if rates is not None:
+        doses = _numbers("--rates", rates, float, "shares above 0 and at most 1, as 0.1,0.5")
+        if not all(0 < dose <= 1 for dose in doses):
+            raise InterventionError(f"--rates must be above 0 and at most 1, got {rates!r:.60}.")
+        made["rates" if rated else "strengths"] = doses
+    if seeds is not None:
+        made["seeds"] = _numbers("--control-seeds", seeds, int, "whole numbers from 0, as 0,1")
+        if any(not 0 <= seed < 2**63 for seed in made["seeds"]):
+            raise InterventionError(f"--control-seeds must be from 0, got {seeds!r:.60}.")
+    if rivals != "none":
+        names = ALL if rivals == "all" else tuple(name.strip() for name in rivals.split(","))
+        if unknown := [name for name in names if name not in ALL]:
+            raise InterventionError(
+                f"unknown rival {unknown[0]!r:.40}; --rivals takes all, none or {', '.join(ALL)}."
+            )
+        made["rivals"] = tuple(dict.fromkeys(names))
+    return Plan(**made)
+
+
+def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
+    """Numbers apart by commas, each once, in order; ``none`` is none of them."""
+    from melens.errors import InterventionError
+
+    if text == "none":
+        return ()
+    try:
+        return tuple(sorted({kind(part) for part in text.split(",")}))
+    except ValueError:
+        raise InterventionError(f"{option} takes {fits}, or none; got {text!r:.60}.") from None
+
+
+def _refuse_early(asked: dict[str, Any], edit: Any) -> Any:
+    """The task's source; whatever can be refused without the model is."""
+    from melens.errors import PromptError
+    from melens.evaluation.conditions import check_edit
+    from melens.evaluation.folder import check_folder
+    from melens.evaluation.harness_rows import GENERATION_TASKS
+    from melens.evaluation.sources import check_source
+    from melens.evaluation.tasks import LIKELIHOOD_FILES, Source
+
+    task, length = asked["task"], asked["length"]
+    check_edit(edit)
+    source = Source(asked["data"], asked["n"], length or 128, asked["bos"], asked["chat"])
+    check_source(task, source)
+    generates = task in GENERATION_TASKS
+    if length is not None and (generates or task in LIKELIHOOD_FILES):
+        raise PromptError(f"{task} takes its items whole; drop --length.")
+    if asked["max_new_tokens"] is not None and not generates:
+        raise PromptError(f"{task} generates nothing; drop --max-new-tokens.")
+    if generates and (asked["bos"] is not None or asked["chat"] is not None):
+        raise PromptError(f"{task} makes its prompts itself; drop --bos and --chat.")
+    if asked["out"] is not None and not asked["force"]:
+        check_folder(asked["out"], task, edit)
+    return source
+
+
+def _start_anew(folder: Path) -> None:
+    from melens.evaluation.folder import start_anew
+
+    start_anew(folder)
+
+
+def _kept(job: Any, model: Any, texts: Any) -> Any:
+    """The ME Layer that this evaluation located before it was interrupted, if it is this model's."""
+    from melens.inputs import take_in
+    from melens.results import MELayer, load_result
+
+    if job.saved is not None or job.out is None or not (job.out / "items.jsonl").exists():
+        return job.saved
+    path = job.out / "locate.json"
+    found = load_result(path) if path.exists() else None
+    if not isinstance(found, MELayer):
+        return None
+    here = take_in(model, texts)
+    same = (here.weights, here.settings["ids"]) == (
+        found.run.weights,
+        found.run.settings.get("ids"),
+    )
+    return found if same else None
+
+
+def _finish(job: Any, result: Any) -> None:
+    """Save the result and its figures, and show it."""
+    from melens.cli import output
+
+    output.save(result, job.out, "evaluate", "dose")
+    if job.out is not None:
+        from melens.figures import save_figure
+
+        for kind in ("png", "svg"):
+            save_figure(result.plot("paired"), job.out / f"paired.{kind}")
+    output.show(result, as_json=job.as_json, folder=job.out)

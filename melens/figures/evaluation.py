@@ -1,0 +1,175 @@
+"""Evaluations: the effect against the dose beside its controls; paired differences by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from melens.figures.styles import ME_COLOUR, PAGE, figure, plain
+from melens.results.edit import RATED
+from melens.results.evaluation import ConditionScore, Evaluation
+
+BLUE, GREY, GREEN, BLACK = "#0072B2", "#777777", "#009E73", "black"
+COLOURS = {"dose": BLUE, "edited": ME_COLOUR, "control": GREY, "rival": GREEN}
+MARKERS = {"dose": "o", "edited": "D", "control": "s", "rival": "^"}
+SHOWN = {"dose": "other doses", "edited": "the edit", "control": "controls", "rival": "other edits"}
+
+
+@figure(Evaluation, "dose")
+def draw_dose(result: Evaluation) -> Figure:
+    """Difference to no edit against the dose; controls and other edits; masked energy below."""
+    others = (*result.controls, *result.rivals)
+    masks = any(c.energy is not None for c in result.conditions)
+    bars = 1 + len(others)
+    made = Figure(figsize=(PAGE, max(2.9, 1.5 + 0.17 * bars)), layout="constrained")
+    grid = made.add_gridspec(2 if masks else 1, 2, width_ratios=(1, 1.05),
+                             height_ratios=(3, 1) if masks else (1,))  # fmt: skip
+    curve = made.add_subplot(grid[0, 0])
+    _curve(curve, result)
+    if masks:
+        curve.tick_params(labelbottom=False)
+        below = made.add_subplot(grid[1, 0], sharex=curve)
+        _energy(below, _doses(result))
+        below.set_xlabel(_dose_name(result))
+        made.align_ylabels((curve, below))
+    else:
+        curve.set_xlabel(_dose_name(result))
+    _beside(made.add_subplot(grid[:, 1]), result, others)
+    for role in ("dose", "edited", "control", "rival"):
+        if any(c.role == role for c in result.conditions):
+            curve.plot([], [], ls="", marker=MARKERS[role], color=COLOURS[role], label=SHOWN[role])
+    made.legend(*curve.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    made.suptitle(plain(_title(result)), fontsize=8)
+    return made
+
+
+def _doses(result: Evaluation) -> list[ConditionScore]:
+    return sorted((result.edited, *result.dose), key=lambda c: _dose(result, c))
+
+
+def _dose(result: Evaluation, condition: ConditionScore) -> float:
+    edit = condition.edit
+    return edit.rate if result.edit.name in RATED else edit.strength
+
+
+def _dose_name(result: Evaluation) -> str:
+    if result.edit.name in RATED:
+        return "rate (share of the dimensions masked)"
+    return f"strength of {result.edit.name} (1 = the whole edit)"
+
+
+def _curve(axes: Axes, result: Evaluation) -> None:
+    doses = _doses(result)
+    axes.plot(
+        [_dose(result, c) for c in doses], [_delta(c) for c in doses], color=BLUE, lw=0.8, zorder=1
+    )
+    for c in doses:
+        x, interval = _dose(result, c), c.delta.interval if c.delta else None
+        if interval is not None:
+            axes.vlines(x, *interval, color=COLOURS[c.role], lw=1.0, zorder=2)
+        axes.plot(x, _delta(c), MARKERS[c.role], color=COLOURS[c.role], ms=4, zorder=3)
+    axes.axhline(0, color=BLACK, lw=0.6)
+    axes.set_xlim(0, 1.03)
+    axes.set_ylabel(_label(result, "\n"))
+
+
+def _energy(axes: Axes, doses: Sequence[ConditionScore]) -> None:
+    """What the rate takes away of the token: a rate by itself says little."""
+    held = [(c.edit.rate, c.energy) for c in doses if c.energy is not None]
+    axes.plot([rate for rate, _ in held], [energy for _, energy in held], "o-", color=BLACK, lw=0.8)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(-0.05, 1.08)
+    axes.set_yticks((0, 0.5, 1))
+    axes.set_ylabel("token's energy\nmasked")
+
+
+def _beside(axes: Axes, result: Evaluation, others: Sequence[ConditionScore]) -> None:
+    """The edit, its controls and other edits, a line each."""
+    shown = (result.edited, *others)
+    for y, c in enumerate(shown):
+        interval = c.delta.interval if c.delta else None
+        if interval is not None:
+            axes.hlines(y, *interval, color=COLOURS[c.role], lw=1.0)
+        axes.plot(_delta(c), y, MARKERS[c.role], color=COLOURS[c.role], ms=4)
+    low, high = _interval(result.edited)
+    axes.axvspan(low, high, color=ME_COLOUR, alpha=0.12, lw=0)
+    axes.axvline(0, color=BLACK, lw=0.6)
+    names = [_edit_name(c) for c in shown]
+    axes.set_yticks(range(len(shown)), [plain(name) for name in names], fontsize=6.5)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_xlabel(_label(result, " "))
+
+
+def _edit_name(condition: ConditionScore) -> str:
+    if condition.role == "edited":
+        return "the edit"
+    if condition.name != "other layers":
+        return condition.name
+    label = condition.edit.label
+    return f"the same in\n{label[label.rindex('layer') :]}" if "layer" in label else condition.name
+
+
+def _interval(condition: ConditionScore) -> tuple[float, float]:
+    found = condition.delta.interval if condition.delta else None
+    return found or (_delta(condition), _delta(condition))
+
+
+def _delta(condition: ConditionScore) -> float:
+    return condition.delta.value if condition.delta else 0.0
+
+
+def _label(result: Evaluation, between: str) -> str:
+    better = "higher" if result.higher_is_better else "lower"
+    return f"change, {result.unit}{between}({better} is better)"
+
+
+def _title(result: Evaluation) -> str:
+    return (
+        f"{result.run.model}, {result.task}, {result.n} items; the edit: {result.edit.label}\n"
+        f"{result.base.value:.4g} {result.unit} without it; bars: 95 % over items, paired"
+    )
+
+
+@figure(Evaluation, "paired")
+def draw_paired(result: Evaluation) -> Figure:
+    """Every item's difference, sorted, with the mean and its interval."""
+    made = Figure(figsize=(PAGE, 2.9), layout="constrained")
+    axes = made.add_subplot()
+    found = sorted(result.differences.get("edited", ()))
+    if not found:
+        axes.text(0.5, 0.5, "no differences of items in this file", ha="center", va="center",
+                  transform=axes.transAxes)  # fmt: skip
+        axes.set_axis_off()
+        return made
+    few = len(found) <= 60
+    axes.vlines(range(1, len(found) + 1), 0, found, color=BLUE, lw=1.0 if few else 0.5, alpha=0.8)
+    axes.plot(range(1, len(found) + 1), found, "o", color=BLUE, ms=3 if few else 1.5, label="item")
+    mean = "mean" if len(set(result.weights)) == 1 else "mean, items weighted by their tokens"
+    axes.axhline(result.delta.value, color=ME_COLOUR, lw=1.0, label=mean)
+    if result.delta.interval is not None:
+        axes.axhspan(*result.delta.interval, color=ME_COLOUR, alpha=0.2, lw=0,
+                     label="its 95 % interval")  # fmt: skip
+    axes.axhline(0, color=BLACK, lw=0.6)
+    axes.set_ylabel(_label(result, "\n"))
+    axes.set_xlabel(f"item, sorted ({_counts(result, found)})")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.02)
+    made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    made.suptitle(
+        plain(
+            f"{result.run.model}, {result.task}, {result.n} items: {result.edit.label} - no edit"
+        ),
+        fontsize=8,
+    )
+    return made
+
+
+def _counts(result: Evaluation, found: Sequence[float]) -> str:
+    sign = 1 if result.higher_is_better else -1
+    better = sum(sign * x > 0 for x in found)
+    worse = sum(sign * x < 0 for x in found)
+    return f"{better} better, {worse} worse, {len(found) - better - worse} equal"
