@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,22 +152,34 @@ def _answers(models: _Models, job: _Job, left: Sequence[int]) -> Iterable[list[I
     from melens.evaluation.harness_model import Generator
 
     edited, size = models.edited, job.settings.batch_size
-    lm = Generator(_plain(models.model), models.tokenizer, batch_size=size)
-    manager = TaskManager(
-        include_defaults=False, include_path=str(OFFLINE_TASKS),
-        metadata={"data": str(job.settings.data)},
-    )  # fmt: skip
-    name = f"melens_{job.task}"
-    theirs = manager.load(name)["tasks"][name]
+    with _quiet():
+        lm = Generator(_plain(models.model), models.tokenizer, batch_size=size)
+        manager = TaskManager(
+            include_defaults=False, include_path=str(OFFLINE_TASKS),
+            metadata={"data": str(job.settings.data)},
+        )  # fmt: skip
+        name = f"melens_{job.task}"
+        theirs = manager.load(name)["tasks"][name]
     theirs.set_config("generation_kwargs", {"max_gen_toks": job.length}, update=True)
     asked = [_request(theirs, lm, number) for number in left]
     _check_lengths(lm, [request.args[0] for request in asked], job)
-    with ExitStack() as stack:
-        stack.enter_context(applied(edited, models.edit, models.me_layer))
+    with applied(edited, models.edit, models.me_layer):
         for start in range(0, len(asked), size):
             batch = asked[start : start + size]
             answers = lm.generate_until(batch, disable_tqdm=True)
             yield [_row(theirs, job, *pair) for pair in zip(batch, answers, strict=True)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's warnings that it was given a loaded model and local data."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _request(theirs: Any, lm: Any, number: int) -> Any:
