@@ -27,7 +27,7 @@ def draw(result: Result, style: str | None = None) -> Figure:
     Raises:  ResultError: a kind of result that has no figure. UnknownNameError: no such style.
     """
     function = chosen(result, style)
-    with _style():
+    with house_style():
         return function(result)
 
 
@@ -42,7 +42,7 @@ def save_figure(figure: Figure, path: Path | str) -> Path:
     if kind not in FORMATS:
         raise ResultError(f"cannot draw into {str(path)!r}; end it in .{', .'.join(FORMATS)}.")
     made = io.BytesIO()
-    with _style():
+    with house_style():
         figure.savefig(made, format=kind, metadata=_NO_DATE[kind])
     write_atomically(path, made.getvalue())
     return path
@@ -53,14 +53,15 @@ def inline(result: Result) -> str:
     if type(result) not in FIGURES:
         return ""
     made = io.BytesIO()
-    with _style():
+    with house_style():
         draw(result).savefig(made, format="png", dpi=110, metadata=_NO_DATE["png"])
     data = base64.b64encode(made.getvalue()).decode()
     return f'<img alt="{html.escape(result.summary())}" src="data:image/png;base64,{data}">'
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def house_style() -> Iterator[None]:
+    """Settings of matplotlib for every figure of melens, inside the block only."""
     style = resources.files("melens.figures") / "melens.mplstyle"
     with resources.as_file(style) as file, mpl.rc_context(fname=file):
         yield
