@@ -26,7 +26,7 @@ from melens.results.locate import MELayer
 Layers = str | Sequence[int]
 """``"after"`` = every layer with attention after the ME Layer, ``"next"`` = the first of them, or
 layer numbers from 0."""
-SELECTS = ("gamma", "activation", "product", "random", "bottom")
+SELECTS = ("gamma", "activation", "product", "random", "bottom", "bottom-gamma")
 
 
 @dataclass
@@ -91,7 +91,8 @@ def wemask(  # noqa: PLR0913 (the method's own settings)
              strength: 0 changes nothing, 1 sets them to zero.
              select: largest ``gamma`` (the norm's |gain|; static, as the paper says), largest
              ``activation`` (|norm output| of the token; as the paper's code does), ``product`` of
-             the two, ``random`` (by ``seed``), ``bottom`` (smallest |gain|; a control).
+             the two, ``random`` (by ``seed``); and as controls the smallest: ``bottom`` of the
+             |activation|, ``bottom-gamma`` of the |gain|.
              tokens: None = the located massive tokens, or the first token without a located layer.
     Yields:  a MaskRecord, which knows the masked energy after the first pass.
     Raises:  SiteError: no such layer, or no gain to go by. InterventionError: settings that cannot
@@ -189,7 +190,7 @@ def _rule(decoder: Decoder, layers: Sequence[int], *, rate: float, select: str, 
             f"rate {rate:g} of {size} dimensions is none; it must be at least {1 / size:.2g}."
         )
     gains = {}
-    if select in ("gamma", "product", "bottom"):
+    if select in ("gamma", "product", "bottom-gamma"):
         gains = {at: decoder.gain(at).abs() for at in layers}
     if select == "random":
         rng = torch.Generator().manual_seed(int(seed))
@@ -199,10 +200,10 @@ def _rule(decoder: Decoder, layers: Sequence[int], *, rate: float, select: str, 
 
     def rule(at: int, rows: Tensor) -> Tensor:
         score = rows.detach().abs()
-        if select != "activation":
+        if at in gains:
             known = gains[at].to(rows)
             score = score * known if select == "product" else known.expand_as(rows)
-        top = score.topk(count, dim=-1, largest=select != "bottom").indices
+        top = score.topk(count, dim=-1, largest=not select.startswith("bottom")).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, top, True)
 
     return rule

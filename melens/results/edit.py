@@ -9,7 +9,7 @@ from pydantic import Field, model_serializer, model_validator
 from melens.results.base import Part
 
 EditName = Literal["none", "wemask", "zero", "mean", "norm-flatten", "ffn-cap", "drop-key"]
-Select = Literal["gamma", "activation", "product", "random", "bottom"]
+Select = Literal["gamma", "activation", "product", "random", "bottom", "bottom-gamma"]
 RATED: tuple[EditName, ...] = ("wemask",)
 COORDINATES: tuple[EditName, ...] = ("zero", "mean")
 LAYERED: tuple[EditName, ...] = ("wemask", "drop-key")
