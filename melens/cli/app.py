@@ -16,6 +16,7 @@ from melens.cli.eval_command import evaluate
 from melens.cli.measure_commands import attention, collapse, describe, sinks
 from melens.cli.patch_command import patch
 from melens.cli.super_weights_command import super_weights
+from melens.cli.tune_command import tune
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
 
 INTERRUPTED = 130
@@ -65,6 +66,7 @@ app.command()(isolate)
 app.command()(super_weights)
 app.command()(patch)
 app.command("eval")(evaluate)
+app.command()(tune)
 app.command()(known)
 app.command()(plot)
 app.command()(models)

@@ -10,12 +10,13 @@ from melens.figures import (
     sink_maps,
     super_weights,
     token_curves,
+    tuning,
 )
 from melens.figures.draw import FORMATS, draw, inline, save_figure
 from melens.figures.styles import FIGURES
 
 MODULES = (profile, token_curves, ranks, sink_maps, attention, causes, super_weights, patch_grid,
-           evaluation)  # fmt: skip
+           evaluation, tuning)  # fmt: skip
 """Imported for what they register in FIGURES; the order is that of the documentation."""
 
 __all__ = ["FIGURES", "FORMATS", "MODULES", "draw", "inline", "save_figure"]

@@ -23,6 +23,7 @@ from melens.results.locate import (
 from melens.results.patch import Axis, PatchGrid
 from melens.results.sinks import Sinks
 from melens.results.super_weights import SuperWeight, SuperWeights
+from melens.results.tune import Tuning
 
 __all__ = [
     "AttentionMaps",
@@ -51,6 +52,7 @@ __all__ = [
     "SuperWeights",
     "TokenNorms",
     "TokenPortrait",
+    "Tuning",
     "Writer",
     "load_result",
 ]

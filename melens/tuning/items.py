@@ -1,0 +1,166 @@
+"""What a search measures and on which items: the metric, and the split of the items in two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melens.batches import Prompts, prompts
+from melens.errors import MetricError, PromptError
+from melens.evaluation.forced import Forced, Foreseen
+from melens.evaluation.tasks import FORCED_TASKS, Source, token_loss
+
+LOSS = ("loss", "perplexity")
+ITEMS = 64
+"""Items taken where nothing else is said."""
+LEAST_DEVELOPMENT = 10
+LEAST_HELD_OUT = 20
+"""Below it the corrected percentile intervals are too narrow for the rate that is promised."""
+Score = Callable[[Forced, Foreseen], tuple[float, float]]
+Texts = Prompts | Source | str | Path | Sequence[str] | Sequence[Forced] | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A metric of one's own."""
+
+    score: Score
+    """(item, what the model foresaw of it) -> (value, weight)."""
+    name: str | None = None
+    """Stands for the function in a resume file; without one nothing can be resumed."""
+    unit: str = "units"
+    higher_is_better: bool = False
+
+    def __call__(self, item: Forced, found: Foreseen) -> tuple[float, float]:
+        """Value and weight of one item.
+
+        Raises:  MetricError: not finite, or no weight.
+        """
+        value, weight = (float(number) for number in self.score(item, found))
+        if not (math.isfinite(value) and math.isfinite(weight) and weight > 0):
+            raise MetricError(
+                f"{self.name or 'the metric'} is {value} with weight {weight} on item {item.id}; "
+                "it must be finite and weigh something. In half precision, try float32."
+            )
+        return value, weight
+
+
+def objective_of(metric: Any) -> Objective | None:
+    """The metric where it needs no task; None for the name of a forced task.
+
+    Raises:  UnknownNameError: no task of that name. MetricError: neither name nor function.
+    """
+    if isinstance(metric, Objective):
+        return metric
+    if isinstance(metric, str):
+        if metric in LOSS:
+            return Objective(lambda item, found: token_loss(item, found)[0], "loss", "nats a token")
+        _ = FORCED_TASKS[metric]
+        return None
+    if callable(metric):
+        score: Any = metric
+        return Objective(score)
+    raise MetricError(f"metric must be 'loss', a task's name or a function, got {metric!r:.60}.")
+
+
+def items_of(model: Any, texts: Texts, metric: Any) -> tuple[Objective, tuple[Forced, ...]]:
+    """The metric and all items, as made for this model's tokenizer.
+
+    Raises:  PromptError: no tokenizer, no texts, or an item over the model's context.
+    """
+    objective = objective_of(metric)
+    if _forced(texts):
+        if objective is None:
+            raise PromptError(f"{metric} makes its own items; give it a file instead of items.")
+        made = tuple(texts)  # type: ignore[arg-type]
+    else:
+        if model.tokenizer is None:
+            raise PromptError("this model has no tokenizer; load it with melens.load(tokenizer=).")
+        if objective is None:
+            task = FORCED_TASKS[metric](model.tokenizer, _source(texts, metric))
+            objective = Objective(
+                lambda item, found: task.score(item, found)[0], task.name, task.unit,
+                task.higher_is_better,
+            )  # fmt: skip
+            made = task.items
+        else:
+            made = _pieces(model, texts)
+    if len({item.id for item in made}) != len(made):
+        raise PromptError("two items have the same id; each needs its own.")
+    limit = getattr(model.cfg, "n_ctx", None)
+    if limit and (long := [item for item in made if len(item.ids) > limit]):
+        raise PromptError(
+            f"item {long[0].id} has {len(long[0].ids)} tokens; the model's context is {limit}."
+        )
+    return objective, made
+
+
+def _forced(texts: Any) -> bool:
+    return (
+        isinstance(texts, (list, tuple))
+        and bool(texts)
+        and all(isinstance(item, Forced) for item in texts)
+    )
+
+
+def _source(texts: Any, metric: str) -> Source:
+    if texts is None or isinstance(texts, Path):
+        return Source(data=texts, n=ITEMS)
+    if not isinstance(texts, Source):
+        raise PromptError(f"{metric} takes a file (pathlib.Path) or a Source, not texts.")
+    return replace(texts, n=texts.n or ITEMS)
+
+
+def _pieces(model: Any, texts: Any) -> tuple[Forced, ...]:
+    """Texts cut into items whose every token but the first counts."""
+    if isinstance(texts, Source):
+        data = "bundled" if texts.data is None else texts.data
+        texts = prompts(data, n=texts.n or ITEMS, length=texts.length, bos=texts.bos)
+    elif not isinstance(texts, Prompts):
+        texts = prompts("bundled" if texts is None else texts, n=ITEMS)
+    rows = texts.token_rows(model.tokenizer, max_length=getattr(model.cfg, "n_ctx", None))
+    return tuple(
+        Forced(str(i), tuple(row), (False, *[True] * (len(row) - 1)),
+               {"text": model.tokenizer.decode(row)})
+        for i, row in enumerate(rows)
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Items to search on and items to confirm on; none is in both, by its token ids."""
+
+    development: tuple[Forced, ...]
+    """In the order in which the race shows them."""
+    held_out: tuple[Forced, ...]
+    repeated: int
+    """Items left out because another has the same tokens."""
+
+
+def split(items: Sequence[Forced], *, share: float, seed: int) -> Halves:
+    """Divide items at random; ``share`` of them are held out.
+
+    Raises:  PromptError: too few items for either side.
+    """
+    if not 0 < share < 1:
+        raise PromptError(f"the held-out share must be between 0 and 1, got {share!r:.40}.")
+    first = {item.ids: item for item in reversed(items)}
+    unique = [item for item in items if first[item.ids] is item]
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = round(len(unique) * share)
+    if held < LEAST_HELD_OUT or len(unique) - held < LEAST_DEVELOPMENT:
+        raise PromptError(
+            f"{len(unique)} different items make {len(unique) - held} to search on and {held} to "
+            f"confirm on; it takes at least {LEAST_DEVELOPMENT} and {LEAST_HELD_OUT}. Give more or "
+            "longer texts, or cut them shorter."
+        )
+    return Halves(
+        development=tuple(unique[i] for i in order[held:]),
+        held_out=tuple(unique[i] for i in order[:held]),
+        repeated=len(items) - len(unique),
+    )

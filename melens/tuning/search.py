@@ -1,0 +1,327 @@
+"""tune(): a race of settings on development items, and the best of them held to other items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from melens import __version__, emergence
+from melens.errors import InterventionError, MetricError
+from melens.evaluation.conditions import BASE, Condition
+from melens.evaluation.forced import TOKENS, Forced, Outcome, Runner
+from melens.evaluation.rows import ItemRow, Rows
+from melens.models.decoder import decoder_of
+from melens.models.loading import adopt
+from melens.models.origin import fingerprint
+from melens.results import MELayer
+from melens.results.tune import Tuning
+from melens.tuning.assemble import Found, Ledger, assembled, made_controls
+from melens.tuning.items import Halves, Objective, Texts, items_of, objective_of, split
+from melens.tuning.space import (
+    CONTROLS,
+    DEFAULT_EVALUATIONS,
+    Budget,
+    Progress,
+    Race,
+    Space,
+    drawn,
+    race_of,
+)
+
+UNEDITED = Condition("base", "base", BASE)
+KEPT_BYTES = 2**28
+"""Final residuals of one batch under all settings of a wave, float32."""
+PROBED = 4
+"""Settings that one item is timed under, where the budget is in seconds."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a search is run."""
+
+    confirm: int = 3
+    """Best settings of the race that are held to the held-out items."""
+    held_out: float = 0.5
+    """Share of the items."""
+    seed: int = 0
+    """Of the split, of the settings drawn where the budget cannot carry all, of the bootstrap."""
+    batch_tokens: int = TOKENS
+    """Tokens a forward pass at most, padding included; fewer where many settings run at once."""
+    items: Path | None = None
+    """JSON-lines file of every score; an interrupted search goes on from it."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.confirm < 1 or self.batch_tokens < 1:
+            raise InterventionError(
+                f"confirm and batch_tokens must be at least 1, got {self.confirm} and "
+                f"{self.batch_tokens}."
+            )
+
+
+def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four things)
+    model: Any,
+    texts: Texts = None,
+    metric: Any = "loss",
+    budget: Budget | int | None = None,
+    *,
+    me_layer: MELayer | None = None,
+    space: Space | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Tuning:
+    """Search for a setting of the mask that betters a model, and say whether there is one.
+
+    Items are divided at random into development and held-out ones. On the development items the
+    settings race by successive halving: all run on a few items, paired against the unedited model;
+    the better half goes on to twice as many items, and so on to all. Candidates are ranked by the
+    weighted mean of their paired differences; controls (random dimensions) race by the same rule
+    among themselves. The best few are then run on the held-out items, controls beside them; one
+    counts as found if its interval, widened by Bonferroni for the number confirmed, lies on the
+    better side of zero. No such setting is a result like any other.
+
+    A batch runs unedited once, and every setting of the wave goes on from the first layer that it
+    changes. Settings that come to the same dimensions stay apart.
+
+    Args:    model: a name, a path, a transformers model or a bridge.
+             texts: None = the bundled texts; a file, texts, Prompts, a Source, or ready items.
+             metric: ``"loss"`` (nats a token), a forced task by name, a function of (Forced,
+             Foreseen) giving (value, weight) with lower values better, or an Objective. Pairs are
+             weighted by the unedited run's weight.
+             budget: evaluations (a whole number) or a Budget; 2000 evaluations unless told
+             otherwise. The confirmation's share is put aside first. Evaluations are never
+             exceeded, seconds by one batch at most; locating is not in them.
+             me_layer: what ``melens.locate`` returns; None = located here on the bundled texts.
+             space: what to try. settings: split, seed, number confirmed, resume file.
+             progress: called with (evaluations done, evaluations planned).
+    Returns: every trial, what was confirmed, the split, what was spent, the best Edit or None.
+    Raises:  PromptError: too few items. InterventionError, SiteError: settings that the model
+             cannot follow, or too small a budget. MetricError: a metric that is not finite, or
+             without a name where a resume file is asked for. ResultError: the file is of another
+             search.
+    Source:  Jamieson & Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
+             Optimization", AISTATS 2016 (arXiv 1502.07943): Successive Halving. Differing from it,
+             items that a setting has seen are kept for the next rung, and rungs grow with the
+             items instead of dividing the budget evenly.
+    """
+    settings, space = settings or Settings(), space or Space()
+    budget = Budget(DEFAULT_EVALUATIONS) if budget is None else budget
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    _check_resumable(metric, settings)
+    bridge = adopt(model)
+    objective, items = items_of(bridge, texts, metric)
+    halves = split(items, share=settings.held_out, seed=settings.seed)
+    _check_rates(bridge, space)
+    if budget.seconds is None:  # refuses too small a budget before locating
+        _plan(space, halves, settings, int(budget.evaluations or 0))
+    search = _Search(
+        bridge, me_layer or emergence.locate(bridge), objective, halves, space, settings, budget,
+        progress,
+    )  # fmt: skip
+    return search.run()
+
+
+def _check_resumable(metric: Any, settings: Settings) -> None:
+    objective = objective_of(metric)
+    if settings.items is not None and objective is not None and objective.name is None:
+        raise MetricError(
+            "a search by a function without a name cannot be resumed; pass Objective(function, "
+            "name=...), or leave the file of items out."
+        )
+
+
+def _check_rates(model: Any, space: Space) -> None:
+    size = model.cfg.d_model
+    if none := [rate for rate in space.rates if not int(rate * size)]:
+        raise InterventionError(
+            f"rate {none[0]:g} of {size} dimensions is none; it must be at least {1 / size:.2g}."
+        )
+
+
+def _plan(space: Space, halves: Halves, settings: Settings, budget: int) -> tuple[Race, int]:
+    """The race, and the evaluations put aside for the confirmation."""
+    keep = min(settings.confirm, len(space.candidates()))
+    reserved = (keep + CONTROLS) * len(halves.held_out)
+    return race_of(space, len(halves.development), budget - reserved, keep), reserved
+
+
+@dataclass
+class _Search:
+    """One search; its rows are its only memory, so that a killed one can be taken up."""
+
+    model: Any
+    me_layer: MELayer
+    objective: Objective
+    halves: Halves
+    space: Space
+    settings: Settings
+    budget: Budget
+    progress: Progress | None
+    started: float = field(default_factory=monotonic)
+    _done: int = 0
+    _total: int = 0
+    _ran: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every setting, and take up the file."""
+        self.candidates = [_condition(edit, "edited") for edit in self.space.candidates()]
+        self.controls = [_condition(edit, "control") for edit in self.space.controls()]
+        every = (UNEDITED, *self.candidates, *self.controls)
+        self.runner = Runner(self.model, every, self.me_layer)
+        self._check_gains()
+        self.rows = Rows(self.settings.items, self._facts())
+
+    def run(self) -> Tuning:
+        """Race, confirm, and put together what the rows say."""
+        race, reserved, planned, pace = self._race()
+        seed = self.settings.seed
+        entered = [*drawn(self.candidates, race.candidates, seed),
+                   *drawn(self.controls, race.controls, seed)]  # fmt: skip
+        self._total = race.cost + reserved
+        found = self._raced(race, entered, self._deadline(reserved * pace))
+        ledger = Ledger(self.rows, self.objective, seed)
+        candidates, controls = found.ranked(ledger, "edited"), found.ranked(ledger, "control")
+        confirmed = candidates[: self.settings.confirm]
+        others = made_controls(self.model, confirmed[0], controls[:1], self.me_layer, seed)
+        self.runner = Runner(self.model, (UNEDITED, *confirmed, *others), self.me_layer)
+        held = self._wave(self.halves.held_out, (*confirmed, *others), "confirmation",
+                          self._deadline(0.0))  # fmt: skip
+        found.confirmed, found.others, found.held = confirmed, others, held
+        found.race, found.planned, found.reserved = race, planned, reserved
+        return assembled(self, ledger, found)
+
+    def _race(self) -> tuple[Race, int, int, float]:
+        """The race, the reserve, all evaluations planned, and seconds an evaluation."""
+        if self.budget.evaluations is not None:
+            planned, pace = self.budget.evaluations, 0.0
+        elif self.rows.has("plan", "plan"):
+            row = self.rows.of("plan")["plan"]
+            planned, pace = int(row.value), row.also["seconds"][0]
+        else:
+            pace = self._timed()
+            planned = int((self.budget.seconds or 0) / pace)
+        try:
+            race, reserved = _plan(self.space, self.halves, self.settings, planned)
+        except InterventionError as error:
+            if self.budget.seconds is None:
+                raise
+            raise InterventionError(
+                f"{self.budget.seconds:g} seconds are about {planned} evaluations here: {error}"
+            ) from None
+        if self.budget.seconds is not None:
+            also = {"seconds": (pace, 1.0)}
+            self.rows.add([ItemRow("plan", "plan", float(planned), 1.0, also)])
+        return race, reserved, planned, pace
+
+    def _timed(self) -> float:
+        """Seconds an evaluation, of the longest item alone: a batch is seldom slower."""
+        item = max(self.halves.development, key=lambda item: len(item.ids))
+        every = [*self.candidates, *self.controls]
+        probed = every[:: max(1, len(every) // PROBED)][:PROBED]
+        self.runner.outcome([item], [UNEDITED])  # checks the model once, and warms it up
+        start = monotonic()
+        self.runner.outcome([item], [UNEDITED, *probed])
+        return max(monotonic() - start, 1e-6) / len(probed)
+
+    def _raced(self, race: Race, entered: list[Condition], deadline: float | None) -> Found:
+        """Run the rungs; losers stop, and a clock that runs out stops all."""
+        found, alive = Found(entered), entered
+        ledger = Ledger(self.rows, self.objective, self.settings.seed)
+        for rung, upto in enumerate(race.rungs):
+            new = self.halves.development[len(found.seen) : upto]
+            finished = self._wave(new, alive, "search", deadline)
+            found.show(alive, finished)
+            if len(finished) < len(new) or upto == race.rungs[-1]:
+                break
+            best = found.best(ledger, race.field(rung + 1))
+            found.stop([c for c in alive if c not in best], after=rung + 1)
+            alive = best
+        found.alive = alive
+        return found
+
+    def _wave(
+        self,
+        items: Sequence[Forced],
+        conditions: Sequence[Condition],
+        name: str,
+        deadline: float | None,
+    ) -> tuple[Forced, ...]:
+        """Run items under all conditions; the items that are finished under every one.
+
+        Batches depend on the wave alone, not on what an earlier run left of it: floating-point
+        sums of a resumed search are those of an uninterrupted one.
+        """
+        todo = [UNEDITED, *conditions]
+        for chunk in self._chunks(items, len(todo)):
+            if not all(self.rows.has(item.id, c.name) for item in chunk for c in todo):
+                late = deadline is not None and monotonic() > deadline
+                if late and (self._ran or name == "confirmation"):
+                    self.rows.add([ItemRow("stop", f"stop {name}", 0.0, 1.0)])
+                if self.rows.has("stop", f"stop {name}"):
+                    break
+                self.rows.add(self._rows_of(self.runner.outcome(chunk, todo)))
+                self._ran = True
+            self._done += len(chunk) * len(conditions)
+            if self.progress is not None:
+                self.progress(self._done, max(self._done, self._total))
+        return tuple(i for i in items if all(self.rows.has(i.id, c.name) for c in todo))
+
+    def _chunks(self, items: Sequence[Forced], conditions: int) -> Iterator[list[Forced]]:
+        """Items of like length, longest first."""
+        fits = KEPT_BYTES // (4 * self.model.cfg.d_model * conditions)
+        tokens = min(self.settings.batch_tokens, fits)
+        queue = sorted(items, key=lambda item: -len(item.ids))
+        while queue:
+            count = max(1, tokens // len(queue[0].ids))
+            yield queue[:count]
+            queue = queue[count:]
+
+    def _rows_of(self, outcome: Outcome) -> list[ItemRow]:
+        made = []
+        for name, foreseen in outcome.found.items():
+            for item, found in zip(outcome.items, foreseen, strict=True):
+                value, weight = self.objective(item, found)
+                also = {"energy": (outcome.energy[name], 1.0)} if name in outcome.energy else {}
+                about = dict(item.about) if name == UNEDITED.name else {}
+                made.append(ItemRow(item.id, name, value, weight, also, about))
+        return made
+
+    def _deadline(self, aside: float) -> float | None:
+        """When to stop, with ``aside`` seconds left for what comes next."""
+        seconds = self.budget.seconds
+        return None if seconds is None else self.started + seconds - aside
+
+    def _check_gains(self) -> None:
+        """A rule that reads gains needs a norm that has one; refuse before the first pass."""
+        decoder = decoder_of(self.model)
+        if {"gamma", "product", "bottom"} & set(self.space.selects):
+            for layer in sorted(set(self.runner.starts) - {decoder.n_layers}):
+                decoder.gain(layer)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        settings = self.settings
+        return {
+            "melens": __version__, "metric": self.objective.name,
+            "weights": fingerprint(self.model), "me_layer": self.me_layer.me_layer,
+            "massive": [t.model_dump(mode="json") for t in self.me_layer.massive],
+            "dtype": str(next(self.model.parameters()).dtype),
+            "settings": [c.edit.model_dump(mode="json") for c in self.runner.conditions],
+            "budget": [self.budget.evaluations, self.budget.seconds],
+            "confirm": settings.confirm, "seed": settings.seed,
+            "batch_tokens": settings.batch_tokens,
+            "development": [[i.id, list(i.ids), _at(i)] for i in self.halves.development],
+            "held_out": [[i.id, list(i.ids), _at(i)] for i in self.halves.held_out],
+        }  # fmt: skip
+
+
+def _condition(edit: Any, role: Any) -> Condition:
+    return Condition(edit.label, role, edit)
+
+
+def _at(item: Forced) -> list[int]:
+    """Positions of the scored tokens."""
+    return [at for at, scored in enumerate(item.scored) if scored]
