@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from melens import exporting
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import InterventionError, ModelError, OutputError, PromptError, ResultError
 from melens.exporting import export, for_call, for_generate, load_prefix, read_edit
 from melens.exporting.prefix import fixed_first
@@ -31,6 +31,7 @@ MASK = {"rate": 0.5, "select": "product", "layers": (1, 2)}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "gpt2", "phi3"]
 FIRST = 1
+DOCS = Path(__file__).parent.parent / "docs"
 LENGTHS = (11, 6, 9)
 
 
@@ -331,7 +332,7 @@ def test_smollm2_prefix_and_adapter(smol, tmp_path):
     rows = ["The first text is this one", "Another", "Numbers: 1, 2, 3 and some more of them"]
     first = smol.tokenizer.bos_token_id
     tokens = [[first, *smol.tokenizer(text)["input_ids"]] for text in rows]
-    me_layer = locate(smol, Batch.pad([row for row in tokens if len(row) > 4]))
+    me_layer = load_result(DOCS / "results" / "smollm2-135m-bos.locate.json")
     edit = Edit()
     folder = export(smol, edit, format="prefix", out=tmp_path / "p", me_layer=me_layer)
     adapter = export(smol, edit, format="peft", out=tmp_path / "a", me_layer=me_layer)

@@ -2,6 +2,7 @@
 
 from melens.cli import (  # noqa: F401
     cause_tables,
+    edit_table,
     eval_table,
     patch_command,
     super_weights_table,

@@ -46,6 +46,8 @@ class Job:
         """From a command's arguments, those of its own left out; refuses before torch loads."""
         job = cls(**{name: options[name] for name in cls.__dataclass_fields__ if name in options})
         job.source = output.source(job.text, job.prompt)
+        if "edit" not in options and (Path(job.model).expanduser() / "melens.json").is_file():
+            output.note(f"{job.model} has a melens.json; its edit is not applied here.")
         if job.offline:
             os.environ["HF_HUB_OFFLINE"] = os.environ["MELENS_OFFLINE"] = "1"
         job.out = output.writable(job.out)

@@ -6,6 +6,7 @@ from melens.results.collapse import Collapse, CollapseRow
 from melens.results.describe import TokenPortrait
 from melens.results.edit import Edit
 from melens.results.evaluation import Evaluation
+from melens.results.export import EditFile
 from melens.results.isolate import Isolation
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import (
@@ -34,6 +35,7 @@ __all__ = [
     "Criteria",
     "Cumulative",
     "Edit",
+    "EditFile",
     "Evaluation",
     "FinalGrowth",
     "FirstToken",

@@ -1,0 +1,222 @@
+"""What export and generate do: load, find where the edit acts, run or save, show."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from melens.cli.job import Job
+from melens.cli.mask_options import edit_of
+from melens.errors import InterventionError, PromptError
+
+ON_PLAIN = ("none", "wemask", "drop-key")
+"""Edits that a transformers model can have without a bridge, which decodes slower."""
+
+
+@dataclass
+class EditJob:
+    """A command's shared options and the edit they mean."""
+
+    job: Job
+    edit: Any
+    chat: bool | None = None
+    first_token: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], **own: Any) -> EditJob:
+        """From a command's arguments; refuses before torch loads."""
+        edit = edit_of(options, options["model"])
+        unused = {"text": None, "prompt": None, "n_seq": None, "length": None, "bos": None}
+        job = Job.of({**unused, **options, "chat": False, "out": None})
+        return cls(job, edit, **own)
+
+    def export(self, format: str, out: Path) -> Path:
+        """Write the edit into a folder."""
+        if self.first_token is not None and format == "hf":
+            raise InterventionError("--first-token belongs to the formats prefix and peft.")
+        from melens.exporting.folder import check_out, export
+        from melens.exporting.prefix import fixed_first
+
+        check_out(out)
+        loaded, texts = self.job.load()
+        if format != "hf":
+            token = fixed_first(loaded.tokenizer, self.first_token)
+            texts = self._with_bos(texts, loaded.tokenizer, [token])
+        found = self.me_layer(loaded, texts)
+        return export(
+            loaded, self.edit, format=format, out=out, me_layer=found, first_token=self.first_token
+        )
+
+    def answers(
+        self, texts: Sequence[str], *, max_new_tokens: int, temperature: float
+    ) -> list[dict[str, Any]]:
+        """Both answers to each prompt, and how many of their tokens are equal before they part."""
+        from melens.batches import encode
+        from melens.evaluation.edits import applied
+
+        loaded, bundled = self.job.load()
+        tokenizer = loaded.tokenizer
+        chat = bool(getattr(tokenizer, "chat_template", None)) if self.chat is None else self.chat
+        bos = None if chat else self.job.bos
+        prompts = [encode(tokenizer, text, bos=bos, chat=chat) for text in texts]
+        _check_room(prompts, loaded.cfg.n_ctx, max_new_tokens)
+        bundled = self._with_bos(bundled, tokenizer, [ids[0] for ids in prompts])
+        found = self.me_layer(loaded, bundled)
+        model = self._plain() if self.edit.name in ON_PLAIN else loaded
+        del loaded
+        rows = []
+        with self.job.bar("prompts") as tick:
+            for text, ids in zip(texts, prompts, strict=True):
+                draw = {"count": max_new_tokens, "temperature": temperature, "seed": self.job.seed}
+                without = _continue(model, tokenizer, ids, draw)
+                with applied(model, self.edit, found):
+                    edited = _continue(model, tokenizer, ids, draw)
+                rows.append(_row(text, without, edited, tokenizer))
+                tick(len(rows), len(texts))
+        return rows
+
+    def me_layer(self, loaded: Any, texts: Any) -> Any:
+        """The ME Layer: read, of the model's melens.json, or located; None where none is needed."""
+        if self.edit.name == "none":
+            return None
+        from melens.exporting.record import read_edit
+        from melens.models import fingerprint
+
+        record = read_edit(self.job.model)
+        known = record.me_layer if record is not None else None
+        if self.job.saved is None and known and known.run.weights == fingerprint(loaded):
+            return known
+        found = self.job.locate(loaded, texts)
+        if self.job.saved is not None and found.run.weights != fingerprint(loaded):
+            raise InterventionError(
+                f"{self.job.located} was located on {found.run.model} in {found.run.dtype}, not on "
+                "these weights; locate again."
+            )
+        return found
+
+    def _with_bos(self, texts: Any, tokenizer: Any, firsts: Sequence[int]) -> Any:
+        """Texts to locate on, with BOS in front where that is what the model is given."""
+        if self.job.bos is not None or tokenizer.bos_token_id is None:
+            return texts
+        starts = all(token == tokenizer.bos_token_id for token in firsts)
+        return dataclasses.replace(texts, bos=True) if starts else texts
+
+    def _plain(self) -> Any:
+        from melens.models import load_plain
+
+        job = self.job
+        model, _, _ = load_plain(
+            job.model, device=None if job.device == "auto" else job.device,
+            dtype=job.dtype.value if job.dtype else None, revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
+        )  # fmt: skip
+        return model
+
+
+def prompts_of(given: Sequence[str] | None) -> list[str]:
+    """The prompts as typed; ``-`` stands for the lines of stdin.
+
+    Raises:  PromptError: none, or an empty one.
+    """
+    if not given:
+        raise PromptError("give at least one --prompt TEXT, or --prompt - to read stdin.")
+    found: list[str] = []
+    for text in given:
+        if text != "-":
+            found.append(text)
+            continue
+        try:
+            lines = sys.stdin.buffer.read().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise PromptError("standard input is not UTF-8; convert it, e.g. with iconv.") from None
+        found += [line for line in lines if line.strip()]
+    if not found or not all(text.strip() for text in found):
+        raise PromptError("a prompt is empty; give at least one character.")
+    return found
+
+
+def _check_room(prompts: Sequence[Sequence[int]], limit: int | None, count: int) -> None:
+    longest = max(map(len, prompts))
+    if limit and longest + count > limit:
+        raise PromptError(
+            f"a prompt of {longest} tokens and {count} new ones are over the model's context of "
+            f"{limit}; lower --max-new-tokens or shorten the prompt."
+        )
+
+
+def _continue(model: Any, tokenizer: Any, ids: Sequence[int], draw: Mapping[str, Any]) -> list[int]:
+    """New token ids; the model's own end tokens, but none of its other generation settings."""
+    import torch
+    from transformers import GenerationConfig
+
+    from melens.exporting.subject import transformers_of
+
+    hf = transformers_of(model)
+    own = getattr(hf, "generation_config", None)
+    end = getattr(own, "eos_token_id", None) or tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    pad = (end[0] if isinstance(end, list) else end) if pad is None else pad
+    settings: dict[str, Any] = {"max_new_tokens": draw["count"], "do_sample": False}
+    if draw["temperature"] > 0:
+        settings |= {"do_sample": True, "temperature": draw["temperature"], "top_k": 0}
+    config = GenerationConfig(**settings, eos_token_id=end, pad_token_id=pad)
+    row = torch.tensor([list(ids)], device=next(hf.parameters()).device)
+    with torch.random.fork_rng():
+        torch.manual_seed(draw["seed"])
+        made = hf.generate(row, attention_mask=torch.ones_like(row), generation_config=config)
+    return made[0, len(ids) :].tolist()
+
+
+def _row(text: str, without: list[int], edited: list[int], tokenizer: Any) -> dict[str, Any]:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(without, edited, strict=False)) if a != b),
+        min(len(without), len(edited)),
+    )
+    return {
+        "prompt": text,
+        "without": tokenizer.decode(without, skip_special_tokens=True),
+        "with": tokenizer.decode(edited, skip_special_tokens=True),
+        "first_difference": None if without == edited else same,
+    }
+
+
+def show_answers(rows: Sequence[dict[str, Any]], *, label: str, as_json: bool) -> None:
+    """Answers side by side; ``first_difference`` counts new tokens from 0."""
+    if as_json:
+        typer.echo(json.dumps({"edit": label, "rows": list(rows)}, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, highlight=False)
+    console.width = max(console.width, 100)
+    for row in rows:
+        made = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+        made.add_column("without", ratio=1)
+        made.add_column(f"with {label}", ratio=1)
+        made.add_row(Text(row["without"].strip()), Text(row["with"].strip()))
+        typer.echo(f"> {row['prompt']}\n")
+        console.print(made)
+        at = row["first_difference"]
+        typer.echo("\nthe same answer\n" if at is None else f"\ndiffer from new token {at} on\n")
+
+
+def show_export(folder: Path, *, as_json: bool) -> None:
+    """What was written."""
+    from melens.exporting.record import read_edit
+
+    record = read_edit(folder)
+    assert record is not None
+    if as_json:
+        typer.echo(json.dumps({"path": str(folder), **record.to_dict()}, indent=1))
+        return
+    typer.echo(record.summary())
+    sys.stderr.write(f"melens: wrote {folder}\n")

@@ -1,0 +1,201 @@
+"""melens generate and export, and the options of an edit."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from planted import plant
+
+from melens.cli.app import main
+from melens.cli.mask_options import edit_of, layers_from
+from melens.errors import InterventionError, ResultError
+from melens.interventions import wemask
+from melens.results.edit import Edit
+
+MASK = ["--mask-layers", "1-2", "--mask-select", "product"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A planted model, whose BOS is massive, with a tokenizer that knows all of its 128 ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = tmp_path_factory.mktemp("models") / "planted"
+    plant("llama", "single", 1).model.save_pretrained(made)
+    words = {{0: "<pad>", 1: "<s>", 2: "</s>"}.get(i, f"w{i}"): i for i in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def located(folder, tmp_path_factory):
+    """locate.json of it, on two texts with BOS."""
+    from melens.batches import prompts
+    from melens.emergence import locate
+    from melens.models import load
+
+    path = tmp_path_factory.mktemp("located") / "locate.json"
+    text = " ".join(f"w{10 + i}" for i in range(100))
+    path.write_text(locate(load(folder), prompts([text], n=2, length=40, bos=True)).to_json())
+    return path
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    return caught.value.code, out.out, out.err
+
+
+def test_options_mean_one_edit():
+    assert edit_of({}) == Edit()
+    assert edit_of({"mask_rate": 0.1, "mask_layers": "12-14,3"}) == Edit(
+        rate=0.1, layers=(3, 12, 13, 14)
+    )
+    assert edit_of({"edit": "drop-key", "mask_strength": 0.5}) == Edit(
+        name="drop-key", strength=0.5
+    )
+    assert layers_from("next") == "next"
+    for wrong in ("5-3", "x", "1,,2", "-1", ""):
+        with pytest.raises(InterventionError, match=r"--mask-layers takes after, next, or layers"):
+            layers_from(wrong)
+    with pytest.raises(InterventionError, match=r"norm-flatten has no rate"):
+        edit_of({"edit": "norm-flatten", "mask_rate": 0.5})
+
+
+def test_a_folders_own_edit_is_the_default(tmp_path):
+    (tmp_path / "melens.json").write_text(json.dumps({"edit": {"name": "wemask", "rate": 0.2}}))
+    assert edit_of({}, tmp_path) == Edit(rate=0.2)
+    assert edit_of({"mask_rate": 0.3}, tmp_path) == Edit(rate=0.3)
+    (tmp_path / "melens.json").write_text("{}")
+    with pytest.raises(ResultError, match=r"holds no edit that melens can read"):
+        edit_of({}, tmp_path)
+
+
+def test_generate_shows_both_answers(folder, located, capsys):
+    arguments = ["generate", folder, "-p", "w5 w6 w7", "-p", "w9 w8", "--bos", "--max-new-tokens",
+                 "6", "--json", "-q", "--located", located, *MASK]  # fmt: skip
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["prompt"] for row in rows] == ["w5 w6 w7", "w9 w8"]
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(folder)
+
+    def words(ids):
+        made = hf.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+        return [f"w{i}" for i in made[0, len(ids) :].tolist()]
+
+    for row, ids in zip(rows, ([1, 5, 6, 7], [1, 9, 8]), strict=True):
+        without = words(ids)
+        with wemask(hf, layers=(1, 2), rate=0.5, select="product"):
+            edited = words(ids)
+        assert row["without"].split() == [
+            word for word in without if word not in ("w0", "w1", "w2")
+        ]
+        assert row["with"].split() == [word for word in edited if word not in ("w0", "w1", "w2")]
+        differ = [i for i, (a, b) in enumerate(zip(without, edited, strict=True)) if a != b]
+        assert row["first_difference"] == (differ[0] if differ else None)
+    assert any(row["first_difference"] is not None for row in rows)
+    _, again, _ = run(capsys, *arguments)
+    assert again == out
+
+
+def test_no_edit_gives_the_same_answer_and_stdin_is_read(folder, capsys, monkeypatch):
+    class Stdin:
+        buffer = io.BytesIO(b"w5 w6\n\nw7\n")
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    code, out, err = run(
+        capsys,
+        "generate",
+        folder,
+        "-p",
+        "-",
+        "--edit",
+        "none",
+        "--temperature",
+        "1",
+        "--json",
+        "-q",
+    )
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["prompt"] for row in rows] == ["w5 w6", "w7"]
+    assert all(row["first_difference"] is None for row in rows)
+    code, out, _ = run(capsys, "generate", folder, "-p", "w5", "--edit", "none", "-q")
+    assert code == 0
+    assert "the same answer" in out
+
+
+def test_export_and_load_again(folder, located, capsys, tmp_path):
+    target = tmp_path / "out"
+    code, out, err = run(
+        capsys,
+        "export",
+        folder,
+        "-o",
+        target,
+        "--bos",
+        "--mask-rate",
+        "0.25",
+        "--json",
+        "-q",
+        "--located",
+        located,
+    )
+    assert code == 0, err
+    assert json.loads(out)["edit"]["rate"] == 0.25
+    code, _, err = run(capsys, "locate", target, "--bos", "-q", "--n-seq", 1, "--length", 16)
+    assert code == 0
+    assert "has a melens.json; its edit is not applied here" in err
+    code, out, err = run(
+        capsys, "generate", target, "-p", "w5", "--bos", "--json", "-q", "--max-new-tokens", "2"
+    )
+    assert code == 0, err
+    assert "rate 0.25" in json.loads(out)["edit"]
+    assert "not applied" not in err
+    code, out, err = run(
+        capsys,
+        "export",
+        folder,
+        "--format",
+        "prefix",
+        "-o",
+        tmp_path / "p",
+        "--first-token",
+        "<s>",
+        "--located",
+        located,
+    )
+    assert code == 0, err
+    assert "'<s>'" in out
+
+
+def test_bad_input_is_one_line_and_exit_2(folder, capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("a")
+    for arguments, said in (
+        (["generate", folder], "give at least one --prompt"),
+        (["generate", folder, "-p", " "], "a prompt is empty"),
+        (["generate", folder, "-p", "w5", "--chat"], "has no chat template"),
+        (["generate", folder, "-p", "w5", "--max-new-tokens", 999], "over the model's context"),
+        (["generate", folder, "-p", "w5", "--edit", "zero", "--mask-rate", "0.1"], "has no rate"),
+        (["export", folder, "-o", tmp_path / "mine"], "is not empty and no earlier export"),
+        (["export", folder, "-o", tmp_path / "x", "--first-token", "w5"], "belongs to the formats"),
+        (["export", folder, "--format", "peft", "-o", tmp_path / "x"], "puts no fixed token first"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, ""), err
+        assert said in err.splitlines()[-1]
+        assert "Traceback" not in err
