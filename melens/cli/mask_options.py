@@ -51,8 +51,8 @@ MaskSelect = Annotated[
     SelectKind | None,
     typer.Option(
         "--mask-select",
-        help="Dimensions by largest norm gain (gamma), |activation|, their product, at random, or as "
-        "controls by smallest |activation| (bottom) or gain (bottom-gamma). Default: gamma.",
+        help="Dimensions by largest norm gain (gamma), |activation|, their product, at random, or "
+        "as controls by smallest |activation| (bottom) or gain (bottom-gamma). Default: gamma.",
     ),
 ]
 MaskRate = Annotated[
