@@ -28,6 +28,7 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
     import torch
 
     import melens
+    from melens.batches import Batch
     from melens.emergence import locate
     from melens.models import load
 
@@ -50,13 +51,13 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
             bridge.original_model.model(ids, use_cache=False)
 
     def warm() -> None:
-        locate(bridge, [melens.Batch.of(ids[:1, :16])])
+        locate(bridge, [Batch.of(ids[:1, :16])])
 
     return {
         "warm": warm,
         "forward": forward,
         "body": body,
-        "locate": lambda: locate(bridge, [melens.Batch.of(ids)]),
+        "locate": lambda: locate(bridge, [Batch.of(ids)]),
         "cache": cache,
     }
 

@@ -23,6 +23,7 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
     import torch
 
     import melens
+    from melens.batches import Batch
     from melens.emergence import locate
     from melens.measure import collapse, describe, measure_all, sinks
     from melens.models import load
@@ -32,7 +33,7 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
     row = [token for piece in rows for token in piece]
     row = (row * (n * length // len(row) + 1))[: n * length]
     ids = torch.tensor(row).reshape(n, length)
-    batches = [melens.Batch.of(part) for part in ids.split(8)]
+    batches = [Batch.of(part) for part in ids.split(8)]
     located = locate(bridge, batches)
 
     def forward() -> None:

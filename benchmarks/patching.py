@@ -76,7 +76,7 @@ def matmul_gflops() -> float:
 def compare(model: Any, site: str, arguments: argparse.Namespace, speed: float) -> None:
     """Time both on one site; ``speed`` is the machine's, in GFLOP/s."""
     length, count = arguments.length, arguments.cells
-    from melens import Batch
+    from melens.batches import Batch
     from melens.patching import LogitDifference, patch
 
     clean, corrupted = tokens(length)

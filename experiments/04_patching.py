@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import melens
+from melens.batches import Batch
 from melens.figures.patch_grid import draw_change
 from melens.patching import LogitDifference, MassiveCoordinate, patch
 from melens.results.base import write_atomically
@@ -49,12 +50,12 @@ def main(cfg: Config) -> PatchGrid:
         swapped[0, 0] = cfg.token
     folder = Path("runs") / f"04_patching-{cfg.model}"
     massive = patch(
-        model, melens.Batch.of(clean), melens.Batch.of(swapped), positions=[0],
+        model, Batch.of(clean), Batch.of(swapped), positions=[0],
         sites=["resid_pre", "resid_mid", "attn_out", "mlp_out"],
         metric=MassiveCoordinate(located),
     )  # fmt: skip
     answer = patch(
-        model, melens.Batch.of(clean), melens.Batch.of(other),
+        model, Batch.of(clean), Batch.of(other),
         sites=["resid_pre", "attn_out", "mlp_out"],
         metric=LogitDifference(cfg.answer, cfg.wrong),
         checkpoint=folder / "answer.cells.json",

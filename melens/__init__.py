@@ -5,49 +5,52 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from melens.batches import Batch, prompts
-    from melens.capture import stream
+    from melens.batches import prompts
     from melens.emergence import locate
+    from melens.evaluation import evaluate
+    from melens.exporting import export, load
+    from melens.interventions import wemask
     from melens.isolation import isolate, super_weights
-    from melens.knowledge import known
     from melens.measure import attention, collapse, describe, sinks
-    from melens.models import load
     from melens.patching import patch
     from melens.results import load_result
+    from melens.tuning import tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Batch": "melens.batches",
     "attention": "melens.measure",
     "collapse": "melens.measure",
     "describe": "melens.measure",
+    "evaluate": "melens.evaluation",
+    "export": "melens.exporting",
     "isolate": "melens.isolation",
-    "known": "melens.knowledge",
-    "load": "melens.models",
+    "load": "melens.exporting",
     "load_result": "melens.results",
     "locate": "melens.emergence",
     "patch": "melens.patching",
     "prompts": "melens.batches",
     "sinks": "melens.measure",
-    "stream": "melens.capture",
     "super_weights": "melens.isolation",
+    "tune": "melens.tuning",
+    "wemask": "melens.interventions",
 }
 __all__ = [
-    "Batch",
     "attention",
     "collapse",
     "describe",
+    "evaluate",
+    "export",
     "isolate",
-    "known",
     "load",
     "load_result",
     "locate",
     "patch",
     "prompts",
     "sinks",
-    "stream",
     "super_weights",
+    "tune",
+    "wemask",
 ]
 
 

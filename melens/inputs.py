@@ -115,7 +115,7 @@ def _batches(model: Any, source: Any, batch_size: int, least: int) -> list[Batch
         if tokenizer is None:
             raise PromptError(
                 "this model has no tokenizer; load it with melens.load(model, tokenizer=...), or "
-                "pass token batches (melens.Batch.of)."
+                "pass token batches (melens.batches.Batch.of)."
             )
         if not isinstance(source, Prompts):
             source = make_prompts("bundled" if source is None else source)

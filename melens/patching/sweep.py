@@ -232,7 +232,7 @@ def _one_batch(model: Any, source: Any, name: str) -> Inputs:
     if len(inputs.batches) != 1:
         raise PromptError(
             f"{name} makes {len(inputs.batches)} batches; patching runs on one: put the sequences "
-            "into a single melens.Batch."
+            "into a single melens.batches.Batch."
         )
     return inputs
 
