@@ -9,7 +9,8 @@ from matplotlib.lines import Line2D
 from melens.figures.styles import ME_COLOUR, PAGE, figure, plain
 from melens.results.tune import Confirmed, Trial, Tuning
 
-COLOURS = {"gamma": "C0", "activation": "C2", "product": "C3", "bottom": "C4"}
+COLOURS = {"gamma": "C0", "activation": "C2", "product": "C3", "bottom": "C4",
+           "bottom-gamma": "C5"}  # fmt: skip
 CONTROL = "#777777"
 MARKERS = {"after": "o", "next": "^"}
 OTHER_LAYERS = "s"

@@ -226,12 +226,15 @@ class Tuning(Result):
 
     def _beside_controls(self) -> str:
         """What the best is worth beyond what a control gives."""
+        text = ""
+        if self.best is not None and self.best.select.startswith("bottom"):
+            text = " It masks the smallest dimensions, which the method holds to be a control."
         if self.margin is None:
-            return ""
+            return text
         known = self.margin.interval
         ahead = _beyond(known, self.sign, RESOLUTION * abs(self.base or 0.0))
         said = "It does more than" if ahead else "The items cannot tell it from, or it is behind,"
-        return (
+        return text + (
             f" {said} the best control ({self.margin.control.label}): "
             f"{_within(self.margin.delta, known)} between them."
         )

@@ -297,7 +297,7 @@ class _Search:
     def _check_gains(self) -> None:
         """A rule that reads gains needs a norm that has one; refuse before the first pass."""
         decoder = decoder_of(self.model)
-        if {"gamma", "product", "bottom"} & set(self.space.selects):
+        if {"gamma", "product", "bottom-gamma"} & set(self.space.selects):
             for layer in sorted(set(self.runner.starts) - {decoder.n_layers}):
                 decoder.gain(layer)
 
