@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -249,6 +250,14 @@ def test_an_exported_folder_is_a_model_and_its_edit_comes_back(saved, tmp_path, 
         bridge.melens_edit.close()
         assert torch.equal(bridge(ids, return_type="logits"), clean(ids, return_type="logits"))
     exporting.load(folder).melens_edit.close()  # never used: no error
+
+
+def test_a_model_with_an_open_edit_is_collected_in_silence(saved, tmp_path, monkeypatch):
+    lost = []
+    monkeypatch.setattr("sys.unraisablehook", lost.append)
+    exporting.load(export(saved, EDIT, out=tmp_path / "out"))
+    gc.collect()
+    assert not [item.exc_value for item in lost]
 
 
 def test_other_weights_than_the_exported_are_refused(saved, make_tiny, tmp_path):

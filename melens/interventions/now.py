@@ -90,11 +90,12 @@ def watching(model: Any, *, whole: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        _WHOLE[model] -= whole
+        # An edit kept open until its model is collected finds the model's entries gone already.
+        _WHOLE[model] = _WHOLE.get(model, 0) - whole
         watch.users -= 1
         if not watch.users:
             watch.close()
-            del _WATCHED[model]
+            _WATCHED.pop(model, None)
 
 
 class _Watch:
