@@ -322,39 +322,50 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 3])
+IN_BATCHES = {"space": TINY, "batch_tokens": 8 * LENGTH}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(planted, masked_text):
+    return searched(planted, masked_text, TINY_BUDGET, **IN_BATCHES)
+
+
+@pytest.mark.parametrize("after", [1, 5])
 def test_a_killed_search_ends_as_an_uninterrupted_one(
-    planted, masked_text, found, tmp_path, monkeypatch, after
+    planted, masked_text, uninterrupted, tmp_path, monkeypatch, after
 ):
-    """Killed in a batch and in the middle of a line; no batch that is on disk runs again."""
+    """Killed while a batch was written: half of its rows are there, and half a line."""
     path, plain, ran = tmp_path / "rows.jsonl", Runner.outcome, []
 
     def dying(self, items, conditions):
         if len(ran) == after:
             raise Killed
-        ran.append(len(items))
+        ran.append(sorted(item.id for item in items))
         return plain(self, items, conditions)
 
+    settings = {**IN_BATCHES, "items": path}
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "outcome", dying)
         with pytest.raises(Killed):
-            searched(planted, masked_text, items=path)
-    with path.open("a") as file:
-        file.write('{"item": "7", "cond')
-    counted = []
+            searched(planted, masked_text, TINY_BUDGET, **settings)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-3]) + lines[-3][:20])
+    again = []
 
     def counting(self, items, conditions):
-        counted.append(len(items))
+        again.append(sorted(item.id for item in items))
         return plain(self, items, conditions)
 
     monkeypatch.setattr(Runner, "outcome", counting)
-    resumed = searched(planted, masked_text, items=path)
-    assert {**same(resumed), "run": 0} == {**same(found), "run": 0}
-    whole = len(counted)
-    assert same(searched(planted, masked_text, items=path)) == same(resumed)
-    assert len(counted) == whole  # the third time nothing runs
+    resumed = searched(planted, masked_text, TINY_BUDGET, **settings)
+    assert same(resumed) == same(uninterrupted)
+    assert again[0] == ran[-1]  # the batch that was cut short runs again, whole; none before it
+    assert again.count(ran[0]) == (after == 1)
+    count = len(again)
+    assert same(searched(planted, masked_text, TINY_BUDGET, **settings)) == same(resumed)
+    assert len(again) == count  # the third time nothing runs
     with pytest.raises(ResultError, match="another evaluation"):
-        searched(planted, masked_text, items=path, seed=1)
+        searched(planted, masked_text, TINY_BUDGET, **{**settings, "seed": 1})
 
 
 def test_progress_ends_at_its_total(planted, plain_text):
