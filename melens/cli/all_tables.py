@@ -4,6 +4,7 @@ from melens.cli import (  # noqa: F401
     cause_tables,
     edit_table,
     eval_table,
+    long_context_table,
     patch_command,
     super_weights_table,
     tune_table,

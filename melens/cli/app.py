@@ -8,18 +8,19 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from melens.cli.export_command import export
-from melens.cli.generate_command import generate
-from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
 
 from melens import __version__
 from melens.cli.cause_commands import isolate
 from melens.cli.commands import env, known, locate, models, plot
 from melens.cli.eval_command import evaluate
+from melens.cli.export_command import export
+from melens.cli.generate_command import generate
+from melens.cli.long_context_command import long_context
 from melens.cli.measure_commands import attention, collapse, describe, sinks
 from melens.cli.patch_command import patch
 from melens.cli.super_weights_command import super_weights
 from melens.cli.tune_command import tune
+from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
 
 INTERRUPTED = 130
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -68,9 +69,10 @@ app.command()(isolate)
 app.command()(super_weights)
 app.command()(patch)
 app.command("eval")(evaluate)
-app.command()(tune)
+app.command()(long_context)
 app.command()(export)
 app.command()(generate)
+app.command()(tune)
 app.command()(known)
 app.command()(plot)
 app.command()(models)

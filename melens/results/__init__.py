@@ -21,6 +21,7 @@ from melens.results.locate import (
     Stage,
     Writer,
 )
+from melens.results.long_context import LongContext
 from melens.results.patch import Axis, PatchGrid
 from melens.results.sinks import Sinks
 from melens.results.super_weights import SuperWeight, SuperWeights
@@ -43,6 +44,7 @@ __all__ = [
     "Isolation",
     "KnownCheck",
     "LayerRow",
+    "LongContext",
     "MELayer",
     "MassiveToken",
     "PatchGrid",

@@ -1,0 +1,147 @@
+"""long-context: an edit's effect on what is found in long texts."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from melens.cli import mask_options as mask
+from melens.cli import options as opt
+from melens.errors import PromptError
+
+ITEMS = "items.jsonl"
+
+
+class LongTask(StrEnum):
+    """What is hidden in the text."""
+
+    passkey = "passkey"
+    needles = "needles"
+
+
+def long_context(
+    model: opt.Model,
+    task: Annotated[
+        LongTask,
+        typer.Option(
+            help="passkey: one number. needles: several cities' numbers, one of them asked for."
+        ),
+    ] = LongTask.passkey,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens an item, question and answer included; commas between.")
+    ] = "256,512,1024",
+    depths: Annotated[
+        str, typer.Option(help="Where the answer stands in the text: 0 = first, 1 = last.")
+    ] = "0,0.25,0.5,0.75,1",
+    seeds: Annotated[int, typer.Option(min=1, help="Items a length and depth.")] = 3,
+    needles: Annotated[
+        int, typer.Option(min=2, max=30, help="Numbers in an item; of --task needles.")
+    ] = 4,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="A UTF-8 file to hide them in, - is stdin (default: the bundled English prose, "
+            "repeated where it is too short)."
+        ),
+    ] = None,
+    texts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Plain texts, as long as the longest item, for loss by position; 0 = none."
+        ),
+    ] = 8,
+    edit: mask.EditOption = None,
+    mask_select: mask.MaskSelect = None,
+    mask_rate: mask.MaskRate = None,
+    mask_strength: mask.MaskStrength = None,
+    mask_layers: mask.MaskLayers = None,
+    mask_seed: mask.MaskSeed = None,
+    located: opt.Located = None,
+    bos: opt.Bos = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Put text and question through the chat template, the answer begun."
+        ),
+    ] = False,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Draws other numbers and places.")
+    ] = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Find hidden numbers in long texts with MODEL, with an edit and without it.
+
+    Over length and depth, beside a dose below and above and both controls (other layers, random
+    dimensions); and the loss of plain texts by position. An answer counts if greedy decoding
+    gives it. With --out an interrupted run goes on where it was when the same command is given
+    again.
+
+    Examples:
+      melens long-context smollm2-135m --text book.txt --out runs/passkey
+
+      melens long-context smollm2-135m --task needles --needles 4 --lengths 256,1024 --chat
+      --mask-select activation --mask-rate 0.1 --texts 0
+    """
+    from melens.cli.job import Job
+
+    sizes, places = _numbers(lengths, int, "--lengths"), _numbers(depths, float, "--depths")
+    job = Job.of({**locals(), "text": None, "prompt": None, "n_seq": None, "length": None})
+    chosen = mask.edit_of(locals(), model)
+    haystack = _haystack(
+        task=task.value, lengths=sizes, depths=places, seeds=seeds, needles=needles,
+        text=_read(text), bos=bos, chat=chat, seed=seed,
+    )  # fmt: skip
+    from melens.evaluation.conditions import check_edit
+    from melens.evaluation.long_context import LongSettings, items_of
+    from melens.evaluation.long_context import long_context as measure
+
+    check_edit(chosen)
+    loaded, prompts = job.load()
+    items_of(loaded, haystack, texts)  # refuses what does not fit, before locating
+    found = job.locate(loaded, prompts)
+    items = job.out / ITEMS if job.out is not None else None
+    settings = LongSettings(seed=seed, texts=texts, items=items)
+    with job.bar("items") as tick:
+        result = measure(
+            loaded, chosen, me_layer=found, haystack=haystack, settings=settings, progress=tick
+        )
+    job.finish(result, same_texts=False)
+
+
+def _numbers(given: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
+    """The numbers of a list with commas, smallest first.
+
+    Raises:  PromptError: something else.
+    """
+    try:
+        return tuple(sorted({kind(part) for part in given.split(",")}))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise PromptError(
+            f"{option} takes {what} with commas between, got {given!r:.60}."
+        ) from None
+
+
+def _read(text: Path | None) -> str | None:
+    """The text itself: stdin can be read only once."""
+    if text is None:
+        return None
+    from melens.batches import prompts
+
+    return prompts("-" if str(text) == "-" else text).texts[0]
+
+
+def _haystack(**settings: Any) -> Any:
+    from melens.evaluation.haystack import Haystack
+
+    return Haystack(**settings)
