@@ -84,8 +84,8 @@ assert abs(by_gain.delta.value) < 0.1 < by_activation.delta.value
 
 # %% [markdown]
 # ## And its rivals?
-# Set the massive coordinate to zero or to its mean, flatten the norm or cap the FFN at the ME Layer,
-# hide the token's key and value.
+# Set the massive coordinate to zero or to its mean, flatten the norm or cap the FFN at the ME
+# Layer, hide the token's key and value.
 
 # %%
 names = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
@@ -126,7 +126,7 @@ folder = Path(tempfile.mkdtemp()) / "prefix"
 melens.export(
     "smollm2-135m", edit, format="prefix", out=folder, me_layer=layer, first_token="<|im_start|>"
 )
-plain, tokenizer = load_plain("smollm2-135m")
+plain, *_ = load_plain("smollm2-135m")
 with melens.wemask(plain, layer, rate=0.5):
     hooked = plain(ids).logits[:, 1:]
 prefixed = plain(ids[:, 1:], past_key_values=load_prefix(folder, plain)).logits

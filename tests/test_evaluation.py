@@ -475,6 +475,21 @@ def test_json_there_and_back_and_inconsistent_numbers_are_refused(held, tmp_path
             Evaluation.from_json(json.dumps(broken))
 
 
+def test_doses_of_several_rules_are_drawn_together(held, tmp_path, words):
+    from melens.figures.dose_grid import draw_dose_grid
+
+    made = [held(Edit(select=select, layers=layers))
+            for select in ("gamma", "activation") for layers in ("after", "next")]  # fmt: skip
+    drawn = save_figure(draw_dose_grid(made), tmp_path / "grid.svg").read_text()
+    for said in ("gamma", "activation", "all layers after", "the next layer alone"):
+        assert said in drawn
+    with pytest.raises(ResultError, match="no evaluation"):
+        draw_dose_grid([])
+    fewer = held(source=Source(words, n=6, length=20, bos=True))
+    with pytest.raises(ResultError, match="2 sets of items"):
+        draw_dose_grid([made[0], fewer])
+
+
 @pytest.mark.parametrize("style", list(FIGURES[Evaluation]))
 @pytest.mark.parametrize("edit", [Edit(), Edit(name="norm-flatten")])
 def test_every_figure_draws_from_the_json_alone(held, style, edit, tmp_path):
@@ -528,6 +543,17 @@ def test_harmful_prompts_stand_beside_the_refusals_of_harmless_ones():
     assert found.also_delta["refused_unsafe"].value == -1.0
     with pytest.raises(ResultError, match="none of gsm8k"):
         row_of(edited[0], "edited", GENERATION_TASKS["gsm8k"])
+
+
+def test_items_that_do_not_count_do_not_widen_the_interval():
+    values = [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]
+    condition = Condition("base", "base", BASE)
+    counted = [ItemRow(str(i), "base", x, 1.0) for i, x in enumerate(values)]
+    more = [ItemRow(f"u{i}", "base", 0.0, 0.0) for i in range(30)]
+    alone, together = (score_of(condition, rows, rows, 0) for rows in (counted, counted + more))
+    assert together == alone
+    with pytest.raises(ResultError, match="no item counts"):
+        score_of(condition, more, more, 0)
 
 
 def test_judgements_of_one_answer_weigh_as_many():

@@ -304,7 +304,9 @@ def test_a_folder_is_whole_or_not_there(saved, tmp_path, monkeypatch):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
-    with pytest.raises(ResultError, match=r"is not empty and no earlier export") as caught:
+    with pytest.raises(
+        ResultError, match=r"holds notes.txt, which no earlier export wrote"
+    ) as caught:
         export(saved, EDIT, out=taken)
     assert caught.value.exit_code == 2
     first = export(saved, EDIT, out=tmp_path / "out", format="prefix", first_token=FIRST)
@@ -323,6 +325,10 @@ def test_a_folder_is_whole_or_not_there(saved, tmp_path, monkeypatch):
     assert read_edit(first).format == "hf"
     assert not (first / "prefix.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    (first / "mine.txt").write_text("mine")
+    with pytest.raises(ResultError, match=r"holds mine.txt, which no earlier export wrote"):
+        export(saved, EDIT, out=first)
+    assert (first / "mine.txt").read_text() == "mine"
 
 
 def test_the_record_can_be_read_again(saved, tmp_path):

@@ -164,6 +164,14 @@ def test_export_and_load_again(folder, located, capsys, tmp_path):
     )
     assert code == 0, err
     assert "rate 0.25" in json.loads(out)["edit"]
+    chosen = tmp_path / "edit.json"  # as melens tune writes it
+    chosen.write_text(json.dumps({"edit": {"name": "wemask", "rate": 0.75, "layers": [1]}}))
+    code, out, err = run(
+        capsys, "generate", folder, "-p", "w5", "--bos", "--json", "-q", "--max-new-tokens", "2",
+        "--edit-file", chosen,
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["edit"] == "wemask gamma rate 0.75 layer 1"
     assert "not applied" not in err
     code, out, err = run(
         capsys,
@@ -191,9 +199,15 @@ def test_bad_input_is_one_line_and_exit_2(folder, capsys, tmp_path):
         (["generate", folder, "-p", "w5", "--chat"], "has no chat template"),
         (["generate", folder, "-p", "w5", "--max-new-tokens", 999], "over the model's context"),
         (["generate", folder, "-p", "w5", "--edit", "zero", "--mask-rate", "0.1"], "has no rate"),
-        (["export", folder, "-o", tmp_path / "mine"], "is not empty and no earlier export"),
+        (["export", folder, "-o", tmp_path / "mine"], "holds a.txt, which no earlier export wrote"),
         (["export", folder, "-o", tmp_path / "x", "--first-token", "w5"], "belongs to the formats"),
         (["export", folder, "--format", "peft", "-o", tmp_path / "x"], "puts no fixed token first"),
+        (["generate", folder, "-p", "w5", "--edit-file", tmp_path / "no.json"], "cannot read"),
+        (["generate", folder, "-p", "w5", "--edit-file", tmp_path / "mine/a.txt"], "holds no edit"),
+        (
+            ["generate", folder, "-p", "w5", "--edit-file", "e.json", "--mask-rate", "0.1"],
+            "drop --edit and --mask-*",
+        ),
     ):
         code, out, err = run(capsys, *arguments)
         assert (code, out) == (2, ""), err

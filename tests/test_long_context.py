@@ -481,3 +481,19 @@ def test_bad_input_is_one_line_and_exit_2(arguments, says, folder, capsys):
     assert code == 2, err
     assert (says or "loss by position needs") in err
     assert sum(line.startswith("melens: ") for line in err.splitlines()) == 1
+
+
+@pytest.mark.weights
+def test_a_real_model_finds_a_near_passkey_and_no_other(smol):
+    near = Haystack(lengths=(112,), depths=(0.5,), seeds=2)
+    first, second = haystacks(smol.tokenizer, near, context=smol.cfg.n_ctx)
+    chat = replace(near, lengths=(192,), chat=True)
+    for item in (first, second, *haystacks(smol.tokenizer, chat, context=smol.cfg.n_ctx)):
+        assert len(item.ids) == item.about["length"]
+        assert PASSKEY.findall(item.about["prompt"]) == [item.about["answer"]]
+    scored = sum(first.scored)
+    other = replace(first, id="other", ids=(*first.ids[:-scored], *second.ids[-scored:]))
+    runner = Runner(smol, [Condition("base", "base", BASE)], None)
+    outcome = runner.outcome((first, other), runner.conditions)
+    found = [score_of(i, f)[0] for i, f in zip(outcome.items, outcome.found["base"], strict=True)]
+    assert found == [1.0, 0.0]

@@ -44,6 +44,7 @@ def evaluate(
     mask_strength: mask.MaskStrength = None,
     mask_layers: mask.MaskLayers = None,
     mask_seed: mask.MaskSeed = None,
+    edit_file: mask.EditFileOption = None,
     rates: Annotated[
         str | None,
         typer.Option(

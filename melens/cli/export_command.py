@@ -39,6 +39,7 @@ def export(
     mask_strength: mask.MaskStrength = None,
     mask_layers: mask.MaskLayers = None,
     mask_seed: mask.MaskSeed = None,
+    edit_file: mask.EditFileOption = None,
     located: opt.Located = None,
     first_token: Annotated[
         str | None,

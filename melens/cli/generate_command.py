@@ -37,6 +37,7 @@ def generate(
     mask_strength: mask.MaskStrength = None,
     mask_layers: mask.MaskLayers = None,
     mask_seed: mask.MaskSeed = None,
+    edit_file: mask.EditFileOption = None,
     located: opt.Located = None,
     bos: opt.Bos = None,
     as_json: opt.Json = False,

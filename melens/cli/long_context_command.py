@@ -59,6 +59,7 @@ def long_context(
     mask_strength: mask.MaskStrength = None,
     mask_layers: mask.MaskLayers = None,
     mask_seed: mask.MaskSeed = None,
+    edit_file: mask.EditFileOption = None,
     located: opt.Located = None,
     bos: opt.Bos = None,
     chat: Annotated[

@@ -79,6 +79,14 @@ MaskSeed = Annotated[
     int | None,
     typer.Option("--mask-seed", min=0, max=2**63 - 1, help="For --mask-select random. Default: 0."),
 ]
+EditFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--edit-file",
+        help="A JSON file with an edit, instead of these options: the edit.json of melens tune, a "
+        "melens.json, an evaluate.json.",
+    ),
+]
 SETTINGS = ("select", "rate", "strength", "layers", "seed")
 MELENS_JSON = "melens.json"
 RUN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
@@ -101,6 +109,10 @@ def edit_of(options: Mapping[str, Any], model: str | Path | None = None) -> Edit
     name = options.get("edit")
     given = {key: options.get(f"mask_{key}") for key in SETTINGS}
     given = {key: value for key, value in given.items() if value is not None}
+    if (file := options.get("edit_file")) is not None:
+        if name is not None or given:
+            raise InterventionError("--edit-file says it all; drop --edit and --mask-*.")
+        return read_edit_file(Path(file))
     if name is None and not given and (saved := edit_beside(model)) is not None:
         return saved
     if "layers" in given:
@@ -120,8 +132,14 @@ def edit_beside(model: str | Path | None) -> Edit | None:
     Raises:  ResultError: it cannot be read.
     """
     path = None if model is None else Path(model).expanduser() / MELENS_JSON
-    if path is None or not path.is_file():
-        return None
+    return read_edit_file(path) if path is not None and path.is_file() else None
+
+
+def read_edit_file(path: Path) -> Edit:
+    """The edit that a JSON file names under "edit".
+
+    Raises:  ResultError: no such file, or no edit in it.
+    """
     from pydantic import ValidationError
 
     from melens.errors import ResultError
@@ -132,7 +150,7 @@ def edit_beside(model: str | Path | None) -> Edit | None:
     except OSError as error:
         raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
     except (ValueError, KeyError, TypeError, ValidationError):
-        raise ResultError(f"{path} holds no edit that melens can read; export it again.") from None
+        raise ResultError(f"{path} holds no edit that melens can read.") from None
 
 
 def layers_from(text: str) -> str | tuple[int, ...]:

@@ -117,8 +117,10 @@ def check_out(out: str | Path) -> Path:
     if target.exists() and not target.is_dir():
         raise ResultError(f"{out} is a file; name a folder to export into.")
     try:
-        if target.is_dir() and any(target.iterdir()) and not _is_export(target):
-            raise ResultError(f"{out} is not empty and no earlier export; name another folder.")
+        if other := _not_exported(target):
+            raise ResultError(
+                f"{out} holds {other}, which no earlier export wrote; name another folder."
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write into {target.parent}: {error.strerror}.") from None
@@ -127,11 +129,15 @@ def check_out(out: str | Path) -> Path:
     return target
 
 
-def _is_export(folder: Path) -> bool:
+def _not_exported(folder: Path) -> str | None:
+    """The first thing in a folder that replacing an earlier export would lose."""
+    here = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     try:
-        return read_edit(folder) is not None
+        earlier = read_edit(folder) if here else None
     except ResultError:
-        return False
+        earlier = None
+    known = {MELENS_JSON, *earlier.files} if earlier else set()
+    return next((name for name in here if name not in known), None)
 
 
 def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Path:
@@ -144,7 +150,8 @@ def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Pat
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         write(part)
-        write_edit(record, part)
+        files = tuple(sorted(path.name for path in part.iterdir()))
+        write_edit(record.model_copy(update={"files": files}), part)
         if target.exists():
             target.rename(old)
         part.rename(target)

@@ -57,6 +57,8 @@ class EditFile(Result):
     the first token."""
     probe: Probe
     prefix: PrefixFacts | None = None
+    files: tuple[str, ...] = ()
+    """Names beside this file that the export wrote: all that a later one may replace."""
     run: RunInfo
 
     @model_validator(mode="after")
