@@ -710,18 +710,23 @@ def test_a_result_without_its_items_is_not_written_over(run, tmp_path):
     assert "start anew with --force" in stderr
 
 
-def test_the_edit_of_a_saved_folder_is_the_default(run, folder, words, tmp_path):
-    import shutil
+def test_an_exported_folders_edit_is_the_default_and_its_base_is_unedited(
+    run, folder, massive, words, tmp_path
+):
+    import melens
 
-    shutil.copytree(folder / "planted", tmp_path / "planted")
-    saved = {"edit": Edit(select="activation", rate=0.25).model_dump(mode="json")}
-    (tmp_path / "planted" / "melens.json").write_text(json.dumps(saved))
+    edit = Edit(select="activation", rate=0.9)
+    melens.export(str(folder / "planted"), edit, out=tmp_path / "planted", me_layer=massive[1])
     code, stdout, _ = run(*asked_for(tmp_path, words, "--json"))
-    assert code == 0
-    assert (json.loads(stdout)["edit"]["select"], json.loads(stdout)["edit"]["rate"]) == (
-        "activation",
-        0.25,
-    )
+    found = json.loads(stdout)
+    assert (code, found["edit"]["select"], found["edit"]["rate"]) == (0, "activation", 0.9)
+    _, stdout, _ = run(*asked_for(folder, words, "--mask-select", "activation", "--json"))
+    assert found["base"]["value"] == pytest.approx(json.loads(stdout)["base"]["value"])
+    assert found["edited"]["also"]["kl"] > 0
+    opened = melens.load(tmp_path / "planted")
+    with pytest.raises(InterventionError, match="is open on this model"):
+        evaluate(opened, "perplexity", edit)
+    opened.melens_edit.close()
 
 
 def test_help_needs_no_torch_and_names_every_task():

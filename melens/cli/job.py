@@ -55,7 +55,8 @@ class Job:
 
     def load(self) -> tuple[Any, Any]:
         """The model, and the texts."""
-        from melens import load, prompts
+        from melens.batches import prompts
+        from melens.models import load  # not melens.load, which puts a saved edit in force
 
         texts = prompts(self.source, n=self.n_seq, length=self.length, bos=self.bos, chat=self.chat)
         self.saved = self._read_located()

@@ -79,6 +79,19 @@ def check_edit(edit: Edit) -> None:
         raise InterventionError("the edit changes nothing; give it a rate or a strength.")
 
 
+def check_unedited(model: Any) -> None:
+    """Refuse a bridge that an exported edit is open on: its base would be edited as well.
+
+    Raises:  InterventionError: naming the edit.
+    """
+    opened = vars(model).get("melens_edit")
+    if opened is not None and opened.active:
+        raise InterventionError(
+            f"{opened.edit.label} is open on this model, so nothing here is without an edit; call "
+            "model.melens_edit.close() first, or give the folder instead of the model."
+        )
+
+
 def _doses(edit: Edit, plan: Plan) -> list[Condition]:
     if edit.name in RATED:
         return [

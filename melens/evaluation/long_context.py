@@ -18,7 +18,7 @@ import torch
 from melens import emergence
 from melens.batches import prompts
 from melens.errors import PromptError
-from melens.evaluation.conditions import Condition, Plan, check_edit, conditions
+from melens.evaluation.conditions import Condition, Plan, check_edit, check_unedited, conditions
 from melens.evaluation.forced import Forced, Foreseen, Outcome, Runner
 from melens.evaluation.haystack import Haystack, bins, haystacks, plain_texts
 from melens.evaluation.rows import ItemRow, Rows
@@ -105,6 +105,7 @@ def long_context(
     edit, haystack, settings = edit or Edit(), haystack or Haystack(), settings or LongSettings()
     check_edit(edit)
     bridge = adopt(model)
+    check_unedited(bridge)
     inputs = Inputs(bridge, [], {}, fingerprint(bridge))
     if me_layer is not None:
         check_same_model(inputs, me_layer)

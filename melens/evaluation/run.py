@@ -6,7 +6,7 @@ from typing import Any
 
 from melens import emergence
 from melens.errors import PromptError
-from melens.evaluation.conditions import check_edit, conditions
+from melens.evaluation.conditions import check_edit, check_unedited, conditions
 from melens.evaluation.forced import Outcome, Runner
 from melens.evaluation.generated import generated
 from melens.evaluation.harness_rows import GENERATION_TASKS
@@ -58,6 +58,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     check_edit(edit)
     check_source(task, source)
     bridge = adopt(model)
+    check_unedited(bridge)
     if bridge.tokenizer is None:
         raise PromptError("this model has no tokenizer; load it with melens.load(..., tokenizer=).")
     inputs = Inputs(bridge, [], {}, fingerprint(bridge))

@@ -22,6 +22,11 @@ class OpenEdit:
         self.record = self._context.__enter__()
         """A mask's MaskRecord; None for other edits."""
 
+    @property
+    def active(self) -> bool:
+        """Whether it is still in force."""
+        return self._context is not None
+
     def close(self) -> None:
         """Take the edit off; the model is as it was. A second call does nothing."""
         context, self._context = self._context, None

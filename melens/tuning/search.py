@@ -10,7 +10,7 @@ from typing import Any
 
 from melens import __version__, emergence
 from melens.errors import InterventionError, MetricError
-from melens.evaluation.conditions import BASE, Condition
+from melens.evaluation.conditions import BASE, Condition, check_unedited
 from melens.evaluation.forced import TOKENS, Forced, Outcome, Runner
 from melens.evaluation.rows import ItemRow, Rows
 from melens.models.decoder import decoder_of
@@ -112,6 +112,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     _check_resumable(metric, settings)
     bridge = adopt(model)
+    check_unedited(bridge)
     objective, items = items_of(bridge, texts, metric)
     halves = split(items, share=settings.held_out, seed=settings.seed)
     _check_rates(bridge, space)
