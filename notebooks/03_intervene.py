@@ -53,7 +53,7 @@ energy
 massive = layer.massive[0].dim
 gain = decoder_of(model).gain(20).abs()
 assert energy["activation"] > 0.99
-assert energy["gamma"] < 0.1 < 0.9 < energy["bottom-gamma"]
+assert energy["gamma"] < 0.25 < 0.75 < energy["bottom-gamma"]
 assert int((gain < gain[massive]).sum()) == 0
 
 # %% [markdown]
