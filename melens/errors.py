@@ -74,6 +74,10 @@ class InterventionError(MelensError):
     """An edit that cannot be done as asked, or that never took place."""
 
 
+class NoTokenError(InterventionError):
+    """Passes ran under an edit, but none held a token that it was to change."""
+
+
 class MetricError(MelensError):
     """A metric that is undefined on what it was given."""
 

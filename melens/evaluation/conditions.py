@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from melens.errors import InterventionError
+from melens.interventions.now import Now, is_edited
+from melens.interventions.tokens import choice_of
 from melens.interventions.wemask import layers_of
 from melens.models.decoder import decoder_of
 from melens.results import MELayer
@@ -80,9 +84,9 @@ def check_edit(edit: Edit) -> None:
 
 
 def check_unedited(model: Any) -> None:
-    """Refuse a bridge that an exported edit is open on: its base would be edited as well.
+    """Refuse a model that an edit is open on: its base would be edited as well.
 
-    Raises:  InterventionError: naming the edit.
+    Raises:  InterventionError: naming the edit, where it is an exported one.
     """
     opened = vars(model).get("melens_edit")
     if opened is not None and opened.active:
@@ -90,6 +94,38 @@ def check_unedited(model: Any) -> None:
             f"{opened.edit.label} is open on this model, so nothing here is without an edit; call "
             "model.melens_edit.close() first, or give the folder instead of the model."
         )
+    if is_edited(model):
+        raise InterventionError(
+            "an edit is open on this model, so nothing here is without one; leave it first."
+        )
+
+
+def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> list[bool]:
+    """Which items hold a token that the edits change.
+
+    Raises:  InterventionError: none of them does.
+    """
+    rule = choice_of("first" if me_layer is None else me_layer)
+    held = []
+    for row in rows:
+        ids = torch.tensor([list(row)])
+        held.append(bool(rule(Now(ids, torch.arange(len(row))[None])).any()))
+    if not any(held):
+        raise InterventionError(
+            "none of the items holds a located massive token, so no edit would change anything; "
+            "locate on texts that begin as the items do (BOS, chat template)."
+        )
+    return held
+
+
+def located_facts(me_layer: MELayer | None) -> list[Any] | None:
+    """What edits take from a ME Layer, and on which texts; not when or how it was located."""
+    if me_layer is None:
+        return None
+    tokens = [[token.position, token.token_id, token.dim] for token in me_layer.massive]
+    tried = [[token.token_id, token.massive] for token in me_layer.stability.first_tokens]
+    texts = [me_layer.run.settings.get(name) for name in ("ids", "bos", "chat")]
+    return [me_layer.me_layer, me_layer.peak_layer, tokens, tried, texts]
 
 
 def _doses(edit: Edit, plan: Plan) -> list[Condition]:
@@ -115,8 +151,9 @@ def _other_layers(model: Any, edit: Edit, me_layer: MELayer | None) -> list[Cond
     others = tuple(at for at in decoder.attentions if at < taken[0])
     if not others:
         others = tuple(at for at in decoder.attentions if at not in taken)
-    if edit.layers == "next" or len(taken) == 1:
-        others = others[len(others) // 2 :][:1]
+    # As many as the edit has, where there are so many; from the middle, away from both ends.
+    spare = max(0, len(others) - len(taken))
+    others = others[spare // 2 :][: len(taken)]
     return [Condition("other layers", "control", edit.changed(layers=others))] if others else []
 
 
@@ -125,7 +162,8 @@ def _elsewhere(edit: Edit, me_layer: MELayer) -> list[Condition]:
     at = me_layer.me_layer
     if at is None or at < 0:
         return []
-    last = (me_layer.peak_layer or me_layer.n_layers - 1) + 1
+    peak = me_layer.n_layers - 1 if me_layer.peak_layer is None else me_layer.peak_layer
+    last = peak + 1
     picked = {at // 2, (at + last) // 2} - {at}
     return [
         Condition(f"at layer {layer}", "control", edit.changed(layers=(layer,)))
@@ -157,9 +195,12 @@ def first_layer(model: Any, edit: Edit, me_layer: MELayer | None) -> int:
         return layers_of(decoder, me_layer, edit.layers)[0]
     if isinstance(edit.layers, tuple):
         return edit.layers[0]
-    assert me_layer is not None
-    assert me_layer.me_layer is not None
-    return max(me_layer.me_layer, 0)
+    if me_layer is None or me_layer.me_layer is None or me_layer.me_layer < 0:
+        raise InterventionError(
+            f"{edit.name} acts at the ME Layer, and this model has no block of that kind; name "
+            "one with layers=(n,)."
+        )
+    return me_layer.me_layer
 
 
 def names(found: Sequence[Condition]) -> list[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 
 from melens.batches import prompts
-from melens.errors import InterventionError
+from melens.errors import InterventionError, NoTokenError
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
 from melens.isolation import mean_coordinates
 from melens.models.origin import fingerprint
@@ -39,6 +39,13 @@ def applied(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContext
     return EDITS[edit.name](model, edit, me_layer)  # type: ignore[arg-type]
 
 
+@contextmanager
+def where_held(edit: AbstractContextManager[Any]) -> Iterator[Any]:
+    """Enter an edit; that no pass held its token is no error, since other texts may."""
+    with suppress(NoTokenError), edit as record:
+        yield record
+
+
 def _none(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
     return nullcontext()
 
@@ -56,7 +63,9 @@ def _layer(edit: Edit, me_layer: MELayer) -> Any:
 
 def _dims(model: Any, edit: Edit, me_layer: MELayer) -> list[int]:
     """The massive dimensions, or as many others."""
-    massive = sorted({token.dim for token in me_layer.massive})
+    if not me_layer.massive:
+        raise InterventionError(f"{me_layer.run.model} has no massive token, so no coordinate.")
+    massive = [me_layer.massive[0].dim]  # the tokens that are edited are massive in this one
     if edit.select != "random":
         return massive
     rng = torch.Generator().manual_seed(edit.seed)

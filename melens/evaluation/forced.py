@@ -5,7 +5,7 @@ A batch runs once without any edit; each edit then only runs the blocks that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,13 @@ from melens.batches import Batch
 from melens.capture import check_ids, evaluating
 from melens.errors import PromptError
 from melens.evaluation.conditions import Condition, first_layer
-from melens.evaluation.edits import applied
+from melens.evaluation.edits import applied, where_held
 from melens.interventions import MaskRecord
 from melens.results import MELayer
 from melens.resume import Resumable
 
+AT_ONCE = 256
+"""Positions whose logits are held at once: with 152 k tokens of vocabulary 156 MB each."""
 TOKENS = 1024
 """Tokens a batch, padding included: what 8 x 128 are."""
 
@@ -105,7 +107,8 @@ class Runner:
         finals, energy = {}, {}
         for condition in conditions:
             start = self.starts[self.conditions.index(condition)]
-            with _entered(self.model, condition, self.me_layer) as record:
+            # A batch without the token is as it was; that no item has it is refused beforehand.
+            with where_held(_entered(self.model, condition, self.me_layer)) as record:
                 finals[condition.name] = clean.run(start, clean.resid_pre(start))
             if isinstance(record, MaskRecord) and record.mean_energy is not None:
                 energy[condition.name] = record.mean_energy
@@ -120,17 +123,19 @@ class Runner:
     ) -> dict[str, Foreseen]:
         """Logits of one row's scored tokens alone: a batch's are the largest tensor there is."""
         base = clean.resid_pre(clean.n_layers)
-        at = torch.tensor(item.scored).nonzero()[:, 0].to(base.device)
-        wanted = clean.batch.ids[row, at]
-        made = {}
+        scored = torch.tensor(item.scored).nonzero()[:, 0].to(base.device)
+        made: dict[str, list[Foreseen]] = {name: [] for name in finals}
         with evaluating(self.model):
-            plain = clean.logits(base[row : row + 1, at - 1])[0].float().log_softmax(-1)
-            for name, final in finals.items():
-                edited = plain
-                if final is not base:
-                    edited = clean.logits(final[row : row + 1, at - 1])[0].float().log_softmax(-1)
-                made[name] = _compare(edited, plain, wanted)
-        return made
+            for at in scored.split(AT_ONCE):
+                wanted = clean.batch.ids[row, at]
+                plain = clean.logits(base[row : row + 1, at - 1])[0].float().log_softmax(-1)
+                for name, final in finals.items():
+                    edited = plain
+                    if final is not base:
+                        logits = clean.logits(final[row : row + 1, at - 1])[0]
+                        edited = logits.float().log_softmax(-1)
+                    made[name].append(_compare(edited, plain, wanted))
+        return {name: _joined(parts) for name, parts in made.items()}
 
     def batches(self, items: Sequence[Forced]) -> Iterator[list[Forced]]:
         """What :meth:`run` runs together."""
@@ -139,6 +144,11 @@ class Runner:
             count = max(1, self.batch_tokens // len(queue[0].ids))
             yield queue[:count]
             queue = queue[count:]
+
+
+def _joined(parts: Sequence[Foreseen]) -> Foreseen:
+    names = ("loss", "right", "kl", "agree")
+    return Foreseen(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
 
 def _entered(model: Any, condition: Condition, me_layer: MELayer | None) -> Any:
@@ -160,6 +170,3 @@ def _compare(
         kl=kl.cpu(),
         agree=(top == plain.argmax(-1)).cpu(),
     )
-
-
-Progress = Callable[[int, int], None]

@@ -14,7 +14,7 @@ from melens.batches import Batch
 from melens.capture import evaluating
 from melens.errors import ResultError
 from melens.evaluation.conditions import Condition
-from melens.evaluation.edits import applied
+from melens.evaluation.edits import applied, where_held
 from melens.evaluation.harness_data import items
 from melens.evaluation.harness_rows import GenerationSettings, GenerationTask
 from melens.evaluation.harness_rows import ItemRow as Answer
@@ -134,7 +134,8 @@ def masked_energy(bench: Bench, condition: Condition, prompts: Sequence[str]) ->
         return None
     model, tokenizer = bench.model, bench.model.tokenizer
     start = tokenizer.bos_token
-    with applied(model, condition.edit, bench.me_layer) as record, evaluating(model):
+    edit = where_held(applied(model, condition.edit, bench.me_layer))
+    with edit as record, evaluating(model):
         for prompt in prompts:
             plain = not (start and prompt.startswith(start))
             ids = tokenizer(prompt, add_special_tokens=plain)["input_ids"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from melens.evaluation.conditions import located_facts
 from melens.models.origin import SAMPLES_PER_TENSOR
 from melens.results import MELayer
 from melens.results.edit import Edit
@@ -35,15 +36,6 @@ def weights_key(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def located_facts(edit: Edit, me_layer: MELayer | None) -> Any:
-    """What an edit takes from a located ME Layer, without when and how it was located."""
-    if edit.name == "none" or me_layer is None:
-        return None
-    tokens = [(token.position, token.token_id, token.dim) for token in me_layer.massive]
-    tried = [(token.token_id, token.massive) for token in me_layer.stability.first_tokens]
-    return [me_layer.me_layer, tokens, tried]
-
-
 def key_of(**facts: Any) -> str:
     """Short hash of facts in JSON."""
     text = json.dumps(facts, sort_keys=True)
@@ -55,7 +47,8 @@ def model_key(model: Any, tokenizer: Any, edit: Edit, me_layer: MELayer | None) 
     return key_of(
         weights=weights_key(model), dtype=str(next(model.parameters()).dtype),
         chat_template=getattr(tokenizer, "chat_template", None),
-        edit=edit.model_dump(mode="json"), located=located_facts(edit, me_layer),
+        edit=edit.model_dump(mode="json"),
+        located=None if edit.name == "none" else located_facts(me_layer),
     )  # fmt: skip
 
 

@@ -31,7 +31,9 @@ from melens.results import MELayer
 from melens.results.base import write_atomically
 from melens.results.edit import Edit
 
-FORMAT = 1
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Against a checkpoint's own generation settings, under which greedy would not be greedy."""
+FORMAT = 2
 """Of prompts and scores; a change makes earlier rows unfit to be pooled with new ones."""
 
 
@@ -148,7 +150,7 @@ def _answers(models: _Models, job: _Job, left: Sequence[int]) -> Iterable[list[I
     """Rows of the items that are left, a batch at a time."""
     from lm_eval.tasks import TaskManager
 
-    from melens.evaluation.edits import applied
+    from melens.evaluation.edits import applied, where_held
     from melens.evaluation.harness_model import Generator
 
     edited, size = models.edited, job.settings.batch_size
@@ -160,10 +162,11 @@ def _answers(models: _Models, job: _Job, left: Sequence[int]) -> Iterable[list[I
         )  # fmt: skip
         name = f"melens_{job.task}"
         theirs = manager.load(name)["tasks"][name]
-    theirs.set_config("generation_kwargs", {"max_gen_toks": job.length}, update=True)
+    theirs.set_config("generation_kwargs", {"max_gen_toks": job.length, **NEUTRAL}, update=True)
     asked = [_request(theirs, lm, number) for number in left]
     _check_lengths(lm, [request.args[0] for request in asked], job)
-    with applied(edited, models.edit, models.me_layer):
+    # Where only some prompts hold the token, a run that takes up the others still is a run.
+    with where_held(applied(edited, models.edit, models.me_layer)):
         for start in range(0, len(asked), size):
             batch = asked[start : start + size]
             answers = lm.generate_until(batch, disable_tqdm=True)

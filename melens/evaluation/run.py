@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from melens import emergence
-from melens.errors import PromptError
-from melens.evaluation.conditions import check_edit, check_unedited, conditions
+from melens.errors import MetricError, PromptError
+from melens.evaluation.conditions import check_edit, check_held, check_unedited, conditions
 from melens.evaluation.forced import Outcome, Runner
 from melens.evaluation.generated import generated
 from melens.evaluation.harness_rows import GENERATION_TASKS
@@ -14,7 +15,7 @@ from melens.evaluation.rows import ItemRow, Rows
 from melens.evaluation.scores import ENERGY, assembled, score_of
 from melens.evaluation.settings import Bench, Card, Progress, Settings
 from melens.evaluation.sources import check_source
-from melens.evaluation.tasks import FORCED_TASKS, ForcedTask, Source
+from melens.evaluation.tasks import FORCED_TASKS, ForcedTask, Source, alike
 from melens.inputs import Inputs
 from melens.measure.located import check_same_model
 from melens.models.loading import adopt
@@ -43,7 +44,8 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     Args:    model: a name, a path, a transformers model or a bridge.
              task: one of ``melens.evaluation.tasks.FORCED_TASKS`` or ``GENERATION_TASKS``.
              edit: None = WeMask by gamma, rate 0.5, all layers after the ME Layer.
-             me_layer: what ``melens.locate`` returns; None = located here on the bundled texts.
+             me_layer: what ``melens.locate`` returns; None = located here on the bundled texts,
+             with the BOS or the chat template of the items.
              source: where the items come from.
              settings: doses, controls, rivals, seed, file of items.
              progress: called with (steps done, steps in all).
@@ -67,7 +69,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     made = None if task in GENERATION_TASKS else FORCED_TASKS[task](bridge.tokenizer, source)
     if made is not None:
         _check_context(bridge, made)
-    me_layer = me_layer or emergence.locate(bridge)
+    me_layer = me_layer or emergence.locate(bridge, alike(bridge.tokenizer, task, source))
     chosen = conditions(bridge, edit, me_layer, settings.plan)
     bench = Bench(inputs, chosen, me_layer, settings)
     if made is None:
@@ -90,6 +92,7 @@ def _forced(
 ) -> Evaluation:
     """Every item that an earlier run did not finish, then the result from the rows alone."""
     items, settings = task.items, bench.settings
+    held = check_held(bench.model, bench.me_layer, [item.ids for item in items])
     rows = Rows(
         settings.items,
         bench.facts(task=task.name, items=[[item.id, list(item.ids)] for item in items]),
@@ -110,6 +113,7 @@ def _forced(
     card = Card(
         task.name, task.unit, task.higher_is_better, task.about,
         {"data": data, "bos": source.bos, "chat": source.chat, **task.facts},
+        with_token=sum(held),
     )  # fmt: skip
     return assembled(bench, card, rows, [item.id for item in items])
 
@@ -119,6 +123,11 @@ def _rows_of(task: ForcedTask, outcome: Outcome) -> list[ItemRow]:
     for name, found in outcome.found.items():
         for item, foreseen in zip(outcome.items, found, strict=True):
             (value, weight), also = task.score(item, foreseen)
+            if not math.isfinite(value):
+                raise MetricError(
+                    f"item {item.id} under {name} has a {task.unit} of {value}; load the model in "
+                    "float32 or bfloat16."
+                )
             if name in outcome.energy:
                 also = {**also, ENERGY: (outcome.energy[name], 1.0)}
             made.append(ItemRow(item.id, name, value, weight, also, dict(item.about)))

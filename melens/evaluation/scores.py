@@ -29,6 +29,9 @@ def assembled(bench: Bench, card: Card, rows: Rows, order: Sequence[str]) -> Eva
     scores = [score_of(c, tables[c.name], base, seed) for c in bench.conditions]
     edited = next(score for score in scores if score.role == "edited")
     assert edited.delta is not None
+    scores = [
+        _with_margin(score, tables[edited.name], tables[score.name], seed) for score in scores
+    ]
     counted = [at for at, row in enumerate(base) if row.weight > 0]
     apart = {
         name: tuple(table[at].value - base[at].value for at in counted)
@@ -40,7 +43,7 @@ def assembled(bench: Bench, card: Card, rows: Rows, order: Sequence[str]) -> Eva
     )
     return Evaluation(
         task=card.name, unit=card.unit, n=len(counted), higher_is_better=card.higher_is_better,
-        weight=sum(row.weight for row in base), edit=edited.edit,
+        weight=sum(row.weight for row in base), edit=edited.edit, with_token=card.with_token,
         me_layer=bench.me_layer.me_layer, base=scores[0], edited=edited, delta=edited.delta,
         dose=_with_role(scores, "dose"), controls=_with_role(scores, "control"),
         rivals=_with_role(scores, "rival"), items=path and path.name, about=card.about, run=run,
@@ -50,6 +53,21 @@ def assembled(bench: Bench, card: Card, rows: Rows, order: Sequence[str]) -> Eva
 
 def _with_role(scores: Sequence[ConditionScore], role: str) -> tuple[ConditionScore, ...]:
     return tuple(score for score in scores if score.role == role)
+
+
+def _with_margin(
+    score: ConditionScore, edited: Sequence[ItemRow], rows: Sequence[ItemRow], seed: int
+) -> ConditionScore:
+    """A control, with how much further the edit goes."""
+    if score.role != "control":
+        return score
+    pairs = [(a, b) for a, b in zip(edited, rows, strict=True) if a.weight > 0]
+    found = paired_difference(
+        _column(a.value for a, _ in pairs), _column(b.value for _, b in pairs),
+        _column(a.weight for a, _ in pairs), seed=seed,
+    )  # fmt: skip
+    margin = Delta(value=found.value, interval=found.interval)
+    return score.model_copy(update={"margin": margin})
 
 
 def score_of(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from melens import __version__
-from melens.evaluation.conditions import Condition, Plan
+from melens.evaluation.conditions import Condition, Plan, located_facts
 from melens.inputs import Inputs
 from melens.results import MELayer
 
@@ -42,6 +43,8 @@ class Card:
     about: str
     facts: dict[str, Any] = field(default_factory=dict)
     """Goes into the run's settings."""
+    with_token: int | None = None
+    """Items that hold a token that is edited; None where that is not counted."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,8 @@ class Bench:
         return {
             "melens": __version__, "weights": self.inputs.weights,
             "dtype": str(next(self.model.parameters()).dtype),
+            "device": next(self.model.parameters()).device.type,
+            "transformers": version("transformers"),
             "conditions": [[c.name, c.edit.model_dump(mode="json")] for c in self.conditions],
-            "located": _located(self.me_layer), **more,
+            "located": located_facts(self.me_layer), **more,
         }  # fmt: skip
-
-
-def _located(found: MELayer) -> list[Any]:
-    """What edits take from a ME Layer, not when or how it was located."""
-    tokens = [[token.position, token.token_id, token.dim] for token in found.massive]
-    tried = [[token.token_id, token.massive] for token in found.stability.first_tokens]
-    return [found.me_layer, tokens, tried]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from melens.batches import encode, prompts, read_text
+from melens.batches import Prompts, encode, prompts, read_text
 from melens.errors import PromptError
 from melens.evaluation.forced import Forced, Foreseen
 from melens.registry import Registry
@@ -98,6 +98,17 @@ def gsm8k_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
 def math500_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
     """Loss of MATH-500's reference solutions, the problem given."""
     return _solutions("math500-likelihood", tokenizer, source)
+
+
+PLAIN_TEXTS = ("perplexity",)
+"""Tasks whose texts are no questions, and so never in the chat template."""
+
+
+def alike(tokenizer: Any, task: str, source: Source) -> Prompts:
+    """The bundled texts with the beginning that a task's items have: where to locate for them."""
+    has = getattr(tokenizer, "chat_template", None) is not None
+    chat = task not in PLAIN_TEXTS and (has if source.chat is None else source.chat)
+    return prompts(bos=None if chat else source.bos, chat=chat)
 
 
 def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:

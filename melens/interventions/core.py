@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from melens.capture import check_sites
-from melens.errors import InterventionError
+from melens.errors import InterventionError, NoTokenError
 from melens.interventions.now import Now, now_of, watching
 from melens.interventions.tokens import Choice, Tokens, choice_of
 from melens.models.anatomy import check_layer
@@ -216,7 +216,7 @@ def _require_effect(place: Place, where: str) -> None:
     if not place.passes:
         raise InterventionError(f"an edit at {where} was active but no forward pass reached it.")
     if not place.touched:
-        raise InterventionError(
+        raise NoTokenError(
             f"an edit at {where} was active over {place.passes} forward passes, but none of them "
             "held a token that it was to change; look at tokens=."
         )

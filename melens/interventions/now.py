@@ -98,6 +98,11 @@ def watching(model: Any, *, whole: bool = False) -> Iterator[None]:
             _WATCHED.pop(model, None)
 
 
+def is_edited(model: Any) -> bool:
+    """Whether an edit of melens is open on the model."""
+    return model in _WATCHED
+
+
 class _Watch:
     """The one hook that notes a model's passes, and how many open edits need it."""
 

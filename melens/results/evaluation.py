@@ -32,6 +32,10 @@ class Delta(Score):
     paired: Literal[True] = True
 
 
+RESOLUTION = 1e-5
+"""Of the base value: what differs by less is rounding."""
+
+
 class ConditionScore(Score):
     """The task's value under one edit."""
 
@@ -46,12 +50,13 @@ class ConditionScore(Score):
     """The task's further means: bits_per_byte, kl, agreement, other metrics."""
     also_delta: dict[str, Delta] = Field(default_factory=dict)
     """Their differences to the base, paired as the value's; none for the base."""
+    margin: Delta | None = None
+    """Of a control: the edit's value minus the control's, paired."""
 
     @property
     def moved(self) -> bool:
-        """Whether the interval of the difference leaves zero out."""
-        interval = self.delta.interval if self.delta else None
-        return interval is not None and (interval[0] > 0 or interval[1] < 0)
+        """Whether the interval of the difference leaves zero out, by more than rounding."""
+        return _apart(self.delta, RESOLUTION * abs(self.value)) != 0
 
 
 class Evaluation(Result):
@@ -66,6 +71,8 @@ class Evaluation(Result):
     higher_is_better: bool
     n: int
     """Items."""
+    with_token: int | None = None
+    """Of all items, those that hold a token which the edits change; None where not counted."""
     weight: float
     """Sum of the items' weights: tokens, or items."""
     edit: Edit
@@ -149,8 +156,26 @@ class Evaluation(Result):
         text += f"; difference {_delta(self.delta)}, {self._verdict()}."
         for c in self.controls:
             assert c.delta is not None
-            text += f" Control, {c.name}: {_delta(c.delta)}."
-        return text + " Layers count from 0."
+            energy = "" if c.energy is None else f" ({c.energy:.0%} of the energy)"
+            text += f" Control, {c.name}{energy}: {_delta(c.delta)}."
+        return f"{text}{self._beside()} Layers count from 0."
+
+    def _beside(self) -> str:
+        """Further measures of an answer, controls that do not exist, items that no edit touches."""
+        text = ""
+        if self.unit != NATS and self.edited.also_delta:
+            shown = [f"{name} {_delta(delta)}" for name, delta in self.edited.also_delta.items()]
+            text += f" Beside it: {', '.join(shown)}."
+        if not any("layer" in c.name for c in self.controls):
+            text += " No other layers were left for a control."
+        if not any("random" in c.name for c in self.controls):
+            text += " This edit was not held against random dimensions."
+        if self.with_token is not None and self.with_token < len(self.weights or ()):
+            text += (
+                f" Only {self.with_token} of {len(self.weights)} items hold a token that is edited;"
+                " the others are in the mean as they are."
+            )
+        return text
 
     def _verdict(self) -> str:
         """Whether it helps, by the paired interval, and whether a control does as much."""
@@ -160,14 +185,27 @@ class Evaluation(Result):
             return "which the items cannot tell from none"
         better = (self.delta.value > 0) == self.higher_is_better
         said = "better" if better else "worse"
-        sign = 1 if self.delta.value > 0 else -1
-        as_much = [
-            c.name for c in self.controls
-            if c.delta is not None and sign * c.delta.value >= abs(self.delta.value)
-        ]  # fmt: skip
+        as_much = [c.name for c in self.controls if self._does_as_much(c)]
         if as_much:
-            said += f", but a control does as much ({', '.join(as_much)})"
+            said += f", but no more than a control ({', '.join(as_much)})"
         return f"{said} ({len(self.conditions) - 1} conditions tried, not corrected for)"
+
+    def _does_as_much(self, control: ConditionScore) -> bool:
+        """Whether the items cannot tell that the edit goes further than the control."""
+        sign = 1 if self.delta.value > 0 else -1
+        if control.margin is None or control.margin.interval is None:
+            return control.delta is not None and (
+                sign * control.delta.value >= abs(self.delta.value) * (1 - RESOLUTION)
+            )
+        return _apart(control.margin, RESOLUTION * abs(self.base.value)) != sign
+
+
+def _apart(found: Delta | None, least: float) -> int:
+    """1 or -1 where an interval lies above or below zero by more than ``least``, else 0."""
+    if found is None or found.interval is None:
+        return 0
+    low, high = found.interval
+    return 1 if low > least else -1 if high < -least else 0
 
 
 def _delta(found: Delta) -> str:

@@ -10,9 +10,17 @@ from typing import Any
 
 from melens import __version__, emergence
 from melens.errors import InterventionError, MetricError
-from melens.evaluation.conditions import BASE, Condition, check_unedited
+from melens.evaluation.conditions import (
+    BASE,
+    Condition,
+    check_held,
+    check_unedited,
+    located_facts,
+)
 from melens.evaluation.forced import TOKENS, Forced, Outcome, Runner
 from melens.evaluation.rows import ItemRow, Rows
+from melens.inputs import Inputs
+from melens.measure.located import check_same_model
 from melens.models.decoder import decoder_of
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint
@@ -113,6 +121,8 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     _check_resumable(metric, settings)
     bridge = adopt(model)
     check_unedited(bridge)
+    if me_layer is not None:
+        check_same_model(Inputs(bridge, [], {}, fingerprint(bridge)), me_layer)
     objective, items = items_of(bridge, texts, metric)
     halves = split(items, share=settings.held_out, seed=settings.seed)
     _check_rates(bridge, space)
@@ -172,6 +182,8 @@ class _Search:
         self.controls = [_condition(edit, "control") for edit in self.space.controls()]
         every = (UNEDITED, *self.candidates, *self.controls)
         self.runner = Runner(self.model, every, self.me_layer)
+        items = [*self.halves.development, *self.halves.held_out]
+        check_held(self.model, self.me_layer, [item.ids for item in items])
         self._check_gains()
         self.rows = Rows(self.settings.items, self._facts())
 
@@ -307,9 +319,9 @@ class _Search:
         settings = self.settings
         return {
             "melens": __version__, "metric": self.objective.name,
-            "weights": fingerprint(self.model), "me_layer": self.me_layer.me_layer,
-            "massive": [t.model_dump(mode="json") for t in self.me_layer.massive],
+            "weights": fingerprint(self.model), "located": located_facts(self.me_layer),
             "dtype": str(next(self.model.parameters()).dtype),
+            "device": next(self.model.parameters()).device.type,
             "settings": [c.edit.model_dump(mode="json") for c in self.runner.conditions],
             "budget": [self.budget.evaluations, self.budget.seconds],
             "confirm": settings.confirm, "seed": settings.seed,
