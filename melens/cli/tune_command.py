@@ -57,7 +57,9 @@ def tune(
     ] = 3,
     located: opt.Located = None,
     bos: opt.Bos = None,
-    n: Annotated[int | None, typer.Option(min=1, help="Items, both halves (default: 64).")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", min=1, help="Items, both halves (default: 64).")
+    ] = None,
     length: opt.Length = None,
     out: opt.Out = None,
     as_json: opt.Json = False,

@@ -77,6 +77,11 @@ def check_edit(edit: Edit) -> None:
 
     Raises:  InterventionError: it changes nothing.
     """
+    if not isinstance(edit, Edit):
+        raise InterventionError(
+            f"edit must be a melens.results.Edit, e.g. Edit(name='wemask', rate=0.5), got "
+            f"{edit!r:.60}."
+        )
     if edit.name == "none":
         raise InterventionError("an evaluation holds an edit against none; name an edit.")
     if not edit.strength or (edit.name in RATED and not edit.rate):

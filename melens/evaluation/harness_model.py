@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from melens.errors import InterventionError, MissingPackageError
 from melens.evaluation.edits import applied
@@ -85,12 +88,19 @@ class MelensLM(Generator):
         return super()._model_generate(*args, **kwargs)
 
 
+def _on_this_machine(loading: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval hands over cuda:0 where no device was asked for, GPU or not."""
+    absent = str(loading.get("device", "")).startswith("cuda") and not torch.cuda.is_available()
+    return {name: value for name, value in loading.items() if not (absent and name == "device")}
+
+
 def _loaded(name: str, wanted: Wanted) -> tuple[Any, Any, Any, MELayer | None]:
     """What is edited, the transformers model in it, its tokenizer, and the ME Layer."""
     from melens.emergence import locate
     from melens.models.loading import load, load_plain
 
     me_layer = wanted.me_layer
+    wanted = replace(wanted, loading=_on_this_machine(wanted.loading))
     if wanted.edit.name not in PLAIN:
         bridge = load(name, **wanted.loading)
         me_layer = me_layer or locate(bridge)

@@ -187,7 +187,11 @@ class _Job:
         )  # fmt: skip
 
     def _about(self) -> str:
-        how = "the chat template, the answer begun" if self.haystack.chat else "'Question: Answer:'"
+        how = (
+            "the chat template, the answer begun"
+            if self.haystack.chat
+            else "'Question: ... Answer: ...', the answer begun"
+        )
         text = (
             f"{ABOUT[self.haystack.task]} by {how}; lengths count question and answer. Found = "
             "greedy decoding gives the number, read off by teacher forcing. Every item has its own "

@@ -90,7 +90,7 @@ class Rows:
                 return False
             raise ResultError(
                 f"{path} is of another evaluation (other weights, items, edits or version of "
-                "melens); choose another folder, or start anew with --force."
+                "melens); delete it to start anew, or choose another folder."
             )
         if whole != raw:  # a kill in the middle of a line
             write_atomically(path, whole)
@@ -100,7 +100,7 @@ class Rows:
                 row = ItemRow(**{**data, "also": {k: tuple(v) for k, v in data["also"].items()}})
             except (TypeError, KeyError, AttributeError):
                 raise ResultError(
-                    f"{path} is damaged; start anew with --force, or choose another folder."
+                    f"{path} is damaged; delete it to start anew, or choose another folder."
                 ) from None
             self.found[row.item, row.condition] = row
         return True
@@ -127,5 +127,5 @@ def _json(line: str, path: Path) -> dict[str, Any]:
     except ValueError:
         data = None
     if not isinstance(data, dict):
-        raise ResultError(f"{path} is damaged; start anew with --force, or choose another folder.")
+        raise ResultError(f"{path} is damaged; delete it to start anew, or choose another folder.")
     return data

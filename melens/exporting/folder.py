@@ -140,6 +140,14 @@ def _not_exported(folder: Path) -> str | None:
     return next((name for name in here if name not in known), None)
 
 
+def _open_to_readers(folder: Path) -> None:
+    """Safetensors writes files for their owner alone; an export is read like any other file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
 def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Path:
     """Write beside the target and move into place; what was there stays until then."""
     from safetensors import SafetensorError
@@ -152,6 +160,7 @@ def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Pat
         write(part)
         files = tuple(sorted(path.name for path in part.iterdir()))
         write_edit(record.model_copy(update={"files": files}), part)
+        _open_to_readers(part)
         if target.exists():
             target.rename(old)
         part.rename(target)

@@ -22,7 +22,12 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFoundError(
-            f"{folder} holds no config.json; give a Hugging Face model folder."
+            f"{folder} holds no config.json; give a Hugging Face model folder"
+            + (
+                " (it is a prefix or an adapter: melens.exporting.load_prefix, or peft, takes it)."
+                if (folder / "melens.json").exists()
+                else "."
+            )
         )
     check_config(read_json(path), name=str(folder), trust_remote_code=trust_remote_code)
     for file in _weight_files(folder):

@@ -194,7 +194,10 @@ class Tuning(Result):
             if row.role == "control"
         ]
         if controls:
-            text += f" Controls, 95 % uncorrected: {'; '.join(controls)}."
+            text += (
+                f" Controls, 95 % uncorrected, made of the best in development "
+                f"({self.confirmed[0].edit.label}): {'; '.join(controls)}."
+            )
         if cut := self.budget.cut_short:
             text += f" The clock ended the {' and the '.join(cut)} early."
         return text + " Layers count from 0."
