@@ -51,8 +51,10 @@ for _task in (
         ("inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc"),
     ),
     GenerationTask(
-        "xstest", "refusals of harmless prompts (primary) and of harmful ones, 25 of a kind in turn",
-        "share refused", False, "xstest/xstest_prompts.csv", 128, "refused_safe", ("refused_unsafe",),
+        "xstest",
+        "refusals of harmless prompts (primary) and of harmful ones, 25 of a kind in turn",
+        "share refused", False, "xstest/xstest_prompts.csv", 128, "refused_safe",
+        ("refused_unsafe",),
     ),
 ):  # fmt: skip
     GENERATION_TASKS.add(_task.name, _task)
