@@ -33,7 +33,7 @@ test-browser: $(VENV)/.test
 # Runs every notebook as it is; its source in percent format is kept beside it.
 notebooks: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
-	$(BIN)/python -m pytest -o addopts= --nbmake --nbmake-timeout=600 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= --nbmake --nbmake-timeout=600 notebooks
 
 # HookedTransformer lives in TransformerLens 3.9, which cannot share an environment with 4.3.
 test-hooked: .venv-hooked/.test
