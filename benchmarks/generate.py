@@ -93,9 +93,11 @@ def main() -> None:
             times[task].append(seconds(tasks[task]))
     print(f"{arguments.model}, prompt {arguments.prompt}, {arguments.new} new tokens, CPU")
     for task, taken in times.items():
-        ratio = statistics.median(a / b for a, b in zip(times["plain"], taken, strict=True))
+        ratios = sorted(a / b for a, b in zip(times["plain"], taken, strict=True))
         rate = arguments.new / statistics.median(taken)
-        print(f"{NAMES[task]:28} {rate:7.1f} tokens/s  {ratio:5.3f} x")
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        spread = f"(half of the rounds: {low:.3f} to {high:.3f})"
+        print(f"{NAMES[task]:28} {rate:7.1f} tokens/s  {statistics.median(ratios):5.3f} x {spread}")
 
 
 if __name__ == "__main__":
