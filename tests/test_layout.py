@@ -18,13 +18,14 @@ ROWS = [
     {"models"},
     {"interventions"},
     {"inputs", "resume"},
-    {"emergence", "foresight", "knowledge"},
-    {"measure"},
+    {"emergence", "knowledge"},
+    {"measure", "foresight"},
     {"isolation", "patching"},
     {"evaluation"},
     {"tuning", "exporting", "finetune", "sweep"},
     {"figures"},
-    {"report", "check"},
+    {"checking"},
+    {"report"},
     {"cli"},
 ]
 LEVEL = {module: row for row, modules in enumerate(ROWS) for module in modules}
