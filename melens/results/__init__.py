@@ -2,6 +2,14 @@
 
 from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
 from melens.results.base import Result, load_result
+from melens.results.check import (
+    CheckReport,
+    Finding,
+    PolicyUsed,
+    Recommendation,
+    RuleOutcome,
+    StageRecord,
+)
 from melens.results.collapse import Collapse, CollapseRow
 from melens.results.describe import TokenPortrait
 from melens.results.edit import Edit
@@ -30,6 +38,7 @@ from melens.results.tune import Tuning
 __all__ = [
     "AttentionMaps",
     "Axis",
+    "CheckReport",
     "Collapse",
     "CollapseRow",
     "Comparison",
@@ -39,6 +48,7 @@ __all__ = [
     "EditFile",
     "Evaluation",
     "FinalGrowth",
+    "Finding",
     "FirstToken",
     "HeadMap",
     "Isolation",
@@ -48,10 +58,14 @@ __all__ = [
     "MELayer",
     "MassiveToken",
     "PatchGrid",
+    "PolicyUsed",
+    "Recommendation",
     "Result",
+    "RuleOutcome",
     "Sinks",
     "Stability",
     "Stage",
+    "StageRecord",
     "SuperWeight",
     "SuperWeights",
     "TokenNorms",

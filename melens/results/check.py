@@ -1,0 +1,208 @@
+"""CheckReport: one verdict on a model before it ships, with every measurement behind it.
+
+Layers count from 0, at the block output. Every number of a finding points to its place in the
+report itself, by a JSON pointer (RFC 6901).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from melens.errors import ResultError
+from melens.provenance import RunInfo
+from melens.results.base import Part, Result
+
+Budget = Literal["quick", "standard", "full"]
+Severity = Literal["info", "warning", "critical"]
+SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
+"""From the least to the gravest."""
+Number = float | int | str | None
+Interval = tuple[float, float]
+
+
+class StageRecord(Part):
+    """One stage of the check, in the order in which they run."""
+
+    name: str
+    status: Literal["done", "skipped", "failed"]
+    seconds: float
+    """Of the run that finished it; 0 where it was skipped."""
+    reason: str | None
+    """Why it was skipped or failed, one line; None where it is done."""
+
+
+class Finding(Part):
+    """Something that the policy has a word on, with the number that says so."""
+
+    id: str
+    severity: Severity
+    title: str
+    """What was found, a short sentence."""
+    value: float
+    unit: str
+    threshold: float
+    """The policy's, in the same unit."""
+    why: str
+    """Why it matters to someone who deploys the model."""
+    advice: str
+    """What to do about it."""
+    evidence: dict[str, Number]
+    """Further numbers behind it, by name."""
+    source: str
+    """JSON pointer into this report to what ``value`` was read from."""
+
+
+class RuleOutcome(Part):
+    """What became of one rule, found or not."""
+
+    id: str
+    title: str
+    """What the rule looks for."""
+    status: Literal["passed", "found", "not measured", "off"]
+    value: float | None
+    """None where it was not measured, or has no number."""
+    unit: str
+    threshold: float | None
+    reason: str | None
+    """Why it was not measured, or is off."""
+    source: str | None
+
+
+class PolicyUsed(Part):
+    """The policy by which the verdict was reached, in full."""
+
+    name: str
+    fail_on: Severity | Literal["never"]
+    """Findings of this severity or a graver one make the verdict."""
+    rules: dict[str, dict[str, Number]]
+    """Rule id -> its severity and thresholds."""
+
+
+class Recommendation(Part):
+    """Whether to mask, from the doses that were tried."""
+
+    action: Literal["leave it", "mask"]
+    text: str
+    edit: str | None
+    """The edit's label; None where nothing is to be done."""
+    delta: float | None
+    """Its loss minus the unedited loss, nats a token, paired."""
+    interval: Interval | None
+    """Of ``delta``: bootstrapped over texts, as wide as ``tried`` conditions ask for."""
+    tried: int
+    """Conditions that the interval was widened for (Bonferroni)."""
+    source: str | None
+
+
+class CheckReport(Result):
+    """The pre-deployment check of one model."""
+
+    schema_id: ClassVar[str] = "melens/check/1"
+
+    kind: Literal["check"] = "check"
+    schema_: Literal["melens/check/1"] = Field(default="melens/check/1", alias="schema")
+    model: str
+    verdict: Literal["pass", "findings", "incomplete"]
+    """findings: at least one that the policy counts. incomplete: none, but a stage failed."""
+    answer: str
+    """One sentence for someone who reads nothing else."""
+    budget: Budget
+    policy: PolicyUsed
+    stages: tuple[StageRecord, ...]
+    findings: tuple[Finding, ...]
+    """The gravest first."""
+    rules: tuple[RuleOutcome, ...]
+    """Every rule there is, in the order of the registry."""
+    results: dict[str, dict[str, Any]]
+    """Stage or result name -> the finished result as its own JSON."""
+    recommendation: Recommendation | None
+    """None unless the doses were tried (budget full)."""
+    run: RunInfo
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CheckReport:
+        """Refuse what no run can have made; the page relies on it."""
+        for name in self.results:
+            self.result(name)
+        ids = {rule.id for rule in self.rules if rule.status == "found"}
+        if {finding.id for finding in self.findings} != ids:
+            raise ValueError("findings and the rules that found something must be the same")
+        pointed = [*self.findings, *self.rules, self.recommendation]
+        for source in [place.source for place in pointed if place is not None]:
+            if source is not None:
+                self.at(source)
+        if self.verdict != self._verdict():
+            raise ValueError(f"the verdict must be {self._verdict()!r} for these findings")
+        return self
+
+    def _verdict(self) -> str:
+        if self.counted():
+            return "findings"
+        failed = any(stage.status == "failed" for stage in self.stages)
+        return "incomplete" if failed else "pass"
+
+    def counted(self) -> tuple[Finding, ...]:
+        """The findings that the policy lets decide the verdict."""
+        if self.policy.fail_on == "never":
+            return ()
+        least = SEVERITIES.index(self.policy.fail_on)
+        return tuple(f for f in self.findings if SEVERITIES.index(f.severity) >= least)
+
+    def result(self, name: str) -> Result:
+        """One embedded result, read by its own class.
+
+        Raises:  ResultError: none of that name, or not one that this version reads.
+        """
+        if name not in self.results:
+            held = ", ".join(self.results) or "none"
+            raise ResultError(f"this report holds no result '{name}'; it holds {held}.")
+        data = self.results[name]
+        kinds = {kind.schema_id: kind for kind in Result.__subclasses__()}
+        found = data.get("schema")
+        if found not in kinds or found == self.schema_id:
+            raise ResultError(f"results.{name} has schema {found!r}, which no report can hold.")
+        return kinds[found].from_json(json.dumps(data))
+
+    def at(self, pointer: str) -> Any:
+        """What a JSON pointer into this report names; results and findings alike.
+
+        Raises:  ResultError: nothing is there.
+        """
+        here: Any = {"results": self.results, "stages": [s.model_dump() for s in self.stages]}
+        for part in pointer.removeprefix("/").split("/"):
+            key: Any = part.replace("~1", "/").replace("~0", "~")
+            try:
+                here = here[int(key)] if isinstance(here, list) else here[key]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise ResultError(f"nothing is at {pointer!r} of this report.") from None
+        return here
+
+    def timeless(self) -> dict[str, Any]:
+        """All but times and the command as typed: equal for equal checks, resumed or not."""
+        data = self.to_dict()
+        for stage in data["stages"]:
+            stage.pop("seconds")
+        for run in [data["run"], *(held.get("run", {}) for held in data["results"].values())]:
+            for name in ("created", "command"):
+                run.pop(name, None)
+        return data
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a finding."""
+        return [finding.model_dump(mode="json") for finding in self.findings]
+
+    def shown(self) -> list[dict[str, Any]]:
+        """One row a rule, found or not."""
+        grave = {finding.id: finding.severity for finding in self.findings}
+        keep = ("id", "status", "value", "threshold", "unit", "title")
+        return [
+            {"severity": grave.get(rule.id, ""), **{key: getattr(rule, key) for key in keep}}
+            for rule in self.rules
+        ]
+
+    def summary(self) -> str:
+        """The answer."""
+        return self.answer
