@@ -24,7 +24,7 @@ ROWS = [
     {"evaluation"},
     {"tuning", "exporting", "finetune", "sweep"},
     {"figures"},
-    {"checking"},
+    {"checking", "comparing"},
     {"report"},
     {"cli"},
 ]

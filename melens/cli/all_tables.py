@@ -2,6 +2,7 @@
 
 from melens.cli import (  # noqa: F401
     cause_tables,
+    diff_command,
     edit_table,
     eval_table,
     long_context_table,

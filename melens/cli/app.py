@@ -12,6 +12,7 @@ import typer
 from melens import __version__
 from melens.cli.cause_commands import isolate
 from melens.cli.commands import env, known, locate, models, plot
+from melens.cli.diff_command import diff
 from melens.cli.eval_command import evaluate
 from melens.cli.export_command import export
 from melens.cli.generate_command import generate
@@ -73,6 +74,7 @@ app.command()(long_context)
 app.command()(export)
 app.command()(generate)
 app.command()(tune)
+app.command()(diff)
 app.command()(known)
 app.command()(plot)
 app.command()(models)

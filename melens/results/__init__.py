@@ -12,6 +12,7 @@ from melens.results.check import (
 )
 from melens.results.collapse import Collapse, CollapseRow
 from melens.results.describe import TokenPortrait
+from melens.results.diff import Difference
 from melens.results.edit import Edit
 from melens.results.evaluation import Evaluation
 from melens.results.export import EditFile
@@ -44,6 +45,7 @@ __all__ = [
     "Comparison",
     "Criteria",
     "Cumulative",
+    "Difference",
     "Edit",
     "EditFile",
     "Evaluation",

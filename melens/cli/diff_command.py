@@ -1,0 +1,170 @@
+"""diff, and its tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from melens.cli import options as opt
+from melens.cli.output import cell, table
+from melens.cli.tables import TABLES
+
+
+def diff(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="A model (see: melens models), or a saved locate.json or report.json."
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="The one to hold against it: either kind too.")
+    ],
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=0.999,
+            help="Relative change of the massive value that still counts as the same.",
+        ),
+    ] = 0.1,
+    any_texts: Annotated[
+        bool, typer.Option("--any-texts", help="Compare saved results of other texts too.")
+    ] = False,
+    dtype_b: Annotated[
+        opt.Dtype | None, typer.Option("--dtype-b", help="Another dtype for B (default: --dtype).")
+    ] = None,
+    revision_b: Annotated[
+        str | None,
+        typer.Option("--revision-b", help="Another revision for B (default: --revision)."),
+    ] = None,
+    text: opt.Text = None,
+    prompt: opt.Prompt = None,
+    bos: opt.Bos = None,
+    chat: opt.Chat = False,
+    n_seq: opt.NSeq = None,
+    length: opt.Length = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    batch_size: opt.BatchSize = 4,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Say whether the massive activation of B is that of A, and what changed.
+
+    For a fine-tuned, quantised or converted model against its base. A and B are models, or saved
+    results on the same texts. Exit code 0: the same within tolerance; 1: something changed.
+
+    Examples:
+      melens diff smollm2-135m smollm2-135m --dtype-b bfloat16 --out runs/diff
+
+      melens diff runs/base/locate.json ./my-finetuned-model
+
+      melens diff runs/base/report.json runs/quantised/report.json --json
+    """
+    from melens.cli import output
+    from melens.cli.job import Job
+
+    first = Job.of({**locals(), "model": a})
+    second = replace(first, model=b, dtype=dtype_b or dtype, revision=revision_b or revision)
+    from melens.comparing.differences import compare
+    from melens.comparing.tolerances import Tolerances
+
+    sides = _sides(first, second, any_texts=any_texts)
+    result = compare(*sides, Tolerances(value=tolerance))
+    for name, side in zip(("a", "b"), sides, strict=True):
+        if side.source == "model" and out is not None:
+            output.save(side.located, out / name, "locate", "profile")
+    output.save(result, out, "diff", "diff")
+    output.show(result, as_json=as_json, folder=out)
+    if result.verdict == "changed":
+        raise typer.Exit(1)
+
+
+def _sides(first: Any, second: Any, *, any_texts: bool) -> list[Any]:
+    """Both, the saved ones read before a model is loaded."""
+    import gc
+
+    from melens.comparing.sides import read_side, require_same_texts, texts_like
+
+    saved = [read_side(job.model) for job in (first, second)]
+    if saved[0] and saved[1] and not any_texts:
+        require_same_texts(*(side.located.run.settings for side in saved))
+    other = saved[0] or saved[1]
+    texts = texts_like(
+        other, first.source, n=first.n_seq, length=first.length, bos=first.bos, chat=first.chat
+    )
+    made = []
+    for job, side in zip((first, second), saved, strict=True):
+        made.append(side or _measured(job, texts, None if any_texts else other))
+        gc.collect()  # a bridge and its model point at each other: free the first
+    return made
+
+
+def _measured(job: Any, texts: Any, like: Any) -> Any:
+    from melens.comparing.sides import Side
+    from melens.models import load
+
+    model = load(
+        job.model, device=None if job.device == "auto" else job.device,
+        dtype=job.dtype.value if job.dtype else None, revision=job.revision,
+        trust_remote_code=job.trust_remote_code,
+    )  # fmt: skip
+    with job.bar() as tick:
+        return Side.of_model(
+            model, texts, batch_size=job.batch_size, seed=job.seed, like=like, progress=tick
+        )
+
+
+@TABLES.register("diff")
+def _diff(result: Any) -> None:
+    typer.echo(f"A: {_side(result.a)}\nB: {_side(result.b)}\n")
+    table([_layer_row(result, row) for row in result.profile])
+    typer.echo("")
+    table([_row(row) for row in result.changes])
+    for line in result.cannot:
+        typer.echo(f"Not compared: {line}.")
+    for line in result.notes:
+        typer.echo(f"Note: {line}.")
+    typer.echo("")
+
+
+def _side(side: Any) -> str:
+    source = "measured now" if side.source == "model" else f"saved, {side.source}"
+    return f"{side.name} ({side.n_layers} layers, {side.dtype}, {source})"
+
+
+def _layer_row(result: Any, row: Any) -> dict[str, Any]:
+    notes = [
+        f"{word} of {name}"
+        for name, side in (("A", result.a), ("B", result.b))
+        for word, layer in (("ME Layer", side.me_layer),)
+        if layer == row.layer
+    ]
+    made = {
+        "layer": row.layer, "max |x| of A": row.max_a, "of B": row.max_b, "B / A": row.ratio,
+        "write share of A": _rounded(row.share_a), "share of B": _rounded(row.share_b),
+    }  # fmt: skip
+    if any(other.cosine is not None for other in result.profile):
+        made["cosine of the token"] = _rounded(row.cosine)
+    return {**made, "": ", ".join(notes)}
+
+
+def _row(row: Any) -> dict[str, Any]:
+    verdict = "-" if row.changed is None else "changed" if row.changed else "same"
+    value = "" if row.value is None else f"{row.measure} {cell(row.value)}"
+    if row.tolerance is not None:
+        value += f" ({'at least' if row.measure == 'cosine' else 'within'} {row.tolerance:g})"
+    return {"": verdict, "what": row.what, "A": cell(row.a), "B": cell(row.b), "measure": value,
+            "note": row.note}  # fmt: skip
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

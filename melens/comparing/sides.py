@@ -1,0 +1,193 @@
+"""Side: one of the two, measured now or read from what was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from melens.batches import BUNDLED, Prompts, prompts
+from melens.emergence.search import locate_in
+from melens.emergence.trajectory import trace
+from melens.errors import ModelNotFoundError, ResultError
+from melens.inputs import Inputs, Source, take_in
+from melens.results import MELayer, Result, load_result
+from melens.results.check import CheckReport
+from melens.results.diff import SideInfo
+
+SAVED = ("report.json", "locate.json")
+
+
+@dataclass(frozen=True)
+class Side:
+    """A located model with what else is at hand of it."""
+
+    located: MELayer
+    source: Literal["model", "locate", "check"]
+    report: CheckReport | None = None
+    """Behind ``source="check"``."""
+    steps: Tensor | None = None
+    """[layer, d_model]: the primary massive token's residual at every block output, float64."""
+    prefix: tuple[int, ...] | None = None
+    """Token ids up to that token."""
+    width: tuple[int, int] | None = None
+    """d_model and vocabulary size."""
+
+    @classmethod
+    def of_result(cls, result: Result, name: str = "this") -> Side:
+        """From a saved locate or check result.
+
+        Raises:  ResultError: another kind, or a report without a located ME Layer.
+        """
+        if isinstance(result, MELayer):
+            return cls(result, "locate")
+        if not isinstance(result, CheckReport):
+            raise ResultError(
+                f"{name} holds a result of '{result.schema_id.split('/')[1]}'; give a model, a "
+                "locate.json or a report.json."
+            )
+        located = result.result("locate") if "locate" in result.results else None
+        if not isinstance(located, MELayer):
+            raise ResultError(
+                f"{name} is a report whose locate stage did not finish; run the check again."
+            )
+        return cls(located, "check", report=result)
+
+    @classmethod
+    def of_model(
+        cls,
+        model: Any,
+        texts: Source = None,
+        *,
+        batch_size: int = 4,
+        seed: int = 0,
+        like: Side | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Side:
+        """Locate now, and follow the primary massive token through the layers.
+
+        Args:    like: a saved side; refused before the forward pass if its texts are others.
+        Raises:  what ``melens.locate`` does; ResultError: other texts than ``like``'s.
+        """
+        inputs = take_in(model, texts, batch_size=batch_size)
+        if like is not None:
+            require_same_texts(like.located.run.settings, inputs.settings)
+        found = locate_in(inputs, seed=seed, progress=progress)
+        prefix = _prefix(inputs, found)
+        steps = trace(inputs.model, [prefix])[0].resid[1:] if prefix else None
+        cfg = inputs.model.cfg
+        return cls(
+            found, "model", steps=steps, prefix=tuple(prefix) if prefix else None,
+            width=(int(cfg.d_model), int(cfg.d_vocab)),
+        )  # fmt: skip
+
+    def info(self) -> SideInfo:
+        """What a Difference keeps of it."""
+        run = self.located.run
+        return SideInfo(
+            name=run.model, source=self.source, verdict=self.located.verdict,
+            me_layer=self.located.me_layer, n_layers=self.located.n_layers,
+            d_model=self.width[0] if self.width else None,
+            vocabulary=self.width[1] if self.width else None,
+            dtype=run.dtype, weights=run.weights, ids=run.settings.get("ids"),
+        )  # fmt: skip
+
+
+def saved_file(source: Any) -> Path | None:
+    """The JSON file that ``source`` names, or None where it names a model.
+
+    A folder counts as saved if it holds a report.json or a locate.json and no model.
+    """
+    if not isinstance(source, (str, Path)):
+        return None
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".json":
+        return path
+    if path.is_dir() and not (path / "config.json").exists():
+        return next((path / name for name in SAVED if (path / name).is_file()), None)
+    return None
+
+
+def read_side(source: Any) -> Side | None:
+    """A saved side; None where ``source`` is a model.
+
+    Raises:  ResultError: a file that cannot be read, or that holds something else.
+             ModelNotFoundError: a path that leads nowhere.
+    """
+    if isinstance(source, Side):
+        return source
+    if isinstance(source, Result):
+        return Side.of_result(source)
+    path = saved_file(source)
+    if path is None:
+        require_path(source)
+        return None
+    return Side.of_result(load_result(path), str(path))
+
+
+def texts_like(
+    side: Side | None,
+    source: Any = BUNDLED,
+    *,
+    n: int | None = None,
+    length: int | None = None,
+    bos: bool | None = None,
+    chat: bool = False,
+) -> Prompts:
+    """Texts as asked for; what was left open is cut as a saved side's texts were.
+
+    Raises:  PromptError: as ``melens.prompts``.
+    """
+    if side is not None:
+        made = side.located.run.settings
+        n, length = n or _count(made.get("sequences")), length or _count(made.get("length"))
+        chat = chat or (bos is None and made.get("chat") is True)
+        was = made.get("bos")
+        bos = was if bos is None and not chat and isinstance(was, bool) else bos
+    return prompts(source, n=n, length=length, bos=bos, chat=chat)
+
+
+def require_path(source: Any) -> None:
+    """Refuse a path that is not there before the other model is run.
+
+    Raises:  ModelNotFoundError: naming it.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else ""
+    looks = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
+    if looks and not Path(name).expanduser().exists():
+        raise ModelNotFoundError(f"there is no file or folder {name}.")
+
+
+def require_same_texts(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Refuse to compare over other tokens.
+
+    Raises:  ResultError: with what both were made of.
+    """
+    if first.get("ids") != second.get("ids"):
+        raise ResultError(
+            f"the two were measured on other tokens ({_about(first)}; {_about(second)}); measure "
+            "both on the same texts, or take --any-texts (any_texts=True)."
+        )
+
+
+def _about(settings: dict[str, Any]) -> str:
+    start = "with BOS first" if settings.get("bos_first") else "without BOS"
+    return f"{settings.get('sequences')} sequences, {start}, ids {settings.get('ids')}"
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _prefix(inputs: Inputs, found: MELayer) -> list[int]:
+    """Ids up to the primary massive token's first place; empty where there is none."""
+    if not found.massive:
+        return []
+    first = found.massive[0]
+    for row in inputs.rows:
+        if len(row) > first.position and row[first.position] == first.token_id:
+            return row[: first.position + 1]
+    return []

@@ -1,0 +1,76 @@
+"""Two models side by side: how large activations are at each layer, and by what factor."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from melens.figures.styles import LAYER_LABEL, PAGE, figure, plain
+from melens.results.diff import Difference, SideInfo
+
+A, B = "#0072B2", "#D55E00"
+
+
+@figure(Difference, "profiles")
+def draw_profiles(result: Difference) -> Figure:
+    """Top: largest |x| of both on a log scale, their ME Layers marked. Bottom: b over a."""
+    made = Figure(figsize=(PAGE, 3.6), layout="constrained")
+    top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    _sizes(top, result)
+    _ratios(bottom, result)
+    bottom.set_xlabel(LAYER_LABEL)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    made.align_ylabels()
+    return made
+
+
+def _sizes(axes: Axes, result: Difference) -> None:
+    names = _names(result)
+    sides = (
+        ("max_a", "o", "-", A, names[0], result.a),
+        ("max_b", "x", "--", B, names[1], result.b),
+    )
+    for field, marker, line, colour, name, side in sides:
+        rows = [row for row in result.profile if getattr(row, field) is not None]
+        axes.semilogy(
+            [row.layer for row in rows], [getattr(row, field) for row in rows], marker=marker,
+            ls=line, color=colour, ms=4, label=f"{name}: {_where(side)}",
+        )  # fmt: skip
+        if side.me_layer is not None:
+            axes.axvline(side.me_layer, color=colour, ls=line, lw=0.8)
+    axes.set_ylabel("largest |x| (residual units)")
+    axes.set_title("changed" if result.verdict == "changed" else "the same within tolerance",
+                   loc="left")  # fmt: skip
+    axes.grid(visible=True, axis="y")
+    axes.legend(loc="best")
+
+
+def _ratios(axes: Axes, result: Difference) -> None:
+    rows = [row for row in result.profile if row.ratio]
+    axes.axhline(1, color="black", lw=0.6)
+    axes.plot(
+        [row.layer for row in rows], [row.ratio or 1.0 for row in rows], marker="s", color="#333333"
+    )
+    axes.set_yscale("log")
+    spread = max((max(row.ratio or 1, 1 / (row.ratio or 1)) for row in rows), default=1.0)
+    bound = max(1.1, spread * 1.1)
+    axes.set_ylim(1 / bound, bound)
+    ticks = [1 / bound**0.8, 1, bound**0.8]
+    axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_ylabel("ratio")
+
+
+def _names(result: Difference) -> tuple[str, str]:
+    """Names of both; told apart where they are one."""
+    first, second = plain(result.a.name), plain(result.b.name)
+    if first != second:
+        return first, second
+    if result.a.dtype != result.b.dtype:
+        return f"{first}, {result.a.dtype}", f"{second}, {result.b.dtype}"
+    return f"A, {first}", f"B, {second}"
+
+
+def _where(side: SideInfo) -> str:
+    return "nothing massive" if side.me_layer is None else f"ME Layer {side.me_layer}"
