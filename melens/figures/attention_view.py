@@ -15,6 +15,7 @@ import math
 import re
 import tempfile
 import webbrowser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -33,12 +34,25 @@ _LABEL_LENGTH = 14
 """Longest token beside a map; longer ones would leave no room for the map."""
 _MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
-_BOOT = """
+BOOT = """
 for (const panel of document.querySelectorAll("[data-component]")) {
   const props = JSON.parse(document.getElementById(panel.id + "-props").textContent);
   CircuitsVis.render(panel.id, CircuitsVis[panel.dataset.component], props);
 }
 """
+"""Draws every panel of a page, after bundle()."""
+PANEL_STYLE = """
+.panel { color-scheme: light; background: #fff; color: #1a1a1a; padding: .8rem;
+  border: 1px solid var(--rule); border-radius: 6px; }
+/* circuitsvis' own headings and widths: small maps large enough to tell apart, the enlarged one
+   low enough to be seen whole. */
+.panel h2, .panel h3 { font-size: 1rem; margin-top: 0; }
+.panel h4 { font-size: .7rem; font-weight: normal; line-height: 1.2; }
+.panel > div > h3 + div > div { flex: 0 0 6.6rem !important; width: 6.6rem !important;
+  max-width: none !important; }
+.panel > div > div:nth-of-type(2) { max-width: 50rem; }
+"""
+"""Of any page that holds panels; it sets ``--rule``, the colour of a border."""
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #5a5a5a; --rule: #d5d5d5; }
 @media (prefers-color-scheme: dark) {
@@ -48,18 +62,9 @@ body { margin: 0 auto; padding: 1rem 1.5rem; max-width: 62rem; overflow-wrap: an
   background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1, h2, h3 { line-height: 1.25; }
 h2 { margin-top: 2rem; }
-.panel { color-scheme: light; background: #fff; color: #1a1a1a; padding: .8rem;
-  border: 1px solid var(--rule); border-radius: 6px; }
 .note, footer { color: var(--soft); font-size: .9rem; }
 .text span { border: 1px solid var(--rule); white-space: pre-wrap; }
 footer { border-top: 1px solid var(--rule); margin-top: 2rem; }
-/* circuitsvis' own headings and widths: small maps large enough to tell apart, the enlarged one
-   low enough to be seen whole. */
-.panel h2, .panel h3 { font-size: 1rem; margin-top: 0; }
-.panel h4 { font-size: .7rem; font-weight: normal; line-height: 1.2; }
-.panel > div > h3 + div > div { flex: 0 0 6.6rem !important; width: 6.6rem !important;
-  max-width: none !important; }
-.panel > div > div:nth-of-type(2) { max-width: 50rem; }
 """
 
 
@@ -107,21 +112,21 @@ def attention_view(maps: AttentionMaps) -> HtmlView:
              OutputError: circuitsvis is not installed, or not whole.
     """
     _refuse_what_no_page_can_show(maps)
-    bundle, version = _bundle()
+    code, version = bundle()
     title = f"attention in {maps.run.model}"
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_policy(bundle, _BOOT)}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{content_policy(code, BOOT)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title>",
-        f"<style>{_STYLE}</style></head><body>",
+        f"<style>{_STYLE}{PANEL_STYLE}</style></head><body>",
         _heading(maps),
         _norms(maps) if maps.norms else _plain(maps),
         _attention(maps),
         _footer(maps, version),
-        f"<script>{bundle}</script>",
-        f"<script>{_BOOT}</script>",
+        f"<script>{code}</script>",
+        f"<script>{BOOT}</script>",
         "</body></html>\n",
     ]
     return HtmlView(html="\n".join(parts), title=title)
@@ -144,7 +149,7 @@ def _refuse_what_no_page_can_show(maps: AttentionMaps) -> None:
 
 def _heading(maps: AttentionMaps) -> str:
     me_layer = "none found" if maps.me_layer is None else f"{maps.me_layer}"
-    massive = ", ".join(f"{at} “{_text(_shown(maps.tokens[at]))}”" for at in maps.massive_positions)
+    massive = ", ".join(f"{at} “{_text(shown(maps.tokens[at]))}”" for at in maps.massive_positions)
     return (
         f"<h1>Attention in {_text(maps.run.model)}</h1>\n<p>{_text(maps.summary())}.</p>\n"
         f"<p><b>ME Layer:</b> {me_layer} (counted from 0, at the block output)<br>\n"
@@ -163,7 +168,7 @@ def _norms(maps: AttentionMaps) -> str:
     ]
     # circuitsvis writes the tokens of this component into the page as HTML: escape them for that.
     # Its tooltips take them as text, so there the escape shows; ">" needs none.
-    tokens = [_shown(token).replace("&", "&amp;").replace("<", "&lt;") for token in maps.tokens]
+    tokens = [shown(token).replace("&", "&amp;").replace("<", "&lt;") for token in maps.tokens]
     low, high = min(-1.0, *map(min, logs)), max(1.0, *map(max, logs))
     blue = max(10.0, *(max(layer.norms) for layer in maps.norms))
     parts = [
@@ -186,13 +191,12 @@ def _range(layer: TokenNorms) -> str:
 
 
 def _plain(maps: AttentionMaps) -> str:
-    tokens = "".join(f"<span>{_text(_shown(token))}</span>" for token in maps.tokens)
+    tokens = "".join(f"<span>{_text(shown(token))}</span>" for token in maps.tokens)
     return f"<h2>Text</h2>\n<p class=text>{tokens}</p>"
 
 
 def _attention(maps: AttentionMaps) -> str:
     """One section a layer; small maps to choose from, one of them enlarged."""
-    tokens = [_label(token) for token in maps.tokens]
     parts = [
         "<h2>Attention</h2>\n<p class=note>A row is a token that attends (destination), a column a "
         "token attended to (source), both with their position. White is 0, full blue 1, grey lies "
@@ -201,16 +205,24 @@ def _attention(maps: AttentionMaps) -> str:
     ]
     for layer in sorted({head.layer for head in maps.heads}):
         heads = [head for head in maps.heads if head.layer == layer]
-        props = {
-            "tokens": tokens,
-            "attention": [_square(head) for head in heads],
-            "attentionHeadNames": [f"L{layer}H{head.head}" for head in heads],
-            "minValue": -1,
-            "maxValue": 1,
-        }
         parts.append(f"<h3>Layer {layer} (counted from 0)</h3>")
-        parts.append(_panel(f"layer-{layer}", "AttentionHeads", props))
+        parts.append(heads_panel(f"layer-{layer}", maps.tokens, heads))
     return "\n".join(parts)
+
+
+def heads_panel(name: str, tokens: Sequence[str], heads: Sequence[HeadMap]) -> str:
+    """HTML of one circuitsvis view of several heads over the same tokens.
+
+    Args:    name: its id, of letters, digits and hyphens; the page also needs bundle() and BOOT.
+    """
+    props = {
+        "tokens": [_label(token) for token in tokens],
+        "attention": [_square(head) for head in heads],
+        "attentionHeadNames": [f"L{head.layer}H{head.head}" for head in heads],
+        "minValue": -1,
+        "maxValue": 1,
+    }
+    return _panel(name, "AttentionHeads", props)
 
 
 def _square(head: HeadMap) -> list[list[float]]:
@@ -242,23 +254,24 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _printable(value: str) -> str:
+def printable(value: str) -> str:
     """The text with marks for characters that show nothing or turn the text around."""
     return "".join(c if c.isprintable() else _MARKS.get(c) or ascii(c)[1:-1] for c in value)
 
 
-def _shown(token: str) -> str:
-    return _printable(token) if token.strip(" ") else "·" * len(token)
+def shown(token: str) -> str:
+    """A token on its own: printable, and visible where it is only spaces."""
+    return printable(token) if token.strip(" ") else "·" * len(token)
 
 
 def _label(token: str) -> str:
     """A token beside a map, where circuitsvis drops spaces."""
-    label = _printable(token).replace(" ", "·")
+    label = printable(token).replace(" ", "·")
     return label if len(label) <= _LABEL_LENGTH else label[: _LABEL_LENGTH - 1] + "…"
 
 
 def _text(value: str) -> str:
-    return html.escape(_printable(value))
+    return html.escape(printable(value))
 
 
 def _json(value: Any) -> str:
@@ -266,8 +279,11 @@ def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _policy(*scripts: str) -> str:
-    """No network, and no script but these: text that becomes HTML by mistake still cannot run."""
+def content_policy(*scripts: str) -> str:
+    """A Content-Security-Policy: no network, and no script but these.
+
+    Text that becomes HTML by mistake still cannot run.
+    """
     digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     return (
@@ -276,7 +292,7 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _bundle() -> tuple[str, str]:
+def bundle() -> tuple[str, str]:
     """JavaScript of circuitsvis, safe inside a script element, and its version.
 
     The package is found, not imported: that would run its code.
