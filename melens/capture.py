@@ -47,7 +47,7 @@ class ChannelMax:
         return self._max.cpu()
 
 
-class _EverythingSeen(Exception):
+class EverythingSeen(Exception):
     """Raised inside the last hook that was needed, to skip the rest of the forward pass."""
 
 
@@ -94,7 +94,7 @@ def stream(
             reducer.update(x, current[0].to(x.device))
             seen.add(site)
             if stop_early and len(seen) == len(taps):
-                raise _EverythingSeen
+                raise EverythingSeen
 
         return read
 
@@ -148,7 +148,7 @@ def forward(model: Any, batch: Batch) -> None:
         options["use_cache"] = False  # keys and values of all layers would outlive their use
     try:
         model(here.ids, return_type=None, **options)
-    except _EverythingSeen:
+    except EverythingSeen:
         return
 
 

@@ -20,7 +20,7 @@ from melens.models.gguf import converted_copy
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
 
-_CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
+CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Model objects that passed the contract already."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,10 +56,10 @@ def load(
         str(model), tokenizer, device=device, dtype=dtype,
         options={**options, "attn_implementation": "eager"},
     )  # fmt: skip
-    bridge = _bridge(hf, tokenizer, name=str(model)).eval()
+    bridge = bridge_module(hf, tokenizer, name=str(model)).eval()
     remember(bridge, origin)
     check_contract(bridge)
-    _CHECKED.add(bridge)
+    CHECKED.add(bridge)
     return bridge
 
 
@@ -84,14 +84,14 @@ def _load_hf(
     name: str, tokenizer: Any, *, device: str | None, dtype: Any, options: dict[str, Any]
 ) -> tuple[Any, Any, Origin]:
     revision, trusted = options["revision"], options["trust_remote_code"]
-    source, is_local = _resolve(name, revision=revision, trust_remote_code=trusted)
+    source, is_local = resolve(name, revision=revision, trust_remote_code=trusted)
     if is_local and revision is not None:
         raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
-    device = _usable(device or _best_device())
+    device = usable_device(device or best_device())
     options = {**options, "local_files_only": is_local}
-    hf = _read_weights(source, dtype=_dtype(dtype, device), options=options)
+    hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
     options.pop("attn_implementation", None)
-    tokenizer = tokenizer or _read_tokenizer(source, options)
+    tokenizer = tokenizer or read_tokenizer(source, options)
     shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
     return hf.to(device).eval(), tokenizer, Origin(shown, revision=commit or revision)
@@ -117,14 +117,14 @@ def adopt(
         vars(model)[KEPT_BRIDGE] = bridge
     if tokenizer is not None and bridge.tokenizer is None:
         _give_tokenizer(bridge, tokenizer)
-    if bridge not in _CHECKED:
+    if bridge not in CHECKED:
         require_finite_weights(bridge)
         check_contract(bridge)
-        _CHECKED.add(bridge)
+        CHECKED.add(bridge)
     return bridge
 
 
-def _resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tuple[Any, bool]:
+def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tuple[Any, bool]:
     """Where to load from (a folder, or a hub id) and whether that is local."""
     if name in NAMED:
         return _checked(fetch(NAMED[name])), True
@@ -157,7 +157,7 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
-        first = _first_line(error)
+        first = first_line(error)
         if any(os.environ.get(offline) for offline in ("HF_HUB_OFFLINE", "MELENS_OFFLINE")):
             first = "offline was asked for, and it is not in the hub's cache here"
         if "valid model identifier" in first:
@@ -182,7 +182,7 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
         StrictDataclassError,
     ) as error:  # fmt: skip
         kind = WeightsError if options["local_files_only"] else FetchError
-        raise kind(f"cannot load {source}: {_first_line(error)}") from None
+        raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would fill them with random values and only warn
@@ -194,18 +194,23 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
     return hf
 
 
-def _read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
+def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:  ModelError: there is none that can be read.
+    """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(
-            f"{source} has no tokenizer that can be read ({_first_line(error)}); pass tokenizer=..."
+            f"{source} has no tokenizer that can be read ({first_line(error)}); pass tokenizer=..."
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """A library's complaint on one line, cut short."""
     return " ".join(str(error).split())[:240] or type(error).__name__
 
 
@@ -213,7 +218,7 @@ def _refuse_moving(model: torch.nn.Module, device: str | None, dtype: Any) -> No
     first = next(model.parameters())
     if device is not None and device.split(":")[0] != first.device.type:
         raise ModelError(f"the model is on {first.device}; move it yourself, or drop device.")
-    if dtype not in (None, "auto") and _dtype(dtype, "cpu") != first.dtype:
+    if dtype not in (None, "auto") and chosen_dtype(dtype, "cpu") != first.dtype:
         raise ModelError(f"the model is in {first.dtype}; cast it yourself, or drop dtype.")
 
 
@@ -226,16 +231,20 @@ def _bridge_object(model: torch.nn.Module, tokenizer: Any) -> Any:
     check_config(data, name=type(model).__name__, trust_remote_code=True)
     path = str(getattr(config, "_name_or_path", "") or "")
     if tokenizer is None and path and Path(path).is_dir():
-        tokenizer = _read_tokenizer(
+        tokenizer = read_tokenizer(
             Path(path), {"local_files_only": True, "trust_remote_code": False}
         )
     name = path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__
-    bridge = _bridge(model, tokenizer, name=name)
+    bridge = bridge_module(model, tokenizer, name=name)
     remember(bridge, Origin(name))
     return bridge
 
 
-def _bridge(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
+def bridge_module(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
+    """A TransformerBridge around a transformers model, which it changes in place; unchecked.
+
+    Raises:  ModelError: TransformerLens has no adapter for it.
+    """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     config: Any = copy.deepcopy(hf.config)
@@ -248,7 +257,7 @@ def _bridge(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
             )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(
-                f"TransformerLens has no adapter for {type(hf).__name__} ({_first_line(error)})."
+                f"TransformerLens has no adapter for {type(hf).__name__} ({first_line(error)})."
             ) from None
     if tokenizer is not None:
         _give_tokenizer(bridge, tokenizer)
@@ -276,22 +285,27 @@ def require_finite_weights(model: torch.nn.Module) -> None:
             )
 
 
-def _usable(device: str) -> str:
+def usable_device(device: str) -> str:
     """Refuse a device before any weights are read."""
     try:
         torch.empty(1, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used: {_first_line(error)[:90]}") from None
+        raise ModelError(f"device {device!r} cannot be used: {first_line(error)[:90]}") from None
     return device
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """CUDA, else MPS, else the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _dtype(dtype: torch.dtype | str | None, device: str) -> Any:
+def chosen_dtype(dtype: torch.dtype | str | None, device: str) -> Any:
+    """The torch dtype that was asked for, or ``auto``.
+
+    Raises:  ModelError: a name that is none.
+    """
     if dtype is None:
         return torch.float32 if device == "cpu" else "auto"
     if isinstance(dtype, torch.dtype) or dtype == "auto":
