@@ -86,6 +86,10 @@ class ResultError(MelensError):
     """A saved result that cannot be read, or is of another kind."""
 
 
+class PolicyError(MelensError):
+    """A policy that cannot be read, or that asks for what there is not."""
+
+
 class OutputError(MelensError):
     """Results could not be written."""
 

@@ -2,6 +2,7 @@
 
 from melens.cli import (  # noqa: F401
     cause_tables,
+    check_table,
     diff_command,
     edit_table,
     eval_table,

@@ -2,6 +2,7 @@
 
 from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
 from melens.results.base import Result, load_result
+from melens.results.cache_norms import CacheNorms
 from melens.results.check import (
     CheckReport,
     Finding,
@@ -39,6 +40,7 @@ from melens.results.tune import Tuning
 __all__ = [
     "AttentionMaps",
     "Axis",
+    "CacheNorms",
     "CheckReport",
     "Collapse",
     "CollapseRow",

@@ -167,11 +167,14 @@ class CheckReport(Result):
         return kinds[found].from_json(json.dumps(data))
 
     def at(self, pointer: str) -> Any:
-        """What a JSON pointer into this report names; results and findings alike.
+        """What a JSON pointer into this report names: in its results, its stages or its run.
 
         Raises:  ResultError: nothing is there.
         """
-        here: Any = {"results": self.results, "stages": [s.model_dump() for s in self.stages]}
+        here: Any = {
+            "results": self.results, "run": self.run.model_dump(),
+            "stages": [stage.model_dump() for stage in self.stages],
+        }  # fmt: skip
         for part in pointer.removeprefix("/").split("/"):
             key: Any = part.replace("~1", "/").replace("~0", "~")
             try:

@@ -1,0 +1,128 @@
+"""Which findings matter, and from which number on: presets, and files of one's own.
+
+A policy is TOML or YAML; what it leaves out is taken from the preset that it extends.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from melens.checking.policy_lines import Parsed, parsed
+from melens.errors import PolicyError
+from melens.registry import Registry
+from melens.results.base import Part
+from melens.results.check import PolicyUsed, Severity
+
+PRESETS = ("default", "strict", "research")
+Level = Severity | Literal["off"]
+FailOn = Severity | Literal["never"]
+
+
+class RulePolicy(Part):
+    """What a policy says of one rule."""
+
+    severity: Level
+    threshold: float = Field(ge=0)
+    """In the rule's own unit."""
+
+
+class Policy(Part):
+    """A complete policy: every rule has its severity and its threshold."""
+
+    name: str
+    fail_on: FailOn
+    rules: dict[str, RulePolicy]
+
+    def used(self) -> PolicyUsed:
+        """As it is kept in a report."""
+        rules: dict[str, dict[str, Any]] = {
+            name: rule.model_dump() for name, rule in self.rules.items()
+        }
+        return PolicyUsed(name=self.name, fail_on=self.fail_on, rules=rules)
+
+
+class _Change(Part):
+    severity: Level | None = None
+    threshold: float | None = Field(default=None, ge=0)
+
+
+class _File(Part):
+    name: str | None = None
+    extends: Literal["default", "strict", "research"] = "default"
+    fail_on: FailOn | None = None
+    rules: dict[str, _Change] = Field(default_factory=dict)
+
+
+def read_policy(given: str | Path | Policy | None = None) -> Policy:
+    """A preset by name, a file, or a policy as it is; None = the preset ``default``.
+
+    Raises:  PolicyError: no such preset or file, or one that does not mean anything, with the
+             line where that is.
+    """  # fmt: skip
+    if isinstance(given, Policy):
+        return given
+    if given is None or str(given) in PRESETS:
+        return _preset(str(given or "default"))
+    path = Path(given).expanduser()
+    if path.suffix.lower() not in (".toml", ".yaml", ".yml"):
+        known: Registry[None] = Registry("policy")
+        for name in PRESETS:
+            known.add(name, None)
+        raise PolicyError(f"{known.unknown(str(given))} A file must end in .toml, .yaml or .yml.")
+    return _read(path)
+
+
+def _preset(name: str) -> Policy:
+    text = (resources.files("melens") / "data" / "policies" / f"{name}.toml").read_text("utf-8")
+    data = tomllib.loads(text)
+    if "extends" not in data:
+        return Policy.model_validate(data, strict=True)
+    return _over(_preset(data["extends"]), _File.model_validate(data, strict=True), name)
+
+
+def _read(path: Path) -> Policy:
+    found = parsed(path)
+    try:
+        file = _File.model_validate(found.data, strict=True)
+    except ValidationError as error:
+        raise PolicyError(_said(found, error)) from None
+    base = _preset(file.extends)
+    known: Registry[None] = Registry("rule")
+    for name in base.rules:
+        known.add(name, None)
+    for name in file.rules:
+        if name not in known:
+            raise PolicyError(f"{found.place(('rules', name))}: {known.unknown(name)}")
+    return _over(base, file, path.stem)
+
+
+def _over(base: Policy, file: _File, name: str) -> Policy:
+    rules = dict(base.rules)
+    for rule, change in file.rules.items():
+        rules[rule] = rules[rule].model_copy(update=change.model_dump(exclude_none=True))
+    return Policy(name=file.name or name, fail_on=file.fail_on or base.fail_on, rules=rules)
+
+
+def _said(found: Parsed, error: ValidationError) -> str:
+    """The first thing that is wrong: where, what fits, what was given."""
+    first = error.errors()[0]
+    where = tuple(str(part) for part in first["loc"])
+    key = ".".join(where) or "the file"
+    given = first.get("input")
+    if first["type"] == "extra_forbidden":
+        fields = _Change.model_fields if where[:1] == ("rules",) else _File.model_fields
+        fits = f"unknown key {where[-1]!r}; here fit {', '.join(fields)}"
+    elif first["type"] == "model_type" or isinstance(given, dict):
+        fits = f"{key} must be a table of keys and values, got {given!r:.40}"
+    else:
+        fits = f"{key}: {_lower(first['msg'])}, got {given!r:.40}"
+    return f"{found.place(where)}: {fits}."
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
