@@ -8,6 +8,7 @@ from melens.cli import (  # noqa: F401
     eval_table,
     long_context_table,
     patch_command,
+    reach_table,
     super_weights_table,
     tune_table,
 )

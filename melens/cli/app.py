@@ -19,6 +19,7 @@ from melens.cli.generate_command import generate
 from melens.cli.long_context_command import long_context
 from melens.cli.measure_commands import attention, collapse, describe, sinks
 from melens.cli.patch_command import patch
+from melens.cli.reach_command import reach
 from melens.cli.super_weights_command import super_weights
 from melens.cli.tune_command import tune
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
@@ -75,6 +76,7 @@ app.command()(export)
 app.command()(generate)
 app.command()(tune)
 app.command()(diff)
+app.command()(reach)
 app.command()(known)
 app.command()(plot)
 app.command()(models)

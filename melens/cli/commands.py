@@ -29,6 +29,14 @@ def locate(
     trust_remote_code: opt.TrustRemoteCode = False,
     offline: opt.Offline = False,
     quiet: opt.Quiet = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="For a model that does not fit: read its blocks from disk, one in memory at a "
+            "time. All sequences are one batch; default 2 of 64 tokens.",
+        ),
+    ] = False,
 ) -> None:
     """Find the layer of MODEL where massive activations emerge.
 
@@ -38,12 +46,19 @@ def locate(
       melens locate ./my-model --text corpus.txt --n-seq 16 --json > located.json
 
       echo "My favorite color is Dark Blue." | melens locate smollm2-135m --text - --bos
+
+      melens locate ./Llama-3-8B --stream --out runs/large
     """
     from melens.cli import output
     from melens.cli.job import Job
 
     job = Job.of(locals())
-    result = job.locate(*job.load(), overwrite=True)
+    if stream:
+        from melens.cli.streaming import locate_streamed
+
+        result = locate_streamed(job)
+    else:
+        result = job.locate(*job.load(), overwrite=True)
     output.show(result, as_json=as_json, folder=job.out)
 
 
@@ -78,7 +93,7 @@ def plot(
     Styles: locate: profile. describe: curves, dimensions. collapse: rank, participation, stable,
     entropy, top1. sinks: map, curves. attention: panels, or a page where the file ends in .html. isolate:
     factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. evaluate: dose, paired.
-    long-context: found, answer-loss, positions. tune: race. diff: profiles.
+    long-context: found, answer-loss, positions. tune: race. diff: profiles. reach: reach.
 
     Example:  melens plot runs/demo/locate.json -o profile.pdf
     """

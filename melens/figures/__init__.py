@@ -9,6 +9,7 @@ from melens.figures import (
     patch_grid,
     profile,
     ranks,
+    reach,
     sink_maps,
     super_weights,
     token_curves,
@@ -18,7 +19,7 @@ from melens.figures.draw import FORMATS, draw, inline, save_figure
 from melens.figures.styles import FIGURES
 
 MODULES = (profile, token_curves, ranks, sink_maps, attention, causes, super_weights, patch_grid,
-           evaluation, long_context, tuning, diff)  # fmt: skip
+           evaluation, long_context, tuning, diff, reach)  # fmt: skip
 """Imported for what they register in FIGURES; the order is that of the documentation."""
 
 __all__ = ["FIGURES", "FORMATS", "MODULES", "draw", "inline", "save_figure"]

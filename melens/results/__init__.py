@@ -33,6 +33,7 @@ from melens.results.locate import (
 )
 from melens.results.long_context import LongContext
 from melens.results.patch import Axis, PatchGrid
+from melens.results.reach import Reach
 from melens.results.sinks import Sinks
 from melens.results.super_weights import SuperWeight, SuperWeights
 from melens.results.tune import Tuning
@@ -64,6 +65,7 @@ __all__ = [
     "PatchGrid",
     "PolicyUsed",
     "Recommendation",
+    "Reach",
     "Result",
     "RuleOutcome",
     "Sinks",

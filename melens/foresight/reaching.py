@@ -1,0 +1,218 @@
+"""reach(): where chosen first tokens go, exactly, by one pass over the weights on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.capture import stream
+from melens.errors import PromptError, SiteError
+from melens.models.anatomy import anatomy, resid_post
+from melens.models.origin import fingerprint, origin_of
+from melens.models.streamed import load_streamed
+from melens.provenance import ModelFacts, RunInfo
+from melens.results.reach import Reach, ReachRow, ReachToken, Why
+
+SAMPLE = 16
+"""Tokens drawn from the vocabulary, where none are given."""
+
+
+@dataclass
+class Farthest:
+    """Reducer: each sequence's largest |x| at its first token, and the entry in one dimension."""
+
+    watched: int | None = None
+    values: list[Tensor] = field(default_factory=list)
+    dims: list[Tensor] = field(default_factory=list)
+    there: list[Tensor] = field(default_factory=list)
+
+    def update(self, x: Tensor, batch: Batch) -> None:
+        """Take in ``[batch, 1, d_model]``."""
+        first = x.detach()[:, 0].float().cpu()
+        dims = first.abs().argmax(dim=-1)
+        self.dims.append(dims)
+        self.values.append(first.gather(-1, dims[:, None])[:, 0])
+        if self.watched is not None:
+            self.there.append(first[:, self.watched])
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Signed values and their dimensions, one a sequence."""
+        return torch.cat(self.values), torch.cat(self.dims)
+
+
+def reach(
+    model: Any,
+    scan: Any = None,
+    *,
+    tokens: Sequence[int] | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    until: int | None = None,
+) -> Reach:
+    """How far first tokens go, and how much of the scan's ceilings they use.
+
+    A token alone at position 0 goes the way it goes at the head of any text, since nothing after
+    it reaches back. All tokens are one batch: every block is read once.
+
+    Args:    model: a folder, a named model or a hub id, which is streamed from disk; or a bridge,
+             streamed or whole.
+             scan: a WeightScan of the same model; gives the ceilings, and where to stop.
+             tokens: token ids; None = BOS, the chat template's first token, and a sample.
+             sample: how many more to draw from the vocabulary; None = 16 where no tokens are
+             given, else 0.
+             seed: of that draw.
+             until: the last layer to run; None = the scan's erase layer, or the last one.
+    Raises:  PromptError: no token, or one that the vocabulary does not have.
+             SiteError: no such layer. What ``load_streamed`` raises.
+    """  # fmt: skip
+    _check(tokens, sample)
+    if isinstance(model, (str, Path)):
+        model = load_streamed(model, need_tokenizer=False)
+    until = _until(model, scan, until)
+    chosen = _choose(model, tokens, SAMPLE * (tokens is None) if sample is None else sample, seed)
+    ceilings = {row.layer: row for row in scan.profile} if scan is not None else {}
+    outputs, writes = _run(model, list(chosen), until, ceilings)
+    values, dims = (torch.stack(part) for part in zip(*outputs, strict=True))
+    settings: dict[str, Any] = {"tokens": len(chosen), "until": until, "scan": scan is not None}
+    return Reach(
+        n_layers=model.cfg.n_layers,
+        until=until,
+        tokens=tuple(_token(model, i, item, values, dims) for i, item in enumerate(chosen.items())),
+        profile=tuple(
+            _row(layer, list(chosen), outputs[layer], writes.get(layer), ceilings.get(layer))
+            for layer in range(until + 1)
+        ),
+        run=_run_info(model, seed, settings),
+    )
+
+
+def _check(tokens: Sequence[int] | None, sample: int | None) -> None:
+    """Before the model is touched."""
+    if sample is not None and sample < 0:
+        raise PromptError(f"sample must be 0 or more, got {sample}.")
+    if tokens is not None and not tokens and not sample:
+        raise PromptError("there is no token to try; give token ids, or a sample.")
+    if tokens is not None and min(tokens, default=0) < 0:
+        raise PromptError(f"token ids count from 0, got {min(tokens)}.")
+
+
+def _until(model: Any, scan: Any, until: int | None) -> int:
+    n = model.cfg.n_layers
+    if scan is not None and any(row.layer >= n for row in scan.profile):
+        raise SiteError(f"the scan is of another model: it has layers beyond {n - 1}.")
+    wanted = until if until is not None else getattr(scan, "erase_layer", None)
+    if wanted is None:
+        return n - 1
+    if not 0 <= wanted < n:
+        raise SiteError(f"layer {wanted} is outside 0..{n - 1}. Layers count from 0.")
+    return wanted
+
+
+def _choose(model: Any, tokens: Sequence[int] | None, sample: int, seed: int) -> dict[int, Why]:
+    """Token ids in order, each once, with the reason for it."""
+    found: dict[int, Why] = {}
+    if tokens is not None:
+        found.update(dict.fromkeys(tokens, "given"))
+    else:
+        for token, why in ((_bos(model), "bos"), (_chat_start(model), "chat")):
+            if token is not None:
+                found.setdefault(token, why)
+    size = model.cfg.d_vocab
+    if too_high := [token for token in found if token >= size]:
+        raise PromptError(f"token {too_high[0]} is outside the vocabulary, 0 to {size - 1}.")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = [token for token in order if token not in found][:sample]
+    found.update(dict.fromkeys(drawn, "sample"))
+    if not found:
+        raise PromptError("this model has no BOS token or chat template; give token ids.")
+    return found
+
+
+def _bos(model: Any) -> int | None:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        return tokenizer.bos_token_id
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(config, "bos_token_id", None)
+
+
+def _chat_start(model: Any) -> int | None:
+    tokenizer = getattr(model, "tokenizer", None)
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    made = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False
+    )
+    return tokenizer(made, add_special_tokens=False, verbose=False)["input_ids"][0]
+
+
+def _run(
+    model: Any, tokens: list[int], until: int, ceilings: dict[int, Any]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Farthest]]:
+    """Per layer: the outputs' extremes, and the FFN's writes where there is an FFN."""
+    blocks = anatomy(model).blocks[: until + 1]
+    outputs = [Farthest() for _ in blocks]
+    writes = {
+        block.layer: Farthest(getattr(ceilings.get(block.layer), "dim", None))
+        for block in blocks
+        if block.ffn_write
+    }
+    taps = {resid_post(layer): tap for layer, tap in enumerate(outputs)}
+    taps |= {str(blocks[layer].ffn_write): tap for layer, tap in writes.items()}
+    stream(model, Batch.of(torch.tensor(tokens)[:, None]), taps)
+    return [tap.result() for tap in outputs], writes
+
+
+def _token(model: Any, i: int, item: tuple[int, Why], values: Tensor, dims: Tensor) -> ReachToken:
+    token, why = item
+    tokenizer = getattr(model, "tokenizer", None)
+    at = int(values[:, i].abs().argmax())
+    return ReachToken(
+        token_id=token,
+        token=tokenizer.decode([token]) if tokenizer is not None else f"<{token}>",
+        why=why,
+        value=values[at, i].item(),
+        layer=at,
+        dim=int(dims[at, i]),
+        largest=tuple(values[:, i].abs().tolist()),
+        dims=tuple(dims[:, i].tolist()),
+    )
+
+
+def _row(
+    layer: int,
+    tokens: list[int],
+    output: tuple[Tensor, Tensor],
+    write: Farthest | None,
+    bound: Any,
+) -> ReachRow:
+    values, dims = output
+    top = int(values.abs().argmax())
+    ceiling = getattr(bound, "ceiling", None)
+    made: dict[str, Any] = {"write": None, "write_dim": None, "write_token_id": None, "used": None}
+    if write is not None:
+        wrote, where = write.result()
+        most = int(wrote.abs().argmax())
+        made |= {"write": wrote[most].item(), "write_dim": int(where[most])}
+        made |= {"write_token_id": tokens[most]}
+        if ceiling and write.there:
+            made["used"] = torch.cat(write.there).abs().max().item() / ceiling
+    return ReachRow(
+        layer=layer, value=values[top].item(), dim=int(dims[top]), token_id=tokens[top],
+        ceiling=ceiling, ceiling_dim=getattr(bound, "dim", None), **made,
+    )  # fmt: skip
+
+
+def _run_info(model: Any, seed: int, settings: dict[str, Any]) -> RunInfo:
+    origin, parameter = origin_of(model), next(model.parameters())
+    facts = ModelFacts(
+        origin.name, origin.revision, fingerprint(model),
+        str(parameter.dtype).removeprefix("torch."), str(parameter.device),
+    )  # fmt: skip
+    return RunInfo.collect(facts, seed=seed, settings=settings)

@@ -1,0 +1,224 @@
+"""A model without weights: its modules, and where in the files each parameter is to come from."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melens.errors import ModelError, WeightsError
+from melens.models.loading import first_line
+from melens.models.shards import Checkpoint
+
+EXPERTS = {
+    "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "experts.down_proj": (("down_proj",), ("w2",)),
+}
+"""transformers keeps all experts of a layer in one tensor; files keep them apart, under the names
+that the family chose.
+"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stored tensor, and the part of the parameter that it fills."""
+
+    name: str
+    part: tuple[int | slice, ...] = ()
+
+
+@dataclass
+class Slot:
+    """One parameter of one module: hollow (NaN, a single value in memory) or filled."""
+
+    module: nn.Module
+    name: str
+    pieces: tuple[Piece, ...]
+    hollow: nn.Parameter
+
+    def fill(self, value: Tensor) -> None:
+        """Put real values in place."""
+        self.module._parameters[self.name] = nn.Parameter(value, requires_grad=False)
+
+    def empty(self) -> None:
+        """Let go of them."""
+        self.module._parameters[self.name] = self.hollow
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """The whole parameter, in the model's dtype and on its device.
+
+        Raises:  WeightsError: NaN, or a file that ends too soon.
+        """
+        dtype, device = self.hollow.dtype, self.hollow.device
+        if len(self.pieces) == 1 and not self.pieces[0].part:
+            return checkpoint.read(self.pieces[0].name, dtype, device)
+        made = torch.empty(self.hollow.shape, dtype=dtype, device=device)
+        for piece in self.pieces:
+            made[piece.part] = checkpoint.read(piece.name, dtype, device)
+        return made
+
+
+@dataclass
+class Hollow:
+    """A transformers model whose parameters are hollow, and the slots to fill, by place."""
+
+    model: Any
+    blocks: list[list[Slot]]
+    embedding: Slot
+    unembedding: Slot | None
+    """None where it shares the embedding's weight."""
+
+
+def hollow_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> nn.Parameter:
+    """NaN of any shape in the memory of one value: reading it by mistake cannot pass unseen, and
+    writing into it fails.
+    """  # noqa: D205
+    value = torch.full((1,), float("nan"), dtype=dtype, device=device)
+    return nn.Parameter(value.expand(shape) if shape else value[0], requires_grad=False)
+
+
+def build_hollow(checkpoint: Checkpoint, *, dtype: Any, device: str) -> Hollow:
+    """The model that a folder's config asks for, every weight's place in the files checked.
+
+    Norms, positions and what else lies outside the blocks is read at once; it is small.
+
+    Raises:  ModelError: no such model, or a quantised one. WeightsError: a tensor that is missing
+             or has another shape.
+    """  # fmt: skip
+    model = _meta_model(checkpoint.folder, dtype)
+    stack = layer_list(model)
+    prefix = next(name for name, module in model.named_modules() if module is stack)
+    slots: dict[str, Slot] = {}
+    by_id: dict[int, nn.Parameter] = {}
+    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    for path, module in model.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            shape = tuple(parameter.shape)
+            if id(parameter) not in by_id:
+                by_id[id(parameter)] = hollow_parameter(shape, parameter.dtype, device)
+                full = f"{path}.{name}"
+                pieces = _pieces(checkpoint, full, shape, model.base_model_prefix)
+                slots[full] = Slot(module, name, pieces, by_id[id(parameter)])
+            module._parameters[name] = by_id[id(parameter)]
+    del by_id
+    _read_buffers(model, checkpoint)
+    blocks: list[list[Slot]] = [[] for _ in stack]
+    apart: dict[int, Slot] = {}
+    for full, slot in slots.items():
+        if full.startswith(f"{prefix}."):
+            blocks[int(full[len(prefix) + 1 :].split(".")[0])].append(slot)
+        elif slot.module in (embedding, unembedding) and slot.name == "weight":
+            apart[id(slot.module)] = slot
+        else:
+            slot.fill(slot.read(checkpoint))
+    return Hollow(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
+
+
+def layer_list(model: Any) -> nn.ModuleList:
+    """The list that the model's forward pass walks through.
+
+    Raises:  ModelError: none is as long as the config's number of layers.
+    """
+    count = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(
+        f"{type(model).__name__} has no list of {count} layers; it cannot be streamed."
+    )
+
+
+def _meta_model(folder: Path, dtype: Any) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if getattr(config, "quantization_config", None):
+            raise ModelError(f"{folder} is quantised; only plain weights can be streamed.")
+        if dtype == "auto":
+            dtype = config.dtype or torch.float32
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager"
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"cannot build the model of {folder}: {first_line(error)}") from None
+    model.tie_weights()  # the context above gave each its own parameter
+    return model.eval()
+
+
+def _pieces(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], prefix: str
+) -> tuple[Piece, ...]:
+    """Where a parameter's values lie, under its own name or one that transformers translates."""
+    known = checkpoint.tensors
+    bare = name.removeprefix(f"{prefix}.") if prefix else name
+    spellings = dict.fromkeys((name, bare, name.replace(".mlp.", ".block_sparse_moe.")))
+    found: tuple[Piece, ...] = ()
+    for spelling in spellings:
+        found = found or (
+            (Piece(spelling),) if spelling in known else _experts(known, spelling, shape)
+        )
+    if not found:
+        raise WeightsError(
+            f"{checkpoint.folder} lacks {name}, or keeps it under a name that melens cannot "
+            "stream; check the index, or fetch it again."
+        )
+    for piece in found:
+        stored, wanted = known.get(piece.name), _shape_of(shape, piece.part)
+        if stored is None:
+            raise WeightsError(f"{checkpoint.folder} lacks {piece.name}; fetch it again.")
+        if stored.shape != wanted:
+            raise WeightsError(
+                f"{piece.name} in {stored.file.name} has shape {list(stored.shape)}; the config "
+                f"asks for {list(wanted)}."
+            )
+        _ = stored.torch_dtype
+    return found
+
+
+def _experts(known: Any, name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    for ending, choices in EXPERTS.items():
+        if not name.endswith(ending):
+            continue
+        stem = name.removesuffix(ending.removeprefix("experts."))
+        for parts in choices:
+            if f"{stem}0.{parts[0]}.weight" not in known:
+                continue
+            height = shape[1] // len(parts)
+            return tuple(
+                Piece(
+                    f"{stem}{expert}.{part}.weight", (expert, slice(i * height, (i + 1) * height))
+                )
+                for expert in range(shape[0])
+                for i, part in enumerate(parts)
+            )
+    return ()
+
+
+def _shape_of(shape: tuple[int, ...], part: tuple[int | slice, ...]) -> tuple[int, ...]:
+    """Shape of ``x[part]`` for an ``x`` of that shape."""
+    kept = [
+        len(range(*index.indices(size)))
+        for size, index in zip(shape, part, strict=False)
+        if isinstance(index, slice)
+    ]
+    return (*kept, *shape[len(part) :])
+
+
+def _read_buffers(model: Any, checkpoint: Checkpoint) -> None:
+    """Buffers that were saved; all others were computed when the model was built."""
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            full = f"{path}.{name}"
+            if full in checkpoint.tensors and name not in module._non_persistent_buffers_set:
+                found = checkpoint.read(full, buffer.dtype, buffer.device)
+                buffer.copy_(found.view(buffer.shape))

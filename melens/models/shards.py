@@ -1,0 +1,189 @@
+"""A folder's safetensors files read tensor by tensor, row by row, without mapping them.
+
+Memory-mapped pages would count as memory of the process; plain reads leave them to the system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melens.errors import WeightsError
+from melens.models.files import INDEX, check_safetensors, read_json
+from melens.models.origin import Sample, stride_of
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies."""
+
+    name: str
+    file: Path
+    start: int
+    """Byte of the file."""
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes a value."""
+        return self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype in the file.
+
+        Raises:  WeightsError: one that is no plain number here (quantised weights).
+        """
+        if self.dtype not in DTYPES:
+            raise WeightsError(
+                f"{self.name} in {self.file.name} is stored as {self.dtype}, which cannot be "
+                "streamed; use a checkpoint in float32, bfloat16 or float16."
+            )
+        return DTYPES[self.dtype]
+
+
+class Checkpoint:
+    """All tensors of a folder, by name; nothing is read but what is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read every file's header.
+
+        Raises:  WeightsError: a file that is missing or cut, or an index that does not fit.
+        """  # fmt: skip
+        self.folder = folder
+        self.bytes_read = 0
+        self.tensors: dict[str, Stored] = {}
+        index = folder / INDEX
+        placed: dict[str, str] = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        names = sorted(set(placed.values())) or [f.name for f in folder.glob("*.safetensors")]
+        self.files = [folder / name for name in sorted(names)]
+        for file in self.files:
+            self.tensors |= {item.name: item for item in _header(file)}
+        for name, file in placed.items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise WeightsError(f"{INDEX} says that {file} holds {name}, and it does not.")
+        if placed:
+            self.tensors = {name: self.tensors[name] for name in placed}
+
+    @property
+    def bytes_stored(self) -> int:
+        """Size of all files together."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def identity(self) -> str:
+        """Short hash of the files' names, sizes and times, and of the config."""
+        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
+        config = (self.folder / "config.json").read_bytes()
+        return hashlib.sha256(repr(stats).encode() + config).hexdigest()[:16]
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One whole tensor.
+
+        Raises:  WeightsError: NaN or Inf in it, or the file ends too soon.
+        """
+        stored = self.tensors[name]
+        count = 1
+        for size in stored.shape:
+            count *= size
+        raw = self._bytes(stored, 0, count * stored.itemsize).view(stored.torch_dtype)
+        made = raw.view(stored.shape).to(device=device, dtype=dtype)
+        _require_finite(made, stored)
+        return made
+
+    def rows(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Some rows of a matrix, on the CPU.
+
+        Raises:  WeightsError: as :meth:`read`.
+        """
+        stored = self.tensors[name]
+        width = stored.shape[1] * stored.itemsize
+        found = [self._bytes(stored, row * width, width).view(stored.torch_dtype) for row in rows]
+        made = torch.stack(found).to(dtype)
+        _require_finite(made, stored)
+        return made
+
+    def sample(self, name: str, dtype: torch.dtype) -> Sample:
+        """What :func:`melens.models.origin.sample` would say of the tensor read in ``dtype``."""
+        stored = self.tensors[name]
+        count = 1
+        for size in stored.shape:
+            count *= size
+        size = stored.itemsize
+        places = range(0, count, stride_of(count))
+        found = [self._bytes(stored, at * size, size).view(stored.torch_dtype) for at in places]
+        values = torch.cat(found).to(dtype).double()
+        return Sample(stored.shape, dtype, values)
+
+    def _bytes(self, stored: Stored, offset: int, count: int) -> Tensor:
+        buffer = torch.empty(count, dtype=torch.uint8)
+        try:
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(stored.start + offset)
+                got = _fill(file, memoryview(buffer.numpy()))
+        except OSError as error:
+            raise WeightsError(f"cannot read {stored.file}: {error.strerror}.") from None
+        if got != count:
+            raise WeightsError(
+                f"{stored.file.name} ends inside {stored.name}: it is truncated; fetch it again."
+            )
+        self.bytes_read += count
+        return buffer
+
+
+def _fill(file: Any, view: memoryview) -> int:
+    """Read until the view is full or the file ends; one read gives 2 GB at most."""
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])
+        if not got:
+            break
+        done += got
+    return done
+
+
+def _header(file: Path) -> list[Stored]:
+    check_safetensors(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    found = []
+    for name, item in header.items():
+        if name == "__metadata__":
+            continue
+        shape, (start, end) = tuple(item["shape"]), item["data_offsets"]
+        made = Stored(name, file, 8 + length + start, shape, item["dtype"])
+        count = made.itemsize if made.dtype in DTYPES else 0
+        for size in shape:
+            count *= size
+        if count and count != end - start:
+            raise WeightsError(f"{file.name} has a corrupt header: {name} has the wrong length.")
+        found.append(made)
+    return found
+
+
+def _require_finite(made: Tensor, stored: Stored) -> None:
+    """Two numbers tell: both ends are NaN if any value is."""
+    if not made.is_floating_point() or not made.numel():
+        return
+    low, high = torch.aminmax(made)
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
+    bad = int((~torch.isfinite(made)).sum())
+    raise WeightsError(
+        f"{stored.name} in {stored.file.name} holds {bad} NaN or Inf of {made.numel()} values; the "
+        "checkpoint is damaged, or was saved in a dtype too small for it."
+    )

@@ -1,0 +1,273 @@
+"""load_streamed(): a bridge whose blocks are read from disk while it runs, one in memory at a time.
+
+For models that do not fit. Modules, hooks and arithmetic are those of an ordinary load; only the
+weights come and go. Outside a block's own call its weights are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melens.capture import EverythingSeen
+from melens.errors import FetchError, ModelError
+from melens.models.contract import check_contract
+from melens.models.hollow import Hollow, Slot, build_hollow, hollow_parameter, layer_list
+from melens.models.loading import (
+    CHECKED,
+    best_device,
+    bridge_module,
+    chosen_dtype,
+    first_line,
+    read_tokenizer,
+    resolve,
+    usable_device,
+)
+from melens.models.named import NAMED
+from melens.models.origin import Origin, Sample, digest_of, remember, sample
+from melens.models.shards import Checkpoint
+from melens.models.tape import Tape
+
+KEPT_STREAM = "_melens_stream"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
+"""TransformerLens cuts a fused matrix once, when it wraps a part; here it is cut at every read."""
+
+
+class BlockStream:
+    """Fills a bridge's blocks as its forward pass reaches them, and empties them behind it."""
+
+    def __init__(self, bridge: Any, hollow: Hollow, checkpoint: Checkpoint) -> None:
+        """Register on every block, the embedding and the unembedding.
+
+        Raises:  ModelError: the bridge keeps weights that this could not keep up to date.
+        """
+        self.checkpoint, self.n_layers = checkpoint, len(hollow.blocks)
+        self.progress: Callable[[int, int], None] | None = None
+        self.blocks_read = 0
+        self.checking = False
+        self._bridge, self._hollow = bridge, hollow
+        self._filled: list[Slot] = []
+        self._samples: dict[str, Sample] | None = {}
+        stack = layer_list(hollow.model)
+        self._splits = [_splits(block) for block in bridge.blocks]
+        for layer, block in enumerate(bridge.blocks):
+            if stack[layer] is not block:
+                raise ModelError(f"block {layer} does not run through its bridge; load it whole.")
+            self._require_no_copies(layer, block)
+            block.register_forward_pre_hook(self._entering(layer))
+            block.register_forward_hook(self._leave, always_call=True)
+        table = hollow.embedding.module
+        table.padding_idx = None  # rows are renumbered; it matters to gradients alone
+        table.register_forward_pre_hook(self._embed)
+        table.register_forward_hook(self._embedded, always_call=True)
+        if (head := hollow.model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(self._refuse_logits)
+
+    @property
+    def passes(self) -> float:
+        """How many times all blocks were read."""
+        return self.blocks_read / self.n_layers
+
+    def take_fingerprint(self) -> str:
+        """What :func:`melens.models.origin.fingerprint` says of the same model in memory; after
+        one pass through all blocks.
+        """  # noqa: D205
+        samples, self._samples = self._samples or {}, None
+        shared = {
+            slot.hollow.data_ptr(): slot
+            for slot in (self._hollow.embedding, self._hollow.unembedding)
+            if slot is not None
+        }
+        for name, value in self._bridge.state_dict().items():
+            if name in samples:
+                continue
+            if (slot := shared.get(value.data_ptr())) is not None:
+                samples[name] = self.checkpoint.sample(slot.pieces[0].name, value.dtype)
+            elif not _is_hollow(value):
+                samples[name] = sample(value)
+        return digest_of(samples.items())
+
+    def _entering(self, layer: int) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            self._drop()  # an interrupt may have left the last one
+            for slot in self._hollow.blocks[layer]:
+                self._filled.append(slot)
+                slot.fill(slot.read(self.checkpoint))
+            for part, method, targets in self._splits[layer]:
+                with torch.device("meta"):  # the linears it makes; the cut itself is of real values
+                    made = getattr(part, method)(part.original_component)
+                for slots, cut in zip(targets, made, strict=True):
+                    for slot in slots:
+                        self._filled.append(slot)
+                        slot.fill(cut._parameters[slot.name].detach())
+            self.blocks_read += 1
+            self._note(layer)
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._drop()
+
+    def _drop(self) -> None:
+        while self._filled:
+            self._filled.pop().empty()
+
+    def _note(self, layer: int) -> None:
+        if self._samples is not None:
+            for name, value in self._bridge.state_dict().items():
+                if name not in self._samples and not _is_hollow(value):
+                    self._samples[name] = sample(value)
+        if self.progress is not None:
+            left = self.n_layers - layer - 1
+            self.progress(self.blocks_read, self.blocks_read + left)
+
+    def _embed(self, module: nn.Module, args: Any) -> Any:
+        """Only the rows of the tokens that came, renumbered from 0."""
+        found, places = args[0].unique(return_inverse=True)
+        slot = self._hollow.embedding
+        table = self.checkpoint.rows(slot.pieces[0].name, found.tolist(), slot.hollow.dtype)
+        slot.fill(table.to(slot.hollow.device))
+        return (places, *args[1:])
+
+    def _embedded(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._hollow.embedding.empty()
+
+    def _refuse_logits(self, module: nn.Module, args: Any) -> None:
+        if self.checking:
+            raise EverythingSeen
+        raise ModelError(
+            "a streamed model gives no logits, its unembedding is never read; load it whole."
+        )
+
+    def _require_no_copies(self, layer: int, block: nn.Module) -> None:
+        known = {id(slot.hollow) for slot in self._hollow.blocks[layer]}
+        known |= {id(s.hollow) for _, _, ts in self._splits[layer] for slots in ts for s in slots}
+        for name, value in block.named_parameters():
+            if id(value) not in known:
+                kind = type(self._hollow.model).__name__
+                raise ModelError(
+                    f"{kind} cannot be streamed, TransformerLens keeps a copy of {name} of its "
+                    "own; load it whole."
+                )
+
+
+def load_streamed(
+    model: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    need_tokenizer: bool = True,
+    keep: Path | None = None,
+) -> Any:
+    """A bridge as :func:`melens.models.load` makes it, but with one block in memory at a time.
+
+    Good for what ends before the unembedding: ``stream()``, ``locate``, ``reach``. Logits are
+    refused, and weights read outside their block's call are NaN. Every forward pass reads the
+    blocks that it uses; loading makes one pass (the contract check).
+
+    Args:    model: a folder of safetensors, a named model, or a hub id (its files are fetched).
+             device, dtype, revision: as ``load``.
+             need_tokenizer: False takes a folder without one, for ready token batches.
+             keep: folder for what finished blocks gave, so that the same passes, made again after
+             an interruption, go on at the block where they stopped. Remove it when done.
+    Raises:  what ``load`` raises; WeightsError: also at the block that is NaN or cut short.
+             ModelError: a .gguf file or a family that cannot be streamed.
+    """  # fmt: skip
+    folder = _folder(str(model), revision)
+    device = usable_device(device or best_device())
+    tokenizer = _tokenizer(folder, needed=need_tokenizer)
+    checkpoint = Checkpoint(folder)
+    hollow = build_hollow(checkpoint, dtype=chosen_dtype(dtype, device), device=device)
+    if device != "cpu":
+        hollow.model.to(device)
+    bridge = bridge_module(hollow.model, tokenizer, name=str(model)).eval()
+    stream = BlockStream(bridge, hollow, checkpoint)
+    vars(bridge)[KEPT_STREAM] = stream
+    name = str(model) if str(model) in NAMED else folder.name
+    key = f"{checkpoint.identity()}-{hollow.embedding.hollow.dtype}-{device}"
+    tape = None if keep is None else Tape(keep, key)
+    known = tape.weights() if tape else None
+    if known is None:
+        known = _check(bridge, stream)
+    remember(bridge, Origin(name, revision=revision, weights=known))
+    CHECKED.add(bridge)
+    if tape is not None:
+        tape.note_weights(known)
+        tape.attach(bridge, hollow.model)
+    return bridge
+
+
+def stream_of(model: Any) -> BlockStream | None:
+    """What reads a streamed bridge's blocks; None for any other model."""
+    return vars(model).get(KEPT_STREAM)
+
+
+def _check(bridge: Any, stream: BlockStream) -> str:
+    stream.checking = True
+    try:
+        check_contract(bridge)
+    finally:
+        stream.checking = False
+    return stream.take_fingerprint()
+
+
+def _folder(name: str, revision: str | None) -> Path:
+    if name.endswith(".gguf"):
+        raise ModelError(
+            f"{name} is a .gguf, which is converted whole before it is used; stream a safetensors "
+            "folder, or locate it without --stream."
+        )
+    source, is_local = resolve(name, revision=revision, trust_remote_code=False)
+    if is_local:
+        if revision is not None:
+            raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
+        return Path(source).expanduser().resolve()
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise FetchError(f"cannot fetch {name}: {first_line(error)}") from None
+
+
+def _tokenizer(folder: Path, *, needed: bool) -> Any:
+    if not needed and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return read_tokenizer(folder, {"local_files_only": True, "trust_remote_code": False})
+
+
+Targets = tuple[tuple[Slot, ...], ...]
+
+
+def _splits(block: nn.Module) -> list[tuple[Any, str, Targets]]:
+    """Parts that hold a fused matrix in pieces: the part, its method, and where each piece goes."""
+    found = []
+    for part in block.modules():
+        for method, names in SPLITS.items():
+            if callable(getattr(part, method, None)):
+                targets = tuple(_targets(getattr(part, name).original_component) for name in names)
+                found.append((part, method, targets))
+    return found
+
+
+def _targets(linear: Any) -> tuple[Slot, ...]:
+    made = []
+    for name, value in list(linear._parameters.items()):
+        if value is not None:
+            empty = hollow_parameter(tuple(value.shape), value.dtype, value.device)
+            slot = Slot(linear, name, (), empty)
+            slot.empty()
+            made.append(slot)
+    return tuple(made)
+
+
+def _is_hollow(value: Tensor) -> bool:
+    one = value.untyped_storage().nbytes() <= value.element_size()
+    return one and value.is_floating_point() and bool(value.flatten()[:1].isnan().any())

@@ -1,0 +1,163 @@
+"""What finished blocks gave, on disk: a pass made again goes on at the block where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from melens.models.hollow import layer_list
+from melens.provenance import versions
+from melens.results.base import write_atomically
+
+OUT = "out"
+"""The block's own output, beside its sites' names."""
+
+
+class Tape:
+    """Keeps, for every pass and block, the tapped sites and the output; plays them back.
+
+    A pass is known by what the model was called with. A block that is played back is not read and
+    not run: its hooks are called with what they saw the first time. Edits inside it would have no
+    effect, so a tape is for measuring alone.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """A folder of its own inside ``folder`` for this checkpoint and these versions."""
+        text = json.dumps([key, versions()], sort_keys=True)
+        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.played = 0
+        """Blocks that were taken from disk instead of being run."""
+        self._pass = self.folder
+        self._originals: dict[int, nn.Module] = {}
+        self._watched: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def weights(self) -> str | None:
+        """Fingerprint that an earlier run noted when the contract held; None for a new tape."""
+        try:
+            return json.loads((self.folder / "checked.json").read_text("utf-8"))["weights"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note_weights(self, fingerprint: str) -> None:
+        """Note that the contract held."""
+        write_atomically(self.folder / "checked.json", json.dumps({"weights": fingerprint}))
+
+    def attach(self, bridge: Any, model: nn.Module) -> None:
+        """Record and play back from now on."""
+        self._bridge, self._stack = bridge, layer_list(model)
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.register_forward_hook(self._end, always_call=True)
+        for layer, block in enumerate(self._stack):
+            block.register_forward_pre_hook(self._watching(layer), prepend=True)
+            block.register_forward_hook(self._keeping(layer))
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._restore()  # an interrupt may have left the last pass unfinished
+        self._pass = self.folder / _hash_of((args, sorted(kwargs.items())))
+        for layer in range(len(self._stack)):
+            kept = self._read(layer)
+            points = _tapped(self._bridge, layer)
+            if kept is None or not set(points) <= set(kept):
+                return
+            self._originals[layer] = self._stack[layer]
+            self._stack[layer] = _Played(points, kept, self._stack[layer])
+            self.played += 1
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        self._forget()
+        for layer, block in self._originals.items():
+            self._stack[layer] = block
+        self._originals.clear()
+
+    def _forget(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._watched = {}
+
+    def _watching(self, layer: int) -> Any:
+        def watch(module: nn.Module, args: Any) -> None:
+            self._forget()
+            for name, point in _tapped(self._bridge, layer).items():
+                self._handles.append(point.register_forward_hook(self._noting(name), prepend=True))
+
+        return watch
+
+    def _noting(self, name: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._watched[name] = output.detach().cpu().clone()
+
+        return note
+
+    def _keeping(self, layer: int) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):  # else this family's blocks cannot be played back
+                found = {**self._watched, OUT: output.detach().cpu()}
+                data = save({name: value.contiguous() for name, value in found.items()})
+                write_atomically(self._file(layer), data)
+            self._forget()
+
+        return keep
+
+    def _file(self, layer: int) -> Path:
+        return self._pass / f"block-{layer:03d}.safetensors"
+
+    def _read(self, layer: int) -> dict[str, Tensor] | None:
+        try:
+            return load(self._file(layer).read_bytes())
+        except (OSError, SafetensorError):
+            return None
+
+
+class _Played(nn.Module):
+    """Stands where a block was; looks like it to whoever asks for its attributes."""
+
+    def __init__(self, points: dict[str, Any], kept: dict[str, Tensor], block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(points=points, kept=kept, block=block)  # not as submodules
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, resid: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for name, point in self.points.items():
+            point(self.kept[name].to(resid.device))
+        return self.kept[OUT].to(resid.device)
+
+
+def _tapped(bridge: Any, layer: int) -> dict[str, Any]:
+    """A block's hook points that somebody listens to, each once, in the order of the hooks."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name, point in bridge.hook_dict.items():
+        if name.startswith(f"blocks.{layer}.") and any(
+            not handle.is_permanent for handle in point.fwd_hooks
+        ):
+            found.setdefault(id(point), (name, point))
+    return dict(found.values())
+
+
+def _hash_of(value: Any) -> str:
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()[:16]
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _feed(digest, item)
+    else:
+        digest.update(repr(value).encode())
