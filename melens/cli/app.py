@@ -11,6 +11,7 @@ import typer
 
 from melens import __version__
 from melens.cli.cause_commands import isolate
+from melens.cli.check_command import check
 from melens.cli.commands import env, known, locate, models, plot
 from melens.cli.diff_command import diff
 from melens.cli.eval_command import evaluate
@@ -31,8 +32,8 @@ ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ =
 app = typer.Typer(
     name="melens",
     help="Find the layer where a language model's massive activations emerge, and what they do. "
-    "Layers count from 0, at the block output. Exit codes: 0 done, 2 bad usage or bad input, "
-    "3 could not run, 130 interrupted.",
+    "Layers count from 0, at the block output. Exit codes: 0 done, 1 a finding or a difference, "
+    "2 bad usage or bad input, 3 could not run, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -75,6 +76,7 @@ app.command()(long_context)
 app.command()(export)
 app.command()(generate)
 app.command()(tune)
+app.command()(check)
 app.command()(diff)
 app.command()(reach)
 app.command()(known)

@@ -3,6 +3,7 @@
 from melens.figures import (
     attention,
     causes,
+    check,
     diff,
     evaluation,
     long_context,
@@ -19,7 +20,7 @@ from melens.figures.draw import FORMATS, draw, inline, save_figure
 from melens.figures.styles import FIGURES
 
 MODULES = (profile, token_curves, ranks, sink_maps, attention, causes, super_weights, patch_grid,
-           evaluation, long_context, tuning, diff, reach)  # fmt: skip
+           evaluation, long_context, tuning, check, diff, reach)  # fmt: skip
 """Imported for what they register in FIGURES; the order is that of the documentation."""
 
 __all__ = ["FIGURES", "FORMATS", "MODULES", "draw", "inline", "save_figure"]

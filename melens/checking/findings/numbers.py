@@ -1,0 +1,127 @@
+"""Activations that a number format cannot hold."""
+
+from __future__ import annotations
+
+from melens.checking.findings.rule import Card, Judgement, View, nothing, rule
+from melens.results import CacheNorms, MELayer, SuperWeights
+
+FLOAT16_MAX = 65504.0
+INT8_STEPS = 127
+"""Steps of a symmetric int8 scale on either side of zero."""
+
+
+@rule(
+    Card(
+        id="float16-range",
+        looks_for="activations that float16 cannot hold",
+        unit="largest |x|, residual units",
+        needs=("locate",),
+        why="float16 ends at 65,504. A larger activation becomes infinite there, and everything "
+        "computed from it is NaN: the model answers nothing at all.",
+        advice="Serve the model in bfloat16 or float32; do not cast it to float16.",
+    )
+)
+def float16_range(view: View, threshold: float) -> Judgement:
+    """Largest |x| at a block's output; inside the FFN as well, where that was read."""
+    profile = view.held("locate", MELayer).profile
+    found = [
+        (row.max, f"/results/locate/profile/{i}/max", "the output", row.layer)
+        for i, row in enumerate(profile)
+    ]
+    spikes = view.results.get("super_weights")
+    for i, row in enumerate(spikes.profile if isinstance(spikes, SuperWeights) else ()):
+        place = f"/results/super_weights/profile/{i}"
+        found.append((row.input, f"{place}/input", "the FFN's product", row.layer))
+        found.append((row.output, f"{place}/output", "the FFN's output", row.layer))
+    value, source, site, layer = max(found)
+    share = value / FLOAT16_MAX
+    return Judgement(
+        found=value > threshold, value=value, source=source,
+        title=f"|x| reaches {value:,.0f} at {site} of layer {layer} (counted from 0), "
+        f"{share:.0%} of float16's range",
+        evidence={"layer": layer, "site": site, "share_of_float16": share},
+    )  # fmt: skip
+
+
+@rule(
+    Card(
+        id="int8-per-tensor",
+        looks_for="ordinary activations that one int8 scale a tensor rounds to zero",
+        unit="half an int8 step over the median |x|",
+        needs=("locate",),
+        why="With one scale for the whole tensor the massive activation sets the step, and what is "
+        "smaller than half a step becomes zero: most of the model's activations are lost.",
+        advice="Quantise activations by token, or keep the named dimensions in 16 bits.",
+    )
+)
+def int8_per_tensor(view: View, threshold: float) -> Judgement:
+    """Half a step of an absmax scale against the median entry, at every block's output."""
+    located = view.held("locate", MELayer)
+    found = [
+        (row.max / (2 * INT8_STEPS) / row.median, i)
+        for i, row in enumerate(located.profile)
+        if row.median > 0
+    ]
+    if not found:
+        return nothing()
+    value, at = max(found)
+    row = located.profile[at]
+    dims = sorted({token.dim for token in located.massive} | {row.dim})
+    named = ", ".join(map(str, dims))
+    evidence: dict[str, float | int | str | None] = {
+        "layer": row.layer, "largest": row.max, "median": row.median,
+        "int8_step": row.max / INT8_STEPS, "dimensions_to_protect": named,
+        **_product(view),
+    }  # fmt: skip
+    return Judgement(
+        found=value > threshold, value=value, evidence=evidence,
+        source=f"/results/locate/profile/{at}",
+        title=f"with one int8 scale half a step at layer {row.layer} (counted from 0) is "
+        f"{value:.3g} times the median |x|, so at least half of the entries become zero",
+        advice="Quantise activations by token, or keep these dimensions of the residual in 16 "
+        f"bits: {named}.",
+    )  # fmt: skip
+
+
+def _product(view: View) -> dict[str, float | int | str | None]:
+    """The same ratio at what the down projections read, where that was measured."""
+    spikes = view.results.get("super_weights")
+    rows = spikes.profile if isinstance(spikes, SuperWeights) else ()
+    ratios = [
+        (row.input / (2 * INT8_STEPS) / row.input_median, row.layer)
+        for row in rows
+        if row.input_median > 0
+    ]
+    if not ratios:
+        return {}
+    ratio, layer = max(ratios)
+    return {"ffn_product_ratio": ratio, "ffn_product_layer": layer}
+
+
+@rule(
+    Card(
+        id="kv-quantisation",
+        looks_for="a massive token's key or value that widens a quantised cache's steps",
+        unit="times the others' largest |entry|",
+        needs=("cache_norms",),
+        why="A cache that quantises the keys or values of a head with one scale takes its step "
+        "from the largest entry; one token's outlier makes all others coarser.",
+        advice="Keep the first token's keys and values unquantised, or quantise keys by channel "
+        "and values by token.",
+    )
+)
+def kv_quantisation(view: View, threshold: float) -> Judgement:
+    """The worst head of any layer, keys and values alike."""
+    norms = view.held("cache_norms", CacheNorms)
+    if norms.worst is None:
+        return nothing()
+    row = norms.rows_[norms.worst]
+    what = "value" if row.site == "v" else "key"
+    return Judgement(
+        found=row.ratio > threshold, value=row.ratio,
+        source=f"/results/cache_norms/rows/{norms.worst}/ratio",
+        title=f"the massive token's {what} at layer {row.layer}, head {row.head} (counted from 0) "
+        f"is {row.ratio:.3g} times as large as other tokens'",
+        evidence={"layer": row.layer, "head": row.head, "site": row.site, "token": row.token,
+                  "others": row.others},
+    )  # fmt: skip

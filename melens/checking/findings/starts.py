@@ -1,0 +1,155 @@
+"""How a text begins, and what is lost where it begins otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from melens.checking.findings.rule import Card, Judgement, Unmeasured, View, nothing, rule
+from melens.results import MELayer, Sinks, TokenPortrait
+from melens.results.describe import Condition
+
+WITH_BOS = "with BOS"
+NO_BOS = "texts' own, no BOS"
+CHAT = "chat template"
+SINK_EPS = "0.3"
+"""The sink threshold of Gu et al. that every sink rule here goes by."""
+SINK_RATE = 0.3
+"""Share of a layer's (text, head) with a sink, from which the layer is said to have sinks."""
+
+
+@rule(
+    Card(
+        id="sink-needs-bos",
+        looks_for="a massive first token that is there with BOS only",
+        unit="share of the texts' own first tokens that are not massive",
+        needs=("describe",),
+        why="Without BOS these texts have no massive first token, and so no sink where the model "
+        "was trained to have one. A server or a pipeline that forgets BOS then runs another model "
+        "than the one that was evaluated.",
+        advice="Put BOS before every text, and let a test of the serving stack fail without it.",
+    )
+)
+def sink_needs_bos(view: View, threshold: float) -> Judgement | Unmeasured:
+    """First tokens of the texts, tried alone at position 0, against BOS."""
+    found = _lost(view, NO_BOS, threshold)
+    if not isinstance(found, Judgement) or not found.found:
+        return found
+    lost = "sinks go with it" if _sinks_are_first(view) else "what it does goes with it"
+    return Judgement(
+        found=True, value=found.value, source=found.source, evidence=found.evidence,
+        title=f"BOS is massive, but {found.evidence['not_massive']} of "
+        f"{found.evidence['first_tokens']} first tokens of texts without it are not; {lost}",
+    )  # fmt: skip
+
+
+@rule(
+    Card(
+        id="chat-first-token",
+        looks_for="a chat template whose first token is not massive where BOS is",
+        unit="share of the template's first tokens that are not massive",
+        needs=("describe",),
+        why="The chat template begins with another token than the one that carries the massive "
+        "activation, so chats run without the sink that plain texts have.",
+        advice="Let the chat template begin with BOS, or evaluate the model in the template only.",
+    )
+)
+def chat_first_token(view: View, threshold: float) -> Judgement | Unmeasured:
+    """The template's first token, tried alone at position 0, against BOS."""
+    found = _lost(view, CHAT, threshold)
+    if not isinstance(found, Judgement) or not found.found:
+        return found
+    token = found.evidence.get("token")
+    return Judgement(
+        found=True, value=found.value, source=found.source, evidence=found.evidence,
+        title=f"BOS is massive, the chat template's first token {token!r} is not",
+    )  # fmt: skip
+
+
+def _lost(view: View, name: str, threshold: float) -> Judgement | Unmeasured:
+    """How many of the first tokens of one kind are not massive, where BOS is."""
+    portrait = view.held("describe", TokenPortrait)
+    tried = {row.name: (i, row) for i, row in enumerate(portrait.conditions)}
+    if WITH_BOS not in tried:
+        return Unmeasured("the tokenizer has no BOS to compare with")
+    if name not in tried:
+        return Unmeasured(f"there is no '{name}' to try")
+    if not tried[WITH_BOS][1].massive:
+        return nothing()
+    at, row = tried[name]
+    share = 1 - row.massive / row.first_tokens
+    return Judgement(
+        found=share > threshold, value=share, source=f"/results/describe/conditions/{at}",
+        evidence={**_counts(row), **_first(portrait, name)},
+    )  # fmt: skip
+
+
+def _counts(row: Condition) -> dict[str, Any]:
+    return {
+        "first_tokens": row.first_tokens, "not_massive": row.first_tokens - row.massive,
+        "median_value": row.median_value,
+    }  # fmt: skip
+
+
+def _first(portrait: TokenPortrait, name: str) -> dict[str, Any]:
+    kind = {NO_BOS: "text", CHAT: "chat"}[name]
+    held = [row for row in portrait.first_tokens if kind in row.sources and not row.massive]
+    return {"token": held[0].token} if held else {}
+
+
+def _sinks_are_first(view: View) -> bool:
+    found = view.results.get("sinks")
+    return isinstance(found, Sinks) and found.onset_layer is not None and found.onset_of == "first"
+
+
+@rule(
+    Card(
+        id="sink-heads",
+        looks_for="attention sinks on the first token",
+        unit=f"share of (text, layer, head) with a sink, eps {SINK_EPS}",
+        needs=("sinks",),
+        why="So many heads rest on the first key that whatever touches it touches most of them: a "
+        "cache that drops or quantises it, a window that leaves it behind, a prompt without it.",
+        advice="Keep the first tokens' keys and values in the cache, whatever else is dropped.",
+    )
+)
+def sink_heads(view: View, threshold: float) -> Judgement | Unmeasured:
+    """Sink^eps of the first token over all layers (Gu et al.)."""
+    found = view.held("sinks", Sinks)
+    if SINK_EPS not in found.overall:
+        return Unmeasured(f"the sinks were not measured at eps {SINK_EPS}")
+    value = found.overall[SINK_EPS]
+    return Judgement(
+        found=value > threshold, value=value, source=f"/results/sinks/overall/{SINK_EPS}",
+        title=f"{value:.0%} of (text, layer, head) have a sink on the first token",
+        evidence={"onset_layer": found.onset_layer, "uniform_attention": found.uniform},
+    )  # fmt: skip
+
+
+@rule(
+    Card(
+        id="sink-window",
+        looks_for="a sliding window that leaves the sink behind",
+        unit="sliding window over context",
+        needs=("locate", "sinks"),
+        why="In a text longer than the window these layers cannot see the first token any more, so "
+        "the sink that short texts have is gone there.",
+        advice="Evaluate at lengths beyond the window, or keep the first tokens visible in it.",
+    )
+)
+def sink_window(view: View, threshold: float) -> Judgement | Unmeasured:
+    """The config's window against its context, where layers with a window have sinks."""
+    window, context = (view.run.settings.get(name) for name in ("sliding_window", "context"))
+    if not isinstance(window, int) or not isinstance(context, int) or not context:
+        return nothing()
+    layers = [int(n) for n in str(view.run.settings.get("windowed_layers") or "").split(",") if n]
+    rates = view.held("sinks", Sinks).sink_rate.get(SINK_EPS, ())
+    hit = [n for n in layers if n < len(rates) and (rates[n] or 0.0) >= SINK_RATE]
+    value = window / context
+    first = view.held("locate", MELayer).massive
+    return Judgement(
+        found=value < threshold and bool(hit), value=value, source="/run/settings/sliding_window",
+        title=f"{len(hit)} layers with a window of {window:,} tokens (context {context:,}) have a "
+        "sink on the first token",
+        evidence={"window": window, "context": context, "layers": ", ".join(map(str, hit)),
+                  "massive_token": first[0].token if first else None},
+    )  # fmt: skip

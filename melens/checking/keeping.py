@@ -1,0 +1,83 @@
+"""Finished stages on disk: what a kill leaves, and what the same command takes up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melens import __version__
+from melens.checking.bench import CAUSE_TOKENS, VIEW_TOKENS, Bench
+from melens.errors import OutputError, ResultError
+from melens.provenance import versions
+from melens.results.base import Result, load_result, write_atomically
+
+SCHEMA = "melens/check-stage/1"
+FOLDER = "stages"
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Reads and writes finished stages under one folder; without a folder it does nothing."""
+
+    folder: Path | None
+    key: str
+    """Of everything that a stage's numbers depend on."""
+
+    @classmethod
+    def of(cls, folder: Path | None, bench: Bench) -> Keeper:
+        """The keeper of one model on one set of texts, in this version of melens."""
+        parameter = next(bench.model.parameters())
+        facts = {
+            "melens": __version__, "versions": versions(), "weights": bench.inputs.weights,
+            "dtype": str(parameter.dtype), "device": parameter.device.type,
+            "rows": bench.inputs.rows, "settings": bench.inputs.settings,
+            "tokens": [CAUSE_TOKENS, VIEW_TOKENS],
+            "model": bench.inputs.run_info(seed=0).model,
+        }  # fmt: skip
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return cls(folder, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+    def read(self, stage: str) -> tuple[Result, float] | None:
+        """A finished stage and its seconds; None where there is none, or of something else."""
+        path = self._path(stage)
+        head = path and _head(path.with_suffix(".key"))
+        if path is None or not head or head.get("key") != self.key:
+            return None
+        try:
+            return load_result(path), float(head.get("seconds", 0.0))
+        except (ResultError, TypeError, ValueError):  # damaged: measured again
+            return None
+
+    def write(self, stage: str, result: Result, seconds: float) -> None:
+        """Keep a finished stage; the key comes last, so that half of it counts as nothing.
+
+        Raises:  OutputError: the folder cannot be written.
+        """
+        path = self._path(stage)
+        if path is None:
+            return
+        _remove(path.with_suffix(".key"))
+        write_atomically(path, result.to_json())
+        head = {"schema": SCHEMA, "key": self.key, "seconds": seconds}
+        write_atomically(path.with_suffix(".key"), json.dumps(head, sort_keys=True) + "\n")
+
+    def _path(self, stage: str) -> Path | None:
+        return None if self.folder is None else self.folder / FOLDER / f"{stage}.json"
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
+
+
+def _head(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,148 @@
+"""The stages of a check, in order: what each needs, what it costs, what it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from melens.checking.bench import Bench, Tick
+from melens.checking.key_values import cache_norms
+from melens.checking.losses import dose_losses, edit_losses
+from melens.emergence.search import locate_in
+from melens.isolation import isolate, super_weights
+from melens.knowledge import known
+from melens.measure import attention, collapse, describe, sinks
+from melens.models.anatomy import anatomy
+from melens.registry import Registry
+from melens.results import MELayer, Sinks
+from melens.results.base import Result
+from melens.results.check import Budget
+
+BUDGETS: tuple[Budget, ...] = ("quick", "standard", "full")
+"""From the cheapest; each holds all stages of those before it."""
+MOST_LAYERS, MOST_HEADS = 3, 4
+"""Of the attention view: it is a picture, and its page has to stay small."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One measurement of a check."""
+
+    name: str
+    budget: Budget
+    """The least that runs it."""
+    work: float
+    """Expected share of time beside the others: seconds on SmolLM2-135M, two cores, 8 x 128."""
+    make: Callable[[Bench, Tick], Result]
+    token: bool = False
+    """Whether there is nothing to measure without a block in which a token becomes massive."""
+
+    def unneeded(self, located: MELayer) -> str | None:
+        """Why this stage has nothing to do on a model; None where it has."""
+        if not self.token or (located.me_layer is not None and located.me_layer >= 0):
+            return None
+        what = "has no massive token" if located.me_layer is None else "has it in its embedding"
+        return f"the model {what}, so there is nothing to measure"
+
+
+STAGES: Registry[Stage] = Registry("stage")
+
+
+def stages_of(budget: Budget) -> tuple[Stage, ...]:
+    """What a budget runs, in order.
+
+    Raises:  UnknownNameError: no such budget.
+    """
+    known_budgets: Registry[int] = Registry("budget")
+    for i, name in enumerate(BUDGETS):
+        known_budgets.add(name, i)
+    most = known_budgets[budget]
+    return tuple(stage for stage in STAGES.values() if known_budgets[stage.budget] <= most)
+
+
+def _add(name: str, budget: Budget, work: float, *, token: bool = False) -> Callable[..., None]:
+    def register(make: Callable[[Bench, Tick], Result]) -> None:
+        STAGES.add(name, Stage(name, budget, work, make, token))
+
+    return register
+
+
+@_add("locate", "quick", 4)
+def _locate(bench: Bench, tick: Tick) -> Result:
+    return locate_in(bench.inputs, progress=tick)
+
+
+@_add("known", "quick", 0.1)
+def _known(bench: Bench, tick: Tick) -> Result:
+    return known(bench.located.run.model, bench.located)
+
+
+@_add("describe", "quick", 4)
+def _describe(bench: Bench, tick: Tick) -> Result:
+    return describe(bench.model, bench.located, bench.texts, progress=tick)
+
+
+@_add("collapse", "quick", 14)
+def _collapse(bench: Bench, tick: Tick) -> Result:
+    return collapse(bench.model, bench.located, bench.texts, progress=tick)
+
+
+@_add("sinks", "quick", 3)
+def _sinks(bench: Bench, tick: Tick) -> Result:
+    return sinks(bench.model, bench.located, bench.texts, progress=tick)
+
+
+@_add("cache_norms", "quick", 2, token=True)
+def _cache_norms(bench: Bench, tick: Tick) -> Result:
+    return cache_norms(bench.inputs, bench.located, progress=tick)
+
+
+@_add("attention", "quick", 1)
+def _attention(bench: Bench, tick: Tick) -> Result:
+    layers, heads = telling_heads(bench)
+    return attention(bench.model, bench.located, bench.first, layers=layers, heads=heads)
+
+
+@_add("isolate", "standard", 120, token=True)
+def _isolate(bench: Bench, tick: Tick) -> Result:
+    return isolate(bench.model, bench.located, bench.short, progress=tick)
+
+
+@_add("super_weights", "standard", 40)
+def _super_weights(bench: Bench, tick: Tick) -> Result:
+    return super_weights(bench.model, bench.short, me_layer=bench.located, progress=tick)
+
+
+@_add("edits", "standard", 10, token=True)
+def _edits(bench: Bench, tick: Tick) -> Result:
+    return edit_losses(bench, tick)
+
+
+@_add("dose", "full", 30, token=True)
+def _dose(bench: Bench, tick: Tick) -> Result:
+    return dose_losses(bench, tick)
+
+
+def telling_heads(bench: Bench) -> tuple[list[int], list[int]]:
+    """Layers and heads worth looking at: around the emergence, and where sinks are strongest.
+
+    Heads are those that draw most to the first token over these layers, and the one that draws
+    least; without measured sinks the first ones.
+    """
+    able = anatomy(bench.model).attention_layers
+    found = bench.results.get("sinks")
+    start = bench.located.me_layer
+    wanted = [max(start, 0)] if start is not None else []
+    if isinstance(found, Sinks):
+        drawn = [(found.attention_to_token[layer] or 0.0, layer) for layer in able]
+        wanted += [layer for layer in (found.onset_layer, max(drawn)[1]) if layer is not None]
+    layers = sorted({layer for layer in wanted if layer in able})[:MOST_LAYERS] or list(able[:1])
+    every = list(range(bench.model.cfg.n_heads))
+    if not isinstance(found, Sinks):
+        return layers, every[:MOST_HEADS]
+    drawn = dict.fromkeys(every, 0.0)
+    for row in found.heads:
+        if row.layer in layers:
+            drawn[row.head] += row.alpha
+    order = sorted(every, key=lambda head: -drawn[head])
+    return layers, sorted({*order[: MOST_HEADS - 1], order[-1]})

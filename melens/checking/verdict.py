@@ -1,0 +1,167 @@
+"""From measurements to findings, a recommendation, a verdict and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from melens.checking.findings import RULES, Judgement, Rule, Unmeasured, View
+from melens.checking.policy import Policy, RulePolicy
+from melens.checking.stages import STAGES
+from melens.metrics.bootstrap import LEAST, resamples
+from melens.results import Evaluation, Finding, Recommendation, RuleOutcome, StageRecord
+from melens.results.check import SEVERITIES, Interval
+
+LEVEL = 0.95
+"""Of the recommendation's intervals, all of them together."""
+
+
+def judged(
+    view: View, policy: Policy, stages: Sequence[StageRecord]
+) -> tuple[tuple[RuleOutcome, ...], tuple[Finding, ...]]:
+    """Every rule's outcome in the registry's order, and what was found, the gravest first."""
+    why_not = {stage.name: stage for stage in stages if stage.status != "done"}
+    outcomes, findings = [], []
+    for name, one in RULES.items():
+        says = policy.rules[name]
+        found = _answer(one, says, view, why_not)
+        outcomes.append(_outcome(one, says, found))
+        if isinstance(found, Judgement) and found.found:
+            findings.append(_finding(one, says, found))
+    findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
+    return tuple(outcomes), tuple(findings)
+
+
+def _answer(
+    one: Rule, says: RulePolicy, view: View, why_not: Mapping[str, StageRecord]
+) -> Judgement | Unmeasured | None:
+    """None where the policy turned the rule off."""
+    if says.severity == "off":
+        return None
+    for need in one.card.needs:
+        if need in view.results:
+            continue
+        stage = why_not.get(need)
+        if stage is None:
+            return Unmeasured(f"it needs the stage {need} (--budget {STAGES[need].budget})")
+        if stage.status == "skipped":
+            return Judgement(found=False, value=None, source=None)
+        return Unmeasured(f"the stage {need} could not run")
+    return one.judge(view, says.threshold)
+
+
+def _outcome(one: Rule, says: RulePolicy, found: Judgement | Unmeasured | None) -> RuleOutcome:
+    told = found if isinstance(found, Judgement) else None
+    status = "off" if found is None else "not measured"
+    if told is not None:
+        status = "found" if told.found else "passed"
+    reason = found.reason if isinstance(found, Unmeasured) else None
+    if status == "off":
+        reason = "the policy turns it off"
+    elif told is not None and told.value is None:
+        reason = "there is no massive token that it could be about"
+    return RuleOutcome(
+        id=one.card.id, title=one.card.looks_for, status=status, unit=one.card.unit,
+        value=told and told.value, threshold=None if status == "off" else says.threshold,
+        reason=reason, source=told and told.source,
+    )  # fmt: skip
+
+
+def _finding(one: Rule, says: RulePolicy, found: Judgement) -> Finding:
+    assert says.severity != "off"
+    assert found.value is not None
+    assert found.source is not None
+    return Finding(
+        id=one.card.id, severity=says.severity, title=found.title, value=found.value,
+        unit=one.card.unit, threshold=says.threshold, why=one.card.why,
+        advice=found.advice or one.card.advice, evidence=found.evidence, source=found.source,
+    )  # fmt: skip
+
+
+def recommended(dose: Evaluation) -> Recommendation:
+    """Mask only where a dose lowers the loss, and by more than every control does, beyond doubt.
+
+    Intervals are bootstrapped over texts and as wide as the number of doses tried asks for
+    (Bonferroni); differences to controls are paired.
+    """
+    doses = [dose.edited, *dose.dose]
+    best = min(doses, key=lambda score: score.delta.value if score.delta else 0.0)
+    assert best.delta is not None
+    weights = torch.tensor(dose.weights).double()
+    apart = {name: torch.tensor(x).double() for name, x in dose.differences.items()}
+    interval = wide_interval(apart[best.name], weights, len(doses))
+    place = dose.dose.index(best) if best in dose.dose else None
+    where = "edited" if place is None else f"dose/{place}"
+    said = f"{best.edit.label} changes the loss by {best.delta.value:+.3g} nats a token"
+    said += f" ({interval[0]:+.3g} to {interval[1]:+.3g})" if interval else ""
+    lower = interval is not None and interval[1] < 0
+    equals = [c.name for c in dose.controls if not _below(apart, best.name, c.name, weights, doses)]
+    if lower and not equals:
+        action, text = "mask", f"Mask: {said}, and every control does less."
+    elif lower:
+        action = "leave it"
+        text = f"Leave it: {said}, but no more than a control does ({', '.join(equals)})."
+    else:
+        action, text = (
+            "leave it",
+            f"Leave it: no dose lowers the loss beyond doubt. The best, {said}.",
+        )
+    return Recommendation(
+        action=action, text=text, edit=best.edit.label if action == "mask" else None,
+        delta=best.delta.value, interval=interval, tried=len(doses),
+        source=f"/results/dose/{where}/delta",
+    )  # fmt: skip
+
+
+def wide_interval(apart: Tensor, weights: Tensor, tried: int) -> Interval | None:
+    """Interval of a weighted mean difference, one of ``tried``; None where it says nothing."""
+    if len(apart) < LEAST or bool((apart == apart[0]).all()):
+        return None
+    drawn = resamples(len(apart), seed=0)
+    means = (apart * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    tail = (1 - LEVEL) / tried / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail]).double()).tolist()
+    return low, high
+
+
+def _below(
+    apart: Mapping[str, Tensor], best: str, control: str, weights: Tensor, doses: Sequence[object]
+) -> bool:
+    """Whether a dose lowers the loss further than a control, text by text."""
+    found = wide_interval(apart[best] - apart[control], weights, len(doses))
+    return found is not None and found[1] < 0
+
+
+def answered(
+    model: str, policy: Policy, findings: Sequence[Finding], outcomes: Sequence[RuleOutcome],
+    stages: Sequence[StageRecord],
+) -> tuple[str, str]:  # fmt: skip
+    """The verdict and its sentence."""
+    least = None if policy.fail_on == "never" else SEVERITIES.index(policy.fail_on)
+    counted = [f for f in findings if least is not None and SEVERITIES.index(f.severity) >= least]
+    failed = [stage for stage in stages if stage.status == "failed"]
+    beside = len(findings) - len(counted)
+    also = f" {_count(beside, 'remark')} of lesser severity." if beside else ""
+    rules = f"the policy '{policy.name}'"
+    if counted:
+        first = counted[0]
+        text = f"{model} has {_count(len(counted), 'finding')} under {rules}; the gravest, "
+        text += f"{first.id} ({first.severity}): {first.title}.{also}"
+        return "findings", text + _unrun(failed)
+    if failed:
+        return "incomplete", f"{model} could not be checked in full under {rules}.{_unrun(failed)}"
+    passed = sum(rule.status == "passed" for rule in outcomes)
+    open_ = sum(rule.status == "not measured" for rule in outcomes)
+    text = f"{model} is within {rules}: {_count(passed, 'rule')} passed"
+    text += f", {open_} not measured" if open_ else ""
+    return "pass", f"{text}, {_count(len(findings), 'remark')}."
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n or 'no'} {what}{'s' * (n != 1)}"
+
+
+def _unrun(failed: Sequence[StageRecord]) -> str:
+    return "".join(f" Stage {stage.name} could not run: {stage.reason}" for stage in failed)

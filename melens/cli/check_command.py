@@ -1,0 +1,151 @@
+"""check."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from melens.cli import options as opt
+from melens.errors import COULD_NOT_RUN, OutputError
+
+FOUND = 1
+EXIT_CODES = {"pass": 0, "findings": FOUND, "incomplete": COULD_NOT_RUN}
+LEAST_SHARE = 0.05
+"""Of the work, below which a guess of the time that is left says nothing."""
+
+
+class Budget(StrEnum):
+    """How much is measured."""
+
+    quick = "quick"
+    standard = "standard"
+    full = "full"
+
+
+def check(
+    model: opt.Model,
+    policy: Annotated[
+        str,
+        typer.Option(help="default, strict or research, or a .toml or .yaml file of your own."),
+    ] = "default",
+    budget: Annotated[
+        Budget,
+        typer.Option(
+            help="quick: locate, describe, collapse, sinks, cache; standard: isolation, super "
+            "weights and what edits cost too; full: the mask's doses and a recommendation too."
+        ),
+    ] = Budget.quick,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write the rules as JUnit test cases to this file.")
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(help="A model card (README.md) whose section on this check is updated."),
+    ] = None,
+    text: opt.Text = None,
+    prompt: opt.Prompt = None,
+    bos: opt.Bos = None,
+    chat: opt.Chat = False,
+    n_seq: opt.NSeq = None,
+    length: opt.Length = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Check MODEL before it is deployed: one verdict, one page, every number behind it.
+
+    Exit codes: 0 within the policy, 1 a finding that the policy counts, 2 bad usage, 3 could not
+    run or not in full, 130 interrupted. --out gets report.html, report.md, report.json and every
+    finished stage; the same command again goes on from there.
+
+    Examples:
+      melens check smollm2-135m --out runs/check
+
+      melens check ./my-model --policy strict --budget full --out runs/check --junit check.xml
+
+      melens check ./my-model --policy policy.toml --card ./my-model/README.md
+    """
+    from melens.cli import output
+    from melens.cli.job import Job
+
+    job = Job.of(locals())
+    _check_files(junit, card)
+    from melens.checking import check as measure
+    from melens.checking import junit_xml, read_policy
+    from melens.results.base import write_atomically
+
+    rules = read_policy(policy)
+    loaded, texts = job.load()
+    with _clock(quiet=quiet) as tick:
+        report = measure(
+            loaded, texts, budget=budget.value, policy=rules, out=job.out, progress=tick
+        )
+    if junit is not None:
+        write_atomically(junit, junit_xml(report))
+    _pages(report, job.out, card)
+    output.show(report, as_json=as_json, folder=job.out)
+    raise typer.Exit(EXIT_CODES[report.verdict])
+
+
+def _check_files(junit: Path | None, card: Path | None) -> None:
+    """Refuse files that cannot be written, before any work.
+
+    Raises:  OutputError: naming the file.
+    """
+    if junit is not None and junit.is_dir():
+        raise OutputError(f"--junit {junit} is a folder; name a file in it.")
+    if card is not None and not card.is_file():
+        raise typer.BadParameter(f"--card {card} is no file; give the README.md of the model.")
+
+
+def _pages(report: Any, folder: Path | None, card: Path | None) -> None:
+    """The page, the text and the card, all from the report."""
+    if folder is None and card is None:
+        return
+    from melens.report import update_card, write_report
+
+    if folder is not None:
+        write_report(report, folder)
+    if card is not None:
+        update_card(card, report)
+
+
+@contextmanager
+def _clock(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left on a terminal; off it one line a stage."""
+    from tqdm.auto import tqdm
+
+    start, last = time.monotonic(), [""]
+    on_terminal = sys.stderr.isatty()
+    with tqdm(
+        total=1000, disable=quiet or not on_terminal, file=sys.stderr,
+        bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed}, left {remaining}",
+    ) as shown:  # fmt: skip
+
+        def tick(stage: str, done: int, total: int) -> None:
+            shown.total = total
+            if stage != last[0]:
+                last[0] = stage
+                shown.set_description_str(stage)
+                if not quiet and not on_terminal:
+                    _say_stage(stage, done / total, time.monotonic() - start)
+            shown.update(done - shown.n)
+
+        yield tick
+
+
+def _say_stage(stage: str, share: float, seconds: float) -> None:
+    left = f", about {seconds * (1 / share - 1):.0f} s left" if share >= LEAST_SHARE else ""
+    sys.stderr.write(f"melens: {stage} ({seconds:.0f} s so far{left})\n")

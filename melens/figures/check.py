@@ -1,0 +1,19 @@
+"""The picture of a check: its emergence profile."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from melens.errors import ResultError
+from melens.figures.profile import draw_profile
+from melens.figures.styles import figure
+from melens.results import CheckReport, MELayer
+
+
+@figure(CheckReport, "profile")
+def draw_check(result: CheckReport) -> Figure:
+    """The located ME Layer's profile, drawn from what the report holds of it."""
+    located = result.result("locate")
+    if not isinstance(located, MELayer):
+        raise ResultError("this report's 'locate' is no located ME Layer.")
+    return draw_profile(located)
