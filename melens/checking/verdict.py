@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from melens.checking.findings import RULES, Judgement, Rule, Unmeasured, View
+from melens.checking.findings.rule import nothing
 from melens.checking.policy import Policy, RulePolicy
 from melens.checking.stages import STAGES
 from melens.metrics.bootstrap import LEAST, resamples
@@ -47,7 +48,7 @@ def _answer(
         if stage is None:
             return Unmeasured(f"it needs the stage {need} (--budget {STAGES[need].budget})")
         if stage.status == "skipped":
-            return Judgement(found=False, value=None, source=None)
+            return nothing()
         return Unmeasured(f"the stage {need} could not run")
     return one.judge(view, says.threshold)
 
@@ -61,7 +62,7 @@ def _outcome(one: Rule, says: RulePolicy, found: Judgement | Unmeasured | None) 
     if status == "off":
         reason = "the policy turns it off"
     elif told is not None and told.value is None:
-        reason = "there is no massive token that it could be about"
+        reason = told.reason
     return RuleOutcome(
         id=one.card.id, title=one.card.looks_for, status=status, unit=one.card.unit,
         value=told and told.value, threshold=None if status == "off" else says.threshold,

@@ -26,7 +26,7 @@ def super_weight(view: View, threshold: float) -> Judgement:
     """The costliest weight that makes a spike, removed alone (Yu et al.)."""
     found = view.held("super_weights", SuperWeights)
     if not found.super_weights:
-        return nothing()
+        return nothing("no single weight makes a spike")
     at, worst = max(enumerate(found.super_weights), key=lambda pair: pair[1].loss_delta)
     where = f"layer {worst.layer} (counted from 0), down projection [{worst.row}, {worst.column}]"
     return Judgement(

@@ -63,7 +63,7 @@ def int8_per_tensor(view: View, threshold: float) -> Judgement:
         if row.median > 0
     ]
     if not found:
-        return nothing()
+        return nothing("the median activation is 0 at every layer")
     value, at = max(found)
     row = located.profile[at]
     dims = sorted({token.dim for token in located.massive} | {row.dim})

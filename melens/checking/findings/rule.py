@@ -47,6 +47,8 @@ class Judgement:
     title: str = ""
     """What was found, a short sentence without its full stop."""
     evidence: dict[str, Number] = field(default_factory=dict)
+    reason: str | None = None
+    """Why there is no value, where there is none."""
     advice: str | None = None
     """In place of the card's, where it depends on what was found."""
 
@@ -98,6 +100,6 @@ def rule(card: Card) -> Callable[[Judge], Judge]:
     return add
 
 
-def nothing() -> Judgement:
-    """No massive token: nothing that the rule could be about."""
-    return Judgement(found=False, value=None, source=None)
+def nothing(reason: str = "the model has no massive token") -> Judgement:
+    """The model lacks what the rule is about, so there is nothing to find."""
+    return Judgement(found=False, value=None, source=None, reason=reason)

@@ -74,7 +74,7 @@ def _lost(view: View, name: str, threshold: float) -> Judgement | Unmeasured:
     if name not in tried:
         return Unmeasured(f"there is no '{name}' to try")
     if not tried[WITH_BOS][1].massive:
-        return nothing()
+        return nothing("BOS itself is not massive")
     at, row = tried[name]
     share = 1 - row.massive / row.first_tokens
     return Judgement(
@@ -140,7 +140,7 @@ def sink_window(view: View, threshold: float) -> Judgement | Unmeasured:
     """The config's window against its context, where layers with a window have sinks."""
     window, context = (view.run.settings.get(name) for name in ("sliding_window", "context"))
     if not isinstance(window, int) or not isinstance(context, int) or not context:
-        return nothing()
+        return nothing("the model has no sliding window")
     layers = [int(n) for n in str(view.run.settings.get("windowed_layers") or "").split(",") if n]
     rates = view.held("sinks", Sinks).sink_rate.get(SINK_EPS, ())
     hit = [n for n in layers if n < len(rates) and (rates[n] or 0.0) >= SINK_RATE]
