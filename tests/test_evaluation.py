@@ -743,3 +743,31 @@ def test_help_needs_no_torch_and_names_every_task():
     )  # fmt: skip
     for task in (*FORCED_TASKS, *GENERATION_TASKS):
         assert task in done.stdout
+
+
+def test_token_changes_say_what_a_mean_hides():
+    from melens.evaluation.forced import Foreseen
+    from melens.evaluation.run import token_changes
+
+    def foreseen(*losses):
+        here = torch.tensor(losses)
+        return Foreseen(here, here > 0, here, here > 0)
+
+    found = token_changes(foreseen(1.0, 2.5, 3.005, 1.0), foreseen(2.0, 1.5, 3.0, 1.0))
+    assert found == {  # a mean of 0.001: one better, one worse, two as they were
+        "token_change": (pytest.approx(2.005 / 4, abs=1e-6), 4.0),
+        "tokens_better": (0.25, 4.0),
+        "tokens_worse": (0.25, 4.0),
+    }
+
+
+def test_every_token_s_loss_is_saved_and_averages_to_the_item_s(held, tmp_path):
+    path = tmp_path / "items.jsonl"
+    result = held(items=path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    for row in rows:
+        losses = row["about"]["token_loss"]
+        assert len(losses) == row["weight"]
+        assert sum(losses) / len(losses) == pytest.approx(row["value"], abs=1e-5)
+    assert result.base.also["token_change"] == 0
+    assert result.edited.also["token_change"] > 0

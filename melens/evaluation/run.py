@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from melens import emergence
 from melens.errors import MetricError, PromptError
 from melens.evaluation.conditions import check_edit, check_held, check_unedited, conditions
-from melens.evaluation.forced import Outcome, Runner
+from melens.evaluation.forced import Foreseen, Outcome, Runner
 from melens.evaluation.generated import generated
 from melens.evaluation.harness_rows import GENERATION_TASKS
 from melens.evaluation.rows import ItemRow, Rows
@@ -25,6 +27,9 @@ from melens.results.edit import Edit
 from melens.results.evaluation import Evaluation
 
 __all__ = ["Settings", "evaluate", "score_of"]
+
+TOKEN_STEP = 0.01
+"""Nats by which a token's loss must move to count as better or worse."""
 
 
 def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
@@ -121,7 +126,7 @@ def _forced(
 def _rows_of(task: ForcedTask, outcome: Outcome) -> list[ItemRow]:
     made = []
     for name, found in outcome.found.items():
-        for item, foreseen in zip(outcome.items, found, strict=True):
+        for item, foreseen, plain in zip(outcome.items, found, outcome.found["base"], strict=True):
             (value, weight), also = task.score(item, foreseen)
             if not math.isfinite(value):
                 raise MetricError(
@@ -130,5 +135,27 @@ def _rows_of(task: ForcedTask, outcome: Outcome) -> list[ItemRow]:
                 )
             if name in outcome.energy:
                 also = {**also, ENERGY: (outcome.energy[name], 1.0)}
-            made.append(ItemRow(item.id, name, value, weight, also, dict(item.about)))
+            also = {**also, **token_changes(foreseen, plain)}
+            about = {**item.about, "token_loss": _rounded(foreseen.loss)}
+            made.append(ItemRow(item.id, name, value, weight, also, about))
     return made
+
+
+def token_changes(edited: Foreseen, plain: Foreseen) -> dict[str, tuple[float, float]]:
+    """What a mean hides: how far single tokens' losses move, and which way.
+
+    Returns: name -> (mean over the item's scored tokens, their number): ``token_change``, |loss
+             edited - loss unedited| in nats; ``tokens_better`` and ``tokens_worse``, shares of
+             tokens that move by more than TOKEN_STEP.
+    """
+    apart = edited.loss.double() - plain.loss.double()
+    found = {
+        "token_change": apart.abs(),
+        "tokens_better": (apart < -TOKEN_STEP).double(),
+        "tokens_worse": (apart > TOKEN_STEP).double(),
+    }
+    return {name: (x.mean().item(), float(len(apart))) for name, x in found.items()}
+
+
+def _rounded(losses: Tensor) -> list[float]:
+    return [round(loss, 5) for loss in losses.tolist()]
