@@ -117,18 +117,18 @@ def _until(model: Any, scan: Any, until: int | None) -> int:
 def _choose(model: Any, tokens: Sequence[int] | None, sample: int, seed: int) -> dict[int, Why]:
     """Token ids in order, each once, with the reason for it."""
     found: dict[int, Why] = {}
-    if tokens is not None:
-        found.update(dict.fromkeys(tokens, "given"))
-    else:
-        for token, why in ((_bos(model), "bos"), (_chat_start(model), "chat")):
-            if token is not None:
-                found.setdefault(token, why)
+    for token in tokens or ():
+        found[token] = "given"
+    if tokens is None and (start := _bos(model)) is not None:
+        found[start] = "bos"
+    if tokens is None and (start := _chat_start(model)) is not None:
+        found.setdefault(start, "chat")
     size = model.cfg.d_vocab
     if too_high := [token for token in found if token >= size]:
         raise PromptError(f"token {too_high[0]} is outside the vocabulary, 0 to {size - 1}.")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    drawn = [token for token in order if token not in found][:sample]
-    found.update(dict.fromkeys(drawn, "sample"))
+    for token in [token for token in order if token not in found][:sample]:
+        found[token] = "sample"
     if not found:
         raise PromptError("this model has no BOS token or chat template; give token ids.")
     return found
@@ -143,7 +143,7 @@ def _bos(model: Any) -> int | None:
 
 
 def _chat_start(model: Any) -> int | None:
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     if not getattr(tokenizer, "chat_template", None):
         return None
     made = tokenizer.apply_chat_template(

@@ -75,7 +75,7 @@ class Hollow:
 
 def hollow_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> nn.Parameter:
     """NaN of any shape in the memory of one value: reading it by mistake cannot pass unseen, and
-    writing into it fails.
+    overwriting it fails.
     """  # noqa: D205
     value = torch.full((1,), float("nan"), dtype=dtype, device=device)
     return nn.Parameter(value.expand(shape) if shape else value[0], requires_grad=False)
@@ -161,7 +161,8 @@ def _pieces(
     """Where a parameter's values lie, under its own name or one that transformers translates."""
     known = checkpoint.tensors
     bare = name.removeprefix(f"{prefix}.") if prefix else name
-    spellings = dict.fromkeys((name, bare, name.replace(".mlp.", ".block_sparse_moe.")))
+    older = name.replace(".mlp.", ".block_sparse_moe.").replace("lm_head.", "embed_out.")
+    spellings = dict.fromkeys((name, bare, older))
     found: tuple[Piece, ...] = ()
     for spelling in spellings:
         found = found or (

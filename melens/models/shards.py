@@ -130,10 +130,11 @@ class Checkpoint:
 
     def _bytes(self, stored: Stored, offset: int, count: int) -> Tensor:
         buffer = torch.empty(count, dtype=torch.uint8)
+        array: Any = buffer.numpy()
         try:
             with stored.file.open("rb", buffering=0) as file:
                 file.seek(stored.start + offset)
-                got = _fill(file, memoryview(buffer.numpy()))
+                got = _fill(file, memoryview(array))
         except OSError as error:
             raise WeightsError(f"cannot read {stored.file}: {error.strerror}.") from None
         if got != count:

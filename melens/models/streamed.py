@@ -61,7 +61,7 @@ class BlockStream:
             self._require_no_copies(layer, block)
             block.register_forward_pre_hook(self._entering(layer))
             block.register_forward_hook(self._leave, always_call=True)
-        table = hollow.embedding.module
+        table: Any = hollow.embedding.module
         table.padding_idx = None  # rows are renumbered; it matters to gradients alone
         table.register_forward_pre_hook(self._embed)
         table.register_forward_hook(self._embedded, always_call=True)

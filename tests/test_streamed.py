@@ -1,0 +1,357 @@
+"""Blocks read from disk while the model runs: the same numbers, one block at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from melens.batches import Batch
+from melens.capture import stream
+from melens.emergence import locate
+from melens.emergence.trajectory import LastRow, trace
+from melens.errors import ModelError, PromptError, SiteError, WeightsError
+from melens.foresight.reaching import reach
+from melens.models import FAMILIES, fingerprint, load
+from melens.models.anatomy import anatomy, resid_post, resid_pre
+from melens.models.hollow import hollow_parameter
+from melens.models.streamed import load_streamed, stream_of
+from melens.results import load_result
+
+NAMES = [name for name, _ in FAMILIES.items()]
+
+
+@pytest.fixture(scope="session")
+def folder_of(make_tiny, tokenizer, tmp_path_factory):
+    """A family's tiny model as a folder of several shards, made once."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            make_tiny(family).save_pretrained(made[family], max_shard_size="60KB")
+            tokenizer.save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def folder(folder_of, tmp_path):
+    """A tiny Llama's folder, free to be damaged."""
+    return shutil.copytree(folder_of("llama"), tmp_path / "model")
+
+
+def everything(model, batch):
+    """Every write and residual that an anatomy knows, bit by bit."""
+    taps = {resid_pre(0): LastRow()}
+    for block in anatomy(model).blocks:
+        sites = (*block.mixer_writes, block.ffn_write, resid_post(block.layer))
+        taps |= {site: LastRow() for site in sites if site}
+    stream(model, batch, taps)
+    return {site: tap.result() for site, tap in taps.items()}
+
+
+def comparable(result):
+    return {**json.loads(result.to_json()), "run": None}
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_streams_bit_by_bit(folder_of, family, ids):
+    folder, batch = folder_of(family), Batch.of(ids)
+    whole, streamed = load(folder, device="cpu"), load_streamed(folder, device="cpu")
+    expected, found = everything(whole, batch), everything(streamed, batch)
+    assert set(found) == set(expected)
+    for site, value in expected.items():
+        assert torch.equal(found[site], value), site
+    located, there = locate(whole, [batch]), locate(streamed, [batch])
+    assert comparable(there) == comparable(located)
+    assert there.run.weights == located.run.weights == fingerprint(whole)
+    assert (there.run.model, there.run.dtype) == (located.run.model, located.run.dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3-moe"])
+def test_one_block_is_in_memory_and_none_afterwards(folder_of, family, ids):
+    streamed = load_streamed(folder_of(family), device="cpu")
+    sizes = [sum(slot.hollow.numel() for slot in b) for b in stream_of(streamed)._hollow.blocks]
+    seen = []
+
+    def real(model):
+        parts = {id(p): p for p in model.blocks.parameters() if not p.isnan().all()}
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in parts.values()}
+        return sum(storage.nbytes() for storage in storages.values()) // 4
+
+    class Count:
+        def update(self, x, batch):
+            seen.append(real(streamed))
+
+        def result(self):
+            return seen
+
+    stream(streamed, Batch.of(ids), {resid_post(i): Count() for i in range(len(sizes))})
+    assert seen == sizes
+    assert real(streamed) == 0
+    assert streamed.embed.weight.isnan().all()
+
+
+def test_only_the_rows_of_the_tokens_are_read(folder, ids):
+    streamed = load_streamed(folder, device="cpu")
+    reading = stream_of(streamed)
+    before = reading.checkpoint.bytes_read
+    stream(streamed, Batch.of(ids), {resid_pre(0): LastRow()})
+    block = sum(slot.hollow.numel() for slot in reading._hollow.blocks[0])
+    assert reading.checkpoint.bytes_read - before == (len(ids.unique()) * 32 + block) * 4
+
+
+def test_half_precision_files_give_the_numbers_of_an_ordinary_load(
+    make_tiny, tokenizer, tmp_path, ids
+):
+    make_tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    streamed = load_streamed(tmp_path, device="cpu", need_tokenizer=False)
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    whole = load(hf, tokenizer=tokenizer)
+    assert next(streamed.parameters()).dtype == torch.float32
+    expected = everything(whole, Batch.of(ids))
+    for site, value in everything(streamed, Batch.of(ids)).items():
+        assert torch.equal(value, expected[site]), site
+
+
+def test_what_a_streamed_model_cannot_do_is_refused_or_nan(folder, ids):
+    streamed = load_streamed(folder, device="cpu")
+    with pytest.raises(ModelError, match="gives no logits"):
+        streamed(ids)
+    assert streamed.blocks[0].mlp.out.weight.isnan().all()
+    with pytest.raises(RuntimeError), torch.no_grad():
+        streamed.blocks[0].mlp.out.weight.mul_(2.0)
+    assert hollow_parameter((5, 7), torch.float32, "cpu").untyped_storage().nbytes() == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("entry", r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("shard", r"is missing from"),
+        ("cut", r"model-00002-of-\d+\.safetensors is truncated"),
+        (
+            "shape",
+            r"model\.layers\.1\.mlp\.up_proj\.weight in .* has shape \[64, 16\]; .*\[64, 32\]",
+        ),
+        ("wrong", r"index\.json says that .* holds model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("nan", r"model\.layers\.1\.mlp\.up_proj\.weight in .* holds 1 NaN or Inf of 2048"),
+    ],
+)
+def test_damage_is_one_line_that_names_the_tensor(folder, damage, message):
+    name, index = "model.layers.1.mlp.up_proj.weight", folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    file = folder / data["weight_map"][name]
+    tensors = load_file(file)
+    if damage == "entry":
+        del data["weight_map"][name]
+    elif damage == "wrong":
+        data["weight_map"][name] = next(f for f in data["weight_map"].values() if f != file.name)
+    elif damage == "shard":
+        file.unlink()
+    elif damage == "cut":
+        file = folder / sorted(set(data["weight_map"].values()))[1]
+        file.write_bytes(file.read_bytes()[:-40])
+    elif damage == "nan":
+        tensors[name][3, 4] = float("nan")
+    elif damage == "shape":
+        tensors[name] = tensors[name][:, :16].contiguous()
+    if damage in ("nan", "shape"):
+        save_file(tensors, file, metadata={"format": "pt"})
+    index.write_text(json.dumps(data))
+    with pytest.raises(WeightsError, match=message) as found:
+        load_streamed(folder, device="cpu")
+    assert "\n" not in str(found.value)
+
+
+def test_a_file_cut_while_it_runs_is_named(folder, ids):
+    streamed = load_streamed(folder, device="cpu")
+    file = stream_of(streamed).checkpoint.tensors["model.layers.2.mlp.down_proj.weight"].file
+    file.write_bytes(file.read_bytes()[:600])
+    with pytest.raises(WeightsError, match=f"{file.name} ends inside model.layers.2"):
+        locate(streamed, [Batch.of(ids)])
+
+
+def test_gguf_quantised_and_local_revisions_are_refused(folder):
+    with pytest.raises(ModelError, match="stream a safetensors folder"):
+        load_streamed("some.gguf")
+    with pytest.raises(ModelError, match="revision belongs to a hub id"):
+        load_streamed(folder, revision="main")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="quantised"):
+        load_streamed(folder)
+
+
+RESUMED = ["llama", "gpt2", "neox", "gemma2", "gemma3", "olmo2", "mixtral", "qwen3-next", "phi3"]
+
+
+@pytest.mark.parametrize("family", RESUMED)
+def test_an_interrupted_pass_goes_on_at_the_block_where_it_stopped(
+    folder_of, family, ids, tmp_path
+):
+    batch, folder = Batch.of(ids), folder_of(family)
+    expected = comparable(locate(load_streamed(folder, device="cpu"), [batch]))
+    first = load_streamed(folder, device="cpu", keep=tmp_path)
+
+    def stop(done, total):
+        if stream_of(first).blocks_read == 3 + first.cfg.n_layers:  # after the contract's pass
+            raise KeyboardInterrupt
+
+    stream_of(first).progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        locate(first, [batch])
+    kept = sorted(tmp_path.rglob("block-*"))
+    assert len(kept) == 2
+    assert not list(tmp_path.rglob("*.tmp"))
+    second = load_streamed(folder, device="cpu", keep=tmp_path)
+    assert stream_of(second).blocks_read == 0  # the contract held already
+    assert comparable(locate(second, [batch])) == expected
+    plain = load_streamed(folder, device="cpu")
+    locate(plain, [batch])
+    saved = stream_of(plain).blocks_read - plain.cfg.n_layers - stream_of(second).blocks_read
+    assert saved == 2
+
+
+def test_a_tape_of_other_weights_is_not_used(folder_of, ids, tmp_path, make_tiny, tokenizer):
+    locate(load_streamed(folder_of("llama"), device="cpu", keep=tmp_path), [Batch.of(ids)])
+    other = tmp_path / "other"
+    make_tiny("llama", seed=5).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    expected = locate(load(other, device="cpu"), [Batch.of(ids)])
+    found = locate(load_streamed(other, device="cpu", keep=tmp_path), [Batch.of(ids)])
+    assert comparable(found) == comparable(expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "olmo2", "neox"])
+def test_the_reach_is_the_trajectory_of_locate(folder_of, family):
+    tokens = [1, 40, 7, 22]
+    found = reach(folder_of(family), tokens=tokens)
+    paths = trace(load(folder_of(family), device="cpu"), [[token] for token in tokens])
+    for token, path in zip(found.tokens, paths, strict=True):
+        largest = path.resid[1:].abs().amax(-1).tolist()
+        assert token.largest == pytest.approx(largest, rel=1e-5)
+        assert token.dims == tuple(path.resid[1:].abs().argmax(-1).tolist())
+        assert abs(token.value) == pytest.approx(max(largest), rel=1e-5)
+    for row in found.profile:
+        at = [path.ffn[row.layer] for path in paths]
+        assert abs(row.write) == pytest.approx(max(x.abs().max().item() for x in at), rel=1e-5)
+        values = torch.stack([path.resid[row.layer + 1] for path in paths])
+        assert abs(row.value) == pytest.approx(values.abs().max().item(), rel=1e-5)
+        assert row.token_id == tokens[int(values.abs().amax(-1).argmax())]
+
+
+class Bound:
+    def __init__(self, layer, ceiling, dim):
+        self.layer, self.ceiling, self.dim = layer, ceiling, dim
+
+
+class Scan:
+    """What a WeightScan says, as far as the reach asks."""
+
+    erase_layer = 1
+    profile = (Bound(0, 50.0, 3), Bound(1, None, None), Bound(2, 8.0, 4))
+
+
+def test_the_reach_stops_at_the_erase_layer_and_reads_no_further(folder_of):
+    streamed = load_streamed(folder_of("llama"), device="cpu")
+    before = stream_of(streamed).blocks_read
+    found = reach(streamed, Scan, tokens=[1, 9])
+    assert stream_of(streamed).blocks_read - before == 2 == found.until + 1
+    paths = trace(load(folder_of("llama"), device="cpu"), [[1], [9]])
+    most = max(abs(path.ffn[0, 3].item()) for path in paths)
+    assert found.profile[0].used == pytest.approx(most / 50.0, rel=1e-5)
+    assert found.profile[1].used is None
+    assert "the layers after 1 were not run" in found.summary()
+    assert reach(streamed, Scan, tokens=[1], until=2).until == 2
+
+
+def test_the_reach_tries_bos_the_chat_and_a_seeded_sample(folder_of):
+    streamed = load_streamed(folder_of("llama"), device="cpu")
+    found = reach(streamed, sample=5, seed=3)
+    assert [token.why for token in found.tokens] == ["bos"] + ["sample"] * 5
+    assert found.tokens[0].token == "<s>"
+    assert [t.token_id for t in reach(streamed, sample=5, seed=3).tokens] == [
+        t.token_id for t in found.tokens
+    ]
+    streamed.tokenizer.chat_template = "w9 {{ messages[0]['content'] }}"
+    try:
+        assert [(t.why, t.token_id) for t in reach(streamed, sample=0).tokens] == [
+            ("bos", 1), ("chat", 9),
+        ]  # fmt: skip
+    finally:
+        streamed.tokenizer.chat_template = None
+
+
+def test_the_reach_refuses_what_is_not_there(folder_of):
+    streamed = load_streamed(folder_of("llama"), device="cpu")
+    with pytest.raises(PromptError, match="token 64 is outside the vocabulary, 0 to 63"):
+        reach(streamed, tokens=[64])
+    with pytest.raises(PromptError, match="no token to try"):
+        reach("nowhere", tokens=[])
+    with pytest.raises(PromptError, match="count from 0, got -1"):
+        reach("nowhere", tokens=[-1])
+    with pytest.raises(SiteError, match=r"layer 3 is outside 0\.\.2"):
+        reach(streamed, until=3)
+
+
+def test_the_reach_survives_saving(folder_of, tmp_path):
+    found = reach(folder_of("gemma2"), Scan, tokens=[1, 9, 12])
+    (tmp_path / "reach.json").write_text(found.to_json())
+    again = load_result(tmp_path / "reach.json")
+    assert again == found
+    assert again.plot().axes
+
+
+def run(arguments, capsys):
+    from melens.cli.app import _run
+
+    code = _run(arguments, debug=False)
+    return code, capsys.readouterr()
+
+
+def test_the_commands(folder_of, capsys, tmp_path):
+    model = str(folder_of("llama"))
+    text = " ".join(f"w{3 + i * 7 % 60}" for i in range(300))
+    (tmp_path / "text.txt").write_text(text)
+    options = ["--text", str(tmp_path / "text.txt"), "--n-seq", "3", "--length", "20", "--json"]
+    code, plain = run(["locate", model, *options, "--batch-size", "3"], capsys)
+    assert code == 0
+    out = tmp_path / "out"
+    code, streamed = run(["locate", model, *options, "--stream", "--out", str(out)], capsys)
+    assert code == 0
+    assert {**json.loads(streamed.out), "run": 0} == {**json.loads(plain.out), "run": 0}
+    assert "blocks read of 3 in the model" in streamed.err
+    assert sorted(f.name for f in out.iterdir()) == ["locate.json", "profile.png", "profile.svg"]
+    code, made = run(["locate", model, *options[:2], "--stream", "-q", "--json"], capsys)
+    settings = json.loads(made.out)["run"]["settings"]
+    assert (code, settings["sequences"], settings["length"]) == (0, 2, 64)
+    code, made = run(["reach", model, "--token", "5", "--until", "1", "--out", str(out)], capsys)
+    assert code == 0
+    assert "the layers after 1 were not run" in made.out
+    assert (out / "reach.json").is_file()
+    assert not (out / ".stream").exists()
+    code, made = run(["reach", model, "--scan", str(out / "locate.json")], capsys)
+    assert code == 2
+    assert "give a scan.json" in made.err
+
+
+@pytest.mark.weights
+def test_smollm2_streamed_is_the_ordinary_locate(smol):
+    from melens import prompts
+
+    texts = prompts(n=2, length=64)
+    streamed = load_streamed("smollm2-135m", device="cpu")
+    found, expected = locate(streamed, texts), locate(smol, texts)
+    assert comparable(found) == comparable(expected)
+    assert found.run.weights == expected.run.weights
