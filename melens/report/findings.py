@@ -1,0 +1,70 @@
+"""Findings and rules as the page shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from melens.report.sections import Fact, Table
+from melens.report.source import Source, step
+from melens.report.text import number_text
+from melens.results.check import CheckReport, Finding
+
+SIGNS = {"critical": "✗", "warning": "▲", "info": "●"}
+"""Beside the word, so that no colour has to say it."""
+
+
+@dataclass(frozen=True)
+class FindingView:
+    """One finding, its numbers with their addresses."""
+
+    id: str
+    severity: str
+    sign: str
+    title: str
+    facts: list[Fact]
+    why: str
+    advice: str
+
+
+def finding_views(report: CheckReport, source: Source) -> list[FindingView]:
+    """In the report's order, the gravest first."""
+    return [
+        FindingView(
+            found.id, found.severity, SIGNS[found.severity], found.title,
+            _facts(found, f"/findings/{i}", source), found.why, found.advice,
+        )
+        for i, found in enumerate(report.findings)
+    ]  # fmt: skip
+
+
+def _facts(found: Finding, at: str, source: Source) -> list[Fact]:
+    made = [
+        Fact("Measured", source.number(f"{at}/value", unit=found.unit)),
+        Fact("Policy's threshold", source.number(f"{at}/threshold", unit=found.unit)),
+        Fact("Read from", source.link(found.source, found.source)),
+    ]
+    return made + [
+        Fact(name.replace("_", " "), source.number(f"{at}/evidence{step(name)}"))
+        for name in found.evidence
+    ]
+
+
+def rule_table(report: CheckReport, source: Source) -> Table:
+    """Every rule, found or not."""
+    rows = []
+    for i, rule in enumerate(report.rules):
+        at = f"/rules/{i}"
+        rows.append([
+            rule.id, rule.title, rule.status,
+            "" if rule.value is None else source.number(f"{at}/value", unit=rule.unit),
+            "" if rule.threshold is None else source.number(f"{at}/threshold", unit=rule.unit),
+            rule.reason or "",
+        ])  # fmt: skip
+    columns = ("rule", "looks for", "outcome", "measured", "threshold", "why not")
+    return Table(f"All {len(rows)} rules of the check", columns, rows, folded=True)
+
+
+def measured_text(found: Finding) -> tuple[str, str]:
+    """Value and threshold with their unit."""
+    value, threshold = (number_text(number) for number in (found.value, found.threshold))
+    return f"{value} {found.unit}".strip(), f"{threshold} {found.unit}".strip()
