@@ -16,11 +16,11 @@ from melens.checking.policy_lines import Parsed, parsed
 from melens.errors import PolicyError
 from melens.registry import Registry
 from melens.results.base import Part
-from melens.results.check import PolicyUsed, Severity
+from melens.results.check import PolicyUsed
 
 PRESETS = ("default", "strict", "research")
-Level = Severity | Literal["off"]
-FailOn = Severity | Literal["never"]
+Level = Literal["off", "info", "warning", "critical"]
+FailOn = Literal["info", "warning", "critical", "never"]
 
 
 class RulePolicy(Part):

@@ -67,7 +67,7 @@ def _add(name: str, budget: Budget, work: float, *, token: bool = False) -> Call
     return register
 
 
-@_add("locate", "quick", 4)
+@_add("locate", "quick", 4.0)
 def _locate(bench: Bench, tick: Tick) -> Result:
     return locate_in(bench.inputs, progress=tick)
 
@@ -77,48 +77,48 @@ def _known(bench: Bench, tick: Tick) -> Result:
     return known(bench.located.run.model, bench.located)
 
 
-@_add("describe", "quick", 4)
+@_add("describe", "quick", 2.0)
 def _describe(bench: Bench, tick: Tick) -> Result:
     return describe(bench.model, bench.located, bench.texts, progress=tick)
 
 
-@_add("collapse", "quick", 14)
+@_add("collapse", "quick", 17.0)
 def _collapse(bench: Bench, tick: Tick) -> Result:
     return collapse(bench.model, bench.located, bench.texts, progress=tick)
 
 
-@_add("sinks", "quick", 3)
+@_add("sinks", "quick", 8.0)
 def _sinks(bench: Bench, tick: Tick) -> Result:
     return sinks(bench.model, bench.located, bench.texts, progress=tick)
 
 
-@_add("cache_norms", "quick", 2, token=True)
+@_add("cache_norms", "quick", 8.0, token=True)
 def _cache_norms(bench: Bench, tick: Tick) -> Result:
     return cache_norms(bench.inputs, bench.located, progress=tick)
 
 
-@_add("attention", "quick", 1)
+@_add("attention", "quick", 2.0)
 def _attention(bench: Bench, tick: Tick) -> Result:
     layers, heads = telling_heads(bench)
     return attention(bench.model, bench.located, bench.first, layers=layers, heads=heads)
 
 
-@_add("isolate", "standard", 120, token=True)
+@_add("isolate", "standard", 120.0, token=True)
 def _isolate(bench: Bench, tick: Tick) -> Result:
     return isolate(bench.model, bench.located, bench.short, progress=tick)
 
 
-@_add("super_weights", "standard", 40)
+@_add("super_weights", "standard", 40.0)
 def _super_weights(bench: Bench, tick: Tick) -> Result:
     return super_weights(bench.model, bench.short, me_layer=bench.located, progress=tick)
 
 
-@_add("edits", "standard", 10, token=True)
+@_add("edits", "standard", 10.0, token=True)
 def _edits(bench: Bench, tick: Tick) -> Result:
     return edit_losses(bench, tick)
 
 
-@_add("dose", "full", 30, token=True)
+@_add("dose", "full", 30.0, token=True)
 def _dose(bench: Bench, tick: Tick) -> Result:
     return dose_losses(bench, tick)
 
