@@ -9,6 +9,7 @@ from melens.cli import (  # noqa: F401
     long_context_table,
     patch_command,
     reach_table,
+    scan_table,
     super_weights_table,
     tune_table,
 )

@@ -21,6 +21,7 @@ from melens.cli.long_context_command import long_context
 from melens.cli.measure_commands import attention, collapse, describe, sinks
 from melens.cli.patch_command import patch
 from melens.cli.reach_command import reach
+from melens.cli.scan_command import scan
 from melens.cli.super_weights_command import super_weights
 from melens.cli.tune_command import tune
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
@@ -64,6 +65,7 @@ def options(
 
 
 app.command()(locate)
+app.command()(scan)
 app.command()(describe)
 app.command()(collapse)
 app.command()(sinks)

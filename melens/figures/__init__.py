@@ -11,6 +11,7 @@ from melens.figures import (
     profile,
     ranks,
     reach,
+    scan,
     sink_maps,
     super_weights,
     token_curves,
@@ -20,7 +21,8 @@ from melens.figures.draw import FORMATS, draw, inline, save_figure
 from melens.figures.styles import FIGURES
 
 MODULES = (profile, token_curves, ranks, sink_maps, attention, causes, super_weights, patch_grid,
-           evaluation, long_context, tuning, check, diff, reach)  # fmt: skip
+           evaluation, long_context, tuning, check, diff, reach,
+           scan)  # fmt: skip
 """Imported for what they register in FIGURES; the order is that of the documentation."""
 
 __all__ = ["FIGURES", "FORMATS", "MODULES", "draw", "inline", "save_figure"]

@@ -34,6 +34,7 @@ from melens.results.locate import (
 from melens.results.long_context import LongContext
 from melens.results.patch import Axis, PatchGrid
 from melens.results.reach import Reach
+from melens.results.scan import Candidate, LayerCeiling, WeightScan
 from melens.results.sinks import Sinks
 from melens.results.super_weights import SuperWeight, SuperWeights
 from melens.results.tune import Tuning
@@ -42,6 +43,7 @@ __all__ = [
     "AttentionMaps",
     "Axis",
     "CacheNorms",
+    "Candidate",
     "CheckReport",
     "Collapse",
     "CollapseRow",
@@ -58,14 +60,15 @@ __all__ = [
     "HeadMap",
     "Isolation",
     "KnownCheck",
+    "LayerCeiling",
     "LayerRow",
     "LongContext",
     "MELayer",
     "MassiveToken",
     "PatchGrid",
     "PolicyUsed",
-    "Recommendation",
     "Reach",
+    "Recommendation",
     "Result",
     "RuleOutcome",
     "Sinks",
@@ -77,6 +80,7 @@ __all__ = [
     "TokenNorms",
     "TokenPortrait",
     "Tuning",
+    "WeightScan",
     "Writer",
     "load_result",
 ]

@@ -1,0 +1,50 @@
+"""scan."""
+
+from __future__ import annotations
+
+from melens.cli import options as opt
+
+KEPT = "scan-layers.jsonl"
+
+
+def scan(
+    model: opt.Model,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    revision: opt.Revision = None,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Foretell MODEL's ME Layer from its weights alone: nothing is run, no tokenizer is needed.
+
+    For every layer, the most that a single FFN neuron could write into one coordinate of the
+    residual stream, norm gains included; then the neurons that stand out, the coordinates they
+    share, and the layers where those are made and erased. Reads the weights a piece at a time, so
+    models that do not fit into memory can be scanned. Of a Hugging Face id only the tensors that
+    are needed are fetched. Interrupted, a scan with --out goes on where it was.
+
+    Examples:
+      melens scan smollm2-135m --out runs/scan
+
+      melens scan ./Llama-3.1-8B --json
+    """
+    import os
+
+    from melens.cli import output
+
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["MELENS_OFFLINE"] = "1"
+    out = output.writable(out)
+    from melens.foresight import scan as look
+
+    kept = None if out is None else out / KEPT
+    with output.bar("layers", quiet=quiet) as tick:
+        result = look(
+            model, device=None if device == "auto" else device, revision=revision, keep=kept,
+            progress=tick,
+        )  # fmt: skip
+    output.save(result, out, "scan", "scan")
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+    output.show(result, as_json=as_json, folder=out)

@@ -1,0 +1,65 @@
+"""The tables of a weights-only scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from melens.cli.output import table
+from melens.cli.tables import TABLES
+
+MOST = 12
+"""Candidates that the table lists; the JSON has all."""
+PATHS = {
+    "gated": "norm, then a gated FFN", "plain": "norm, then an FFN without a gate",
+    "after a norm": "one neuron alone, through the norm behind the FFN",
+}  # fmt: skip
+ROLES = {"emerge": "makes", "erase": "erases", "other": "-"}
+
+
+@TABLES.register("scan")
+def _scan(result: Any) -> None:
+    paths = sorted({PATHS[row.path] for row in result.profile if row.path is not None})
+    typer.echo(f"The loudest neuron of each layer, by what it could write ({'; '.join(paths)}):")
+    table([_layer(row) for row in result.profile])
+    for row in result.profile:
+        if not row.covered:
+            typer.echo(f"Layer {row.layer} is not covered: {row.reason}.")
+    if result.candidates:
+        typer.echo(
+            "\nCandidates; an entry is down_proj.weight[dim, neuron], and its ceiling is what its "
+            "neuron could write through it:"
+        )
+        shown = sorted(result.candidates, key=lambda found: -found.ratio_to_median)[:MOST]
+        table([_candidate(found) for found in shown])
+        if (more := len(result.candidates) - len(shown)) > 0:
+            typer.echo(f"({more} more in the JSON.)")
+    typer.echo(f"\nRule: {result.rule}.")
+    typer.echo(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
+
+
+def _layer(row: Any) -> dict[str, Any]:
+    made = {
+        "layer": row.layer, "ceiling": row.ceiling, "x median": row.ratio_to_median,
+        "neuron": _neuron(row), "dim": row.dim, "sign": _sign(row.sign),
+    }  # fmt: skip
+    return made if row.whole is None else made | {"whole FFN": row.whole, "at dim": row.whole_dim}
+
+
+def _candidate(found: Any) -> dict[str, Any]:
+    needs = zip(found.needs.dims[:3], found.needs.weights[:3], strict=True)
+    return {
+        "layer": found.layer, "neuron": _neuron(found), "dim": found.dim, "entry": found.value,
+        "ceiling": found.ceiling, "x median": found.ratio_to_median, "cosine": found.cosine,
+        "sign": _sign(found.sign), "": ROLES[found.role],
+        "needs most": ", ".join(f"{dim}: {weight:+.2f}" for dim, weight in needs),
+    }  # fmt: skip
+
+
+def _neuron(row: Any) -> Any:
+    return row.neuron if row.expert is None else f"{row.neuron} (expert {row.expert})"
+
+
+def _sign(sign: int | None) -> str | None:
+    return None if sign is None else "+" if sign > 0 else "-"

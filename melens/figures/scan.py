@@ -1,0 +1,85 @@
+"""The weights-only scan: every layer's highest ceiling, and what it foretells."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, figure, plain
+from melens.results.scan import WeightScan
+
+MUTED, ERASE_COLOUR = "#999999", "#0072B2"
+MARKS = {"emerge": "^", "erase": "v", "other": "o"}
+
+
+@figure(WeightScan, "ceilings")
+def draw_ceilings(result: WeightScan) -> Figure:
+    """Left: ceiling of each layer's loudest neuron and of its median one. Right: their ratio."""
+    made = Figure(figsize=(PAGE, 3.1), layout="constrained")
+    ceilings, ratios = made.subplots(1, 2)
+    _ceilings(ceilings, result)
+    _ratios(ratios, result)
+    handles, names = ceilings.get_legend_handles_labels()
+    if handles:
+        made.legend(handles, names, loc="outside lower center", ncols=4)
+    made.suptitle(plain(f"{result.run.model}: what single FFN neurons could write"), fontsize=8)
+    return made
+
+
+def _ceilings(axes: Axes, result: WeightScan) -> None:
+    if any(row.whole is not None for row in result.profile):
+        axes.plot(*_line(result, "whole"), color="black", ls=":", label="bound of the whole FFN")
+    axes.plot(*_line(result, "ceiling"), color=MUTED, label="loudest neuron")
+    axes.plot(*_line(result, "median"), color=MUTED, ls="--", label="median neuron")
+    _points(axes, result, "ceiling")
+    axes.set_ylabel("ceiling (residual units)")
+    _frame(axes, result)
+
+
+def _ratios(axes: Axes, result: WeightScan) -> None:
+    axes.plot(*_line(result, "ratio_to_median"), color=MUTED)
+    _points(axes, result, "ratio_to_median")
+    axes.set_ylabel("loudest / median neuron")
+    _frame(axes, result)
+
+
+def _line(result: WeightScan, field: str) -> tuple[list[int], list[float]]:
+    """A field by layer; layers without it are left out."""
+    found = [(row.layer, getattr(row, field)) for row in result.profile]
+    found = [(layer, value) for layer, value in found if value is not None]
+    return [layer for layer, _ in found], [value for _, value in found]
+
+
+def _points(axes: Axes, result: WeightScan, value: str) -> None:
+    """Candidates, coloured by their dimension; up = it makes, down = it erases."""
+    colours = {dim: f"C{i}" for i, dim in enumerate(result.dims)}
+    named: set[int] = set()
+    for found in result.candidates:
+        colour = colours.get(found.dim, MUTED)
+        label = f"dim {found.dim}" if found.dim in colours and found.dim not in named else None
+        named.add(found.dim)
+        axes.plot(
+            found.layer, getattr(found, value), marker=MARKS[found.role], color=colour, ls="",
+            ms=5 if found.dim in colours else 3, label=label,
+        )  # fmt: skip
+
+
+def _frame(axes: Axes, result: WeightScan) -> None:
+    if any(row.covered and row.ceiling for row in result.profile):
+        axes.set_yscale("log")
+    axes.set_xlabel(LAYER_LABEL)
+    axes.set_xlim(-0.5, result.n_layers - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    marks = ((result.me_layer, ME_COLOUR, "foretold ME Layer", 0.93),
+             (result.erase_layer, ERASE_COLOUR, "foretold erasure", 0.03))  # fmt: skip
+    for layer, colour, text, height in marks:
+        if layer is None:
+            continue
+        axes.axvline(layer, color=colour, lw=0.8)
+        late = layer > result.n_layers / 2
+        axes.annotate(
+            f"{text} {layer}", (layer, height), xytext=(-4 if late else 4, 0),
+            xycoords=("data", "axes fraction"), textcoords="offset points", color=colour,
+            fontsize=7, ha="right" if late else "left",
+        )  # fmt: skip

@@ -1,0 +1,252 @@
+"""A checkpoint's tensors by name and row, read one piece at a time; no model is ever built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.errors import WeightsError
+from melens.foresight.blobs import Blob, FileBlob
+from melens.models.files import HEADER_LIMIT, INDEX, check_safetensors, read_json
+
+FLOATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+"""Stored as plain numbers; a GGUF's block formats are dequantised instead."""
+PIECE = 1 << 21
+"""Bytes read at once: small enough to stay in the processor's cache until they are used."""
+EDGE = 1 << 16
+"""Bytes hashed at the end of every file, beside its header."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: rows of its last dimension, one after the other."""
+
+    shape: tuple[int, ...]
+    kind: str
+    """A key of ``FLOATS``, or the name of a GGUF block format."""
+    blob: Blob
+    start: int
+    row_bytes: int
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a model's files, and what its config says."""
+
+    name: str
+    """As shown: the folder's or file's name, a named model, a hub id."""
+    kind: str
+    """``safetensors`` or ``gguf``."""
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+    blobs: tuple[Blob, ...]
+    where: str
+    """What lists the tensors, for errors: the index, or the one file."""
+    revision: str | None = None
+    bytes_read: int = 0
+    _buffers: dict[int, bytearray] = field(default_factory=dict)
+
+    def key(self, *, times: bool = False) -> str:
+        """Short hash of the files' names, sizes, ends and tensor tables; not of every byte.
+
+        Args:    times: of the files' times too, so that a file rewritten in place is another.
+        """  # fmt: skip
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for blob in self.blobs:
+            digest.update(f"{blob.name} {blob.size} {blob.stamp if times else 0}".encode())
+            edge = bytearray(min(EDGE, blob.size))
+            blob.read_into(blob.size - len(edge), memoryview(edge))
+            digest.update(edge)
+        for name, stored in sorted(self.tensors.items()):
+            digest.update(f"{name}{stored.shape}{stored.kind}{stored.start}".encode())
+        return digest.hexdigest()[:16]
+
+    def stored(self, name: str) -> Stored:
+        """Where a tensor lies.
+
+        Raises:  WeightsError: no such tensor, naming it and what should list it.
+        """
+        if name not in self.tensors:
+            raise WeightsError(f"{self.where} lists no tensor {name}; fetch the model again.")
+        return self.tensors[name]
+
+    def vector(self, name: str, length: int) -> Float[Tensor, " length"]:
+        """A whole one-dimensional tensor in float32, on the CPU.
+
+        Raises:  WeightsError: missing, of another shape, or not finite.
+        """
+        stored = self.stored(name)
+        if stored.shape != (length,):
+            raise WeightsError(
+                f"{name} in {stored.blob.name} has shape {stored.shape}, expected ({length},)."
+            )
+        found = self.rows(name, 0, 1)[0].float().clone()
+        if not torch.isfinite(found).all():
+            raise WeightsError(f"{name} in {stored.blob.name} holds NaN or Inf.")
+        return found
+
+    def rows(self, name: str, first: int, last: int, *, slot: int = 0) -> Tensor:
+        """Rows ``first`` to ``last`` (not included) as (row, column), in their own dtype.
+
+        Block formats come dequantised to float32. The tensor may share the buffer of its
+        ``slot``: the next read into that slot overwrites it.
+
+        Raises:  WeightsError: an unknown number format, or a file that ends early.
+        """
+        stored = self.stored(name)
+        size = (last - first) * stored.row_bytes
+        buffer = self._buffers.get(slot)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[slot] = bytearray(size)
+        view = memoryview(buffer)[:size]
+        stored.blob.read_into(stored.start + first * stored.row_bytes, view)
+        self.bytes_read += size
+        if stored.kind in FLOATS:
+            kind = FLOATS[stored.kind]
+            flat = torch.frombuffer(buffer, dtype=kind, count=size // kind.itemsize)
+            return flat.view(last - first, stored.shape[-1])
+        return _dequantised(name, stored, view).view(last - first, stored.shape[-1])
+
+    def piece(self, name: str) -> int:
+        """Rows of a tensor that make one piece."""
+        return max(1, PIECE // self.stored(name).row_bytes)
+
+    def close(self) -> None:
+        """Give the files back; the buffers too."""
+        for blob in self.blobs:
+            blob.close()
+        self._buffers.clear()
+
+
+def read_folder(folder: Path, *, name: str) -> Checkpoint:
+    """A folder of safetensors, in one file or in shards with an index.
+
+    Raises:  WeightsError: a missing, truncated or pickled file, or an index that does not fit.
+    """
+    config = read_json(folder / "config.json")
+    index = folder / INDEX
+    if not index.is_file():
+        blobs = [FileBlob(path) for path in sorted(folder.glob("*.safetensors"))]
+        tables = [safetensors_table(blob) for blob in blobs]
+        tensors = {name: stored for table in tables for name, stored in table.items()}
+        where = blobs[0].name if len(blobs) == 1 else str(folder)
+        return Checkpoint(name, "safetensors", config, tensors, tuple(blobs), where)
+    shards = read_json(index)["weight_map"]
+    for file in sorted(set(shards.values())):
+        check_safetensors(folder / file)
+    found = {file: FileBlob(folder / file) for file in sorted(set(shards.values()))}
+    return Checkpoint(
+        name, "safetensors", config, indexed(shards, found), tuple(found.values()), INDEX
+    )
+
+
+def indexed(shards: dict[str, str], blobs: dict[str, Any]) -> dict[str, Stored]:
+    """The tensors that an index lists, each from the shard that it names.
+
+    Raises:  WeightsError: a shard that lacks what the index says it holds.
+    """
+    tables = {file: safetensors_table(blob) for file, blob in blobs.items()}
+    for name, file in shards.items():
+        if name not in tables[file]:
+            raise WeightsError(
+                f"{INDEX} says {file} holds {name}, but it does not; fetch it again."
+            )
+    return {name: tables[file][name] for name, file in shards.items()}
+
+
+def safetensors_table(blob: Blob) -> dict[str, Stored]:
+    """Where each tensor of a safetensors file lies, from its header.
+
+    Raises:  WeightsError: no such header, or fewer bytes than it announces.
+    """
+    length = int.from_bytes(_bytes(blob, 0, 8), "little") if blob.size >= 8 else 0
+    if not 0 < length <= min(blob.size - 8, HEADER_LIMIT):
+        raise WeightsError(f"{blob.name} is truncated or no safetensors file ({blob.size} bytes).")
+    try:
+        header = json.loads(_bytes(blob, 8, length))
+        header.pop("__metadata__", None)
+        found = {name: _stored(item, blob, 8 + length) for name, item in header.items()}
+        ends = [8 + length + item["data_offsets"][1] for item in header.values()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WeightsError(f"{blob.name} has a corrupt safetensors header.") from None
+    end = max(ends, default=0)
+    if blob.size < end:
+        raise WeightsError(f"{blob.name} is truncated: {blob.size} bytes of {end}; fetch it again.")
+    return found
+
+
+def _stored(item: dict[str, Any], blob: Blob, data: int) -> Stored:
+    """One entry of a safetensors header; ``data`` is where the numbers begin."""
+    shape = tuple(int(n) for n in item["shape"])
+    begin, end = (int(n) for n in item["data_offsets"])
+    return Stored(shape, item["dtype"], blob, data + begin, (end - begin) // _rows(shape))
+
+
+def read_gguf(path: Path) -> Checkpoint:
+    """A ``.gguf`` file; its block formats are dequantised row by row, as they are read.
+
+    Raises:  WeightsError: no whole GGUF file.
+    """
+    from gguf import GGUFReader
+
+    from melens.models.gguf import check_gguf
+
+    check_gguf(path)
+    reader = GGUFReader(path)
+    config = {
+        name: value.contents()
+        for name, value in reader.fields.items()
+        if not name.startswith(("tokenizer.", "GGUF."))
+    }
+    blob = FileBlob(path)
+    tensors = {}
+    for found in reader.tensors:
+        shape = tuple(int(n) for n in reversed(found.shape))
+        row_bytes = int(found.n_bytes) // _rows(shape)
+        tensors[found.name] = Stored(
+            shape, found.tensor_type.name, blob, int(found.data_offset), row_bytes
+        )
+    return Checkpoint(path.name, "gguf", config, tensors, (blob,), path.name)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    """Rows of the last dimension; a vector is one."""
+    return max(1, math.prod(shape[:-1]))
+
+
+def _bytes(blob: Blob, start: int, length: int) -> bytes:
+    found = bytearray(length)
+    blob.read_into(start, memoryview(found))
+    return bytes(found)
+
+
+def _dequantised(name: str, stored: Stored, view: memoryview) -> Tensor:
+    """A GGUF block format as float32.
+
+    Raises:  WeightsError: a format that is neither plain numbers nor one the gguf package knows.
+    """
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = getattr(GGMLQuantizationType, stored.kind, None)
+    blocks = np.frombuffer(view, dtype=np.uint8).reshape(-1, stored.row_bytes)
+    try:
+        if kind is None:
+            raise NotImplementedError
+        return torch.from_numpy(dequantize(blocks, kind))
+    except NotImplementedError:
+        raise WeightsError(
+            f"{name} in {stored.blob.name} is stored as {stored.kind}, which the scan cannot read; "
+            f"it reads {', '.join(FLOATS)} and GGUF block formats."
+        ) from None
