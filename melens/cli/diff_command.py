@@ -78,7 +78,7 @@ def diff(
     from melens.comparing.tolerances import Tolerances
 
     sides = _sides(first, second, any_texts=any_texts)
-    result = compare(*sides, Tolerances(value=tolerance))
+    result = compare(sides[0], sides[1], Tolerances(value=tolerance))
     for name, side in zip(("a", "b"), sides, strict=True):
         if side.source == "model" and out is not None:
             output.save(side.located, out / name, "locate", "profile")
@@ -94,9 +94,9 @@ def _sides(first: Any, second: Any, *, any_texts: bool) -> list[Any]:
 
     from melens.comparing.sides import read_side, require_same_texts, texts_like
 
-    saved = [read_side(job.model) for job in (first, second)]
+    saved = read_side(first.model), read_side(second.model)
     if saved[0] and saved[1] and not any_texts:
-        require_same_texts(*(side.located.run.settings for side in saved))
+        require_same_texts(saved[0].located.run.settings, saved[1].located.run.settings)
     other = saved[0] or saved[1]
     texts = texts_like(
         other, first.source, n=first.n_seq, length=first.length, bos=first.bos, chat=first.chat

@@ -41,7 +41,7 @@ def diff(
     """  # fmt: skip
     saved = read_side(a), read_side(b)
     if saved[0] and saved[1] and not any_texts:
-        require_same_texts(*(side.located.run.settings for side in saved if side))
+        require_same_texts(saved[0].located.run.settings, saved[1].located.run.settings)
     other = saved[0] or saved[1]
     texts = prompts if prompts is not None else texts_like(other)
     like = None if any_texts else other

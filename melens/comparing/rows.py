@@ -160,8 +160,8 @@ def report_rows(
 
 
 def _sink_rows(a: Any, b: Any, limits: Tolerances) -> Iterator[Change]:
-    rates = [made.overall.get(SINK_EPS) for made in (a, b)]
-    yield difference(f"share of heads with a sink (eps {SINK_EPS})", *rates, limits.share)
+    what = f"share of heads with a sink (eps {SINK_EPS})"
+    yield difference(what, a.overall.get(SINK_EPS), b.overall.get(SINK_EPS), limits.share)
     deep = "" if a.n_layers == b.n_layers else OTHER_DEPTH
     yield equal("first layer with sinks", a.onset_layer, b.onset_layer, why_not=deep)
 

@@ -95,6 +95,13 @@ class Difference(Result):
         """Everything that was compared."""
         return [row.model_dump() for row in self.changes]
 
+    def shown(self) -> list[dict[str, Any]]:
+        """The same as text: a column of numbers and names cannot be aligned."""
+        return [
+            {**row, **{name: _text(row[name]) for name in ("a", "b", "changed")}}
+            for row in self.rows()
+        ]
+
     def changed(self) -> list[Change]:
         """The rows beyond their tolerance."""
         return [row for row in self.changes if row.changed]
@@ -133,3 +140,9 @@ class Difference(Result):
         if self.a.verdict != self.b.verdict:
             moved += f", the verdict went from {self.a.verdict} to {self.b.verdict}"
         return moved
+
+
+def _text(value: Value) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
