@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,3 +358,40 @@ def test_smollm2_streamed_is_the_ordinary_locate(smol):
     found, expected = locate(streamed, texts), locate(smol, texts)
     assert comparable(found) == comparable(expected)
     assert found.run.weights == expected.run.weights
+
+
+def test_the_big_checkpoint_in_small_is_foretold_and_located(tmp_path):
+    big = benchmark("big_checkpoint")
+    shape = big.SHAPES[0.0001]
+    big.write_checkpoint(tmp_path, shape, limit=1_500_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    data = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert data["metadata"]["total_size"] == 2 * shape.parameters
+    from melens import prompts
+    from melens.foresight import scan
+
+    foretold = scan(str(tmp_path))
+    assert (foretold.me_layer, foretold.dims[0]) == (shape.me_layer, shape.dim)
+    streamed = load_streamed(tmp_path, device="cpu")
+    found = locate(streamed, prompts(big.words(200), n=2, length=64, bos=True))
+    assert (found.me_layer, found.erase_layer) == (shape.me_layer, shape.erase_layer)
+    assert (found.massive[0].dim, found.massive[0].token_id) == (shape.dim, big.BOS)
+    assert found.massive[0].value == pytest.approx(big.AMOUNT, rel=0.15)
+    reached = reach(streamed, foretold, tokens=[big.BOS, 9], until=shape.me_layer)
+    row = reached.profile[shape.me_layer]
+    assert (row.dim, row.ceiling_dim, row.token_id) == (shape.dim, shape.dim, big.BOS)
+    assert row.used == pytest.approx(big.AMOUNT / row.ceiling, rel=0.15)
+
+
+def test_the_full_size_fits_the_disk_it_promises():
+    shape = benchmark("big_checkpoint").SHAPES[1.0]
+    assert 7.9e9 < shape.parameters < 8.1e9
+    assert 2 * shape.parameters < 17e9
+
+
+def benchmark(name):
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -66,6 +66,7 @@ class Checkpoint:
         """  # fmt: skip
         self.folder = folder
         self.bytes_read = 0
+        self._finite: set[str] = set()
         self.tensors: dict[str, Stored] = {}
         index = folder / INDEX
         placed: dict[str, str] = read_json(index).get("weight_map", {}) if index.is_file() else {}
@@ -101,7 +102,9 @@ class Checkpoint:
             count *= size
         raw = self._bytes(stored, 0, count * stored.itemsize).view(stored.torch_dtype)
         made = raw.view(stored.shape).to(device=device, dtype=dtype)
-        _require_finite(made, stored)
+        if name not in self._finite:  # once is enough: every pass reads the same
+            _require_finite(made, stored)
+            self._finite.add(name)
         return made
 
     def rows(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
