@@ -1,0 +1,204 @@
+"""The documents: tables, figures and references are what the results and the code say now."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from melens.cli.app import app
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return script("make_figures")
+
+
+def test_tables_and_figures_are_what_the_results_say(figures, capsys):
+    assert figures.main(["--check"]) == 0, (
+        f"run: python experiments/make_figures.py\n{capsys.readouterr().out}"
+    )
+
+
+def test_what_is_stale_is_named_and_mended(figures, tmp_path, capsys, monkeypatch):
+    few = {"smollm2-135m.png": figures.FIGURES["smollm2-135m.png"]}
+    monkeypatch.setattr(figures, "FIGURES", few)
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    page, picture = tmp_path / "docs" / "numbers.md", tmp_path / "docs/figures/smollm2-135m.png"
+    good = (DOCS / "numbers.md").read_text("utf-8")
+    page.write_text(good.replace("| 507 |", "| 508 |", 1), "utf-8")
+    shutil.copy(DOCS / "figures" / "gemma3-270m.png", picture)
+    arguments = ["--root", str(tmp_path)]
+    assert figures.main([*arguments, "--check"]) == 1
+    assert capsys.readouterr().out == f"out of date: {picture}\nout of date: {page}\n"
+    assert figures.main(arguments) == 0
+    assert page.read_text("utf-8") == good
+    assert figures.same_picture(picture, DOCS / "figures" / "smollm2-135m.png")
+    capsys.readouterr()
+    assert figures.main([*arguments, "--check"]) == 0
+    assert not capsys.readouterr().out
+    with pytest.raises(KeyError, match="nonsense"):
+        figures.with_tables("<!-- table: nonsense -->\n<!-- /table -->")
+
+
+def test_every_table_and_figure_is_shown_somewhere(figures):
+    text = "".join(page.read_text("utf-8") for page in [*PAGES, ROOT / "README.md"])
+    for name in figures.TABLES:
+        assert f"<!-- table: {name} -->" in text, name
+    assert set(figures.FIGURES) == {path.name for path in (DOCS / "figures").glob("*.png")}
+    for name in figures.FIGURES:
+        assert f"figures/{name})" in text, name
+
+
+def test_cells_stay_cells(figures):
+    assert figures.markdown([{"a": "x|y\nz", "b": None}, {"a": 12345.6, "b": 0.12345}]) == (
+        "| a | b |\n| --- | --- |\n| x\\|y z | - |\n| 12,346 | 0.123 |\n"
+    )
+
+
+def test_references_are_what_the_code_says():
+    done = subprocess.run(
+        [sys.executable, "experiments/make_reference.py", "--check"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, f"python experiments/make_reference.py\n{done.stdout}{done.stderr}"
+
+
+def test_every_command_and_option_is_on_the_page():
+    page = (DOCS / "cli.md").read_text("utf-8")
+    group = typer.main.get_command(app)
+    sections = dict(
+        re.findall(r"^## melens (\S+)\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    )
+    assert set(sections) == set(group.commands)
+    for name, command in group.commands.items():
+        for param in command.params:
+            for flag in (*param.opts, *param.secondary_opts):
+                shown = flag if flag.startswith("-") else f"`{param.metavar or flag.upper()}`"
+                assert shown in sections[name], f"{name} {flag}"
+
+
+def test_commands_shown_are_commands_that_there_are():
+    group = typer.main.get_command(app)
+    seen = set()
+    for page in [*PAGES, ROOT / "README.md"]:
+        blocks = "\n".join(code for language, code in FENCE.findall(page.read_text("utf-8")))
+        for line in re.findall(r"(?:^|run: |entry: |\| )melens (.*)$", blocks, re.MULTILINE):
+            name, *words = line.split(" #")[0].split()
+            if name.startswith("-") or not re.fullmatch(r"[a-z-]+", name):
+                continue
+            assert name in group.commands, f"{page.name}: melens {name}"
+            params = group.commands[name].params
+            flags = {flag for p in params for flag in (*p.opts, *p.secondary_opts)}
+            for word in words:
+                if re.fullmatch(r"--?[a-z][\w-]*", word) and word not in ("--help", "--debug"):
+                    assert word in flags, f"{page.name}: melens {name} {word}"
+            seen.add(name)
+    assert {"locate", "check", "diff"} <= seen
+
+
+def anchors(text):
+    """Ids of a page's headings, as Python-Markdown's toc makes them."""
+    found = []
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE):
+        plain = re.sub(r"[`*\\]", "", heading)
+        plain = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        again = found.count(slug)
+        found.append(f"{slug}_{again}" if again else slug)
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text("utf-8")
+    for target in LINK.findall(FENCE.sub("", text)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(file.read_text("utf-8")), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_menu_and_nothing_is_fetched():
+    made = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+
+    def leaves(items):
+        for item in items:
+            value = next(iter(item.values())) if isinstance(item, dict) else item
+            yield from [value] if isinstance(value, str) else leaves(value)
+
+    assert sorted(leaves(made["nav"])) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+    assert made["theme"]["font"] is False
+    assert not {"extra_javascript", "extra_css"} & set(made)
+
+
+def python_of(*pages):
+    """The pages' Python, one after the other, each in a namespace of its own."""
+    made = ["pages = {}"]
+    for page in pages:
+        blocks = [
+            c for name, c in FENCE.findall((DOCS / page).read_text("utf-8")) if name == "python"
+        ]
+        assert blocks, page
+        made.append(
+            f"exec(compile({chr(10).join(blocks)!r}, {page!r}, 'exec'), {{'__name__': {page!r}}})"
+        )
+    return "\n".join(made)
+
+
+def run_pages(*pages):
+    done = subprocess.run(
+        [sys.executable, "-c", python_of(*pages)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_code_of_the_pages_runs():
+    shown = run_pages(
+        "extend/metric.md", "extend/family.md", "extend/reducer.md", "extend/intervention.md",
+        "extend/figure.md", "check.md",
+    )  # fmt: skip
+    assert "blocks.0.hook_resid_post" in shown
+    assert "the ME Layer did not move: 11 in both" in shown
+
+
+@pytest.mark.weights
+def test_the_code_that_needs_weights_runs():
+    shown = run_pages("index.md", "extend/task.md")
+    assert "ME Layer 11 of 30" in shown
+    assert "capitals, 4 items" in shown
+
+
+def test_every_python_block_is_run_by_a_test():
+    ran = set(re.findall(r'"((?:extend/)?[\w-]+\.md)"', Path(__file__).read_text("utf-8")))
+    has = {
+        str(page.relative_to(DOCS))
+        for page in PAGES
+        if any(name == "python" for name, _ in FENCE.findall(page.read_text("utf-8")))
+    }
+    assert has - {"api.md"} <= ran, "api.md shows signatures, not code"
