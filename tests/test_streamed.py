@@ -184,6 +184,48 @@ def test_a_file_cut_while_it_runs_is_named(folder, ids):
         locate(streamed, [Batch.of(ids)])
 
 
+OTHERS = {
+    "OPTConfig": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "PhiConfig": {"intermediate_size": 64},
+    "BloomConfig": {"n_layer": 3, "n_head": 4},
+    "OlmoeConfig": {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "MambaConfig": {"state_size": 8},
+}
+"""Families that melens has no row for."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_families_without_a_row_stream_too(name, tmp_path, ids, tokenizer):
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 4} if name != "BloomConfig" else {}
+    config = getattr(transformers, name)(vocab_size=64, hidden_size=32, **shape, **OTHERS[name])
+    transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = everything(load(tmp_path, device="cpu"), Batch.of(ids))
+    for site, value in everything(load_streamed(tmp_path, device="cpu"), Batch.of(ids)).items():
+        assert torch.equal(value, expected[site]), site
+
+
+def test_a_hub_id_keeps_its_name(folder, monkeypatch):
+    import huggingface_hub
+
+    from melens.models import streamed as module
+
+    monkeypatch.setattr(module, "resolve", lambda name, **options: (name, False))
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = reach(load_streamed("somebody/model", revision="v2", device="cpu"), tokens=[4])
+    assert asked == [("somebody/model", "v2")]
+    assert (found.run.model, found.run.model_revision) == ("somebody/model", "v2")
+
+
 def test_gguf_quantised_and_local_revisions_are_refused(folder):
     with pytest.raises(ModelError, match="stream a safetensors folder"):
         load_streamed("some.gguf")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from melens.capture import EverythingSeen
 from melens.errors import FetchError, ModelError
 from melens.models.contract import check_contract
+from melens.models.files import check_folder
 from melens.models.hollow import Hollow, Slot, build_hollow, hollow_parameter, layer_list
 from melens.models.loading import (
     CHECKED,
@@ -179,7 +180,7 @@ def load_streamed(
     Raises:  what ``load`` raises; WeightsError: also at the block that is NaN or cut short.
              ModelError: a .gguf file or a family that cannot be streamed.
     """  # fmt: skip
-    folder = _folder(str(model), revision)
+    folder, name = _folder(str(model), revision)
     device = usable_device(device or best_device())
     tokenizer = _tokenizer(folder, needed=need_tokenizer)
     checkpoint = Checkpoint(folder)
@@ -189,7 +190,6 @@ def load_streamed(
     bridge = bridge_module(hollow.model, tokenizer, name=str(model)).eval()
     stream = BlockStream(bridge, hollow, checkpoint)
     vars(bridge)[KEPT_STREAM] = stream
-    name = str(model) if str(model) in NAMED else folder.name
     key = f"{checkpoint.identity()}-{hollow.embedding.hollow.dtype}-{device}"
     tape = None if keep is None else Tape(keep, key)
     known = tape.weights() if tape else None
@@ -217,7 +217,8 @@ def _check(bridge: Any, stream: BlockStream) -> str:
     return stream.take_fingerprint()
 
 
-def _folder(name: str, revision: str | None) -> Path:
+def _folder(name: str, revision: str | None) -> tuple[Path, str]:
+    """Where the files are, and what the model is called in results."""
     if name.endswith(".gguf"):
         raise ModelError(
             f"{name} is a .gguf, which is converted whole before it is used; stream a safetensors "
@@ -227,14 +228,17 @@ def _folder(name: str, revision: str | None) -> Path:
     if is_local:
         if revision is not None:
             raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
-        return Path(source).expanduser().resolve()
+        folder = Path(source).expanduser().resolve()
+        return folder, name if name in NAMED else folder.name
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise FetchError(f"cannot fetch {name}: {first_line(error)}") from None
+    check_folder(folder, trust_remote_code=False)
+    return folder, name
 
 
 def _tokenizer(folder: Path, *, needed: bool) -> Any:
