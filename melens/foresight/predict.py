@@ -24,7 +24,8 @@ most half the ceiling, (1 - c) / (1 + c). SmolLM2: maker 0.58, erasers -0.54 and
 RULE = (
     f"a neuron stands out at {STANDS_OUT:g} times its layer's median ceiling; a dimension counts "
     f"if it does in two layers, or at {ALONE:g} times in one, and before the last tenth of the "
-    "layers; the one with the highest ceilings in sum is followed. It is erased where its ceiling "
+    "layers; the one with the highest ceilings in sum is followed. The "
+    "first neuron on it whose sign is known makes it. It is erased where its ceiling "
     "is highest, if that is in the second half and not of the makers' sign, or where a neuron of "
     f"the other sign has {ERASED_LEFT:g} of the highest maker's; the ME Layer is the first layer "
     f"after an earlier erasure with {FIRST_SHARE:g} of that. Signs are taken as known from a "
@@ -50,7 +51,7 @@ def predict(scans: list[LayerScan]) -> Prediction:
     ]
     body = last_body_layer(len(scans))
     for dim in (dims := _dims(loud, body)):
-        stage = _Stage(_by_layer(loud, dim), body, len(scans))
+        stage = _Stage(_by_layer(loud, dim), _sign(loud, dim), body, len(scans))
         if stage.me_layer is not None:
             others = tuple(other for other in dims if other != dim)
             made = tuple(found.model_copy(update={"role": stage.role(found)}) for found in loud)
@@ -89,9 +90,10 @@ def _by_layer(loud: list[Candidate], dim: int) -> dict[int, Candidate]:
 class _Stage:
     """One coordinate's makers and erasers, told apart by sign and size."""
 
-    def __init__(self, layers: dict[int, Candidate], body: int, n_layers: int) -> None:
-        self.layers = layers
-        self.sign = _sign([found for layer, found in layers.items() if layer <= body])
+    def __init__(
+        self, layers: dict[int, Candidate], sign: int | None, body: int, n_layers: int
+    ) -> None:
+        self.layers, self.sign = layers, sign
         before = {layer: f for layer, f in layers.items() if layer <= body and not self.erases(f)}
         self.erase_layer = self._erased_at(before, n_layers)
         end = n_layers if self.erase_layer is None else self.erase_layer
@@ -109,7 +111,7 @@ class _Stage:
 
     def erases(self, found: Candidate) -> bool:
         """Whether a neuron is known to write against the makers' sign."""
-        return bool(self.sign) and decided(found) and found.sign != self.sign
+        return self.sign is not None and decided(found) and found.sign != self.sign
 
     def role(self, found: Candidate) -> Role:
         """What a candidate does to this coordinate."""
@@ -121,7 +123,7 @@ class _Stage:
         return "other" if late and not self._makes(found) else "emerge"
 
     def _makes(self, found: Candidate) -> bool:
-        return bool(self.sign) and decided(found) and found.sign == self.sign
+        return self.sign is not None and decided(found) and found.sign == self.sign
 
     def _erased_at(self, makers: dict[int, Candidate], n_layers: int) -> int | None:
         if not makers:
@@ -149,7 +151,10 @@ class _Stage:
         return makers
 
 
-def _sign(found: list[Candidate]) -> int | None:
-    """The sign in which most is made, by the neurons whose sign can be told; None = no telling."""
-    total = sum(candidate.sign * candidate.ceiling for candidate in found if decided(candidate))
-    return None if total == 0 else 1 if total > 0 else -1
+def _sign(loud: list[Candidate], dim: int) -> int | None:
+    """Sign of the first neuron on a coordinate whose sign can be told; None = no telling.
+
+    The first is a maker: before it there is nothing to erase.
+    """
+    known = [found for found in loud if found.dim == dim and decided(found)]
+    return min(known, key=lambda found: (found.layer, -found.ceiling)).sign if known else None
