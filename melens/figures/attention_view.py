@@ -47,7 +47,8 @@ PANEL_STYLE = """
 /* circuitsvis' own headings and widths: small maps large enough to tell apart, the enlarged one
    low enough to be seen whole. */
 .panel h2, .panel h3 { font-size: 1rem; margin-top: 0; }
-.panel h4 { font-size: .7rem; font-weight: normal; line-height: 1.2; }
+.panel h4 { font-size: .7rem; font-weight: normal; line-height: 1.2;
+  background: #fff !important; color: #1a1a1a !important; }
 .panel > div > h3 + div > div { flex: 0 0 6.6rem !important; width: 6.6rem !important;
   max-width: none !important; }
 .panel > div > div:nth-of-type(2) { max-width: 50rem; }

@@ -48,7 +48,7 @@ def html_page(report: CheckReport) -> str:
         "rules": rule_table(report, source),
         "advice": recommendation_view(report, source),
         "parts": parts,
-        "drawn": {block.name: [_draw(p) for p in block.pictures] for block in blocks},
+        "drawn": {block.name: [_draw(p, block.name) for p in block.pictures] for block in blocks},
         "origin": origin_facts(report, source),
         "stages": stage_table(report, source),
         "policy": policy_table(report, source),
@@ -68,9 +68,10 @@ def html_page(report: CheckReport) -> str:
     return _environment().get_template("page.html.j2").render(values) + "\n"
 
 
-def _draw(picture: Picture) -> dict[str, Any]:
+def _draw(picture: Picture, name: str) -> dict[str, Any]:
     uri = Markup(picture_uri(picture.result, picture.style))
-    return {"uri": uri, "alt": picture.alt, "caption": picture.caption, "narrow": picture.narrow}
+    return {"uri": uri, "alt": picture.alt, "caption": picture.caption, "narrow": picture.narrow,
+            "name": f"{name}, {picture.style or 'default'}"}  # fmt: skip
 
 
 def _room(values: dict[str, Any]) -> int:

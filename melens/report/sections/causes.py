@@ -107,7 +107,6 @@ def super_weights(view: View) -> Block:
     made.facts = [
         Fact("Loss, nothing removed (nats a token)", view.number("/base_loss")),
         Fact("Super weights found", number_text(len(result.super_weights))),
-        Fact("Rule", view.number("/rule")),
     ]
     alt = f"{result.summary()} Left: largest FFN input and output by layer. Right: loss changes."
     made.pictures = [
@@ -116,7 +115,7 @@ def super_weights(view: View) -> Block:
     ]  # fmt: skip
     if result.super_weights:
         made.tables = [_weights(view)]
-    made.notes = list(result.missing)
+    made.notes = [f"Rule: {result.rule}.", *result.missing]
     return made
 
 

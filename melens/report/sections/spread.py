@@ -145,8 +145,8 @@ def _sink_layers(view: View) -> Table:
 @section(
     "attention", "What single heads look at",
     "Rows are tokens that look, columns tokens that are looked at; white is 0, full blue is 1. "
-    "L11H3 is query head 3 of layer 11, both counted from 0. Point at a small map to enlarge it. "
-    "The table below says the same in numbers.",
+    "L11H3 is query head 3 of layer 11, both counted from 0. Point at a small map, or press "
+    "Enter on it, to enlarge it. The table below says the same in numbers.",
     AttentionMaps,
 )  # fmt: skip
 def heads(view: View) -> Block:
