@@ -163,7 +163,7 @@ def percent(value: float | None) -> str:
 
 @table("locate")
 def located() -> Rows:
-    """Where the massive activation emerges."""
+    """Where the massive activation emerges, a run a column."""
     made = []
     for key in NAMES:
         found = saved(f"{key}.locate")
@@ -179,7 +179,11 @@ def located() -> Rows:
                 "confidence": f"{found.confidence:.2f}",
             }
         )  # fmt: skip
-    return made
+    names = [row.pop("") for row in made]
+    return [
+        {"": what, **{name: row[what] for name, row in zip(names, made, strict=True)}}
+        for what in made[0]
+    ]
 
 
 @table("criteria")

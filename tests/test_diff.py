@@ -173,6 +173,7 @@ def test_other_shapes_are_said_and_not_judged_by_number(base, make_tiny):
     assert row(result, "number of layers").changed
     assert row(result, "ME Layer").changed is None
     assert "another number of layers" in row(result, "ME Layer").note
+    assert row(result, "largest |x| of a layer").changed is None
     assert any("layers by number" in line for line in result.cannot)
     assert len(result.profile) == max(base.located.n_layers, deeper.located.n_layers)
     low = (base, deeper) if base.located.n_layers < deeper.located.n_layers else (deeper, base)

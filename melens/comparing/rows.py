@@ -129,10 +129,12 @@ def profile_change(rows: tuple[SideRow, ...], limits: Tolerances) -> Iterator[Ch
         return
     worst = max(known, key=lambda row: max(row.ratio or 1, 1 / (row.ratio or 1)))
     value = worst.ratio or 1.0
+    where, deep = f"layer {worst.layer}, where it differs most", rows[-1].ratio is None
     yield Change(
         what="largest |x| of a layer", a=worst.max_a, b=worst.max_b, measure="factor", value=value,
-        changed=max(value, 1 / value) > limits.profile, tolerance=limits.profile,
-        note=f"layer {worst.layer}, where it differs most",
+        changed=None if deep else max(value, 1 / value) > limits.profile,
+        tolerance=None if deep else limits.profile,
+        note=f"{where}; {OTHER_DEPTH}" if deep else where,
     )  # fmt: skip
 
 

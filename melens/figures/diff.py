@@ -10,6 +10,7 @@ from melens.figures.styles import LAYER_LABEL, PAGE, figure, plain
 from melens.results.diff import Difference, SideInfo
 
 A, B = "#0072B2", "#D55E00"
+TICKS = (1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 1000, 10_000, 100_000)
 
 
 @figure(Difference, "profiles")
@@ -54,12 +55,12 @@ def _ratios(axes: Axes, result: Difference) -> None:
     )
     axes.set_yscale("log")
     spread = max((max(row.ratio or 1, 1 / (row.ratio or 1)) for row in rows), default=1.0)
-    bound = max(1.1, spread * 1.1)
+    bound = max(1.1, spread**1.15)
     axes.set_ylim(1 / bound, bound)
-    ticks = [1 / bound**0.8, 1, bound**0.8]
-    axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    tick = max(tick for tick in TICKS if tick <= bound)
+    axes.set_yticks([1 / tick, 1, tick], [f"1/{tick:g}", "1", f"{tick:g}"])
     axes.set_yticks([], minor=True)
-    axes.set_ylabel("ratio")
+    axes.set_ylabel("B / A")
 
 
 def _names(result: Difference) -> tuple[str, str]:
