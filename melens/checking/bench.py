@@ -16,7 +16,6 @@ from melens.inputs import Inputs, Source, take_in
 from melens.provenance import RunInfo
 from melens.results import MELayer
 from melens.results.base import Result
-from melens.results.check import Budget
 
 CAUSE_TOKENS = 64
 """Tokens of a text that single weights and blocks are edited on: each edit is a run of its own."""
@@ -32,11 +31,11 @@ class Bench:
     inputs: Inputs
     texts: Any
     """What measurements take as ``prompts``: with its BOS and chat policy, where it has one."""
-    budget: Budget
+    budget: str
     results: dict[str, Result] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any, source: Source, budget: Budget) -> Bench:
+    def of(cls, model: Any, source: Source, budget: str) -> Bench:
         """Adopt the model and cut the texts, once for all stages.
 
         Raises:  PromptError, ModelError: as ``melens.locate``.
@@ -89,7 +88,7 @@ def packed(rows: Sequence[Sequence[int]], size: int = 4) -> list[Batch]:
 def config_facts(model: Any) -> dict[str, int | str | None]:
     """Context and sliding window, as the model's config has them; None where it has none."""
     config = getattr(getattr(model, "original_model", None), "config", None)
-    if hasattr(config, "get_text_config"):
+    if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(model.cfg, "n_ctx", None)
     window = getattr(config, "sliding_window", None)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from melens import __version__
 from melens.checking.bench import CAUSE_TOKENS, VIEW_TOKENS, Bench
 from melens.errors import OutputError, ResultError
@@ -29,9 +31,11 @@ class Keeper:
     @classmethod
     def of(cls, folder: Path | None, bench: Bench) -> Keeper:
         """The keeper of one model on one set of texts, in this version of melens."""
+        if folder is None:
+            return cls(None, "")
         parameter = next(bench.model.parameters())
         facts = {
-            "melens": __version__, "versions": versions(), "weights": bench.inputs.weights,
+            "melens": __version__, "versions": versions(), "weights": full_hash(bench.model),
             "dtype": str(parameter.dtype), "device": parameter.device.type,
             "rows": bench.inputs.rows, "settings": bench.inputs.settings,
             "tokens": [CAUSE_TOKENS, VIEW_TOKENS],
@@ -66,6 +70,19 @@ class Keeper:
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / FOLDER / f"{stage}.json"
+
+
+@torch.no_grad()
+def full_hash(model: Any) -> str:
+    """sha256 over every byte of every weight: one changed entry is another model.
+
+    The fingerprint of a RunInfo samples; a damaged entry between its samples would go unseen.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,6 @@ from melens.errors import MelensError, OutputError
 from melens.inputs import Source
 from melens.results import CheckReport, Evaluation, StageRecord
 from melens.results.base import Result, write_atomically
-from melens.results.check import Budget
 
 Progress = Callable[[str, int, int], None]
 """(stage, thousandths of the expected work done, 1000)."""
@@ -30,7 +29,7 @@ def check(
     model: Any,
     prompts: Source = None,
     *,
-    budget: Budget = "quick",
+    budget: str = "quick",
     policy: str | Path | Policy | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -115,7 +114,7 @@ def _report(bench: Bench, policy: Policy, records: list[StageRecord]) -> CheckRe
         model=run.model,
         verdict=verdict,  # type: ignore[arg-type]
         answer=answer,
-        budget=bench.budget,
+        budget=bench.budget,  # type: ignore[arg-type]
         policy=policy.used(),
         stages=tuple(records),
         findings=findings,

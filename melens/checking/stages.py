@@ -48,7 +48,7 @@ class Stage:
 STAGES: Registry[Stage] = Registry("stage")
 
 
-def stages_of(budget: Budget) -> tuple[Stage, ...]:
+def stages_of(budget: str) -> tuple[Stage, ...]:
     """What a budget runs, in order.
 
     Raises:  UnknownNameError: no such budget.

@@ -184,12 +184,14 @@ class CheckReport(Result):
         return here
 
     def timeless(self) -> dict[str, Any]:
-        """All but times and the command as typed: equal for equal checks, resumed or not."""
+        """All but when, by which command and from which checkout: equal for equal checks,
+        resumed or not.
+        """  # noqa: D205
         data = self.to_dict()
         for stage in data["stages"]:
             stage.pop("seconds")
         for run in [data["run"], *(held.get("run", {}) for held in data["results"].values())]:
-            for name in ("created", "command"):
+            for name in ("created", "command", "git"):
                 run.pop(name, None)
         return data
 

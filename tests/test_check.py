@@ -1,0 +1,648 @@
+"""The check: planted faults are found, a clean model has none, a kill loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from planted import batch, plant
+from planted_faults import (
+    CHAT,
+    CHAT_WITHOUT_BOS,
+    add_sink,
+    own_texts,
+    scale_massive,
+    sharpen,
+    tokenizer_for,
+)
+
+from melens.batches import Batch
+from melens.checking import BUDGETS, RULES, STAGES, check, junit_xml, read_policy, stages
+from melens.checking.verdict import recommended, wide_interval
+from melens.cli.app import main
+from melens.errors import OutputError, PolicyError, ResultError, UnknownNameError
+from melens.metrics.bootstrap import mean_interval
+from melens.models import load
+from melens.models.origin import Origin, remember
+from melens.results import CheckReport, Evaluation, load_result
+from melens.results.edit import Edit
+from melens.results.evaluation import ConditionScore, Delta
+
+SURE = 5.0
+"""How far logits are sharpened, so that a lost token costs loss."""
+
+
+def model_of(planted, chat=CHAT):
+    return load(planted.model, tokenizer=tokenizer_for(chat))
+
+
+@pytest.fixture
+def no_isolation(monkeypatch):
+    """The slowest stage left out; it has tests of its own."""
+    monkeypatch.setattr(stages, "isolate", lambda *_args, **_options: failing("left out"))
+
+
+def failing(reason="no\nsuch kernel"):
+    raise RuntimeError(reason)
+
+
+def found_in(report):
+    return {finding.id for finding in report.findings}
+
+
+@pytest.fixture(scope="module")
+def clean():
+    """No massive token: every rule has something to pass on, or nothing to be about."""
+    planted = plant("llama", "none", 0)
+    sharpen(planted.model, SURE)
+    return check(model_of(planted), own_texts(planted.model), budget="full")
+
+
+@pytest.fixture(scope="module")
+def sick():
+    """A massive BOS that every later query attends to, with huge keys."""
+    planted = plant("llama", "single", 1)
+    add_sink(planted, 400.0)
+    sharpen(planted.model, SURE)
+    report = check(model_of(planted), own_texts(planted.model), budget="full")
+    return planted.truth, report
+
+
+def test_a_clean_model_has_no_finding(clean):
+    assert (clean.findings, clean.verdict) == ((), "pass")
+    assert {rule.id for rule in clean.rules} == set(RULES)
+    statuses = {rule.id: rule.status for rule in clean.rules}
+    assert statuses.pop("known-layer") == "not measured"
+    assert set(statuses.values()) == {"passed"}
+    skipped = [stage.name for stage in clean.stages if stage.status == "skipped"]
+    assert skipped == ["cache_norms", "isolate", "edits", "dose"]
+    assert clean.recommendation is None
+    assert "is within the policy 'default'" in clean.answer
+
+
+def test_what_the_sick_model_has_is_found_with_its_numbers(sick):
+    truth, report = sick
+    assert found_in(report) == {
+        "int8-per-tensor", "kv-quantisation", "sink-needs-bos", "sink-heads", "super-weight",
+        "one-token", "kv-eviction", "rank-collapse",
+    }  # fmt: skip
+    assert report.verdict == "findings"
+    held = {finding.id: finding for finding in report.findings}
+    located = report.result("locate")
+    assert held["int8-per-tensor"].evidence["layer"] >= truth.me_layer
+    assert str(truth.dim) in str(held["int8-per-tensor"].evidence["dimensions_to_protect"])
+    weight = held["super-weight"].evidence
+    assert (weight["layer"], weight["row"]) == (truth.me_layer, truth.dim)
+    assert held["rank-collapse"].evidence["layer"] > truth.me_layer
+    assert abs(held["super-weight"].evidence["control"]) < 0.1
+    assert abs(held["one-token"].evidence["control"]) < 0.1 < held["one-token"].value
+    assert report.result("edits").me_layer == located.me_layer == truth.me_layer
+    assert [stage.status for stage in report.stages] == ["done"] * len(STAGES)
+
+
+def test_every_number_is_where_its_pointer_says(sick, clean):
+    _, report = sick
+    for finding in report.findings:
+        place = report.at(finding.source)
+        if isinstance(place, float | int):
+            assert place == finding.value
+        else:
+            assert place
+    direct = {f.id for f in report.findings if isinstance(report.at(f.source), float)}
+    assert direct == {"kv-quantisation", "sink-heads", "super-weight", "one-token", "kv-eviction"}
+    located = report.result("locate").profile
+    shown = next(f for f in report.findings if f.id == "int8-per-tensor")
+    row = report.at(shown.source)
+    assert shown.value == row["max"] / 254 / row["median"]
+    assert shown.value == max(layer.max / 254 / layer.median for layer in located)
+    assert report.at("/run/settings/context") == 256
+    with pytest.raises(ResultError, match="nothing is at '/results/locate/nowhere'"):
+        report.at("/results/locate/nowhere")
+
+
+def test_a_whole_tensor_in_int8_does_lose_half_its_entries(sick):
+    """The claim of the finding, on the activations themselves."""
+    planted = plant("llama", "single", 1)
+    add_sink(planted, 400.0)
+    at = planted.truth.me_layer
+    texts = own_texts(planted.model)
+    seen = []
+    block = planted.model.model.layers[at]
+    with (
+        block.register_forward_hook(
+            lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        ),
+        torch.no_grad(),
+    ):
+        planted.model(input_ids=texts.ids, use_cache=False)
+    step = seen[0].abs().max() / 127
+    assert ((seen[0] / step).round() == 0).double().mean() > 0.5
+
+
+# --- One fault at a time, each beside the same model without it.
+
+
+def test_float16_range():
+    planted = plant("llama", "single", 1)
+    texts = Batch.of(batch(planted, n=4, length=24))
+    before = check(model_of(planted), texts)
+    assert "float16-range" not in found_in(before)
+    largest = max(row.max for row in before.result("locate").profile)
+    scale_massive(planted, 80_000 / largest)
+    after = check(model_of(planted), texts)
+    finding = next(f for f in after.findings if f.id == "float16-range")
+    assert finding == after.findings[0]
+    assert (finding.severity, finding.unit) == ("critical", "largest |x|, residual units")
+    assert finding.value == pytest.approx(80_000, rel=0.01)
+    assert finding.value == after.at(finding.source)
+    assert finding.evidence["layer"] >= planted.truth.me_layer
+    planted.model.half()
+    with torch.no_grad():
+        out = planted.model(input_ids=texts.ids[:1], use_cache=False).logits
+    assert not out.isfinite().all()  # and so it is: float16 does not hold it
+
+
+def test_chat_first_token():
+    def report(chat):
+        planted = plant("llama", "single", 1)
+        return check(model_of(planted, chat), Batch.of(batch(planted, n=4, length=16)))
+
+    assert "chat-first-token" not in found_in(report(CHAT))
+    bad = report(CHAT_WITHOUT_BOS)
+    finding = next(f for f in bad.findings if f.id == "chat-first-token")
+    assert "'w9'" in finding.title
+    assert bad.at(finding.source)["name"] == "chat template"
+    rules = {rule.id: rule.status for rule in report(None).rules}
+    assert rules["chat-first-token"] == "not measured"
+
+
+def with_window(planted, window):
+    """The same weights in a family that has a sliding window."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    known = planted.model.config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
+             "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+             "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")  # fmt: skip
+    config = MistralConfig(**{n: known[n] for n in names}, sliding_window=window)
+    made = MistralForCausalLM(config)
+    made.load_state_dict(planted.model.state_dict())
+    return load(made.eval(), tokenizer=tokenizer_for())
+
+
+def test_sink_window():
+    planted = plant("llama", "single", 1)
+    add_sink(planted, 8.0)
+    texts = Batch.of(batch(planted, n=4, length=24))
+    wide = check(with_window(planted, 256), texts)
+    assert next(r for r in wide.rules if r.id == "sink-window").value == 1.0
+    assert "sink-window" not in found_in(wide)
+    narrow = check(with_window(planted, 20), texts)
+    finding = next(f for f in narrow.findings if f.id == "sink-window")
+    assert finding.evidence["window"] == narrow.at(finding.source) == 20
+    assert finding.value == pytest.approx(20 / 256)
+    behind = [str(n) for n in range(planted.truth.me_layer + 1, len(planted.model.model.layers))]
+    assert finding.evidence["layers"] == ", ".join(behind)
+    without = plant("llama", "none", 0)
+    no_sink = check(with_window(without, 20), Batch.of(batch(without, n=4, length=24)))
+    assert "sink-window" not in found_in(no_sink)
+
+
+def test_known_layer():
+    """Published as layer 6: one of these models fits the name, the other cannot be it."""
+
+    def report(seed):
+        planted = plant("llama", "single", seed)
+        model = model_of(planted)
+        remember(model, Origin("Qwen/Qwen3-4B"))
+        return planted.truth.me_layer, check(model, Batch.of(batch(planted, n=4, length=16)))
+
+    layer, good = report(1)
+    assert layer == 6
+    assert "known-layer" not in found_in(good)
+    assert next(rule for rule in good.rules if rule.id == "known-layer").status == "passed"
+    layer, bad = report(0)
+    assert layer != 6
+    finding = bad.findings[0]
+    assert (finding.id, finding.severity, finding.value) == ("known-layer", "critical", 1)
+    assert finding.evidence == {"ME Layer": f"published 6, measured {layer}"}
+
+
+def test_sinks_keys_and_ranks_come_with_the_sink(no_isolation):
+    """Without the planted sink the same massive token costs little and draws nothing."""
+    planted = plant("llama", "single", 1)
+    sharpen(planted.model, 1.0)
+    report = check(model_of(planted), own_texts(planted.model), budget="standard")
+    assert found_in(report) == {"int8-per-tensor", "sink-needs-bos"}
+
+
+# --- Policy, verdict, answer.
+
+
+def changed(name, **settings):
+    policy = read_policy()
+    rules = {**policy.rules, name: policy.rules[name].model_copy(update=settings)}
+    return policy.model_copy(update={"rules": rules})
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A planted model, texts, and a folder where its quick stages are kept."""
+    planted = plant("llama", "single", 1)
+    folder = tmp_path_factory.mktemp("kept")
+    texts = Batch.of(batch(planted, n=4, length=24))
+    model = model_of(planted)
+    check(model, texts, out=folder)
+
+    def go(policy=None, **more):
+        return check(model, texts, policy=policy, out=folder, **more)
+
+    return go
+
+
+def test_the_policy_decides(small):
+    default = small()
+    assert (default.verdict, len(default.counted())) == ("findings", 2)
+    assert "has 2 findings under the policy 'default'" in default.answer
+    research = small("research")
+    assert (research.verdict, found_in(research)) == ("pass", found_in(default))
+    assert "2 remarks" in research.answer
+    off = small(changed("int8-per-tensor", severity="off"))
+    assert found_in(off) == {"sink-needs-bos"}
+    rule = next(rule for rule in off.rules if rule.id == "int8-per-tensor")
+    assert (rule.status, rule.threshold, rule.reason) == ("off", None, "the policy turns it off")
+    value = next(f.value for f in default.findings if f.id == "int8-per-tensor")
+    assert "int8-per-tensor" in found_in(small(changed("int8-per-tensor", threshold=value * 0.99)))
+    assert "int8-per-tensor" not in found_in(small(changed("int8-per-tensor", threshold=value)))
+    milder = small(changed("int8-per-tensor", severity="info"))
+    assert [f.severity for f in milder.findings] == ["warning", "info"]
+    assert "1 remark of lesser severity" in milder.answer
+    assert default.policy.rules["one-token"] == {"severity": "warning", "threshold": 1.0}
+
+
+def test_what_is_not_measured_says_which_budget_measures_it(small):
+    rules = {rule.id: rule for rule in small().rules}
+    assert rules["one-token"].status == "not measured"
+    assert rules["one-token"].reason == "it needs the stage edits (--budget standard)"
+
+
+def test_bad_requests_are_refused_before_the_model_loads(tmp_path):
+    with pytest.raises(UnknownNameError, match=r"unknown budget 'quik'. Did you mean 'quick'"):
+        check("no-such-model", budget="quik")
+    with pytest.raises(PolicyError, match="unknown policy 'lax'"):
+        check("no-such-model", policy="lax")
+    assert list(BUDGETS) == ["quick", "standard", "full"]
+
+
+def test_a_stage_that_cannot_run_is_recorded(small, no_isolation, monkeypatch):
+    monkeypatch.setattr(stages, "super_weights", lambda *_args, **_options: failing())
+    report = small(changed("int8-per-tensor", severity="info"), budget="standard")
+    failed = [stage for stage in report.stages if stage.status == "failed"]
+    assert [(s.name, s.reason) for s in failed] == [
+        ("isolate", "RuntimeError: left out"),
+        ("super_weights", "RuntimeError: no such kernel"),
+    ]
+    rule = next(rule for rule in report.rules if rule.id == "super-weight")
+    assert (rule.status, rule.reason) == ("not measured", "the stage super_weights could not run")
+    assert "edits" in report.results
+    policy = read_policy("research")
+    assert small(policy, budget="standard").verdict == "incomplete"
+    assert "could not be checked in full" in small(policy, budget="standard").answer
+
+
+# --- The report.
+
+
+def test_json_goes_there_and_back(sick, tmp_path):
+    _, report = sick
+    path = tmp_path / "report.json"
+    path.write_text(report.to_json(), "utf-8")
+    again = load_result(path)
+    assert isinstance(again, CheckReport)
+    assert again == report
+    assert again.to_json() == report.to_json()
+    assert len(again.rows()) == len(report.findings)
+    assert len(again.shown()) == len(RULES)
+    assert "<img alt=" in report._repr_html_()
+    assert report.plot().axes[0].get_title(loc="left").endswith("single")
+    with pytest.raises(ResultError, match="holds no result 'nope'; it holds locate"):
+        report.result("nope")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data.update(verdict="pass"), "the verdict must be 'findings'"),
+        (lambda data: data["findings"].pop(), "findings and the rules that found"),
+        (lambda data: data["findings"][0].update(source="/results/x"), "nothing is at"),
+        (lambda data: data["results"]["locate"].update(n_layers=3), "one row a layer"),
+        (lambda data: data["results"]["locate"].update(schema="melens/check/1"), "no report can"),
+    ],
+)
+def test_edited_reports_are_refused(sick, change, says):
+    data = json.loads(sick[1].to_json())
+    change(data)
+    with pytest.raises(ResultError, match=says):
+        CheckReport.from_json(json.dumps(data))
+
+
+def test_junit_has_one_case_a_rule(sick, clean):
+    _, report = sick
+    evil = report.stages[0].model_copy(
+        update={"name": "evil", "status": "failed", "reason": '<b>&\x00\x1b[31m"]]>'}
+    )
+    report = report.model_copy(update={"stages": (*report.stages, evil)})
+    suite = ElementTree.fromstring(junit_xml(report))
+    cases = {case.get("name"): case for case in suite}
+    assert set(cases) == {*RULES, "stage evil"}
+    failed = {name for name, case in cases.items() if case.find("failure") is not None}
+    assert failed == {finding.id for finding in report.counted()}
+    assert (suite.get("failures"), suite.get("errors")) == (str(len(failed)), "1")
+    assert cases["sink-heads"].find("system-out") is not None
+    assert cases["known-layer"].find("skipped") is not None
+    assert "<b>&" in cases["stage evil"].find("error").get("message")
+    assert list(cases["float16-range"]) == []
+    suite = ElementTree.fromstring(junit_xml(clean))
+    assert suite.get("failures") == "0"
+
+
+# --- The recommendation.
+
+
+def dose_of(doses, controls):
+    """An evaluation of eight texts; name -> what it changes on each of them."""
+    n = 8
+    weights = (1.0,) * n
+    plain = ConditionScore(
+        name="base", role="base", edit=Edit(name="none"), value=2.0, interval=None, delta=None
+    )
+
+    def score(name, role, rate, changes):
+        mean = sum(changes) / n
+        return ConditionScore(
+            name=name, role=role, edit=Edit(rate=rate), value=2.0 + mean, interval=None,
+            delta=Delta(value=mean, interval=None),
+        )  # fmt: skip
+
+    tried = [score(name, "dose", 0.1 + i / 10, x) for i, (name, x) in enumerate(doses.items())]
+    held = [score(name, "control", 0.05, x) for name, x in controls.items()]
+    edited = tried[0].model_copy(update={"role": "edited"})
+    base = plant_run()
+    return Evaluation(
+        task="perplexity", unit="nats a token", higher_is_better=False, n=n, weight=8.0,
+        edit=edited.edit, me_layer=1, base=plain, edited=edited, delta=edited.delta,
+        dose=tuple(tried[1:]), controls=tuple(held), rivals=(), items=None, about="made up",
+        differences={**doses, **controls}, weights=weights, run=base,
+    )  # fmt: skip
+
+
+def plant_run():
+    from melens.provenance import ModelFacts, RunInfo
+
+    facts = ModelFacts("made-up", None, None, "float32", "cpu")
+    return RunInfo.collect(facts, seed=0, settings={})
+
+
+WORSE = (0.1, 0.2, 0.1, 0.3, 0.1, 0.2, 0.1, 0.1)
+BETTER = tuple(-x for x in WORSE)
+MIXED = (0.5, -0.6, 0.5, -0.4, 0.3, -0.5, 0.2, -0.3)
+NOTHING = (0.01, -0.01, 0.01, -0.01, 0.0, 0.01, -0.01, 0.0)
+
+
+def test_a_mask_is_recommended_only_beyond_doubt():
+    assert recommended(dose_of({"a": WORSE, "b": WORSE}, {"c": NOTHING})).action == "leave it"
+    unsure = recommended(dose_of({"a": WORSE, "b": MIXED}, {"c": NOTHING}))
+    assert (unsure.action, unsure.tried) == ("leave it", 2)
+    assert "beyond doubt" in unsure.text
+    helped = recommended(dose_of({"a": WORSE, "b": BETTER}, {"c": NOTHING}))
+    assert (helped.action, helped.source) == ("mask", "/results/dose/dose/0/delta")
+    assert helped.interval[1] < 0
+    assert helped.delta == pytest.approx(-0.15)
+    as_good = recommended(dose_of({"a": WORSE, "b": BETTER}, {"c": BETTER}))
+    assert as_good.action == "leave it"
+    assert "no more than a control does (c)" in as_good.text
+    first = recommended(dose_of({"a": BETTER, "b": WORSE}, {"c": NOTHING}))
+    assert first.source == "/results/dose/edited/delta"
+
+
+def test_intervals_widen_with_what_was_tried():
+    values, ones = torch.tensor(MIXED).double(), torch.ones(8).double()
+    assert wide_interval(values, ones, 1) == pytest.approx(mean_interval(values))
+    low, high = wide_interval(values, ones, 10)
+    assert low < mean_interval(values)[0] < mean_interval(values)[1] < high
+    assert wide_interval(values[:4], ones[:4], 1) is None
+
+
+def test_full_ends_with_a_recommendation(sick):
+    report = sick[1]
+    assert report.recommendation is not None
+    assert report.at(report.recommendation.source)["value"] == report.recommendation.delta
+    assert report.recommendation.tried == len(report.result("dose").dose) + 1
+
+
+# --- Interruptions, disks.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A planted model on disk, so that another process can read it."""
+    folder = tmp_path_factory.mktemp("model") / "planted"
+    planted = plant("llama", "single", 1)
+    planted.model.save_pretrained(folder)
+    tokenizer_for().save_pretrained(folder)
+    return folder
+
+
+def words(n=60):
+    return " ".join(f"w{10 + i * 7 % 100}" for i in range(n))
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from melens.batches import prompts
+from melens.checking import check
+def tick(stage, done, total):
+    if stage == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+check(sys.argv[1], prompts([sys.argv[4]], bos=True, length=24, n=2), budget="quick",
+      out=Path(sys.argv[2]), progress=tick)
+"""
+
+
+def test_a_kill_in_any_stage_loses_only_that_stage(saved, tmp_path):
+    from melens.batches import prompts
+
+    texts = prompts([words()], bos=True, length=24, n=2)
+    whole = check(str(saved), texts, out=tmp_path / "whole")
+    folder = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, str(saved), str(folder), "sinks", words()],
+        capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    kept = sorted(path.stem for path in (folder / "stages").glob("*.key"))
+    assert kept == ["collapse", "describe", "known", "locate"]
+    assert not (folder / "report.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in (folder / "stages").iterdir()}
+    again = check(str(saved), texts, out=folder)
+    assert again.timeless() == whole.timeless()
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_an_interruption_in_every_stage_ends_with_the_same_report(small, tmp_path):
+    planted = plant("llama", "single", 1)
+    texts, model = Batch.of(batch(planted, n=4, length=24)), model_of(planted)
+    left = []
+
+    def stop_at(stage):
+        def tick(now, _done, _total):
+            if now == stage:
+                raise KeyboardInterrupt
+
+        return tick
+
+    for stage in [name for name in STAGES if STAGES[name].budget == "quick"]:
+        with pytest.raises(KeyboardInterrupt):
+            check(model, texts, out=tmp_path, progress=stop_at(stage))
+        left.append(len(list((tmp_path / "stages").glob("*.key"))))
+    assert left == list(range(7))
+    assert check(model, texts, out=tmp_path).timeless() == small().timeless()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_other_texts_weights_or_damage_are_measured_again(tmp_path):
+    planted = plant("llama", "single", 1)
+    texts = Batch.of(batch(planted, n=4, length=24))
+    first = check(model_of(planted), texts, out=tmp_path)
+    located = tmp_path / "stages" / "locate.json"
+    old = located.read_text("utf-8")
+    check(model_of(planted), Batch.of(batch(planted, n=4, length=20)), out=tmp_path)
+    assert json.loads(located.read_text("utf-8"))["run"]["settings"]["length"] == 20
+    check(model_of(planted), texts, out=tmp_path)
+    scale_massive(planted, 1.5)  # one entry of one matrix
+    heavier = check(model_of(planted), texts, out=tmp_path)
+    tops = [max(row.max for row in r.result("locate").profile) for r in (first, heavier)]
+    assert tops[1] == pytest.approx(1.5 * tops[0], rel=0.05)
+    located.write_text(old[: len(old) // 2], "utf-8")
+    assert check(model_of(planted), texts, out=tmp_path).timeless() == heavier.timeless()
+
+
+def test_progress_rises_to_the_end(small, tmp_path):
+    seen = []
+    planted = plant("llama", "single", 1)
+    check(model_of(planted), Batch.of(batch(planted, n=4, length=24)),
+          progress=lambda *at: seen.append(at))  # fmt: skip
+    assert list(dict.fromkeys(name for name, _, _ in seen)) == [
+        name for name in STAGES if STAGES[name].budget == "quick"
+    ]
+    parts = [done for _, done, _ in seen]
+    assert parts == sorted(parts)
+    assert (parts[0], parts[-1]) == (0, 1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(saved, tmp_path, monkeypatch):
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    planted = plant("llama", "single", 1)
+    texts = Batch.of(batch(planted, n=4, length=24))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        check(model_of(planted), texts, out=tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+# --- The command.
+
+
+@pytest.fixture
+def run(capsys):
+    def go(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main(["check", *map(str, arguments)])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return done.value.code or 0, captured.out, captured.err
+
+    return go
+
+
+def test_the_command_writes_its_files_and_ends_with_a_code(run, saved, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text(words(80))
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n# Planted\n")
+    usual = (
+        saved,
+        "--text",
+        text,
+        "--bos",
+        "--length",
+        24,
+        "--n-seq",
+        3,
+        "--out",
+        tmp_path / "out",
+    )
+    code, stdout, stderr = run(*usual, "--junit", tmp_path / "a.xml", "--card", card)
+    assert code == 1
+    assert "has 2 findings under the policy 'default'" in stdout
+    assert "melens: collapse (" in stderr
+    for name in ("report.json", "report.html", "report.md"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+    assert ElementTree.parse(tmp_path / "a.xml").getroot().get("failures") == "2"
+    assert card.read_text().startswith("---\nlicense: mit\n---\n# Planted\n")
+    assert "int8-per-tensor" in card.read_text()
+    code, stdout, stderr = run(*usual, "--policy", "research", "--json", "-q")
+    assert (code, "melens:" in stderr) == (0, False)
+    assert CheckReport.from_json(stdout).verdict == "pass"
+    assert CheckReport.from_json(stdout).policy.name == "research"
+
+
+def test_the_command_refuses_early(run, tmp_path):
+    policy = tmp_path / "policy.toml"
+    policy.write_text("\nfail_on = 'loud'\n")
+    code, _, stderr = run("no-such-model", "--policy", policy)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "policy.toml, line 2: fail_on" in stderr
+    assert run("no-such-model", "--budget", "huge")[0] == 2
+    assert run("no-such-model", "--card", tmp_path / "none.md")[0] == 2
+    (tmp_path / "file").write_text("")
+    code, _, stderr = run("no-such-model", "--out", tmp_path / "file" / "out")
+    assert (code, stderr.count("\n")) == (3, 1)
+    assert "cannot make the folder" in stderr
+    assert run("no-such-model", "--junit", tmp_path)[0] == 3
+
+
+def test_incomplete_is_could_not_run(run, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "collapse", lambda *_args, **_options: failing())
+    usual = (saved, "--prompt", words(30), "--bos", "--policy", "research", "-q")
+    code, stdout, _ = run(*usual)
+    assert code == 3
+    assert "Stage collapse could not run: RuntimeError: no such kernel" in stdout
+
+
+@pytest.mark.weights
+def test_smollm2_quick(smol):
+    from melens.batches import prompts
+
+    report = check(smol, prompts(n=2, length=64))
+    statuses = {rule.id: rule.status for rule in report.rules}
+    assert found_in(report) == {"int8-per-tensor", "sink-heads"}
+    assert statuses["sink-needs-bos"] == statuses["chat-first-token"] == "passed"
+    assert statuses["known-layer"] in ("passed", "found")
+    assert report.findings[0].evidence["layer"] == 11
+    assert "507" in str(report.findings[0].evidence["dimensions_to_protect"])
+    assert all(stage.status == "done" for stage in report.stages)
