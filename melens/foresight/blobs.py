@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from melens.errors import FetchError, WeightsError
 
@@ -11,6 +11,7 @@ PARTIAL = 206
 """HTTP status of a ranged answer."""
 
 
+@runtime_checkable
 class Blob(Protocol):
     """A file that can be read from any place."""
 
@@ -36,12 +37,12 @@ class FileBlob:
 
         Raises:  WeightsError: there is no such file.
         """
+        self._file: Any = None
         if not path.is_file():
             raise WeightsError(f"{path.name} is missing from {path.parent}; fetch it again.")
         self.path, self.name = path, path.name
         status = path.stat()
         self.size, self.stamp = status.st_size, status.st_mtime_ns
-        self._file: Any = None
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Raises WeightsError where the file ends early or cannot be read."""
@@ -62,6 +63,10 @@ class FileBlob:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def __del__(self) -> None:
+        """A file that was refused halfway is given back too."""
+        self.close()
 
 
 class HttpBlob:

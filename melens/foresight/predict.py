@@ -24,7 +24,7 @@ most half the ceiling, (1 - c) / (1 + c). SmolLM2: maker 0.58, erasers -0.54 and
 RULE = (
     f"a neuron stands out at {STANDS_OUT:g} times its layer's median ceiling; a dimension counts "
     f"if it does in two layers, or at {ALONE:g} times in one, and before the last tenth of the "
-    "layers; the one with the highest ceilings in sum is followed. The "
+    "layers; the one whose highest maker is highest is followed. The "
     "first neuron on it whose sign is known makes it. It is erased where its ceiling "
     "is highest, if that is in the second half and not of the makers' sign, or where a neuron of "
     f"the other sign has {ERASED_LEFT:g} of the highest maker's; the ME Layer is the first layer "
@@ -50,15 +50,19 @@ def predict(scans: list[LayerScan]) -> Prediction:
         found for scan in scans for found in scan.loudest if found.ratio_to_median >= STANDS_OUT
     ]
     body = last_body_layer(len(scans))
-    for dim in (dims := _dims(loud, body)):
-        stage = _Stage(_by_layer(loud, dim), _sign(loud, dim), body, len(scans))
-        if stage.me_layer is not None:
-            others = tuple(other for other in dims if other != dim)
-            made = tuple(found.model_copy(update={"role": stage.role(found)}) for found in loud)
-            return Prediction(
-                stage.me_layer, stage.erase_layer, (dim, *others), stage.confidence, made
-            )
-    return Prediction(None, None, (), 0.0, tuple(loud))
+    stages = [
+        _Stage(_by_layer(loud, dim), _sign(loud, dim), body, len(scans))
+        for dim in _dims(loud, body)
+    ]
+    stages = [stage for stage in stages if stage.me_layer is not None]
+    if not stages:
+        return Prediction(None, None, (), 0.0, tuple(loud))
+    stages.sort(key=lambda stage: -stage.most)
+    best = stages[0]
+    made = tuple(found.model_copy(update={"role": best.role(found)}) for found in loud)
+    return Prediction(
+        best.me_layer, best.erase_layer, tuple(stage.dim for stage in stages), best.confidence, made
+    )
 
 
 def decided(found: Candidate) -> bool:
@@ -67,15 +71,14 @@ def decided(found: Candidate) -> bool:
 
 
 def _dims(loud: list[Candidate], body: int) -> list[int]:
-    """Coordinates that count, the one with the highest ceilings in sum first."""
-    found = {dim: _by_layer(loud, dim) for dim in {candidate.dim for candidate in loud}}
-    counts = {
-        dim: sum(best.ceiling for best in layers.values())
+    """Coordinates that count."""
+    found = {dim: _by_layer(loud, dim) for dim in sorted({candidate.dim for candidate in loud})}
+    return [
+        dim
         for dim, layers in found.items()
         if min(layers) <= body
         and (len(layers) > 1 or max(b.ratio_to_median for b in layers.values()) >= ALONE)
-    }
-    return sorted(counts, key=lambda dim: (-counts[dim], dim))
+    ]
 
 
 def _by_layer(loud: list[Candidate], dim: int) -> dict[int, Candidate]:
@@ -94,11 +97,12 @@ class _Stage:
         self, layers: dict[int, Candidate], sign: int | None, body: int, n_layers: int
     ) -> None:
         self.layers, self.sign = layers, sign
+        self.dim = next(iter(layers.values())).dim
         before = {layer: f for layer, f in layers.items() if layer <= body and not self.erases(f)}
         self.erase_layer = self._erased_at(before, n_layers)
         end = n_layers if self.erase_layer is None else self.erase_layer
         makers = self._after_an_erasure({at: f for at, f in before.items() if at < end}, end)
-        most = max((found.ceiling for found in makers.values()), default=0.0)
+        self.most = most = max((found.ceiling for found in makers.values()), default=0.0)
         self.me_layer = next(
             (layer for layer, f in makers.items() if f.ceiling >= FIRST_SHARE * most), None
         )
@@ -115,7 +119,7 @@ class _Stage:
 
     def role(self, found: Candidate) -> Role:
         """What a candidate does to this coordinate."""
-        if found.dim != next(iter(self.layers.values())).dim:
+        if found.dim != self.dim:
             return "other"
         if self.erases(found) or (found.layer == self.erase_layer and not self._makes(found)):
             return "erase"
