@@ -34,7 +34,7 @@ def prepare(model: str, prompt: int, new: int, located: Path | None) -> dict[str
     from melens.exporting import export, for_generate, load_prefix
     from melens.exporting.prefix import fixed_first
     from melens.models import load, load_plain
-    from melens.results.edit import Edit
+    from melens.results import Edit, load_result
 
     bridge = load(model, device="cpu")
     first = fixed_first(bridge.tokenizer)
@@ -43,7 +43,7 @@ def prepare(model: str, prompt: int, new: int, located: Path | None) -> dict[str
 
         me_layer = locate(bridge, melens.prompts(bos=first == bridge.tokenizer.bos_token_id))
     else:
-        me_layer = melens.load_result(located)
+        me_layer = load_result(located)
     edit, folder = Edit(), Path(tempfile.mkdtemp()) / "prefix"
     export(bridge, edit, format="prefix", out=folder, me_layer=me_layer)
     rows = melens.prompts(length=prompt).token_rows(bridge.tokenizer)

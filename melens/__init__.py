@@ -6,47 +6,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from melens.batches import prompts
+    from melens.checking import check
     from melens.emergence import locate
     from melens.evaluation import evaluate
     from melens.exporting import export, load
+    from melens.foresight import scan
     from melens.interventions import wemask
     from melens.isolation import isolate, super_weights
-    from melens.measure import attention, collapse, describe, sinks
+    from melens.measure import collapse, describe, sinks
     from melens.patching import patch
-    from melens.results import load_result
     from melens.tuning import tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "attention": "melens.measure",
+    "check": "melens.checking",
     "collapse": "melens.measure",
     "describe": "melens.measure",
     "evaluate": "melens.evaluation",
     "export": "melens.exporting",
     "isolate": "melens.isolation",
     "load": "melens.exporting",
-    "load_result": "melens.results",
     "locate": "melens.emergence",
     "patch": "melens.patching",
     "prompts": "melens.batches",
+    "scan": "melens.foresight",
     "sinks": "melens.measure",
     "super_weights": "melens.isolation",
     "tune": "melens.tuning",
     "wemask": "melens.interventions",
 }
 __all__ = [
-    "attention",
+    "check",
     "collapse",
     "describe",
     "evaluate",
     "export",
     "isolate",
     "load",
-    "load_result",
     "locate",
     "patch",
     "prompts",
+    "scan",
     "sinks",
     "super_weights",
     "tune",

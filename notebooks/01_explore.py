@@ -20,6 +20,7 @@
 
 # %%
 import melens
+from melens.measure import attention
 
 model = melens.load("smollm2-135m")
 texts = melens.prompts(n=4, length=64, bos=True)  # the bundled texts, BOS in front
@@ -95,7 +96,7 @@ assert found.attention_to_token[20] > 5 * found.uniform
 # them as one file.
 
 # %%
-heads = melens.attention(model, layer, texts, layers=[11, 12], heads=[0, 3, 8])
+heads = attention(model, layer, texts, layers=[11, 12], heads=[0, 3, 8])
 heads
 
 # %%
