@@ -48,18 +48,18 @@ class Slot:
         """Let go of them."""
         self.module._parameters[self.name] = self.hollow
 
-    def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The whole parameter, in the model's dtype and on its device.
+    def room(self) -> Tensor:
+        """Memory for its values, in the model's dtype and on its device."""
+        return torch.empty(self.hollow.shape, dtype=self.hollow.dtype, device=self.hollow.device)
+
+    def read(self, checkpoint: Checkpoint, room: Tensor) -> Tensor:
+        """The whole parameter, in the memory given.
 
         Raises:  WeightsError: NaN, or a file that ends too soon.
         """
-        dtype, device = self.hollow.dtype, self.hollow.device
-        if len(self.pieces) == 1 and not self.pieces[0].part:
-            return checkpoint.read(self.pieces[0].name, dtype, device)
-        made = torch.empty(self.hollow.shape, dtype=dtype, device=device)
         for piece in self.pieces:
-            made[piece.part] = checkpoint.read(piece.name, dtype, device)
-        return made
+            checkpoint.read(piece.name, room[piece.part] if piece.part else room)
+        return room
 
 
 @dataclass
@@ -116,7 +116,7 @@ def build_hollow(checkpoint: Checkpoint, *, dtype: Any, device: str) -> Hollow:
         elif slot.module in (embedding, unembedding) and slot.name == "weight":
             apart[id(slot.module)] = slot
         else:
-            slot.fill(slot.read(checkpoint))
+            slot.fill(slot.read(checkpoint, slot.room()))
     return Hollow(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
 
 
@@ -221,5 +221,4 @@ def _read_buffers(model: Any, checkpoint: Checkpoint) -> None:
         for name, buffer in module._buffers.items():
             full = f"{path}.{name}"
             if full in checkpoint.tensors and name not in module._non_persistent_buffers_set:
-                found = checkpoint.read(full, buffer.dtype, buffer.device)
-                buffer.copy_(found.view(buffer.shape))
+                checkpoint.read(full, buffer)

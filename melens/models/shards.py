@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from melens.errors import WeightsError
 from melens.models.files import INDEX, check_safetensors, read_json
 from melens.models.origin import Sample, stride_of
 
+CHUNK = 1 << 22
+"""Values that are converted at a time: few enough to stay near the processor."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
@@ -67,6 +70,7 @@ class Checkpoint:
         self.folder = folder
         self.bytes_read = 0
         self._finite: set[str] = set()
+        self._scratch = torch.empty(8 * CHUNK, dtype=torch.uint8)
         self.tensors: dict[str, Stored] = {}
         index = folder / INDEX
         placed: dict[str, str] = read_json(index).get("weight_map", {}) if index.is_file() else {}
@@ -91,21 +95,24 @@ class Checkpoint:
         config = (self.folder / "config.json").read_bytes()
         return hashlib.sha256(repr(stats).encode() + config).hexdigest()[:16]
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """One whole tensor.
+    def read(self, name: str, out: Tensor) -> None:
+        """One whole tensor, into the memory of another, whatever its dtype and device.
 
+        Args:    out: of the same shape, contiguous.
         Raises:  WeightsError: NaN or Inf in it, or the file ends too soon.
         """
-        stored = self.tensors[name]
-        count = 1
-        for size in stored.shape:
-            count *= size
-        raw = self._bytes(stored, 0, count * stored.itemsize).view(stored.torch_dtype)
-        made = raw.view(stored.shape).to(device=device, dtype=dtype)
+        stored, flat = self.tensors[name], out.view(-1)
+        for start in range(0, len(flat), CHUNK):
+            part = flat[start : start + CHUNK]
+            if stored.torch_dtype == part.dtype and part.device.type == "cpu":
+                self._read_bytes(stored, start, part)
+                continue
+            raw = self._scratch[: len(part) * stored.itemsize].view(stored.torch_dtype)
+            self._read_bytes(stored, start, raw)
+            part.copy_(raw)
         if name not in self._finite:  # once is enough: every pass reads the same
-            _require_finite(made, stored)
+            _require_finite(out, stored)
             self._finite.add(name)
-        return made
 
     def rows(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Some rows of a matrix, on the CPU.
@@ -113,30 +120,30 @@ class Checkpoint:
         Raises:  WeightsError: as :meth:`read`.
         """
         stored = self.tensors[name]
-        width = stored.shape[1] * stored.itemsize
-        found = [self._bytes(stored, row * width, width).view(stored.torch_dtype) for row in rows]
-        made = torch.stack(found).to(dtype)
+        found = torch.empty((len(rows), stored.shape[1]), dtype=stored.torch_dtype)
+        for at, row in enumerate(rows):
+            self._read_bytes(stored, row * stored.shape[1], found[at])
+        made = found.to(dtype)
         _require_finite(made, stored)
         return made
 
     def sample(self, name: str, dtype: torch.dtype) -> Sample:
         """What :func:`melens.models.origin.sample` would say of the tensor read in ``dtype``."""
         stored = self.tensors[name]
-        count = 1
-        for size in stored.shape:
-            count *= size
-        size = stored.itemsize
+        count = math.prod(stored.shape)
         places = range(0, count, stride_of(count))
-        found = [self._bytes(stored, at * size, size).view(stored.torch_dtype) for at in places]
-        values = torch.cat(found).to(dtype).double()
-        return Sample(stored.shape, dtype, values)
+        found = torch.empty(len(places), dtype=stored.torch_dtype)
+        for at, place in enumerate(places):
+            self._read_bytes(stored, place, found[at : at + 1])
+        return Sample(stored.shape, dtype, found.to(dtype).double())
 
-    def _bytes(self, stored: Stored, offset: int, count: int) -> Tensor:
-        buffer = torch.empty(count, dtype=torch.uint8)
-        array: Any = buffer.numpy()
+    def _read_bytes(self, stored: Stored, place: int, into: Tensor) -> None:
+        """Fill ``into`` with the values from the ``place``-th on."""
+        array: Any = into.view(torch.uint8).numpy()
+        count = array.size
         try:
             with stored.file.open("rb", buffering=0) as file:
-                file.seek(stored.start + offset)
+                file.seek(stored.start + place * stored.itemsize)
                 got = _fill(file, memoryview(array))
         except OSError as error:
             raise WeightsError(f"cannot read {stored.file}: {error.strerror}.") from None
@@ -145,11 +152,10 @@ class Checkpoint:
                 f"{stored.file.name} ends inside {stored.name}: it is truncated; fetch it again."
             )
         self.bytes_read += count
-        return buffer
 
 
 def _fill(file: Any, view: memoryview) -> int:
-    """Read until the view is full or the file ends; one read gives 2 GB at most."""
+    """Read until the view is full or the file ends."""
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])
@@ -170,10 +176,7 @@ def _header(file: Path) -> list[Stored]:
             continue
         shape, (start, end) = tuple(item["shape"]), item["data_offsets"]
         made = Stored(name, file, 8 + length + start, shape, item["dtype"])
-        count = made.itemsize if made.dtype in DTYPES else 0
-        for size in shape:
-            count *= size
-        if count and count != end - start:
+        if made.dtype in DTYPES and made.itemsize * math.prod(shape) != end - start:
             raise WeightsError(f"{file.name} has a corrupt header: {name} has the wrong length.")
         found.append(made)
     return found

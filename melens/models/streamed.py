@@ -53,6 +53,8 @@ class BlockStream:
         self.checking = False
         self._bridge, self._hollow = bridge, hollow
         self._filled: list[Slot] = []
+        self._taken: list[Tensor] = []
+        self._rooms: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
         self._samples: dict[str, Sample] | None = {}
         stack = layer_list(hollow.model)
         self._splits = [_splits(block) for block in bridge.blocks]
@@ -96,9 +98,7 @@ class BlockStream:
     def _entering(self, layer: int) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
             self._drop()  # an interrupt may have left the last one
-            for slot in self._hollow.blocks[layer]:
-                self._filled.append(slot)
-                slot.fill(slot.read(self.checkpoint))
+            self._read(self._hollow.blocks[layer])
             for part, method, targets in self._splits[layer]:
                 with torch.device("meta"):  # the linears it makes; the cut itself is of real values
                     made = getattr(part, method)(part.original_component)
@@ -111,12 +111,28 @@ class BlockStream:
 
         return enter
 
+    def _read(self, slots: list[Slot]) -> None:
+        """Into the memory that the last block had, where it fits: new memory costs more time than
+        reading does.
+        """  # noqa: D205
+        kinds = {(tuple(slot.hollow.shape), slot.hollow.dtype) for slot in slots}
+        self._rooms = {kind: rooms for kind, rooms in self._rooms.items() if kind in kinds}
+        for slot in slots:
+            rooms = self._rooms.get((tuple(slot.hollow.shape), slot.hollow.dtype))
+            room = rooms.pop() if rooms else slot.room()
+            self._filled.append(slot)
+            self._taken.append(room)
+            slot.fill(slot.read(self.checkpoint, room))
+
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._drop()
 
     def _drop(self) -> None:
         while self._filled:
             self._filled.pop().empty()
+        while self._taken:
+            room = self._taken.pop()
+            self._rooms.setdefault((tuple(room.shape), room.dtype), []).append(room)
 
     def _note(self, layer: int) -> None:
         if self._samples is not None:
