@@ -31,6 +31,9 @@ from melens.results.base import Result, write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     "melens.interventions": "Edits, each a context manager.",
+    "melens.checking": "The check before a model ships.",
+    "melens.report": "Its page, its text and its model card.",
+    "melens.foresight": "What the weights alone foretell.",
     "melens.comparing": "Two models, or two saved results, side by side.",
     "melens.evaluation": "How a task is run.",
     "melens.patching": "What is patched, and how it is scored.",

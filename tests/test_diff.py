@@ -131,6 +131,7 @@ def test_a_changed_token_is_found(base):
     change = row(result, "token")
     assert (change.a, change.b, change.changed) == (f"<{BOS_ID}>", f"<{other}>", True)
     assert row(result, "token's position").changed
+    assert all(line.cosine is None for line in result.profile)  # other tokens, so no angle
     assert not row(result, "dimension").changed
 
 
