@@ -8,6 +8,7 @@ from pathlib import Path
 
 from melens.provenance import RunInfo
 from melens.results import AttentionMaps, HeadMap, TokenNorms, load_result
+from melens.results.cache_norms import CacheNorms, CacheRow
 from melens.results.check import (
     CheckReport,
     Finding,
@@ -54,6 +55,14 @@ def maps(tokens=None, layers=(12, 20, 28), heads=9, run=None) -> AttentionMaps:
     )  # fmt: skip
 
 
+def cache_norms() -> CacheNorms:
+    rows = tuple(
+        CacheRow(layer=i, site=site, head=i % 3, token=40.0 + i, others=8.0, ratio=(40.0 + i) / 8)
+        for i in range(12, 16) for site in ("rot_k", "v")
+    )  # fmt: skip
+    return CacheNorms(me_layer=11, n_layers=30, rows=rows, missing=(), run=run_info())
+
+
 @cache
 def saved(model: str) -> dict[str, dict]:
     """All results of one real model, as JSON."""
@@ -92,6 +101,8 @@ def report(model="smollm2", results=None, findings=None, **changes) -> CheckRepo
     results = dict(saved(model)) if results is None else results
     if "attention" not in results:
         results["attention"] = maps().to_dict()
+    if "cache_norms" not in results and "collapse" in results:
+        results["cache_norms"] = cache_norms().to_dict()
     if findings is None:
         findings = (
             finding(),

@@ -166,7 +166,7 @@ def test_the_page_has_what_it_promises_in_order(which):
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     ids = [e["id"] for e in page(which).all("h2")]
     assert ids == ["contents", "findings", "recommendation", "emergence", "token", "rank", "sinks",
-                   "attention", "isolation", "super-weights", "edits", "stages", "glossary",
+                   "cache", "attention", "isolation", "super-weights", "edits", "stages", "glossary",
                    "json-title"]  # fmt: skip
     listed = [e["href"][1:] for e in page(which).all("a") if "nav" in e["inside"]]
     assert listed == [*ids[1:-1], "json"]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from melens.report.sections import Fact, Table
 from melens.report.source import Source, step
-from melens.report.text import number_text
 from melens.results.check import CheckReport, Finding
 
 SIGNS = {"critical": "✗", "warning": "▲", "info": "●"}
@@ -39,8 +38,9 @@ def finding_views(report: CheckReport, source: Source) -> list[FindingView]:
 
 def _facts(found: Finding, at: str, source: Source) -> list[Fact]:
     made = [
-        Fact("Measured", source.number(f"{at}/value", unit=found.unit)),
-        Fact("Policy's threshold", source.number(f"{at}/threshold", unit=found.unit)),
+        Fact("Measured", source.number(f"{at}/value")),
+        Fact("Policy's threshold", source.number(f"{at}/threshold")),
+        Fact("In units of", found.unit or "none"),
         Fact("Read from", source.link(found.source, found.source)),
     ]
     return made + [
@@ -56,15 +56,9 @@ def rule_table(report: CheckReport, source: Source) -> Table:
         at = f"/rules/{i}"
         rows.append([
             rule.id, rule.title, rule.status,
-            "" if rule.value is None else source.number(f"{at}/value", unit=rule.unit),
-            "" if rule.threshold is None else source.number(f"{at}/threshold", unit=rule.unit),
-            rule.reason or "",
+            "" if rule.value is None else source.number(f"{at}/value"),
+            "" if rule.threshold is None else source.number(f"{at}/threshold"),
+            rule.unit, rule.reason or "",
         ])  # fmt: skip
-    columns = ("rule", "looks for", "outcome", "measured", "threshold", "why not")
+    columns = ("rule", "looks for", "outcome", "measured", "threshold", "unit", "why not")
     return Table(f"All {len(rows)} rules of the check", columns, rows, folded=True)
-
-
-def measured_text(found: Finding) -> tuple[str, str]:
-    """Value and threshold with their unit."""
-    value, threshold = (number_text(number) for number in (found.value, found.threshold))
-    return f"{value} {found.unit}".strip(), f"{threshold} {found.unit}".strip()

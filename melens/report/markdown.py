@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from melens.report.findings import SIGNS, measured_text
+from melens.report.findings import SIGNS
 from melens.report.origin import interval_text
 from melens.report.parts import VERDICTS, canonical, key_facts, report_parts
 from melens.report.source import Source
@@ -38,12 +38,13 @@ def _findings(report: CheckReport) -> str:
         return "Nothing was found that the policy has a word on."
     rows = []
     for found in report.findings:
-        measured, threshold = measured_text(found)
         rows.append((
-            f"{SIGNS[found.severity]} {found.severity}", f"{found.title} ({found.id})", measured,
-            threshold, found.why, found.advice,
+            f"{SIGNS[found.severity]} {found.severity}", f"{found.title} ({found.id})",
+            number_text(found.value), number_text(found.threshold), found.unit or "none",
+            found.why, found.advice,
         ))  # fmt: skip
-    columns = ("severity", "finding", "measured", "threshold", "why it matters", "what to do")
+    columns = ("severity", "finding", "measured", "threshold", "in units of", "why it matters",
+               "what to do")  # fmt: skip
     return _table(columns, rows)
 
 

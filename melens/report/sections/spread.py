@@ -11,11 +11,16 @@ from melens.figures.ranks import NAMES
 from melens.report.sections.base import Block, Fact, Panel, Picture, Table, View, section
 from melens.report.text import number_text
 from melens.results.attention import AttentionMaps, HeadMap
+from melens.results.cache_norms import CacheNorms
 from melens.results.collapse import Collapse
 from melens.results.sinks import Sinks
 
 BOXES = 100_000
 """Squares of all heads' maps together: 0.7 MB, and few seconds of drawing."""
+
+
+WORST = 3
+"""Rows of a long table that everyone should see."""
 
 
 @section(
@@ -140,6 +145,33 @@ def _sink_layers(view: View) -> Table:
     ]  # fmt: skip
     columns = (*(f"sink rate, eps {eps}" for eps in names), "mean attention", "entropy (nats)")
     return Table("Sinks by layer", ("layer (from 0)", *columns), rows, folded=True)
+
+
+@section(
+    "cache", "What a key/value cache holds of it",
+    "A cache that is rounded with one scale takes the scale of its largest entry. The ratio is "
+    "that of the massive token's largest entry to another token's.",
+    CacheNorms,
+)  # fmt: skip
+def cached(view: View) -> Block:
+    """Keys and values of the massive token beside the others', the worst first."""
+    result: CacheNorms = view.result
+    made = view.block()
+    made.notes = list(result.missing)
+    order = sorted(range(len(result.rows_)), key=lambda i: -result.rows_[i].ratio)
+    names = {row.site: NAMES.get(row.site, row.site) for row in result.rows_}
+    rows = [
+        [f"{result.rows_[i].layer}, {names[result.rows_[i].site]}",
+         *view.numbers(f"/rows/{i}", "head", "token", "others", "ratio")]
+        for i in order
+    ]  # fmt: skip
+    columns = ("layer (from 0), site", "head (from 0)", "massive token", "others", "ratio")
+    if rows:
+        made.tables = [
+            Table("Where the massive token stands out most", columns, rows[:WORST]),
+            Table("All layers, the worst first", columns, rows, folded=True),
+        ]
+    return made
 
 
 @section(
