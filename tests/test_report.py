@@ -166,8 +166,8 @@ def test_the_page_has_what_it_promises_in_order(which):
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     ids = [e["id"] for e in page(which).all("h2")]
     assert ids == ["contents", "findings", "recommendation", "emergence", "token", "rank", "sinks",
-                   "cache", "attention", "isolation", "super-weights", "edits", "stages", "glossary",
-                   "json-title"]  # fmt: skip
+                   "cache", "attention", "isolation", "super-weights", "edits", "stages",
+                   "glossary", "json-title"]  # fmt: skip
     listed = [e["href"][1:] for e in page(which).all("a") if "nav" in e["inside"]]
     assert listed == [*ids[1:-1], "json"]
     tags = [e["tag"] for e in page(which).made]
@@ -275,6 +275,8 @@ def test_hostile_text_is_text_in_markdown_too():
     assert len({len(row) for row in _rows(parser.render(text))}) <= 2
     for letter in ("\u202e", "\x00", "\x1b"):
         assert letter not in text
+    written = [line for line in text.splitlines() if not line.startswith("- Command: `")]
+    assert not re.search("<(?!/?bdi>)", "\n".join(written))
 
 
 def _rows(html_text: str) -> list[list[str]]:
