@@ -25,7 +25,7 @@ from planted_faults import (
 )
 
 from melens.batches import Batch
-from melens.checking import BUDGETS, RULES, STAGES, check, junit_xml, read_policy, stages
+from melens.checking import BUDGETS, RULES, STAGES, check, junit_xml, read_policy, stages, trimming
 from melens.checking.verdict import recommended, wide_interval
 from melens.cli.app import main
 from melens.errors import OutputError, PolicyError, ResultError, UnknownNameError
@@ -48,6 +48,13 @@ def model_of(planted, chat=CHAT):
 def no_isolation(monkeypatch):
     """The slowest stage left out; it has tests of its own."""
     monkeypatch.setattr(stages, "isolate", lambda *_args, **_options: failing("left out"))
+
+
+@pytest.fixture
+def lean(monkeypatch):
+    """Stages left out that the fault at hand is not about."""
+    for name in ("collapse", "attention", "cache_norms"):
+        monkeypatch.setattr(stages, name, lambda *_args, **_options: failing("left out"))
 
 
 def failing(reason="no\nsuch kernel"):
@@ -150,7 +157,7 @@ def test_a_whole_tensor_in_int8_does_lose_half_its_entries(sick):
 # --- One fault at a time, each beside the same model without it.
 
 
-def test_float16_range():
+def test_float16_range(lean):
     planted = plant("llama", "single", 1)
     texts = Batch.of(batch(planted, n=4, length=24))
     before = check(model_of(planted), texts)
@@ -170,7 +177,7 @@ def test_float16_range():
     assert not out.isfinite().all()  # and so it is: float16 does not hold it
 
 
-def test_chat_first_token():
+def test_chat_first_token(lean):
     def report(chat):
         planted = plant("llama", "single", 1)
         return check(model_of(planted, chat), Batch.of(batch(planted, n=4, length=16)))
@@ -198,7 +205,7 @@ def with_window(planted, window):
     return load(made.eval(), tokenizer=tokenizer_for())
 
 
-def test_sink_window():
+def test_sink_window(lean):
     planted = plant("llama", "single", 1)
     add_sink(planted, 8.0)
     texts = Batch.of(batch(planted, n=4, length=24))
@@ -216,7 +223,7 @@ def test_sink_window():
     assert "sink-window" not in found_in(no_sink)
 
 
-def test_known_layer():
+def test_known_layer(lean):
     """Published as layer 6: one of these models fits the name, the other cannot be it."""
 
     def report(seed):
@@ -374,6 +381,19 @@ def test_junit_has_one_case_a_rule(sick, clean):
     assert suite.get("failures") == "0"
 
 
+def test_a_large_collapse_is_averaged_over_heads_and_says_so(sick, monkeypatch):
+    whole = sick[1].result("collapse")
+    assert trimming.compact(whole) is whole
+    monkeypatch.setattr(trimming, "MOST_ROWS", len(whole.rows_) - 1)
+    small = trimming.compact(whole)
+    assert len(small.rows_) < len(whole.rows_) / 2
+    for site in whole.sites:
+        for definition in ("effective_rank", "stable_rank_centred"):
+            assert small.curve(site, definition) == whole.curve(site, definition)
+    assert "stages/collapse.json" in small.missing[-1]
+    assert type(whole).from_json(small.to_json()) == small
+
+
 # --- The recommendation.
 
 
@@ -519,7 +539,7 @@ def test_an_interruption_in_every_stage_ends_with_the_same_report(small, tmp_pat
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_other_texts_weights_or_damage_are_measured_again(tmp_path):
+def test_other_texts_weights_or_damage_are_measured_again(tmp_path, lean):
     planted = plant("llama", "single", 1)
     texts = Batch.of(batch(planted, n=4, length=24))
     first = check(model_of(planted), texts, out=tmp_path)
@@ -550,7 +570,7 @@ def test_progress_rises_to_the_end(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(saved, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(self, data):
         with self.open("wb") as file:
             file.write(data[: len(data) // 2])

@@ -12,6 +12,7 @@ from melens.checking.findings import View
 from melens.checking.keeping import Keeper
 from melens.checking.policy import Policy, read_policy
 from melens.checking.stages import Stage, stages_of
+from melens.checking.trimming import compact
 from melens.checking.verdict import answered, judged, recommended
 from melens.errors import MelensError, OutputError
 from melens.inputs import Source
@@ -119,7 +120,7 @@ def _report(bench: Bench, policy: Policy, records: list[StageRecord]) -> CheckRe
         stages=tuple(records),
         findings=findings,
         rules=outcomes,
-        results={name: result.to_dict() for name, result in results.items()},
+        results={name: compact(result).to_dict() for name, result in results.items()},
         recommendation=recommended(dose) if isinstance(dose, Evaluation) else None,
         run=run,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from melens.checking.findings import RULES, Judgement, Rule, Unmeasured, View
-from melens.checking.findings.rule import nothing
+from melens.checking.findings.core import nothing
 from melens.checking.policy import Policy, RulePolicy
 from melens.checking.stages import STAGES
 from melens.metrics.bootstrap import LEAST, resamples

@@ -1,7 +1,7 @@
 """The rules, in the order in which a report lists them; the modules register them."""
 
 from melens.checking.findings import numbers, starts, causes, structure  # noqa: I001 (their order)
-from melens.checking.findings.rule import RULES, Card, Judgement, Rule, Unmeasured, View, rule
+from melens.checking.findings.core import RULES, Card, Judgement, Rule, Unmeasured, View, rule
 
 MODULES = (numbers, starts, causes, structure)
 """Imported for what they register."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from melens.checking.findings.rule import Card, Judgement, View, nothing, rule
+from melens.checking.findings.core import Card, Judgement, View, nothing, rule
 from melens.results import CacheNorms, MELayer, SuperWeights
 
 FLOAT16_MAX = 65504.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from melens.checking.findings.rule import Card, Judgement, Unmeasured, View, nothing, rule
+from melens.checking.findings.core import Card, Judgement, Unmeasured, View, nothing, rule
 from melens.results import MELayer, Sinks, TokenPortrait
 from melens.results.describe import Condition
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from melens.checking.findings.rule import Card, Judgement, Unmeasured, View, nothing, rule
+from melens.checking.findings.core import Card, Judgement, Unmeasured, View, nothing, rule
 from melens.results import Collapse, KnownCheck
 
 SITES = ("q", "k")
