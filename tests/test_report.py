@@ -19,6 +19,7 @@ from melens.report import (
     html_page,
     json_schema,
     markdown_report,
+    refuse_bad_card,
     sections,
     update_card,
     write_report,
@@ -411,6 +412,13 @@ def test_a_hostile_report_cannot_end_its_section(tmp_path):
     assert readme.read_bytes() == first
 
 
+def test_a_card_without_a_section_is_no_bad_card(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(CARD)
+    refuse_bad_card(readme)
+    assert readme.read_text() == CARD
+
+
 def test_an_empty_or_linked_card_works(tmp_path):
     readme, link = tmp_path / "README.md", tmp_path / "link.md"
     readme.write_bytes(b"")
@@ -430,6 +438,8 @@ def test_a_card_with_broken_markers_is_refused_untouched(tmp_path, text, match):
     readme.write_text(text)
     with pytest.raises(ResultError, match=match):
         update_card(readme, made("gemma"))
+    with pytest.raises(ResultError, match=match):
+        refuse_bad_card(readme)
     assert readme.read_text() == text
 
 

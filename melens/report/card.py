@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
 
@@ -27,25 +26,37 @@ def update_card(readme: Path, report: CheckReport) -> None:
              OutputError: a file that cannot be written.
     """
     target = readme.resolve()
+    old = _read(readme)
+    new = _updated(old, _section(report), str(readme))
+    if new == old:
+        return
     try:
-        old = target.read_bytes()
         mode = target.stat().st_mode
-        old.decode("utf-8-sig")
+        write_atomically(target, new)
+        target.chmod(mode & 0o7777)
+    except OSError as error:
+        raise OutputError(f"cannot write {readme}: {error.strerror}.") from None
+
+
+def refuse_bad_card(readme: Path) -> None:
+    """What :func:`update_card` would refuse, said before any work.
+
+    Raises:  ResultError: as update_card.
+    """
+    _updated(_read(readme), "", str(readme))
+
+
+def _read(readme: Path) -> bytes:
+    try:
+        raw = readme.read_bytes()
+        raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ResultError(f"cannot read {readme}: it is not UTF-8 text.") from None
     except OSError as error:
         raise ResultError(
             f"cannot read {readme}: {error.strerror}; give the README.md of a model."
         ) from None
-    new = _updated(old, _section(report), str(readme))
-    if new == old:
-        return
-    write_atomically(target, new)
-    try:
-        with contextlib.suppress(PermissionError):
-            target.chmod(mode & 0o7777)
-    except OSError as error:
-        raise OutputError(f"cannot write {readme}: {error.strerror}.") from None
+    return raw
 
 
 def _section(report: CheckReport) -> str:
