@@ -102,12 +102,16 @@ def check(
 def _check_files(junit: Path | None, card: Path | None) -> None:
     """Refuse files that cannot be written, before any work.
 
-    Raises:  OutputError: naming the file.
+    Raises:  OutputError: naming the file. ResultError: a card whose section has no clear bounds.
     """
     if junit is not None and junit.is_dir():
         raise OutputError(f"--junit {junit} is a folder; name a file in it.")
     if card is not None and not card.is_file():
         raise typer.BadParameter(f"--card {card} is no file; give the README.md of the model.")
+    if card is not None:
+        from melens.report import refuse_bad_card
+
+        refuse_bad_card(card)
 
 
 def _pages(report: Any, folder: Path | None, card: Path | None) -> None:
