@@ -21,7 +21,7 @@ FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 """Stored as plain numbers; a GGUF's block formats are dequantised instead."""
-PIECE = 1 << 21
+PIECE = 1 << 18
 """Bytes read at once: small enough to stay in the processor's cache until they are used."""
 EDGE = 1 << 16
 """Bytes hashed at the end of every file, beside its header."""

@@ -30,7 +30,9 @@ from melens.results.base import Part
 from melens.results.scan import Candidate, LayerCeiling, Needs
 
 LOUDEST = 8
-"""Neurons of a layer that are kept with all their particulars."""
+"""Neurons of a layer that are kept with all their particulars, at most."""
+KEPT = 10.0
+"""Times the median neuron's ceiling; below it only a layer's loudest is kept."""
 NEEDED = 8
 """Coordinates kept of the input that a neuron needs."""
 
@@ -80,20 +82,24 @@ def scan_layer(files: Checkpoint, plan: Plan, layer: LayerPlan, device: str) -> 
             row=LayerCeiling(layer=layer.layer, covered=False, reason=layer.reason), loudest=()
         )
     norms = _norms(files, plan, layer)
-    found: list[Candidate] = []
-    ceilings = []
-    for ffn in layer.ffns:
-        of_ffn = _Ffn(files, plan, ffn, norms, device)
-        ceilings.append(of_ffn.ceilings)
-        found += of_ffn.loudest(layer.layer)
-    every = torch.cat(ceilings)
+    ffns = [_Ffn(files, plan, ffn, norms, device) for ffn in layer.ffns]
+    every = torch.cat([ffn.ceilings for ffn in ffns])
     median = every.median().item()
-    loudest = sorted(found, key=lambda c: -c.ceiling)[:LOUDEST]
-    loudest = [
-        c.model_copy(update={"ratio_to_median": c.ceiling / median if median else 0.0})
-        for c in loudest
-    ]
+    loudest = _loudest(ffns, every, layer.layer, median)
     return LayerScan(row=_row(layer, loudest[0], every, median, norms), loudest=tuple(loudest))
+
+
+def _loudest(ffns: list[_Ffn], every: Tensor, layer: int, median: float) -> list[Candidate]:
+    """The neurons with the highest ceilings of all of a layer's FFNs, the highest first."""
+    top = every.topk(min(LOUDEST, every.numel()))
+    best = top.indices[: max(1, int((top.values >= KEPT * median).sum()))].tolist()
+    found: list[Candidate] = []
+    first = 0
+    for ffn in ffns:
+        last = first + ffn.ceilings.numel()
+        found += ffn.candidates(layer, [n - first for n in best if first <= n < last], median)
+        first = last
+    return sorted(found, key=lambda candidate: -candidate.ceiling)
 
 
 def _row(
@@ -136,13 +142,15 @@ class _Ffn:
             )
             self.ceilings[self.read.reach.largest == 0] = 0.0
 
-    def loudest(self, layer: int) -> list[Candidate]:
-        """The neurons with the highest ceilings."""
-        best = self.ceilings.topk(min(LOUDEST, self.ceilings.numel())).indices.tolist()
-        return [self._candidate(layer, neuron) for neuron in best]
+    def candidates(self, layer: int, neurons: list[int], median: float) -> list[Candidate]:
+        """Some neurons with all their particulars."""
+        entries = self._entries(neurons)
+        return [self._candidate(layer, neuron, entries[neuron], median) for neuron in neurons]
 
-    def _candidate(self, layer: int, neuron: int) -> Candidate:
-        dim, value = self._entry(neuron)
+    def _candidate(
+        self, layer: int, neuron: int, entry: tuple[int, float], median: float
+    ) -> Candidate:
+        dim, value = entry
         positive, negative = (side[neuron].item() for side in self.read.reach)
         gain = 1.0 if self.norms.post is None else self.norms.post[dim].item()
         up = positive >= negative
@@ -154,24 +162,30 @@ class _Ffn:
         cosine = None if self.read.cosine is None else self.read.cosine[neuron].item()
         return Candidate(
             layer=layer, neuron=neuron, expert=self.ffn.expert, dim=dim, ceiling=ceiling,
-            against=ceiling * share, ratio_to_median=0.0, cosine=cosine, value=value,
+            against=ceiling * share, cosine=cosine, value=value,
+            ratio_to_median=ceiling / median if median else 0.0,
             sign=1 if (value * gain >= 0) == up else -1, needs=self._needs(neuron),
         )  # fmt: skip
 
-    def _entry(self, neuron: int) -> tuple[int, float]:
-        """The dim of a neuron's largest (scaled) down entry, and the entry."""
-        down, post = self.ffn.down, self.norms.post
+    def _entries(self, neurons: list[int]) -> dict[int, tuple[int, float]]:
+        """The dim of each neuron's largest (scaled) down entry, and the entry."""
+        down = self.ffn.down
         if self.plan.layout.transposed:
-            column = self._row(down, neuron)
-            scaled = column if post is None else column * post
-            dim = int(scaled.abs().argmax())
-            return dim, column[dim].item()
-        piece = self.files.piece(down.name)
-        first = int(self.columns.piece[neuron]) * piece
-        last = min(first + piece, down.rows)
-        block = self.files.rows(down.name, down.first + first, down.first + last)
-        column = block[:, neuron].float()
-        scaled = column if post is None else column * post[first:last]
+            return {neuron: self._largest(self._row(down, neuron), 0) for neuron in neurons}
+        found = {}
+        step = self.files.piece(down.name)
+        for piece in sorted({int(self.columns.piece[neuron]) for neuron in neurons}):
+            first, last = piece * step, min(piece * step + step, down.rows)
+            block = self.files.rows(down.name, down.first + first, down.first + last)
+            for neuron in neurons:
+                if int(self.columns.piece[neuron]) == piece:
+                    found[neuron] = self._largest(block[:, neuron].float(), first)
+        return found
+
+    def _largest(self, column: Tensor, first: int) -> tuple[int, float]:
+        """Of a part of a down column that begins at dim ``first``."""
+        post = self.norms.post
+        scaled = column if post is None else column * post[first : first + column.numel()]
         at = int(scaled.abs().argmax())
         return first + at, column[at].item()
 
@@ -245,11 +259,12 @@ class _Ffn:
         for first in range(0, down.rows, step):
             last = min(first + step, down.rows)
             block = self.files.rows(down.name, down.first + first, down.first + last)
-            block = block.to(self.device, torch.float32)
+            block = block.to(self.device)
             if gain is not None:
+                block = block.float()
                 squared.append((block * block).sum(int(neurons_are_rows)).cpu())
                 block = block * (gain if neurons_are_rows else gain[first:last, None])
-            largest.append(block.abs().amax(int(neurons_are_rows)).cpu())
+            largest.append(block.abs_().amax(int(neurons_are_rows)).float().cpu())
         if neurons_are_rows:
             most = torch.cat(largest)
             at = torch.zeros(most.numel(), dtype=torch.long)
