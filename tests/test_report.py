@@ -301,7 +301,8 @@ def test_code_spans_hold_any_backticks():
 @pytest.mark.parametrize(
     ("value", "style", "text"),
     [(24926.3, "plain", "24,926"), (11, "plain", "11"), (0.55123, "percent", "55.1 %"),
-     (1.0, "percent", "100 %"), (0.0041, "signed", "+0.0041"), (None, "plain", "none"),
+     (1.0, "percent", "100 %"), (-2e-4, "percent", "0.0 %"), (0.0041, "signed", "+0.0041"),
+     (None, "plain", "none"),
      (-713.25, "plain", "-713.2"), (True, "plain", "yes"), (1e-7, "plain", "1e-07"),
      (65504, "plain", "65,504"), ("single", "plain", "single")],
 )  # fmt: skip
@@ -366,7 +367,7 @@ def test_markdown_says_the_verdict_the_numbers_and_the_command():
     assert text.startswith("# melens check: ")
     assert "**✗ Findings: not within the policy.**" in text
     assert "| ME Layer (from 0) | 11 |" in text
-    assert "| Largest massive activation | 24,926 |" in text
+    assert "| The massive token reaches | 24,926 |" in text
     assert "✗ critical" in text
     assert made("smollm2").run.command in text
     assert "Layers count from 0" in text

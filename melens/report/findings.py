@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from melens.report.sections import Fact, Table
-from melens.report.source import Source, step
+from melens.report.source import Linked, Source, step
 from melens.results.check import CheckReport, Finding
 
 SIGNS = {"critical": "✗", "warning": "▲", "info": "●"}
@@ -21,6 +21,8 @@ class FindingView:
     sign: str
     title: str
     facts: list[Fact]
+    unit: str
+    source: Linked
     why: str
     advice: str
 
@@ -30,7 +32,8 @@ def finding_views(report: CheckReport, source: Source) -> list[FindingView]:
     return [
         FindingView(
             found.id, found.severity, SIGNS[found.severity], found.title,
-            _facts(found, f"/findings/{i}", source), found.why, found.advice,
+            _facts(found, f"/findings/{i}", source), found.unit or "none",
+            source.link(found.source, found.source), found.why, found.advice,
         )
         for i, found in enumerate(report.findings)
     ]  # fmt: skip
@@ -40,8 +43,6 @@ def _facts(found: Finding, at: str, source: Source) -> list[Fact]:
     made = [
         Fact("Measured", source.number(f"{at}/value")),
         Fact("Policy's threshold", source.number(f"{at}/threshold")),
-        Fact("In units of", found.unit or "none"),
-        Fact("Read from", source.link(found.source, found.source)),
     ]
     return made + [
         Fact(name.replace("_", " "), source.number(f"{at}/evidence{step(name)}"))

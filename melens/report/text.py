@@ -63,7 +63,8 @@ def number_text(value: Any, style: str = "plain") -> str:
     if not isinstance(value, int | float):
         return str(value)
     if style == "percent":
-        return f"{100 * value:,.{0 if abs(value) >= 0.9995 else 1}f} %"
+        text = f"{100 * value:,.{0 if abs(value) >= 0.9995 else 1}f} %"
+        return text.removeprefix("-") if text == "-0.0 %" else text
     sign = "+" if style == "signed" else ""
     if isinstance(value, int):
         return f"{value:{sign},}"

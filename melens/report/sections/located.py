@@ -36,7 +36,7 @@ def emergence(view: View) -> Block:
         made.facts.append(Fact("Written by the FFN", view.number("/writer/ffn", "percent")))
     made.tiles = [Fact("ME Layer (from 0)", view.number("/me_layer"))]
     if result.massive:
-        made.tiles.append(Fact("Largest massive activation", view.number("/massive/0/value")))
+        made.tiles.append(Fact("The massive token reaches", view.number("/massive/0/value")))
     made.pictures = [Picture(result, "profile", _profile_alt(result), PROFILE)]
     made.tables = [_layers(view)]
     return made
