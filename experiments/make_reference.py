@@ -30,6 +30,7 @@ from melens.results.base import Result, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
+    "melens.measure": "Single measurements, and several in one pass.",
     "melens.interventions": "Edits, each a context manager.",
     "melens.checking": "The check before a model ships.",
     "melens.report": "Its page, its text and its model card.",
@@ -323,7 +324,8 @@ def _results() -> str:
     said = [f"- `{name}`: {_first(getattr(Result, name))}\n" for name in methods]
     return (
         "## melens.results\n\nWhat functions return and commands save. All are frozen, and all "
-        f"have:\n\n{''.join(said)}\n{_table(('schema', 'class', 'what it is'), rows)}"
+        f"have:\n\n{''.join(said)}\n`load_result(path)` reads any of them back.\n\n"
+        + _table(("schema", "class", "what it is"), rows)
     )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from melens.cli.app import app
 
@@ -58,8 +60,19 @@ def test_what_is_stale_is_named_and_mended(figures, tmp_path, capsys, monkeypatc
     capsys.readouterr()
     assert figures.main([*arguments, "--check"]) == 0
     assert not capsys.readouterr().out
+    with Image.open(DOCS / "figures" / "gemma3-270m.png") as old:
+        old.load()
+    old.save(picture, pnginfo=_software("Matplotlib version1.0, https://matplotlib.org/"))
+    assert figures.main([*arguments, "--check"]) == 0
+    assert capsys.readouterr().out == f"not compared (Matplotlib version1.0): {picture}\n"
     with pytest.raises(KeyError, match="nonsense"):
         figures.with_tables("<!-- table: nonsense -->\n<!-- /table -->")
+
+
+def _software(name):
+    made = PngInfo()
+    made.add_text("Software", name)
+    return made
 
 
 def test_every_table_and_figure_is_shown_somewhere(figures):
