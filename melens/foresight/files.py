@@ -201,14 +201,22 @@ def read_gguf(path: Path) -> Checkpoint:
 
     from melens.models.gguf import check_gguf
 
-    check_gguf(path)
-    reader = GGUFReader(path)
+    blob = FileBlob(path)
+    try:  # once: most of the time goes into the tokenizer's fields, which nobody asked for
+        reader: Any = GGUFReader(path)
+        whole = reader.tensors and all(
+            t.data_offset + t.n_bytes <= blob.size for t in reader.tensors
+        )
+    except Exception:  # the reader raises whatever a damaged header leads it to
+        reader, whole = None, False
+    if not whole:
+        check_gguf(path)  # says what is wrong
+        raise WeightsError(f"{path.name} cannot be read as a GGUF file; fetch it again.")
     config = {
         name: value.contents()
         for name, value in reader.fields.items()
         if not name.startswith(("tokenizer.", "GGUF."))
     }
-    blob = FileBlob(path)
     tensors = {}
     for found in reader.tensors:
         shape = tuple(int(n) for n in reversed(found.shape))
