@@ -103,7 +103,7 @@ def _attention(bench: Bench, tick: Tick) -> Result:
     return attention(bench.model, bench.located, bench.first, layers=layers, heads=heads)
 
 
-@_add("isolate", "standard", 120.0, token=True)
+@_add("isolate", "standard", 130.0, token=True)
 def _isolate(bench: Bench, tick: Tick) -> Result:
     return isolate(bench.model, bench.located, bench.short, progress=tick)
 
@@ -113,12 +113,12 @@ def _super_weights(bench: Bench, tick: Tick) -> Result:
     return super_weights(bench.model, bench.short, me_layer=bench.located, progress=tick)
 
 
-@_add("edits", "standard", 10.0, token=True)
+@_add("edits", "standard", 20.0, token=True)
 def _edits(bench: Bench, tick: Tick) -> Result:
     return edit_losses(bench, tick)
 
 
-@_add("dose", "full", 30.0, token=True)
+@_add("dose", "full", 50.0, token=True)
 def _dose(bench: Bench, tick: Tick) -> Result:
     return dose_losses(bench, tick)
 
