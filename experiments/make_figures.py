@@ -39,15 +39,19 @@ NAMES = {
 }  # fmt: skip
 FIGURES = {
     "gemma3-270m.png": (f"{G}.locate", "profile"),
+    "gemma3-270m.scan.png": (f"{G}.scan", "ceilings"),
     "smollm2-135m-bos.collapse.png": (f"{S}.collapse", "rank"),
     "smollm2-135m-bos.dose.png": (f"{S}.perplexity-gamma.evaluate", "dose"),
     "smollm2-135m-bos.isolate-layers.png": (f"{S}.isolate", "layers"),
     "smollm2-135m-bos.isolate.png": (f"{S}.isolate", "factorial"),
     "smollm2-135m-bos.super-weights.png": (f"{S}.super-weights", "spikes"),
     "smollm2-135m.png": (f"{S_RAW}.locate", "profile"),
+    "smollm2-135m.scan.png": (f"{S_RAW}.scan", "ceilings"),
     "smollm2-135m.sinks.png": (f"{S_RAW}.sinks", "curves"),
 }
 """File in docs/figures -> the result it is drawn from, and its style."""
+ELSEWHERE = {"foresee-study.png"}
+"""Drawn by experiments/11_foresee.py while it measures; not made again here."""
 TABLES: dict[str, Callable[[], list[dict[str, Any]]]] = {}
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 Rows = list[dict[str, Any]]
