@@ -9,7 +9,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
 
-.PHONY: demo test test-gemma test-browser test-hooked notebooks check all clean
+.PHONY: demo test test-gemma test-browser test-hooked notebooks docs check all clean
 
 demo: $(VENV)/.run
 	$(BIN)/melens locate smollm2-135m --out runs/demo
@@ -28,12 +28,17 @@ test-gemma: $(VENV)/.test
 
 # Needs a browser: apt-get install chromium chromium-driver
 test-browser: $(VENV)/.test
-	$(BIN)/python -m pytest -m browser tests/test_attention_view.py
+	$(BIN)/python -m pytest -m browser tests/test_attention_view.py tests/test_report_browser.py
 
 # Runs every notebook as it is; its source in percent format is kept beside it.
 notebooks: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= --nbmake --nbmake-timeout=600 notebooks
+
+# The docs as a site in runs/site, warnings as errors.
+docs: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet $(PIN) -e '.[docs]'
+	$(BIN)/zensical build --strict -f mkdocs.yml
 
 # HookedTransformer lives in TransformerLens 3.9, which cannot share an environment with 4.3.
 test-hooked: .venv-hooked/.test
@@ -44,7 +49,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-all: check test notebooks test-browser test-hooked demo
+all: check test notebooks docs test-browser test-hooked demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
