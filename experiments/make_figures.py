@@ -1,11 +1,12 @@
-"""Draw every figure and write every generated table of the documents from saved results.
+"""Draw every figure and write every table and example report of the docs from saved results.
 
     python experiments/make_figures.py           # write what is out of date
     python experiments/make_figures.py --check   # write nothing, name it, exit 1 if there is any
 
-Reads docs/results/*.json and loads no model. A figure counts as the same where its pixels are (PNG
-files of equal pixels differ by the version of zlib); one that another version of matplotlib drew is
-named and not judged. A table stands between the comments ``<!-- table: NAME -->`` and
+Reads docs/results/*.json and docs/reports/*.json and loads no model. A figure counts as the same
+where its pixels are (PNG files of equal pixels differ by the version of zlib); one that another
+version of matplotlib drew is named and not judged. Of a report's page everything but the bytes of
+its drawings is compared. A table stands between the comments ``<!-- table: NAME -->`` and
 ``<!-- /table -->`` of README.md or a page in docs/.
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from melens.figures import save_figure
+from melens.report import html_page, markdown_report
 from melens.results import load_result
 from melens.results.base import write_atomically
 
@@ -52,6 +54,8 @@ FIGURES = {
 """File in docs/figures -> the result it is drawn from, and its style."""
 ELSEWHERE = {"foresee-study.png"}
 """Drawn by experiments/11_foresee.py while it measures; not made again here."""
+DRAWING = re.compile(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]+")
+"""A drawing inside a page: its bytes differ by the version of matplotlib."""
 TABLES: dict[str, Callable[[], list[dict[str, Any]]]] = {}
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 Rows = list[dict[str, Any]]
@@ -64,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     stale = 0
-    for path, data in [*figures(options.root), *pages(options.root)]:
+    for path, data in [*figures(options.root), *pages(options.root), *reports(options.root)]:
         if not options.check:
             write_atomically(path, data)
             said = "wrote"
@@ -99,6 +103,17 @@ def drawn_by(file: Any) -> str:
     """The version of matplotlib in a PNG file: two draw letters a little differently."""
     with Image.open(file) as picture:
         return str(picture.info.get("Software", "?")).partition(",")[0]
+
+
+def reports(root: Path) -> Iterator[tuple[Path, str]]:
+    """Example reports whose page or text says something else than their JSON does now."""
+    for source in sorted((root / "docs" / "reports").glob("*.json")):
+        report = load_result(source)
+        for ending, make in ((".html", html_page), (".md", markdown_report)):
+            path, fresh = source.with_suffix(ending), make(report)
+            old = path.read_text("utf-8") if path.exists() else ""
+            if DRAWING.sub("", fresh) != DRAWING.sub("", old):
+                yield path, fresh
 
 
 def pages(root: Path) -> Iterator[tuple[Path, str]]:
