@@ -18,8 +18,9 @@ from melens.errors import (
     ResultError,
     WeightsError,
 )
-from melens.foresight import scan, weights
+from melens.foresight import files, scan, weights
 from melens.foresight.layouts import HF
+from melens.foresight.neurons import LOUDEST
 from melens.foresight.opening import by_range, open_checkpoint
 from melens.foresight.predict import STANDS_OUT
 from melens.models import FAMILIES
@@ -162,9 +163,9 @@ def test_no_residual_makes_a_neuron_write_more_than_its_ceiling(family, saved):
     hf, folder = saved(family, size=30.0)
     found = scan(folder)
     assert found.covered
-    files = open_checkpoint(folder)
-    plan = weights.plan_of(files)
-    top = weights.scan_layer(files, plan, plan.layers[1], "cpu").loudest[0]
+    opened = open_checkpoint(folder)
+    plan = weights.plan_of(opened)
+    top = weights.scan_layer(opened, plan, plan.layers[1], "cpu").loudest[0]
     assert top.ceiling == found.profile[1].ceiling
     one = OneNeuron(family, blocks_of(hf)[1], top)
     sizes = 10.0 ** torch.linspace(-1, 3, 4000)[:, None]
@@ -284,9 +285,9 @@ def test_experts_saved_apart_and_stacked_say_the_same(saved, tmp_path):
 
 
 def _layers(folder):
-    files = open_checkpoint(folder)
-    plan = weights.plan_of(files)
-    return [weights.scan_layer(files, plan, layer, "cpu") for layer in plan.layers]
+    opened = open_checkpoint(folder)
+    plan = weights.plan_of(opened)
+    return [weights.scan_layer(opened, plan, layer, "cpu") for layer in plan.layers]
 
 
 def test_a_block_without_a_bound_is_left_out_and_says_why(saved):
@@ -383,8 +384,8 @@ def test_a_wrong_index_is_one_clear_line(make, tmp_path):
     make("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    files = sorted(set(index["weight_map"].values()))
-    wrong = next(file for file in files if file != index["weight_map"][DOWN])
+    shards = sorted(set(index["weight_map"].values()))
+    wrong = next(file for file in shards if file != index["weight_map"][DOWN])
     moved = {**index["weight_map"], DOWN: wrong}
     path.write_text(json.dumps({**index, "weight_map": moved}))
     with pytest.raises(WeightsError, match=rf"says {wrong} holds {DOWN}"):
@@ -394,8 +395,8 @@ def test_a_wrong_index_is_one_clear_line(make, tmp_path):
     with pytest.raises(WeightsError, match=rf"index\.json lists no tensor {DOWN}"):
         scan(tmp_path)
     path.write_text(json.dumps(index))
-    (tmp_path / files[0]).unlink()
-    with pytest.raises(WeightsError, match=f"{files[0]} is missing"):
+    (tmp_path / shards[0]).unlink()
+    with pytest.raises(WeightsError, match=f"{shards[0]} is missing"):
         scan(tmp_path)
 
 
@@ -462,6 +463,10 @@ def test_a_hub_id_is_read_by_range_and_only_what_is_needed(make, tmp_path, monke
     hf.save_pretrained(tmp_path / "one")
     hf.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     local = scan(tmp_path / "one")
+    monkeypatch.setattr(files, "EDGE", 100)
+    sizes = {name: 4 * value.numel() for name, value in hf.state_dict().items()}
+    needed = sum(n for name, n in sizes.items() if "mlp" in name or "post_attention" in name)
+    again = sum(n for name, n in sizes.items() if "down_proj" in name) + 3 * LOUDEST * 2 * 32 * 4
     for folder in ("one", "many"):
         server = Server(tmp_path / folder)
         monkeypatch.setattr(
@@ -471,10 +476,11 @@ def test_a_hub_id_is_read_by_range_and_only_what_is_needed(make, tmp_path, monke
         found = scan("some/model", revision="main")
         assert (found.profile, found.run.model) == (local.profile, "some/model")
         assert found.run.model_revision == "main"
-        total = sum(file.stat().st_size for file in (tmp_path / folder).glob("*.safetensors"))
-        assert server.sent > 0
-    ffn = sum(p.numel() * 4 for n, p in hf.named_parameters() if "mlp" in n)
-    assert total > ffn
+        paths = list((tmp_path / folder).glob("*.safetensors"))
+        headers = sum(9 + int.from_bytes(path.read_bytes()[:8], "little") for path in paths)
+        fixed = headers + len(paths) * files.EDGE  # one byte asks for the size, the end is hashed
+        assert fixed + needed <= server.sent <= fixed + needed + again
+        assert server.sent < sum(path.stat().st_size for path in paths)
     for broken, says in ((Server(tmp_path / "one", status=200), "answered 200"),
                          (Server(tmp_path / "one", cut=3), "bytes came for")):  # fmt: skip
         with pytest.raises(FetchError, match=says):
@@ -505,11 +511,42 @@ def test_an_interrupted_scan_goes_on_where_it_was(saved, tmp_path, monkeypatch):
     keep.write_text(keep.read_text()[:-20])  # torn by a kill
     done.clear()
     assert scan(folder, keep=keep).profile == whole.profile
-    assert set(done) >= {2}
+    assert done == [2]
+    done.clear()
+    assert scan(folder, keep=keep).profile == whole.profile  # what was torn is whole again
+    assert done == []
+    with monkeypatch.context() as other:
+        other.setattr(weights, "__version__", "0.0.0")
+        assert scan(folder, keep=tmp_path / "other").profile == whole.profile
+    done.clear()
+    assert scan(folder, keep=tmp_path / "other").profile == whole.profile
+    assert done == [0, 1, 2]
+    done.clear()
+    assert scan(folder, keep=keep).profile == whole.profile
+    assert done == []
     edit(folder, lambda t: t[DOWN].mul_(2.0))
     done.clear()
     assert scan(folder, keep=keep).profile[1].ceiling == pytest.approx(2 * whole.profile[1].ceiling)
     assert done == [0, 1, 2]
+
+
+def test_a_scan_gives_the_threads_back(saved, monkeypatch):
+    _, folder = saved("llama")
+    real, seen = weights.scan_layer, []
+    monkeypatch.setattr(
+        weights, "scan_layer", lambda *args: seen.append(torch.get_num_threads()) or real(*args)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        scan(folder)
+        edit(folder, lambda t: t[DOWN].mul_(torch.nan))
+        with pytest.raises(WeightsError):
+            scan(folder)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
 
 
 def test_the_command_writes_its_files_and_says_one_sentence(tmp_path, capsys):

@@ -19,6 +19,8 @@ class Blob(Protocol):
     size: int
     stamp: int
     """When it was written, in nanoseconds; 0 where that is not known."""
+    piece: int
+    """Bytes that are best read at once."""
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes from ``start`` on, or raise."""
@@ -31,6 +33,9 @@ class Blob(Protocol):
 
 class FileBlob:
     """A local file, read without mapping it: pages that were read are not this process's."""
+
+    piece = 1 << 18
+    """Small enough to stay in the processor's cache until it is used."""
 
     def __init__(self, path: Path) -> None:
         """Opens nothing yet.
@@ -76,6 +81,8 @@ class HttpBlob:
     """
 
     stamp = 0
+    piece = 1 << 23
+    """Every piece is a request, and a request costs as long as many bytes do."""
 
     def __init__(self, url: str, client: Any, headers: dict[str, str], name: str) -> None:
         """Asks for one byte, to learn the file's size.

@@ -21,8 +21,6 @@ FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 """Stored as plain numbers; a GGUF's block formats are dequantised instead."""
-PIECE = 1 << 18
-"""Bytes read at once: small enough to stay in the processor's cache until they are used."""
 EDGE = 1 << 16
 """Bytes hashed at the end of every file, beside its header."""
 
@@ -119,7 +117,8 @@ class Checkpoint:
 
     def piece(self, name: str) -> int:
         """Rows of a tensor that make one piece."""
-        return max(1, PIECE // self.stored(name).row_bytes)
+        stored = self.stored(name)
+        return max(1, stored.blob.piece // stored.row_bytes)
 
     def close(self) -> None:
         """Give the files back; the buffers too."""

@@ -60,12 +60,11 @@ class Kept:
         try:
             if json.loads(head) != {"schema": SCHEMA, "key": key}:
                 return False
+            for line in lines[:-1]:
+                found = LayerScan.model_validate_json(line)
+                self.layers[found.row.layer] = found
         except ValueError:
             return False
-        for line in lines[:-1]:
-            try:
-                found = LayerScan.model_validate_json(line)
-            except ValueError:
-                return False
-            self.layers[found.row.layer] = found
-        return not lines or not lines[-1]
+        if lines and lines[-1]:  # else the next layer would be written behind the torn part
+            write_atomically(path, text[: -len(lines[-1])])
+        return bool(lines)

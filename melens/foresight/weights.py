@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from melens import __version__
 from melens.errors import ModelError
 from melens.foresight.files import Checkpoint
 from melens.foresight.kept import Kept
@@ -52,9 +53,14 @@ def scan(
     """  # fmt: skip
     device = _device(device)
     files = open_checkpoint(model, revision=revision)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # a piece is too small to be shared: threads wait longer than they work
     try:
         plan = plan_of(files)
-        kept = Kept(keep, f"{files.key(times=True)} {device}")
+        key = "" if keep is None else f"{__version__} {files.key(times=True)} {device}"
+        kept = Kept(keep, key)
         for layer in plan.layers:
             if layer.layer not in kept.layers:
                 kept.add(scan_layer(files, plan, layer, device))
@@ -62,6 +68,7 @@ def scan(
                 progress(layer.layer + 1, len(plan.layers))
         return _result(files, plan, kept.layers, device)
     finally:
+        torch.set_num_threads(threads)
         files.close()
 
 
