@@ -15,11 +15,13 @@ from melens.batches import Batch
 from melens.cli.app import main
 from melens.comparing import Side, Tolerances, diff
 from melens.comparing.differences import compare
+from melens.comparing.rows import profile_change
 from melens.emergence import locate
 from melens.errors import ModelNotFoundError, ResultError
 from melens.figures import save_figure
-from melens.results import Difference, load_result
+from melens.results import Difference, MELayer, load_result
 from melens.results.check import CheckReport
+from melens.results.diff import SideRow
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 PLANTED = plant("llama", "single", 1)
@@ -161,6 +163,38 @@ def test_turned_around_it_says_the_inverse(base):
         assert one.ratio * two.ratio == pytest.approx(1)
         assert one.cosine == pytest.approx(two.cosine)
     assert {c.what for c in there.changed()} == {c.what for c in back.changed()}
+
+
+@pytest.mark.parametrize(("a", "b"), [((8.0, 5.0, 6.0), (8.0, 0.0, 1.0)), ((8.0, 0.0), (8.0, 5.0))])
+def test_a_layer_that_is_0_in_one_of_the_two_differs_most(a, b):
+    lines = tuple(
+        SideRow(
+            layer=i, max_a=one, max_b=two, ratio=two / one if one else None,
+            share_a=None, share_b=None, cosine=None,
+        )
+        for i, (one, two) in enumerate(zip(a, b, strict=True))
+    )  # fmt: skip
+    (change,) = profile_change(lines, Tolerances())
+    assert change.note == "layer 1, where it differs most"
+    assert (change.a, change.b, change.changed) == (a[1], b[1], True)
+    assert change.value == (0.0 if a[1] else None)  # JSON has no infinity
+
+
+def test_two_dead_layers_are_the_same():
+    line = SideRow(layer=0, max_a=0.0, max_b=0.0, ratio=None, share_a=None, share_b=None,
+                   cosine=None)  # fmt: skip
+    (change,) = profile_change((line,), Tolerances())
+    assert (change.value, change.changed) == (1.0, False)
+
+
+def test_a_block_that_died_is_a_change(base):
+    side = copy.deepcopy(base.located.to_dict())
+    side["profile"][-1]["max"] = 0.0
+    died = Side(MELayer.from_json(json.dumps(side)), "locate")
+    change = row(compare(base, died), "largest |x| of a layer")
+    assert change.changed
+    assert change.note.startswith(f"layer {base.located.n_layers - 1},")
+    assert Difference.from_json(compare(died, base).to_json()).verdict == "changed"
 
 
 def test_other_shapes_are_said_and_not_judged_by_number(base, make_tiny):

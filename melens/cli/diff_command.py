@@ -88,24 +88,18 @@ def diff(
         raise typer.Exit(1)
 
 
-def _sides(first: Any, second: Any, *, any_texts: bool) -> list[Any]:
-    """Both, the saved ones read before a model is loaded."""
-    import gc
+def _sides(first: Any, second: Any, *, any_texts: bool) -> Any:
+    from melens.comparing.sides import texts_like, two_sides
 
-    from melens.comparing.sides import read_side, require_same_texts, texts_like
-
-    saved = read_side(first.model), read_side(second.model)
-    if saved[0] and saved[1] and not any_texts:
-        require_same_texts(saved[0].located.run.settings, saved[1].located.run.settings)
-    other = saved[0] or saved[1]
-    texts = texts_like(
-        other, first.source, n=first.n_seq, length=first.length, bos=first.bos, chat=first.chat
+    jobs = first, second
+    return two_sides(
+        (first.model, second.model),
+        lambda saved: texts_like(
+            saved, first.source, n=first.n_seq, length=first.length, bos=first.bos, chat=first.chat
+        ),
+        lambda index, texts, like: _measured(jobs[index], texts, like),
+        any_texts=any_texts,
     )
-    made = []
-    for job, side in zip((first, second), saved, strict=True):
-        made.append(side or _measured(job, texts, None if any_texts else other))
-        gc.collect()  # a bridge and its model point at each other: free the first
-    return made
 
 
 def _measured(job: Any, texts: Any, like: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
 from melens.comparing import rows
-from melens.comparing.sides import Side, read_side, require_same_texts, texts_like
+from melens.comparing.sides import Side, texts_like, two_sides
 from melens.comparing.tolerances import Tolerances
 from melens.inputs import Source
 from melens.provenance import ModelFacts, RunInfo
@@ -39,27 +38,26 @@ def diff(
     Raises:  ResultError: a saved file of another kind, or of other texts.
              What ``melens.locate`` raises, for models.
     """  # fmt: skip
-    saved = read_side(a), read_side(b)
-    if saved[0] and saved[1] and not any_texts:
-        require_same_texts(saved[0].located.run.settings, saved[1].located.run.settings)
-    other = saved[0] or saved[1]
-    texts = prompts if prompts is not None else texts_like(other)
-    like = None if any_texts else other
-    sides = []
-    for source, side in zip((a, b), saved, strict=True):
-        sides.append(side or Side.of_model(source, texts, like=like, progress=progress))
-        gc.collect()  # a bridge and its model point at each other: free the first
+    sides = two_sides(
+        (a, b),
+        lambda saved: texts_like(saved) if prompts is None else prompts,
+        lambda index, texts, like: Side.of_model(
+            (a, b)[index], texts, like=like, progress=progress
+        ),
+        any_texts=any_texts,
+    )
     return compare(sides[0], sides[1], tolerances)
 
 
 def compare(a: Side, b: Side, tolerances: Tolerances = BASE) -> Difference:
     """Put one result together from two sides, whatever their texts."""
     profile = rows.profile_rows(a, b)
+    deep = "" if a.located.n_layers == b.located.n_layers else rows.OTHER_DEPTH
     made = [
         *rows.layer_rows(a.located, b.located),
         *rows.token_rows(a.located, b.located, tolerances),
         *rows.direction_rows(a, b, tolerances),
-        *rows.profile_change(profile, tolerances),
+        *rows.profile_change(profile, tolerances, why_not=deep),
         *rows.shape_rows(a, b),
         *rows.report_rows(a.report, b.report, tolerances),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,20 +123,29 @@ def profile_rows(a: Side, b: Side) -> tuple[SideRow, ...]:
     return tuple(made)
 
 
-def profile_change(rows: tuple[SideRow, ...], limits: Tolerances) -> Iterator[Change]:
-    """The layer whose largest |x| differs most."""
-    known = [row for row in rows if row.ratio]
+def profile_change(
+    rows: tuple[SideRow, ...], limits: Tolerances, *, why_not: str = ""
+) -> Iterator[Change]:
+    """The layer whose largest |x| differs most: first one that is 0 in one of the two alone."""
+    known = [row for row in rows if row.max_a is not None and row.max_b is not None]
     if not known:
         return
-    worst = max(known, key=lambda row: max(row.ratio or 1, 1 / (row.ratio or 1)))
-    value = worst.ratio or 1.0
-    where, deep = f"layer {worst.layer}, where it differs most", rows[-1].ratio is None
+    worst = max(known, key=_factor)
+    where = f"layer {worst.layer}, where it differs most"
     yield Change(
-        what="largest |x| of a layer", a=worst.max_a, b=worst.max_b, measure="factor", value=value,
-        changed=None if deep else max(value, 1 / value) > limits.profile,
-        tolerance=None if deep else limits.profile,
-        note=f"{where}; {OTHER_DEPTH}" if deep else where,
+        what="largest |x| of a layer", a=worst.max_a, b=worst.max_b, measure="factor",
+        value=1.0 if worst.max_a == worst.max_b else worst.ratio,
+        changed=None if why_not else _factor(worst) > limits.profile,
+        tolerance=None if why_not else limits.profile,
+        note=f"{where}; {why_not}" if why_not else where,
     )  # fmt: skip
+
+
+def _factor(row: SideRow) -> float:
+    """How many times the larger is the smaller; infinite where only one of them is 0."""
+    if row.max_a == row.max_b:
+        return 1.0
+    return max(row.ratio, 1 / row.ratio) if row.ratio else math.inf
 
 
 def report_rows(

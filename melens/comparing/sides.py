@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +95,31 @@ class Side:
             vocabulary=self.width[1] if self.width else None,
             dtype=run.dtype, weights=run.weights, ids=run.settings.get("ids"),
         )  # fmt: skip
+
+
+def two_sides(
+    sources: Sequence[Any],
+    texts: Callable[[Side | None], Source],
+    measure: Callable[[int, Source, Side | None], Side],
+    *,
+    any_texts: bool = False,
+) -> tuple[Side, Side]:
+    """Both sides; what is saved is read, and refused, before a model is loaded.
+
+    Args:    sources: A and B, as :func:`melens.comparing.diff` takes them.
+             texts: makes the texts of a model, from the saved side if there is one.
+             measure: (0 or 1, texts, the saved side they must fit) -> a side that is not saved.
+    Raises:  what :func:`read_side`, :func:`require_same_texts` and the two callables raise.
+    """
+    saved = [read_side(source) for source in sources]
+    if saved[0] and saved[1] and not any_texts:
+        require_same_texts(saved[0].located.run.settings, saved[1].located.run.settings)
+    other = saved[0] or saved[1]
+    made, given = [], texts(other)
+    for index, side in enumerate(saved):
+        made.append(side or measure(index, given, None if any_texts else other))
+        gc.collect()  # a bridge and its model point at each other: free the first
+    return made[0], made[1]
 
 
 def saved_file(source: Any) -> Path | None:

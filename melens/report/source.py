@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from melens.errors import ResultError
 from melens.report.text import number_text, page_text
+from melens.results.pointer import look_up
 
 ROOT = "json"
 
@@ -41,14 +41,7 @@ class Source:
 
         Raises:  ResultError: nothing is there.
         """
-        here: Any = self.data
-        for part in pointer.split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
-            try:
-                here = here[int(key)] if isinstance(here, list) else here[key]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise ResultError(f"nothing is at {pointer!r} of this report.") from None
-        return here
+        return look_up(self.data, pointer)
 
     def number(self, pointer: str, style: str = "plain", unit: str = "") -> Linked:
         """The number there, in words of :func:`number_text`, with its unit."""

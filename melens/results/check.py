@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from melens.errors import ResultError
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
+from melens.results.pointer import look_up
 
 Budget = Literal["quick", "standard", "full"]
 Severity = Literal["info", "warning", "critical"]
@@ -171,17 +172,11 @@ class CheckReport(Result):
 
         Raises:  ResultError: nothing is there.
         """
-        here: Any = {
+        held = {
             "results": self.results, "run": self.run.model_dump(),
             "stages": [stage.model_dump() for stage in self.stages],
         }  # fmt: skip
-        for part in pointer.removeprefix("/").split("/"):
-            key: Any = part.replace("~1", "/").replace("~0", "~")
-            try:
-                here = here[int(key)] if isinstance(here, list) else here[key]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise ResultError(f"nothing is at {pointer!r} of this report.") from None
-        return here
+        return look_up(held, pointer)
 
     def timeless(self) -> dict[str, Any]:
         """All but when, by which command and from which checkout: equal for equal checks,
