@@ -92,9 +92,9 @@ def check(
         report = measure(
             loaded, texts, budget=budget.value, policy=rules, out=job.out, progress=tick
         )
+    _pages(report, job.out, card)
     if junit is not None:
         write_atomically(junit, junit_xml(report))
-    _pages(report, job.out, card)
     output.show(report, as_json=as_json, folder=job.out)
     raise typer.Exit(EXIT_CODES[report.verdict])
 
@@ -106,12 +106,29 @@ def _check_files(junit: Path | None, card: Path | None) -> None:
     """
     if junit is not None and junit.is_dir():
         raise OutputError(f"--junit {junit} is a folder; name a file in it.")
+    if junit is not None:
+        _refuse_unwritable("--junit", junit)
     if card is not None and not card.is_file():
         raise typer.BadParameter(f"--card {card} is no file; give the README.md of the model.")
     if card is not None:
         from melens.report import refuse_bad_card
 
         refuse_bad_card(card)
+        _refuse_unwritable("--card", card.resolve())
+
+
+def _refuse_unwritable(option: str, path: Path) -> None:
+    """Raises: OutputError: nothing can be written beside ``path``."""
+    import tempfile
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # asking for permission says yes where the disk is full or read-only
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {option} {path}: {error.strerror}; choose another place."
+        ) from None
 
 
 def _pages(report: Any, folder: Path | None, card: Path | None) -> None:

@@ -1,0 +1,83 @@
+"""Files of `melens check`: refused before any work, written in an order that loses nothing."""
+
+from __future__ import annotations
+
+import planted_report as planted
+import pytest
+
+from melens.cli.app import main
+from melens.errors import OutputError
+
+
+@pytest.fixture
+def run(capsys):
+    def go(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main(["check", *map(str, arguments)])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return done.value.code or 0, captured.err
+
+    return go
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A check that is done at once; counts how often it ran."""
+    from melens import checking
+    from melens.cli.job import Job
+
+    ran = []
+    monkeypatch.setattr(Job, "load", lambda job: (None, None))
+    monkeypatch.setattr(
+        checking, "check", lambda *_, **options: ran.append(options) or planted.report("smollm2")
+    )
+    return ran
+
+
+@pytest.mark.parametrize("option", ["--junit", "--card"])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(
+    run, made, tmp_path, monkeypatch, option
+):
+    import tempfile
+
+    here = tmp_path / "README.md"
+    here.write_text("# A model\n")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    code, stderr = run("any", option, here)
+    assert code == 3
+    assert stderr == f"melens: cannot write {option} {here}: No space left on device; choose " \
+        "another place.\n"  # fmt: skip
+    assert made == []
+
+
+def test_a_junit_below_a_file_is_refused_before_any_work(run, made, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, stderr = run("any", "--junit", tmp_path / "file" / "a.xml")
+    assert code == 3
+    assert stderr.startswith("melens: cannot write --junit")
+    assert stderr.count("\n") == 1
+    assert made == []
+
+
+def test_the_probe_leaves_nothing_and_junit_comes_after_the_pages(run, made, tmp_path, monkeypatch):
+    from melens import report
+
+    junit, out = tmp_path / "new" / "a.xml", tmp_path / "out"
+    usual = ("any", "--junit", junit, "--out", out)
+
+    def refuse(*_):
+        raise OutputError("cannot write the page.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(report, "write_report", refuse)
+        assert run(*usual)[0] == 3
+    assert list(junit.parent.iterdir()) == []
+    assert run(*usual)[0] == 1
+    assert junit.read_text().startswith("<?xml")
+    assert (out / "report.html").exists()
+    assert len(made) == 2
