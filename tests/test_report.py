@@ -32,6 +32,7 @@ from melens.report.source import Source, anchor
 from melens.report.text import code_span, markdown_text, number_text, page_text
 from melens.results import load_result
 from melens.results.check import CheckReport
+from melens.results.pointer import look_up
 
 DOCS = Path(__file__).parent.parent / "docs"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -257,6 +258,16 @@ def test_hostile_text_is_text():
     assert not re.search("[\u0590-\u06ff]", outside)
 
 
+def test_markdown_gives_the_recommended_change_once():
+    found = made("smollm2").recommendation
+    said = "Leave it: the best, zero, changes the loss by +0.0041 nats a token (-0.002 to +0.01)."
+    report = made("smollm2").model_copy(
+        update={"recommendation": found.model_copy(update={"text": said})}
+    )
+    text = markdown_report(report).split("## Recommendation")[1].split("##")[0].strip()
+    assert text == f"{said} Conditions tried: 6; the interval is as wide as that many ask for."
+
+
 def test_hostile_text_is_text_in_markdown_too():
     from markdown_it import MarkdownIt
 
@@ -319,7 +330,8 @@ def test_pointers_escape_and_refuse():
     source = Source({"a/b": {"c~d": [1.5]}})
     assert source.at("/a~1b/c~0d/0") == 1.5
     assert anchor("/a b/é") == "json/a%20b/%C3%A9"
-    for pointer in ("/x", "/a~1b/c~0d/7", "/a~1b/c~0d/x"):
+    assert look_up(source.data, "") == source.data
+    for pointer in ("/x", "/a~1b/c~0d/7", "/a~1b/c~0d/x", "/a~1b/c~0d/-1", "/a~1b/c~0d/00", "a~1b"):
         with pytest.raises(ResultError, match="nothing is at"):
             source.number(pointer)
 

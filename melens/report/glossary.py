@@ -12,8 +12,10 @@ GLOSSARY = {
     "Effective rank": "How many directions a set of vectors fills: the exponential of the entropy "
     "of the singular values. 1 means all lie on one line.",
     "Gain": "The factor by which a norm layer multiplies each dimension.",
-    "Interval": "Where the number would fall in 95 % of repetitions with other texts of the kind "
-    "(bootstrap). “none” where the texts cannot say.",
+    "Interval": "A 95 % confidence interval by bootstrap: the texts are drawn again 2,000 times, "
+    "with repetition, and 95 % of the results lie in it; wider where the best of several "
+    "conditions was picked. It is about texts of this kind only, and few texts make it too "
+    "narrow. “none” where they are too few or all alike.",
     "Key/value cache": "What a running model keeps of earlier tokens. Dropping or rounding "
     "entries saves memory.",
     "Massive activation": "An entry of the residual stream that is larger than 100 and than a "
@@ -28,7 +30,8 @@ GLOSSARY = {
     "to it.",
     "Sink": "A token that draws a large share of a head's attention without saying anything. The "
     "sink rate at eps 0.3 is the share of heads that give it more than 0.3.",
-    "Super weight": "A single weight without which the massive activation does not form.",
+    "Super weight": "One entry of an FFN's last matrix that makes at least half of a very large "
+    "output of that FFN on its own. What the model loses without it is measured, not assumed.",
     "Write share": "The part of the massive token's vector that one layer adds; negative where it "
     "takes away.",
 }

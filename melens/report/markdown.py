@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from melens.report.findings import SIGNS
-from melens.report.origin import interval_text
 from melens.report.parts import VERDICTS, canonical, key_facts, report_parts
 from melens.report.source import Source
 from melens.report.text import code_span, markdown_text, number_text
@@ -52,11 +51,10 @@ def _recommendation(report: CheckReport, mark: str) -> list[str]:
     found = report.recommendation
     if found is None:
         return []
-    text = markdown_text(found.text)
-    if found.delta is not None:
-        change = f"{number_text(found.delta, 'signed')} nats a token"
-        said = f"Loss change {change}, interval {interval_text(found.interval)}"
-        text += f" {markdown_text(said)}, {found.tried} conditions tried."
+    text = f"{found.text} Conditions tried: {found.tried}"
+    if found.interval is not None:
+        text += "; the interval is as wide as that many ask for"
+    text = markdown_text(f"{text}.")  # which holds the change and its interval already
     return [f"{mark} Recommendation", text]
 
 

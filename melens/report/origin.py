@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from melens.report.sections import Fact, Table
 from melens.report.source import Source, step
-from melens.report.text import number_text
 from melens.results.check import CheckReport
 
 
@@ -65,10 +64,3 @@ def recommendation_view(report: CheckReport, source: Source) -> Advice | None:
     if found.source is not None:
         facts.append(Fact("Read from", source.link(found.source, found.source)))
     return Advice(found.text, facts)
-
-
-def interval_text(interval: tuple[float, float] | None) -> str:
-    """An interval in words."""
-    if interval is None:
-        return "none"
-    return " to ".join(number_text(end, "signed") for end in interval)

@@ -201,9 +201,11 @@ def heads(view: View) -> Block:
 
 
 def telling(maps: AttentionMaps) -> list[int]:
-    """Indices of the heads that a page can hold: of all, those that look most at the first token,
-    and every fourth from the other end.
-    """  # noqa: D205
+    """Indices of the heads that a page can hold.
+
+    Ordered by how much they look at the first token: three quarters of the page for those that
+    look most, a quarter for those that look least.
+    """
     most = max(1, BOXES // len(maps.tokens) ** 2)
     rows = maps.rows()
     order = sorted(range(len(rows)), key=lambda i: (-rows[i]["attention_to_first"], i))
