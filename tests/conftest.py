@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 TINY_LIMIT = 3_000_000
+CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 
 
 def pytest_configure(config):
@@ -88,3 +89,27 @@ def gemma():
     from melens.models import load
 
     return load("gemma3-270m", device="cpu")
+
+
+@pytest.fixture
+def browser(socket_enabled, tmp_path, monkeypatch):
+    """Debian's Chromium, driven over localhost; its logs start empty."""
+    from selenium import webdriver
+
+    monkeypatch.setenv("SE_OFFLINE", "true")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1000",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+    try:
+        driver.get("data:,")
+        driver.get_log("performance")
+        yield driver
+    finally:
+        driver.quit()

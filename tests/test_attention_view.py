@@ -35,7 +35,6 @@ HOSTILE = (
     "${alert(1)}",
 )
 PLAIN = ("My", " favorite", " color", "\n", "    ", "中")
-CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 
 
 def _run(**changes: str | dict[str, str]) -> RunInfo:
@@ -306,30 +305,6 @@ def test_without_circuitsvis_the_error_says_what_to_install(fake, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OutputError, match=r"needs circuitsvis; run `pip install circuitsvis`\."):
         attention_view(_maps())
-
-
-@pytest.fixture
-def browser(socket_enabled, tmp_path, monkeypatch):
-    """Debian's Chromium, driven over localhost; its logs start empty."""
-    from selenium import webdriver
-
-    monkeypatch.setenv("SE_OFFLINE", "true")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1000",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    try:
-        driver.get("data:,")
-        driver.get_log("performance")
-        yield driver
-    finally:
-        driver.quit()
 
 
 def _open(browser, path: Path, canvases: int) -> None:

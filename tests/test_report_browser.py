@@ -13,7 +13,6 @@ import pytest
 from melens.report import html_page
 
 pytestmark = pytest.mark.browser
-CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 PHONE, DESKTOP = (375, 812), (1280, 1000)
 
 
@@ -25,30 +24,6 @@ def folder(tmp_path_factory) -> Path:
         (made / f"{name}.html").write_text(html_page(planted.report(name)), "utf-8")
     (made / "hostile.html").write_text(html_page(planted.hostile()), "utf-8")
     return made
-
-
-@pytest.fixture
-def browser(socket_enabled, tmp_path, monkeypatch):
-    """Debian's Chromium, driven over localhost; its logs start empty."""
-    from selenium import webdriver
-
-    monkeypatch.setenv("SE_OFFLINE", "true")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1000",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    try:
-        driver.get("data:,")
-        driver.get_log("performance")
-        yield driver
-    finally:
-        driver.quit()
 
 
 def _size(browser, size) -> None:
