@@ -339,6 +339,51 @@ def test_gains_and_biases_count(make, tmp_path):
             assert b.ceiling == pytest.approx(times * a.ceiling, rel=1e-5)
 
 
+def test_rows_that_are_nearly_all_mean_keep_their_bound(saved):
+    """LayerNorm takes the mean off a row: in float32 sums what is left would be lost."""
+    _, folder = saved("phi")
+    generator = torch.Generator().manual_seed(4)
+    name, bias, norm = ("model.layers.1.mlp.fc1.weight", "model.layers.1.mlp.fc1.bias",
+                        "model.layers.1.input_layernorm")  # fmt: skip
+    kept = {}
+
+    def change(tensors):
+        noise = torch.randn(tensors[name].shape, generator=generator)
+        tensors[name] = 100 + 0.1 * noise
+        tensors[bias].zero_()
+        tensors[f"{norm}.weight"].fill_(1.0)
+        tensors[f"{norm}.bias"].zero_()
+        kept.update(tensors)
+
+    edit(folder, change)
+    found = scan(folder).profile[1]
+    rows = kept[name].double()
+    sizes = (rows - rows.mean(1, keepdim=True)).norm(dim=1)
+    down = kept["model.layers.1.mlp.fc2.weight"].double().abs().amax(0)
+    assert found.ceiling == pytest.approx((32**0.5 * sizes * down).max().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dead", [40, 64])
+def test_dead_neurons_are_left_out_of_the_median(saved, dead):
+    """A pruned layer: half of it writes nothing, which says nothing of the rest."""
+    _, folder = saved("llama")
+    whole = scan(folder).profile[1]
+    order = torch.arange(64)
+    order = torch.cat([order[order == whole.neuron], order[order != whole.neuron]])
+
+    def change(tensors):
+        tensors[DOWN][:, order[64 - dead :]] = 0.0
+
+    edit(folder, change)
+    found = scan(folder).profile[1]
+    if dead == 64:
+        assert (found.ceiling, found.median, found.ratio_to_median) == (0.0, 0.0, 0.0)
+        return
+    assert found.ceiling == whole.ceiling
+    assert found.ratio_to_median == pytest.approx(whole.ratio_to_median, rel=0.3)
+    assert found.ratio_to_median > 1
+
+
 def edit(folder, change):
     """Rewrite a folder's only weight file."""
     from safetensors.torch import load_file, save_file

@@ -16,7 +16,8 @@ from melens.batches import Batch
 from melens.capture import stream
 from melens.emergence import locate
 from melens.emergence.trajectory import LastRow, trace
-from melens.errors import ModelError, PromptError, SiteError, WeightsError
+from melens.errors import ModelError, PromptError, ResultError, SiteError, WeightsError
+from melens.foresight import reaching, scan
 from melens.foresight.reaching import reach
 from melens.models import FAMILIES, fingerprint, load
 from melens.models.anatomy import anatomy, resid_post, resid_pre
@@ -296,29 +297,29 @@ def test_the_reach_is_the_trajectory_of_locate(folder_of, family):
         assert row.token_id == tokens[int(values.abs().amax(-1).argmax())]
 
 
-class Bound:
-    def __init__(self, layer, ceiling, dim):
-        self.layer, self.ceiling, self.dim = layer, ceiling, dim
-
-
-class Scan:
-    """What a WeightScan says, as far as the reach asks."""
-
-    erase_layer = 1
-    profile = (Bound(0, 50.0, 3), Bound(1, None, None), Bound(2, 8.0, 4))
+def bounded(folder):
+    """A scan with bounds and an erase layer of our own."""
+    found = scan(folder)
+    bounds = ((50.0, 3), (None, None), (8.0, 4))
+    rows = [
+        row.model_copy(update={"ceiling": ceiling, "dim": dim})
+        for row, (ceiling, dim) in zip(found.profile, bounds, strict=True)
+    ]
+    return found.model_copy(update={"erase_layer": 1, "profile": tuple(rows)})
 
 
 def test_the_reach_stops_at_the_erase_layer_and_reads_no_further(folder_of):
     streamed = load_streamed(folder_of("llama"), device="cpu")
     before = stream_of(streamed).blocks_read
-    found = reach(streamed, Scan, tokens=[1, 9])
+    said = bounded(folder_of("llama"))
+    found = reach(streamed, said, tokens=torch.tensor([1, 9]))
     assert stream_of(streamed).blocks_read - before == 2 == found.until + 1
     paths = trace(load(folder_of("llama"), device="cpu"), [[1], [9]])
     most = max(abs(path.ffn[0, 3].item()) for path in paths)
     assert found.profile[0].used == pytest.approx(most / 50.0, rel=1e-5)
     assert found.profile[1].used is None
     assert "the layers after 1 were not run" in found.summary()
-    assert reach(streamed, Scan, tokens=[1], until=2).until == 2
+    assert reach(streamed, said, tokens=[1], until=2).until == 2
 
 
 def test_the_reach_tries_bos_the_chat_and_a_seeded_sample(folder_of):
@@ -350,8 +351,31 @@ def test_the_reach_refuses_what_is_not_there(folder_of):
         reach(streamed, until=3)
 
 
+def test_the_reach_refuses_a_scan_of_another_model(folder_of, tmp_path):
+    llama = folder_of("llama")
+    said = scan(llama)
+    found = reach(llama, said, tokens=[1])
+    assert found.run.settings["files"] == said.run.settings["files"]
+    other = scan(folder_of("mistral"))
+    assert (other.n_layers, other.d_model) == (said.n_layers, said.d_model)
+    with pytest.raises(ResultError, match="other weight files"):
+        reach(llama, other, tokens=[1])
+    for update in ({"n_layers": 2, "profile": said.profile[:2]}, {"d_model": 16}):
+        with pytest.raises(ResultError, match=r"another model: .* has 3 of 32; scan this model"):
+            reach(llama, said.model_copy(update=update), tokens=[1])
+    path = tmp_path / "scan.json"
+    path.write_text(said.to_json())
+    assert reach(llama, path, tokens=[1]).profile == found.profile
+    path.write_text(found.to_json())
+    with pytest.raises(ResultError, match=r"needs what scan\(\) gave, got Reach"):
+        reach("nowhere", path, tokens=[1])
+    for wrong in (1, "abc", [1.5]):
+        with pytest.raises(PromptError, match="must be a list of token ids"):
+            reaching._check(wrong, None)
+
+
 def test_the_reach_survives_saving(folder_of, tmp_path):
-    found = reach(folder_of("gemma2"), Scan, tokens=[1, 9, 12])
+    found = reach(folder_of("gemma2"), bounded(folder_of("gemma2")), tokens=[1, 9, 12])
     (tmp_path / "reach.json").write_text(found.to_json())
     again = load_result(tmp_path / "reach.json")
     assert again == found

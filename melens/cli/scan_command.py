@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from melens.cli import options as opt
 
-KEPT = "scan-layers.jsonl"
+LAYERS = "scan-layers.jsonl"
+"""File in --out that finished layers are kept in; removed at the end."""
 
 
 def scan(
@@ -38,7 +39,7 @@ def scan(
     out = output.writable(out)
     from melens.foresight import scan as look
 
-    kept = None if out is None else out / KEPT
+    kept = None if out is None else out / LAYERS
     with output.bar("layers", quiet=quiet) as tick:
         result = look(
             model, device=None if device == "auto" else device, revision=revision, keep=kept,

@@ -31,7 +31,7 @@ from melens.results.scan import Candidate, LayerCeiling, Needs
 
 LOUDEST = 8
 """Neurons of a layer that are kept with all their particulars, at most."""
-KEPT = 10.0
+LOUD = 10.0
 """Times the median neuron's ceiling; below it only a layer's loudest is kept."""
 NEEDED = 8
 """Coordinates kept of the input that a neuron needs."""
@@ -84,15 +84,21 @@ def scan_layer(files: Checkpoint, plan: Plan, layer: LayerPlan, device: str) -> 
     norms = _norms(files, plan, layer)
     ffns = [_Ffn(files, plan, ffn, norms, device) for ffn in layer.ffns]
     every = torch.cat([ffn.ceilings for ffn in ffns])
-    median = every.median().item()
+    median = _median(every)
     loudest = _loudest(ffns, every, layer.layer, median)
     return LayerScan(row=_row(layer, loudest[0], every, median, norms), loudest=tuple(loudest))
+
+
+def _median(ceilings: Float[Tensor, " neuron"]) -> float:
+    """Of the neurons that can write at all: half of a pruned layer's may be dead."""
+    alive = ceilings[ceilings > 0]
+    return alive.median().item() if alive.numel() else 0.0
 
 
 def _loudest(ffns: list[_Ffn], every: Tensor, layer: int, median: float) -> list[Candidate]:
     """The neurons with the highest ceilings of all of a layer's FFNs, the highest first."""
     top = every.topk(min(LOUDEST, every.numel()))
-    best = top.indices[: max(1, int((top.values >= KEPT * median).sum()))].tolist()
+    best = top.indices[: max(1, int((top.values >= LOUD * median).sum()))].tolist()
     found: list[Candidate] = []
     first = 0
     for ffn in ffns:
@@ -280,8 +286,9 @@ class _Ffn:
         if bad:
             blob = self.files.stored(matrix.name).blob
             raise WeightsError(
-                f"{matrix.name} in {blob.name} holds NaN or Inf (in {bad} of {values.numel()} "
-                "neurons); the checkpoint is damaged, or was saved in a dtype too small for it."
+                f"{matrix.name} in {blob.name} holds NaN or Inf, or values too large to square "
+                f"(in {bad} of {values.numel()} neurons); the checkpoint is damaged, or was saved "
+                "in a dtype too small for it."
             )
 
 
@@ -289,16 +296,18 @@ class _Sums:
     """Moments of gate and up rows, gathered piece by piece."""
 
     def __init__(self, norms: Norms, device: str, *, mean_zero: bool, transposed: bool) -> None:
-        self.mean_zero, self.transposed, self.device = mean_zero, transposed, device
-        self.gain = norms.gain.to(device)
-        self.bias = None if norms.bias is None else norms.bias.to(device)
+        self.mean_zero, self.transposed = mean_zero, transposed
+        # the mean that is taken off later can be nearly all of a row
+        kind = torch.float64 if mean_zero else torch.float32
+        self.gain = norms.gain.to(device, kind)
+        self.bias = None if norms.bias is None else norms.bias.to(device, kind)
         self._found: list[Tensor] = []
         self._at = 0
 
     def add(self, gate: Tensor | None, up: Tensor) -> None:
         """Take in a piece of both; without a gate, up stands for both."""
-        second = up.to(self.device, torch.float32)
-        first = second if gate is None else gate.to(self.device, torch.float32)
+        second = up.to(self.gain)
+        first = second if gate is None else gate.to(self.gain)
         gain, bias = self.gain, self.bias
         if self.transposed:  # the piece holds some input dims of every neuron
             part = slice(self._at, self._at + first.shape[0])

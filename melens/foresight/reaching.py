@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import stream
-from melens.errors import PromptError, SiteError
+from melens.errors import PromptError, ResultError, SiteError
+from melens.foresight.files import read_folder
 from melens.models.anatomy import anatomy, resid_post
+from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
-from melens.models.streamed import load_streamed
+from melens.models.streamed import load_streamed, stream_of
 from melens.provenance import ModelFacts, RunInfo
+from melens.results import load_result
 from melens.results.reach import Reach, ReachRow, ReachToken, Why
+from melens.results.scan import LayerCeiling, WeightScan
 
 SAMPLE = 16
 """Tokens drawn from the vocabulary, where none are given."""
@@ -32,8 +37,8 @@ class Farthest:
     dims: list[Tensor] = field(default_factory=list)
     there: list[Tensor] = field(default_factory=list)
 
-    def update(self, x: Tensor, batch: Batch) -> None:
-        """Take in ``[batch, 1, d_model]``."""
+    def update(self, x: Float[Tensor, "batch 1 d_model"], batch: Batch) -> None:
+        """Take in what one site gave for some sequences of one token."""
         first = x.detach()[:, 0].float().cpu()
         dims = first.abs().argmax(dim=-1)
         self.dims.append(dims)
@@ -48,9 +53,9 @@ class Farthest:
 
 def reach(
     model: Any,
-    scan: Any = None,
+    scan: WeightScan | str | Path | None = None,
     *,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | Tensor | None = None,
     sample: int | None = None,
     seed: int = 0,
     until: int | None = None,
@@ -62,24 +67,31 @@ def reach(
 
     Args:    model: a folder, a named model or a hub id, which is streamed from disk; or a bridge,
              streamed or whole.
-             scan: a WeightScan of the same model; gives the ceilings, and where to stop.
+             scan: a WeightScan of the same model, or its file; gives the ceilings, and where to
+             stop.
              tokens: token ids; None = BOS, the chat template's first token, and a sample.
              sample: how many more to draw from the vocabulary; None = 16 where no tokens are
              given, else 0.
              seed: of that draw.
              until: the last layer to run; None = the scan's erase layer, or the last one.
     Raises:  PromptError: no token, or one that the vocabulary does not have.
+             ResultError: a scan of another model, or a file that holds none.
              SiteError: no such layer. What ``load_streamed`` raises.
     """  # fmt: skip
-    _check(tokens, sample)
-    if isinstance(model, (str, Path)):
-        model = load_streamed(model, need_tokenizer=False)
+    tokens = _check(tokens, sample)
+    scan = _read_scan(scan)
+    model = _bridge(model)
+    files = _files_key(model)
+    if scan is not None:
+        _require_same(model, files, scan)
     until = _until(model, scan, until)
     chosen = _choose(model, tokens, SAMPLE * (tokens is None) if sample is None else sample, seed)
     ceilings = {row.layer: row for row in scan.profile} if scan is not None else {}
     outputs, writes = _run(model, list(chosen), until, ceilings)
     values, dims = (torch.stack(part) for part in zip(*outputs, strict=True))
-    settings: dict[str, Any] = {"tokens": len(chosen), "until": until, "scan": scan is not None}
+    settings: dict[str, Any] = {
+        "tokens": len(chosen), "until": until, "scan": scan is not None, "files": files,
+    }  # fmt: skip
     return Reach(
         n_layers=model.cfg.n_layers,
         until=until,
@@ -92,21 +104,68 @@ def reach(
     )
 
 
-def _check(tokens: Sequence[int] | None, sample: int | None) -> None:
-    """Before the model is touched."""
+def _check(tokens: Any, sample: int | None) -> Sequence[int] | None:
+    """Token ids as a sequence; before the model is touched."""
     if sample is not None and sample < 0:
         raise PromptError(f"sample must be 0 or more, got {sample}.")
-    if tokens is not None and not tokens and not sample:
+    if isinstance(tokens, Tensor):
+        tokens = tokens.flatten().tolist()
+    if tokens is None:
+        return None
+    whole = isinstance(tokens, Sequence) and all(isinstance(token, int) for token in tokens)
+    if not whole:
+        raise PromptError(f"tokens must be a list of token ids, got {tokens!r:.60}.")
+    if not tokens and not sample:
         raise PromptError("there is no token to try; give token ids, or a sample.")
-    if tokens is not None and min(tokens, default=0) < 0:
+    if min(tokens, default=0) < 0:
         raise PromptError(f"token ids count from 0, got {min(tokens)}.")
+    return tokens
 
 
-def _until(model: Any, scan: Any, until: int | None) -> int:
+def _read_scan(scan: Any) -> WeightScan | None:
+    """Before the model is touched."""
+    found = load_result(scan) if isinstance(scan, (str, Path)) else scan
+    if found is not None and not isinstance(found, WeightScan):
+        raise ResultError(f"reach() needs what scan() gave, got {type(found).__name__}.")
+    return found
+
+
+def _bridge(model: Any) -> Any:
+    if isinstance(model, (str, Path)):
+        return load_streamed(model, need_tokenizer=False)
+    return adopt(model)
+
+
+def _files_key(model: Any) -> str | None:
+    """What a scan of the same files calls them; None for a model that is in memory."""
+    if (reading := stream_of(model)) is None:
+        return None
+    files = read_folder(reading.checkpoint.folder, name="")
+    try:
+        return files.key()
+    finally:
+        files.close()
+
+
+def _require_same(model: Any, files: str | None, scan: WeightScan) -> None:
+    """A scan of other weights would give ceilings that are none of this model's."""
+    of, name = scan.run.model, origin_of(model).name
+    here = (model.cfg.n_layers, model.cfg.d_model)
+    if here != (scan.n_layers, scan.d_model):
+        raise ResultError(
+            f"the scan is of another model: {of} has {scan.n_layers} layers of width "
+            f"{scan.d_model}, {name} has {here[0]} of {here[1]}; scan this model."
+        )
+    key = scan.run.settings.get("files")
+    if files is not None and scan.run.settings.get("format") == "safetensors" and key != files:
+        raise ResultError(
+            f"the scan is of other weight files ({of}) than those of {name}; scan this model."
+        )
+
+
+def _until(model: Any, scan: WeightScan | None, until: int | None) -> int:
     n = model.cfg.n_layers
-    if scan is not None and any(row.layer >= n for row in scan.profile):
-        raise SiteError(f"the scan is of another model: it has layers beyond {n - 1}.")
-    wanted = until if until is not None else getattr(scan, "erase_layer", None)
+    wanted = until if until is not None or scan is None else scan.erase_layer
     if wanted is None:
         return n - 1
     if not 0 <= wanted < n:
@@ -153,7 +212,7 @@ def _chat_start(model: Any) -> int | None:
 
 
 def _run(
-    model: Any, tokens: list[int], until: int, ceilings: dict[int, Any]
+    model: Any, tokens: list[int], until: int, ceilings: dict[int, LayerCeiling]
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Farthest]]:
     """Per layer: the outputs' extremes, and the FFN's writes where there is an FFN."""
     blocks = anatomy(model).blocks[: until + 1]

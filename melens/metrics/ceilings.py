@@ -63,8 +63,9 @@ def gated_reach(rows: Moments, radius_squared: int) -> Reach:
     and P is taken at z = r (w/|w| + u/|u|) / |...|, N at the difference in place of the sum.
     Now act(t) = t * g(t), 0 <= g <= 1, so the activation is that product times g: it has the
     product's sign and never exceeds it. Hence it also lies within [-N, P], both signs apart. Since
-    z and -z give the same product, the gate can be taken as positive at either end; there g -> 1
-    as the gate grows, so both ends are approached where sqrt(P) and sqrt(N) are large against 1.
+    z and -z give the same product, the gate can be taken as positive at either end. There it is
+    w . z = r |w| sqrt((1 + c) / 2) at P and r |w| sqrt((1 - c) / 2) at N, and g -> 1 as it grows:
+    either end is approached where that number is large against 1, that is where the gate is open.
     The larger of the two is r^2 |w||u| (1 + |c|) / 2. A negative gate alone gives at most
     FLOORS * |u . z|, which is why the sign at the ceiling is that of u . z.
 
@@ -94,7 +95,8 @@ def plain_reach(squared: Neurons, offset: Neurons, radius_squared: int, floor: f
 def on_mean_zero(rows: Moments, sums: tuple[Neurons, Neurons], d: int) -> Moments:
     """The same on LayerNorm's sphere, where z has mean zero: rows lose the mean they have.
 
-    There w . z = (w - mean(w)) . z, and |w - mean(w)|^2 = |w|^2 - sum(w)^2 / d.
+    There w . z = (w - mean(w)) . z, and |w - mean(w)|^2 = |w|^2 - sum(w)^2 / d. Where the mean is
+    large against the spread, nearly all of |w|^2 is taken off again: give float64 sums.
 
     Args:    sums: sum(w) and sum(u), the gain multiplied in.
     """  # fmt: skip

@@ -237,8 +237,8 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
     """Where the files are, and what the model is called in results."""
     if name.endswith(".gguf"):
         raise ModelError(
-            f"{name} is a .gguf, which is converted whole before it is used; stream a safetensors "
-            "folder, or locate it without --stream."
+            f"{name} is a .gguf, which is converted whole before it is used, so its blocks cannot "
+            "be streamed from disk; stream a safetensors folder, or load it whole."
         )
     source, is_local = resolve(name, revision=revision, trust_remote_code=False)
     if is_local:

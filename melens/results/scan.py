@@ -69,7 +69,7 @@ class LayerCeiling(Part):
     """Which bound it is."""
     neurons: int = 0
     median: float | None = None
-    """Ceiling of the layer's median neuron."""
+    """Ceiling of the median neuron, of those in the layer that can write at all."""
     ceiling: float | None = None
     ratio_to_median: float | None = None
     neuron: int | None = None
