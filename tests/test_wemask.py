@@ -112,6 +112,31 @@ def test_a_dropped_key_gets_no_attention_but_its_own(family, make_tiny, ids):
     assert cache[sites[0]][:, :, 1:, 0].min() > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_key_dropped_from_a_position_on_is_one_that_a_cache_evicted(family, make_tiny, ids):
+    """Against a cache that truly loses its first entry half-way, in every layer."""
+    hf, half = make_tiny(family), ids.shape[1] // 2
+    layers = range(hf.config.num_hidden_layers)
+    with drop_key(hf, layers=layers, start=half):
+        dropped = logits(hf, ids)
+    with torch.no_grad():
+        first = hf(input_ids=ids[:, :half], use_cache=True)
+        for layer in first.past_key_values.layers:
+            layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+        late = torch.arange(half, ids.shape[1])[None].expand(len(ids), -1)
+        evicted = hf(
+            input_ids=ids[:, half:], past_key_values=first.past_key_values, position_ids=late
+        ).logits
+    torch.testing.assert_close(dropped[:, half:], evicted, **CLOSE)
+    assert torch.equal(dropped[:, :half], logits(hf, ids)[:, :half])
+    with drop_key(hf, layers=layers):
+        always = logits(hf, ids)
+    assert (always - dropped)[:, half:].abs().max() > 1e-5
+    refused = pytest.raises(InterventionError, match="start must be a position")
+    with refused, drop_key(hf, 0, start=-1):
+        pass
+
+
 def test_a_weakened_key_gets_its_share_of_the_odds(make_tiny, ids):
     """softmax over s_k + ln(1 - strength): the odds against any other key fall by that factor."""
     bridge, site = load(make_tiny("llama")), "blocks.1.attn.hook_pattern"

@@ -118,7 +118,9 @@ def _ffn_cap(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManage
 
 
 def _drop_key(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
-    return drop_key(model, me_layer, layers=edit.layers, strength=edit.strength)
+    return drop_key(
+        model, me_layer, layers=edit.layers, strength=edit.strength, start=edit.start
+    )  # fmt: skip
 
 
 for _name, _maker in {

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from melens.errors import InterventionError
-from melens.interventions.core import Place, before_modules, check_number, intervention
+from melens.interventions.core import Place, as_index, before_modules, check_number, intervention
 from melens.interventions.now import Now, now_of
 from melens.interventions.tokens import Tokens, choice_of
 from melens.interventions.wemask import Layers, layers_of
@@ -31,18 +31,23 @@ def drop_key(
     layers: Layers = "after",
     strength: float = 1.0,
     tokens: Tokens = None,
+    start: int = 0,
 ) -> Iterator[None]:
     """Hide the sink token's key and value from every later token; the token still sees itself.
 
     Args:    layer, layers, tokens: as for ``wemask``; a bridge or a plain transformers model.
              strength: attention weights to the token are multiplied by 1 - strength before they
              are normalised: 0 changes nothing, 1 removes key and value.
+             start: absolute position from which on queries miss the key; those before it see it,
+             as they do before a cache evicts it.
     Raises:  InterventionError: settings; flash attention, whose mask is no matrix; beam search
              over tokens that are told by their id after the prompt; at the end, if no pass held a
              chosen token.
     """
     if not 0 <= check_number("strength", strength, low=0.0) <= 1:
         raise InterventionError(f"strength must be from 0 to 1, got {strength!r:.40}.")
+    if (since := as_index(start)) is None or since < 0:
+        raise InterventionError(f"start must be a position from 0 on, got {start!r:.40}.")
     decoder = decoder_of(model)
     at = layers_of(decoder, layer, layers)
     tokens = layer if tokens is None and isinstance(layer, MELayer) else tokens
@@ -58,7 +63,9 @@ def drop_key(
             place.touched += int(columns.any())
             if strength == 0 or not columns.any():
                 return None
-            made = _with_hidden(kwargs.get(MASK), columns, now, amount, _dtype(args, kwargs))
+            mask = kwargs.get(MASK)
+            late = now.positions >= since
+            made = _with_hidden(mask, columns, late, amount, _dtype(args, kwargs))
             return args, {**kwargs, MASK: made}
 
         return edit
@@ -99,10 +106,11 @@ def _dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
     return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).dtype
 
 
-def _with_hidden(mask: Any, columns: Tensor, now: Now, amount: float, dtype: torch.dtype) -> Tensor:
-    """The layer's mask, additive, with the hidden keys' columns lowered for other queries."""
-    assert now.keys is not None
-    total, chunk = now.keys.shape[1], now.positions.shape[1]
+def _with_hidden(
+    mask: Any, columns: Tensor, late: Tensor, amount: float, dtype: torch.dtype
+) -> Tensor:
+    """The layer's mask, additive, with the hidden keys' columns lowered for late other queries."""
+    total, chunk = columns.shape[1], late.shape[1]
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
         raise InterventionError(
             "drop_key needs eager or sdpa attention (a mask of queries x keys); load the model "
@@ -117,6 +125,7 @@ def _with_hidden(mask: Any, columns: Tensor, now: Now, amount: float, dtype: tor
     elif mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low)
     hide = columns[:, None, None, :].to(mask.device) & (key[None] != query[:, None]).to(mask.device)
+    hide = hide & late[:, None, :, None].to(mask.device)
     width = mask.shape[-1]
     if width < total:  # a sliding window's cache keeps the last keys only
         hide = hide[..., total - width :]

@@ -34,6 +34,8 @@ class Edit(Part):
     """Layers from 0 that a mask or a dropped key acts in, or which of those after the ME Layer;
     for the others one layer in place of the ME Layer."""
     seed: int = Field(default=0, ge=0)
+    start: int = Field(default=0, ge=0)
+    """Position from which on queries miss a dropped key; drop-key's alone."""
 
     @model_validator(mode="after")
     def _means_something(self) -> Edit:
@@ -46,6 +48,8 @@ class Edit(Part):
                 raise ValueError(f"{self.name} has no select or seed; those are wemask's")
             if self.select != "random":
                 raise ValueError(f"{self.name} takes the massive dimensions, or select='random'")
+        if self.name != "drop-key" and "start" in given:
+            raise ValueError(f"{self.name} has no start; that is drop-key's")
         if isinstance(self.layers, tuple) and (not self.layers or min(self.layers) < 0):
             raise ValueError("layers must be 'after', 'next' or numbers from 0")
         if self.name not in LAYERED and "layers" in given and len(self.layers) != 1:
@@ -58,6 +62,7 @@ class Edit(Part):
         foreign = set() if self.name in RATED else {"select", "rate", "seed"}
         foreign |= set() if self.name in LAYERED else {"layers"}
         foreign -= self.model_fields_set
+        foreign |= set() if self.start else {"start"}
         return {key: value for key, value in write(self).items() if key not in foreign}
 
     def changed(self, **settings: object) -> Edit:
@@ -78,6 +83,8 @@ class Edit(Part):
             parts.append(f"strength {self.strength:g}")
         if self.name in LAYERED or self.layers != "after":
             parts.append(_layers(self.layers))
+        if self.start:
+            parts.append(f"from position {self.start}")
         return " ".join(parts)
 
 
