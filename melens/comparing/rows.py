@@ -12,11 +12,12 @@ from melens.metrics import cosines
 from melens.results import MELayer
 from melens.results.check import CheckReport
 from melens.results.diff import Change, SideRow, Value
+from melens.results.sinks import SINK_EPS
 
 PLATEAU = "not judged: the peak may move along a plateau"
 OTHER_DEPTH = "not judged: the models have another number of layers"
-SINK_EPS = "0.3"
-"""Gu et al.'s threshold; the one that reports print."""
+EPS = str(SINK_EPS)
+"""As results name it; the one that reports print."""
 
 
 def equal(what: str, a: Value, b: Value, *, why_not: str = "") -> Change:
@@ -172,8 +173,8 @@ def report_rows(
 
 
 def _sink_rows(a: Any, b: Any, limits: Tolerances) -> Iterator[Change]:
-    what = f"share of heads with a sink (eps {SINK_EPS})"
-    yield difference(what, a.overall.get(SINK_EPS), b.overall.get(SINK_EPS), limits.share)
+    what = f"share of heads with a sink (eps {EPS})"
+    yield difference(what, a.overall.get(EPS), b.overall.get(EPS), limits.share)
     deep = "" if a.n_layers == b.n_layers else OTHER_DEPTH
     yield equal("first layer with sinks", a.onset_layer, b.onset_layer, why_not=deep)
 

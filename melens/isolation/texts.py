@@ -19,10 +19,10 @@ from melens.measure.located import Located
 from melens.metrics import sequence_loss
 from melens.models.anatomy import anatomy, pattern_hook, resid_post
 from melens.results import MELayer
+from melens.results.sinks import SINK_EPS
 from melens.resume import Resumable
 from melens.shapes import TokenMask
 
-SINK_EPS = 0.3
 Edit = Callable[[Any, Choice], AbstractContextManager[None]]
 """(model, tokens) -> an intervention, ready to be entered."""
 

@@ -16,11 +16,10 @@ from melens.measure.patterns import EPSILONS, PatternMeans, PatternSums, Receive
 from melens.metrics import uniform_alpha
 from melens.models.anatomy import anatomy, pattern_hook
 from melens.results import MELayer, Sinks
-from melens.results.sinks import HeadSink, KeySink, Span, TokenSink
+from melens.results.sinks import SINK_EPS, HeadSink, KeySink, Span, TokenSink
 
 T_PAPER = 64
 """Gu et al. measure sinks over the first 64 tokens."""
-ONSET_EPS = 0.3
 ONSET_SHARE = 0.5
 """Sinks begin at the first layer in which at least this share of (sequence, head) has one."""
 
@@ -97,7 +96,7 @@ class SinkPlan:
         others = any(received is not None for received in later.values())
         leading = any(first for mean in means.values() for first, _ in mean.tokens)
         of_first = leading or not others
-        passed = spans(_rates(first if of_first else later, n)[str(ONSET_EPS)])
+        passed = spans(_rates(first if of_first else later, n)[str(SINK_EPS)])
         lengths = [min(len(row), self.t) for row in self.inputs.rows]
         return Sinks(
             me_layer=found.me_layer,
@@ -117,7 +116,7 @@ class SinkPlan:
             onset_layer=passed[0].first if passed else None,
             spans=passed,
             onset_of="first" if of_first else "others",
-            onset_rule=f"{ONSET_SHARE:.0%} of heads with a sink at eps {ONSET_EPS}",
+            onset_rule=f"{ONSET_SHARE:.0%} of heads with a sink at eps {SINK_EPS}",
             heads=_heads(means),
             keys=_keys(means),
             run=self.inputs.run_info(seed=found.run.seed, t=self.t),

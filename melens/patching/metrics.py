@@ -27,9 +27,9 @@ from melens.patching.readouts import (
 )
 from melens.registry import Registry
 from melens.results import MELayer
+from melens.results.sinks import SINK_EPS
 from melens.resume import Resumable
 
-SINK_EPS = 0.3
 Token = int | str
 
 

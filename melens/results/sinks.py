@@ -12,6 +12,11 @@ from melens.results.base import Part, Result
 ByLayer = tuple[float | None, ...]
 """One number a layer, None where a layer has no attention."""
 
+SINK_EPS = 0.3
+"""A head has a sink on a key that draws at least this much attention on average (Gu et al.)."""
+SINK_RATE = 0.3
+"""A layer is said to have sinks from this share of its (text, head) on; a definition of melens."""
+
 
 class HeadSink(Part):
     """One head. Heads are query heads, counted from 0."""
@@ -93,7 +98,7 @@ class Sinks(Result):
     others: dict[str, ByLayer] | None
     """Sink^eps of the massive tokens after the first, over (occurrence, head); None without."""
     onset_layer: int | None
-    """First layer in which at least ONSET_SHARE of (sequence, head) have a sink at ONSET_EPS."""
+    """First layer in which at least ONSET_SHARE of (sequence, head) have a sink at SINK_EPS."""
     spans: tuple[Span, ...]
     """All stretches of layers that pass the same rule: sinks can vanish and come back."""
     onset_of: Literal["first", "others"]

@@ -13,7 +13,7 @@ from melens.report.text import number_text
 from melens.results.attention import AttentionMaps, HeadMap
 from melens.results.cache_norms import CacheNorms
 from melens.results.collapse import Collapse
-from melens.results.sinks import Sinks
+from melens.results.sinks import SINK_EPS, Sinks
 
 BOXES = 100_000
 """Squares of all heads' maps together: 0.7 MB, and few seconds of drawing."""
@@ -82,7 +82,7 @@ def sink(view: View) -> Block:
     """The map of heads, rates by layer and the tokens that draw attention."""
     result: Sinks = view.result
     made = view.block()
-    eps = "0.3" if "0.3" in result.overall else min(result.overall)
+    eps = str(SINK_EPS) if str(SINK_EPS) in result.overall else min(result.overall)
     made.tiles = [Fact(f"Heads with a sink (eps {eps})", view.number(f"/overall/{eps}", "percent"))]
     made.facts = [
         Fact(f"Sink rate at eps {name}", view.number(f"/overall/{name}", "percent"))
