@@ -14,6 +14,8 @@ from melens.results.base import Result
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import MELayer
 
+LEAST_TEXTS = 4
+"""Texts without BOS from which on a missing massive token speaks against the model."""
 VALUE_TOLERANCE = 0.15
 """Relative: published values are rounded to 3 digits, in bf16, and some checkpoints quantised."""
 
@@ -30,6 +32,10 @@ def known(model: str, result: Result) -> KnownCheck:
              result: what ``locate`` gave.
     Returns: ``unknown`` where nothing is on record; a row without a layer compares what it has.
              Where numbers with and without BOS are on record, those of the run's own kind count.
+             Sizes, stages and the erase layer depend on how a text begins: what does not fit is a
+             mismatch only where both have BOS first, else unknown. A layer or dimension that does
+             not fit is unknown where the published run was of the other kind, or where a few texts
+             without BOS show no massive token.
     Raises:  ResultError: ``result`` is not a located ME Layer.
     """
     if not isinstance(result, MELayer):
@@ -78,7 +84,14 @@ def _key(name: str) -> str:
 def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
     made = [_layer(row, result), _jump(row, result), *_dims(row, result)]
     made += [_erase(row, result), _stages(row, result)]
-    rows = tuple(item for item in made if item is not None)
+    sure = {True: _same_kind(row, result), False: _same_start(row, result)}
+    rows = tuple(
+        item
+        if item.verdict == "match" or sure[item.place]
+        else item.model_copy(update={"verdict": "unknown"})
+        for item in made
+        if item is not None
+    )
     verdicts = {item.verdict for item in rows}
     verdict = (
         "mismatch" if "mismatch" in verdicts else "match" if "match" in verdicts else "unknown"
@@ -86,28 +99,47 @@ def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
     return KnownCheck(model=model, verdict=verdict, comparisons=rows, source=row["source"])
 
 
+def _same_kind(row: dict[str, Any], result: MELayer) -> bool:
+    """Whether a layer or a dimension of this run can speak against the published one."""
+    with_bos = bool(result.run.settings.get("bos_first"))
+    shown = bool(result.massive) or with_bos or result.stability.sequences >= LEAST_TEXTS
+    return row.get("bos", with_bos) == with_bos and shown
+
+
+def _same_start(row: dict[str, Any], result: MELayer) -> bool:
+    """Whether both runs begin with BOS and nothing else is massive first: the same token."""
+    with_bos = bool(result.run.settings.get("bos_first"))
+    first = bool(result.massive) and result.massive[0].position == 0
+    return row.get("bos") is True and with_bos and first
+
+
 def _layer(row: dict[str, Any], result: MELayer) -> Comparison | None:
     measured = result.me_layer
     if "me_layer" in row:
-        return _compare("ME Layer", row["me_layer"], measured, row["me_layer"] == measured)
+        fits = row["me_layer"] == measured
+        return _compare("ME Layer", row["me_layer"], measured, fits, place=True)
     if steps := row.get("steps"):
-        return _compare("first of the steps", steps, measured, measured == steps[0])
+        return _compare("first of the steps", steps, measured, measured == steps[0], place=True)
     return None
 
 
 def _dims(row: dict[str, Any], result: MELayer) -> list[Comparison]:
-    primary = (result.massive[0].position, result.massive[0].token_id) if result.massive else None
+    """Whether each published dimension is massive, and how large it is where it is."""
+    first = result.massive[0] if result.massive else None
     largest = {
         token.dim: abs(token.value)
         for token in result.massive
-        if (token.position, token.token_id) == primary
+        if first and (token.position, token.token_id) == (first.position, first.token_id)
     }
     made = []
     for dim, value in row.get("dims", {}).items():
-        found = largest.get(int(dim))
-        fits = found is not None and abs(found - abs(value)) <= VALUE_TOLERANCE * abs(value)
-        shown = "not massive" if found is None else f"{found:,.0f}"
-        made.append(_compare(f"|x| in dimension {dim}", f"{abs(value):,.0f}", shown, fits))
+        found, size = largest.get(int(dim)), abs(value)
+        shown = "not massive" if found is None else "massive"
+        made.append(_compare(f"dimension {dim}", "massive", shown, found is not None, place=True))
+        if found is not None:
+            fits = abs(found - size) <= VALUE_TOLERANCE * size
+            what = f"|x| in dimension {dim}"
+            made.append(_compare(what, f"{size:,.0f}", f"{found:,.0f}", fits))
     return made
 
 
@@ -135,11 +167,13 @@ def _stages(row: dict[str, Any], result: MELayer) -> Comparison | None:
     return _compare("stages at layers", published, measured, published == measured)
 
 
-def _compare(what: str, published: Any, measured: Any, fits: bool) -> Comparison:
-    verdict = "match" if fits else "mismatch"
+def _compare(
+    what: str, published: Any, measured: Any, fits: bool, *, place: bool = False
+) -> Comparison:
     return Comparison(
-        what=what, published=_show(published), measured=_show(measured), verdict=verdict
-    )
+        what=what, published=_show(published), measured=_show(measured),
+        verdict="match" if fits else "mismatch", place=place,
+    )  # fmt: skip
 
 
 def _show(value: Any) -> str:

@@ -187,8 +187,23 @@ def test_known_holds_a_run_against_the_row_of_its_own_kind(results):
     assert [row["bos"] for row in rows] == [True, False]
     name = "Llama-3.2-1B"
     assert known(name, _as_llama(results["single"], bos=True, value=205.0)).verdict == "match"
-    assert known(name, _as_llama(results["single"], bos=False, value=205.0)).verdict == "mismatch"
+    assert known(name, _as_llama(results["single"], bos=True, value=411.0)).verdict == "mismatch"
     assert known(name, _as_llama(results["single"], bos=False, value=-390.0)).verdict == "match"
+    without = known(name, _as_llama(results["single"], bos=False, value=205.0))
+    held = {row.what: row.verdict for row in without.comparisons}
+    assert without.verdict == "match"  # the size of another first token says nothing
+    assert (held["dimension 400"], held["|x| in dimension 400"]) == ("match", "unknown")
+
+
+def test_numbers_with_bos_say_nothing_against_a_run_without(results):
+    """Llama-2-13b is on record with BOS only: ME Layer 3."""
+
+    def verdicts(bos):
+        check = known("Llama-2-13b-hf", _as_llama(results["single"], bos=bos, value=205.0))
+        return {row.what: row.verdict for row in check.comparisons}
+
+    assert verdicts(bos=True)["ME Layer"] == verdicts(bos=True)["dimension 4743"] == "mismatch"
+    assert set(verdicts(bos=False).values()) == {"unknown"}
 
 
 def test_saved_checks_are_read_but_have_no_figure(results, tmp_path):

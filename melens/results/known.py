@@ -21,6 +21,10 @@ class Comparison(Part):
     published: str
     measured: str
     verdict: Literal["match", "mismatch", "unknown"]
+    """unknown: it does not fit, and the texts of this run begin in another way than those of the
+    published one, or may make it differ."""
+    place: bool = False
+    """A layer or a dimension, which is the model's; sizes and stages are the text's as well."""
 
 
 class KnownCheck(Result):
