@@ -148,6 +148,8 @@ def test_appearing_and_vanishing(base):
     neither = compare(nothing, nothing)
     assert neither.verdict == "same"
     assert "neither has a massive token" in neither.summary()
+    assert "nothing else that was compared changed" in neither.summary()
+    assert any("neither has a massive token, so only" in line for line in neither.cannot)
     for result in (gone, back, neither):
         assert Difference.from_json(result.to_json()) == result
 
@@ -195,6 +197,14 @@ def test_a_block_that_died_is_a_change(base):
     assert change.changed
     assert change.note.startswith(f"layer {base.located.n_layers - 1},")
     assert Difference.from_json(compare(died, base).to_json()).verdict == "changed"
+
+
+def test_other_weights_and_families_are_said_where_nothing_is_massive(make_tiny):
+    texts = [Batch.of(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1)))]
+    sides = [Side.of_model(make_tiny(family), texts) for family in ("llama", "gpt2")]
+    notes = compare(*sides).notes
+    assert "two families: llama and gpt2" in notes
+    assert "the weights differ (by a sample of every tensor)" in notes
 
 
 def test_other_shapes_are_said_and_not_judged_by_number(base, make_tiny):

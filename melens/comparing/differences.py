@@ -85,7 +85,12 @@ def _cannot(a: Side, b: Side) -> list[str]:
         made.append("d_model, vocabulary and direction: a saved result does not hold them")
     elif a.width[0] != b.width[0]:
         made.append(f"direction: d_model {a.width[0]} against {b.width[0]}")
-    if not a.located.massive or not b.located.massive:
+    if not a.located.massive and not b.located.massive:
+        made.append(
+            "token, dimension, value and direction: neither has a massive token, so only shapes "
+            "and each layer's largest |x| were held against each other"
+        )
+    elif not a.located.massive or not b.located.massive:
         made.append("token, dimension and value: not both have a massive token")
     if (a.report is None) != (b.report is None):
         made.append("sinks and findings: only one of the two is a report")
@@ -102,6 +107,10 @@ def _notes(a: Side, b: Side) -> list[str]:
         )
     if first.weights is not None and first.weights == second.weights:
         made.append("both have the same weights (by a sample of every tensor)")
+    elif first.weights is not None and second.weights is not None:
+        made.append("the weights differ (by a sample of every tensor)")
+    if a.family and b.family and a.family != b.family:
+        made.append(f"two families: {a.family} and {b.family}")
     if first.dtype != second.dtype:
         made.append(f"computed in {first.dtype} and in {second.dtype}")
     return made

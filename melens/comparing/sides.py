@@ -15,6 +15,7 @@ from melens.emergence.search import locate_in
 from melens.emergence.trajectory import trace
 from melens.errors import ModelNotFoundError, ResultError
 from melens.inputs import Inputs, Source, take_in
+from melens.models.anatomy import anatomy
 from melens.results import MELayer, Result, load_result
 from melens.results.check import CheckReport
 from melens.results.diff import SideInfo
@@ -36,6 +37,8 @@ class Side:
     """Token ids up to that token."""
     width: tuple[int, int] | None = None
     """d_model and vocabulary size."""
+    family: str | None = None
+    """Of a model measured now, where melens knows it."""
 
     @classmethod
     def of_result(cls, result: Result, name: str = "this") -> Side:
@@ -82,7 +85,7 @@ class Side:
         cfg = inputs.model.cfg
         return cls(
             found, "model", steps=steps, prefix=tuple(prefix) if prefix else None,
-            width=(int(cfg.d_model), int(cfg.d_vocab)),
+            width=(int(cfg.d_model), int(cfg.d_vocab)), family=anatomy(inputs.model).family,
         )  # fmt: skip
 
     def info(self) -> SideInfo:

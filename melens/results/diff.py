@@ -115,7 +115,9 @@ class Difference(Result):
             shown = ", ".join(rest[:6]) + (f" and {len(rest) - 6} more" if len(rest) > 6 else "")
             return f"{text}; changed: {shown}."
         if self.verdict == "same":
-            return f"{text}; nothing changed beyond tolerance."
+            alone = self.a.me_layer is None and self.b.me_layer is None
+            compared = "nothing else that was compared" if alone else "nothing"
+            return f"{text}; {compared} changed beyond tolerance."
         return f"{text}."
 
     def _layers(self) -> str:
