@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import planted_report as planted
 import pytest
 
@@ -62,6 +64,42 @@ def test_a_junit_below_a_file_is_refused_before_any_work(run, made, tmp_path):
     assert stderr.startswith("melens: cannot write --junit")
     assert stderr.count("\n") == 1
     assert made == []
+
+
+def test_a_path_of_the_wrong_kind_is_bad_usage_everywhere(run, made, tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments, said in (
+        (("--junit", tmp_path), f"--junit {tmp_path} is a folder"),
+        (("--junit", "-"), "--junit - is no file"),
+        (("--card", tmp_path), f"--card {tmp_path} is no file"),
+        (("--card", "-"), "--card - is no file"),
+        (("--out", tmp_path / "file"), f"--out {tmp_path / 'file'} is a file"),
+        (("--budget", "foo"), "'--budget': 'foo' is not one of"),
+    ):
+        code, stderr = run("any", *arguments)
+        assert (code, stderr.count("\n")) == (2, 1), stderr
+        assert said in stderr
+    assert made == []
+
+
+def test_stages_that_were_taken_up_are_named(run, made, tmp_path, monkeypatch):
+    from melens import checking
+
+    stages, report = tmp_path / "stages", planted.report("smollm2")
+    stages.mkdir()
+    for name in ("describe", "locate"):
+        (stages / f"{name}.key").write_text("old")
+
+    def measured(*_, **__):
+        os.utime(stages / "describe.key", ns=(1, 1))  # written again: another time
+        (stages / "sinks.key").write_text("new")
+        return report
+
+    monkeypatch.setattr(checking, "check", measured)
+    _, stderr = run("any", "--out", tmp_path)
+    assert f"melens: taken up from {stages}: locate\n" in stderr
+    assert "taken up" not in run("any", "--out", tmp_path / "other")[1]
+    assert "taken up" not in run("any", "--out", tmp_path, "--quiet")[1]
 
 
 def test_the_probe_leaves_nothing_and_junit_comes_after_the_pages(run, made, tmp_path, monkeypatch):

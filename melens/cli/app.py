@@ -128,7 +128,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 def _usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     hint = f" See: {context.command_path} --help" if context else ""
-    message = error.format_message().rstrip(".")
+    message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
     if message:
         _say(f"{message}.{hint}")
     return BAD_INPUT

@@ -89,9 +89,12 @@ def check(
     rules = read_policy(policy)
     loaded, texts = job.load()
     with _clock(quiet=quiet) as tick:
+        held = _stages_in(job.out)
         report = measure(
             loaded, texts, budget=budget.value, policy=rules, out=job.out, progress=tick
         )
+    if not quiet:
+        _say_taken_up(held, job.out)
     _pages(report, job.out, card)
     if junit is not None:
         write_atomically(junit, junit_xml(report))
@@ -104,8 +107,9 @@ def _check_files(junit: Path | None, card: Path | None) -> None:
 
     Raises:  OutputError: naming the file. ResultError: a card whose section has no clear bounds.
     """
-    if junit is not None and junit.is_dir():
-        raise OutputError(f"--junit {junit} is a folder; name a file in it.")
+    if junit is not None and (junit.is_dir() or str(junit) == "-"):
+        what = "a folder" if junit.is_dir() else "no file"
+        raise typer.BadParameter(f"--junit {junit} is {what}; name a file to write.")
     if junit is not None:
         _refuse_unwritable("--junit", junit)
     if card is not None and not card.is_file():
@@ -165,6 +169,19 @@ def _clock(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             shown.update(done - shown.n)
 
         yield tick
+
+
+def _stages_in(folder: Path | None) -> dict[str, int]:
+    """Stages that are kept, and when each was finished (ns)."""
+    kept = [] if folder is None else sorted(folder.glob("stages/*.key"))
+    return {path.stem: path.stat().st_mtime_ns for path in kept}
+
+
+def _say_taken_up(before: dict[str, int], folder: Path | None) -> None:
+    """Name the stages of an earlier run that this one did not measure again."""
+    names = [name for name, at in _stages_in(folder).items() if before.get(name) == at]
+    if names:
+        sys.stderr.write(f"melens: taken up from {folder}/stages: {', '.join(names)}\n")
 
 
 def _say_stage(stage: str, share: float, seconds: float) -> None:

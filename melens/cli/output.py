@@ -33,6 +33,8 @@ def writable(folder: Path | None) -> Path | None:
     """Refuse a folder that cannot be written, before any work."""
     if folder is None:
         return None
+    if folder.is_file():
+        raise typer.BadParameter(f"--out {folder} is a file; name a folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
