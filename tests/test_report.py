@@ -28,6 +28,7 @@ from melens.report import (
 from melens.report import page as report_page
 from melens.report.card import END, START
 from melens.report.glossary import GLOSSARY
+from melens.report.sections.base import View
 from melens.report.source import Source, anchor
 from melens.report.text import code_span, markdown_text, number_text, page_text
 from melens.results import load_result
@@ -258,6 +259,24 @@ def test_hostile_text_is_text():
     assert not re.search("[\u0590-\u06ff]", outside)
 
 
+PUBLISHED = DOCS / "results" / "smollm2-135m.locate.json"
+
+
+def test_confidence_names_what_it_is_about():
+    from melens.report.sections.located import emergence
+
+    none = load_result(PUBLISHED).model_copy(
+        update={"verdict": "none", "me_layer": None, "massive": ()}
+    )
+    said = {}
+    for result in (none, load_result(PUBLISHED)):
+        source = Source({"results": {"locate": result.to_dict()}})
+        facts = emergence(View(source, "locate", result)).facts
+        said[result.verdict] = [fact.label for fact in facts if "onfidence" in fact.label]
+    assert said.pop("none") == ["Confidence that there is none"]
+    assert list(said.values()) == [["Confidence that one layer explains it"]]
+
+
 def test_markdown_gives_the_recommended_change_once():
     found = made("smollm2").recommendation
     said = "Leave it: the best, zero, changes the loss by +0.0041 nats a token (-0.002 to +0.01)."
@@ -443,7 +462,7 @@ def test_an_empty_or_linked_card_works(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [(f"{START}\n", "1 lines .* and 0 "), (f"{END}\n{START}\n", "in this order"),
+    [(f"{START}\n", "1 line .* and 0 lines"), (f"{END}\n{START}\n", "in this order"),
      (f"{START}\n{END}\n{START}\n{END}\n", "2 lines")],
 )  # fmt: skip
 def test_a_card_with_broken_markers_is_refused_untouched(tmp_path, text, match):

@@ -9,6 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, figure, mark_me_layer, plain
 from melens.results.locate import MELayer
 
+LONGEST_NAME = 30
+"""Characters of a model's name that fit beside the legend."""
+
 
 @figure(MELayer, "profile")
 def draw_profile(result: MELayer) -> Figure:
@@ -52,4 +55,10 @@ def _shares(axes: Axes, result: MELayer) -> None:
 
 
 def _title(result: MELayer) -> str:
-    return f"{plain(result.run.model)}: {result.verdict}"
+    return f"{plain(_short(result.run.model))}: {result.verdict}"
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the legend beside it: both ends of a longer one."""
+    half = (LONGEST_NAME - 1) // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"

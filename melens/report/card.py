@@ -75,10 +75,14 @@ def _updated(old: bytes, section: str, name: str) -> bytes:
         return old + gap + made + end
     if len(starts) != 1 or len(ends) != 1 or starts[0].start() > ends[0].start():
         raise ResultError(
-            f"{name} has {len(starts)} lines {START!r} and {len(ends)} {END!r}; "
+            f"{name} has {_lines(len(starts), START)} and {_lines(len(ends), END)}; "
             "it must have one of each, in this order, or none."
         )
     stop = ends[0].end()
     if old[stop - 1 : stop] == b"\r":
         stop -= 1
     return old[: starts[0].start()] + made + old[stop:]
+
+
+def _lines(count: int, mark: str) -> str:
+    return f"{count} {'line' if count == 1 else 'lines'} {mark!r}"
