@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from melens.errors import (
     WeightsError,
 )
 from melens.foresight import files, scan, weights
-from melens.foresight.layouts import HF
+from melens.foresight.layouts import GGUF, HF
 from melens.foresight.neurons import LOUDEST
 from melens.foresight.opening import by_range, open_checkpoint
 from melens.foresight.predict import STANDS_OUT
@@ -37,6 +38,7 @@ AROUND = {
 """Modules around a block's FFN in transformers: norm, FFN, norm behind it."""
 USUAL = ("post_attention_layernorm", "mlp", None)
 ROUTED = ("mixtral", "qwen3-moe", "qwen3-next")
+BIASED = ("gpt2", "pythia", "phi", "opt")
 
 
 def phi():
@@ -177,8 +179,9 @@ def test_no_residual_makes_a_neuron_write_more_than_its_ceiling(family, saved):
         assert int(write.amax(0).argmax()) == top.dim
     reached = one.climb()
     assert reached <= top.ceiling * 1.0001
-    # a router gives an expert less than all; biases make the gated bound loose
-    assert reached >= (0.2 if family in ROUTED else 0.97) * top.ceiling
+    # a router gives an expert less than all; biases leave a bound that is not quite reached
+    close = 0.2 if family in ROUTED else 0.97 if family in BIASED else 0.99
+    assert reached >= close * top.ceiling
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -300,6 +303,53 @@ def test_a_block_without_a_bound_is_left_out_and_says_why(saved):
     assert "nothing is said" in found.summary()
     assert WeightScan.from_json(found.to_json()) == found
     found.plot()
+    # OPT-350M embeds in another width as well: the reason is said all the same
+    config = {**config, "do_layer_norm_before": False, "word_embed_proj_dim": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert scan(folder).profile == found.profile
+    config["do_layer_norm_before"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="embeds in another width"):
+        scan(folder)
+
+
+def test_what_a_scan_leaves_out_is_listed(saved, tmp_path):
+    _, folder = saved("qwen3-next")
+    assert weights.HYBRID in scan(folder).leaves_out
+    assert GGUF["qwen3next"].hybrid
+    _, folder = saved("llama")
+    assert scan(folder).leaves_out == weights.LEAVES_OUT
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    found = scan(folder)
+    assert found.n_layers == 2
+    assert "layers from 2 on, which the config does not count" in found.leaves_out
+
+
+def test_a_hub_model_is_taken_from_the_cache_only_if_whole(saved, tmp_path, monkeypatch):
+    """What is not there is fetched by range, from one commit; what is damaged is said."""
+    import huggingface_hub
+
+    from melens.foresight import opening
+
+    _, folder = saved("llama")
+    snapshot = tmp_path / "hub" / "c0ffee"
+    shutil.copytree(folder, snapshot)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(snapshot))
+    assert scan("some/model").run.model_revision == "c0ffee"
+    data = (snapshot / "model.safetensors").read_bytes()
+    (snapshot / "model.safetensors").write_bytes(data[:-8])
+    with pytest.raises(WeightsError, match="truncated"):
+        scan("some/model")
+    (snapshot / "model.safetensors").unlink()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("MELENS_OFFLINE", raising=False)
+    monkeypatch.setattr(opening, "_HubFiles", lambda name, commit: Server(folder))
+    commit = type("Info", (), {"sha": "beef"})()
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *a, **k: commit)
+    found = scan("some/model", revision="main")
+    assert found.run.model_revision == "beef"
+    assert found.profile == scan(folder).profile
 
 
 @pytest.mark.parametrize(("family", "kind"), [
@@ -461,10 +511,14 @@ def test_models_that_cannot_be_scanned_are_refused(settings, says, saved):
 
 
 def test_names_that_are_no_model(tmp_path):
-    for name, says in (("./nowhere", "no file or folder"), ("smollm2-135", "Did you mean"),
-                       (" ", "is empty"), (str(tmp_path), r"no config\.json")):  # fmt: skip
+    for name, says in (
+        ("./nowhere", "no file or folder"), ("smollm2-135", "Did you mean"), (" ", "is empty"),
+        ("", "is empty"), (str(tmp_path), r"no config\.json"),
+    ):  # fmt: skip
         with pytest.raises(ModelNotFoundError, match=says):
             scan(name)
+    with pytest.raises(ModelError, match="reads files, and got a Linear; give a path or a name"):
+        open_checkpoint(nn.Linear(2, 2))
     with pytest.raises(FetchError, match="offline was asked for"):
         scan("nobody/nothing-at-all")
     with pytest.raises(ModelError, match="cannot be used"):

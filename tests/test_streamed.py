@@ -19,6 +19,7 @@ from melens.emergence.trajectory import LastRow, trace
 from melens.errors import ModelError, PromptError, ResultError, SiteError, WeightsError
 from melens.foresight import reaching, scan
 from melens.foresight.reaching import reach
+from melens.interventions import INTERVENTIONS
 from melens.models import FAMILIES, fingerprint, load
 from melens.models.anatomy import anatomy, resid_post, resid_pre
 from melens.models.hollow import hollow_parameter
@@ -277,6 +278,35 @@ def test_a_tape_of_other_weights_is_not_used(folder_of, ids, tmp_path, make_tiny
     expected = locate(load(other, device="cpu"), [Batch.of(ids)])
     found = locate(load_streamed(other, device="cpu", keep=tmp_path), [Batch.of(ids)])
     assert comparable(found) == comparable(expected)
+
+
+def test_a_tape_keeps_no_edited_pass_and_plays_none(folder_of, ids, tmp_path):
+    batch, site = Batch.of(ids), resid_post(2)
+    model = load_streamed(folder_of("llama"), device="cpu", keep=tmp_path)
+
+    def clean():
+        tap = LastRow()
+        stream(model, batch, {site: tap})
+        return tap.result()
+
+    def edits():
+        yield model.hooks(fwd_hooks=[(resid_post(1), lambda x, hook: 2 * x)])
+        yield INTERVENTIONS["ffn_scale"].make(model, 1, tokens="all", factor=2.0)
+
+    expected = stream_without_tape(folder_of("llama"), batch, site)
+    for turn in range(2):  # nothing on the tape, then everything
+        for edit in edits():
+            with pytest.raises(ModelError, match="cannot be edited"), edit:
+                clean()
+        if not turn:
+            assert clean().equal(expected)
+    assert clean().equal(expected)
+
+
+def stream_without_tape(folder, batch, site):
+    tap = LastRow()
+    stream(load_streamed(folder, device="cpu"), batch, {site: tap})
+    return tap.result()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])

@@ -40,6 +40,8 @@ class Layout:
     """Effective gain = offset + stored weight."""
     act: str = "silu"
     """Where the config names none."""
+    hybrid: bool = False
+    """Whether some of its mixers are linear attention (DeltaNet)."""
 
 
 DENSE = Ffn("mlp.up_proj.weight", "mlp.down_proj.weight", "mlp.gate_proj.weight")
@@ -97,7 +99,7 @@ _hf(
 )  # fmt: skip
 _hf("mixtral", W123, STACKED)
 _hf("qwen3_moe", DENSE, EACH, STACKED)
-_hf("qwen3_next", DENSE, EACH, STACKED, SHARED, offset=1.0)
+_hf("qwen3_next", DENSE, EACH, STACKED, SHARED, offset=1.0, hybrid=True)
 
 GGUF: Registry[Layout] = Registry("GGUF architecture with an FFN layout")
 """By ``general.architecture``. Gains kept around zero were made whole when the file was written."""
@@ -133,4 +135,6 @@ _gguf("gpt2", _UNGATED, layer_norm=True, act="gelu_new")
 _gguf("gptneox", _UNGATED, layer_norm=True, act="gelu")
 _gguf("phi2", _UNGATED, norm="attn_norm", layer_norm=True, act="gelu_new")
 _gguf("qwen3moe", _GATED, _ALL_EXPERTS)
-_gguf("qwen3next", _GATED, _ALL_EXPERTS, _SHARED_EXPERT, norm="post_attention_norm")
+_gguf(
+    "qwen3next", _GATED, _ALL_EXPERTS, _SHARED_EXPERT, norm="post_attention_norm", hybrid=True
+)  # fmt: skip

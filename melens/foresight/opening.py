@@ -17,13 +17,13 @@ from melens.foresight.files import (
     read_gguf,
     safetensors_table,
 )
-from melens.models.files import INDEX, check_config, check_folder
+from melens.models.files import INDEX, check_config, check_folder, read_json
 from melens.models.named import NAMED, fetch
 
 SINGLE = "model.safetensors"
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
     """The tensors of a named model, a folder, a ``.gguf`` file or a hub id.
 
     The network is used for a hub id that is not in the hub's cache here, and for a named model
@@ -31,14 +31,18 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
 
     Raises:  ModelNotFoundError, ModelError, WeightsError, FetchError: as ``melens.load`` does.
     """
+    if not isinstance(model, (str, Path)):
+        raise ModelError(
+            f"scan() reads files, and got a {type(model).__name__}; give a path or a name."
+        )
     name = str(model)
     path = Path(name).expanduser()
+    if not name.strip():
+        raise ModelNotFoundError("the model's name is empty; see: melens models")
     if name in NAMED or path.exists():
         if revision is not None:
             raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
         return _local(name, path)
-    if not name.strip():
-        raise ModelNotFoundError("the model's name is empty; see: melens models")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         raise ModelNotFoundError(f"there is no file or folder {name}.")
     if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
@@ -66,28 +70,41 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
 
     Raises:  FetchError: out of reach, or offline was asked for. WeightsError: no safetensors.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    folder = _cached(name, revision)
+    if folder is not None:
         found = _folder(folder, name)
-    except HFValidationError:
-        raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
-    except (LocalEntryNotFoundError, ModelNotFoundError, WeightsError):
-        pass
-    else:
         found.revision = revision or folder.name
         return found
     if any(os.environ.get(word) for word in ("HF_HUB_OFFLINE", "MELENS_OFFLINE")):
         raise FetchError(f"{name} is no named model and no folder here, and offline was asked for.")
     try:
-        return by_range(name, revision, _HubFiles(name, revision))
+        commit = model_info(name, revision=revision).sha  # one commit, whatever is pushed meanwhile
+        return by_range(name, commit, _HubFiles(name, commit))
     except (HfHubHTTPError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise FetchError(
             f"{name} is no named model and no folder here, and the hub could not be read: {said}"
         ) from None
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The hub's cache of a model, if all its weights are there: it may hold a config alone."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except HFValidationError:
+        raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
+    except LocalEntryNotFoundError:
+        return None
+    index = folder / INDEX
+    shards = read_json(index).get("weight_map", {}).values() if index.is_file() else [SINGLE]
+    whole = (folder / "config.json").is_file() and all((folder / file).is_file() for file in shards)
+    return folder if whole else None
 
 
 class _HubFiles:

@@ -59,6 +59,8 @@ class Plan:
     route: float
     """The most that a router multiplies an expert by."""
     layers: tuple[LayerPlan, ...]
+    beyond: int | None = None
+    """First layer that the files hold beyond those that the config counts, if there is one."""
 
 
 def plan_of(files: Checkpoint) -> Plan:
@@ -76,7 +78,9 @@ def plan_of(files: Checkpoint) -> Plan:
         )
     d_model, n_layers = int(facts["d_model"]), int(facts["n_layers"])
     layers = tuple(_layer(files, layout, layer, d_model, facts) for layer in range(n_layers))
-    return Plan(layout, d_model, act, float(facts["route"]), layers)
+    more = tuple(prefix.format(l=n_layers) for prefix in layout.blocks)
+    beyond = n_layers if any(name.startswith(more) for name in files.tensors) else None
+    return Plan(layout, d_model, act, float(facts["route"]), layers, beyond)
 
 
 def _facts_hf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
@@ -102,7 +106,8 @@ def _facts_hf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
         "reason": None if config.get("do_layer_norm_before", True)
         else "its norms come after the residual sum, so no norm bounds what the FFN reads",
     }  # fmt: skip
-    if config.get("word_embed_proj_dim") not in (None, facts["d_model"]):
+    projected = config.get("word_embed_proj_dim") not in (None, facts["d_model"])
+    if projected and facts["reason"] is None:
         raise ModelError(f"{files.name} embeds in another width than its blocks; not covered.")
     return layout, _whole(files, facts)
 

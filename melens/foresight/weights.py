@@ -80,8 +80,10 @@ def _result(files: Checkpoint, plan: Plan, layers: dict[int, LayerScan], device:
     left = LEAVES_OUT
     if plan.layout.post is not None:
         left = (*left, ALONE)
-    if "linear_attention" in (files.config.get("layer_types") or ()):
+    if plan.layout.hybrid:
         left = (*left, HYBRID)
+    if plan.beyond is not None:
+        left = (*left, f"layers from {plan.beyond} on, which the config does not count")
     return WeightScan(
         n_layers=len(scans), d_model=plan.d_model, me_layer=said.me_layer,
         erase_layer=said.erase_layer, dims=said.dims, confidence=said.confidence, rule=RULE,

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from melens.errors import ModelError
 from melens.models.hollow import layer_list
 from melens.provenance import versions
 from melens.results.base import write_atomically
@@ -24,8 +25,8 @@ class Tape:
     """Keeps, for every pass and block, the tapped sites and the output; plays them back.
 
     A pass is known by what the model was called with. A block that is played back is not read and
-    not run: its hooks are called with what they saw the first time. Edits inside it would have no
-    effect, so a tape is for measuring alone.
+    not run: its hooks are called with what they saw the first time. An edit inside it would have no
+    effect, and a pass under an edit would be played back as the clean one, so both are refused.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -55,12 +56,15 @@ class Tape:
         self._bridge, self._stack = bridge, layer_list(model)
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end, always_call=True)
+        self._own_hooks = len(model._forward_pre_hooks)
         for layer, block in enumerate(self._stack):
             block.register_forward_pre_hook(self._watching(layer), prepend=True)
             block.register_forward_hook(self._keeping(layer))
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._restore()  # an interrupt may have left the last pass unfinished
+        if len(module._forward_pre_hooks) > self._own_hooks:  # every edit of melens has one there
+            _refuse()
         self._pass = self.folder / _hash_of((args, sorted(kwargs.items())))
         for layer in range(len(self._stack)):
             kept = self._read(layer)
@@ -90,6 +94,7 @@ class Tape:
             self._forget()
             for name, point in _tapped(self._bridge, layer).items():
                 self._handles.append(point.register_forward_hook(self._noting(name), prepend=True))
+                self._handles.append(point.register_forward_hook(_unchanged))
 
         return watch
 
@@ -131,8 +136,22 @@ class _Played(nn.Module):
 
     def forward(self, resid: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for name, point in self.points.items():
-            point(self.kept[name].to(resid.device))
+            value = self.kept[name].to(resid.device)
+            _unchanged(point, (value,), point(value))
         return self.kept[OUT].to(resid.device)
+
+
+def _unchanged(point: nn.Module, args: Any, output: Any) -> None:
+    """After all hooks of a point: whoever edits returns another tensor."""
+    if output is not args[0]:
+        _refuse()
+
+
+def _refuse() -> None:
+    raise ModelError(
+        "a model streamed with keep= cannot be edited, its passes are kept as clean ones; stream "
+        "it without keep=."
+    )
 
 
 def _tapped(bridge: Any, layer: int) -> dict[str, Any]:
