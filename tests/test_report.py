@@ -277,6 +277,24 @@ def test_confidence_names_what_it_is_about():
     assert list(said.values()) == [["Confidence that one layer explains it"]]
 
 
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m", "some-organisation/a-very-long-name-7B-Instruct-v0.3"]
+)
+def test_a_title_stays_clear_of_the_legend(name):
+    result = load_result(PUBLISHED)
+    run = result.run.model_copy(update={"model": name})
+    made = result.model_copy(update={"run": run, "verdict": "re-emergent"}).plot()
+    made.draw_without_rendering()
+    axes = made.axes[0]
+    (title,) = [part for part in axes.get_children() if getattr(part, "_text", "").startswith(name)]
+    window = title.get_window_extent()
+    legend = axes.get_legend().get_window_extent()
+    lines = 1 + title.get_text().count("\n")
+    bottom = window.y0 + window.height * (lines - 1) / lines  # below it no letter
+    assert window.x1 < legend.x0 or bottom > legend.y0 + legend.height * 0.6
+    assert window.x1 <= made.bbox.x1
+
+
 def test_markdown_gives_the_recommended_change_once():
     found = made("smollm2").recommendation
     said = "Leave it: the best, zero, changes the loss by +0.0041 nats a token (-0.002 to +0.01)."

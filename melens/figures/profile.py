@@ -9,8 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, figure, mark_me_layer, plain
 from melens.results.locate import MELayer
 
-LONGEST_NAME = 30
-"""Characters of a model's name that fit beside the legend."""
+BESIDE_LEGEND = 30
+"""Characters of a title that fit beside the legend; a longer one gets a line of its own."""
+LONGEST_NAME = 60
 
 
 @figure(MELayer, "profile")
@@ -55,10 +56,8 @@ def _shares(axes: Axes, result: MELayer) -> None:
 
 
 def _title(result: MELayer) -> str:
-    return f"{plain(_short(result.run.model))}: {result.verdict}"
-
-
-def _short(name: str) -> str:
-    """A name that leaves room for the legend beside it: both ends of a longer one."""
-    half = (LONGEST_NAME - 1) // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
+    name = result.run.model
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
+    title = f"{plain(name)}: {result.verdict}"
+    return title if len(title) <= BESIDE_LEGEND else title + "\n"
