@@ -94,6 +94,10 @@ def test_a_nameless_file_is_called_as_it_is(tmp_path):
         ("a.toml", "rules.one-token.threshold = -1\n", r"line 1: rules.one-token.threshold: .*-1"),
         ("a.toml", "x = 1\n[rules\n", r"line 2: no TOML"),
         ("a.toml", "[rules.one-token]\nthreshold = inf\n", r"line 2: rules.one-token.threshold"),
+        ("a.toml", "[rules.sink-heads]\n\nthreshold = 30\n",
+         r"line 3: rules.sink-heads.threshold must be from 0 to 1 \(share of .*got 30"),
+        ("a.yaml", "rules:\n  rank-collapse:\n    threshold: 1.5\n",
+         r"line 3: rules.rank-collapse.threshold must be from 0 to 1"),
         ("a.toml", "name = 'a'\n[rules.one-tokn]\nthreshold = 1\n",
          r"line 2: unknown rule 'one-tokn'. Did you mean 'one-token'\?"),
         ("a.toml", "[rules.one-token]\nthreshold = true\n", r"line 2: .*got True"),
@@ -116,6 +120,13 @@ def test_a_mistake_has_its_line(name, text, says, tmp_path):
         read_policy(write(tmp_path, name, text))
     assert "\n" not in str(raised.value)
     assert name in str(raised.value)
+
+
+def test_a_policy_made_in_python_has_its_ranges_checked_too():
+    policy = read_policy()
+    rules = {**policy.rules, "sink-window": RulePolicy(severity="info", threshold=2.0)}
+    with pytest.raises(PolicyError, match=r"policy 'default': rules.sink-window.threshold"):
+        read_policy(policy.model_copy(update={"rules": rules}))
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path):

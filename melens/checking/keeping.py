@@ -39,7 +39,8 @@ class Keeper:
             "dtype": str(parameter.dtype), "device": parameter.device.type,
             "rows": bench.inputs.rows, "settings": bench.inputs.settings,
             "tokens": [CAUSE_TOKENS, VIEW_TOKENS],
-            "model": bench.inputs.run_info(seed=0).model,
+            "model": bench.inputs.run_info(seed=0).model, "config": config_of(bench.model),
+            "tokenizer": tokenizer_hash(getattr(bench.model, "tokenizer", None)),
         }  # fmt: skip
         text = json.dumps(facts, sort_keys=True, default=str)
         return cls(folder, hashlib.sha256(text.encode()).hexdigest()[:16])
@@ -83,6 +84,26 @@ def full_hash(model: Any) -> str:
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """The model's config: an epsilon or a RoPE base is no weight and changes every number."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    found = dict(vars(model.cfg)) if config is None else dict(config.to_dict())
+    found.pop("_name_or_path", None)  # the same model by another path
+    return {**found, "attention": getattr(config, "_attn_implementation", None)}
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """Of vocabulary, merges, special tokens and chat template: stages tokenise by themselves."""
+    if tokenizer is None:
+        return None
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    held = inner.to_str() if inner is not None else sorted(tokenizer.get_vocab().items())
+    special = getattr(tokenizer, "special_tokens_map", None)
+    flags = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
+    facts = repr([held, special, flags, getattr(tokenizer, "chat_template", None)])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def _remove(path: Path) -> None:

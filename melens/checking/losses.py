@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from melens.checking.bench import Bench, Tick
-from melens.errors import SiteError
+from melens.errors import PromptError, SiteError
 from melens.evaluation.conditions import (
     BASE,
     Condition,
@@ -28,23 +28,48 @@ ABOUT = (
     "Mean next-token loss of all tokens but each text's first, on the check's own texts; "
     "perplexity is its exponential."
 )
+LATE = (
+    "Mean next-token loss of what positions from {start} on foresee, on the check's own texts; "
+    "queries before see the key that those from there on miss, in every layer."
+)
+LEAST_HALF = 2
+"""Tokens before the eviction: the massive token, and one more at least."""
 MASK = Edit(name="wemask")
 """By gamma, rate 0.5, all layers after the ME Layer: what melens.evaluate takes by default."""
 
 
 def edit_losses(bench: Bench, tick: Tick) -> Evaluation:
-    """The massive coordinate zeroed, as many random ones instead, and the sink's key hidden."""
+    """The massive coordinate zeroed, and as many random ones instead."""
     zero = Edit(name="zero")
     made = [
         Condition("base", "base", BASE),
         Condition("edited", "edited", zero),
         Condition("random dims, seed 0", "control", zero.changed(select="random", seed=0)),
     ]
-    after = bench.located.me_layer
-    attends = decoder_of(bench.model).attentions
-    if after is not None and any(layer > after for layer in attends):
-        made.append(Condition("drop-key", "rival", Edit(name="drop-key")))
     return text_losses(bench, made, tick)
+
+
+def eviction_losses(bench: Bench, tick: Tick) -> Evaluation:
+    """The massive token's key hidden in all layers, from the middle of the texts on.
+
+    What comes before has seen it, as before a cache evicts it; only tokens foreseen without it
+    are scored. Of the entries that a cache evicts it is the only one that is hidden here.
+
+    Raises:  PromptError: no text is long enough. SiteError: no layer has attention.
+    """
+    layers = tuple(decoder_of(bench.model).attentions)
+    if not layers:
+        raise SiteError("no layer of this model has attention, so there is no cache to evict from.")
+    start = min(len(row) for row in bench.inputs.rows) // 2
+    if start < LEAST_HALF:
+        raise PromptError(
+            f"the shortest text has {2 * start} tokens; half of it is too little to evict from."
+        )
+    made = [
+        Condition("base", "base", BASE),
+        Condition("edited", "edited", Edit(name="drop-key", layers=layers, start=start)),
+    ]
+    return text_losses(bench, made, tick, start=start)
 
 
 def dose_losses(bench: Bench, tick: Tick) -> Evaluation:
@@ -58,8 +83,10 @@ def dose_losses(bench: Bench, tick: Tick) -> Evaluation:
     return text_losses(bench, conditions(bench.model, MASK, bench.located), tick)
 
 
-def text_losses(bench: Bench, tried: Sequence[Condition], tick: Tick) -> Evaluation:
-    """Every text under every condition.
+def text_losses(
+    bench: Bench, tried: Sequence[Condition], tick: Tick, *, start: int = 0
+) -> Evaluation:
+    """Every text under every condition, scored on tokens that positions from ``start`` foresee.
 
     Raises:  InterventionError: an edit is open on the model, or no text holds a massive token.
     """
@@ -67,7 +94,7 @@ def text_losses(bench: Bench, tried: Sequence[Condition], tick: Tick) -> Evaluat
     rows = bench.inputs.rows
     held = check_held(bench.model, bench.located, rows)
     items = [
-        Forced(str(i), tuple(row), (False, *[True] * (len(row) - 1)), {})
+        Forced(str(i), tuple(row), tuple(at > start for at in range(len(row))), {})
         for i, row in enumerate(rows)
     ]
     trial = Trial(bench.inputs, tuple(tried), bench.located, Settings())
@@ -81,5 +108,6 @@ def text_losses(bench: Bench, tried: Sequence[Condition], tick: Tick) -> Evaluat
                 found.add([ItemRow(item.id, name, value, weight, also)])
         done += len(batch)
         tick(done, len(items))
-    card = Card("perplexity", NATS, higher_is_better=False, about=ABOUT, with_token=sum(held))
+    about = ABOUT if not start else LATE.format(start=start)
+    card = Card("perplexity", NATS, higher_is_better=False, about=about, with_token=sum(held))
     return assembled(trial, card, found, [item.id for item in items])

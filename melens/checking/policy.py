@@ -6,12 +6,14 @@ A policy is TOML or YAML; what it leaves out is taken from the preset that it ex
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from melens.checking.findings import RULES
 from melens.checking.policy_lines import Parsed, parsed
 from melens.errors import PolicyError
 from melens.registry import Registry
@@ -65,6 +67,7 @@ def read_policy(given: str | Path | Policy | None = None) -> Policy:
              line where that is.
     """  # fmt: skip
     if isinstance(given, Policy):
+        _check_ranges(given.rules, lambda _: f"the policy '{given.name}'")
         return given
     if given is None or str(given) in PRESETS:
         return _preset(str(given or "default"))
@@ -98,7 +101,19 @@ def _read(path: Path) -> Policy:
     for name in file.rules:
         if name not in known:
             raise PolicyError(f"{found.place(('rules', name))}: {known.unknown(name)}")
+    _check_ranges(file.rules, lambda name: found.place(("rules", name, "threshold")))
     return _over(base, file, path.stem)
+
+
+def _check_ranges(rules: Mapping[str, RulePolicy | _Change], place: Callable[[str], str]) -> None:
+    """Refuse a threshold that no number of the rule can be on both sides of."""
+    for name, says in rules.items():
+        card = RULES[name].card
+        if card.highest is not None and (says.threshold or 0.0) > card.highest:
+            raise PolicyError(
+                f"{place(name)}: rules.{name}.threshold must be from 0 to {card.highest:g} "
+                f"({card.unit}), got {says.threshold:g}."
+            )
 
 
 def _over(base: Policy, file: _File, name: str) -> Policy:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from melens.checking.bench import Bench, Tick
 from melens.checking.key_values import cache_norms
-from melens.checking.losses import dose_losses, edit_losses
+from melens.checking.losses import dose_losses, edit_losses, eviction_losses
 from melens.emergence.search import locate_in
 from melens.isolation import isolate, super_weights
 from melens.knowledge import known
@@ -113,9 +113,14 @@ def _super_weights(bench: Bench, tick: Tick) -> Result:
     return super_weights(bench.model, bench.short, me_layer=bench.located, progress=tick)
 
 
-@_add("edits", "standard", 20.0, token=True)
+@_add("edits", "standard", 16.0, token=True)
 def _edits(bench: Bench, tick: Tick) -> Result:
     return edit_losses(bench, tick)
+
+
+@_add("eviction", "standard", 6.0, token=True)
+def _eviction(bench: Bench, tick: Tick) -> Result:
+    return eviction_losses(bench, tick)
 
 
 @_add("dose", "full", 50.0, token=True)

@@ -76,7 +76,7 @@ def _finding(one: Rule, says: RulePolicy, found: Judgement) -> Finding:
     assert found.source is not None
     return Finding(
         id=one.card.id, severity=says.severity, title=found.title, value=found.value,
-        unit=one.card.unit, threshold=says.threshold, why=one.card.why,
+        unit=one.card.unit, threshold=says.threshold, why=found.why or one.card.why,
         advice=found.advice or one.card.advice, evidence=found.evidence, source=found.source,
     )  # fmt: skip
 
@@ -97,10 +97,15 @@ def recommended(dose: Evaluation) -> Recommendation:
     where = "edited" if place is None else f"dose/{place}"
     said = f"{best.edit.label} changes the loss by {best.delta.value:+.3g} nats a token"
     said += f" ({interval[0]:+.3g} to {interval[1]:+.3g})" if interval else ""
+    said += f" over {dose.n} texts"
     lower = interval is not None and interval[1] < 0
     equals = [c.name for c in dose.controls if not _below(apart, best.name, c.name, weights, doses)]
-    if lower and not equals:
-        action, text = "mask", f"Mask: {said}, and every control does less."
+    if lower and not dose.controls:
+        action, text = "leave it", f"Leave it: {said}, but it was held against no control."
+    elif lower and not equals:
+        action = "mask"
+        text = f"Mask: {said}, and each of {len(dose.controls)} controls lowers it less. "
+        text += "What the mask does to tasks was not measured."
     elif lower:
         action = "leave it"
         text = f"Leave it: {said}, but no more than a control does ({', '.join(equals)})."

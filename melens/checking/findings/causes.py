@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from melens.checking.findings.core import Card, Judgement, Unmeasured, View, nothing, rule
-from melens.results import Evaluation, SuperWeights
-from melens.results.evaluation import ConditionScore
+from melens.checking.findings.core import Card, Judgement, View, nothing, rule
+from melens.results import Evaluation, MELayer, SuperWeights
 
 NATS = "nats a token"
 
@@ -17,8 +16,8 @@ NATS = "nats a token"
         looks_for="a single weight whose loss ruins the model",
         unit=f"loss that zeroing one weight adds, {NATS}",
         needs=("super_weights",),
-        why="Pruning, or rounding that clips this one weight, costs as much as a far worse model "
-        "would; a bit flip in it does the same.",
+        why="Zeroing this one weight, as pruning may, costs as much as a far worse model would. "
+        "What rounding or clipping it costs was not measured.",
         advice="Leave the named weight out of pruning, and keep it in 16 bits when quantising.",
     )
 )
@@ -34,8 +33,7 @@ def super_weight(view: View, threshold: float) -> Judgement:
         source=f"/results/super_weights/super_weights/{at}/loss_delta",
         title=f"zeroing one weight, {where}, adds {worst.loss_delta:.3g} {NATS}",
         evidence={"layer": worst.layer, "row": worst.row, "column": worst.column,
-                  "weight": worst.value, **_interval(worst.interval),
-                  "control": found.control.loss_delta if found.control else None},
+                  "weight": worst.value, **_interval(worst.interval)},
         advice=f"Leave this weight out of pruning and keep it in 16 bits when quantising: {where}.",
     )  # fmt: skip
 
@@ -46,56 +44,62 @@ def super_weight(view: View, threshold: float) -> Judgement:
         looks_for="dependence on one coordinate of one token",
         unit=f"loss that zeroing the massive coordinate adds, {NATS}",
         needs=("edits",),
-        why="One number of one token carries this much of the model. Whatever clips, rounds or "
-        "clamps activations takes it away.",
-        advice="Exempt the massive dimension from clipping and from activation quantisation; do "
-        "not serve the model with clamped activations.",
+        why="One number of one token carries this much of the model: this is what setting it to "
+        "zero costs. What clipping, rounding or clamping it costs was not measured; the closer "
+        "they bring it to zero, the closer they come to this.",
+        advice="Exempt the massive dimension from clipping and from activation quantisation, or "
+        "measure the loss with them before the model is served.",
     )
 )
 def one_token(view: View, threshold: float) -> Judgement:
     """The massive coordinate after the ME Layer set to 0 (Sun et al.)."""
     edits = view.held("edits", Evaluation)
     said = f"zeroing the massive coordinate after layer {edits.me_layer} (counted from 0)"
-    return _judged(edits, edits.edited, "/results/edits/edited/delta/value", threshold, said)
+    found = _judged(edits, "/results/edits/edited/delta/value", threshold, said)
+    control = edits.controls[0].delta if edits.controls else None
+    if control is not None:
+        found.evidence["control"] = control.value
+    return found
 
 
 @rule(
     Card(
         id="kv-eviction",
         looks_for="a cache eviction that would hit the sink",
-        unit=f"loss that hiding the sink's key and value adds, {NATS}",
-        needs=("edits",),
-        why="A cache that evicts its oldest entries, or a window over it, hides exactly this key "
-        "from every later token.",
-        advice="Pin the first tokens in the cache (attention sinks), whatever is evicted.",
+        unit=f"loss that evicting the massive token's key and value adds, {NATS}",
+        needs=("eviction",),
+        why="A cache that evicts this token's entries, as one that drops the oldest does where the "
+        "token comes first, takes them from every later query in every layer. Here they are "
+        "hidden from the middle of the texts on, and nothing else is; what evicting other entries "
+        "with them costs was not measured.",
+        advice="Pin the massive tokens' entries in the cache (attention sinks), whatever is "
+        "evicted.",
     )
 )
-def kv_eviction(view: View, threshold: float) -> Judgement | Unmeasured:
-    """The massive token's key and value hidden in all layers after the ME Layer."""
-    edits = view.held("edits", Evaluation)
-    found = [(i, c) for i, c in enumerate(edits.rivals) if c.edit.name == "drop-key"]
-    if not found:
-        return Unmeasured("no layer after the ME Layer has attention to hide the key from")
-    at, score = found[0]
-    said = "hiding the massive token's key and value in the layers after the ME Layer"
-    return _judged(edits, score, f"/results/edits/rivals/{at}/delta/value", threshold, said)
+def kv_eviction(view: View, threshold: float) -> Judgement:
+    """The massive token's key and value hidden in all layers, from the middle of the texts on."""
+    found = view.held("eviction", Evaluation)
+    start = found.edited.edit.start
+    said = f"hiding the massive token's key and value in all layers from position {start} on"
+    judged = _judged(found, "/results/eviction/edited/delta/value", threshold, said)
+    located = view.held("locate", MELayer)
+    judged.evidence["from_position"] = start
+    judged.evidence["massive_at"] = located.massive[0].position if located.massive else None
+    return judged
 
 
-def _judged(
-    edits: Evaluation, score: ConditionScore, source: str, threshold: float, said: str
-) -> Judgement:
-    assert score.delta is not None
-    value = score.delta.value
-    evidence: dict[str, Any] = {
-        "loss": edits.base.value, "texts": edits.n, **_interval(score.delta.interval),
-    }  # fmt: skip
-    if edits.controls and edits.controls[0].delta is not None:
-        evidence["control"] = edits.controls[0].delta.value
+def _judged(edits: Evaluation, source: str, threshold: float, said: str) -> Judgement:
+    """What the edit adds; its control is the rule's to name, if it has one."""
+    assert edits.edited.delta is not None
+    value = edits.edited.delta.value
     return Judgement(
-        found=value > threshold, value=value, source=source, evidence=evidence,
+        found=value > threshold, value=value, source=source,
+        evidence={"loss": edits.base.value, "texts": edits.n,
+                  **_interval(edits.edited.delta.interval)},
         title=f"{said} adds {value:.3g} {NATS}",
     )  # fmt: skip
 
 
 def _interval(found: tuple[float, float] | None) -> dict[str, Any]:
-    return {} if found is None else {"at_least_95": found[0], "at_most_95": found[1]}
+    """The 95 % interval."""
+    return {} if found is None else {"interval_low": found[0], "interval_high": found[1]}

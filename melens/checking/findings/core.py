@@ -51,6 +51,8 @@ class Judgement:
     """Why there is no value, where there is none."""
     advice: str | None = None
     """In place of the card's, where it depends on what was found."""
+    why: str | None = None
+    """The same of why it matters."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Card:
     """Why it matters to someone who deploys the model."""
     advice: str
     """What to do about it."""
+    highest: float | None = None
+    """Largest threshold that makes sense: 1 for shares; None = any from 0 on."""
 
 
 @dataclass(frozen=True)

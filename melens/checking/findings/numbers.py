@@ -46,12 +46,15 @@ def float16_range(view: View, threshold: float) -> Judgement:
 @rule(
     Card(
         id="int8-per-tensor",
-        looks_for="ordinary activations that one int8 scale a tensor rounds to zero",
-        unit="half an int8 step over the median |x|",
+        looks_for="a residual stream whose ordinary entries one int8 scale rounds to zero",
+        unit="half an int8 step over the median |x| of the residual",
         needs=("locate",),
-        why="With one scale for the whole tensor the massive activation sets the step, and what is "
-        "smaller than half a step becomes zero: most of the model's activations are lost.",
-        advice="Quantise activations by token, or keep the named dimensions in 16 bits.",
+        why="This is about a residual stream that is itself kept in int8 with one scale for the "
+        "tensor: the massive activation sets the step, and what is smaller than half a step "
+        "becomes zero. Usual W8A8 quantises what linear layers read instead, behind the norm and "
+        "inside the FFN; of these only the FFN's product was looked at, where the evidence names "
+        "it.",
+        advice="Give every token of the residual a scale of its own, or keep it in 16 bits.",
     )
 )
 def int8_per_tensor(view: View, threshold: float) -> Judgement:
@@ -68,18 +71,20 @@ def int8_per_tensor(view: View, threshold: float) -> Judgement:
     row = located.profile[at]
     dims = sorted({token.dim for token in located.massive} | {row.dim})
     named = ", ".join(map(str, dims))
+    lost = ", so at least half of the entries become zero" if value >= 1 else ""
     evidence: dict[str, float | int | str | None] = {
         "layer": row.layer, "largest": row.max, "median": row.median,
-        "int8_step": row.max / INT8_STEPS, "dimensions_to_protect": named,
+        "int8_step": row.max / INT8_STEPS, "massive_dimensions": named,
         **_product(view),
     }  # fmt: skip
     return Judgement(
         found=value > threshold, value=value, evidence=evidence,
         source=f"/results/locate/profile/{at}",
-        title=f"with one int8 scale half a step at layer {row.layer} (counted from 0) is "
-        f"{value:.3g} times the median |x|, so at least half of the entries become zero",
-        advice="Quantise activations by token, or keep these dimensions of the residual in 16 "
-        f"bits: {named}.",
+        title="with one int8 scale for the residual stream half a step at layer "
+        f"{row.layer} (counted from 0) is {value:.3g} times the median |x|{lost}",
+        advice="Give every token of the residual a scale of its own, or keep it in 16 bits. Its "
+        f"massive dimensions are {named}; keeping these alone in 16 bits may not be enough, since "
+        "what is left without them was not measured.",
     )  # fmt: skip
 
 
@@ -106,8 +111,8 @@ def _product(view: View) -> dict[str, float | int | str | None]:
         needs=("cache_norms",),
         why="A cache that quantises the keys or values of a head with one scale takes its step "
         "from the largest entry; one token's outlier makes all others coarser.",
-        advice="Keep the first token's keys and values unquantised, or quantise keys by channel "
-        "and values by token.",
+        advice="Keep the massive token's keys and values in 16 bits, or give every token a scale "
+        "of its own.",
     )
 )
 def kv_quantisation(view: View, threshold: float) -> Judgement:
@@ -122,6 +127,6 @@ def kv_quantisation(view: View, threshold: float) -> Judgement:
         source=f"/results/cache_norms/rows/{norms.worst}/ratio",
         title=f"the massive token's {what} at layer {row.layer}, head {row.head} (counted from 0) "
         f"is {row.ratio:.3g} times as large as other tokens'",
-        evidence={"layer": row.layer, "head": row.head, "site": row.site, "token": row.token,
-                  "others": row.others},
+        evidence={"layer": row.layer, "head": row.head, "site": row.site,
+                  "massive_largest": row.token, "others_largest": row.others},
     )  # fmt: skip

@@ -7,25 +7,25 @@ from typing import Any
 from melens.checking.findings.core import Card, Judgement, Unmeasured, View, nothing, rule
 from melens.results import MELayer, Sinks, TokenPortrait
 from melens.results.describe import Condition
+from melens.results.sinks import SINK_EPS, SINK_RATE
 
 WITH_BOS = "with BOS"
 NO_BOS = "texts' own, no BOS"
 CHAT = "chat template"
-SINK_EPS = "0.3"
-"""The sink threshold of Gu et al. that every sink rule here goes by."""
-SINK_RATE = 0.3
-"""Share of a layer's (text, head) with a sink, from which the layer is said to have sinks."""
+EPS = str(SINK_EPS)
+"""As results name it."""
 
 
 @rule(
     Card(
         id="sink-needs-bos",
+        highest=1.0,
         looks_for="a massive first token that is there with BOS only",
         unit="share of the texts' own first tokens that are not massive",
         needs=("describe",),
-        why="Without BOS these texts have no massive first token, and so no sink where the model "
-        "was trained to have one. A server or a pipeline that forgets BOS then runs another model "
-        "than the one that was evaluated.",
+        why="Without BOS first tokens of these texts do not become massive, where BOS does. A "
+        "server or a pipeline that forgets BOS then runs the model without the massive activation "
+        "that it was evaluated with. What sinks do without BOS was not measured.",
         advice="Put BOS before every text, and let a test of the serving stack fail without it.",
     )
 )
@@ -34,22 +34,26 @@ def sink_needs_bos(view: View, threshold: float) -> Judgement | Unmeasured:
     found = _lost(view, NO_BOS, threshold)
     if not isinstance(found, Judgement) or not found.found:
         return found
-    lost = "sinks go with it" if _sinks_are_first(view) else "what it does goes with it"
+    which = "no" if found.value == 1 else "only some"
     return Judgement(
         found=True, value=found.value, source=found.source, evidence=found.evidence,
         title=f"BOS is massive, but {found.evidence['not_massive']} of "
-        f"{found.evidence['first_tokens']} first tokens of texts without it are not; {lost}",
+        f"{found.evidence['first_tokens']} first tokens of texts without it are not",
+        why=f"Without BOS {which} first tokens of these texts become massive, where BOS does. A "
+        "server or a pipeline that forgets BOS then runs the model without the massive activation "
+        "that it was evaluated with. What sinks do without BOS was not measured.",
     )  # fmt: skip
 
 
 @rule(
     Card(
         id="chat-first-token",
+        highest=1.0,
         looks_for="a chat template whose first token is not massive where BOS is",
         unit="share of the template's first tokens that are not massive",
         needs=("describe",),
         why="The chat template begins with another token than the one that carries the massive "
-        "activation, so chats run without the sink that plain texts have.",
+        "activation, so chats begin without it. Whether they have a sink was not measured.",
         advice="Let the chat template begin with BOS, or evaluate the model in the template only.",
     )
 )
@@ -96,16 +100,12 @@ def _first(portrait: TokenPortrait, name: str) -> dict[str, Any]:
     return {"token": held[0].token} if held else {}
 
 
-def _sinks_are_first(view: View) -> bool:
-    found = view.results.get("sinks")
-    return isinstance(found, Sinks) and found.onset_layer is not None and found.onset_of == "first"
-
-
 @rule(
     Card(
         id="sink-heads",
+        highest=1.0,
         looks_for="attention sinks on the first token",
-        unit=f"share of (text, layer, head) with a sink, eps {SINK_EPS}",
+        unit=f"share of (text, layer, head) with a sink, eps {EPS}",
         needs=("sinks",),
         why="So many heads rest on the first key that whatever touches it touches most of them: a "
         "cache that drops or quantises it, a window that leaves it behind, a prompt without it.",
@@ -115,11 +115,11 @@ def _sinks_are_first(view: View) -> bool:
 def sink_heads(view: View, threshold: float) -> Judgement | Unmeasured:
     """Sink^eps of the first token over all layers (Gu et al.)."""
     found = view.held("sinks", Sinks)
-    if SINK_EPS not in found.overall:
-        return Unmeasured(f"the sinks were not measured at eps {SINK_EPS}")
-    value = found.overall[SINK_EPS]
+    if EPS not in found.overall:
+        return Unmeasured(f"the sinks were not measured at eps {EPS}")
+    value = found.overall[EPS]
     return Judgement(
-        found=value > threshold, value=value, source=f"/results/sinks/overall/{SINK_EPS}",
+        found=value > threshold, value=value, source=f"/results/sinks/overall/{EPS}",
         title=f"{value:.0%} of (text, layer, head) have a sink on the first token",
         evidence={"onset_layer": found.onset_layer, "uniform_attention": found.uniform},
     )  # fmt: skip
@@ -128,6 +128,7 @@ def sink_heads(view: View, threshold: float) -> Judgement | Unmeasured:
 @rule(
     Card(
         id="sink-window",
+        highest=1.0,
         looks_for="a sliding window that leaves the sink behind",
         unit="sliding window over context",
         needs=("locate", "sinks"),
@@ -139,10 +140,12 @@ def sink_heads(view: View, threshold: float) -> Judgement | Unmeasured:
 def sink_window(view: View, threshold: float) -> Judgement | Unmeasured:
     """The config's window against its context, where layers with a window have sinks."""
     window, context = (view.run.settings.get(name) for name in ("sliding_window", "context"))
-    if not isinstance(window, int) or not isinstance(context, int) or not context:
+    if not isinstance(window, int):
         return nothing("the model has no sliding window")
+    if not isinstance(context, int) or not context:
+        return Unmeasured(f"the config has a window of {window:,} tokens and names no context")
     layers = [int(n) for n in str(view.run.settings.get("windowed_layers") or "").split(",") if n]
-    rates = view.held("sinks", Sinks).sink_rate.get(SINK_EPS, ())
+    rates = view.held("sinks", Sinks).sink_rate.get(EPS, ())
     hit = [n for n in layers if n < len(rates) and (rates[n] or 0.0) >= SINK_RATE]
     value = window / context
     first = view.held("locate", MELayer).massive
