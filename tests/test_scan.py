@@ -24,6 +24,8 @@ from melens.foresight.layouts import GGUF, HF
 from melens.foresight.neurons import LOUDEST
 from melens.foresight.opening import by_range, open_checkpoint
 from melens.foresight.predict import STANDS_OUT
+from melens.foresight.published import known_scan
+from melens.knowledge import published_rows
 from melens.models import FAMILIES
 from melens.results import WeightScan, load_result
 
@@ -38,7 +40,7 @@ AROUND = {
 """Modules around a block's FFN in transformers: norm, FFN, norm behind it."""
 USUAL = ("post_attention_layernorm", "mlp", None)
 ROUTED = ("mixtral", "qwen3-moe", "qwen3-next")
-BIASED = ("gpt2", "pythia", "phi", "opt")
+BIASED = ("gpt2", "neox", "phi", "opt")
 
 
 def phi():
@@ -673,6 +675,39 @@ def test_the_command_writes_its_files_and_says_one_sentence(tmp_path, capsys):
     code, said = run("scan", tmp_path / "nowhere")
     assert code == 2
     assert len(said.err.strip().splitlines()) == 1
+
+
+def test_a_scan_is_held_against_published_numbers(saved, capsys, tmp_path):
+    folder = saved("llama")[1]
+    found, row = scan(folder), published_rows("meta-llama/Llama-2-7b-hf")[0]
+    fake, one = found.profile[0], _layers(folder)[0].loudest[0]
+    made = [
+        one.model_copy(update={"layer": at, "dim": dim, "neuron": neuron})
+        for at, dim, neuron in row["super_weights"]
+    ]
+    right = found.model_copy(update={
+        "n_layers": 32, "d_model": 4096, "me_layer": row["me_layer"],
+        "erase_layer": row["erase_layer"], "dims": tuple(map(int, row["dims"])),
+        "candidates": tuple(made), "profile": tuple(
+            fake.model_copy(update={"layer": layer}) for layer in range(32)
+        ),
+    })  # fmt: skip
+    assert known_scan("Llama-2-7b-hf", right).verdict == "match"
+    for update, what in (
+        ({"me_layer": 2}, "ME Layer"), ({"dims": right.dims[:1]}, f"dimension {right.dims[1]}"),
+        ({"erase_layer": None}, "erase layer"), ({"candidates": ()}, "down_proj entry"),
+    ):  # fmt: skip
+        check = known_scan("Llama-2-7b-hf", right.model_copy(update=update))
+        bad = [item.what for item in check.comparisons if item.verdict == "mismatch"]
+        assert check.verdict == "mismatch"
+        assert len(bad) == 1
+        assert bad[0].startswith(what)
+    assert known_scan("Llama-2-7b", right).meant == "Llama-2-7b-hf"
+    (tmp_path / "scan.json").write_text(right.to_json())
+    with pytest.raises(SystemExit) as ended:
+        main(["known", "Llama-2-7b-hf", str(tmp_path / "scan.json")])
+    assert not ended.value.code
+    assert "Llama-2-7b-hf: match" in capsys.readouterr().out
 
 
 def test_a_result_that_no_scan_made_is_refused(saved):

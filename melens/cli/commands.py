@@ -64,10 +64,10 @@ def locate(
 
 def known(
     model: Annotated[str, typer.Argument(help="A published name, e.g. Qwen/Qwen3-4B.")],
-    result: Annotated[Path, typer.Argument(help="locate.json of a run.")],
+    result: Annotated[Path, typer.Argument(help="locate.json or scan.json of a run.")],
     as_json: opt.Json = False,
 ) -> None:
-    """Hold a located ME Layer against the published numbers of MODEL.
+    """Hold a located or foretold ME Layer against the published numbers of MODEL.
 
     Says match, mismatch or unknown, number by number, with the index convention spelled out.
 
@@ -75,9 +75,15 @@ def known(
     """
     from melens.cli import output
     from melens.knowledge import known as hold
-    from melens.results import load_result
+    from melens.results import WeightScan, load_result
 
-    output.show(hold(model, load_result(result)), as_json=as_json)
+    found = load_result(result)
+    if isinstance(found, WeightScan):
+        from melens.foresight.published import known_scan
+
+        output.show(known_scan(model, found), as_json=as_json)
+        return
+    output.show(hold(model, found), as_json=as_json)
 
 
 def plot(
