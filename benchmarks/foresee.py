@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a scan of the weights costs.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of locate; a scan takes one")
     parser.add_argument("--no-locate", action="store_true")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

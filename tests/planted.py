@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
 KINDS = ("single", "multi-step", "gradual", "re-emergent", "final-growth", "several-tokens", "none")
+ERASABLE = ("single", "multi-step", "gradual", "re-emergent")
 
 HIDDEN, VOCAB, HEADS, KV_HEADS, INNER = 64, 128, 4, 2, 128
 PAD_ID, BOS_ID, EOS_ID, SECOND_ID = 0, 1, 2, 5
@@ -41,6 +42,7 @@ class Truth:
         erased_at: Layer which erases the first stage (re-emergent only).
         dim: Residual coordinate which stays massive.
         token_ids: Ids planted massive, BOS first; the whole vocabulary if every token is.
+        late_erasure: Layer which erases what stays (only with an eraser planted).
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Truth:
     erased_at: int | None = None
     dim: int | None = None
     token_ids: tuple[int, ...] = ()
+    late_erasure: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class _Step:
     layer: int
     dim: int
     amount: float
+    marker: float = MARK_READ
 
 
 @dataclass(frozen=True)
@@ -81,22 +85,24 @@ class _Slots:
     neurons: tuple[int, int]
 
 
-def plant(family: str, kind: str, seed: int) -> Planted:
+def plant(family: str, kind: str, seed: int, *, eraser: bool = False) -> Planted:
     """Builds a random model of `family` with an emergence of `kind` planted.
 
     Args:
         family: One of `FAMILIES`.
         kind: One of `KINDS`.
-        seed: Any non-negative integer; everything follows from the three arguments.
+        seed: Any non-negative integer; everything follows from the arguments.
+        eraser: Whether a late layer takes the activation away (one of `ERASABLE`).
     """
-    rng = torch.Generator().manual_seed(
-        (seed * len(KINDS) + KINDS.index(kind)) * len(FAMILIES) + FAMILIES.index(family)
-    )
+    number = (seed * len(KINDS) + KINDS.index(kind)) * len(FAMILIES) + FAMILIES.index(family)
+    rng = torch.Generator().manual_seed(number)
     n_layers = _pick(rng, 8, 10)
     order = torch.randperm(HIDDEN, generator=rng).tolist()
     neurons = torch.randperm(INNER, generator=rng).tolist()
     slots = _Slots((order[0], order[1]), (order[2], order[3]), order[4], (neurons[0], neurons[1]))
     steps, truth = _SCHEDULES[kind](n_layers, slots.dims, seed, rng)
+    if eraser:
+        steps, truth = _erased(n_layers, steps, truth, number)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(_config(family, n_layers)).float().eval()
     groups = _groups(truth)
@@ -220,6 +226,19 @@ def _final_growth(n: int, dims: tuple[int, int], seed: int, rng: torch.Generator
     ids = (BOS_ID, *others) if seed % 2 else (BOS_ID,)
     steps = [_Step(n - 1, dims[0], _signed(rng, 5000, 12000))]
     return steps, Truth("final-growth", None, n - 1, (n - 1,), None, dims[0], ids)
+
+
+def _erased(n: int, steps: list[_Step], truth: Truth, number: int) -> Schedule:
+    """Adds a late eraser; how it reads decides how far its ceiling lies above what it writes."""
+    rng = torch.Generator().manual_seed(number + 1_000_000_007)
+    assert truth.kind in ERASABLE
+    assert truth.dim is not None
+    total = sum(step.amount for step in steps if step.dim == truth.dim)
+    layer = _pick(rng, max(steps[-1].layer + 1, n // 2), n - 1)
+    rest = _uniform(rng, 0, LEFTOVER) * (1 if total > 0 else -1)
+    # Reading the coordinate alone, its ceiling is what it writes: the least that it can be.
+    step = _Step(layer, truth.dim, rest - total, marker=_uniform(rng, 0, MARK_READ))
+    return [*steps, step], replace(truth, late_erasure=layer)
 
 
 _SCHEDULES: dict[str, Callable[[int, tuple[int, int], int, torch.Generator], Schedule]] = {
@@ -353,7 +372,7 @@ def _reserve_neuron(
     """Lets one neuron fire for the tokens of group `index` only, and write to the step's dim."""
     neuron, scale = slots.neurons[index], SECOND_SCALE**index
     read = torch.zeros(HIDDEN)
-    read[slots.markers[index]] = MARK_READ
+    read[slots.markers[index]] = step.marker
     # A massive coordinate squeezes the marker to nothing in the normed input, so that a later
     # neuron has to read the coordinate itself. What an erasure leaves is too unsure to read.
     for dim, value in done.items():

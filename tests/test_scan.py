@@ -710,6 +710,16 @@ def test_a_scan_is_held_against_published_numbers(saved, capsys, tmp_path):
     assert "Llama-2-7b-hf: match" in capsys.readouterr().out
 
 
+def test_a_sign_that_is_not_known_is_not_said(saved):
+    from melens.cli.scan_table import _candidate
+
+    one = _layers(saved("llama")[1])[0].loudest[0]
+    for cosine, role, said in ((0.1, "emerge", "may make"), (0.9, "emerge", "makes"),
+                               (None, "erase", "erases"), (-0.2, "erase", "may erase")):  # fmt: skip
+        found = one.model_copy(update={"cosine": cosine, "role": role})
+        assert _candidate(found)[""] == said
+
+
 def test_a_result_that_no_scan_made_is_refused(saved):
     data = scan(saved("llama")[1]).to_dict()
     for change, says in (

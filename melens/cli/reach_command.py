@@ -27,7 +27,9 @@ def reach(
     ] = None,
     until: Annotated[
         int | None,
-        typer.Option(min=0, help="Last layer to run (default: the scan's erase layer, or all)."),
+        typer.Option(
+            min=0, help="Last layer to run, from 0 (default: the scan's erase layer, or all)."
+        ),
     ] = None,
     out: opt.Out = None,
     as_json: opt.Json = False,

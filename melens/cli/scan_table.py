@@ -15,7 +15,8 @@ PATHS = {
     "gated": "norm, then a gated FFN", "plain": "norm, then an FFN without a gate",
     "after a norm": "one neuron alone, through the norm behind the FFN",
 }  # fmt: skip
-ROLES = {"emerge": "makes", "erase": "erases", "other": "-"}
+ROLES = {"emerge": ("makes", "may make"), "erase": ("erases", "may erase"), "other": ("-", "-")}
+"""Of neurons whose sign is known, and of others."""
 
 
 @TABLES.register("scan")
@@ -48,11 +49,13 @@ def _layer(row: Any) -> dict[str, Any]:
 
 
 def _candidate(found: Any) -> dict[str, Any]:
+    from melens.foresight.predict import decided
+
     needs = zip(found.needs.dims[:3], found.needs.weights[:3], strict=True)
     return {
         "layer": found.layer, "neuron": _neuron(found), "dim": found.dim, "entry": found.value,
         "ceiling": found.ceiling, "x median": found.ratio_to_median, "cosine": found.cosine,
-        "sign": _sign(found.sign), "": ROLES[found.role],
+        "sign": _sign(found.sign), "": ROLES[found.role][not decided(found)],
         "needs most": ", ".join(f"{dim}: {weight:+.2f}" for dim, weight in needs),
     }  # fmt: skip
 

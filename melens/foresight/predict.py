@@ -20,7 +20,11 @@ ALONE = 100.0
 181."""
 DECIDED = 1 / 3
 """|cosine| of gate and up from which a neuron's sign is taken as known: the other sign then has at
-most half the ceiling, (1 - c) / (1 + c). SmolLM2: maker 0.58, erasers -0.54 and 0.71."""
+most half the ceiling, (1 - c) / (1 + c). SmolLM2: maker 0.58, erasers -0.54 and 0.71.
+
+Behind a post-norm that does not follow: it restores the size of whatever is written, so a neuron
+alone can have the whole ceiling with either sign (``Candidate.against`` is the ceiling). There the
+sign of the larger activation is assumed, with which a neuron is heard most among others."""
 RULE = (
     f"a neuron stands out at {STANDS_OUT:g} times its layer's median ceiling; a dimension counts "
     f"if it does in two layers, or at {ALONE:g} times in one, and before the last tenth of the "
