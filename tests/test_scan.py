@@ -714,8 +714,10 @@ def test_a_sign_that_is_not_known_is_not_said(saved):
     from melens.cli.scan_table import _candidate
 
     one = _layers(saved("llama")[1])[0].loudest[0]
-    for cosine, role, said in ((0.1, "emerge", "may make"), (0.9, "emerge", "makes"),
-                               (None, "erase", "erases"), (-0.2, "erase", "may erase")):  # fmt: skip
+    for cosine, role, said in (
+        (0.1, "emerge", "may make"), (0.9, "emerge", "makes"), (None, "erase", "erases"),
+        (-0.2, "erase", "may erase"),
+    ):  # fmt: skip
         found = one.model_copy(update={"cosine": cosine, "role": role})
         assert _candidate(found)[""] == said
 

@@ -40,8 +40,8 @@ def known_scan(model: str, scan: WeightScan) -> KnownCheck:
 
 def _check(row: dict[str, Any], model: str, scan: WeightScan) -> KnownCheck:
     made = []
-    layer = row["me_layer"] if "me_layer" in row else next(iter(row.get("steps", ())), None)
-    if "me_layer" in row or layer is not None:
+    if "me_layer" in row or row.get("steps"):
+        layer = row["me_layer"] if "me_layer" in row else row["steps"][0]
         made.append(_compare("ME Layer", layer, scan.me_layer, fits=layer == scan.me_layer))
     for dim in map(int, row.get("dims", {})):
         fits = dim in scan.dims
@@ -59,10 +59,8 @@ def _check(row: dict[str, Any], model: str, scan: WeightScan) -> KnownCheck:
             f"down_proj entry, layer {layer}, row {dim}, column {neuron}", "super weight",
             "a candidate" if fits else "no candidate", fits=fits,
         ))  # fmt: skip
-    verdicts = {item.verdict for item in made}
-    verdict = next(
-        name for name in ("mismatch", "match", "unknown") if name in {*verdicts, ORDER[-1]}
-    )
+    bad = any(item.verdict == "mismatch" for item in made)
+    verdict = "mismatch" if bad else "match" if made else "unknown"
     return KnownCheck(
         model=model, verdict=verdict, comparisons=tuple(made), source=row["source"]
     )  # fmt: skip
