@@ -25,11 +25,13 @@ ALIASES = {
 """Names that melens gives to published rows."""
 
 
-def known(model: str, result: Result) -> KnownCheck:
+def known(model: str, result: Result, *, d_model: int | None = None) -> KnownCheck:
     """Hold a result against the published numbers of ``model``.
 
     Args:    model: a row's name (``org/name``, or its last part, or a named model).
              result: what ``locate`` gave.
+             d_model: the model's own width, where ``model`` may be just a folder's name: a row with
+             a dimension or a layer which the model does not have is of another, and left out.
     Returns: ``unknown`` where nothing is on record; a row without a layer compares what it has.
              Where numbers with and without BOS are on record, those of the run's own kind count.
              Sizes, stages and the erase layer depend on how a text begins: what does not fit is a
@@ -40,7 +42,7 @@ def known(model: str, result: Result) -> KnownCheck:
     """
     if not isinstance(result, MELayer):
         raise ResultError(f"known() needs a locate result, got {type(result).__name__}.")
-    rows = published_rows(model)
+    rows = [row for row in published_rows(model) if _fits(row, result.n_layers, d_model)]
     with_bos = bool(result.run.settings.get("bos_first"))
     rows = [row for row in rows if row.get("bos", with_bos) == with_bos] or rows
     checks = [_check(row, model, result) for row in rows]
@@ -53,6 +55,16 @@ def known(model: str, result: Result) -> KnownCheck:
         )  # fmt: skip
     order = ("match", "mismatch", "unknown")
     return min(checks, key=lambda check: order.index(check.verdict))
+
+
+def _fits(row: dict[str, Any], n_layers: int, d_model: int | None) -> bool:
+    """Whether a model of this size can be the published one; None = taken at its word."""
+    if d_model is None:
+        return True
+    layers = [row.get("me_layer"), row.get("erase_layer"), *row.get("steps", ())]
+    dims = [int(dim) for dim in row.get("dims", {})]
+    deep = any(isinstance(layer, int) and layer >= n_layers for layer in layers)
+    return not deep and all(dim < d_model for dim in dims)
 
 
 def known_models() -> Registry[list[dict[str, Any]]]:

@@ -30,7 +30,7 @@ from melens.checking import BUDGETS, RULES, STAGES, check, junit_xml, read_polic
 from melens.checking.findings import Unmeasured, View
 from melens.checking.verdict import recommended, wide_interval
 from melens.cli.app import main
-from melens.errors import OutputError, PolicyError, ResultError, UnknownNameError
+from melens.errors import OutputError, PolicyError, ResultError, UnknownNameError, WeightsError
 from melens.metrics.bootstrap import mean_interval
 from melens.models import load
 from melens.models.origin import Origin, remember
@@ -836,3 +836,22 @@ def test_known_smollm2_is_itself_on_any_text(smol, lean, monkeypatch, text, n, s
     report = check(smol, prompts([text], length=50, n=n))
     rule = next(rule for rule in report.rules if rule.id == "known-layer")
     assert rule.status == status
+
+
+def test_a_published_row_that_a_model_is_too_small_for_is_of_another_model(clean):
+    from melens.knowledge import known
+
+    located = clean.result("locate")
+    assert located.n_layers > 2
+    assert known("gpt2", located).comparisons  # deep enough for layer 2
+    found = known("gpt2", located, d_model=64)  # but it has no dimension 447
+    assert (found.verdict, found.comparisons) == ("unknown", ())
+
+
+def test_zero_weights_are_refused(make_tiny, tokenizer):
+    hf = make_tiny("llama")
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.zero_()
+    with pytest.raises(WeightsError, match="every activation is 0"):
+        check(load(hf, tokenizer=tokenizer), ["w5 w6 w7 w8 w9"])

@@ -9,6 +9,7 @@ from melens.checking.bench import Bench, Tick
 from melens.checking.key_values import cache_norms
 from melens.checking.losses import dose_losses, edit_losses, eviction_losses
 from melens.emergence.search import locate_in
+from melens.errors import WeightsError
 from melens.isolation import isolate, super_weights
 from melens.knowledge import known
 from melens.measure import attention, collapse, describe, sinks
@@ -69,12 +70,15 @@ def _add(name: str, budget: Budget, work: float, *, token: bool = False) -> Call
 
 @_add("locate", "quick", 4.0)
 def _locate(bench: Bench, tick: Tick) -> Result:
-    return locate_in(bench.inputs, progress=tick)
+    found = locate_in(bench.inputs, progress=tick)
+    if not any(row.max for row in found.profile):
+        raise WeightsError("every activation is 0: these weights are zero, or damaged.")
+    return found
 
 
 @_add("known", "quick", 0.1)
 def _known(bench: Bench, tick: Tick) -> Result:
-    return known(bench.located.run.model, bench.located)
+    return known(bench.located.run.model, bench.located, d_model=bench.model.cfg.d_model)
 
 
 @_add("describe", "quick", 2.0)

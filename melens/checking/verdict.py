@@ -158,9 +158,11 @@ def answered(
         return "findings", text + _unrun(failed)
     if failed:
         return "incomplete", f"{model} could not be checked in full under {rules}.{_unrun(failed)}"
-    passed = sum(rule.status == "passed" for rule in outcomes)
+    passed = sum(rule.status == "passed" and rule.value is not None for rule in outcomes)
+    empty = sum(rule.status == "passed" and rule.value is None for rule in outcomes)
     open_ = sum(rule.status == "not measured" for rule in outcomes)
     text = f"{model} is within {rules}: {_count(passed, 'rule')} passed"
+    text += f", {empty} had nothing to measure" if empty else ""
     text += f", {open_} not measured" if open_ else ""
     return "pass", f"{text}, {_count(len(findings), 'remark')}."
 

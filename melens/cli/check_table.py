@@ -9,6 +9,8 @@ import typer
 from melens.cli.output import cell, table
 from melens.cli.tables import TABLES
 
+NOTHING = "nothing"
+"""In place of "ok" where a rule passed because there was nothing to measure."""
 SIGNS = {"passed": "ok", "found": "FOUND", "not measured": "-", "off": "off"}
 
 
@@ -18,7 +20,7 @@ def _check(result: Any) -> None:
     typer.echo(f"Rules of the policy '{result.policy.name}' (layers count from 0):")
     table(
         [
-            {"rule": rule.id, "": SIGNS[rule.status], "severity": grave.get(rule.id, ""),
+            {"rule": rule.id, "": _sign(rule), "severity": grave.get(rule.id, ""),
              "value": cell(rule.value), "threshold": cell(rule.threshold), "unit": rule.unit}
             for rule in result.rules
         ]
@@ -36,6 +38,11 @@ def _check(result: Any) -> None:
     if result.recommendation is not None:
         typer.echo(f"\nRecommendation: {result.recommendation.text}")
     typer.echo("")
+
+
+def _sign(rule: Any) -> str:
+    empty = rule.status == "passed" and rule.value is None
+    return NOTHING if empty else SIGNS[rule.status]
 
 
 @TABLES.register("cache-norms")
