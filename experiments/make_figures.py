@@ -3,7 +3,7 @@
     python experiments/make_figures.py           # write what is out of date
     python experiments/make_figures.py --check   # write nothing, name it, exit 1 if there is any
 
-Reads docs/results/*.json and docs/reports/*.json and loads no model. A figure counts as the same
+Reads docs/results, docs/reports and docs/studies and loads no model. A figure counts as the same
 where its pixels are (PNG files of equal pixels differ by the version of zlib); one that another
 version of matplotlib drew is named and not judged. Of a report's page everything but the bytes of
 its drawings is compared. A table stands between the comments ``<!-- table: NAME -->`` and
@@ -13,12 +13,14 @@ its drawings is compared. A table stands between the comments ``<!-- table: NAME
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import re
 import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from melens.figures import save_figure
+from melens.figures.draw import house_style
 from melens.report import html_page, markdown_report
 from melens.results import load_result
 from melens.results.base import write_atomically
@@ -52,8 +55,8 @@ FIGURES = {
     "smollm2-135m.sinks.png": (f"{S_RAW}.sinks", "curves"),
 }
 """File in docs/figures -> the result it is drawn from, and its style."""
-ELSEWHERE = {"foresee-study.png"}
-"""Drawn by experiments/11_foresee.py while it measures; not made again here."""
+STUDIES = {"foresee-study.png": ("foresee.json", "11_foresee.py")}
+"""File in docs/figures -> the counts in docs/studies, and the experiment that draws them."""
 DRAWING = re.compile(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]+")
 """A drawing inside a page: its bytes differ by the version of matplotlib."""
 TABLES: dict[str, Callable[[], list[dict[str, Any]]]] = {}
@@ -84,12 +87,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 def figures(root: Path) -> Iterator[tuple[Path, bytes]]:
     """Figures that are missing or show something else than their result does now."""
+    drawings = {name: partial(plotted, *source) for name, source in FIGURES.items()}
+    drawings |= {name: partial(study, *source) for name, source in STUDIES.items()}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (result, style) in FIGURES.items():
-            made = save_figure(saved(result).plot(style), Path(folder) / name)
+        for name, draw in drawings.items():
+            made = draw(Path(folder) / name)
             path = root / "docs" / "figures" / name
             if not path.exists() or not same_picture(made, path):
                 yield path, made.read_bytes()
+
+
+def plotted(result: str, style: str, path: Path) -> Path:
+    """A saved result in one of its styles."""
+    return save_figure(saved(result).plot(style), path)
+
+
+def study(counts: str, experiment: str, path: Path) -> Path:
+    """A study's counts as its experiment draws them."""
+    found = json.loads((ROOT / "docs" / "studies" / counts).read_text("utf-8"))
+    spec = importlib.util.spec_from_file_location("study", ROOT / "experiments" / experiment)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    with house_style():
+        return save_figure(module.draw(found["rates"]), path)
 
 
 def same_picture(one: Path, two: Path) -> bool:
