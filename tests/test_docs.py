@@ -46,6 +46,7 @@ def test_tables_and_figures_are_what_the_results_say(figures, capsys):
 def test_what_is_stale_is_named_and_mended(figures, tmp_path, capsys, monkeypatch):
     few = {"smollm2-135m.png": figures.FIGURES["smollm2-135m.png"]}
     monkeypatch.setattr(figures, "FIGURES", few)
+    monkeypatch.setattr(figures, "STUDIES", {})
     (tmp_path / "docs" / "figures").mkdir(parents=True)
     page, picture = tmp_path / "docs" / "numbers.md", tmp_path / "docs/figures/smollm2-135m.png"
     good = (DOCS / "numbers.md").read_text("utf-8")
