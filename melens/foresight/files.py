@@ -248,12 +248,13 @@ def _dequantised(name: str, stored: Stored, view: memoryview) -> Tensor:
 
     kind = getattr(GGMLQuantizationType, stored.kind, None)
     blocks = np.frombuffer(view, dtype=np.uint8).reshape(-1, stored.row_bytes)
+    unknown = WeightsError(
+        f"{name} in {stored.blob.name} is stored as {stored.kind}, which the scan cannot read; "
+        f"it reads {', '.join(FLOATS)} and GGUF block formats."
+    )
+    if kind is None:
+        raise unknown
     try:
-        if kind is None:
-            raise NotImplementedError
         return torch.from_numpy(dequantize(blocks, kind))
-    except NotImplementedError:
-        raise WeightsError(
-            f"{name} in {stored.blob.name} is stored as {stored.kind}, which the scan cannot read; "
-            f"it reads {', '.join(FLOATS)} and GGUF block formats."
-        ) from None
+    except NotImplementedError:  # a format that the gguf package names and does not decode
+        raise unknown from None
