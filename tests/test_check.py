@@ -794,7 +794,7 @@ def test_a_folder_that_may_not_be_written_is_refused_early(run, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     if os.access(closed, os.W_OK):
-        pytest.skip("this user may write everywhere; un-skip: run the tests as another user than root")
+        pytest.skip("root may write everywhere; un-skip: run as another user")
     code, _, stderr = run("no-such-model", "--out", closed / "out")
     assert (code, stderr.count("\n")) == (3, 1)
     assert "closed" in stderr
