@@ -78,6 +78,10 @@ class NoTokenError(InterventionError):
     """Passes ran under an edit, but none held a token that it was to change."""
 
 
+class EditWarning(UserWarning):
+    """An edit touched tokens that were not massive, or left massive ones out."""
+
+
 class MetricError(MelensError):
     """A metric that is undefined on what it was given."""
 

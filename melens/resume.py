@@ -123,12 +123,29 @@ class Resumable:
         return self._resids[layer]
 
     @torch.no_grad()
-    def block(self, layer: int, resid: Resid, *, start: int = 0) -> Resid:
+    def block(
+        self, layer: int, resid: Resid, *, start: int = 0, notes: dict[Any, Tensor] | None = None
+    ) -> Resid:
         """One block over the positions from ``start`` on; the model must be in eval mode.
 
         Args:    resid: ``[P * b, pos - start, d_model]``, as it enters the block.
+                 notes: one dict for the blocks of one run, where open edits keep what they need of
+                 earlier blocks; rows that join the run later come after the others.
         Raises:  SiteError: rows or positions that do not fit the recorded batch.
         """
+        with passing(self.model, self._now(self._copies(resid, start), start, notes)):
+            return self._block(layer, resid, start)
+
+    def _now(self, copies: int, start: int, notes: dict[Any, Tensor] | None) -> Now:
+        """What a run over these rows looks at; what it does not run is as recorded."""
+        keys = self.batch.positions.repeat(copies, 1)
+        ids = self.batch.ids[:, start:].repeat(copies, 1)
+        return Now(
+            ids, keys[:, start:], keys, lambda layer: self._resids[layer + 1][:, start:],
+            {} if notes is None else notes,
+        )  # fmt: skip
+
+    def _block(self, layer: int, resid: Resid, start: int) -> Resid:
         copies = self._copies(resid, start)
         named = {
             name: self._fitted(name, value, start, copies)
@@ -137,10 +154,7 @@ class Resumable:
         if start:
             cache = next(name for name in CACHES if name in self._names[layer])
             named[cache] = _Prefix(self._pairs[layer], start, copies)
-        keys = self.batch.positions.repeat(copies, 1)
-        now = Now(self.batch.ids[:, start:].repeat(copies, 1), keys[:, start:], keys)
-        with passing(self.model, now):
-            out = self.model.blocks[layer](resid, **named)
+        out = self.model.blocks[layer](resid, **named)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -166,10 +180,14 @@ class Resumable:
         self.resid_pre(layer)
         stop = self.n_layers if upto is None else upto
         self.resid_pre(stop)
-        self._copies(resid, start)
-        with evaluating(self.model), self.model.hooks(fwd_hooks=list(hooks)):
+        now = self._now(self._copies(resid, start), start, None)
+        with (
+            evaluating(self.model),
+            self.model.hooks(fwd_hooks=list(hooks)),
+            passing(self.model, now),
+        ):
             for current in range(layer, stop):
-                resid = self.block(current, resid, start=start)
+                resid = self._block(current, resid, start)
         return resid
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from melens.evaluation.conditions import (
 )
 from melens.evaluation.forced import Forced, Runner
 from melens.evaluation.rows import ItemRow, Rows
-from melens.evaluation.scores import assembled
+from melens.evaluation.scores import assembled, held_facts
 from melens.evaluation.settings import Bench as Trial
 from melens.evaluation.settings import Card, Settings
 from melens.evaluation.tasks import token_loss
@@ -92,7 +92,7 @@ def text_losses(
     """
     check_unedited(bench.model)
     rows = bench.inputs.rows
-    held = check_held(bench.model, bench.located, rows)
+    check_held(bench.model, bench.located, rows)
     items = [
         Forced(str(i), tuple(row), tuple(at > start for at in range(len(row))), {})
         for i, row in enumerate(rows)
@@ -102,12 +102,14 @@ def text_losses(
     runner = Runner(bench.model, tried, bench.located)
     done = 0
     for batch in runner.batches(items):
-        for name, foreseen in runner.outcome(batch, tried).found.items():
-            for item, one in zip(batch, foreseen, strict=True):
+        outcome = runner.outcome(batch, tried)
+        for name, foreseen in outcome.found.items():
+            for item, one, massive in zip(batch, foreseen, outcome.massive, strict=True):
                 (value, weight), also = token_loss(item, one)
-                found.add([ItemRow(item.id, name, value, weight, also)])
+                about = held_facts(massive) if name == "base" else {}
+                found.add([ItemRow(item.id, name, value, weight, also, about)])
         done += len(batch)
         tick(done, len(items))
     about = ABOUT if not start else LATE.format(start=start)
-    card = Card("perplexity", NATS, higher_is_better=False, about=about, with_token=sum(held))
+    card = Card("perplexity", NATS, higher_is_better=False, about=about)
     return assembled(trial, card, found, [item.id for item in items])

@@ -60,6 +60,7 @@ class EditJob:
         """Both answers to each prompt, and how many of their tokens are equal before they part."""
         from melens.batches import encode
         from melens.evaluation.edits import applied
+        from melens.interventions.massive import with_firsts
 
         loaded, bundled = self.job.load()
         tokenizer = loaded.tokenizer
@@ -69,6 +70,8 @@ class EditJob:
         _check_room(prompts, loaded.cfg.n_ctx, max_new_tokens)
         bundled = self._with_bos(bundled, tokenizer, [ids[0] for ids in prompts])
         found = self.me_layer(loaded, bundled)
+        if found is not None:
+            found = with_firsts(loaded, found, [ids[0] for ids in prompts])
         model = self._plain() if self.edit.name in ON_PLAIN else loaded
         del loaded
         rows = []

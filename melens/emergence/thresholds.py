@@ -1,17 +1,13 @@
 """Named constants of the verdict. Provisional: chosen on two models (docs/definitions.md)."""
 
-SUN_ABSOLUTE = 100.0
-"""Sun et al. 2024: a massive activation exceeds 100 ..."""
-SUN_RATIO = 1000.0
-"""... and 1000 times the median |x|."""
+from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
+
+__all__ = ["NORM_RATIO", "SUN_ABSOLUTE", "SUN_RATIO"]
+
 SPARSE_TOKENS = 4
 """A dimension that is massive on more tokens of a sequence than this ..."""
 SPARSE_SHARE = 0.03
 """... and on more than this share of them is a broad outlier dimension, not a massive token."""
-NORM_RATIO = 5.0
-"""A massive token weighs at least this many times the median token norm. The heaviest token's
-ratio in docs/results: SmolLM2 1.3 to 2.5 where nothing is massive, 10 in its first stage, 180 after
-the ME Layer; Gemma-3-270M 7 to 17 over layers 3 to 9."""
 FIRST_SHARE = 0.1
 """The ME Layer is where the cumulative write share passes this."""
 SINGLE_SHARE = 0.75

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
+from melens.batches import Batch
 from melens.errors import InterventionError
-from melens.interventions.now import Now, is_edited
-from melens.interventions.tokens import choice_of
+from melens.interventions.massive import MassiveRule, massive_tokens
+from melens.interventions.now import is_edited
 from melens.interventions.wemask import layers_of
 from melens.models.decoder import decoder_of
 from melens.results import MELayer
@@ -22,6 +21,8 @@ STRENGTHS = (0.25, 0.5, 0.75)
 CONTROL_SEEDS = (0, 1, 2)
 RIVALS = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
 BASE = Edit(name="none")
+PROBED = 8
+"""Items a pass, while one with a massive token is looked for."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,24 @@ def check_unedited(model: Any) -> None:
         )
 
 
-def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> list[bool]:
-    """Which items hold a token that the edits change.
+def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse items of which none holds a massive token, before they are run under any edit.
+
+    The items are run unedited up to the ME Layer, until one of them holds one.
 
     Raises:  InterventionError: none of them does.
     """
-    rule = choice_of("first" if me_layer is None else me_layer)
-    held = []
-    for row in rows:
-        ids = torch.tensor([list(row)])
-        held.append(bool(rule(Now(ids, torch.arange(len(row))[None])).any()))
-    if not any(held):
+    if me_layer is None:
+        return
+    batches = (Batch.pad([list(row) for row in rows[i : i + PROBED]])
+               for i in range(0, len(rows), PROBED))  # fmt: skip
+    if not any(bool(marks.any()) for marks, _ in massive_tokens(model, me_layer, batches)):
+        rule = MassiveRule.of(me_layer)
         raise InterventionError(
-            "none of the items holds a located massive token, so no edit would change anything; "
-            "locate on texts that begin as the items do (BOS, chat template)."
+            f"no token of the {len(rows)} items is massive (|x| over {rule.coordinate:,.0f} in "
+            f"dimension {rule.dim} at the output of layer {rule.layer}), so no edit would change "
+            "anything; locate on texts that begin as the items do (BOS, chat template)."
         )
-    return held
 
 
 def located_facts(me_layer: MELayer | None) -> list[Any] | None:

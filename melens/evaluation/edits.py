@@ -12,13 +12,14 @@ import torch
 from melens.batches import prompts
 from melens.errors import InterventionError, NoTokenError
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
+from melens.interventions.tokens import Tokens
 from melens.isolation import mean_coordinates
 from melens.models.origin import fingerprint
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import Edit
 
-Maker = Callable[[Any, Edit, MELayer], AbstractContextManager[Any]]
+Maker = Callable[[Any, Edit, MELayer, Tokens], AbstractContextManager[Any]]
 EDITS: Registry[Maker] = Registry("edit")
 CAP = 2.0
 _KEPT_MEANS: weakref.WeakKeyDictionary[Any, dict[Any, dict[int, float]]] = (
@@ -26,17 +27,21 @@ _KEPT_MEANS: weakref.WeakKeyDictionary[Any, dict[Any, dict[int, float]]] = (
 )
 
 
-def applied(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
-    """The edit, ready to be entered; a mask's ``with`` gives its MaskRecord, others None.
+def applied(
+    model: Any, edit: Edit, me_layer: MELayer | None, *, tokens: Tokens = None
+) -> AbstractContextManager[Any]:
+    """The edit, ready to be entered; a mask's ``with`` gives its MaskRecord, others EditedTokens.
 
     Args:    model: a bridge; for none, wemask and drop-key a plain transformers model as well.
              me_layer: whose massive tokens are edited; None = the first token, where the edit
              names its layers itself.
+             tokens: those that are edited instead, e.g. marked by an earlier pass.
     Raises:  InterventionError, SiteError: settings that this model cannot follow.
-    """
+    """  # fmt: skip
     if me_layer is None and edit.name in ("zero", "mean", "norm-flatten", "ffn-cap"):
         raise InterventionError(f"{edit.name} acts at the ME Layer; pass what melens.locate gives.")
-    return EDITS[edit.name](model, edit, me_layer)  # type: ignore[arg-type]
+    wanted = me_layer if tokens is None else tokens
+    return EDITS[edit.name](model, edit, me_layer, wanted)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -46,14 +51,18 @@ def where_held(edit: AbstractContextManager[Any]) -> Iterator[Any]:
         yield record
 
 
-def _none(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
+def _none(
+    model: Any, edit: Edit, me_layer: MELayer | None, tokens: Tokens
+) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _wemask(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
+def _wemask(
+    model: Any, edit: Edit, me_layer: MELayer | None, tokens: Tokens
+) -> AbstractContextManager[Any]:
     return wemask(
         model, me_layer, layers=edit.layers, rate=edit.rate, strength=edit.strength,
-        select=edit.select, seed=edit.seed,
+        select=edit.select, seed=edit.seed, tokens=tokens,
     )  # fmt: skip
 
 
@@ -74,19 +83,19 @@ def _dims(model: Any, edit: Edit, me_layer: MELayer) -> list[int]:
     return sorted(others[: len(massive)])
 
 
-def _zero(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+def _zero(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> AbstractContextManager[Any]:
     return residual_set(
-        model, _layer(edit, me_layer), tokens=me_layer, dims=_dims(model, edit, me_layer),
+        model, _layer(edit, me_layer), tokens=tokens, dims=_dims(model, edit, me_layer),
         strength=edit.strength,
     )  # fmt: skip
 
 
-def _mean(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
+def _mean(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> AbstractContextManager[Any]:
     at = edit.layers[0] if isinstance(edit.layers, tuple) else None
     dims = _dims(model, edit, me_layer)
     means = _means(model, me_layer, at, dims)
     return residual_set(
-        model, _layer(edit, me_layer), tokens=me_layer, dims=list(means),
+        model, _layer(edit, me_layer), tokens=tokens, dims=list(means),
         values=list(means.values()), strength=edit.strength,
     )  # fmt: skip
 
@@ -107,19 +116,24 @@ def _flag(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _norm_flatten(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
-    return norm_flatten(model, _layer(edit, me_layer), tokens=me_layer, alpha=1 - edit.strength)
+def _norm_flatten(
+    model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens
+) -> AbstractContextManager[Any]:
+    return norm_flatten(model, _layer(edit, me_layer), tokens=tokens, alpha=1 - edit.strength)
 
 
-def _ffn_cap(model: Any, edit: Edit, me_layer: MELayer) -> AbstractContextManager[Any]:
-    return ffn_cap(
-        model, _layer(edit, me_layer), tokens=me_layer, factor=CAP, strength=edit.strength
-    )
+def _ffn_cap(
+    model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens
+) -> AbstractContextManager[Any]:
+    return ffn_cap(model, _layer(edit, me_layer), tokens=tokens, factor=CAP, strength=edit.strength)
 
 
-def _drop_key(model: Any, edit: Edit, me_layer: MELayer | None) -> AbstractContextManager[Any]:
+def _drop_key(
+    model: Any, edit: Edit, me_layer: MELayer | None, tokens: Tokens
+) -> AbstractContextManager[Any]:
     return drop_key(
-        model, me_layer, layers=edit.layers, strength=edit.strength, start=edit.start
+        model, me_layer, layers=edit.layers, strength=edit.strength, start=edit.start,
+        tokens=tokens,
     )  # fmt: skip
 
 

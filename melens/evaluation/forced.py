@@ -20,8 +20,11 @@ from melens.errors import PromptError
 from melens.evaluation.conditions import Condition, first_layer
 from melens.evaluation.edits import applied, where_held
 from melens.interventions import MaskRecord
+from melens.interventions.massive import MassiveRule
+from melens.interventions.tokens import these
 from melens.results import MELayer
 from melens.resume import Resumable
+from melens.shapes import TokenMask
 
 AT_ONCE = 256
 """Positions whose logits are held at once: with 152 k tokens of vocabulary 156 MB each."""
@@ -64,6 +67,23 @@ class Foreseen:
 
 
 @dataclass(frozen=True)
+class MassiveIn:
+    """An item's massive tokens, read at the ME Layer's output of the unedited run."""
+
+    tokens: int
+    coordinate: float
+    """Largest |x| in the massive dimension, residual units; 0 without such a token."""
+    norm_ratio: float
+    """Largest norm over the located texts' median token norm; 0 without such a token."""
+
+    @classmethod
+    def of(cls, marks: Tensor, sizes: Tensor, median_norm: float | None) -> MassiveIn:
+        """From one row's marks ``[pos]``, and |x| and norm of its tokens ``[2, pos]``."""
+        largest = (sizes * marks).amax(-1).tolist()
+        return cls(int(marks.sum()), largest[0], largest[1] / (median_norm or float("inf")))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A batch of items under every condition, items as given."""
 
@@ -72,6 +92,8 @@ class Outcome:
     """Condition's name -> one an item."""
     energy: dict[str, float]
     """Mask conditions' names -> masked share of the token's energy at the attention input."""
+    massive: tuple[MassiveIn | None, ...]
+    """One an item: its tokens that the edits change; None without a located ME Layer."""
 
 
 class Runner:
@@ -104,11 +126,13 @@ class Runner:
         check_ids(self.model, batch)
         clean = Resumable(self.model, batch, check=not self._checked)
         self._checked = True
+        marks, massive = self._massive(clean)
+        tokens = None if marks is None else these(marks)
         finals, energy = {}, {}
         for condition in conditions:
             start = self.starts[self.conditions.index(condition)]
             # A batch without the token is as it was; that no item has it is refused beforehand.
-            with where_held(_entered(self.model, condition, self.me_layer)) as record:
+            with where_held(self._entered(condition, tokens)) as record:
                 finals[condition.name] = clean.run(start, clean.resid_pre(start))
             if isinstance(record, MaskRecord) and record.mean_energy is not None:
                 energy[condition.name] = record.mean_energy
@@ -116,7 +140,22 @@ class Runner:
         for row, item in enumerate(items):
             for name, foreseen in self._foresee(clean, item, row, finals).items():
                 found[name].append(foreseen)
-        return Outcome(tuple(items), {k: tuple(v) for k, v in found.items()}, energy)
+        return Outcome(tuple(items), {k: tuple(v) for k, v in found.items()}, energy, massive)
+
+    def _massive(self, clean: Resumable) -> tuple[TokenMask | None, tuple[MassiveIn | None, ...]]:
+        """The massive tokens of the unedited run: what every condition of the batch edits."""
+        if self.me_layer is None:
+            return None, (None,) * len(clean.batch)
+        rule = MassiveRule.of(self.me_layer)
+        marks, sizes = rule.marks(clean.resid_pre(rule.layer + 1))
+        marks = marks & clean.batch.mask.to(marks.device)
+        rows = zip(marks, sizes.unbind(1), strict=True)
+        return marks, tuple(MassiveIn.of(row, both, rule.median_norm) for row, both in rows)
+
+    def _entered(self, condition: Condition, tokens: Any) -> Any:
+        if condition.edit.name == "none":
+            return nullcontext()
+        return applied(self.model, condition.edit, self.me_layer, tokens=tokens)
 
     def _foresee(
         self, clean: Resumable, item: Forced, row: int, finals: dict[str, Tensor]
@@ -149,12 +188,6 @@ class Runner:
 def _joined(parts: Sequence[Foreseen]) -> Foreseen:
     names = ("loss", "right", "kl", "agree")
     return Foreseen(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
-
-
-def _entered(model: Any, condition: Condition, me_layer: MELayer | None) -> Any:
-    if condition.edit.name == "none":
-        return nullcontext()
-    return applied(model, condition.edit, me_layer)
 
 
 def _compare(

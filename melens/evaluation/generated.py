@@ -15,16 +15,18 @@ from melens.capture import evaluating
 from melens.errors import ResultError
 from melens.evaluation.conditions import Condition
 from melens.evaluation.edits import applied, where_held
+from melens.evaluation.forced import MassiveIn
 from melens.evaluation.harness_data import items
 from melens.evaluation.harness_rows import GenerationSettings, GenerationTask
 from melens.evaluation.harness_rows import ItemRow as Answer
 from melens.evaluation.harness_run import run_task
 from melens.evaluation.rows import ItemRow, Rows
-from melens.evaluation.scores import ENERGY, assembled
+from melens.evaluation.scores import ENERGY, assembled, held_facts
 from melens.evaluation.settings import Bench, Card, Progress
 from melens.evaluation.sources import data_folder
 from melens.evaluation.tasks import Source
 from melens.interventions import MaskRecord
+from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
 from melens.results.evaluation import Evaluation
 
 PROBES = 4
@@ -100,8 +102,13 @@ class _Generation:
                 max_new_tokens=settings.max_new_tokens, progress=tell,
             ),
         )  # fmt: skip
-        energy = masked_energy(self.bench, condition, [a.prompt for a in answers[:PROBES]])
-        return [row_of(answer, condition.name, self.task, energy) for answer in answers]
+        prompts = [answer.prompt for answer in answers]
+        energy = masked_energy(self.bench, condition, prompts[:PROBES])
+        rows = [row_of(answer, condition.name, self.task, energy) for answer in answers]
+        if condition.role == "base":
+            for row, found in zip(rows, massive_in(self.bench, prompts), strict=True):
+                row.about.update(held_facts(found))
+        return rows
 
 
 def row_of(
@@ -132,12 +139,30 @@ def masked_energy(bench: Bench, condition: Condition, prompts: Sequence[str]) ->
     """Mean masked share of the massive token's energy over prompts; None for other edits."""
     if condition.edit.name != "wemask" or not prompts:
         return None
-    model, tokenizer = bench.model, bench.model.tokenizer
-    start = tokenizer.bos_token
-    edit = where_held(applied(model, condition.edit, bench.me_layer))
+    model = bench.model
+    rows = _ids_of(bench, prompts)
+    me_layer = bench.me_layer and with_firsts(model, bench.me_layer, [row[0] for row in rows])
+    edit = where_held(applied(model, condition.edit, me_layer))
     with edit as record, evaluating(model):
-        for prompt in prompts:
-            plain = not (start and prompt.startswith(start))
-            ids = tokenizer(prompt, add_special_tokens=plain)["input_ids"]
+        for ids in rows:
             model(Batch.pad([ids]).ids.to(next(model.parameters()).device))
     return record.mean_energy if isinstance(record, MaskRecord) else None
+
+
+def massive_in(bench: Bench, prompts: Sequence[str]) -> list[MassiveIn | None]:
+    """The massive tokens of every prompt, one unedited pass each, up to the ME Layer."""
+    if bench.me_layer is None:
+        return [None] * len(prompts)
+    median = MassiveRule.of(bench.me_layer).median_norm
+    batches = [Batch.pad([ids]) for ids in _ids_of(bench, prompts)]
+    found = massive_tokens(bench.model, bench.me_layer, batches)
+    return [MassiveIn.of(marks[0], sizes[:, 0], median) for marks, sizes in found]
+
+
+def _ids_of(bench: Bench, prompts: Sequence[str]) -> list[list[int]]:
+    tokenizer = bench.model.tokenizer
+    start = tokenizer.bos_token
+    return [
+        tokenizer(text, add_special_tokens=not (start and text.startswith(start)))["input_ids"]
+        for text in prompts
+    ]

@@ -150,8 +150,10 @@ def _answers(models: _Models, job: _Job, left: Sequence[int]) -> Iterable[list[I
     """Rows of the items that are left, a batch at a time."""
     from lm_eval.tasks import TaskManager
 
+    from melens.evaluation.conditions import check_held
     from melens.evaluation.edits import applied, where_held
     from melens.evaluation.harness_model import Generator
+    from melens.interventions.massive import with_firsts
 
     edited, size = models.edited, job.settings.batch_size
     with _quiet():
@@ -165,8 +167,13 @@ def _answers(models: _Models, job: _Job, left: Sequence[int]) -> Iterable[list[I
     theirs.set_config("generation_kwargs", {"max_gen_toks": job.length, **NEUTRAL}, update=True)
     asked = [_request(theirs, lm, number) for number in left]
     _check_lengths(lm, [request.args[0] for request in asked], job)
+    prompts = [lm.tok_encode(request.args[0]) for request in asked]
+    me_layer = models.me_layer
+    if me_layer is not None and models.edit.name != "none":
+        check_held(edited, me_layer, prompts)
+        me_layer = with_firsts(edited, me_layer, [ids[0] for ids in prompts])
     # Where only some prompts hold the token, a run that takes up the others still is a run.
-    with where_held(applied(edited, models.edit, models.me_layer)):
+    with where_held(applied(edited, models.edit, me_layer)):
         for start in range(0, len(asked), size):
             batch = asked[start : start + size]
             answers = lm.generate_until(batch, disable_tqdm=True)

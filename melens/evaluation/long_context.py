@@ -18,7 +18,14 @@ import torch
 from melens import emergence
 from melens.batches import prompts
 from melens.errors import PromptError
-from melens.evaluation.conditions import Condition, Plan, check_edit, check_unedited, conditions
+from melens.evaluation.conditions import (
+    Condition,
+    Plan,
+    check_edit,
+    check_held,
+    check_unedited,
+    conditions,
+)
 from melens.evaluation.forced import Forced, Foreseen, Outcome, Runner
 from melens.evaluation.haystack import Haystack, bins, haystacks, plain_texts
 from melens.evaluation.rows import ItemRow, Rows
@@ -161,6 +168,7 @@ class _Job:
             bench.model, bench.conditions, bench.me_layer, batch_tokens=bench.settings.batch_tokens
         )
         items, done = self._items, 0
+        check_held(bench.model, bench.me_layer, [item.ids for item in items])
         # Batches are those of the whole list: what is run again after a kill has the same company.
         for batch in runner.batches(items):
             if not all(rows.has(item.id, c.name) for item in batch for c in bench.conditions):

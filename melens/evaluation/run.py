@@ -14,7 +14,7 @@ from melens.evaluation.forced import Foreseen, Outcome, Runner
 from melens.evaluation.generated import generated
 from melens.evaluation.harness_rows import GENERATION_TASKS
 from melens.evaluation.rows import ItemRow, Rows
-from melens.evaluation.scores import ENERGY, assembled, score_of
+from melens.evaluation.scores import ENERGY, assembled, held_facts, score_of
 from melens.evaluation.settings import Bench, Card, Progress, Settings
 from melens.evaluation.sources import check_source
 from melens.evaluation.tasks import FORCED_TASKS, ForcedTask, Source, alike
@@ -97,7 +97,7 @@ def _forced(
 ) -> Evaluation:
     """Every item that an earlier run did not finish, then the result from the rows alone."""
     items, settings = task.items, bench.settings
-    held = check_held(bench.model, bench.me_layer, [item.ids for item in items])
+    check_held(bench.model, bench.me_layer, [item.ids for item in items])
     rows = Rows(
         settings.items,
         bench.facts(task=task.name, items=[[item.id, list(item.ids)] for item in items]),
@@ -118,7 +118,6 @@ def _forced(
     card = Card(
         task.name, task.unit, task.higher_is_better, task.about,
         {"data": data, "bos": source.bos, "chat": source.chat, **task.facts},
-        with_token=sum(held),
     )  # fmt: skip
     return assembled(bench, card, rows, [item.id for item in items])
 
@@ -126,7 +125,9 @@ def _forced(
 def _rows_of(task: ForcedTask, outcome: Outcome) -> list[ItemRow]:
     made = []
     for name, found in outcome.found.items():
-        for item, foreseen, plain in zip(outcome.items, found, outcome.found["base"], strict=True):
+        for item, foreseen, plain, massive in zip(
+            outcome.items, found, outcome.found["base"], outcome.massive, strict=True
+        ):
             (value, weight), also = task.score(item, foreseen)
             if not math.isfinite(value):
                 raise MetricError(
@@ -137,6 +138,7 @@ def _rows_of(task: ForcedTask, outcome: Outcome) -> list[ItemRow]:
                 also = {**also, ENERGY: (outcome.energy[name], 1.0)}
             also = {**also, **token_changes(foreseen, plain)}
             about = {**item.about, "token_loss": _rounded(foreseen.loss)}
+            about |= held_facts(massive) if name == "base" else {}
             made.append(ItemRow(item.id, name, value, weight, also, about))
     return made
 

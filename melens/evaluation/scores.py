@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from melens.errors import ResultError
 from melens.evaluation.conditions import Condition
+from melens.evaluation.forced import MassiveIn
 from melens.evaluation.rows import ItemRow, Rows
 from melens.evaluation.settings import Bench, Card
 from melens.metrics.paired import paired_difference, weighted_mean
-from melens.results.evaluation import ConditionScore, Delta, Evaluation
+from melens.results.evaluation import ConditionScore, Delta, EditedIn, Evaluation
 
 ENERGY = "energy"
 """Name among an item's further measures that becomes a field of its own."""
+
+
+HELD = "massive"
+"""Name among a base row's facts: the item's massive tokens."""
+
+
+def held_facts(found: MassiveIn | None) -> dict[str, Any]:
+    """What the base row of an item keeps of its massive tokens."""
+    return {} if found is None else {HELD: asdict(found)}
+
+
+def held_in(rows: Sequence[ItemRow]) -> EditedIn | None:
+    """The massive tokens of all items, from their base rows; None where they were not counted."""
+    found = [row.about[HELD] for row in rows if HELD in row.about]
+    held = [one for one in found if one["tokens"]]
+    if len(found) < len(rows) or not rows:
+        return None
+    return EditedIn(
+        tokens=sum(one["tokens"] for one in held),
+        items=len(held),
+        coordinate=_range(one["coordinate"] for one in held),
+        norm_ratio=_range(one["norm_ratio"] for one in held),
+    )
+
+
+def _range(values: Iterable[float]) -> tuple[float, float] | None:
+    found = sorted(values)
+    return (found[0], found[-1]) if found else None
 
 
 def assembled(bench: Bench, card: Card, rows: Rows, order: Sequence[str]) -> Evaluation:
@@ -38,12 +69,14 @@ def assembled(bench: Bench, card: Card, rows: Rows, order: Sequence[str]) -> Eva
         for name, table in tables.items()
         if name != "base"
     }
+    massive = held_in([base[at] for at in counted])
     run = bench.inputs.run_info(
         seed=seed, items=rows.key, me_layer_of=bench.me_layer.run.settings.get("ids"), **card.facts
     )
     return Evaluation(
         task=card.name, unit=card.unit, n=len(counted), higher_is_better=card.higher_is_better,
-        weight=sum(row.weight for row in base), edit=edited.edit, with_token=card.with_token,
+        weight=sum(row.weight for row in base), edit=edited.edit, massive=massive,
+        with_token=massive.items if massive is not None else None,
         me_layer=bench.me_layer.me_layer, base=scores[0], edited=edited, delta=edited.delta,
         dose=_with_role(scores, "dose"), controls=_with_role(scores, "control"),
         rivals=_with_role(scores, "rival"), items=path and path.name, about=card.about, run=run,

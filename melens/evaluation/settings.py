@@ -43,8 +43,6 @@ class Card:
     about: str
     facts: dict[str, Any] = field(default_factory=dict)
     """Goes into the run's settings."""
-    with_token: int | None = None
-    """Items that hold a token that is edited; None where that is not counted."""
 
 
 @dataclass(frozen=True)

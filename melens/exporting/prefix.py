@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.batches import Batch
 from melens.errors import InterventionError, PromptError, ResultError
 from melens.evaluation.edits import applied
 from melens.exporting.record import MELENS_JSON, read_edit
 from melens.exporting.subject import check_probe, dtype_of, spread, transformers_of, vocabulary_of
-from melens.interventions.now import Now
-from melens.interventions.tokens import choice_of
+from melens.interventions.massive import massive_tokens, with_firsts
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.export import PrefixFacts
@@ -65,6 +65,7 @@ def constant_prefix(model: Any, edit: Edit, me_layer: MELayer | None, token_id: 
     """  # fmt: skip
     hf = transformers_of(model)
     _check_constant(hf, edit, me_layer, token_id)
+    me_layer = me_layer and with_firsts(hf, me_layer, [token_id])
     ids = torch.tensor([[token_id]], device=next(hf.parameters()).device)
     with applied(model, edit, me_layer):
         layers = hf(ids, use_cache=True).past_key_values.layers
@@ -102,12 +103,12 @@ def _check_constant(hf: Any, edit: Edit, me_layer: MELayer | None, token_id: int
             f"token {later[0].token!r} is massive after the first position too, and a prefix holds "
             "the first token alone; use format='hf'."
         )
-    now = Now(torch.tensor([[token_id]]), torch.tensor([[0]]))
-    if not choice_of(me_layer)(now).any():
+    one = Batch.of(torch.tensor([[token_id]]))
+    ((marks, _),) = massive_tokens(hf, me_layer, [one])
+    if not marks.any():
         raise InterventionError(
-            f"token id {token_id} was not located as a massive first token of "
-            f"{me_layer.run.model}, so the edit would not touch it; locate on texts that start "
-            "with it."
+            f"token id {token_id} is not massive as the first token of {me_layer.run.model}, so "
+            "the edit would not touch it; name another first token."
         )
 
 
@@ -118,6 +119,7 @@ def difference(model: Any, edit: Edit, me_layer: MELayer | None, prefix: Prefix)
     Raises:  InterventionError: more than float32 explains; this model needs more than a prefix.
     """
     hf = transformers_of(model)
+    me_layer = me_layer and with_firsts(hf, me_layer, [prefix.token_id])
     device = next(hf.parameters()).device
     rest = spread(vocabulary_of(hf), CHECKED)
     ids = torch.tensor([[prefix.token_id, *rest]], device=device)

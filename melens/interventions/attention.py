@@ -13,6 +13,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.interventions.core import Place, blend, check_number, editing, intervention
+from melens.interventions.massive import EditedTokens
 from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.attention import View, attention_sites
@@ -32,7 +33,7 @@ def qk_orthogonalise(
     of: tuple[str, ...] = SITES,
     itself: bool = True,
     strength: float = 1.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Project the massive token's direction out of the queries and keys of its sequence.
 
     Head by head, as projected: before a QK-norm and before RoPE. Under a KV cache the direction
@@ -50,8 +51,8 @@ def qk_orthogonalise(
              token itself).
     """  # fmt: skip
     check_number("strength", strength)
-    place = Place.of(model, layer, tokens)
-    at = place.layer + 1 if isinstance(layer, MELayer) else place.layer
+    at = Place.of(model, layer, tokens).layer + isinstance(layer, MELayer)
+    place = Place.at(model, at, layer, tokens, known=at - 1)
     views = {view.site: view for view in attention_sites(model).layer(at)}
     of = (of,) if isinstance(of, str) else tuple(of or ())
     missing = [site for site in of if site not in SITES or site not in views]
@@ -60,14 +61,13 @@ def qk_orthogonalise(
             f"layer {at} of this model shows no {', '.join(missing) if of else 'site'}; "
             f"of= takes {' and '.join(site for site in SITES if site in views) or 'nothing here'}."
         )
-    source = place.choice
     everyone = Place(model, at, lambda now: now.real)
     edits = {
-        views[site].hook: _Projection(views[site], source, itself=itself, strength=strength)
+        views[site].hook: _Projection(views[site], place, itself=itself, strength=strength)
         for site in of
     }
-    with editing(everyone, edits, whole=True):
-        yield
+    with place.noted(whole=True), editing(everyone, edits, whole=True):
+        yield place.edited
     if not all(edit.found for edit in edits.values()):
         raise InterventionError("no forward pass held a token whose direction could be taken.")
 
@@ -75,7 +75,7 @@ def qk_orthogonalise(
 class _Projection:
     """The edit of one site; remembers each row's direction from the chunk that held the token."""
 
-    def __init__(self, view: View, source: Any, *, itself: bool, strength: float) -> None:
+    def __init__(self, view: View, source: Place, *, itself: bool, strength: float) -> None:
         self.view, self.source, self.itself, self.strength = view, source, itself, strength
         self.directions: Tensor | None = None
         self.found = False
@@ -83,7 +83,7 @@ class _Projection:
     def __call__(self, x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
         """New rows of every real token."""
         by_head = self.view.by_head(x)
-        marked = (self.source(now) & now.real).to(x.device)
+        marked = self.source.marked(now)[0].to(x.device)
         self._learn(by_head, marked, now)
         assert self.directions is not None
         along = einsum(by_head, self.directions, "b h p d, b h d -> b h p")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from melens.capture import check_sites
-from melens.errors import InterventionError, NoTokenError
+from melens.errors import EditWarning, InterventionError, NoTokenError
+from melens.interventions.massive import EditedTokens, FirstRule, MassiveRule, noting
 from melens.interventions.now import Now, now_of, watching
-from melens.interventions.tokens import Choice, Tokens, choice_of
+from melens.interventions.tokens import Choice, Tokens, choice_of, meant
 from melens.models.anatomy import check_layer
 from melens.registry import Registry
 from melens.results.locate import MELayer
@@ -36,7 +38,7 @@ Reader = Callable[[Tensor], None]
 class Intervention:
     """One registered edit, with the settings that its contract test needs."""
 
-    make: Callable[..., AbstractContextManager[None]]
+    make: Callable[..., AbstractContextManager[Any]]
     neutral: Mapping[str, Any]
     """Settings under which it changes nothing, bit for bit."""
     strong: Mapping[str, Any]
@@ -67,43 +69,91 @@ class Place:
     model: Any
     layer: int
     choice: Choice
+    rule: MassiveRule | None = None
+    """Tells massive tokens, where a ME Layer was located."""
+    known: int | None = None
+    """The last layer whose output the edit comes after; -1 the embedding, None = not even that."""
+    block: torch.nn.Module | None = field(default=None, repr=False)
+    """A plain model's block that the rule reads."""
     passes: int = field(default=0)
-    touched: int = field(default=0)
+    edited: EditedTokens = field(default_factory=EditedTokens)
     _marked: tuple[Now, TokenMask, int] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, model: Any, layer: int | MELayer, tokens: Tokens) -> Place:
+    def of(cls, model: Any, layer: int | MELayer, tokens: Tokens, *, after: bool = False) -> Place:
         """Check layer and tokens before any forward pass.
 
+        Args:    after: the edit acts on the layer's output, not inside it.
         Raises:  InterventionError: a ME Layer without a layer, or tokens that cannot be meant.
                  SiteError: a layer the model does not have.
-        """
+        """  # fmt: skip
         if not hasattr(model, "hook_dict"):
             raise InterventionError(
                 f"an edit needs a hooked model, got {type(model).__name__}; melens.load it first."
             )
+        at: Any = layer
         if isinstance(layer, MELayer):
-            tokens = layer if tokens is None else tokens
-            if layer.me_layer is None or layer.me_layer < 0:
+            at = layer.me_layer
+            if at is None or at < 0:
                 raise InterventionError(
                     f"{layer.run.model} has no block that its massive activation emerges in "
-                    f"(ME Layer: {layer.me_layer}); name a layer."
+                    f"(ME Layer: {at}); name a layer."
                 )
-            layer = layer.me_layer
-        number = as_index(layer)
+        number = as_index(at)
         if number is None:
             raise InterventionError(
                 f"layer must be a number or what melens.locate returns, got {layer!r:.60}."
             )
         check_layer(model, number)
-        return cls(model, number, choice_of("first" if tokens is None else tokens))
+        return cls.at(model, number, layer, tokens, known=number if after else number - 1)
+
+    @classmethod
+    def at(
+        cls,
+        model: Any,
+        number: int,
+        layer: Any,
+        tokens: Tokens,
+        *,
+        known: int,
+        blocks: Mapping[int, torch.nn.Module] | None = None,
+    ) -> Place:
+        """A place of a checked layer number; ``layer`` may be the located one behind it."""
+        tokens = meant(layer, tokens)
+        choice = choice_of(tokens, known=known)
+        located = next((x for x in (tokens, layer) if isinstance(x, MELayer) and x.massive), None)
+        every = isinstance(tokens, str) and tokens == "all"
+        rule = MassiveRule.of(located) if located is not None and not every else None
+        block = (blocks or {}).get(max(rule.layer, 0)) if rule is not None else None
+        return cls(model, number, choice, rule, known, block)
 
     def marked(self, now: Now) -> tuple[TokenMask, int]:
         """The chosen real tokens of a pass and their number, asked for once a pass."""
         if self._marked is None or self._marked[0] is not now:
-            chosen = _checked(self.choice(now), now) & now.real
+            found = _checked(self.choice(now), now)
+            chosen = found & now.real.to(found.device)
             self._marked = now, chosen, int(chosen.sum())
+            rule = self.rule
+            self.edited.take(chosen, now, rule if rule and self._comes_after(rule) else None)
         return self._marked[1:]
+
+    def _comes_after(self, rule: MassiveRule) -> bool:
+        return self.known is not None and rule.layer <= self.known
+
+    @contextmanager
+    def noted(self, *, whole: bool = False) -> Iterator[None]:
+        """Note every pass's tokens, and what the rule needs, while this is open."""
+        with (
+            watching(self.model, whole=whole),
+            noting(self.model, self.rule, self.block, self._look_back),
+        ):
+            yield
+
+    def _look_back(self, now: Now) -> None:
+        """First tokens were chosen before the ME Layer ran: which massive ones were left out?"""
+        if isinstance(self.choice, FirstRule) and self.rule is not None:
+            own = self._marked is not None and self._marked[0] is now
+            self.edited.miss(self._marked[1] if own and self._marked else None, now, self.rule)
 
     def hook(self, site: str) -> str:
         """Name of a hook of this layer."""
@@ -117,7 +167,7 @@ def editing(
     *,
     reads: Mapping[str, Reader] | None = None,
     whole: bool = False,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Edit the chosen tokens at hook points; ``reads`` see their sites before, and change nothing.
 
     Args:    whole: the edit looks at other tokens too, so a run that holds only the end of a
@@ -129,13 +179,15 @@ def editing(
     check_sites(place.model, [*(reads or {}), *edits])
     hooks = [(site, _reading(reader)) for site, reader in (reads or {}).items()]
     hooks += [(site, _writing(place, editor)) for site, editor in edits.items()]
-    with watching(place.model, whole=whole), place.model.hooks(fwd_hooks=hooks):
-        yield
+    with place.noted(whole=whole), place.model.hooks(fwd_hooks=hooks):
+        yield place.edited
     _require_effect(place, ", ".join(edits))
 
 
 @contextmanager
-def editing_module(place: Place, module: torch.nn.Module, editor: ModuleEditor) -> Iterator[None]:
+def editing_module(
+    place: Place, module: torch.nn.Module, editor: ModuleEditor
+) -> Iterator[EditedTokens]:
     """Edit what one of the model's own modules makes of the chosen tokens.
 
     It sees the module's input after every hook before it, and acts before every hook after it.
@@ -149,10 +201,10 @@ def editing_module(place: Place, module: torch.nn.Module, editor: ModuleEditor) 
         edited = made(out, module)
         return out if edited is None else edited
 
-    with watching(place.model):
+    with place.noted():
         handle = module.register_forward_hook(write)
         try:
-            yield
+            yield place.edited
         finally:
             handle.remove()
     _require_effect(place, f"layer {place.layer}'s {type(module).__name__}")
@@ -165,7 +217,7 @@ InputEditor = Callable[[int, Tensor], Tensor]
 @contextmanager
 def editing_inputs(
     place: Place, modules: Mapping[int, torch.nn.Module], editor: InputEditor
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Edit the chosen tokens in what several layers' modules read, bridged or plain.
 
     Raises:  InterventionError: as :func:`editing`.
@@ -185,7 +237,7 @@ def editing_inputs(
         return edit
 
     with before_modules(place, modules, before):
-        yield
+        yield place.edited
 
 
 PreHook = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -198,28 +250,42 @@ def before_modules(
     make: Callable[[int], PreHook],
     *,
     whole: bool = False,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Change the arguments that several layers' modules are called with.
 
     ``make(layer)`` gives a torch pre-hook that counts in ``place`` what it touches; ``whole`` as
     for :func:`editing`.
     """
-    with watching(place.model, whole=whole), ExitStack() as stack:
+    with place.noted(whole=whole), ExitStack() as stack:
         for layer, module in modules.items():
             handle = module.register_forward_pre_hook(make(layer), with_kwargs=True)
             stack.callback(handle.remove)
-        yield
+        yield place.edited
     _require_effect(place, f"what attention reads in layers {', '.join(map(str, modules))}")
 
 
 def _require_effect(place: Place, where: str) -> None:
     if not place.passes:
         raise InterventionError(f"an edit at {where} was active but no forward pass reached it.")
-    if not place.touched:
+    if not place.edited.tokens:
         raise NoTokenError(
             f"an edit at {where} was active over {place.passes} forward passes, but none of them "
-            "held a token that it was to change; look at tokens=."
+            f"held {_wanted(place)}; look at tokens= and at what the texts begin with (BOS, chat "
+            "template: --bos, --chat)."
         )
+    if said := place.edited.warning():
+        warnings.warn(f"an edit at {where}: {said}.", EditWarning, stacklevel=4)
+
+
+def _wanted(place: Place) -> str:
+    """What was looked for in vain."""
+    if not isinstance(place.choice, MassiveRule):
+        return "a token that it was to change"
+    rule = place.choice
+    return (
+        f"a massive token (|x| over {rule.coordinate:,.0f} in dimension {rule.dim} and a norm of "
+        f"{rule.norm:,.0f} at the output of layer {rule.layer}, as located)"
+    )
 
 
 def _reading(reader: Reader) -> Callable[..., None]:
@@ -239,7 +305,6 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
             )
         place.passes += 1
         chosen, count = place.marked(now)
-        place.touched += count
         if not count:
             return None
         chosen = chosen.to(x.device)

@@ -22,6 +22,7 @@ from melens.interventions.core import (
     editing_module,
     intervention,
 )
+from melens.interventions.massive import EditedTokens
 from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.anatomy import anatomy
@@ -39,7 +40,7 @@ def ffn_pull_back(
     tokens: Tokens = None,
     reference: float | None = None,
     strength: float = 1.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Scale the product down to an ordinary token's: p *= min(1, reference / rms(p)).
 
     Args:    layer: a layer counted from 0, or a located ME Layer.
@@ -62,15 +63,15 @@ def ffn_pull_back(
         return blend(x[chosen], x[chosen] * factor[:, None], strength)
 
     whole = reference is None
-    with editing(place, {ffn_of(model, place.layer).product: edit}, whole=whole):
-        yield
+    with editing(place, {ffn_of(model, place.layer).product: edit}, whole=whole) as edited:
+        yield edited
 
 
 @intervention("ffn_rms_normalise", neutral={"strength": 0.0}, strong={})
 @contextmanager
 def ffn_rms_normalise(
     model: Any, layer: int | MELayer, *, tokens: Tokens = None, strength: float = 1.0
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Divide the product by its root mean square: p / rms(p); strength 0 changes nothing.
 
     Source:  the ME-Layer authors' released code, ablation F2.
@@ -82,8 +83,8 @@ def ffn_rms_normalise(
         rows = x[chosen]
         return blend(rows, rows / _rms(rows).clamp_min(1e-30)[:, None], strength)
 
-    with editing(place, {ffn_of(model, place.layer).product: edit}):
-        yield
+    with editing(place, {ffn_of(model, place.layer).product: edit}) as edited:
+        yield edited
 
 
 @intervention(
@@ -99,7 +100,7 @@ def ffn_cap(
     reference: float | None = None,
     factor: float = 2.0,
     strength: float = 1.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Cap the norm of what the FFN writes at ``factor`` times the reference norm.
 
     What is written is taken as it enters the residual, a norm on the write path included.
@@ -123,15 +124,15 @@ def ffn_cap(
         scale = (limit / size[chosen].clamp_min(1e-30)).clamp(max=1.0)[:, None]
         return blend(x[chosen], x[chosen] * scale, strength)
 
-    with editing(place, {_write_site(place): edit}, whole=reference is None):
-        yield
+    with editing(place, {_write_site(place): edit}, whole=reference is None) as edited:
+        yield edited
 
 
 @intervention("ffn_scale", neutral={"factor": 1.0}, strong={"factor": 30.0})
 @contextmanager
 def ffn_scale(
     model: Any, layer: int | MELayer, *, tokens: Tokens = None, factor: float = 0.0
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Multiply what the FFN makes, before a norm on its write path; 1 changes nothing.
 
     A norm after the FFN restores the size: there, only factor 0 removes it. ``write_block`` acts
@@ -141,8 +142,8 @@ def ffn_scale(
     place = Place.of(model, layer, tokens)
     with editing(
         place, {ffn_of(model, place.layer).output: lambda x, chosen, _: x[chosen] * factor}
-    ):
-        yield
+    ) as edited:
+        yield edited
 
 
 @intervention(
@@ -157,7 +158,7 @@ def ffn_ablate_neurons(
     neurons: Sequence[int],
     tokens: Tokens = None,
     factor: float = 0.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Multiply the product of chosen neurons; 0 ablates them, 1 changes nothing."""
     check_number("factor", factor)
     place = Place.of(model, layer, tokens)
@@ -169,8 +170,8 @@ def ffn_ablate_neurons(
         rows[:, wanted] *= factor
         return rows
 
-    with editing(place, {ffn.product: edit}):
-        yield
+    with editing(place, {ffn.product: edit}) as edited:
+        yield edited
 
 
 @intervention(
@@ -185,7 +186,7 @@ def ffn_zero_weights(
     weights: Sequence[tuple[int, int]],
     tokens: Tokens = None,
     factor: float = 0.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Multiply single entries of the down projection, as (row = residual dim, column = neuron).
 
     The weights themselves are not written to: what they add is taken off where the projection
@@ -210,8 +211,8 @@ def ffn_zero_weights(
             made[:, row] += (factor - 1) * product[:, column] * ffn.down[column, row].to(x)
         return made
 
-    with editing_module(place, ffn.projection, edit):
-        yield
+    with editing_module(place, ffn.projection, edit) as edited:
+        yield edited
 
 
 def check_reference(reference: float | None) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.interventions.core import Place, as_index, before_modules, check_number, intervention
+from melens.interventions.massive import EditedTokens
 from melens.interventions.now import Now, now_of
-from melens.interventions.tokens import Tokens, choice_of
+from melens.interventions.tokens import Tokens
 from melens.interventions.wemask import Layers, layers_of
 from melens.models.decoder import decoder_of
 from melens.results.locate import MELayer
@@ -32,7 +33,7 @@ def drop_key(
     strength: float = 1.0,
     tokens: Tokens = None,
     start: int = 0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Hide the sink token's key and value from every later token; the token still sees itself.
 
     Args:    layer, layers, tokens: as for ``wemask``; a bridge or a plain transformers model.
@@ -50,8 +51,9 @@ def drop_key(
         raise InterventionError(f"start must be a position from 0 on, got {start!r:.40}.")
     decoder = decoder_of(model)
     at = layers_of(decoder, layer, layers)
-    tokens = layer if tokens is None and isinstance(layer, MELayer) else tokens
-    place = Place(decoder.model, at[0], choice_of("first" if tokens is None else tokens))
+    place = Place.at(
+        decoder.model, at[0], layer, tokens, known=at[0] - 1, blocks=decoder.blocks
+    )  # fmt: skip
     hidden = _Hidden(place)
     amount = math.log1p(-strength) if strength < 1 else -math.inf
 
@@ -60,7 +62,6 @@ def drop_key(
             place.passes += 1
             now = now_of(decoder.model)
             columns = hidden.columns(now)
-            place.touched += int(columns.any())
             if strength == 0 or not columns.any():
                 return None
             mask = kwargs.get(MASK)
@@ -70,8 +71,8 @@ def drop_key(
 
         return edit
 
-    with before_modules(place, {n: decoder.attentions[n] for n in at}, make, whole=True):
-        yield
+    with before_modules(place, {n: decoder.attentions[n] for n in at}, make, whole=True) as edited:
+        yield edited
 
 
 class _Hidden:

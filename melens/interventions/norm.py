@@ -24,6 +24,7 @@ from melens.interventions.core import (
     editing,
     intervention,
 )
+from melens.interventions.massive import EditedTokens
 from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.anatomy import norm_gain
@@ -43,7 +44,7 @@ def norm_flatten(
     tokens: Tokens = None,
     norm: str = "ln2",
     alpha: float = 0.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Pull a norm's gain towards its mean: gamma_eff = mean + alpha (gamma - mean).
 
     Args:    layer: a layer counted from 0, or a located ME Layer.
@@ -55,8 +56,8 @@ def norm_flatten(
     Source:  the ME-Layer authors' released code, ablation R1.
     """  # fmt: skip
     check_number("alpha", alpha)
-    with _regained(model, layer, tokens, norm, lambda gain: _flat(gain, alpha)):
-        yield
+    with _regained(model, layer, tokens, norm, lambda gain: _flat(gain, alpha)) as edited:
+        yield edited
 
 
 def _flat(gain: Gain, alpha: float) -> Gain:
@@ -75,7 +76,7 @@ def norm_scale_dims(
     tokens: Tokens = None,
     norm: str = "ln2",
     factor: float = 0.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Multiply a norm's gain in chosen residual dimensions; 1 changes nothing.
 
     Raises:  InterventionError: dims outside the residual stream; else as ``norm_flatten``.
@@ -88,8 +89,8 @@ def norm_scale_dims(
         made[:, wanted] *= factor
         return made
 
-    with _regained(model, layer, tokens, norm, scaled):
-        yield
+    with _regained(model, layer, tokens, norm, scaled) as edited:
+        yield edited
 
 
 @intervention("norm_ones", neutral={"strength": 0.0}, strong={})
@@ -101,7 +102,7 @@ def norm_ones(
     tokens: Tokens = None,
     norm: str = "ln2",
     strength: float = 1.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Set every gain of a norm to 1: neither its shape nor its overall scale is left.
 
     A gated FFN multiplies the scale twice, so this says more of size than of shape.
@@ -109,8 +110,10 @@ def norm_ones(
     Args:    strength: 0 changes nothing, 1 is a gain of ones.
     """
     check_number("strength", strength)
-    with _regained(model, layer, tokens, norm, lambda g: blend(g, torch.ones_like(g), strength)):
-        yield
+    with _regained(
+        model, layer, tokens, norm, lambda g: blend(g, torch.ones_like(g), strength)
+    ) as edited:
+        yield edited
 
 
 @intervention("norm_shuffle", neutral={"seed": 0, "strength": 0.0}, strong={"seed": 0})
@@ -123,7 +126,7 @@ def norm_shuffle(
     tokens: Tokens = None,
     norm: str = "ln2",
     strength: float = 1.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Shuffle a norm's gain over the dimensions: its values stay, their places do not.
 
     Args:    strength: 0 changes nothing, 1 is the shuffled gain.
@@ -136,8 +139,8 @@ def norm_shuffle(
         order = torch.randperm(gain.shape[-1], generator=torch.Generator().manual_seed(seed))
         return blend(gain, gain[:, order.to(gain.device)], strength)
 
-    with _regained(model, layer, tokens, norm, shuffled):
-        yield
+    with _regained(model, layer, tokens, norm, shuffled) as edited:
+        yield edited
 
 
 def _regained(
@@ -146,7 +149,7 @@ def _regained(
     tokens: Tokens,
     norm: str,
     change: Callable[[Gain], Gain],
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[EditedTokens]:
     """Give the chosen tokens another gain; the rest of the norm, a bias included, stays."""
     place = Place.of(model, layer, tokens)
     gain = norm_gain(model, place.layer, norm)

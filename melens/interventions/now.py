@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from melens.errors import InterventionError
-from melens.shapes import TokenIds
+from melens.shapes import Resid, TokenIds
 
 PASTS = ("past_key_values", "past_kv_cache", "cache_params")
 
@@ -33,6 +33,10 @@ class Now:
     """Absolute, counted over real tokens from 0; padding -1."""
     keys: Int[Tensor, "batch key"] | None = None
     """The same for all that attention can read, cached tokens first, ``[batch, past + chunk]``."""
+    recorded: Callable[[int], Resid] | None = field(default=None, repr=False, compare=False)
+    """Where blocks are resumed from a recorded run: what left a layer there, for these tokens."""
+    notes: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """What readers keep for edits further on in the same pass."""
 
     @property
     def real(self) -> Tensor:

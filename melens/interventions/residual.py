@@ -18,6 +18,7 @@ from melens.interventions.core import (
     editing,
     intervention,
 )
+from melens.interventions.massive import EditedTokens
 from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.anatomy import anatomy, resid_post
@@ -37,7 +38,7 @@ def residual_set(
     tokens: Tokens = None,
     values: float | Sequence[float] = 0.0,
     strength: float = 1.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Set coordinates of the residual that leaves a layer: to zero, to their mean, to anything.
 
     Args:    layer: a layer counted from 0, or a located ME Layer.
@@ -50,7 +51,7 @@ def residual_set(
     Source:  Sun et al., "Massive Activations in Large Language Models", 2024, section 2.2.
     """  # fmt: skip
     check_number("strength", strength)
-    place = Place.of(model, layer, tokens)
+    place = Place.of(model, layer, tokens, after=True)
     found = next((x for x in (tokens, layer) if isinstance(x, MELayer)), None)
     if dims is None:
         if found is None:
@@ -67,8 +68,8 @@ def residual_set(
         rows[:, wanted] = blend(rows[:, wanted], aim.to(rows).expand(len(rows), -1), strength)
         return rows
 
-    with editing(place, {resid_post(place.layer): edit}):
-        yield
+    with editing(place, {resid_post(place.layer): edit}) as edited:
+        yield edited
 
 
 @intervention("write_block", neutral={"part": "ffn", "factor": 1.0}, strong={"part": "attention"})
@@ -80,7 +81,7 @@ def write_block(
     part: str,
     tokens: Tokens = None,
     factor: float = 0.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Multiply what a block's ``attention`` or ``ffn`` writes into the residual.
 
     A norm on the write path comes before. 0 drops the write, 1 changes nothing.
@@ -93,8 +94,8 @@ def write_block(
     def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
         return x[chosen] * factor
 
-    with editing(place, dict.fromkeys(write_sites(model, place.layer, part), edit)):
-        yield
+    with editing(place, dict.fromkeys(write_sites(model, place.layer, part), edit)) as edited:
+        yield edited
 
 
 def write_sites(model: Any, layer: int, part: str) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""Which tokens an edit touches: always by absolute position or id, never by index in a chunk."""
+"""Which tokens an edit touches: by what the pass shows of them or by absolute position, never by
+index in a chunk.
+"""  # noqa: D205
 
 from __future__ import annotations
 
@@ -9,29 +11,34 @@ from typing import Any
 import torch
 
 from melens.errors import InterventionError
+from melens.interventions.massive import FirstRule, IdRule, MassiveRule
 from melens.interventions.now import Now
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
 Choice = Callable[[Now], TokenMask]
 Tokens = MELayer | str | int | Iterable[int] | Choice | None
-"""A located ME Layer (its massive tokens of the primary dimension), ``"first"``, ``"all"``,
-absolute positions, or a rule of one's own: a function of what a pass looks at (ids and positions,
-``[batch, chunk]``)."""
+"""A located ME Layer: its massive tokens, told by the residual at its output. Where the edit acts
+before that, its massive first tokens. ``"first"``, ``"all"``, absolute positions, or a rule of
+one's own: a function of what a pass looks at (ids and positions, ``[batch, chunk]``). ``"ids"``
+beside a located layer: its ids wherever they stand, massive there or not."""
 
 
-def choice_of(tokens: Tokens) -> Choice:
+def choice_of(tokens: Tokens, *, known: int | None = None) -> Choice:
     """The rule that marks tokens, ``[batch, chunk]``.
 
+    Args:    known: the last layer, from 0, whose output the edit comes after; -1 the embedding,
+             None = not even that.
     Raises:  InterventionError: something else, or a ME Layer without any massive token.
-    """
+    """  # fmt: skip
     if isinstance(tokens, MELayer):
-        return _located(tokens)
+        rule = MassiveRule.of(tokens)
+        return rule if known is not None and rule.layer <= known else FirstRule.of(tokens)
     if callable(tokens):
         return tokens
-    if tokens == "first":
+    if isinstance(tokens, str) and tokens == "first":
         return lambda now: now.positions == 0
-    if tokens == "all":
+    if isinstance(tokens, str) and tokens == "all":
         return lambda now: now.real
     positions = _positions(tokens)
     if positions:
@@ -41,6 +48,33 @@ def choice_of(tokens: Tokens) -> Choice:
         f"tokens must be what melens.locate returns, 'first', 'all', absolute positions from 0 "
         f"or a function, got {tokens!r:.60}."
     )
+
+
+def these(marks: TokenMask) -> Choice:
+    """Exactly these tokens of one batch, in passes that hold the whole of it once."""
+
+    def choose(now: Now) -> TokenMask:
+        assert now.positions.shape == marks.shape, "a pass of another batch"
+        return marks.to(now.positions.device)
+
+    return choose
+
+
+def meant(layer: Any, tokens: Tokens) -> Tokens:
+    """The tokens that an edit's ``layer`` and ``tokens`` mean together.
+
+    Raises:  InterventionError: "ids" without a located layer.
+    """
+    if tokens is None:
+        return layer if isinstance(layer, MELayer) else "first"
+    if isinstance(tokens, str) and tokens == "ids":
+        if not isinstance(layer, MELayer):
+            raise InterventionError(
+                "tokens='ids' means the ids of a located ME Layer; pass what melens.locate returns "
+                "as the layer."
+            )
+        return IdRule.of(layer)
+    return tokens
 
 
 def _positions(tokens: Any) -> list[int] | None:
@@ -55,36 +89,3 @@ def _positions(tokens: Any) -> list[int] | None:
         except TypeError:
             return None
     return sorted(set(found)) if all(position >= 0 for position in found) else None
-
-
-def _located(me_layer: MELayer) -> Choice:
-    """Massive first tokens where they come first, later ones wherever their id comes.
-
-    Those of the primary dimension: what is massive in another one has another cause. Where every
-    first token that ``locate`` tried alone turned massive, any first token counts.
-    """
-    if not me_layer.massive:
-        raise InterventionError(
-            f"{me_layer.run.model} has no massive token to edit; say which tokens: 'first', 'all' "
-            "or positions."
-        )
-    tokens = [token for token in me_layer.massive if token.dim == me_layer.massive[0].dim]
-    first = torch.tensor([token.token_id for token in tokens if token.position == 0])
-    later = torch.tensor([token.token_id for token in tokens if token.position > 0])
-    tried = me_layer.stability.first_tokens
-    any_first = bool(len(first) and tried) and all(token.massive for token in tried)
-
-    def choose(now: Now) -> TokenMask:
-        start = now.positions == 0
-        if any_first and not len(later):
-            return start
-        if now.ids is None:
-            raise InterventionError(
-                "these massive tokens are told by their ids, and the model was called with "
-                "embeddings; pass tokens='first' or positions."
-            )
-        ids = now.ids
-        marked = start if any_first else start & torch.isin(ids, first.to(ids.device))
-        return marked | ((now.positions > 0) & torch.isin(ids, later.to(ids.device)))
-
-    return choose

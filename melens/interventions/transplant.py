@@ -10,6 +10,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.interventions.core import Place, blend, check_number, editing, intervention
+from melens.interventions.massive import EditedTokens
 from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.anatomy import norm_gain
@@ -32,7 +33,7 @@ def transplant(
     parts: tuple[str, ...] = PARTS,
     tokens: Tokens = None,
     strength: float = 1.0,
-) -> Iterator[None]:
+) -> Iterator[EditedTokens]:
     """Use the pre-FFN norm's gain and the FFN of another checkpoint, or of another layer.
 
     The donor's formula is computed on the chosen tokens, in float32 at least; neither model is
@@ -73,8 +74,8 @@ def transplant(
     def keep(x: Tensor) -> None:
         seen[:] = [x]
 
-    with editing(place, {own.output: edit}, reads={read: keep}):
-        yield
+    with editing(place, {own.output: edit}, reads={read: keep}) as edited:
+        yield edited
 
 
 def _donor(model: Any, place: Place, given: Any) -> tuple[Any, int]:

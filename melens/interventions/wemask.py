@@ -19,7 +19,8 @@ from melens.interventions.core import (
     editing_inputs,
     intervention,
 )
-from melens.interventions.tokens import Tokens, choice_of
+from melens.interventions.massive import EditedTokens, Span
+from melens.interventions.tokens import Tokens
 from melens.models.decoder import Decoder, decoder_of
 from melens.results.locate import MELayer
 
@@ -37,16 +38,18 @@ class MaskRecord:
     rate: float
     strength: float
     select: str
+    edited: EditedTokens = field(default_factory=EditedTokens)
+    """How many tokens, in how many rows, and how massive they were."""
     dims: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Layer -> masked dimensions; for rules that read the activation those of the last token."""
-    _shares: dict[int, list[float]] = field(default_factory=dict, repr=False)
+    _shares: dict[int, Span] = field(default_factory=dict, repr=False)
 
     @property
     def energy(self) -> dict[int, float]:
         """Layer -> mean share of the token's squared norm that lay in the masked dimensions, from
         0 to 1, before the strength is applied; empty until a pass held the token.
         """  # noqa: D205
-        return {layer: sum(seen) / len(seen) for layer, seen in self._shares.items()}
+        return {layer: seen.mean or 0.0 for layer, seen in self._shares.items()}
 
     @property
     def mean_energy(self) -> float | None:
@@ -59,7 +62,7 @@ class MaskRecord:
         self.dims[layer] = tuple(torch.nonzero(chosen[-1])[:, 0].tolist())
         size = rows.detach().square()
         share = (size * chosen).sum(-1) / size.sum(-1).clamp_min(torch.finfo(size.dtype).tiny)
-        self._shares.setdefault(layer, []).append(float(share.mean()))
+        self._shares.setdefault(layer, Span()).take(share.mean())
 
 
 @intervention(
@@ -104,10 +107,12 @@ def wemask(  # noqa: PLR0913 (the method's own settings)
     check_mask(rate=rate, strength=strength, select=select, seed=seed)
     decoder = decoder_of(model)
     chosen_layers = layers_of(decoder, layer, layers)
-    tokens = layer if tokens is None and isinstance(layer, MELayer) else tokens
-    place = Place(decoder.model, chosen_layers[0], choice_of("first" if tokens is None else tokens))
+    first = chosen_layers[0]
+    place = Place.at(
+        decoder.model, first, layer, tokens, known=first - 1, blocks=decoder.blocks
+    )  # fmt: skip
     rule = _rule(decoder, chosen_layers, rate=rate, select=select, seed=seed)
-    record = MaskRecord(chosen_layers, rate, strength, select)
+    record = MaskRecord(chosen_layers, rate, strength, select, place.edited)
 
     def edit(at: int, rows: Float[Tensor, "token d_model"]) -> Tensor:
         masked = rule(at, rows)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.inputs import Inputs
-from melens.interventions.now import Now
-from melens.interventions.tokens import Choice
+from melens.interventions.tokens import Choice, these
 from melens.measure.located import Located
 from melens.metrics import sequence_loss
 from melens.models.anatomy import anatomy, pattern_hook, resid_post
@@ -55,12 +54,7 @@ class Marked:
     @property
     def choice(self) -> Choice:
         """The rule that marks them; every pass runs the whole batch once."""
-
-        def choose(now: Now) -> TokenMask:
-            assert now.positions.shape == self.marks.shape, "a pass of another batch"
-            return self.marks.to(now.positions.device)
-
-        return choose
+        return these(self.marks)
 
     @property
     def first(self) -> Tensor:

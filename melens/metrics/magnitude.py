@@ -12,6 +12,14 @@ from torch import Tensor
 from melens.errors import MetricError
 from melens.registry import Registry
 
+SUN_ABSOLUTE = 100.0
+"""Sun et al. 2024: a massive activation exceeds 100 ..."""
+SUN_RATIO = 1000.0
+"""... and 1000 times the median |x|."""
+NORM_RATIO = 5.0
+"""A massive token weighs at least this many times the median token norm. The heaviest token's
+ratio in docs/results: SmolLM2 1.3 to 2.5 where nothing is massive, 10 in its first stage, 180 after
+the ME Layer; Gemma-3-270M 7 to 17 over layers 3 to 9."""
 Rows = Float[Tensor, "sample d_model"]
 """One row per real token; padding dropped."""
 

@@ -30,6 +30,8 @@ class Decoder:
     """Layer, from 0, to its attention module; a layer without attention is left out."""
     norms: dict[int, torch.nn.Module]
     """Layer to the norm before attention of a plain model; empty for a bridge."""
+    blocks: dict[int, torch.nn.Module]
+    """Layer to the whole block of a plain model; empty for a bridge, which has hooks."""
 
     def check_layer(self, layer: int) -> None:
         """Refuse a layer the model does not have.
@@ -79,7 +81,7 @@ def decoder_of(model: Any) -> Decoder:
         name = getattr(model.cfg, "model_name", "this model")
         return Decoder(
             model, name, model.cfg.n_layers, model.cfg.d_model,
-            {layer: model.blocks[layer].attn for layer in layers}, {},
+            {layer: model.blocks[layer].attn for layer in layers}, {}, {},
         )  # fmt: skip
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise InterventionError(
@@ -92,18 +94,22 @@ def decoder_of(model: Any) -> Decoder:
 def _plain(model: Any) -> Decoder:
     adapter = _adapter(model)
     n_layers = adapter.cfg.n_layers
-    attentions, norms = {}, {}
+    attentions, norms, blocks = {}, {}, {}
     for layer in range(n_layers):
-        for part, kept in (("attn", attentions), ("ln1", norms)):
-            module = _part(adapter, model, layer, part)
+        here = f"blocks.{layer}"
+        for name, kept in (
+            (f"{here}.attn", attentions), (f"{here}.ln1", norms), (here, blocks)
+        ):  # fmt: skip
+            module = _part(adapter, model, name)
             if module is not None:
                 kept[layer] = module
-    return Decoder(model, type(model).__name__, n_layers, adapter.cfg.d_model, attentions, norms)
+    name, size = type(model).__name__, adapter.cfg.d_model
+    return Decoder(model, name, n_layers, size, attentions, norms, blocks)
 
 
-def _part(adapter: Any, model: Any, layer: int, part: str) -> torch.nn.Module | None:
+def _part(adapter: Any, model: Any, name: str) -> torch.nn.Module | None:
     try:
-        found = adapter.get_component(model, f"blocks.{layer}.{part}")
+        found = adapter.get_component(model, name)
     except (ValueError, AttributeError, KeyError):  # a hybrid's layer, or a family without it
         return None
     return found if isinstance(found, torch.nn.Module) else None

@@ -62,10 +62,10 @@ class Readout:
         first = self.run.resid_pre(0)
         self.begin(0)
         self.join(0, 1)
-        resid = first
+        resid, notes = first, {}
         for layer in range(self.stop):
             with self.run.model.hooks(fwd_hooks=self.hooks(layer)):
-                resid = self.run.block(layer, resid)
+                resid = self.run.block(layer, resid, notes=notes)
         return self.values(resid, 0)
 
 

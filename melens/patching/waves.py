@@ -90,6 +90,7 @@ def run_wave(
     rows = len(run.batch)
     resid = run.resid_pre(0)[:0, start:]
     done: list[Cell] = []
+    notes: dict[Any, Tensor] = {}
     readout.begin(start)
     for layer in range(min(joining), readout.stop + 1):
         fresh = joining.get(layer, [])
@@ -99,7 +100,7 @@ def run_wave(
         if layer < readout.stop:
             hooks = [*_edits(fresh, source, len(done) * rows, start), *readout.hooks(layer)]
             with run.model.hooks(fwd_hooks=hooks):
-                resid = run.block(layer, resid, start=start)
+                resid = run.block(layer, resid, start=start, notes=notes)
         done += fresh
     values = readout.values(resid, start).reshape(len(done), rows).tolist()
     return {cell.key: found for cell, found in zip(done, values, strict=True)}

@@ -32,6 +32,18 @@ class Delta(Score):
     paired: Literal[True] = True
 
 
+class EditedIn(Part):
+    """The massive tokens that the edits change, as the unedited run shows them."""
+
+    tokens: int
+    items: int
+    """Items that hold at least one."""
+    coordinate: Interval | None
+    """Least and largest over items: |x| in the massive dimension at the ME Layer's output."""
+    norm_ratio: Interval | None
+    """Of the same tokens: norm over the located texts' median token norm."""
+
+
 RESOLUTION = 1e-5
 """Of the base value: what differs by less is rounding."""
 
@@ -73,6 +85,8 @@ class Evaluation(Result):
     """Items."""
     with_token: int | None = None
     """Of all items, those that hold a token which the edits change; None where not counted."""
+    massive: EditedIn | None = None
+    """Which tokens are edited, and how massive they are; None where not counted."""
     weight: float
     """Sum of the items' weights: tokens, or items."""
     edit: Edit
@@ -170,6 +184,13 @@ class Evaluation(Result):
             text += " No other layers were left for a control."
         if not any("random" in c.name for c in self.controls):
             text += " This edit was not held against random dimensions."
+        if self.massive is not None and self.massive.coordinate and self.massive.norm_ratio:
+            (low, high), (least, most) = self.massive.coordinate, self.massive.norm_ratio
+            text += (
+                f" Edited: {self.massive.tokens} massive tokens in {self.massive.items} items "
+                f"(coordinate {low:,.0f} to {high:,.0f}, norm {least:.3g} to {most:.3g} x the "
+                "median)."
+            )
         if self.with_token is not None and self.with_token < len(self.weights or ()):
             text += (
                 f" Only {self.with_token} of {len(self.weights)} items hold a token that is edited;"
