@@ -396,3 +396,32 @@ def _planted_writes(model: PreTrainedModel, site: nn.Module, dim: int) -> list[f
     with site.register_forward_hook(lambda _m, _i, output: seen.append(output[0, :, dim])):
         model(input_ids=torch.tensor([[BOS_ID, SECOND_ID]]), use_cache=False)
     return seen[0].tolist()
+
+
+NEWLINE_ID, NEWLINE_AT = 9, 3
+
+
+def plant_newline(seed: int = 0) -> Planted:
+    """A GPT-2 in which one token, the newline, is massive at one position and ordinary elsewhere.
+
+    BOS is massive wherever it is first. The marker that the planted neurons read is the sum of
+    token and position: 6 for BOS and for a newline at NEWLINE_AT, at most -1.5 for all else.
+    """
+    planted = plant("gpt2", "single", seed)
+    table = planted.model.transformer.wte.weight
+    with torch.no_grad():
+        marker = int((table[BOS_ID] == MARK).nonzero()[0])
+        table[:, marker] = 1.5 * ORDINARY - MARK
+        table[BOS_ID, marker], table[NEWLINE_ID, marker] = MARK, ORDINARY
+        planted.model.transformer.wpe.weight[NEWLINE_AT, marker] = MARK - ORDINARY
+    return planted
+
+
+def newline_batch(n: int = 6, length: int = 24, seed: int = 0) -> torch.LongTensor:
+    """Rows of BOS and words; newlines at NEWLINE_AT in every second row, elsewhere in all rows."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(NEWLINE_ID + 1, VOCAB, (n, length), generator=rng)
+    ids[:, 0] = BOS_ID
+    ids[::2, NEWLINE_AT] = NEWLINE_ID
+    ids[:, 8::5] = NEWLINE_ID
+    return ids

@@ -8,7 +8,7 @@ from planted import SECOND_ID, batch, plant
 
 from melens.batches import Batch
 from melens.emergence import locate
-from melens.errors import InterventionError, MelensError, SiteError
+from melens.errors import EditWarning, InterventionError, MelensError, SiteError
 from melens.interventions import (
     INTERVENTIONS,
     ffn_ablate_neurons,
@@ -26,7 +26,7 @@ from melens.interventions import (
     write_block,
 )
 from melens.interventions.now import Now, now_of, watching
-from melens.interventions.tokens import choice_of
+from melens.interventions.tokens import choice_of, meant
 from melens.models import FAMILIES, load
 from melens.models.anatomy import norm_gain, resid_post
 from melens.models.ffn import ffn_input, ffn_of
@@ -376,24 +376,31 @@ def test_generate_sees_absolute_positions(make_tiny, tokenizer, ids):
         assert torch.equal(after, expected[:, -1:] + torch.arange(1, 6))
 
 
-def test_a_located_layer_chooses_its_own_tokens_by_id_and_dimension():
-    """Two massive tokens; a third that is massive in another dimension is left alone."""
+def test_before_the_me_layer_only_first_tokens_are_told_and_the_rest_is_said():
+    """Two massive tokens, one of them later: an edit at the ME Layer knows the first alone."""
     planted = plant("llama", "several-tokens", 1)
     model = load(planted.model)
     texts = batch(planted, n=2, length=20)
     me = locate(model, [Batch.of(texts)])
-    rule = choice_of(me)
     now = Now(texts, torch.arange(20).expand(2, 20))
-    expected = (texts == SECOND_ID) | (now.positions == 0)
-    assert torch.equal(rule(now), expected)
+    both = (texts == SECOND_ID) | (now.positions == 0)
+    assert torch.equal(choice_of(me)(now), now.positions == 0)
+    assert torch.equal(choice_of(meant(me, "ids"))(now), both)
     other = me.massive[-1].model_copy(update={"dim": 0, "token_id": int(texts[0, 5])})
     wider = me.model_copy(update={"massive": (*me.massive, other)})
-    assert torch.equal(choice_of(wider)(now), expected)
+    assert torch.equal(choice_of(meant(wider, "ids"))(now), both)
     later = Now(texts[:, 7:9], now.positions[:, 7:9])
-    assert torch.equal(rule(later), expected[:, 7:9])
+    assert torch.equal(choice_of(meant(me, "ids"))(later), both[:, 7:9])
+    missed = int(both.sum()) - len(texts)
+    warned = pytest.warns(EditWarning, match=f"{missed} massive tokens were not edited")
+    with warned, write_block(model, me, part="attention", factor=0.9) as edited:
+        run(model, texts)
+    assert (edited.tokens, edited.rows, edited.missed) == (2, 2, missed)
     none = me.model_copy(update={"massive": ()})
     with pytest.raises(InterventionError, match="no massive token"):
         choice_of(none)
+    with pytest.raises(InterventionError, match="located ME Layer"):
+        meant(3, "ids")
     with pytest.raises(InterventionError, match="told by their ids"), ffn_scale(model, me):
         model.original_model(inputs_embeds=torch.randn(1, 4, 64))
 

@@ -68,7 +68,10 @@ class EditJob:
         bos = None if chat else self.job.bos
         prompts = [encode(tokenizer, text, bos=bos, chat=chat) for text in texts]
         _check_room(prompts, loaded.cfg.n_ctx, max_new_tokens)
-        bundled = self._with_bos(bundled, tokenizer, [ids[0] for ids in prompts])
+        if chat:
+            bundled = dataclasses.replace(bundled, chat=True)
+        else:
+            bundled = self._with_bos(bundled, tokenizer, [ids[0] for ids in prompts])
         found = self.me_layer(loaded, bundled)
         if found is not None:
             found = with_firsts(loaded, found, [ids[0] for ids in prompts])

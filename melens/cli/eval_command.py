@@ -112,9 +112,10 @@ def evaluate(
     job = Job.of(
         {**asked, **dict.fromkeys(("text", "prompt", "n_seq")), "chat": False, "length": None}
     )
-    loaded, texts = job.load()
+    loaded, _ = job.load()
     from melens.evaluation import Settings
     from melens.evaluation.run import evaluate as measure
+    from melens.evaluation.tasks import alike
 
     if job.out is not None and force:
         _start_anew(job.out)
@@ -122,6 +123,7 @@ def evaluate(
         plan, seed, batch_tokens=batch_tokens, batch_size=batch_size, max_new_tokens=max_new_tokens,
         items=job.out and job.out / "items.jsonl",
     )  # fmt: skip
+    texts = alike(loaded.tokenizer, task, source)
     found = _kept(job, loaded, texts) or job.locate(loaded, texts, overwrite=force)
     with job.bar("items") as tick:
         result = measure(

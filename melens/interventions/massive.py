@@ -325,7 +325,10 @@ class EditedTokens:
         if self.ordinary:
             parts.append(f"{self.ordinary} of {self.tokens} edited tokens were not massive")
         if self.missed:
-            parts.append(f"{self.missed} massive tokens were not edited")
+            parts.append(
+                f"{self.missed} massive tokens were not edited (before the ME Layer only first "
+                "tokens are known; name the others with tokens=)"
+            )
         return " and ".join(parts)
 
 

@@ -13,7 +13,7 @@ import torch
 from melens.batches import Prompts, prompts
 from melens.errors import MetricError, PromptError
 from melens.evaluation.forced import Forced, Foreseen
-from melens.evaluation.tasks import FORCED_TASKS, Source, token_loss
+from melens.evaluation.tasks import FORCED_TASKS, PLAIN_TEXTS, Source, alike, token_loss
 
 LOSS = ("loss", "perplexity")
 ITEMS = 64
@@ -98,6 +98,14 @@ def items_of(model: Any, texts: Texts, metric: Any) -> tuple[Objective, tuple[Fo
             f"item {long[0].id} has {len(long[0].ids)} tokens; the model's context is {limit}."
         )
     return objective, made
+
+
+def alike_items(tokenizer: Any, texts: Any, metric: Any) -> Prompts:
+    """The bundled texts with the beginning that the items have: where to locate for them."""
+    if isinstance(texts, Prompts):
+        return prompts(bos=texts.bos, chat=texts.chat)
+    task = metric if isinstance(metric, str) and metric in FORCED_TASKS else PLAIN_TEXTS[0]
+    return alike(tokenizer, task, texts if isinstance(texts, Source) else Source())
 
 
 def _forced(texts: Any) -> bool:

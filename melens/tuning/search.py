@@ -27,7 +27,7 @@ from melens.models.origin import fingerprint
 from melens.results import MELayer
 from melens.results.tune import Tuning
 from melens.tuning.assemble import Found, Ledger, assembled, made_controls
-from melens.tuning.items import Halves, Objective, Texts, items_of, objective_of, split
+from melens.tuning.items import Halves, Objective, Texts, alike_items, items_of, objective_of, split
 from melens.tuning.space import (
     CONTROLS,
     DEFAULT_EVALUATIONS,
@@ -102,7 +102,8 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
              budget: evaluations (a whole number) or a Budget; 2000 evaluations unless told
              otherwise. The confirmation's share is put aside first. Evaluations are never
              exceeded, seconds by one batch at most; locating is not in them.
-             me_layer: what ``melens.locate`` returns; None = located here on the bundled texts.
+             me_layer: what ``melens.locate`` returns; None = located here on the bundled texts,
+             with the BOS or the chat template of the items.
              space: what to try. settings: split, seed, number confirmed, resume file.
              progress: called with (evaluations done, evaluations planned).
     Returns: every trial, what was confirmed, the split, what was spent, the best Edit or None.
@@ -128,11 +129,15 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     _check_rates(bridge, space)
     if budget.seconds is None:  # refuses too small a budget before locating
         _plan(space, halves, settings, int(budget.evaluations or 0))
+    me_layer = me_layer or _located(bridge, texts, metric)
     search = _Search(
-        bridge, me_layer or emergence.locate(bridge), objective, halves, space, settings, budget,
-        progress,
+        bridge, me_layer, objective, halves, space, settings, budget, progress,
     )  # fmt: skip
     return search.run()
+
+
+def _located(bridge: Any, texts: Any, metric: Any) -> MELayer:
+    return emergence.locate(bridge, alike_items(bridge.tokenizer, texts, metric))
 
 
 def _check_resumable(metric: Any, settings: Settings) -> None:
