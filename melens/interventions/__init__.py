@@ -1,11 +1,12 @@
-"""Edits of a running model, as context managers: loosen one thing, look, leave no trace.
+"""Edits of a running model, as context managers: change one component, measure, restore exactly.
 
 Every edit takes ``(model, layer, *, tokens, ...)`` and a strength with a neutral value. ``layer``
 counts from 0, or is what ``melens.locate`` returns (its ME Layer). ``tokens`` is a located ME Layer
-(its massive tokens of the primary dimension; the default where ``layer`` is one), ``"first"`` (the
-default where ``layer`` is a number), ``"all"`` or absolute positions; padding never counts, and
-under a KV cache a position means the same token. Edits nest, act downstream only and are undone on
-errors too; one that never took place is an error.
+(the default where ``layer`` is one): the tokens that are massive in the running pass, told by the
+residual at the ME Layer's output; ``"first"`` (the default where ``layer`` is a number), ``"all"``,
+absolute positions, or ``"ids"`` (located ids wherever they stand). Padding never counts, and under
+a KV cache a position means the same token. Edits nest, act downstream only and are undone on
+errors too; one that never took place is an error. Each yields a record of the tokens it edited.
 """
 
 from melens.interventions.attention import qk_orthogonalise
@@ -19,6 +20,7 @@ from melens.interventions.ffn import (
     ffn_zero_weights,
 )
 from melens.interventions.keys import drop_key
+from melens.interventions.massive import EditedTokens
 from melens.interventions.norm import norm_flatten, norm_ones, norm_scale_dims, norm_shuffle
 from melens.interventions.residual import residual_set, write_block
 from melens.interventions.transplant import transplant
@@ -26,6 +28,7 @@ from melens.interventions.wemask import MaskRecord, check_mask, wemask
 
 __all__ = [
     "INTERVENTIONS",
+    "EditedTokens",
     "Intervention",
     "MaskRecord",
     "check_mask",
