@@ -11,6 +11,7 @@ errors too; one that never took place is an error. Each yields a record of the t
 
 from melens.interventions.attention import qk_orthogonalise
 from melens.interventions.core import INTERVENTIONS, Intervention, intervention
+from melens.interventions.edited import EditedTokens
 from melens.interventions.ffn import (
     ffn_ablate_neurons,
     ffn_cap,
@@ -20,7 +21,6 @@ from melens.interventions.ffn import (
     ffn_zero_weights,
 )
 from melens.interventions.keys import drop_key
-from melens.interventions.massive import EditedTokens
 from melens.interventions.norm import norm_flatten, norm_ones, norm_scale_dims, norm_shuffle
 from melens.interventions.residual import residual_set, write_block
 from melens.interventions.transplant import transplant

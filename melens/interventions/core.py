@@ -19,7 +19,8 @@ from torch import Tensor
 
 from melens.capture import check_sites
 from melens.errors import EditWarning, InterventionError, NoTokenError
-from melens.interventions.massive import EditedTokens, FirstRule, MassiveRule, noting
+from melens.interventions.edited import EditedTokens
+from melens.interventions.massive import FirstRule, MassiveRule, noting
 from melens.interventions.now import Now, now_of, watching
 from melens.interventions.tokens import Choice, Tokens, choice_of, meant
 from melens.models.anatomy import check_layer

@@ -22,7 +22,7 @@ from melens.interventions.core import (
     editing_module,
     intervention,
 )
-from melens.interventions.massive import EditedTokens
+from melens.interventions.edited import EditedTokens
 from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.anatomy import anatomy

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.interventions.core import Place, as_index, before_modules, check_number, intervention
-from melens.interventions.massive import EditedTokens
+from melens.interventions.edited import EditedTokens
 from melens.interventions.now import Now, now_of
 from melens.interventions.tokens import Tokens
 from melens.interventions.wemask import Layers, layers_of

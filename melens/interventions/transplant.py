@@ -10,7 +10,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.interventions.core import Place, blend, check_number, editing, intervention
-from melens.interventions.massive import EditedTokens
+from melens.interventions.edited import EditedTokens
 from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.anatomy import norm_gain

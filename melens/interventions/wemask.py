@@ -19,7 +19,7 @@ from melens.interventions.core import (
     editing_inputs,
     intervention,
 )
-from melens.interventions.massive import EditedTokens, Span
+from melens.interventions.edited import EditedTokens, Span
 from melens.interventions.tokens import Tokens
 from melens.models.decoder import Decoder, decoder_of
 from melens.results.locate import MELayer
