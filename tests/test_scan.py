@@ -457,7 +457,7 @@ def test_damaged_weights_are_one_clear_line(saved):
         (lambda t: t[GATE].__setitem__((3, 5), torch.inf), rf"{GATE} in model.* holds NaN or Inf"),
         (lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), r"\(64, 32\), expected \(32, 64\)"),
         (lambda t: t.pop(GATE), rf"lists no tensor {GATE}; fetch"),
-        (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), "stored as I8, which the scan cannot"),
+        (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), "stored as I8, which melens cannot"),
     ]  # fmt: skip
     for change, says in cases:
         edit(folder, change)

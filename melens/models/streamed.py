@@ -17,6 +17,7 @@ from melens.capture import EverythingSeen
 from melens.errors import FetchError, ModelError
 from melens.models.contract import check_contract
 from melens.models.files import check_folder
+from melens.models.gguf import no_cache
 from melens.models.hollow import Hollow, Slot, build_hollow, hollow_parameter, layer_list
 from melens.models.loading import (
     CHECKED,
@@ -188,13 +189,14 @@ def load_streamed(
     refused, and weights read outside their block's call are NaN. Every forward pass reads the
     blocks that it uses; loading makes one pass (the contract check).
 
-    Args:    model: a folder of safetensors, a named model, or a hub id (its files are fetched).
+    Args:    model: a folder of safetensors, a ``.gguf`` file (its converted copy is streamed), a
+             named model, or a hub id (its files are fetched).
              device, dtype, revision: as ``load``.
              need_tokenizer: False takes a folder without one, for ready token batches.
              keep: folder for what finished blocks gave, so that the same passes, made again after
              an interruption, go on at the block where they stopped. Remove it when done.
     Raises:  what ``load`` raises; WeightsError: also at the block that is NaN or cut short.
-             ModelError: a .gguf file or a family that cannot be streamed.
+             ModelError: a family that cannot be streamed.
     """  # fmt: skip
     folder, name = _folder(str(model), revision)
     device = usable_device(device or best_device())
@@ -235,17 +237,17 @@ def _check(bridge: Any, stream: BlockStream) -> str:
 
 def _folder(name: str, revision: str | None) -> tuple[Path, str]:
     """Where the files are, and what the model is called in results."""
-    if name.endswith(".gguf"):
+    if no_cache() and Path(name).expanduser().is_file():
         raise ModelError(
-            f"{name} is a .gguf, which is converted whole before it is used, so its blocks cannot "
-            "be streamed from disk; stream a safetensors folder, or load it whole."
+            f"the blocks of {name} are streamed from its converted copy; drop --no-cache "
+            "(MELENS_NO_CACHE), or load it whole."
         )
     source, is_local = resolve(name, revision=revision, trust_remote_code=False)
     if is_local:
         if revision is not None:
             raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
-        folder = Path(source).expanduser().resolve()
-        return folder, name if name in NAMED else folder.name
+        shown = name if name in NAMED else Path(name).expanduser().resolve().name
+        return Path(source).expanduser().resolve(), shown
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]
