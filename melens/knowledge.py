@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Callable, Iterable
 from importlib import resources
 from typing import Any
 
@@ -55,6 +56,16 @@ def known(model: str, result: Result, *, d_model: int | None = None) -> KnownChe
         )  # fmt: skip
     order = ("match", "mismatch", "unknown")
     return min(checks, key=lambda check: order.index(check.verdict))
+
+
+def known_by(names: Iterable[str], hold: Callable[[str], KnownCheck]) -> KnownCheck:
+    """The check of the first of several names that is on record; of the first name if none is.
+
+    Args:    names: what a model is called, and what its files say that it is called.
+             hold: the check of one name.
+    """  # fmt: skip
+    checks = [hold(name) for name in names]
+    return next((check for check in checks if check.source is not None), checks[0])
 
 
 def _fits(row: dict[str, Any], n_layers: int, d_model: int | None) -> bool:

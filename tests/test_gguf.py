@@ -21,7 +21,7 @@ from melens.models.streamed import load_streamed
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("MELENS_NO_CACHE", raising=False)
+    monkeypatch.setenv("MELENS_NO_CACHE", "")  # put back after a command set it
     return tmp_path / "cache"
 
 
@@ -347,3 +347,44 @@ def test_the_files_own_name_is_held_against_what_is_known(llama, tmp_path, cache
     said["general.finetune"] = "Mine"
     other = planted.write(tmp_path / "n.gguf", arch, fields, tensors, extra=said)
     assert gguf.given_names(other) == ("A", "Qwen3-4B-Mine", "Qwen3-Mine-4B")
+
+
+def test_a_model_object_of_a_gguf_knows_the_files_names(llama, tmp_path, monkeypatch):
+    """In check and in `melens known`, whole, streamed and without a copy."""
+    from melens.knowledge import known_by
+    from melens.models.origin import origin_of
+    from melens.results.known import KnownCheck
+
+    _, arch, fields, tensors = llama
+    path = planted.write(
+        tmp_path / "m.gguf", arch, fields, tensors, extra={"general.name": "Qwen3 4B"}
+    )
+    assert origin_of(load_streamed(path)).also == ("Qwen3 4B",)
+    monkeypatch.setenv("MELENS_NO_CACHE", "1")
+    assert origin_of(load(path)).also == ("Qwen3 4B",)
+
+    def hold(name):
+        source = "a paper" if "Qwen3" in name else None
+        return KnownCheck(model=name, verdict="unknown", comparisons=(), source=source)
+
+    assert known_by(("m.gguf", "Qwen3 4B"), hold).model == "Qwen3 4B"
+    assert known_by(("m.gguf", "other"), hold).model == "m.gguf"
+
+
+def test_locate_without_a_cache_and_known_by_the_files_name(llama, tmp_path, cache, capsys):
+    from melens.cli.app import main
+
+    _, arch, fields, tensors = llama
+    path = planted.write(
+        tmp_path / "m.gguf", arch, fields, tensors, extra={"general.name": "Qwen3 4B"}
+    )
+    for words, code in (
+        (["locate", str(path), "--no-cache", "--prompt", "A B C D E F", "-o", str(tmp_path)], 0),
+        (["known", str(path), str(tmp_path / "locate.json"), "--json"], 0),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == code
+    said = capsys.readouterr().out
+    assert json.loads(said[said.index("{") :])["model"] == "Qwen3 4B"
+    assert not cache.exists()

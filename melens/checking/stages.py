@@ -11,9 +11,10 @@ from melens.checking.losses import dose_losses, edit_losses, eviction_losses
 from melens.emergence.search import locate_in
 from melens.errors import WeightsError
 from melens.isolation import isolate, super_weights
-from melens.knowledge import known
+from melens.knowledge import known, known_by
 from melens.measure import attention, collapse, describe, sinks
 from melens.models.anatomy import anatomy
+from melens.models.origin import origin_of
 from melens.registry import Registry
 from melens.results import MELayer, Sinks
 from melens.results.base import Result
@@ -78,7 +79,9 @@ def _locate(bench: Bench, tick: Tick) -> Result:
 
 @_add("known", "quick", 0.1)
 def _known(bench: Bench, tick: Tick) -> Result:
-    return known(bench.located.run.model, bench.located, d_model=bench.model.cfg.d_model)
+    names = (bench.located.run.model, *origin_of(bench.model).also)
+    width = bench.model.cfg.d_model
+    return known_by(names, lambda name: known(name, bench.located, d_model=width))
 
 
 @_add("describe", "quick", 2.0)

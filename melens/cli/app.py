@@ -60,8 +60,15 @@ def options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks; works after a command too.")
     ] = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            help="Keep no converted copy of a .gguf file; works after a command too.",
+        ),
+    ] = False,
 ) -> None:
-    """Options of every command; ``debug`` is taken out of the arguments by :func:`main`."""
+    """Options of every command; :func:`main` takes all but ``version`` out of the arguments."""
 
 
 app.command()(locate)
@@ -91,7 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; whatever goes wrong is one line on stderr and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    if "--no-cache" in arguments:
+        os.environ["MELENS_NO_CACHE"] = "1"
+    arguments = [word for word in arguments if word not in ("--debug", "--no-cache")]
     _quiet_libraries(debug=debug)
     sys.exit(_run(arguments, debug=debug))
 

@@ -63,7 +63,10 @@ def locate(
 
 
 def known(
-    model: Annotated[str, typer.Argument(help="A published name, e.g. Qwen/Qwen3-4B.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A published name, e.g. Qwen/Qwen3-4B, or a .gguf file that says it."),
+    ],
     result: Annotated[Path, typer.Argument(help="locate.json or scan.json of a run.")],
     as_json: opt.Json = False,
 ) -> None:
@@ -73,17 +76,23 @@ def known(
 
     Example:  melens known smollm2-135m runs/demo/locate.json
     """
+    from melens import knowledge
     from melens.cli import output
-    from melens.knowledge import known as hold
     from melens.results import WeightScan, load_result
 
     found = load_result(result)
+    names: tuple[str, ...] = (model,)
+    if model.lower().endswith(".gguf"):
+        from melens.models.gguf import given_names
+
+        names = (Path(model).name, *given_names(Path(model).expanduser()))
     if isinstance(found, WeightScan):
         from melens.foresight.published import known_scan
 
-        output.show(known_scan(model, found), as_json=as_json)
-        return
-    output.show(hold(model, found), as_json=as_json)
+        made = knowledge.known_by(names, lambda name: known_scan(name, found))
+    else:
+        made = knowledge.known_by(names, lambda name: knowledge.known(name, found))
+    output.show(made, as_json=as_json)
 
 
 def plot(

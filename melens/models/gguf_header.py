@@ -114,8 +114,8 @@ def _parts(path: Path, header: GGUFHeader, count: int) -> list[Path]:
     if not found or int(found[3]) != count or number != int(found[2]) - 1:
         raise WeightsError(
             f"{path.name} is one of {count} parts of a split GGUF, but its name does not say "
-            f"which; call the parts NAME-00001-of-{min(count, 99999):05}.gguf and so on, or join them "
-            "(llama-gguf-split --merge)."
+            f"which; call the parts NAME-00001-of-{min(count, 99999):05}.gguf and so on, or join "
+            "them (llama-gguf-split --merge)."
         )
     parts = [path.with_name(f"{found[1]}-{n:05}-of-{found[3]}{found[4]}")
              for n in range(1, count + 1)]  # fmt: skip

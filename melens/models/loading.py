@@ -16,7 +16,13 @@ from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsErr
 from melens.models.contract import check_contract
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.files import check_config, check_folder
-from melens.models.gguf import converted_copy, no_cache, read_gguf_tokenizer, read_gguf_whole
+from melens.models.gguf import (
+    converted_copy,
+    given_names,
+    no_cache,
+    read_gguf_tokenizer,
+    read_gguf_whole,
+)
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
 
@@ -94,7 +100,10 @@ def _load_hf(
     tokenizer = tokenizer or read_tokenizer(source, options)
     shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
-    return hf.to(device).eval(), tokenizer, Origin(shown, revision=commit or revision)
+    origin = Origin(
+        shown, revision=commit or revision, also=given_names(source) if is_local else ()
+    )
+    return hf.to(device).eval(), tokenizer, origin
 
 
 def adopt(

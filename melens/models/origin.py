@@ -21,6 +21,8 @@ class Origin:
     revision: str | None = None
     weights: str | None = None
     """:func:`fingerprint`, where the weights cannot be read from the model itself."""
+    also: tuple[str, ...] = ()
+    """What a ``.gguf`` file says that the model is called."""
 
 
 _ORIGINS: weakref.WeakKeyDictionary[Any, Origin] = weakref.WeakKeyDictionary()

@@ -17,7 +17,7 @@ from melens.capture import EverythingSeen
 from melens.errors import FetchError, ModelError
 from melens.models.contract import check_contract
 from melens.models.files import check_folder
-from melens.models.gguf import no_cache
+from melens.models.gguf import given_names, no_cache
 from melens.models.hollow import Hollow, Slot, build_hollow, hollow_parameter, layer_list
 from melens.models.loading import (
     CHECKED,
@@ -213,7 +213,8 @@ def load_streamed(
     known = tape.weights() if tape else None
     if known is None:
         known = _check(bridge, stream)
-    remember(bridge, Origin(name, revision=revision, weights=known))
+    also = given_names(folder)
+    remember(bridge, Origin(name, revision=revision, weights=known, also=also))
     CHECKED.add(bridge)
     if tape is not None:
         tape.note_weights(known)
