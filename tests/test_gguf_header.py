@@ -1,6 +1,6 @@
 """The bounded reader: a hostile or damaged GGUF is refused within seconds and little memory.
 
-``MELENS_FUZZ=5000`` runs the fuzz test with that many files.
+``MELENS_FUZZ=5000`` (with ``--timeout 0``) runs the fuzz test with that many files.
 """
 
 from __future__ import annotations
@@ -164,13 +164,21 @@ def changed(raw, n_header, changes):
     return bytes(made)
 
 
+class Whole:
+    """A sound file's bytes and header, and where changed ones go; hypothesis prints no more."""
+
+    def __init__(self, path):
+        self.raw, self.header = path.read_bytes(), read_gguf_header(path)
+        self.path = path.with_name("changed.gguf")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, make_tiny):
     folder = tmp_path_factory.mktemp("fuzz")
     hf = make_tiny("llama")
     tensors = planted.tensors_of(hf, "llama")
     path = planted.write(folder / "m.gguf", "llama", planted.fields_of(hf.config, "llama"), tensors)
-    return folder / "changed.gguf", path.read_bytes(), read_gguf_header(path)
+    return Whole(path)
 
 
 def refused(read, path):
@@ -189,8 +197,8 @@ def test_whatever_is_changed_in_a_header_ends_in_a_model_or_one_error(whole, cha
     from melens.foresight import scan
     from melens.models.gguf import read_gguf_tokenizer, read_gguf_whole
 
-    path, raw, known = whole
-    path.write_bytes(changed(raw, known.n_bytes, changes))
+    path, known = whole.path, whole.header
+    path.write_bytes(changed(whole.raw, known.n_bytes, changes))
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     said = refused(read_gguf_header, path)
     assert said in (None, True)
