@@ -41,20 +41,17 @@ def require_sound_numbers(config: dict[str, Any], *, name: str) -> None:
     Raises:  ModelError: naming the setting.
     """
     for key, value in config.items():
-        if key in SIZES and value is not None and not isinstance(value, (list, dict)):
-            if type(value) is not int or value < 1:
-                raise ModelError(
-                    f"{name}: config.json says {key} = {value!r:.60}; it must be 1 or more."
-                )
-        if key.endswith(("_eps", "_epsilon")) and not _is_small(value):
-            raise ModelError(
-                f"{name}: config.json says {key} = {value!r:.60}; it must be a small number, 0 or "
-                "more."
-            )
+        if key in SIZES and not _is_size(value):
+            wanted = "a whole number, 1 or more"
+        elif key.endswith(("_eps", "_epsilon")) and not _is_small(value):
+            wanted = "a small number, 0 or more"
+        else:
+            continue
+        raise ModelError(f"{name}: config.json says {key} = {value!r:.60}; it must be {wanted}.")
     for key, value, _ in _numbers(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            if math.isnan(value) or not UNLIMITED.search(key):
-                raise ModelError(f"{name}: config.json says {key} = {value}; give a number.")
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if endless and (math.isnan(value) or not UNLIMITED.search(key)):
+            raise ModelError(f"{name}: config.json says {key} = {value}; give a number.")
 
 
 def require_bounded(config: dict[str, Any], shapes: Shapes, *, name: str) -> None:
@@ -63,15 +60,14 @@ def require_bounded(config: dict[str, Any], shapes: Shapes, *, name: str) -> Non
     Raises:  ModelError: naming the setting, its value and the bound.
     """
     stacked = [shape[0] for shape in shapes.values() if len(shape) > 2]  # experts in one tensor
-    most = max(FEWEST, len(shapes), *stacked) if stacked else max(FEWEST, len(shapes))
+    most = max([FEWEST, len(shapes), *stacked])
     for key, value, listed in _numbers(config):
         bound = LONGEST if listed else most
-        if isinstance(value, int) and abs(value) > bound and (listed or COUNTS.search(key)):
-            if not listed or not key.endswith("_id"):
-                raise ModelError(
-                    f"{name}: config.json says {key} = {value}; with {len(shapes)} tensors in the "
-                    f"files at most {bound} make sense."
-                )
+        if (listed or COUNTS.search(key)) and abs(value) > bound:
+            raise ModelError(
+                f"{name}: config.json says {key} = {value:.6g}; the files hold {len(shapes)} "
+                f"tensors, so at most {bound} make sense."
+            )
 
 
 def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> None:
@@ -107,7 +103,8 @@ def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> No
 
 def lacking(missing: list[str], name: Any) -> str:
     """What is wrong with a checkpoint that would be filled up with random values."""
-    return f"{name} lacks {len(missing)} tensor(s) of its model, first {missing[0]}; fetch it again."
+    count = len(missing)
+    return f"{name} lacks {count} tensor(s) of its model, first {missing[0]}; fetch it again."
 
 
 def require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any) -> None:
@@ -185,6 +182,11 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float, bool]]:
             waiting += [(key, item, True) for item in value]
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield key, value, listed
+
+
+def _is_size(value: Any) -> bool:
+    """Lists (a size a layer) are left to the model's own check."""
+    return value is None or isinstance(value, list) or (type(value) is int and value >= 1)
 
 
 def _is_small(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from melens.errors import ModelError, ModelNotFoundError, WeightsError
+from melens.errors import ModelError, ModelNotFoundError
 from melens.models.dry_load import require_bounded, require_loadable, require_sound_numbers
 from melens.models.weight_files import read_json, say_once, weight_files
 
@@ -95,8 +95,8 @@ def _no_config(folder: Path) -> str:
     """What a folder without a config is, and what to give instead."""
     if (folder / "melens.json").exists():
         return (
-            f"{folder} holds no config.json; give a Hugging Face model folder (it is a prefix or an "
-            "adapter: melens.exporting.load_prefix, or peft, takes it)."
+            f"{folder} holds no config.json; give a Hugging Face model folder (it is a prefix or "
+            "an adapter: melens.exporting.load_prefix, or peft, takes it)."
         )
     if (folder / ADAPTER).is_file():
         adapter = read_json(folder / ADAPTER)

@@ -98,4 +98,4 @@ def _require_cover(found: dict[str, Entry], span: tuple[int, int], name: str) ->
             break
         at, before = entry.end, key
     if at != span[1]:
-        raise WeightsError(f"{name} has a corrupt header: no tensor lies on the bytes from {at} on.")
+        raise WeightsError(f"{name} has a corrupt header: the bytes from {at} on are no tensor's.")
