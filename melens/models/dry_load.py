@@ -4,6 +4,7 @@ values (on the meta device), and says what it would miss, not use, or find in an
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from melens.errors import ModelError, WeightsError
+from melens.errors import MelensError, ModelError, WeightsError
 
 COUNTS = re.compile(r"layer|expert|block|label|depth")
 """Settings that a config or a model's constructor may loop over."""
@@ -83,21 +84,13 @@ def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> No
     kind = config.get("model_type")
     if config.get("quantization_config") or kind not in CONFIG_MAPPING:
         return
-    model, info = _dry_load(config, shapes, name)
-    layers = getattr(model.config, "num_hidden_layers", None)
-    require_all_used(info["unexpected_keys"], layers, name=name)
+    made, info = _dry_load(config, shapes, name)
+    require_all_used(info["unexpected_keys"], getattr(made, "num_hidden_layers", None), name=name)
     if missing := sorted(info["missing_keys"]):
         raise WeightsError(lacking(missing, name))
     for key, found, wanted in sorted(info["mismatched_keys"]):
         raise WeightsError(
             f"{key} in {name} has shape {list(found)}; the config asks for {list(wanted)}."
-        )
-    tables = sum(table.numel() * table.element_size() for table in model.buffers())
-    stored = sum(math.prod(shape) for shape in shapes.values())
-    if tables > ROOM + 16 * stored:
-        raise ModelError(
-            f"{name}: the config asks for {tables / 1e9:,.0f} GB of computed tables beside "
-            f"{stored:,} stored values; look at its lengths and rotary settings."
         )
 
 
@@ -132,6 +125,7 @@ def require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any) -> None
 
 
 def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, dict[str, Any]]:
+    """The config as transformers has it, and what it says of a loading without values."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
@@ -139,7 +133,10 @@ def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, d
             warnings.simplefilter("ignore")
             made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]
-            return kind.from_pretrained(
+            with torch.device("meta"):
+                built = kind(copy.deepcopy(made))
+            _require_small_tables(built, shapes, name)
+            _, info = kind.from_pretrained(
                 None,
                 config=made,
                 state_dict={key: torch.empty(s, device="meta") for key, s in shapes.items()},
@@ -148,11 +145,28 @@ def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, d
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+    except MelensError:
+        raise
     except Exception as error:  # constructors raise whatever a senseless setting leads them to
         said = " ".join(str(error).split())[:200] or "no reason given"
         raise ModelError(
             f"{name}: its config.json makes no model ({type(error).__name__}: {said})."
         ) from None
+    return made, info
+
+
+def _require_small_tables(model: Any, shapes: Shapes, name: str) -> None:
+    """Refuse lengths that no tensor holds, of which a model computes masks and angles.
+
+    Raises:  ModelError: tables of more than a gigabyte and many times what is stored.
+    """
+    tables = sum(table.numel() * table.element_size() for table in model.buffers())
+    stored = sum(math.prod(shape) for shape in shapes.values())
+    if tables > ROOM + 16 * stored:
+        raise ModelError(
+            f"{name}: its config.json asks for {tables / 1e9:,.0f} GB of computed tables beside "
+            f"{stored:,} stored values; look at its lengths and rotary settings."
+        )
 
 
 @contextmanager
