@@ -97,7 +97,9 @@ def test_truncated_missing_and_corrupt_safetensors(folder):
 
 
 def test_a_missing_shard_is_named(folder):
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    placed = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    index = {"metadata": {}, "weight_map": placed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match=r"model-2\.safetensors is missing"):
         load(folder)

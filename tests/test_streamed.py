@@ -141,7 +141,7 @@ def test_what_a_streamed_model_cannot_do_is_refused_or_nan(folder, ids):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("entry", r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("absent", r"lacks 1 tensor.*, first model\.layers\.1\.mlp\.up_proj\.weight"),
         ("shard", r"is missing from"),
         ("cut", r"model-00002-of-\d+\.safetensors is truncated"),
         (
@@ -157,8 +157,8 @@ def test_damage_is_one_line_that_names_the_tensor(folder, damage, message):
     data = json.loads(index.read_text())
     file = folder / data["weight_map"][name]
     tensors = load_file(file)
-    if damage == "entry":
-        del data["weight_map"][name]
+    if damage == "absent":
+        del data["weight_map"][name], tensors[name]
     elif damage == "wrong":
         data["weight_map"][name] = next(f for f in data["weight_map"].values() if f != file.name)
     elif damage == "shard":
@@ -170,7 +170,7 @@ def test_damage_is_one_line_that_names_the_tensor(folder, damage, message):
         tensors[name][3, 4] = float("nan")
     elif damage == "shape":
         tensors[name] = tensors[name][:, :16].contiguous()
-    if damage in ("nan", "shape"):
+    if damage in ("absent", "nan", "shape"):
         save_file(tensors, file, metadata={"format": "pt"})
     index.write_text(json.dumps(data))
     with pytest.raises(WeightsError, match=message) as found:

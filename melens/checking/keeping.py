@@ -16,8 +16,9 @@ from melens.errors import OutputError, ResultError
 from melens.provenance import versions
 from melens.results.base import Result, load_result, write_atomically
 
-SCHEMA = "melens/check-stage/1"
+SCHEMA = "melens/check-stage/2"
 FOLDER = "stages"
+MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,22 @@ class Keeper:
         return cls(folder, hashlib.sha256(text.encode()).hexdigest()[:16])
 
     def read(self, stage: str) -> tuple[Result, float] | None:
-        """A finished stage and its seconds; None where there is none, or of something else."""
+        """A finished stage and its seconds; None where there is none, it is damaged, or of
+        something else: then it is measured again.
+        """  # noqa: D205
         path = self._path(stage)
-        head = path and _head(path.with_suffix(".key"))
-        if path is None or not head or head.get("key") != self.key:
+        if path is None:
+            return None
+        head = _head(path.with_suffix(".key"))
+        seconds = head.get("seconds")
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < MOST_SECONDS:
             return None
         try:
-            return load_result(path), float(head.get("seconds", 0.0))
-        except (ResultError, TypeError, ValueError):  # damaged: measured again
+            data = path.read_bytes()
+            if head != self._about(stage, data, seconds):
+                return None
+            return load_result(path), float(seconds)
+        except (OSError, ResultError):
             return None
 
     def write(self, stage: str, result: Result, seconds: float) -> None:
@@ -65,9 +74,17 @@ class Keeper:
         if path is None:
             return
         _remove(path.with_suffix(".key"))
-        write_atomically(path, result.to_json())
-        head = {"schema": SCHEMA, "key": self.key, "seconds": seconds}
+        text = result.to_json()
+        write_atomically(path, text)
+        head = self._about(stage, text.encode(), seconds)
         write_atomically(path.with_suffix(".key"), json.dumps(head, sort_keys=True) + "\n")
+
+    def _about(self, stage: str, data: bytes, seconds: float) -> dict[str, Any]:
+        """What a stage's key file says: of what it is, and which bytes it belongs to."""
+        return {
+            "schema": SCHEMA, "key": self.key, "stage": stage, "seconds": seconds,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }  # fmt: skip
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / FOLDER / f"{stage}.json"
@@ -116,6 +133,6 @@ def _remove(path: Path) -> None:
 def _head(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -12,6 +12,9 @@ from melens.errors import InterventionError, MissingPackageError
 from melens.evaluation.edits import applied
 from melens.evaluation.harness_cache import keep_apart, model_key
 from melens.evaluation.harness_settings import PLAIN, Wanted, read_settings
+from melens.inputs import Inputs
+from melens.measure.located import check_same_model
+from melens.models import fingerprint
 from melens.results import MELayer
 
 try:
@@ -103,10 +106,19 @@ def _loaded(name: str, wanted: Wanted) -> tuple[Any, Any, Any, MELayer | None]:
     wanted = replace(wanted, loading=_on_this_machine(wanted.loading))
     if wanted.edit.name not in PLAIN:
         bridge = load(name, **wanted.loading)
-        me_layer = me_layer or locate(bridge)
+        me_layer = _of_these(bridge, me_layer) or locate(bridge)
         return bridge, bridge.original_model, bridge.tokenizer, me_layer
     if wanted.locate:
         # Locating bridges a model for good; the one that is evaluated stays plain.
         me_layer = locate(load(name, **wanted.loading))
+    elif me_layer is not None:
+        _of_these(load(name, **wanted.loading), me_layer)
     hf, tokenizer, _ = load_plain(name, **wanted.loading)
     return hf, hf, tokenizer, me_layer
+
+
+def _of_these(bridge: Any, me_layer: MELayer | None) -> MELayer | None:
+    """A ME Layer that was read, refused where it is of other weights."""
+    if me_layer is not None:
+        check_same_model(Inputs(bridge, [], {}, fingerprint(bridge)), me_layer)
+    return me_layer

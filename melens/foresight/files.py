@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from melens.errors import WeightsError
 from melens.foresight.blobs import Blob, FileBlob
-from melens.models.files import HEADER_LIMIT, INDEX, check_safetensors, read_json
 from melens.models.gguf_fields import require_blocks
 from melens.models.gguf_header import VOCABULARY, read_gguf_header
 from melens.models.gguf_tensors import values
+from melens.models.headers import read_header
+from melens.models.weight_files import read_json, require_placed, weight_files
 
 EDGE = 1 << 16
 """Bytes hashed at the end of every file, beside its header."""
@@ -129,62 +131,46 @@ def read_folder(folder: Path, *, name: str) -> Checkpoint:
     Raises:  WeightsError: a missing, truncated or pickled file, or an index that does not fit.
     """
     config = read_json(folder / "config.json")
-    index = folder / INDEX
-    if not index.is_file():
-        blobs = [FileBlob(path) for path in sorted(folder.glob("*.safetensors"))]
-        tables = [safetensors_table(blob) for blob in blobs]
-        tensors = {name: stored for table in tables for name, stored in table.items()}
-        where = blobs[0].name if len(blobs) == 1 else str(folder)
-        return Checkpoint(name, "safetensors", config, tensors, tuple(blobs), where)
-    shards = read_json(index)["weight_map"]
-    for file in sorted(set(shards.values())):
-        check_safetensors(folder / file)
-    found = {file: FileBlob(folder / file) for file in sorted(set(shards.values()))}
+    chosen = weight_files(folder, config)
+    blobs = {file.name: FileBlob(file) for file in chosen.files}
+    return from_blobs((name, config), blobs, placed=chosen.placed, main=chosen.main)
+
+
+def from_blobs(
+    model: tuple[str, dict[str, Any]],
+    blobs: Mapping[str, Blob],
+    *,
+    placed: dict[str, str],
+    main: str,
+    revision: str | None = None,
+) -> Checkpoint:
+    """The tensors of safetensors files, wherever they lie.
+
+    Args:    model: its name and config. blobs: by file name. placed, main: as
+             :class:`melens.models.weight_files.WeightFiles` has them.
+    Raises:  WeightsError: a corrupt header, or files that do not fit the index.
+    """
+    tables = {file: _table(blob) for file, blob in blobs.items()}
+    require_placed(tables, placed, main)
+    tensors = {key: stored for table in tables.values() for key, stored in table.items()}
     return Checkpoint(
-        name, "safetensors", config, indexed(shards, found), tuple(found.values()), INDEX
+        model[0], "safetensors", model[1], tensors, tuple(blobs.values()), main, revision
     )
 
 
-def indexed(shards: dict[str, str], blobs: dict[str, Any]) -> dict[str, Stored]:
-    """The tensors that an index lists, each from the shard that it names.
+def _table(blob: Blob) -> dict[str, Stored]:
+    """Where each tensor of a safetensors file lies, from its header."""
 
-    Raises:  WeightsError: a shard that lacks what the index says it holds.
-    """
-    tables = {file: safetensors_table(blob) for file, blob in blobs.items()}
-    for name, file in shards.items():
-        if name not in tables[file]:
-            raise WeightsError(
-                f"{INDEX} says {file} holds {name}, but it does not; fetch it again."
-            )
-    return {name: tables[file][name] for name, file in shards.items()}
+    def read(start: int, length: int) -> bytes:
+        return _bytes(blob, start, length)
 
-
-def safetensors_table(blob: Blob) -> dict[str, Stored]:
-    """Where each tensor of a safetensors file lies, from its header.
-
-    Raises:  WeightsError: no such header, or fewer bytes than it announces.
-    """
-    length = int.from_bytes(_bytes(blob, 0, 8), "little") if blob.size >= 8 else 0
-    if not 0 < length <= min(blob.size - 8, HEADER_LIMIT):
-        raise WeightsError(f"{blob.name} is truncated or no safetensors file ({blob.size} bytes).")
-    try:
-        header = json.loads(_bytes(blob, 8, length))
-        header.pop("__metadata__", None)
-        found = {name: _stored(item, blob, 8 + length) for name, item in header.items()}
-        ends = [8 + length + item["data_offsets"][1] for item in header.values()]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise WeightsError(f"{blob.name} has a corrupt safetensors header.") from None
-    end = max(ends, default=0)
-    if blob.size < end:
-        raise WeightsError(f"{blob.name} is truncated: {blob.size} bytes of {end}; fetch it again.")
-    return found
-
-
-def _stored(item: dict[str, Any], blob: Blob, data: int) -> Stored:
-    """One entry of a safetensors header; ``data`` is where the numbers begin."""
-    shape = tuple(int(n) for n in item["shape"])
-    begin, end = (int(n) for n in item["data_offsets"])
-    return Stored(shape, item["dtype"], blob, data + begin, (end - begin) // _rows(shape))
+    return {
+        name: Stored(
+            entry.shape, entry.dtype, blob, entry.start,
+            (entry.end - entry.start) // _rows(entry.shape),
+        )
+        for name, entry in read_header(read, blob.size, blob.name).items()
+    }  # fmt: skip
 
 
 def read_gguf(path: Path) -> Checkpoint:

@@ -10,17 +10,23 @@ from typing import Any
 
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
 from melens.foresight.blobs import HttpBlob
-from melens.foresight.files import (
-    Checkpoint,
-    indexed,
-    read_folder,
-    read_gguf,
-    safetensors_table,
+from melens.foresight.files import Checkpoint, from_blobs, read_folder, read_gguf
+from melens.models.files import (
+    ADAPTER,
+    check_config,
+    check_fit,
+    check_folder,
+    require_no_adapter,
 )
-from melens.models.files import INDEX, check_config, check_folder, read_json
 from melens.models.named import NAMED, fetch
-
-SINGLE = "model.safetensors"
+from melens.models.weight_files import (
+    INDEX,
+    SINGLE,
+    main_file,
+    read_json,
+    weight_files,
+    weight_map,
+)
 
 
 def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
@@ -101,10 +107,13 @@ def _cached(name: str, revision: str | None) -> Path | None:
         raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
     except LocalEntryNotFoundError:
         return None
-    index = folder / INDEX
-    shards = read_json(index).get("weight_map", {}).values() if index.is_file() else [SINGLE]
-    whole = (folder / "config.json").is_file() and all((folder / file).is_file() for file in shards)
-    return folder if whole else None
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        chosen = weight_files(folder, _object(read_json(folder / "config.json"), name))
+    except WeightsError:  # nothing but the config, or an index that is damaged
+        return None
+    return folder if all(file.is_file() for file in chosen.files) else None
 
 
 class _HubFiles:
@@ -112,6 +121,12 @@ class _HubFiles:
 
     def __init__(self, name: str, revision: str | None) -> None:
         self.name, self.revision = name, revision
+
+    def has(self, file: str) -> bool:
+        """Whether the repository has a file of that name."""
+        from huggingface_hub import file_exists
+
+        return file_exists(self.name, file, revision=self.revision)
 
     def text(self, file: str) -> str | None:
         """A small file's text; None where the repository has none of that name."""
@@ -135,34 +150,36 @@ class _HubFiles:
 def by_range(name: str, revision: str | None, files: Any) -> Checkpoint:
     """A checkpoint whose tensors are read where they lie, on a server.
 
-    Args:    files: ``text(file)``, a small file's text or None, and ``blob(file)``.
-    Raises:  ModelNotFoundError: no config.json. WeightsError: no safetensors, or a damaged index.
+    Args:    files: ``has(file)``, ``text(file)``, a small file's text or None, and
+             ``blob(file)``.
+    Raises:  ModelNotFoundError: no config.json. WeightsError: no safetensors, a damaged index, or
+             others than the config's model uses.
     """  # fmt: skip
     said = files.text("config.json")
     if said is None:
         raise ModelNotFoundError(f"{name} holds no config.json; give a causal LM's id.")
-    config = _json(said, f"{name}: config.json")
+    config = _object(_json(said), f"{name}: config.json")
     check_config(config, name=name, trust_remote_code=False)
-    listed = files.text(INDEX)
-    if listed is None:
-        blob = files.blob(SINGLE)
-        return Checkpoint(
-            name, "safetensors", config, safetensors_table(blob), (blob,), SINGLE, revision
-        )
-    shards = _json(listed, f"{name}: {INDEX}").get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise WeightsError(f"{INDEX} of {name} has no weight_map.")
-    blobs = {file: files.blob(file) for file in sorted(set(shards.values()))}
-    return Checkpoint(
-        name, "safetensors", config, indexed(shards, blobs), tuple(blobs.values()), INDEX, revision
-    )
+    require_no_adapter(files.has(ADAPTER), name=name)
+    main = main_file(files.has, config)
+    if main is None:
+        raise WeightsError(f"{name} holds no safetensors weights ({SINGLE} or {INDEX}).")
+    placed = weight_map(_json(files.text(main) or ""), main) if main.endswith(".json") else {}
+    blobs = {file: files.blob(file) for file in sorted(set(placed.values())) or [main]}
+    found = from_blobs((name, config), blobs, placed=placed, main=main, revision=revision)
+    check_fit(config, {key: stored.shape for key, stored in found.tensors.items()}, name=name)
+    return found
 
 
-def _json(text: str, name: str) -> dict[str, Any]:
+def _json(text: str) -> Any:
+    """What a text says; None where it is not JSON."""
     try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _object(found: Any, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{name} is not a JSON object.")
     return found

@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from melens.errors import ModelError, ModelNotFoundError, WeightsError
+from melens.errors import ModelError, ModelNotFoundError
+from melens.models.dry_load import require_bounded, require_loadable, require_sound_numbers
+from melens.models.weight_files import read_json, say_once, weight_files
 
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HEADER_LIMIT = 100_000_000
+ADAPTER = "adapter_config.json"
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a folder that is not a causal LM in whole safetensors files.
+    """Refuse a folder that is not a causal LM in whole safetensors files that fit its config.
 
-    Raises:  ModelNotFoundError: no config.json. ModelError: remote code, or not causal.
-             WeightsError: missing, truncated or pickled weights.
+    Reads the files' headers alone. Says on stderr which weights are taken where there is a choice.
+
+    Raises:  ModelNotFoundError: no config.json. ModelError: remote code, not causal, or a config
+             that makes no model. WeightsError: missing, truncated or pickled weights, or others
+             than the config's model uses.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelNotFoundError(
-            f"{folder} holds no config.json; give a Hugging Face model folder"
-            + (
-                " (it is a prefix or an adapter: melens.exporting.load_prefix, or peft, takes it)."
-                if (folder / "melens.json").exists()
-                else "."
-            )
+        raise ModelNotFoundError(_no_config(folder))
+    config = read_json(path)
+    check_config(config, name=str(folder), trust_remote_code=trust_remote_code)
+    require_no_adapter((folder / ADAPTER).is_file(), name=str(folder))
+    chosen = weight_files(folder, config)
+    tables = chosen.tables()
+    shapes = {name: entry.shape for table in tables.values() for name, entry in table.items()}
+    check_fit(config, shapes, name=str(folder))
+    if chosen.note:
+        say_once(chosen.note)
+
+
+def check_fit(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], *, name: str) -> None:
+    """Refuse a config that does not fit the tensors, by their names and shapes alone.
+
+    Raises:  ModelError, WeightsError: as :func:`check_folder`.
+    """
+    require_bounded(config, shapes, name=name)
+    require_loadable(config, shapes, name=name)
+
+
+def require_no_adapter(found: bool, *, name: str) -> None:
+    """Refuse a model with a PEFT adapter beside it: transformers would apply it without a word,
+    streaming and the scan could not.
+
+    Raises:  ModelError: saying what to do.
+    """  # noqa: D205
+    if found:
+        raise ModelError(
+            f"{name} holds an adapter ({ADAPTER}) beside the model; merge it with peft "
+            "(merge_and_unload) and save the result, or move it elsewhere to use the model alone."
         )
-    check_config(read_json(path), name=str(folder), trust_remote_code=trust_remote_code)
-    for file in _weight_files(folder):
-        check_safetensors(file)
 
 
 def check_config(config: Any, *, name: str, trust_remote_code: bool) -> None:
@@ -51,7 +74,10 @@ def check_config(config: Any, *, name: str, trust_remote_code: bool) -> None:
                 "pass trust_remote_code=True (--trust-remote-code)."
             )
         raise ModelError(f"{name}: this version of transformers knows no model type {kind!r}.")
-    names = [str(item) for item in config.get("architectures") or []]
+    listed = config.get("architectures") or []
+    if not isinstance(listed, list):
+        raise ModelError(f"{name}: config.json says architectures = {listed!r:.60}; give a list.")
+    names = [str(item) for item in listed]
     causal = any(item.endswith(("CausalLM", "LMHeadModel")) for item in names) or not names
     if (
         config.get("is_encoder_decoder")
@@ -62,55 +88,22 @@ def check_config(config: Any, *, name: str, trust_remote_code: bool) -> None:
             f"{name} is no causal decoder LM ({names[0] if names else kind}); "
             "melens reads only those."
         )
+    require_sound_numbers(config, name=name)
 
 
-def check_safetensors(path: Path) -> None:
-    """Refuse a missing or truncated safetensors file, by its header and size alone.
-
-    Raises:  WeightsError: naming the file and what is wrong.
-    """
-    if not path.is_file():
-        raise WeightsError(f"{path.name} is missing from {path.parent}; fetch it again.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 0 < length <= min(size - 8, HEADER_LIMIT):
-            raise WeightsError(f"{path.name} is truncated or no safetensors file ({size} bytes).")
-        try:
-            header = json.loads(file.read(length))
-            ends = [
-                item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise WeightsError(f"{path.name} has a corrupt safetensors header.") from None
-    whole = 8 + length + max(ends, default=0)
-    if size < whole:
-        raise WeightsError(f"{path.name} is truncated: {size} bytes of {whole}; fetch it again.")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content; a broken one is a ModelError."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}.") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        data = read_json(index)
-        shards = data.get("weight_map") if isinstance(data, dict) else None
-        if not isinstance(shards, dict) or not shards:
-            raise WeightsError(f"{INDEX} in {folder} has no weight_map; fetch it again.")
-        return [folder / name for name in sorted(set(shards.values()))]
-    found = sorted(folder.glob("*.safetensors"))
-    if found:
-        return found
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles:
-        raise WeightsError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded; "
-            "convert them to safetensors first."
+def _no_config(folder: Path) -> str:
+    """What a folder without a config is, and what to give instead."""
+    if (folder / "melens.json").exists():
+        return (
+            f"{folder} holds no config.json; give a Hugging Face model folder (it is a prefix or "
+            "an adapter: melens.exporting.load_prefix, or peft, takes it)."
         )
-    raise WeightsError(f"{folder} holds no safetensors weights.")
+    if (folder / ADAPTER).is_file():
+        adapter = read_json(folder / ADAPTER)
+        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+        return (
+            f"{folder} holds only an adapter, of the model {str(base or '(not named)')[:120]}; "
+            "merge it into that model with peft (merge_and_unload), save the result and give that "
+            "folder."
+        )
+    return f"{folder} holds no config.json; give a Hugging Face model folder."

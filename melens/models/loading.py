@@ -15,7 +15,8 @@ import torch
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
 from melens.models.contract import check_contract
 from melens.models.decoder import KEPT_BRIDGE
-from melens.models.files import check_config, check_folder
+from melens.models.dry_load import lacking, require_all_used
+from melens.models.files import check_config, check_folder, require_no_adapter
 from melens.models.gguf import (
     converted_copy,
     given_names,
@@ -178,8 +179,6 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
 
 
 def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.nn.Module:
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     reader, folder, local = AutoModelForCausalLM, source, options["local_files_only"]
@@ -190,19 +189,19 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
         loaded: Any = reader.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (
-        OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError,
-        StrictDataclassError,
-    ) as error:  # fmt: skip
+    except MemoryError:
+        raise
+    except Exception as error:  # constructors raise whatever a senseless config leads them to
         kind = WeightsError if local else FetchError
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
+    require_no_adapter(bool(getattr(hf, "_hf_peft_config_loaded", False)), name=str(source))
+    require_all_used(
+        info["unexpected_keys"], getattr(hf.config, "num_hidden_layers", None), name=source
+    )
     if missing := sorted(info["missing_keys"]):
         # transformers would fill them with random values and only warn
-        raise WeightsError(
-            f"{source} lacks {len(missing)} tensor(s) of its model, first {missing[0]}; "
-            "fetch it again."
-        )
+        raise WeightsError(lacking(missing, source))
     require_finite_weights(hf)
     return hf
 

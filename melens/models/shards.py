@@ -6,7 +6,6 @@ Memory-mapped pages would count as memory of the process; plain reads leave them
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from melens.errors import WeightsError
-from melens.models.files import INDEX, check_safetensors, read_json
 from melens.models.origin import Sample, stride_of
+from melens.models.weight_files import read_json, weight_files
 
 CHUNK = 1 << 22
 """Values that are converted at a time: few enough to stay near the processor."""
@@ -72,17 +71,13 @@ class Checkpoint:
         self._finite: set[str] = set()
         self._scratch = torch.empty(8 * CHUNK, dtype=torch.uint8)
         self.tensors: dict[str, Stored] = {}
-        index = folder / INDEX
-        placed: dict[str, str] = read_json(index).get("weight_map", {}) if index.is_file() else {}
-        names = sorted(set(placed.values())) or [f.name for f in folder.glob("*.safetensors")]
-        self.files = [folder / name for name in sorted(names)]
-        for file in self.files:
-            self.tensors |= {item.name: item for item in _header(file)}
-        for name, file in placed.items():
-            if name not in self.tensors or self.tensors[name].file.name != file:
-                raise WeightsError(f"{INDEX} says that {file} holds {name}, and it does not.")
-        if placed:
-            self.tensors = {name: self.tensors[name] for name in placed}
+        tables = weight_files(folder, read_json(folder / "config.json")).tables()
+        self.files = list(tables)
+        self.tensors = {
+            name: Stored(name, file, entry.start, entry.shape, entry.dtype)
+            for file, table in tables.items()
+            for name, entry in table.items()
+        }
 
     @property
     def bytes_stored(self) -> int:
@@ -163,23 +158,6 @@ def _fill(file: Any, view: memoryview) -> int:
             break
         done += got
     return done
-
-
-def _header(file: Path) -> list[Stored]:
-    check_safetensors(file)
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    found = []
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        shape, (start, end) = tuple(item["shape"]), item["data_offsets"]
-        made = Stored(name, file, 8 + length + start, shape, item["dtype"])
-        if made.dtype in DTYPES and made.itemsize * math.prod(shape) != end - start:
-            raise WeightsError(f"{file.name} has a corrupt header: {name} has the wrong length.")
-        found.append(made)
-    return found
 
 
 def _require_finite(made: Tensor, stored: Stored) -> None:

@@ -1,0 +1,195 @@
+"""Which files are a folder's weights: the one answer for every command, and it is transformers'."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from melens.errors import ModelError, WeightsError
+from melens.models.headers import HEADER_LIMIT, Entry, read_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NAMED_BY_CONFIG = "transformers_weights"
+"""A config may name its weights' file itself."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a folder's weights."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    """Sorted by name."""
+    placed: dict[str, str]
+    """Tensor -> file as the index says; empty where there is no index."""
+    main: str
+    """The one file, or the index."""
+    left: tuple[str, ...]
+    """Other safetensors files and indexes of the folder; they are not read."""
+
+    @property
+    def note(self) -> str | None:
+        """What to say where there was a choice."""
+        if not self.left:
+            return None
+        more = f" and {len(self.left) - SHOWN} more" if len(self.left) > SHOWN else ""
+        return (
+            f"{self.folder.name}: the weights are those of {self.main}, as in transformers; "
+            f"not read: {', '.join(self.left[:SHOWN])}{more}."
+        )
+
+    def tables(self) -> dict[Path, dict[str, Entry]]:
+        """Every file's tensors, from its header.
+
+        Raises:  WeightsError: a file that is missing, cut or corrupt, one tensor in two files, or
+                 an index that does not fit.
+        """  # fmt: skip
+        found = {file: file_table(file) for file in self.files}
+        require_placed({file.name: table for file, table in found.items()}, self.placed, self.main)
+        return found
+
+
+def weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
+    """A folder's weights: what the config names, else model.safetensors, else the index's shards.
+
+    Raises:  WeightsError: none of these, or an index that names files elsewhere.
+    """
+    main = main_file(lambda name: (folder / name).is_file(), config)
+    if main is None:
+        raise WeightsError(_nothing(folder))
+    placed = weight_map(read_json(folder / main), main) if main.endswith(".json") else {}
+    names = sorted(set(placed.values())) or [main]
+    found = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    return WeightFiles(
+        folder, tuple(folder / name for name in names), placed, main,
+        tuple(sorted({file.name for file in found} - {main, *names})),
+    )  # fmt: skip
+
+
+def main_file(exists: Callable[[str], bool], config: dict[str, Any]) -> str | None:
+    """Name of the one file or the index; None where there is neither.
+
+    Raises:  WeightsError: the config names a file elsewhere, or of another kind.
+    """
+    named = config.get(NAMED_BY_CONFIG)
+    if named is not None:
+        if not is_inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise WeightsError(
+                f"config.json says that the weights are in {named!r:.80}; only a safetensors file "
+                "or index of the same folder is read."
+            )
+        return named
+    return next((name for name in (SINGLE, INDEX) if exists(name)), None)
+
+
+def weight_map(index: Any, name: str) -> dict[str, str]:
+    """Tensor -> file, of an index that was read.
+
+    Raises:  WeightsError: no such map, or a file that is not beside the index.
+    """
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise WeightsError(f"{name} has no weight_map; fetch it again.")
+    if not isinstance(index.get("metadata"), dict):
+        raise WeightsError(f"{name} has no metadata, which transformers asks for; fetch it again.")
+    for file in placed.values():
+        if not is_inside(file) or not file.endswith(".safetensors"):
+            raise WeightsError(
+                f"{name} names {file!r:.80}; only safetensors files of its own folder are read."
+            )
+    return placed
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a name that a file gives is that of a file beside it. A link there is followed: the
+    hub's cache is made of them.
+    """  # noqa: D205
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    return PurePosixPath(name).name == name and name != ".."
+
+
+def require_placed(
+    tables: Mapping[str, Mapping[str, Any]], placed: dict[str, str], main: str
+) -> None:
+    """Hold the files against the index. What an index forgot counts: transformers loads it too.
+
+    Raises:  WeightsError: one tensor in two files, or none where the index says.
+    """
+    at: dict[str, str] = {}
+    for file, table in tables.items():
+        for name in table:
+            if name in at:
+                raise WeightsError(f"{name} is in {at[name]} and in {file}; keep one of them.")
+            at[name] = file
+    for name, file in placed.items():
+        if at.get(name) != file:
+            raise WeightsError(
+                f"{main} says that {file} holds {name}, and it does not; fetch it again."
+            )
+
+
+def file_table(path: Path) -> dict[str, Entry]:
+    """A local file's tensors.
+
+    Raises:  WeightsError: it is missing, cut or corrupt.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path.name} is missing from {path.parent}; fetch it again.")
+    try:
+        with path.open("rb") as file:
+
+            def read(start: int, length: int) -> bytes:
+                file.seek(start)
+                return file.read(length)
+
+            return read_header(read, path.stat().st_size, path.name)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}.") from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content.
+
+    Raises:  ModelError: no regular file, too large, or not JSON.
+    """
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path} is no file.")
+        if path.stat().st_size > HEADER_LIMIT:
+            raise ModelError(f"{path} is over {HEADER_LIMIT // 1_000_000} MB, too large for JSON.")
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}: {str(error)[:200]}.") from None
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """A remark on stderr, once a process: one command opens a folder several times."""
+    sys.stderr.write(f"melens: note: {text}\n")
+
+
+def _nothing(folder: Path) -> str:
+    """Why a folder without a main file has no weights to read."""
+    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    if found:
+        shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+        return (
+            f"{folder} holds neither {SINGLE} nor {INDEX}, only {shown}; rename the file that is "
+            "the model, or fetch the index."
+        )
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded; "
+            "convert them to safetensors first."
+        )
+    return f"{folder} holds no safetensors weights."
