@@ -142,6 +142,8 @@ def _reason(block: Any, name: str, known: Any, shapes: dict[str, tuple[int, ...]
         return "the hook holds more than the heads (a gate)"
     if name in known:
         return "the hook exists but never fires"
+    if block.unread and ".attn." in name:
+        return "attention cannot be read here, it has no hook"
     if not block.attention and ".attn." in name:
         return "the layer has no attention"
     return "the model has no such hook"
