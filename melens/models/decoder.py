@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melens.errors import FoldedWeightsError, InterventionError, SiteError
+from melens.errors import FoldedWeightsError, InterventionError, ModelError, SiteError
 from melens.models.anatomy import FAMILIES, anatomy, holds_attention, norm_gain
+from melens.models.effective import require_gain
 
 KEPT_BRIDGE = "_melens_bridge"
 """Where a plain model keeps the bridge that melens made of it."""
@@ -65,7 +66,23 @@ class Decoder:
         weight = getattr(self.norms[layer], "weight", None)
         if not isinstance(weight, Tensor):
             raise FoldedWeightsError(f"layer {layer}'s norm before attention has no gain.")
-        return weight.detach().float() + row.gain_offset
+        gain = weight.detach().float() + row.gain_offset
+        require_gain(self.norms[layer], gain, where=f"layer {layer}'s norm before attention")
+        return gain
+
+
+def layer_list(model: Any) -> torch.nn.ModuleList:
+    """The list that a transformers model's forward pass walks through.
+
+    Raises:  ModelError: none is as long as the config's number of layers.
+    """
+    count = getattr(model.config, "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(
+        f"{type(model).__name__} has no list of {count} layers; it cannot be streamed."
+    )
 
 
 def decoder_of(model: Any) -> Decoder:
