@@ -19,7 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.capture import EverythingSeen, check_ids, evaluating
+from melens.capture import (
+    EverythingSeen,
+    Hooks,
+    check_ids,
+    evaluating,
+    hooked,
+    one_thread,
+    require_this_thread,
+)
 from melens.errors import ContractError, SiteError
 from melens.interventions.now import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
@@ -37,7 +45,6 @@ NUDGE = 1.5
 """Factor by which the check edits a residual: visible, and still ordinary."""
 DOES_NOT_FIT = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 """What a block raises where its arguments do not fit each other; melens' own errors are others."""
-Hooks = Iterable[tuple[str, Callable[..., Any]]]
 
 
 class _Keeping:
@@ -109,7 +116,7 @@ class Resumable:
         self._per_row: dict[str, bool] = {}
         self.suffixes = check and self._can_cut() and not reads_whole(model)
         """Whether runs can start behind position 0; else every run takes whole sequences."""
-        with evaluating(model):
+        with one_thread(model), evaluating(model):
             last = self._record_what_can_be()
             self._per_row = self._which_are_per_row()
             if check:
@@ -186,8 +193,8 @@ class Resumable:
         self.resid_pre(stop)
         now = self._now(self._copies(resid, start), start, None)
         with (
+            hooked(self.model, hooks),
             evaluating(self.model),
-            self.model.hooks(fwd_hooks=list(hooks)),
             passing(self.model, now),
         ):
             for current in range(layer, stop):
@@ -235,6 +242,7 @@ class Resumable:
         def before(layer: int) -> Callable[..., Any]:
             def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 named = {**dict(zip(self._names[layer], args, strict=False)), **kwargs}
+                require_this_thread(self.model)
                 resid = named.pop(self._names[layer][0])
                 self._resids.append(resid.detach())
                 self._calls.append(named)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.capture import evaluating, forward
+from melens.capture import evaluating, forward, hooked
 from melens.errors import ContractError
 from melens.models.anatomy import (
     FAMILIES,
@@ -73,7 +73,7 @@ def check_contract(model: Any, own: OwnAnswer | None = None) -> Anatomy:
     hooks = [(site, keep(site)) for block in parts.blocks for site in _sites(model, block)]
     hooks += [(resid_post(block.layer), close(block)) for block in parts.blocks]
     name = getattr(model.cfg, "architecture", None) or type(model).__name__
-    with evaluating(model), model.hooks(fwd_hooks=hooks), failing(f"the bridge of {name} fails"):
+    with hooked(model, hooks), evaluating(model), failing(f"the bridge of {name} fails"):
         if own is None or own.logits is None:
             logits = None
             forward(model, Batch.of(probe_ids(model.cfg) if own is None else own.ids.cpu()))
