@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
-from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from melens.errors import ContractError, SiteError
 from melens.interventions.now import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.origin import origin_of
+from melens.models.recorded import Keeping, Prefix
 from melens.shapes import Resid
 
 CACHES = ("past_key_values", "layer_past")
@@ -45,42 +45,6 @@ NUDGE = 1.5
 """Factor by which the check edits a residual: visible, and still ordinary."""
 DOES_NOT_FIT = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 """What a block raises where its arguments do not fit each other; melens' own errors are others."""
-
-
-class _Keeping:
-    """A cache that notes the keys and values it is shown, and hands them back as they are."""
-
-    def __init__(self) -> None:
-        self.pair: tuple[Tensor, Tensor] | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """``[batch, head, pos, d]`` keys and values of the whole sequences."""
-        self.pair = (keys.detach(), values.detach())
-        return keys, values
-
-    def get_seq_length(self, *rest: Any) -> int:
-        """Nothing came before."""
-        return 0
-
-
-class _Prefix:
-    """A cache that puts recorded keys and values before new ones, and changes nothing."""
-
-    def __init__(self, pair: tuple[Tensor, Tensor], start: int, copies: int) -> None:
-        self.pair = tuple(
-            repeat(x[:, :, :start], "row head pos d -> (copy row) head pos d", copy=copies)
-            for x in pair
-        )
-        self.start = start
-
-    def update(self, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """The whole sequences' keys and values."""
-        before_k, before_v = self.pair
-        return torch.cat([before_k, keys], dim=-2), torch.cat([before_v, values], dim=-2)
-
-    def get_seq_length(self, *rest: Any) -> int:
-        """Positions before the new ones."""
-        return self.start
 
 
 class Resumable:
@@ -164,7 +128,7 @@ class Resumable:
         }
         if start:
             cache = next(name for name in CACHES if name in self._names[layer])
-            named[cache] = _Prefix(self._pairs[layer], start, copies)
+            named[cache] = Prefix(self._pairs[layer], start, copies)
         out = self.model.blocks[layer](resid, **named)
         return out[0] if isinstance(out, tuple) else out
 
@@ -237,7 +201,7 @@ class Resumable:
     def _record(self) -> Tensor:
         """One full run; returns the logits at each row's last real position."""
         self._calls, self._resids, self._pairs = [], [], []
-        kept: list[_Keeping] = []
+        kept: list[Keeping] = []
 
         def before(layer: int) -> Callable[..., Any]:
             def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -248,7 +212,7 @@ class Resumable:
                 self._calls.append(named)
                 if not self.suffixes:
                     return None
-                kept.append(_Keeping())
+                kept.append(Keeping())
                 cache = next(name for name in CACHES if name in self._names[layer])
                 return (resid,), {**named, cache: kept[-1]}
 
