@@ -130,6 +130,11 @@ def _check_block(model: Any, block: Block, seen: dict[str, Tensor]) -> None:
     after = wide(seen[resid_post(block.layer)])
     if not torch.isfinite(after).all():
         raise ContractError(f"block {block.layer} leaves NaN or Inf in {dtype}; use float32.")
+    if not torch.isfinite(after.float().norm(dim=-1)).all():
+        raise ContractError(
+            f"block {block.layer} leaves entries of {after.abs().max():.1e}: their squares do not "
+            "fit into float32, in which norms and statistics are computed. Scale the model down."
+        )
     parts = [wide(seen[resid_pre(block.layer)])]
     parts += [wide(seen[site]) for site in (*block.mixer_writes, block.ffn_write) if site]
     error = _largest_miss(torch.stack(parts).sum(0), after, [*parts, after])
