@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch, Prompts
-from melens.errors import CaptureError, PromptError, SiteError
+from melens.errors import BusyError, CaptureError, PromptError, SiteError
 
 
 @runtime_checkable
@@ -47,6 +50,84 @@ class ChannelMax:
         return self._max.cpu()
 
 
+@dataclass
+class _Use:
+    """Who has hooks on a model, and how often over."""
+
+    thread: int
+    name: str
+    depth: int = 0
+
+
+_USES: weakref.WeakKeyDictionary[Any, _Use] = weakref.WeakKeyDictionary()
+_USES_LOCK = threading.Lock()
+
+
+@contextmanager
+def one_thread(model: Any) -> Iterator[None]:
+    """The model belongs to this thread while this is open; hooks act on whoever runs it.
+
+    Nests within one thread. Every edit, capture and resumed run opens it.
+
+    Raises:  BusyError: another thread has it.
+    """
+    key = getattr(model, "original_model", model)
+    here = threading.current_thread()
+    with _USES_LOCK:
+        use = _USES.setdefault(key, _Use(threading.get_ident(), here.name))
+        _refuse_others(use)
+        use.depth += 1
+    try:
+        yield
+    finally:
+        with _USES_LOCK:
+            use.depth -= 1
+            if not use.depth:
+                _USES.pop(key, None)
+
+
+def require_this_thread(model: Any) -> None:
+    """Refuse a forward pass of a thread that the open edits or captures are not of.
+
+    Raises:  BusyError: the model belongs to another thread.
+    """
+    use = _USES.get(getattr(model, "original_model", model))
+    if use is not None:
+        _refuse_others(use)
+
+
+def _refuse_others(use: _Use) -> None:
+    if use.thread != threading.get_ident():
+        raise BusyError(
+            f"an edit or a capture of thread {use.name} is open on this model, and its hooks would "
+            "act on this thread's passes too; use the model from one thread at a time, or give "
+            "each thread a model of its own."
+        )
+
+
+Hooks = Iterable[tuple[str, Callable[..., Any]]]
+
+
+@contextmanager
+def hooked(model: Any, hooks: Hooks) -> Iterator[None]:
+    """TransformerLens hooks (name, function) of this thread; another's pass through them is
+    refused.
+
+    Raises:  BusyError: here, or in a pass of another thread that reaches a hook.
+    """  # noqa: D205
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Any, hook: Any) -> Any:
+            require_this_thread(model)
+            return function(x, hook)
+
+        return call
+
+    made = [(site, guarded(function)) for site, function in hooks]
+    with one_thread(model), model.hooks(fwd_hooks=made):
+        yield
+
+
 class EverythingSeen(Exception):
     """Raised inside the last hook that was needed, to skip the rest of the forward pass."""
 
@@ -73,7 +154,8 @@ def stream(
              and any layer after the last tap).
              progress: called with the number of rows done after every batch.
     Returns: the number of batches.
-    Raises:  SiteError: a hook name the model does not have.
+    Raises:  SiteError: a hook name the model does not have. BusyError: another thread has an edit
+             or a capture open on the model.
              CaptureError: a site that did not fire exactly once a batch; no batch at all.
     """  # fmt: skip
     if not hasattr(model, "hook_dict"):
@@ -100,7 +182,7 @@ def stream(
 
     count = 0
     hooks = [(site, tap(site, reducer)) for site, reducer in taps.items()]
-    with evaluating(model), model.hooks(fwd_hooks=hooks):
+    with hooked(model, hooks), evaluating(model):
         for count, batch in enumerate(batches, start=1):
             seen.clear()
             current[:] = [batch]

@@ -82,6 +82,12 @@ class EditWarning(UserWarning):
     """An edit touched tokens that were not massive, or left massive ones out."""
 
 
+class BusyError(MelensError):
+    """A model that another thread has an edit or a capture open on."""
+
+    exit_code = COULD_NOT_RUN
+
+
 class MetricError(MelensError):
     """A metric that is undefined on what it was given."""
 

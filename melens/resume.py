@@ -11,67 +11,40 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.capture import check_ids, evaluating
+from melens.capture import (
+    EverythingSeen,
+    Hooks,
+    check_ids,
+    evaluating,
+    hooked,
+    one_thread,
+    require_this_thread,
+)
 from melens.errors import ContractError, SiteError
 from melens.interventions.now import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.origin import origin_of
+from melens.models.recorded import Keeping, Prefix
 from melens.shapes import Resid
 
 CACHES = ("past_key_values", "layer_past")
 """Names under which a block takes its key-value cache."""
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 2e-5}
 HALF_TOLERANCE = 5e-2
 """Relative to a token's largest entry; bf16 adds in steps of 2^-8 and matmuls of other shapes add
-in another order, once a block.
+in another order, once a block. Float64 models, too, have norms and softmax that go through float32.
 """
 NUDGE = 1.5
 """Factor by which the check edits a residual: visible, and still ordinary."""
-Hooks = Iterable[tuple[str, Callable[..., Any]]]
-
-
-class _Keeping:
-    """A cache that notes the keys and values it is shown, and hands them back as they are."""
-
-    def __init__(self) -> None:
-        self.pair: tuple[Tensor, Tensor] | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """``[batch, head, pos, d]`` keys and values of the whole sequences."""
-        self.pair = (keys.detach(), values.detach())
-        return keys, values
-
-    def get_seq_length(self, *rest: Any) -> int:
-        """Nothing came before."""
-        return 0
-
-
-class _Prefix:
-    """A cache that puts recorded keys and values before new ones, and changes nothing."""
-
-    def __init__(self, pair: tuple[Tensor, Tensor], start: int, copies: int) -> None:
-        self.pair = tuple(
-            repeat(x[:, :, :start], "row head pos d -> (copy row) head pos d", copy=copies)
-            for x in pair
-        )
-        self.start = start
-
-    def update(self, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """The whole sequences' keys and values."""
-        before_k, before_v = self.pair
-        return torch.cat([before_k, keys], dim=-2), torch.cat([before_v, values], dim=-2)
-
-    def get_seq_length(self, *rest: Any) -> int:
-        """Positions before the new ones."""
-        return self.start
+DOES_NOT_FIT = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
+"""What a block raises where its arguments do not fit each other; melens' own errors are others."""
 
 
 class Resumable:
@@ -104,10 +77,12 @@ class Resumable:
         self._calls: list[dict[str, Any]] = []
         self._resids: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._per_row: dict[str, bool] = {}
         self.suffixes = check and self._can_cut() and not reads_whole(model)
         """Whether runs can start behind position 0; else every run takes whole sequences."""
-        with evaluating(model):
+        with one_thread(model), evaluating(model):
             last = self._record_what_can_be()
+            self._per_row = self._which_are_per_row()
             if check:
                 self._check(last)
 
@@ -153,7 +128,7 @@ class Resumable:
         }
         if start:
             cache = next(name for name in CACHES if name in self._names[layer])
-            named[cache] = _Prefix(self._pairs[layer], start, copies)
+            named[cache] = Prefix(self._pairs[layer], start, copies)
         out = self.model.blocks[layer](resid, **named)
         return out[0] if isinstance(out, tuple) else out
 
@@ -182,8 +157,8 @@ class Resumable:
         self.resid_pre(stop)
         now = self._now(self._copies(resid, start), start, None)
         with (
+            hooked(self.model, hooks),
             evaluating(self.model),
-            self.model.hooks(fwd_hooks=list(hooks)),
             passing(self.model, now),
         ):
             for current in range(layer, stop):
@@ -226,17 +201,18 @@ class Resumable:
     def _record(self) -> Tensor:
         """One full run; returns the logits at each row's last real position."""
         self._calls, self._resids, self._pairs = [], [], []
-        kept: list[_Keeping] = []
+        kept: list[Keeping] = []
 
         def before(layer: int) -> Callable[..., Any]:
             def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 named = {**dict(zip(self._names[layer], args, strict=False)), **kwargs}
+                require_this_thread(self.model)
                 resid = named.pop(self._names[layer][0])
                 self._resids.append(resid.detach())
                 self._calls.append(named)
                 if not self.suffixes:
                     return None
-                kept.append(_Keeping())
+                kept.append(Keeping())
                 cache = next(name for name in CACHES if name in self._names[layer])
                 return (resid,), {**named, cache: kept[-1]}
 
@@ -259,13 +235,46 @@ class Resumable:
         self._pairs = [cache.pair for cache in kept if cache.pair is not None]
         return logits[torch.arange(len(logits)), self._last()]
 
-    def _full(self) -> Tensor:
+    def _full(self, copies: int = 1) -> Tensor:
         options: dict[str, Any] = {}
         if self.batch.padded:
-            options["attention_mask"] = self.batch.mask.long()
+            options["attention_mask"] = self.batch.mask.long().repeat(copies, 1)
         if hasattr(self.model, "original_model"):
             options["use_cache"] = False
-        return self.model(self.batch.ids, return_type="logits", **options)
+        return self.model(self.batch.ids.repeat(copies, 1), return_type="logits", **options)
+
+    def _which_are_per_row(self) -> dict[str, bool]:
+        """For each tensor that blocks are called with, whether its first axis grows with the rows.
+
+        Masks, positions and biases are built anew for every batch, and no shape tells how: the
+        axis may be rows, rows x heads, or heads alone. So the model is called once more with every
+        row twice, up to the first block that shows all of them.
+        """
+        once = _sizes(self._calls)
+        found: dict[str, int] = {}
+
+        def look(layer: int) -> Callable[..., Any]:
+            def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                named = dict(zip(self._names[layer], args, strict=False))
+                for name, size in _sizes([{**named, **kwargs}]).items():
+                    found.setdefault(name, size)
+                if set(once) <= set(found):
+                    raise EverythingSeen
+
+            return note
+
+        handles = [
+            block.register_forward_pre_hook(look(layer), with_kwargs=True)
+            for layer, block in enumerate(self.model.blocks)
+        ]
+        try:
+            self._full(copies=2)
+        except EverythingSeen:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: found.get(name) == 2 * size for name, size in once.items()}
 
     def _check(self, last: Tensor) -> None:
         """Two variants: as it was, and edited; whole and, if it can, the suffix. All blocks: an
@@ -277,7 +286,10 @@ class Resumable:
         clean = self._resids[layer]
         edited = clean.clone()
         edited[:, start:] *= NUDGE
-        whole = self.run(layer, torch.cat([clean, edited]))
+        try:
+            whole = self.run(layer, torch.cat([clean, edited]))
+        except DOES_NOT_FIT as error:
+            self._refuse(f"its blocks do not run by themselves ({str(error)[:120]})")
         final, rows = self._resids[-1], len(clean)
         if (miss := self._miss(whole[:rows], final)) > self._tolerance:
             self._refuse(f"resumed at layer {layer} it misses the full run by {miss:.1e}")
@@ -286,7 +298,11 @@ class Resumable:
             self._refuse(f"its logits miss those of the full run by {miss:.1e}")
         if self.suffixes and start:
             both = torch.cat([clean, edited])[:, start:]
-            cut = self.run(layer, both, start=start)
+            try:
+                cut = self.run(layer, both, start=start)
+            except DOES_NOT_FIT:  # what it is called with cannot be cut: whole sequences then
+                self.suffixes = False
+                return
             self.suffixes = self._miss(cut, whole[:, start:], start) <= self._tolerance
 
     def _miss(self, found: Tensor, expected: Tensor, start: int = 0) -> float:
@@ -297,7 +313,7 @@ class Resumable:
     def _tolerance(self) -> float:
         return TOLERANCE.get(residual_dtype(self.model), HALF_TOLERANCE)
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         raise ContractError(
             f"{origin_of(self.model).name} cannot be resumed from the middle: {what}. If hooks are "
             "active on the model, leave them first; else this family needs the full run."
@@ -324,12 +340,13 @@ class Resumable:
     def _fitted(self, name: str, value: Any, start: int, copies: int) -> Any:
         """A recorded argument, for these rows and positions."""
         if isinstance(value, tuple):
-            return tuple(self._fitted(name, item, start, copies) for item in value)
+            parts = enumerate(value)
+            return tuple(self._fitted(f"{name}.{i}", item, start, copies) for i, item in parts)
         if not isinstance(value, Tensor):
             return value
         if start:
-            value = _cut(name, value, start)
-        if value.ndim > 1 and len(value) == len(self.batch) > 1:
+            value = _cut(name.split(".")[0], value, start)
+        if self._per_row.get(name):
             value = value.repeat(copies, *[1] * (value.ndim - 1))
         return value
 
@@ -341,6 +358,18 @@ def _cut(name: str, value: Tensor, start: int) -> Tensor:
     if name == "position_embeddings":
         return value[..., start:, :]
     return value[..., start:] if name in ("position_ids", "cache_position") else value
+
+
+def _sizes(calls: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Length of the first axis of every tensor in blocks' arguments, by its name."""
+    found: dict[str, int] = {}
+    for call in calls:
+        for name, value in call.items():
+            parts = enumerate(value) if isinstance(value, tuple) else [("", value)]
+            for i, part in parts:
+                if isinstance(part, Tensor) and part.ndim:
+                    found.setdefault(f"{name}.{i}".rstrip("."), len(part))
+    return found
 
 
 def _parameters(block: Any) -> list[str]:

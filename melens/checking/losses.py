@@ -19,6 +19,7 @@ from melens.evaluation.scores import assembled, held_facts
 from melens.evaluation.settings import Bench as Trial
 from melens.evaluation.settings import Card, Settings
 from melens.evaluation.tasks import token_loss
+from melens.models.anatomy import anatomy
 from melens.models.decoder import decoder_of
 from melens.results import Evaluation
 from melens.results.edit import Edit
@@ -59,7 +60,8 @@ def eviction_losses(bench: Bench, tick: Tick) -> Evaluation:
     """
     layers = tuple(decoder_of(bench.model).attentions)
     if not layers:
-        raise SiteError("no layer of this model has attention, so there is no cache to evict from.")
+        why = anatomy(bench.model).why_no_attention()
+        raise SiteError(f"{why}; so no key can be hidden as a cache that evicts it would.")
     start = min(len(row) for row in bench.inputs.rows) // 2
     if start < LEAST_HALF:
         raise PromptError(

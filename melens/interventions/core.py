@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melens.capture import check_sites
+from melens.capture import check_sites, hooked
 from melens.errors import EditWarning, InterventionError, NoTokenError
 from melens.interventions.edited import EditedTokens
 from melens.interventions.massive import FirstRule, MassiveRule, noting
@@ -180,7 +180,7 @@ def editing(
     check_sites(place.model, [*(reads or {}), *edits])
     hooks = [(site, _reading(reader)) for site, reader in (reads or {}).items()]
     hooks += [(site, _writing(place, editor)) for site, editor in edits.items()]
-    with place.noted(whole=whole), place.model.hooks(fwd_hooks=hooks):
+    with place.noted(whole=whole), hooked(place.model, hooks):
         yield place.edited
     _require_effect(place, ", ".join(edits))
 

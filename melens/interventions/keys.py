@@ -120,16 +120,34 @@ def _with_hidden(
     low = torch.finfo(dtype).min
     query = torch.arange(total - chunk, total, device=columns.device)
     key = torch.arange(total, device=columns.device)
+    hide = columns[:, None, None, :] & (key[None] != query[:, None]) & late[:, None, :, None]
     if mask is None:
         seen = (key[None] <= query[:, None])[None, None]
         mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, low)
-    elif mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low)
-    hide = columns[:, None, None, :].to(mask.device) & (key[None] != query[:, None]).to(mask.device)
-    hide = hide & late[:, None, :, None].to(mask.device)
-    width = mask.shape[-1]
+    hide, width = hide.to(mask.device), mask.shape[-1]
     if width < total:  # a sliding window's cache keeps the last keys only
         hide = hide[..., total - width :]
     hide = torch.nn.functional.pad(hide, (0, width - hide.shape[-1]))
+    if mask.dtype == torch.bool:
+        if _true_is_hidden(mask, min(total, width)):
+            if amount > -math.inf:
+                raise InterventionError(
+                    "this model's attention takes a mask of yes and no, so a key cannot be hidden "
+                    "in part; use strength=1 (or 0)."
+                )
+            return mask | hide
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low)
     lowered = mask + amount if amount > -math.inf else torch.full_like(mask, low)
     return torch.where(hide, lowered.clamp_min(low), mask)
+
+
+def _true_is_hidden(mask: Tensor, seen: int) -> bool:
+    """Whether True takes a key away (MPT) or lets it be read (sdpa): the last token of a text sees
+    itself, so at its own key the mask says which; padding sees nothing or everything.
+    """  # noqa: D205
+    own = torch.arange(seen - mask.shape[-2], seen, device=mask.device)
+    queries = torch.arange(mask.shape[-2], device=mask.device)
+    later = own[None] > own[:, None]
+    if later.any():  # a query never sees a later key: no padding disturbs that
+        return bool(mask[..., queries[:, None], own[None]][..., later].all())
+    return not bool(mask[..., queries, own].any())

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.capture import EverythingSeen, evaluating
+from melens.capture import EverythingSeen, evaluating, hooked
 from melens.errors import InterventionError
 from melens.interventions.now import Now, now_of, watching
 from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
@@ -226,7 +226,7 @@ def noting(
         then(now)
 
     if hasattr(model, "hook_dict"):
-        with model.hooks(fwd_hooks=[(rule.site, read)]):
+        with hooked(model, [(rule.site, read)]):
             yield
         return
     assert block is not None

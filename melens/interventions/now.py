@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from melens.capture import one_thread, require_this_thread
 from melens.errors import InterventionError
 from melens.shapes import Resid, TokenIds
 
@@ -54,6 +55,7 @@ def now_of(model: Any) -> Now:
 
     Raises:  InterventionError: blocks are being called outside any forward pass of the model.
     """
+    require_this_thread(model)
     if not _NOW.get(model):
         raise InterventionError(
             "a block of this model was called by itself, so an edit cannot know which tokens it "
@@ -65,12 +67,13 @@ def now_of(model: Any) -> Now:
 @contextmanager
 def passing(model: Any, now: Now) -> Iterator[None]:
     """Say what is being run while blocks are called directly."""
-    stack = _NOW.setdefault(model, [])
-    stack.append(now)
-    try:
-        yield
-    finally:
-        stack.pop()
+    with one_thread(model):
+        stack = _NOW.setdefault(model, [])
+        stack.append(now)
+        try:
+            yield
+        finally:
+            stack.pop()
 
 
 def reads_whole(model: Any) -> bool:
@@ -85,7 +88,14 @@ def watching(model: Any, *, whole: bool = False) -> Iterator[None]:
     Open edits share one note a pass, however many they are.
 
     Args:    whole: count as an edit that looks at whole sequences.
+    Raises:  BusyError: another thread has an edit or a capture open on the model. A pass of another
+             thread while this is open is refused in that thread.
     """
+    with one_thread(model):
+        yield from _watching(model, whole)
+
+
+def _watching(model: Any, whole: bool) -> Iterator[None]:
     watch = _WATCHED.get(model)
     if watch is None:
         watch = _WATCHED[model] = _Watch(model)
@@ -120,6 +130,7 @@ class _Watch:
 
     def note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the whole model runs."""
+        require_this_thread(module)
         del self.stack[self.depth :]  # a pass that failed or stopped early leaves its entry behind
         self.stack.append(_read({**dict(zip(self.names, args, strict=False)), **kwargs}))
 

@@ -147,6 +147,11 @@ def layers_of(decoder: Decoder, layer: int | MELayer | None, layers: Layers) -> 
         start = _me_layer(decoder, layer, str(layers))
         found = tuple(at for at in decoder.attentions if at > start)
         if not found:
+            if unread := [str(at) for at in decoder.unread if at > start]:
+                raise InterventionError(
+                    f"the attention of layer {', '.join(unread)} cannot be edited here, "
+                    "TransformerLens has no hook at it."
+                )
             raise InterventionError(
                 f"no layer with attention comes after layer {start} of {decoder.name}; name layers."
             )
@@ -160,7 +165,8 @@ def layers_of(decoder: Decoder, layer: int | MELayer | None, layers: Layers) -> 
     for at in numbers:
         decoder.check_layer(at)
         if at not in decoder.attentions:
-            raise InterventionError(f"layer {at} of {decoder.name} has no attention to mask.")
+            has = "attention that cannot be edited here" if at in decoder.unread else "no attention"
+            raise InterventionError(f"layer {at} of {decoder.name} has {has}; it cannot be masked.")
     return tuple(numbers)
 
 

@@ -40,7 +40,7 @@ class Written:
     @property
     def shares(self) -> Float[Tensor, " d_mlp"]:
         """Contributions over their sum, the bias included."""
-        return self.contributions / self.summed
+        return _share(self.contributions, self.contributions.new_tensor(self.summed))
 
     def top(self, share: float) -> list[int]:
         """The fewest neurons that together make a share of the write."""
@@ -138,14 +138,16 @@ def direction_of(
     if gate is None:
         vector = weights @ up
         size = vector.norm()
-        v, top, concentration = vector / size, size, 1.0
+        v, top = _share(vector, size), size
+        concentration = 1.0 if size > 0 else 0.0
         alone = whole = (x @ vector).mean()
     else:
         half = einsum(gate, weights, up, "n i, n, n j -> i j")
         values, vectors = torch.linalg.eigh((half + half.T) / 2)
         lead = int(values.abs().argmax())
-        v, top = vectors[:, lead], values[lead]
-        concentration = (top.square() / values.square().sum()).item()
+        top = values[lead]
+        v = vectors[:, lead] if top != 0 else torch.zeros_like(vectors[:, lead])
+        concentration = _share(top.square(), values.square().sum()).item()
         alone = (top * (x @ v).square()).mean()
         whole = einsum(x, half, x, "t i, i j, t j -> t").mean()
     aligned, ordinary = _cosines(x, v), _cosines(rest, v)
@@ -156,9 +158,14 @@ def direction_of(
         massive=aligned.mean().item(),
         others_median=ordinary.median().item(),
         others_max=ordinary.max().item(),
-        explained=(alone / made).item(),
-        predicted=(whole / made).item(),
+        explained=_share(alone, made).item(),
+        predicted=_share(whole, made).item(),
     ), v.float()
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Part / whole; 0 where an FFN writes exactly nothing, so that there is nothing to share."""
+    return part / whole if whole != 0 else torch.zeros_like(part)
 
 
 def gains_of(
@@ -179,7 +186,7 @@ def gains_of(
         each = clean.expand(len(row), *clean.shape).clone()
         for i, d in enumerate(row.tolist()):
             each[i, :, d] += normalized[:, d] * (gain.mean() - gain[d])
-        left.append((ffn.product_of(each) @ weights).mean(-1) / base)
+        left.append(_share((ffn.product_of(each) @ weights).mean(-1), base))
     shares = torch.cat(left)
     top = (shares - 1).abs().argsort(descending=True)[:TOP_DIMS]
     return Gains(

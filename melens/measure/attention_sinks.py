@@ -66,10 +66,11 @@ def check_t(t: int) -> None:
 
 
 def check_attention(model: Any) -> None:
-    """Refuse a model that has no attention at all."""
-    if not anatomy(model).attention_layers:
+    """Refuse a model that has no attention at all, or none that can be read."""
+    parts = anatomy(model)
+    if not parts.attention_layers:
         raise ModelError(
-            "no layer of this model has attention, so it has no sinks; melens.locate and "
+            f"{parts.why_no_attention()}; so no sinks can be measured. melens.locate and "
             "melens.describe work on it."
         )
 

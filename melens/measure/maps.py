@@ -96,21 +96,22 @@ def check_choice(model: Any, layers: Sequence[int] | None, heads: Sequence[int] 
 
     Raises:  SiteError: naming the first one that does not fit.
     """
-    able = anatomy(model).attention_layers
+    parts = anatomy(model)
+    able = parts.attention_layers
     for given in (layers, heads):
         if given is not None and not _whole_numbers(given):
             raise SiteError(f"layers and heads are lists of whole numbers, got {given!r}.")
     for layer in layers or ():
         check_layer(model, layer)
         if layer not in able:
-            raise SiteError(f"layer {layer} has no attention; these have: {list(able)}.")
+            raise SiteError(f"{parts.why_no_attention(layer)}; these have: {list(able)}.")
     n_heads = model.cfg.n_heads
     if (layers is not None and not layers) or (heads is not None and not heads):
         raise SiteError("no layer or no head was given; leave the argument out for the default.")
     if bad := [head for head in heads or () if not 0 <= head < n_heads]:
         raise SiteError(f"head {bad[0]} is outside 0..{n_heads - 1}. Heads count from 0.")
     if not able:
-        raise SiteError("no layer of this model has attention, so there is none to show.")
+        raise SiteError(f"{parts.why_no_attention()}; so there is none to show.")
 
 
 def _whole_numbers(given: Any) -> bool:

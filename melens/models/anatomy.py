@@ -58,12 +58,15 @@ _family("qwen3-next", "Qwen3NextForCausalLM", gain_offset=1.0)
 
 @dataclass(frozen=True)
 class Block:
-    """One block's sites. ``attention`` is False where a hybrid mixes tokens in another way."""
+    """One block's sites. ``attention``: its pattern has a hook; ``unread``: the block has attention
+    all the same, and no hook shows it. A hybrid's other blocks have neither.
+    """  # noqa: D205
 
     layer: int
     mixer_writes: tuple[str, ...]
     ffn_write: str | None
     attention: bool
+    unread: bool
     norms: tuple[str, ...]
 
 
@@ -78,6 +81,20 @@ class Anatomy:
     def attention_layers(self) -> tuple[int, ...]:
         """Layers that have attention: the only ones attention measures may speak of."""
         return tuple(block.layer for block in self.blocks if block.attention)
+
+    def why_no_attention(self, layer: int | None = None) -> str:
+        """Why a layer's attention, or all of it, cannot be looked at; a hook that is missing is not
+        an absence.
+        """  # noqa: D205
+        wanted = self.blocks if layer is None else self.blocks[layer : layer + 1]
+        if unread := [str(block.layer) for block in wanted if block.unread]:
+            return (
+                f"the attention of layer {', '.join(unread)} cannot be read here: TransformerLens "
+                "has no hook for its pattern"
+            )
+        if layer is None:
+            return "no layer of this model has attention"
+        return f"layer {layer} has no attention"
 
 
 def resid_pre(layer: int) -> str:
@@ -102,7 +119,7 @@ def anatomy(model: Any) -> Anatomy:
     """
     known = set(model.hook_dict)
     row = family_of(model)
-    return Anatomy(row, tuple(_block(known, layer) for layer in range(model.cfg.n_layers)))
+    return Anatomy(row, tuple(_block(model, known, layer) for layer in range(model.cfg.n_layers)))
 
 
 def family_of(model: Any) -> str | None:
@@ -176,10 +193,15 @@ def require_unfolded(model: Any) -> None:
 
 
 def _norms(model: Any, layer: int) -> tuple[str, ...]:
-    return _block(set(model.hook_dict), layer).norms
+    return _block(model, set(model.hook_dict), layer).norms
 
 
-def _block(known: set[str], layer: int) -> Block:
+def holds_attention(block: torch.nn.Module) -> bool:
+    """Whether any module of a block calls itself attention, as all of transformers' do."""
+    return any("Attention" in type(part).__name__ for part in block.modules())
+
+
+def _block(model: Any, known: set[str], layer: int) -> Block:
     prefix = f"blocks.{layer}."
     mixers = tuple(prefix + site for site in MIXERS if prefix + site in known)
     ffn = f"{prefix}hook_mlp_out"
@@ -190,7 +212,8 @@ def _block(known: set[str], layer: int) -> Block:
         layer=layer,
         mixer_writes=mixers,
         ffn_write=ffn if ffn in known else None,
-        attention=pattern_hook(layer) in known,
+        attention=(hooked := pattern_hook(layer) in known),
+        unread=not hooked and holds_attention(model.blocks[layer]),
         norms=tuple(norm for norm in norms if f"{prefix}{norm}.hook_normalized" in known),
     )
 

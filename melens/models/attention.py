@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.capture import evaluating, forward
+from melens.capture import evaluating, forward, hooked
 from melens.models.anatomy import anatomy, pattern_hook, resid_post
 
 HOOKS = {
@@ -97,7 +97,7 @@ def _look(model: Any) -> AttentionSites:
 
     length = _telling_length(model)
     ids = (torch.arange(length)[None] + 3) % min(model.cfg.d_vocab, 100)
-    with evaluating(model), model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
+    with hooked(model, [(name, keep(name)) for name in names]), evaluating(model):
         forward(model, Batch.of(ids))
     views, missing = [], []
     for layer, block in enumerate(parts.blocks):
@@ -142,6 +142,8 @@ def _reason(block: Any, name: str, known: Any, shapes: dict[str, tuple[int, ...]
         return "the hook holds more than the heads (a gate)"
     if name in known:
         return "the hook exists but never fires"
+    if block.unread and ".attn." in name:
+        return "attention cannot be read here, it has no hook"
     if not block.attention and ".attn." in name:
         return "the layer has no attention"
     return "the model has no such hook"

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melens.errors import FoldedWeightsError, InterventionError, SiteError
-from melens.models.anatomy import FAMILIES, anatomy, norm_gain
+from melens.errors import FoldedWeightsError, InterventionError, ModelError, SiteError
+from melens.models.anatomy import FAMILIES, anatomy, holds_attention, norm_gain
+from melens.models.effective import require_gain
 
 KEPT_BRIDGE = "_melens_bridge"
 """Where a plain model keeps the bridge that melens made of it."""
@@ -32,6 +33,8 @@ class Decoder:
     """Layer to the norm before attention of a plain model; empty for a bridge."""
     blocks: dict[int, torch.nn.Module]
     """Layer to the whole block of a plain model; empty for a bridge, which has hooks."""
+    unread: tuple[int, ...] = ()
+    """Layers that have attention which TransformerLens knows no way to."""
 
     def check_layer(self, layer: int) -> None:
         """Refuse a layer the model does not have.
@@ -63,7 +66,23 @@ class Decoder:
         weight = getattr(self.norms[layer], "weight", None)
         if not isinstance(weight, Tensor):
             raise FoldedWeightsError(f"layer {layer}'s norm before attention has no gain.")
-        return weight.detach().float() + row.gain_offset
+        gain = weight.detach().float() + row.gain_offset
+        require_gain(self.norms[layer], gain, where=f"layer {layer}'s norm before attention")
+        return gain
+
+
+def layer_list(model: Any) -> torch.nn.ModuleList:
+    """The list that a transformers model's forward pass walks through.
+
+    Raises:  ModelError: none is as long as the config's number of layers.
+    """
+    count = getattr(model.config, "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(
+        f"{type(model).__name__} has no list of {count} layers; it cannot be streamed."
+    )
 
 
 def decoder_of(model: Any) -> Decoder:
@@ -77,11 +96,12 @@ def decoder_of(model: Any) -> Decoder:
         model = model.get_base_model()
     model = vars(model).get(KEPT_BRIDGE, model) if hasattr(model, "__dict__") else model
     if hasattr(model, "hook_dict") and hasattr(model, "original_model"):
-        layers = anatomy(model).attention_layers
+        parts = anatomy(model)
         name = getattr(model.cfg, "model_name", "this model")
         return Decoder(
             model, name, model.cfg.n_layers, model.cfg.d_model,
-            {layer: model.blocks[layer].attn for layer in layers}, {}, {},
+            {layer: model.blocks[layer].attn for layer in parts.attention_layers}, {}, {},
+            tuple(block.layer for block in parts.blocks if block.unread),
         )  # fmt: skip
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise InterventionError(
@@ -103,8 +123,9 @@ def _plain(model: Any) -> Decoder:
             module = _part(adapter, model, name)
             if module is not None:
                 kept[layer] = module
+    unread = (n for n in blocks if n not in attentions and holds_attention(blocks[n]))
     name, size = type(model).__name__, adapter.cfg.d_model
-    return Decoder(model, name, n_layers, size, attentions, norms, blocks)
+    return Decoder(model, name, n_layers, size, attentions, norms, blocks, tuple(unread))
 
 
 def _part(adapter: Any, model: Any, name: str) -> torch.nn.Module | None:

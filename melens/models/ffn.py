@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from melens.errors import SiteError
 from melens.models.anatomy import anatomy, check_layer
+from melens.models.effective import matrix_of
 
 ACTIVATIONS = ("act_fn", "activation_fn", "act")
 """Names under which FFN modules keep their activation function."""
@@ -39,24 +41,33 @@ class FFN:
 
         Raises:  SiteError: the model multiplies without one (HookedTransformer).
         """
-        found = getattr(getattr(self.weights, "out", None), "original_component", None)
-        if not isinstance(found, torch.nn.Module):
+        found = _module(self.weights, "out")
+        if found is None:
             raise SiteError(
                 f"block {self.layer}'s down projection is no module of its own; load the model "
                 "with melens.load, or ablate whole neurons."
             )
         return found
 
-    @property
+    @cached_property
     def down(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The down projection: row n is what neuron n writes."""
-        return self.weights.W_out.detach()
+        """The down projection: row n is what neuron n writes, adapters included.
 
-    @property
+        Raises:  SiteError: it does not act as a matrix.
+        """
+        return self._matrix("out", "W_out")
+
+    @cached_property
     def reads(self) -> tuple[Float[Tensor, "d_mlp d_model"] | None, Float[Tensor, "d_mlp d_model"]]:
         """What every neuron's gate (None without one) and up projection read."""
-        gate = self.weights.W_gate.detach().T if self.gate else None
-        return gate, self.weights.W_in.detach().T
+        gate = self._matrix("gate", "W_gate").T if self.gate else None
+        return gate, self._matrix("in", "W_in").T
+
+    def _matrix(self, part: str, stored: str) -> Tensor:
+        found = matrix_of(_module(self.weights, part), lambda: getattr(self.weights, stored))
+        if found is None:
+            raise SiteError(f"block {self.layer}'s {stored} cannot be read; dequantise it first.")
+        return found
 
     def product_of(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_mlp"]:
         """The product for given FFN inputs, in float32 at least."""
@@ -80,8 +91,7 @@ def ffn_of(model: Any, layer: int) -> FFN:
     check_layer(model, layer)
     known, prefix = model.hook_dict, f"blocks.{layer}."
     weights = getattr(model.blocks[layer], "mlp", None)
-    down = getattr(weights, "W_out", None)
-    if f"{prefix}mlp.hook_post" not in known or not isinstance(down, Tensor) or down.ndim != 2:
+    if f"{prefix}mlp.hook_post" not in known or not _has_neurons(weights):
         raise SiteError(
             f"block {layer} has no FFN with neurons of its own (a Mixture of Experts, or none); "
             "the edits write_block and norm_flatten work on it."
@@ -109,6 +119,21 @@ def ffn_input(model: Any, layer: int) -> str:
         if f"blocks.{layer}.{site}" in model.hook_dict:
             return f"blocks.{layer}.{site}"
     raise SiteError(f"block {layer} has no hook at its FFN's input.")
+
+
+def _has_neurons(weights: Any) -> bool:
+    """One down projection, as a matrix or in a module of its own whose storage is packed."""
+    try:
+        down = getattr(weights, "W_out", None)
+    except NotImplementedError:
+        return _module(weights, "out") is not None
+    return isinstance(down, Tensor) and down.ndim == 2
+
+
+def _module(weights: Any, part: str) -> torch.nn.Module | None:
+    """The model's own module behind a projection; None where the bridge multiplies by itself."""
+    found = getattr(getattr(weights, part, None), "original_component", None)
+    return found if isinstance(found, torch.nn.Module) else None
 
 
 def _output(model: Any, layer: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from melens.errors import ModelError, WeightsError
+from melens.models.decoder import layer_list
 from melens.models.loading import first_line
 from melens.models.shards import Checkpoint
 
@@ -118,20 +119,6 @@ def build_hollow(checkpoint: Checkpoint, *, dtype: Any, device: str) -> Hollow:
         else:
             slot.fill(slot.read(checkpoint, slot.room()))
     return Hollow(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
-
-
-def layer_list(model: Any) -> nn.ModuleList:
-    """The list that the model's forward pass walks through.
-
-    Raises:  ModelError: none is as long as the config's number of layers.
-    """
-    count = model.config.num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(
-        f"{type(model).__name__} has no list of {count} layers; it cannot be streamed."
-    )
 
 
 def _meta_model(folder: Path, dtype: Any) -> Any:

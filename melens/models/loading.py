@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import os
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,14 @@ from typing import Any
 import torch
 
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
+from melens.models.bridging import (
+    bridge_with_answer,
+    give_tokenizer,
+    require_finite_weights,
+    require_here,
+    require_tokenizer,
+    unwrapped,
+)
 from melens.models.contract import check_contract
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.dry_load import lacking, require_all_used
@@ -26,6 +32,7 @@ from melens.models.gguf import (
 )
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
+from melens.models.own import OwnAnswer
 
 CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Model objects that passed the contract already."""
@@ -52,7 +59,8 @@ def load(
              dtype: torch dtype or its name, ``auto`` = the checkpoint's own; None = float32 on
              the CPU, the checkpoint's own elsewhere.
              revision: branch, tag or commit of a hub id.
-             tokenizer: needed only for an HF model object whose folder holds none.
+             tokenizer: needed only for an HF model object whose folder holds none; a transformers
+             tokenizer, or the path of a folder with one.
     Raises:  ModelNotFoundError, WeightsError, LicenceError, FetchError: it cannot be had.
              ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
     """  # fmt: skip
@@ -60,12 +68,11 @@ def load(
         return adopt(model, device=device, dtype=dtype, tokenizer=tokenizer).eval()
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     hf, tokenizer, origin = _load_hf(
-        str(model), tokenizer, device=device, dtype=dtype,
-        options={**options, "attn_implementation": "eager"},
-    )  # fmt: skip
-    bridge = bridge_module(hf, tokenizer, name=str(model)).eval()
-    remember(bridge, origin)
-    check_contract(bridge)
+        str(model), _given_tokenizer(tokenizer), device=device, dtype=dtype, options=options
+    )
+    bridge, own = bridge_with_answer(hf, tokenizer, name=str(model))
+    remember(bridge.eval(), origin)
+    check_contract(bridge, own)
     CHECKED.add(bridge)
     return bridge
 
@@ -97,7 +104,6 @@ def _load_hf(
     device = usable_device(device or best_device())
     options = {**options, "local_files_only": is_local}
     hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
-    options.pop("attn_implementation", None)
     tokenizer = tokenizer or read_tokenizer(source, options)
     shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
@@ -117,20 +123,26 @@ def adopt(
     """  # noqa: D205
     if isinstance(model, (str, Path)):
         return load(model, device=device, dtype=dtype, tokenizer=tokenizer)
+    model = unwrapped(model)
     if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
         raise ModelError(f"load() got a {type(model).__name__}; give a name, a path or a model.")
+    tokenizer = _given_tokenizer(tokenizer)
     _refuse_moving(model, device, dtype)
+    require_here(model)
+    own = None
     if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
         bridge = model
     elif (bridge := vars(model).get(KEPT_BRIDGE)) is None:
-        bridge = _bridge_object(model, tokenizer)
-        vars(model)[KEPT_BRIDGE] = bridge
+        require_finite_weights(model)
+        bridge, own = _bridge_object(model, tokenizer)
     if tokenizer is not None and bridge.tokenizer is None:
-        _give_tokenizer(bridge, tokenizer)
+        give_tokenizer(bridge, tokenizer)
     if bridge not in CHECKED:
         require_finite_weights(bridge)
-        check_contract(bridge)
+        check_contract(bridge, own)
         CHECKED.add(bridge)
+    if bridge is not model:
+        vars(model)[KEPT_BRIDGE] = bridge
     return bridge
 
 
@@ -239,7 +251,17 @@ def _refuse_moving(model: torch.nn.Module, device: str | None, dtype: Any) -> No
         raise ModelError(f"the model is in {first.dtype}; cast it yourself, or drop dtype.")
 
 
-def _bridge_object(model: torch.nn.Module, tokenizer: Any) -> Any:
+def _given_tokenizer(tokenizer: Any) -> Any:
+    given = require_tokenizer(tokenizer)
+    if not isinstance(given, (str, Path)):
+        return given
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"tokenizer={str(given)!r:.80} is no folder here; give one, or an object.")
+    return read_tokenizer(folder, {"local_files_only": True, "trust_remote_code": False})
+
+
+def _bridge_object(model: torch.nn.Module, tokenizer: Any) -> tuple[Any, OwnAnswer]:
     """Bridge a plain HF model of the caller's."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -252,54 +274,9 @@ def _bridge_object(model: torch.nn.Module, tokenizer: Any) -> Any:
             Path(path), {"local_files_only": True, "trust_remote_code": False}
         )
     name = path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__
-    bridge = bridge_module(model, tokenizer, name=name)
+    bridge, own = bridge_with_answer(model, tokenizer, name=name)
     remember(bridge, Origin(name))
-    return bridge
-
-
-def bridge_module(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
-    """A TransformerBridge around a transformers model, which it changes in place; unchecked.
-
-    Raises:  ModelError: TransformerLens has no adapter for it.
-    """
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-    config: Any = copy.deepcopy(hf.config)
-    config.architectures = [type(hf).__name__]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            bridge = build_bridge_from_module(
-                hf, type(hf).__name__, hf_config=config, model_name=name
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(
-                f"TransformerLens has no adapter for {type(hf).__name__} ({first_line(error)})."
-            ) from None
-    if tokenizer is not None:
-        _give_tokenizer(bridge, tokenizer)
-    return bridge
-
-
-def _give_tokenizer(bridge: Any, tokenizer: Any) -> None:
-    """The tokenizer as it is: TransformerLens' own set-up would switch BOS on."""
-    bridge.tokenizer = tokenizer
-    probe = tokenizer("a", verbose=False)["input_ids"]
-    bridge.cfg.tokenizer_prepends_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
-
-
-def require_finite_weights(model: torch.nn.Module) -> None:
-    """Refuse NaN or Inf in any parameter.
-
-    Raises:  WeightsError: naming the first such tensor and how many of its values are bad.
-    """
-    for name, value in model.named_parameters():
-        bad = 0 if torch.isfinite(value).all() else int((~torch.isfinite(value)).sum())
-        if bad:
-            raise WeightsError(
-                f"{name} holds {bad} NaN or Inf of {value.numel()} values; the checkpoint is "
-                "damaged, or was saved in a dtype too small for it."
-            )
+    return bridge, own
 
 
 def usable_device(device: str) -> str:

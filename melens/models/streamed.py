@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from melens.capture import EverythingSeen
 from melens.errors import FetchError, ModelError
+from melens.models.bridging import bridge_module
 from melens.models.contract import check_contract
+from melens.models.decoder import layer_list
 from melens.models.files import check_folder
 from melens.models.gguf import given_names, no_cache
-from melens.models.hollow import Hollow, Slot, build_hollow, hollow_parameter, layer_list
+from melens.models.hollow import Hollow, Slot, build_hollow, hollow_parameter
 from melens.models.loading import (
     CHECKED,
     best_device,
-    bridge_module,
     chosen_dtype,
     first_line,
     read_tokenizer,

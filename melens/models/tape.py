@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from melens.errors import ModelError
-from melens.models.hollow import layer_list
+from melens.models.decoder import layer_list
 from melens.provenance import versions
 from melens.results.base import write_atomically
 

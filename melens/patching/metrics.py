@@ -105,11 +105,13 @@ class SinkRate:
     def bind(self, run: Resumable, target: Resumable) -> Readout:
         """Reads one column of every later pattern."""
         after = -1 if self.me_layer.me_layer is None else self.me_layer.me_layer
-        layers = [i for i in anatomy(run.model).attention_layers if i > after]
+        parts = anatomy(run.model)
+        layers = [i for i in parts.attention_layers if i > after]
         if not layers:
+            why = "" if parts.attention_layers else f" ({parts.why_no_attention()})"
             raise ModelError(
-                f"no layer after the ME Layer ({after}) has attention, so there is no sink rate; "
-                "choose another metric."
+                f"no layer after the ME Layer ({after}) has attention that can be read{why}, so "
+                "there is no sink rate; choose another metric."
             )
         return SinkReadout(run, layers, self.eps)
 

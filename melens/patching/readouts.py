@@ -14,6 +14,7 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.capture import hooked
 from melens.errors import MetricError
 from melens.models.anatomy import pattern_hook
 from melens.resume import Resumable
@@ -64,7 +65,7 @@ class Readout:
         self.join(0, 1)
         resid, notes = first, {}
         for layer in range(self.stop):
-            with self.run.model.hooks(fwd_hooks=self.hooks(layer)):
+            with hooked(self.run.model, self.hooks(layer)):
                 resid = self.run.block(layer, resid, notes=notes)
         return self.values(resid, 0)
 

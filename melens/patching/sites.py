@@ -126,6 +126,8 @@ _norm("ln2")
 def _heads(model: Any, layer: int) -> Place | str:
     hook = f"blocks.{layer}.attn.hook_z"
     if hook not in model.hook_dict:
+        if anatomy(model).blocks[layer].unread:
+            return "it has no hook, so it cannot be read here"
         return "the layer has no attention"
     return Place("z", layer, hook, "batch pos head d", heads=model.cfg.n_heads)
 

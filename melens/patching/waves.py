@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from melens.capture import hooked
 from melens.patching.readouts import Readout
 from melens.patching.sites import Place
 from melens.patching.sources import write_into
@@ -99,7 +100,7 @@ def run_wave(
             readout.join(layer, len(fresh))
         if layer < readout.stop:
             hooks = [*_edits(fresh, source, len(done) * rows, start), *readout.hooks(layer)]
-            with run.model.hooks(fwd_hooks=hooks):
+            with hooked(run.model, hooks):
                 resid = run.block(layer, resid, start=start, notes=notes)
         done += fresh
     values = readout.values(resid, start).reshape(len(done), rows).tolist()

@@ -1,0 +1,140 @@
+"""A transformers model object -> a bridge around it, or one ModelError that says which and why."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from melens.errors import ModelError, WeightsError
+from melens.models.own import OwnAnswer, failing, force_eager, own_answer
+
+PARALLEL = ("DataParallel", "DistributedDataParallel")
+HALF_WRAPPED = " Bridging changes an object in place; load yours again before you use it."
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside what torch.compile, data parallelism or PEFT made of it.
+
+    All share its modules, so nothing is copied and nothing is lost: an adapter's layers stand
+    inside the model.
+
+    Raises:  ModelError: an adapter that is not made of layers (a prompt or a prefix), or a model
+             that was compiled in place.
+    """
+    while True:
+        kind = type(model).__name__
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module) or (
+            kind in PARALLEL and isinstance(inner := getattr(model, "module", None), nn.Module)
+        ):  # torch.compile
+            model = inner
+        elif isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
+            if getattr(model, "active_peft_config", None) is not None and (
+                model.active_peft_config.is_prompt_learning
+            ):
+                raise ModelError(
+                    f"this {kind} puts virtual tokens before every text "
+                    f"({model.active_peft_config.peft_type}), which melens cannot count; give its "
+                    "base model (model.get_base_model())."
+                )
+            model = model.get_base_model()
+        elif getattr(model, "_compiled_call_impl", None) is not None:
+            raise ModelError(
+                f"this {kind} was compiled in place (model.compile()), so no hook would be seen; "
+                "load it again and give it uncompiled."
+            )
+        else:
+            return model
+
+
+def require_here(model: nn.Module) -> None:
+    """Refuse parameters that hold no values in memory.
+
+    Raises:  ModelError: naming the first, and what to do.
+    """
+    away = [name for name, value in model.named_parameters() if value.is_meta]
+    if away:
+        raise ModelError(
+            f"{len(away)} tensors of this {type(model).__name__} are not in memory, first "
+            f"{away[0]} (on the meta device: offloaded, or never loaded); for a model that does "
+            "not fit give its folder to `melens locate --stream` or melens.models.streamed."
+        )
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Refuse NaN or Inf in any parameter.
+
+    Raises:  WeightsError: naming the first such tensor and how many of its values are bad.
+    """
+    for name, value in model.named_parameters():
+        if not value.is_floating_point():  # quantised
+            continue
+        bad = 0 if torch.isfinite(value).all() else int((~torch.isfinite(value)).sum())
+        if bad:
+            raise WeightsError(
+                f"{name} holds {bad} NaN or Inf of {value.numel()} values; the checkpoint is "
+                "damaged, or was saved in a dtype too small for it."
+            )
+
+
+def bridge_with_answer(hf: Any, tokenizer: Any, *, name: str) -> tuple[Any, OwnAnswer]:
+    """A bridge, and what the model said before it was one, for the contract to compare.
+
+    Raises:  ModelError: the model cannot run, or TransformerLens cannot bridge it.
+    """
+    own = own_answer(hf)
+    force_eager(hf)
+    return bridge_module(hf, tokenizer, name=name), own
+
+
+def bridge_module(hf: Any, tokenizer: Any, *, name: str) -> Any:
+    """A TransformerBridge around a transformers model, which it changes in place; unchecked.
+
+    Raises:  ModelError: TransformerLens has no adapter for it, or none that fits its config.
+    """
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    kind = type(hf).__name__
+    config: Any = copy.deepcopy(hf.config)
+    config.architectures = [kind]
+    with (
+        warnings.catch_warnings(),
+        failing(f"TransformerLens cannot bridge this {kind}", hint=HALF_WRAPPED),
+    ):
+        warnings.simplefilter("ignore")
+        bridge = build_bridge_from_module(hf, kind, hf_config=config, model_name=name)
+    if tokenizer is not None:
+        give_tokenizer(bridge, tokenizer)
+    return bridge
+
+
+def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
+    """The tokenizer as it is: TransformerLens' own set-up would switch BOS on."""
+    bridge.tokenizer = tokenizer
+    probe = tokenizer("a", verbose=False)["input_ids"]
+    bridge.cfg.tokenizer_prepends_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
+
+
+def require_tokenizer(tokenizer: Any) -> Any:
+    """What was passed as ``tokenizer=``: None, a transformers tokenizer, or a folder's path, which
+    :func:`melens.models.loading.read_tokenizer` then reads.
+
+    Raises:  ModelError: anything else, a raw ``tokenizers.Tokenizer`` among it.
+    """  # noqa: D205
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    if callable(tokenizer) and hasattr(tokenizer, "bos_token_id"):
+        return tokenizer
+    kind = f"{type(tokenizer).__module__.split('.')[0]}.{type(tokenizer).__name__}"
+    hint = "give a transformers tokenizer, or the path of its folder."
+    if hasattr(tokenizer, "encode_batch"):
+        hint = (
+            "it does not say which tokens are special: wrap it, "
+            "transformers.PreTrainedTokenizerFast(tokenizer_object=..., bos_token=..., "
+            "eos_token=...)."
+        )
+    raise ModelError(f"tokenizer= got a {kind}; {hint}")

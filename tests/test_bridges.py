@@ -1,0 +1,144 @@
+"""Model objects as people have them: compiled, wrapped, offloaded, quantised, of odd layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPTNeoXConfig,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    PhiConfig,
+)
+
+from melens.batches import Batch
+from melens.emergence import locate
+from melens.errors import ModelError
+from melens.interventions import drop_key, ffn_scale
+from melens.models import load
+from melens.patching import patch
+
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 64}
+SIZES = {
+    **ENDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+LAYOUTS = {
+    "falcon-40b": (
+        lambda: FalconConfig(**SIZES, new_decoder_architecture=True, num_kv_heads=2),
+        "TransformerLens cannot bridge this FalconForCausalLM .*split_with_sizes",
+    ),
+    "neox-without-bias": (
+        lambda: GPTNeoXConfig(**SIZES, attention_bias=False),
+        r"cannot bridge this GPTNeoXForCausalLM \(AssertionError in split_qkv_matrix\)",
+    ),
+    "phi-qk-norm": (
+        lambda: PhiConfig(**SIZES, qk_layernorm=True),
+        "cannot bridge this PhiForCausalLM .*q_layernorm",
+    ),
+    "granite-4-h": (
+        lambda: GraniteMoeHybridConfig(
+            **SIZES, num_key_value_heads=2, num_local_experts=0, shared_intermediate_size=64,
+            layer_types=["mamba", "attention", "mamba"], mamba_n_heads=4, mamba_d_head=16,
+            mamba_d_state=16, mamba_n_groups=1, mamba_expand=2,
+        ),
+        "the bridge of GraniteMoeHybridForCausalLM fails .*rotary_emb",
+    ),
+}  # fmt: skip
+IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+def build(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_that_cannot_be_bridged_is_one_model_error(layout, tokenizer):
+    make, said = LAYOUTS[layout]
+    with pytest.raises(ModelError, match=said) as caught:
+        load(build(make()), tokenizer=tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that its own int8 is to move elsewhere
+def test_an_int8_object_is_one_model_error(tokenizer):
+    model = build(LlamaConfig(**SIZES))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ModelError, match=r"cannot bridge this LlamaForCausalLM .*not a tensor for"):
+        load(quantised, tokenizer=tokenizer)
+
+
+def test_a_model_that_cannot_run_by_itself_is_refused_before_it_is_bridged(tokenizer):
+    model = build(LlamaConfig(**SIZES))
+    model.model.layers[1].mlp.down_proj.weight.data = torch.zeros(32, 63)
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot run by itself"):
+        load(model, tokenizer=tokenizer)
+
+
+def test_offloaded_and_meta_tensors_are_named(tokenizer):
+    model = build(LlamaConfig(**SIZES))
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(ModelError, match=r"3 tensors .*layers.1.mlp.gate_proj.weight .*--stream"):
+        load(model, tokenizer=tokenizer)
+
+
+def test_wrapped_objects_are_unwrapped(tokenizer):
+    plain = load(build(LlamaConfig(**SIZES)), tokenizer=tokenizer)(IDS)
+    for wrap in (nn.DataParallel, torch.compile):
+        torch.testing.assert_close(load(wrap(build(LlamaConfig(**SIZES))))(IDS), plain)
+    inside = build(LlamaConfig(**SIZES))
+    inside.compile()
+    with pytest.raises(ModelError, match="was compiled in place"):
+        load(inside)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
+def test_a_prompt_adapter_is_refused(tokenizer):
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ModelError, match=r"virtual tokens before every text.*get_base_model"):
+        load(get_peft_model(build(LlamaConfig(**SIZES)), config), tokenizer=tokenizer)
+
+
+def test_a_float64_object_works(make_tiny, tokenizer):
+    """The same numbers as in float32, to float32's rounding."""
+    wide = load(make_tiny("llama", dtype=torch.float64), tokenizer=tokenizer)
+    narrow = load(make_tiny("llama"), tokenizer=tokenizer)
+    rows = [locate(model, [Batch.of(IDS)]).profile for model in (wide, narrow)]
+    for one, other in zip(*rows, strict=True):
+        assert one.max == pytest.approx(other.max, rel=1e-5)
+        assert one.median == pytest.approx(other.median, rel=1e-5)
+    clean, corrupted = Batch.of(IDS[:1]), Batch.of(IDS[1:])
+    grids = [patch(m, clean, corrupted, sites="resid_post", metric="loss") for m in (wide, narrow)]
+    one, other = (torch.tensor(grid.values["resid_post"]) for grid in grids)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for edit in (lambda m: ffn_scale(m, 1, factor=0.5), lambda m: drop_key(m, 0)):
+        made = []
+        for model in (wide, narrow):
+            with edit(model):
+                made.append(model(IDS))
+        assert made[0].dtype == torch.float64
+        torch.testing.assert_close(made[0].float(), made[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_may_be_a_path(make_tiny, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    for given in (str(tmp_path), tmp_path):
+        model = load(make_tiny("llama"), tokenizer=given)
+        assert model.tokenizer("w5 w6")["input_ids"] == tokenizer("w5 w6")["input_ids"]
+    with pytest.raises(ModelError, match="is no folder here"):
+        load(make_tiny("llama"), tokenizer=str(tmp_path / "none"))
+
+
+def test_what_is_no_tokenizer_is_refused(make_tiny, tokenizer):
+    raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    with pytest.raises(ModelError, match=r"tokenizers\.Tokenizer; .*PreTrainedTokenizerFast"):
+        load(make_tiny("llama"), tokenizer=raw)
+    with pytest.raises(ModelError, match=r"got a builtins\.int; give a transformers tokenizer"):
+        load(make_tiny("llama"), tokenizer=7)
