@@ -83,7 +83,10 @@ def isolate(
 def _require_emergence(found: MELayer) -> None:
     if found.me_layer is None or found.me_layer < 0:
         what = "no massive token" if found.me_layer is None else "an embedding that is massive"
-        raise ResultError(f"{found.run.model} has {what}: there is no layer to isolate a cause in.")
+        raise ResultError(
+            f"{found.run.model} has {what}: there is no layer to isolate a cause in"
+            f"{found.near_miss}."
+        )
 
 
 @dataclass
