@@ -11,7 +11,7 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
-    {"errors", "shapes", "provenance"},
+    {"errors", "shapes", "provenance", "progress"},
     {"registry"},
     {"metrics", "results", "batches"},
     {"capture"},
