@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 Verdict = Literal["single", "multi-step", "gradual", "re-emergent", "none"]
 
@@ -200,7 +200,7 @@ class MELayer(Result):
     peak_layer: int | None = None
     erase_layer: int | None = None
     massive: tuple[MassiveToken, ...]
-    nearest: NearestMiss | None = None
+    nearest: NearestMiss | None = added_later()
     """Only for ``none``; results of older versions do not have it."""
     writer: Writer | None = None
     final_layer_growth: FinalGrowth | None
