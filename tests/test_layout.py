@@ -14,7 +14,7 @@ ROWS = [
     {"errors", "shapes", "provenance", "progress"},
     {"registry"},
     {"metrics", "results", "batches"},
-    {"capture"},
+    {"capture", "item_rows"},
     {"models"},
     {"interventions"},
     {"inputs", "resume"},
