@@ -9,12 +9,13 @@ import typer
 
 from melens.cli import options as opt
 from melens.cli.output import table
-from melens.cli.tables import TABLES
+from melens.cli.tables import TABLES, say_rest
 from melens.errors import MetricError, PromptError
 from melens.progress import progress_on
 
 CHECKPOINT = "patch.cells.json"
 LISTED = 12
+MOST_MISSING = 4
 
 
 class Metric(StrEnum):
@@ -178,5 +179,6 @@ def _patch(result: Any) -> None:
             for row in rows
         ]
     )
-    for line in result.missing[:4]:
+    for line in result.missing[:MOST_MISSING]:
         typer.echo(line)
+    say_rest(MOST_MISSING, len(result.missing), "reasons why something is not there")

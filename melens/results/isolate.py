@@ -64,6 +64,15 @@ class Factorial(Part):
     interaction: Interaction
 
 
+def cells(factorial: Factorial) -> list[dict[str, Any]]:
+    """The four cells of a 2 x 2 as rows."""
+    made = []
+    for name in ("kept_kept", "flat_kept", "kept_edited", "flat_edited"):
+        norm, ffn = name.split("_")
+        made.append({"norm": norm, "ffn": ffn, **getattr(factorial, name).model_dump()})
+    return made
+
+
 class Write(Part):
     """One block's attention or FFN write, dropped (necessity) or put in alone (sufficiency)."""
 
@@ -271,14 +280,8 @@ class Isolation(Result):
         return f"layer {layer}" + (" (another step)" if further else "")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The 2 x 2, one row a cell."""
-        cells = ("kept_kept", "flat_kept", "kept_edited", "flat_edited")
-        made = []
-        for name in cells:
-            norm, ffn = name.split("_")
-            cell = getattr(self.factorial, name).model_dump()
-            made.append({"norm": norm, "ffn": ffn, **cell})
-        return made
+        """The 2 x 2 of the first edited layer, one row a cell."""
+        return cells(self.factorial)
 
     def least(self, writes: tuple[Write, ...]) -> Write | None:
         """The write without which least is left."""
