@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from melens import __version__
 from melens.batches import Batch, Prompts
 from melens.batches import prompts as make_prompts
 from melens.capture import check_ids
@@ -65,6 +67,14 @@ class Inputs:
             device=str(parameter.device),
         )
         return RunInfo.collect(facts, seed=seed, settings={**self.settings, **settings})
+
+    def facts(self) -> dict[str, Any]:
+        """What every number depends on beside texts and settings: the key of what is kept."""
+        parameter = next(self.model.parameters())
+        return {
+            "melens": __version__, "weights": self.weights, "dtype": str(parameter.dtype),
+            "device": parameter.device.type, "transformers": version("transformers"),
+        }  # fmt: skip
 
     def ticker(self, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
         """Turns rows done in a batch into (rows done so far, rows in all)."""

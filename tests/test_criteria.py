@@ -23,6 +23,11 @@ from melens.results import Criteria
 D = 8
 
 
+def _summary(x, ids):
+    """The row of one sequence without padding."""
+    return summarise(x[None], Batch.of(ids[None]))[0]
+
+
 def path(writes, dims=None):
     """A token that starts at 1 in dim 0; layer l's FFN adds ``writes[l]`` in ``dims[l]``."""
     dims = dims or [1] * len(writes)
@@ -39,7 +44,7 @@ def evidence(made):
     """One sequence: the token and seven ordinary ones, whose entries are 0.1 up to 1."""
     ordinary = torch.linspace(0.1, 1.0, 7 * D).reshape(7, D)
     steps = [
-        [summarise(torch.cat([row[None].float(), ordinary]), torch.arange(8))] for row in made.resid
+        [_summary(torch.cat([row[None].float(), ordinary]), torch.arange(8))] for row in made.resid
     ]
     return Evidence(steps, made)
 
@@ -195,13 +200,13 @@ def test_final_growth_is_seen_beside_a_massive_token():
 def test_a_dimension_shared_by_more_than_four_tokens_is_broad(tokens, sparse):
     x = torch.full((100, 6), 0.1)
     x[:tokens, 2] = 500.0
-    hits = summarise(x, torch.arange(100)).hits
+    hits = _summary(x, torch.arange(100)).hits
     assert [hit.position for hit in hits] == (list(range(tokens)) if sparse else [])
 
 
 def test_the_summary_agrees_with_the_registered_metrics():
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
-    row = summarise(x, torch.arange(50))
+    row = _summary(x, torch.arange(50))
     for name, value in (
         ("max_magnitude", row.max),
         ("layer_median", row.median),
@@ -222,7 +227,7 @@ def test_summary_of_a_sequence_by_hand():
     x = torch.full((10, 6), 0.1)
     x[3, 2] = -400.0
     x[:, 5] = 300.0  # a dimension that all tokens share is broad, not massive
-    row = summarise(x, torch.arange(20, 30))
+    row = _summary(x, torch.arange(20, 30))
     assert (row.max, row.top) == (400.0, Entry(3, 2, -400.0))
     assert row.median == pytest.approx(0.1)
     assert row.sun
@@ -230,5 +235,5 @@ def test_summary_of_a_sequence_by_hand():
     assert row.norm_ratio == pytest.approx(500 / 300, rel=1e-3)
     assert row.hits == ()  # 500/300 is too light for a massive token
     x[:, 5] = 0.1
-    (hit,) = summarise(x, torch.arange(20, 30)).hits
+    (hit,) = _summary(x, torch.arange(20, 30)).hits
     assert (hit.position, hit.token_id, hit.dim, hit.value) == (3, 23, 2, -400.0)

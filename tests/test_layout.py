@@ -11,10 +11,10 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
-    {"errors", "shapes", "provenance"},
+    {"errors", "shapes", "provenance", "progress"},
     {"registry"},
     {"metrics", "results", "batches"},
-    {"capture"},
+    {"capture", "item_rows"},
     {"models"},
     {"interventions"},
     {"inputs", "resume"},

@@ -14,11 +14,11 @@ from melens.evaluation.conditions import (
     conditions,
 )
 from melens.evaluation.forced import Forced, Runner
-from melens.evaluation.rows import ItemRow, Rows
 from melens.evaluation.scores import assembled, held_facts
 from melens.evaluation.settings import Bench as Trial
 from melens.evaluation.settings import Card, Settings
 from melens.evaluation.tasks import token_loss
+from melens.item_rows import ItemRow, Rows
 from melens.models.anatomy import anatomy
 from melens.models.decoder import decoder_of
 from melens.results import Evaluation

@@ -157,7 +157,7 @@ def _say(text: str) -> None:
 
 
 def _quiet_libraries(*, debug: bool) -> None:
-    """No telemetry, no progress bars off a terminal, no library warnings unless asked."""
+    """No telemetry, no bars of other libraries off a terminal, no library warnings unless asked."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():

@@ -9,6 +9,9 @@ import typer
 
 from melens.cli import options as opt
 
+STEPS = "isolate-steps.jsonl"
+"""File in --out that finished runs are kept in; removed at the end."""
+
 
 class FfnEdit(StrEnum):
     """What the FFN's half of the 2 x 2 is."""
@@ -23,7 +26,8 @@ def isolate(
     model: opt.Model,
     located: opt.Located = None,
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Layer to edit, from 0 (default: the ME Layer).")
+        int | None,
+        typer.Option(min=0, help="Layer to edit, from 0 (default: every step of the emergence)."),
     ] = None,
     ffn_edit: Annotated[
         FfnEdit,
@@ -51,7 +55,9 @@ def isolate(
     """Find which parameters of MODEL's ME Layer make its massive activation.
 
     Norm and FFN edited alone and together, every block's write dropped and put in alone, the
-    write split into neurons; the same at every other layer and at random, as controls.
+    write split into neurons; the same at every other layer and at random, as controls. Where the
+    emergence has several steps, at each of them. --out keeps what is finished: the same command
+    goes on from there.
 
     Examples:
       melens isolate smollm2-135m --bos --n-seq 4 --length 64
@@ -65,8 +71,10 @@ def isolate(
     job = Job.of(locals())
     loaded, texts = job.load()
     found = job.locate(loaded, texts)
-    from melens.isolation import isolate as measure
+    from melens.isolation.cause import How, isolate_with
 
+    keep = None if job.out is None else job.out / STEPS
     with job.bar("steps") as tick:
-        result = measure(loaded, found, texts, layer=layer, ffn_edit=ffn_edit.value, progress=tick)
+        how = How(layer, ffn_edit.value, tick, keep)
+        result = isolate_with(loaded, found, texts, how)
     job.finish(result)

@@ -7,7 +7,8 @@ from typing import Any
 import typer
 
 from melens.cli.output import table
-from melens.cli.tables import TABLES
+from melens.cli.tables import TABLES, say_rest
+from melens.results.isolate import cells
 
 MOST_NEURONS = 4
 """Neurons a layer that the table lists; the JSON has more."""
@@ -15,28 +16,32 @@ MOST_NEURONS = 4
 
 @TABLES.register("isolate")
 def _isolate(result: Any) -> None:
-    f = result.factorial
     typer.echo(
-        f"Norm ({f.norm}) x FFN ({f.ffn_edit}) at layer {result.layer}, on the massive tokens of "
-        f"{result.sequences_massive} of {result.sequences} sequences ({result.observations} "
-        f"distinct up to the token); sinks over layers after {result.me_layer}, losses in nats:"
+        f"Edits on the massive tokens of {result.sequences_massive} of {result.sequences} "
+        f"sequences ({result.observations} distinct up to the token); sinks over layers after "
+        f"{result.me_layer}, losses in nats."
     )
-    table([_cell(row) for row in result.rows()])
-    typer.echo(_interaction(f.interaction))
+    for edited in result.edited:
+        f = edited.factorial
+        typer.echo(f"\nNorm ({f.norm}) x FFN ({f.ffn_edit}) at {result.role(edited.layer)}:")
+        table([_cell(row) for row in cells(f)])
+        typer.echo(_interaction(f.interaction))
+        typer.echo(f"\nGrowth through the FFN branch of layer {edited.layer} (norms):")
+        table([step.model_dump() for step in edited.path])
+        for line in (_direction(edited), *_norms(edited), *_controls(edited)):
+            if line:
+                typer.echo(line)
     own = "" if result.ordinary is None else f" (which has {result.ordinary:.1%} by itself)"
     typer.echo(
         "\nShare of the coordinate left without a block's write, and made by that write put into "
         f"an ordinary token{own}:"
     )
     table(_writes(result))
-    typer.echo(f"\nGrowth through the FFN branch of layer {result.layer} (norms):")
-    table([step.model_dump() for step in result.path])
     if result.decompositions:
         typer.echo("\nNeurons (share of their layer's write into the massive dimension):")
-        table(_neurons(result))
-    for line in (_direction(result), *_norms(result), *_controls(result)):
-        if line:
-            typer.echo(line)
+        rows = _neurons(result)
+        table(rows)
+        say_rest(len(rows), len(result.neurons), "neurons that were looked at")
     for line in result.missing:
         typer.echo(f"Not there: {line}")
     typer.echo("")

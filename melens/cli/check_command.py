@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +11,10 @@ import typer
 
 from melens.cli import options as opt
 from melens.errors import COULD_NOT_RUN, OutputError
+from melens.progress import progress_on
 
 FOUND = 1
 EXIT_CODES = {"pass": 0, "findings": FOUND, "incomplete": COULD_NOT_RUN}
-LEAST_SHARE = 0.05
-"""Of the work, below which a guess of the time that is left says nothing."""
 
 
 class Budget(StrEnum):
@@ -88,11 +84,12 @@ def check(
 
     rules = read_policy(policy)
     loaded, texts = job.load()
-    with _clock(quiet=quiet) as tick:
-        held = _stages_in(job.out)
+    held = _stages_in(job.out)
+    with progress_on(None, quiet=quiet) as shown:
         report = measure(
-            loaded, texts, budget=budget.value, policy=rules, out=job.out, progress=tick
-        )
+            loaded, texts, budget=budget.value, policy=rules, out=job.out,
+            progress=lambda stage, done, total: shown(done, total, stage),
+        )  # fmt: skip
     if not quiet:
         _say_taken_up(held, job.out)
     _pages(report, job.out, card)
@@ -147,30 +144,6 @@ def _pages(report: Any, folder: Path | None, card: Path | None) -> None:
         update_card(card, report)
 
 
-@contextmanager
-def _clock(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left on a terminal; off it one line a stage."""
-    from tqdm.auto import tqdm
-
-    start, last = time.monotonic(), [""]
-    on_terminal = sys.stderr.isatty()
-    with tqdm(
-        total=1000, disable=quiet or not on_terminal, file=sys.stderr,
-        bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed}, left {remaining}",
-    ) as shown:  # fmt: skip
-
-        def tick(stage: str, done: int, total: int) -> None:
-            shown.total = total
-            if stage != last[0]:
-                last[0] = stage
-                shown.set_description_str(stage)
-                if not quiet and not on_terminal:
-                    _say_stage(stage, done / total, time.monotonic() - start)
-            shown.update(done - shown.n)
-
-        yield tick
-
-
 def _stages_in(folder: Path | None) -> dict[str, int]:
     """Stages that are kept, and when each was finished (ns)."""
     kept = [] if folder is None else sorted(folder.glob("stages/*.key"))
@@ -182,8 +155,3 @@ def _say_taken_up(before: dict[str, int], folder: Path | None) -> None:
     names = [name for name, at in _stages_in(folder).items() if before.get(name) == at]
     if names:
         sys.stderr.write(f"melens: taken up from {folder}/stages: {', '.join(names)}\n")
-
-
-def _say_stage(stage: str, share: float, seconds: float) -> None:
-    left = f", about {seconds * (1 / share - 1):.0f} s left" if share >= LEAST_SHARE else ""
-    sys.stderr.write(f"melens: {stage} ({seconds:.0f} s so far{left})\n")

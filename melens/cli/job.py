@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from melens.cli import output
 from melens.cli.options import Dtype
 from melens.errors import ResultError
+from melens.progress import Display, progress_on
 
 
 @dataclass
@@ -81,9 +81,9 @@ class Job:
             output.save(found, self.out, "locate", "profile")
         return found
 
-    def bar(self, unit: str = "sequences") -> AbstractContextManager[Callable[[int, int], None]]:
+    def bar(self, unit: str = "sequences") -> AbstractContextManager[Display]:
         """Progress over sequences, or other units of work."""
-        return output.bar(unit, quiet=self.quiet)
+        return progress_on(unit, quiet=self.quiet)
 
     def finish(self, result: Any, *, same_texts: bool = True) -> None:
         """Save and print; remark where the ME Layer is of other texts, if that matters here."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +41,6 @@ def writable(folder: Path | None) -> Path | None:
     if not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write into {folder}; choose another --out.")
     return folder
-
-
-@contextmanager
-def bar(unit: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; none off a terminal."""
-    from tqdm.auto import tqdm
-
-    with tqdm(unit=f" {unit}", disable=True if quiet else None, file=sys.stderr) as shown:
-
-        def tick(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
-
-        yield tick
 
 
 def save(result: Any, folder: Path | None, name: str, figure: str) -> None:

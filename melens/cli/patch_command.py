@@ -9,11 +9,13 @@ import typer
 
 from melens.cli import options as opt
 from melens.cli.output import table
-from melens.cli.tables import TABLES
+from melens.cli.tables import TABLES, say_rest
 from melens.errors import MetricError, PromptError
+from melens.progress import progress_on
 
 CHECKPOINT = "patch.cells.json"
 LISTED = 12
+MOST_MISSING = 4
 
 
 class Metric(StrEnum):
@@ -113,9 +115,8 @@ def patch(
     loaded, texts = job.load()
     chosen = _metric(metric, answer, wrong, _me_layer(job, loaded) if metric in LOCATED else None)
     kept = job.out / CHECKPOINT if job.out is not None else None
-    from melens.cli import output
 
-    with output.bar("patched runs", quiet=quiet) as tick:
+    with progress_on("patched runs", quiet=quiet) as tick:
         result = measure(
             loaded, _texts(clean, bos, loaded), _texts(corrupted, bos, loaded), metric=chosen,
             progress=tick, checkpoint=kept, **choices,
@@ -178,5 +179,6 @@ def _patch(result: Any) -> None:
             for row in rows
         ]
     )
-    for line in result.missing[:4]:
+    for line in result.missing[:MOST_MISSING]:
         typer.echo(line)
+    say_rest(MOST_MISSING, len(result.missing), "reasons why something is not there")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from melens.cli import options as opt
+from melens.progress import progress_on
 
 LAYERS = "scan-layers.jsonl"
 """File in --out that finished layers are kept in; removed at the end."""
@@ -40,7 +41,7 @@ def scan(
     from melens.foresight import scan as look
 
     kept = None if out is None else out / LAYERS
-    with output.bar("layers", quiet=quiet) as tick:
+    with progress_on("layers", quiet=quiet) as tick:
         result = look(
             model, device=None if device == "auto" else device, revision=revision, keep=kept,
             progress=tick,

@@ -16,6 +16,7 @@ from melens.cli import output
 from melens.cli.job import Job
 from melens.cli.options import Dtype
 from melens.errors import ResultError
+from melens.progress import progress_on
 
 KEPT = ".stream"
 """Folder in --out for finished blocks; removed at the end."""
@@ -51,7 +52,7 @@ def streamed(wanted: Wanted) -> Iterator[Any]:
         need_tokenizer=wanted.need_tokenizer, keep=keep,
     )  # fmt: skip
     reading: Any = stream_of(bridge)
-    with output.bar("blocks", quiet=wanted.quiet) as tick:
+    with progress_on("blocks", quiet=wanted.quiet) as tick:
         reading.progress = tick
         yield bridge
         reading.progress = None

@@ -12,7 +12,7 @@ from melens.cli import options as opt
 def super_weights(
     model: opt.Model,
     located: opt.Located = None,
-    most: Annotated[int, typer.Option(min=1, help="Stop after this many super weights.")] = 10,
+    most: Annotated[int, typer.Option(min=1, help="Stop after this many weights that spike.")] = 10,
     known: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +39,8 @@ def super_weights(
     """Find MODEL's super weights: single down-projection weights behind activation spikes.
 
     Says what each does to the massive coordinate, and what removing it costs in loss, alone and
-    all together, beside as many other weights of like size. No weight is written to.
+    all together, beside as many other weights of like size. Only those whose removal costs more
+    than that are called super; the rest are large weights. No weight is written to.
 
     Examples:
       melens super-weights smollm2-135m --bos --out runs/super-weights

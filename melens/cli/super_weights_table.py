@@ -24,7 +24,7 @@ def _super_weights(result: Any) -> None:
             f"\nRemoved one at a time; mean loss without any removed {result.base_loss:.4f} nats a "
             "token, differences paired by sequence, 95 % bootstrap:"
         )
-        table([_weight(weight) for weight in result.super_weights])
+        table([{"": result.kind_of(w), **_weight(w)} for w in result.super_weights])
         for name, group in (("All together", result.together), ("Control", result.control)):
             typer.echo(f"{name}: {group.loss_delta:+.4f}{_within(group.interval)}")
         typer.echo(f"Control removed instead: {_control(result.control)}")

@@ -15,6 +15,12 @@ MOST_TOKENS = 8
 """Massive tokens that a table lists; the JSON has all."""
 
 
+def say_rest(shown: int, total: int, what: str) -> None:
+    """That a table is cut, where it is."""
+    if total > shown:
+        typer.echo(f"{shown} of {total} {what}; the JSON has all.")
+
+
 @TABLES.register("known")
 def _known(result: Any) -> None:
     if result.rows():
@@ -34,6 +40,7 @@ def _describe(result: Any) -> None:
                 for token in result.massive[:MOST_TOKENS]
             ]
         )  # fmt: skip
+        say_rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
         typer.echo(f"\nEnergy at layer {result.peak_layer}: {_energies(result)}")
         if next_norm := _next_norm(result):
             typer.echo(next_norm)
@@ -118,6 +125,7 @@ def _sinks(result: Any) -> None:
                 for token in result.tokens[:MOST_TOKENS]
             ]
         )  # fmt: skip
+        say_rest(MOST_TOKENS, len(result.tokens), "massive tokens")
     typer.echo("")
 
 
@@ -145,9 +153,10 @@ def _locate(result: Any) -> None:
             [
                 {"position": token.position, "token": repr(token.token), "dim": token.dim,
                  "value": token.value, "frequency": token.frequency}
-                for token in result.massive[:8]
+                for token in result.massive[:MOST_TOKENS]
             ]
         )  # fmt: skip
+        say_rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
     answers = result.criteria.model_dump().items()
     typer.echo("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))
     typer.echo(_stability(result))

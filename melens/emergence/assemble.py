@@ -10,7 +10,7 @@ import torch
 from melens.emergence import thresholds as limits
 from melens.emergence.criteria import CRITERIA, Evidence, counted_shares, cumulative_layer
 from melens.emergence.final import final_growth
-from melens.emergence.profile import SequenceRow
+from melens.emergence.profile import Nearest, SequenceRow
 from melens.emergence.stages import Span, spans
 from melens.emergence.support import gather_support, mean
 from melens.emergence.tokens import Group
@@ -24,6 +24,8 @@ from melens.results.locate import (
     LayerRow,
     MassiveToken,
     MELayer,
+    Missed,
+    NearestMiss,
     Stability,
     Stage,
     Writer,
@@ -54,7 +56,7 @@ def assemble(
     criteria = Criteria(**{name: rule(evidence) for name, rule in CRITERIA.items()})
     traced = [found for found in paths.values() if found is not None]
     support = gather_support(evidence, traced, probed, first_ids=first_ids, decode=decode)
-    shape = _nothing(evidence, support)
+    shape = _nothing(evidence, support, decode)
     if path is not None:
         shape = _emergence(evidence, path, criteria, support)
     return MELayer(
@@ -97,12 +99,37 @@ def _emergence(
     }
 
 
-def _nothing(evidence: Evidence, support: Stability) -> dict[str, Any]:
+def _nothing(evidence: Evidence, support: Stability, decode: Decode) -> dict[str, Any]:
     """A ``none``: sure where no token came near to being massive, in the texts or alone."""
-    last = limits.last_body_layer(len(evidence.layers))
-    nearest = max(row.closeness for rows in evidence.layers[: last + 1] for row in rows)
-    sure = (1 - nearest) * stability(support.agreeing, support.observations)
-    return {"verdict": "none", "confidence": sure}
+    body = evidence.layers[: limits.last_body_layer(len(evidence.layers)) + 1]
+    seen = [(layer, row.nearest) for layer, rows in enumerate(body) for row in rows]
+    layer, nearest = max(seen, key=lambda pair: pair[1].closeness)
+    sure = (1 - nearest.closeness) * stability(support.agreeing, support.observations)
+    return {
+        "verdict": "none",
+        "confidence": sure,
+        "nearest": _nearest_miss(layer, nearest, decode),
+    }
+
+
+def _nearest_miss(layer: int, near: Nearest, decode: Decode) -> NearestMiss:
+    """What the nearest coordinate has, and each threshold that it does not pass."""
+    hit, size = near.hit, abs(near.hit.value)
+    times = size / near.median if near.median else None
+    missed = []
+    if size <= limits.SUN_ABSOLUTE:
+        missed.append(Missed(threshold="absolute", value=size, needed=limits.SUN_ABSOLUTE))
+    if times is not None and times <= limits.SUN_RATIO:
+        missed.append(Missed(threshold="median", value=times, needed=limits.SUN_RATIO))
+    if near.norm_ratio < limits.NORM_RATIO:
+        missed.append(Missed(threshold="norm", value=near.norm_ratio, needed=limits.NORM_RATIO))
+    if near.sharing > near.most:
+        missed.append(Missed(threshold="sharing", value=near.sharing, needed=near.most))
+    return NearestMiss(
+        layer=layer, position=hit.position, token_id=hit.token_id, token=decode(hit.token_id),
+        dim=hit.dim, value=hit.value, median_ratio=times, norm_ratio=near.norm_ratio,
+        missed=tuple(missed),
+    )  # fmt: skip
 
 
 def _stage(path: Path, ratios: list[float], span: Span) -> Stage:

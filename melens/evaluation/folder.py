@@ -6,7 +6,7 @@ from pathlib import Path
 
 from melens.errors import OutputError, ResultError
 from melens.evaluation.generated import answers_beside
-from melens.evaluation.rows import head_of
+from melens.item_rows import head_of
 from melens.results.edit import Edit
 
 ITEMS, RESULT = "items.jsonl", "evaluate.json"

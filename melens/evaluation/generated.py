@@ -20,13 +20,13 @@ from melens.evaluation.harness_data import items
 from melens.evaluation.harness_rows import GenerationSettings, GenerationTask
 from melens.evaluation.harness_rows import ItemRow as Answer
 from melens.evaluation.harness_run import run_task
-from melens.evaluation.rows import ItemRow, Rows
 from melens.evaluation.scores import ENERGY, assembled, held_facts
 from melens.evaluation.settings import Bench, Card, Progress
 from melens.evaluation.sources import data_folder
 from melens.evaluation.tasks import Source
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
+from melens.item_rows import ItemRow, Rows
 from melens.results.evaluation import Evaluation
 
 PROBES = 4

@@ -28,9 +28,9 @@ from melens.evaluation.conditions import (
 )
 from melens.evaluation.forced import Forced, Foreseen, Outcome, Runner
 from melens.evaluation.haystack import Haystack, bins, haystacks, plain_texts
-from melens.evaluation.rows import ItemRow, Rows
 from melens.evaluation.settings import Bench, Progress, Settings
 from melens.inputs import Inputs
+from melens.item_rows import ItemRow, Rows
 from melens.measure.located import check_same_model
 from melens.metrics.paired import paired_difference, weighted_mean
 from melens.models.loading import adopt

@@ -13,12 +13,12 @@ from melens.evaluation.conditions import check_edit, check_held, check_unedited,
 from melens.evaluation.forced import Foreseen, Outcome, Runner
 from melens.evaluation.generated import generated
 from melens.evaluation.harness_rows import GENERATION_TASKS
-from melens.evaluation.rows import ItemRow, Rows
 from melens.evaluation.scores import ENERGY, assembled, held_facts, score_of
 from melens.evaluation.settings import Bench, Card, Progress, Settings
 from melens.evaluation.sources import check_source
 from melens.evaluation.tasks import FORCED_TASKS, ForcedTask, Source, alike
 from melens.inputs import Inputs
+from melens.item_rows import ItemRow, Rows
 from melens.measure.located import check_same_model
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from melens import __version__
 from melens.evaluation.conditions import Condition, Plan, located_facts
 from melens.inputs import Inputs
 from melens.results import MELayer
@@ -63,10 +61,7 @@ class Bench:
     def facts(self, **more: Any) -> dict[str, Any]:
         """What every number depends on, with what the kind of task adds."""
         return {
-            "melens": __version__, "weights": self.inputs.weights,
-            "dtype": str(next(self.model.parameters()).dtype),
-            "device": next(self.model.parameters()).device.type,
-            "transformers": version("transformers"),
+            **self.inputs.facts(),
             "conditions": [[c.name, c.edit.model_dump(mode="json")] for c in self.conditions],
             "located": located_facts(self.me_layer), **more,
         }  # fmt: skip

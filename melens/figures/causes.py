@@ -39,7 +39,7 @@ def draw_factorial(result: Isolation) -> Figure:
         _dots(left, x, [max(abs(c.left), LEAST) for c in others])
         _dots(middle, x, [c.sink_rate for c in others])
         _dots(right, x, [c.loss_delta for c in others])
-    where = f"layer {result.layer} (from 0), dimension {result.dim}; grey: every other layer"
+    where = f"{result.role(result.layer)}, dimension {result.dim}; grey: every other layer"
     made.suptitle(plain(f"{result.run.model}: {where}"), fontsize=8)
     return made
 

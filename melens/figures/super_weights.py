@@ -14,7 +14,10 @@ MUTED = "#777777"
 
 @figure(SuperWeights, "spikes")
 def draw_spikes(result: SuperWeights) -> Figure:
-    """Left: largest |input| and |output| by layer. Right: loss without each weight, paired."""
+    """Left: largest |input| and |output| by layer. Right: loss without each weight, paired.
+
+    Grey: no more than the control.
+    """
     bars = len(result.super_weights) + 2 * (result.together is not None)
     made = Figure(figsize=(PAGE, max(2.9, 1.2 + 0.19 * bars)), layout="constrained")
     spikes, costs = made.subplots(1, 2, width_ratios=(1.15, 1))
@@ -25,7 +28,7 @@ def draw_spikes(result: SuperWeights) -> Figure:
         [h for hs, _ in handles for h in hs], [name for _, names in handles for name in names],
         loc="outside lower center", ncols=3,
     )  # fmt: skip
-    made.suptitle(plain(f"{result.run.model}: super weights (layer, row, column)"), fontsize=8)
+    made.suptitle(plain(f"{result.run.model}: weights that spike (layer, row, column)"), fontsize=8)
     return made
 
 
@@ -48,7 +51,7 @@ def _spikes(axes: Axes, result: SuperWeights) -> None:
     if marked:
         axes.scatter(
             [at[0] for at in marked], [heights[at] for at in marked], s=42, facecolors="none",
-            edgecolors=ME_COLOUR, linewidths=1.0, zorder=3, label="super weight found here",
+            edgecolors=ME_COLOUR, linewidths=1.0, zorder=3, label="a weight spikes here",
         )  # fmt: skip
     axes.set_ylabel("largest |x|")
     axes.set_xlabel("layer (counted from 0)")
@@ -63,11 +66,15 @@ def _costs(axes: Axes, result: SuperWeights) -> None:
         return
     n = len(result.super_weights)
     for y, weight in enumerate(result.super_weights):
-        _point(axes, y, weight.loss_delta, weight.interval, "o", "C0")
+        colour = "C0" if result.is_super(weight) else MUTED
+        _point(axes, y, weight.loss_delta, weight.interval, "o", colour)
         axes.plot(weight.neuron_loss_delta, y, marker="x", color=MUTED, ls="", ms=4)
     _point(axes, n, result.together.loss_delta, result.together.interval, "D", ME_COLOUR)
     _point(axes, n + 1, result.control.loss_delta, result.control.interval, "D", MUTED)
-    axes.plot([], [], marker="o", color="C0", ls="", label="this weight removed")
+    if result.supers:
+        axes.plot([], [], marker="o", color="C0", ls="", label="super weight removed")
+    if result.large:
+        axes.plot([], [], marker="o", color=MUTED, ls="", label="large weight removed")
     axes.plot([], [], marker="x", color=MUTED, ls="", ms=4, label="its whole neuron")
     names = [f"({w.layer}, {w.row}, {w.column})" for w in result.super_weights]
     axes.set_yticks(range(n + 2), [*names, f"all {n} together", f"control: {n} of like size"])

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melens.isolation.texts import Outcome
+from melens.isolation.changes import Outcome
 from melens.metrics import mean_interval, percentiles, resamples
 from melens.metrics.bootstrap import LEAST
 from melens.results.isolate import Cell, Factorial, Interaction

@@ -16,7 +16,7 @@ from melens.interventions import (
     norm_shuffle,
     write_block,
 )
-from melens.isolation.texts import Edit
+from melens.isolation.changes import LayerEdit
 
 FFN_EDITS = ("neurons", "pull-back", "cap", "drop")
 """Ablate the neurons that make most of the write; F1; F3; no FFN write at all."""
@@ -31,44 +31,63 @@ class Sizes:
     write_norm: float
 
 
-def flatten(layer: int, norm: str, alpha: float = 0.0) -> Edit:
+def flatten(layer: int, norm: str, alpha: float = 0.0) -> LayerEdit:
     """The norm's gain pulled to its mean."""
-    return lambda model, tokens: norm_flatten(model, layer, tokens=tokens, norm=norm, alpha=alpha)
-
-
-def shuffle(layer: int, norm: str, seed: int) -> Edit:
-    """The norm's gain in another order."""
-    return lambda model, tokens: norm_shuffle(model, layer, tokens=tokens, norm=norm, seed=seed)
-
-
-def all_ones(layer: int, norm: str) -> Edit:
-    """Every gain 1: the norm's shape and its overall scale are gone."""
-    return lambda model, tokens: norm_ones(model, layer, tokens=tokens, norm=norm)
-
-
-def ablate(layer: int, neurons: Sequence[int]) -> Edit:
-    """Neurons out."""
-    return lambda model, tokens: ffn_ablate_neurons(model, layer, tokens=tokens, neurons=neurons)
-
-
-def drop(layer: int, part: str) -> Edit:
-    """A block's attention or FFN writes nothing."""
-    return lambda model, tokens: write_block(model, layer, tokens=tokens, part=part)
-
-
-def pull_back(layer: int, reference: float) -> Edit:
-    """The product at an ordinary size."""
-    return lambda model, tokens: ffn_pull_back(model, layer, tokens=tokens, reference=reference)
-
-
-def cap(layer: int, reference: float) -> Edit:
-    """What is written at most twice the ordinary."""
-    return lambda model, tokens: ffn_cap(
-        model, layer, tokens=tokens, reference=reference, factor=CAP
+    return LayerEdit(
+        f"flatten {norm} {alpha:g} at {layer}",
+        lambda model, tokens: norm_flatten(model, layer, tokens=tokens, norm=norm, alpha=alpha),
     )
 
 
-def ffn_edit(kind: str, layer: int, neurons: Sequence[int], sizes: Sizes | None) -> Edit:
+def shuffle(layer: int, norm: str, seed: int) -> LayerEdit:
+    """The norm's gain in another order."""
+    return LayerEdit(
+        f"shuffle {norm} {seed} at {layer}",
+        lambda model, tokens: norm_shuffle(model, layer, tokens=tokens, norm=norm, seed=seed),
+    )
+
+
+def all_ones(layer: int, norm: str) -> LayerEdit:
+    """Every gain 1: the norm's shape and its overall scale are gone."""
+    return LayerEdit(
+        f"ones {norm} at {layer}",
+        lambda model, tokens: norm_ones(model, layer, tokens=tokens, norm=norm),
+    )
+
+
+def ablate(layer: int, neurons: Sequence[int]) -> LayerEdit:
+    """Neurons out."""
+    return LayerEdit(
+        f"ablate {sorted(neurons)} at {layer}",
+        lambda model, tokens: ffn_ablate_neurons(model, layer, tokens=tokens, neurons=neurons),
+    )
+
+
+def drop(layer: int, part: str) -> LayerEdit:
+    """A block's attention or FFN writes nothing."""
+    return LayerEdit(
+        f"drop {part} at {layer}",
+        lambda model, tokens: write_block(model, layer, tokens=tokens, part=part),
+    )
+
+
+def pull_back(layer: int, reference: float) -> LayerEdit:
+    """The product at an ordinary size."""
+    return LayerEdit(
+        f"pull-back at {layer}",
+        lambda model, tokens: ffn_pull_back(model, layer, tokens=tokens, reference=reference),
+    )
+
+
+def cap(layer: int, reference: float) -> LayerEdit:
+    """What is written at most twice the ordinary."""
+    return LayerEdit(
+        f"cap at {layer}",
+        lambda model, tokens: ffn_cap(model, layer, tokens=tokens, reference=reference, factor=CAP),
+    )
+
+
+def ffn_edit(kind: str, layer: int, neurons: Sequence[int], sizes: Sizes | None) -> LayerEdit:
     """The chosen FFN edit at one layer."""
     if kind == "neurons":
         return ablate(layer, neurons)

@@ -11,9 +11,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.isolation.changes import Change
 from melens.isolation.edits import ablate
 from melens.isolation.prefixes import Prefixes
-from melens.isolation.texts import Change
 from melens.models.anatomy import anatomy, norm_gain
 from melens.models.ffn import FFN, ffn_input, ffn_of
 from melens.results.isolate import Decomposition, Direction, Gains, Neuron

@@ -11,7 +11,9 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.errors import ResultError
 from melens.inputs import Inputs
-from melens.isolation.texts import Change, Marked
+from melens.isolation.changes import Change
+from melens.isolation.finished import Finished
+from melens.isolation.texts import Marked
 from melens.measure.located import Located
 from melens.resume import Resumable
 
@@ -22,8 +24,11 @@ MOST = 16
 class Prefixes:
     """Distinct inputs that end in a massive token, run up to the peak layer."""
 
-    def __init__(self, inputs: Inputs, located: Located, dim: int) -> None:
+    def __init__(
+        self, inputs: Inputs, located: Located, dim: int, finished: Finished | None = None
+    ) -> None:
         """Raises:  ResultError: the texts hold no massive token."""
+        self.finished = finished or Finished(None, {})
         me = located.me_layer
         assert me.peak_layer is not None
         self.dim, self.peak = dim, me.peak_layer
@@ -69,7 +74,9 @@ class Prefixes:
 
     def left(self, change: Change) -> float:
         """Share of the coordinate that a change leaves: mean over mean."""
-        return (self.coordinates(change).mean() / self.clean.mean()).item()
+        return self.finished.number(
+            change.name, lambda: (self.coordinates(change).mean() / self.clean.mean()).item()
+        )
 
     def read(self, sites: list[str]) -> dict[str, Float[Tensor, "prefix width"]]:
         """Clean activations of the massive tokens at ``[batch, pos, width]`` sites."""

@@ -14,7 +14,6 @@ from melens.interventions.now import Now
 from melens.interventions.residual import write_sites
 from melens.isolation.prefixes import Prefixes
 from melens.measure.located import Located
-from melens.results.isolate import Write
 from melens.resume import Resumable
 from melens.shapes import Resid, TokenMask
 
@@ -38,8 +37,8 @@ def ordinary_tokens(inputs: Inputs, located: Located) -> Batch | None:
 
 def sufficiency(
     prefixes: Prefixes, ordinary: Batch, layer: int, part: str, runner: Resumable
-) -> Write:
-    """The massive token's write of one part, in place of an ordinary token's own.
+) -> float:
+    """The massive token's write of one part, in place of an ordinary token's own: what it makes.
 
     Blocks after it run as ever, so what they add or erase counts.
 
@@ -66,10 +65,7 @@ def sufficiency(
     place = Place(model, layer, choose)
     with editing(place, {site: editor(put(site)) for site in sites}):
         final = runner.run(layer, runner.resid_pre(layer), upto=prefixes.peak + 1)
-    return Write(
-        layer=layer, part="attention" if part == "attention" else "ffn",
-        left=share_at(final, ordinary, prefixes),
-    )  # fmt: skip
+    return share_at(final, ordinary, prefixes)
 
 
 def share_at(final: Resid, ordinary: Batch, prefixes: Prefixes) -> float:

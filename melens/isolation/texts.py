@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melens.batches import Batch
 from melens.inputs import Inputs
 from melens.interventions.tokens import Choice, these
+from melens.isolation.changes import Change, Outcome
+from melens.isolation.finished import Finished
 from melens.measure.located import Located
 from melens.metrics import sequence_loss
 from melens.models.anatomy import anatomy, pattern_hook, resid_post
@@ -21,26 +22,6 @@ from melens.results import MELayer
 from melens.results.sinks import SINK_EPS
 from melens.resume import Resumable
 from melens.shapes import TokenMask
-
-Edit = Callable[[Any, Choice], AbstractContextManager[None]]
-"""(model, tokens) -> an intervention, ready to be entered."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """Edits of one layer, entered together; none = the model as it is."""
-
-    layer: int
-    edits: tuple[Edit, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One change's effect, ``[sequence]`` each; the coordinate is NaN without a massive token."""
-
-    coordinate: Float[Tensor, " sequence"]
-    sink_rate: Float[Tensor, " sequence"]
-    loss: Float[Tensor, " sequence"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +47,7 @@ class Marked:
         runner = self.runner
         with ExitStack() as stack:
             for edit in change.edits:
-                stack.enter_context(edit(runner.model, self.choice))
+                stack.enter_context(edit.enter(runner.model, self.choice))
             return runner.run(
                 change.layer, runner.resid_pre(change.layer), upto=upto, hooks=list(hooks)
             )
@@ -79,29 +60,40 @@ class Texts:
     inputs: Inputs
     located: Located
     dim: int
+    finished: Finished = field(default_factory=lambda: Finished(None, {}))
     clean: dict[int, Float[Tensor, "batch head"]] = field(default_factory=dict)
 
     def outcomes(
         self, changes: Sequence[Change], tick: Callable[[int], None]
     ) -> Iterator[list[Outcome]]:
         """The outcomes of every change, one list a batch; ``tick`` counts changes done."""
-        for batch, marks in zip(self.inputs.batches, self.located.heavy, strict=True):
-            yield self._of_batch(batch, marks, changes, tick)
+        for number in range(len(self.inputs.batches)):
+            yield self._of_batch(number, changes, tick)
 
     def _of_batch(
-        self,
-        batch: Batch,
-        marks: Tensor,
-        changes: Sequence[Change],
-        tick: Callable[[int], None],
+        self, number: int, changes: Sequence[Change], tick: Callable[[int], None]
     ) -> list[Outcome]:
-        marked = Marked(Resumable(self.inputs.model, batch), marks, self.located.me_layer)
         self.clean.clear()
+        marked: Marked | None = None
         found = []
         for change in changes:
-            found.append(self._outcome(marked, change))
+            outcome = self.finished.outcome(number, change)
+            if outcome is None:
+                marked = marked or self._marked(number)
+                outcome = self._outcome(marked, change)
+                self.finished.add_outcome(number, change, outcome)
+            found.append(outcome)
             tick(1)
         return found
+
+    def _marked(self, number: int) -> Marked:
+        """One batch's clean run, with its attention: a change leaves that before its layer."""
+        me = self.located.me_layer
+        assert me.me_layer is not None
+        runner = Resumable(self.inputs.model, self.inputs.batches[number])
+        marked = Marked(runner, self.located.heavy[number], me)
+        self._outcome(marked, Change(me.me_layer + 1))
+        return marked
 
     def _outcome(self, marked: Marked, change: Change) -> Outcome:
         """A change at layer l leaves the layers before as they were in the clean run."""
@@ -141,15 +133,16 @@ def _alpha_into(
 ) -> Callable[[Tensor, object], None]:
     """Mean attention that each row's first massive token draws from the queries that see it."""
     first, real = marked.first, marked.runner.batch.mask
+    columns, rows = first.clamp_min(0), torch.arange(len(first), device=first.device)
+    after = real & (
+        torch.arange(real.shape[1], device=real.device) >= columns.to(real.device)[:, None]
+    )
 
     def read(x: Tensor, hook: object) -> None:
-        found = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        for i, column in enumerate(first.tolist()):
-            if column >= 0:
-                queries = real[i].clone()
-                queries[:column] = False
-                found[i] = x[i, :, queries.to(x.device), column].float().mean(-1)
-        alphas[layer] = found
+        seen = after.to(x.device)
+        drawn = x[rows.to(x.device), :, :, columns.to(x.device)].float()
+        mean = drawn.where(seen[:, None], 0.0).sum(-1) / seen.sum(-1, keepdim=True)
+        alphas[layer] = mean.where(first.to(x.device)[:, None] >= 0, 0.0)
 
     return read
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from melens.errors import OutputError, ResultError
 
@@ -30,6 +30,13 @@ class Part(BaseModel):
         frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(),
         allow_inf_nan=False,
     )  # fmt: skip
+
+
+def added_later(default: Any = None) -> Any:
+    """A field that older results do not have: written only where it says something, so that an
+    older result's JSON stays what it is. Needs pydantic 2.12.
+    """  # noqa: D205
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class Result(Part):

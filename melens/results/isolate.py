@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 Interval = tuple[float, float] | None
 """95 %, bootstrapped over sequences, for coordinates over distinct inputs up to the massive token;
@@ -62,6 +62,15 @@ class Factorial(Part):
     kept_edited: Cell
     flat_edited: Cell
     interaction: Interaction
+
+
+def cells(factorial: Factorial) -> list[dict[str, Any]]:
+    """The four cells of a 2 x 2 as rows."""
+    made = []
+    for name in ("kept_kept", "flat_kept", "kept_edited", "flat_edited"):
+        norm, ffn = name.split("_")
+        made.append({"norm": norm, "ffn": ffn, **getattr(factorial, name).model_dump()})
+    return made
 
 
 class Write(Part):
@@ -185,6 +194,19 @@ class Controls(Part):
     """The norm's gains shuffled (seed 0), on the texts."""
 
 
+class EditedLayer(Part):
+    """What edits at one layer do, and their controls; the fields as in :class:`Isolation`."""
+
+    layer: int
+    factorial: Factorial
+    norms: tuple[NormEdit, ...]
+    path: tuple[Step, ...]
+    neurons_for: dict[str, int]
+    direction: Direction | None
+    gains: Gains | None
+    controls: Controls
+
+
 class Isolation(Result):
     """The cause of the massive activation, by edits at one layer and their controls."""
 
@@ -194,7 +216,13 @@ class Isolation(Result):
     schema_: Literal["melens/isolate/1"] = Field(default="melens/isolate/1", alias="schema")
     layer: int
     """The layer that was edited: the ME Layer, unless another was asked for."""
+    steps: tuple[EditedLayer, ...] = added_later(())
+    """The same edits at the emergence's other steps; empty where it has one, where a layer was
+    asked for, and in results of older versions.
+    """
     me_layer: int
+    main_layer: int | None = added_later()
+    """The step that adds most; older results do not say it."""
     peak_layer: int
     dim: int
     coordinate: float
@@ -227,52 +255,60 @@ class Isolation(Result):
     @model_validator(mode="after")
     def _fits_together(self) -> Isolation:
         """Refuse what no run can have made."""
-        layers = [self.layer, self.peak_layer, *(row.layer for row in self.necessity)]
-        layers += [row.layer for row in (*self.sufficiency, *self.neurons, *self.controls.layers)]
+        layers = [self.peak_layer, *(row.layer for row in self.necessity)]
+        layers += [row.layer for row in (*self.sufficiency, *self.neurons)]
+        layers += [row.layer for row in (*self.edited, *self.controls.layers)]
         if any(not 0 <= layer < self.n_layers for layer in layers):
             raise ValueError(f"layers must be within 0 and {self.n_layers - 1}")
-        f = self.factorial
-        for name in ("coordinate", "sink_rate", "loss"):
-            both, flat, edited, none = (
-                getattr(cell, name)
-                for cell in (f.flat_edited, f.flat_kept, f.kept_edited, f.kept_kept)
-            )
-            made, scale = both - flat - edited + none, max(map(abs, (both, flat, edited, none, 1)))
-            if abs(made - getattr(f.interaction, name)) > ADDS_UP * scale:
-                raise ValueError(f"the interaction of {name} is not x11 - x10 - x01 + x00")
+        for edited in self.edited:
+            _check_interaction(edited.factorial)
         return self
 
+    @property
+    def edited(self) -> tuple[EditedLayer, ...]:
+        """Every edited layer, the ME Layer (or the one that was asked for) first."""
+        here = {name: getattr(self, name) for name in EditedLayer.model_fields}
+        return (EditedLayer.model_construct(**here), *self.steps)
+
+    def role(self, layer: int) -> str:
+        """A layer by its number and what it is in the emergence."""
+        if layer == self.me_layer:
+            return f"layer {layer} (the ME Layer)"
+        if layer == self.main_layer:
+            return f"layer {layer} (the main step)"
+        further = layer in (step.layer for step in self.steps)
+        return f"layer {layer}" + (" (another step)" if further else "")
+
     def rows(self) -> list[dict[str, Any]]:
-        """The 2 x 2, one row a cell."""
-        cells = ("kept_kept", "flat_kept", "kept_edited", "flat_edited")
-        made = []
-        for name in cells:
-            norm, ffn = name.split("_")
-            cell = getattr(self.factorial, name).model_dump()
-            made.append({"norm": norm, "ffn": ffn, **cell})
-        return made
+        """The 2 x 2 of the first edited layer, one row a cell."""
+        return cells(self.factorial)
 
     def least(self, writes: tuple[Write, ...]) -> Write | None:
         """The write without which least is left."""
         return min(writes, key=lambda write: abs(write.left), default=None)
 
-    def summary(self) -> str:
-        """One plain sentence; layers count from 0."""
-        f = self.factorial
-        where = f"layer {self.layer}" + (" (the ME Layer)" if self.layer == self.me_layer else "")
+    def _at(self, edited: EditedLayer) -> str:
+        """What the edits of one layer leave, and its neurons."""
+        f = edited.factorial
         text = (
-            f"{self.run.model}: of the massive coordinate {self.coordinate:,.0f} (dimension "
-            f"{self.dim}), {_percent(f.flat_kept.left)} is left with the gain of {f.norm} "
-            f"flattened at {where}, {_percent(f.kept_edited.left)} with {f.ffn_edit}, "
+            f"{_percent(f.flat_kept.left)} is left with the gain of {f.norm} flattened at "
+            f"{self.role(edited.layer)}, {_percent(f.kept_edited.left)} with {f.ffn_edit}, "
             f"{_percent(f.flat_edited.left)} with both"
         )
-        if self.neurons:
-            shares = ", ".join(
-                f"{neuron.neuron} ({_percent(neuron.share)})"
-                for neuron in self.neurons
-                if neuron.layer == self.layer
-            )
-            text += f"; its neurons: {shares}" if shares else ""
+        shares = ", ".join(
+            f"{neuron.neuron} ({_percent(neuron.share)})"
+            for neuron in self.neurons
+            if neuron.layer == edited.layer
+        )
+        return text + (f"; its neurons: {shares}" if shares else "")
+
+    def summary(self) -> str:
+        """One plain sentence; layers count from 0."""
+        text = (
+            f"{self.run.model}: of the massive coordinate {self.coordinate:,.0f} (dimension "
+            f"{self.dim}), "
+        )
+        text += "; ".join(self._at(edited) for edited in self.edited)
         if (found := self.least(self.necessity)) is not None:
             text += (
                 f"; least is left without the {found.part} write of layer {found.layer} "
@@ -284,3 +320,14 @@ class Isolation(Result):
 def _percent(share: float) -> str:
     digits = 0 if abs(share) >= 0.1 or not math.isfinite(share) else 1
     return f"{100 * share:.{digits}f} %"
+
+
+def _check_interaction(f: Factorial) -> None:
+    """Refuse what no run can have made."""
+    for name in ("coordinate", "sink_rate", "loss"):
+        both, flat, edited, none = (
+            getattr(cell, name) for cell in (f.flat_edited, f.flat_kept, f.kept_edited, f.kept_kept)
+        )
+        made, scale = both - flat - edited + none, max(map(abs, (both, flat, edited, none, 1)))
+        if abs(made - getattr(f.interaction, name)) > ADDS_UP * scale:
+            raise ValueError(f"the interaction of {name} is not x11 - x10 - x01 + x00")

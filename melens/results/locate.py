@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 Verdict = Literal["single", "multi-step", "gradual", "re-emergent", "none"]
 
@@ -127,6 +127,52 @@ class Stability(Part):
     first_tokens: tuple[FirstToken, ...]
 
 
+class Missed(Part):
+    """A threshold that the nearest coordinate does not pass."""
+
+    threshold: Literal["absolute", "median", "norm", "sharing"]
+    """|x|; |x| over the median; norm over the median token norm; tokens that share the dimension"""
+    value: float
+    needed: float
+    """More than this (``norm``: at least; ``sharing``: at most)."""
+
+    def said(self) -> str:
+        """As a piece of a sentence."""
+        if self.threshold == "sharing":
+            return f"{self.value:.0f} tokens share the dimension, at most {self.needed:.0f} may"
+        unit = {"absolute": "|x| above {}", "median": "{} x the median",
+                "norm": "{} x the median token norm"}[self.threshold]  # fmt: skip
+        by = "" if self.value >= self.needed else f" by {1 - self.value / self.needed:.1%}"
+        return f"it misses {unit.format(f'{self.needed:,g}')}{by}"
+
+
+class NearestMiss(Part):
+    """The coordinate that comes nearest to being massive where none is."""
+
+    layer: int
+    position: int
+    token_id: int
+    token: str
+    dim: int
+    value: float
+    """Signed, the token's largest."""
+    median_ratio: float | None
+    """|value| over the median |x| of the layer output of its sequence; None where that is 0."""
+    norm_ratio: float
+    """Its token's norm over the median token norm."""
+    missed: tuple[Missed, ...]
+
+    def said(self) -> str:
+        """As a piece of a sentence."""
+        times = "" if self.median_ratio is None else f"{self.median_ratio:,.0f} x the median and "
+        text = (
+            f"the nearest is {self.value:,.4g} in dimension {self.dim} at layer {self.layer} "
+            f"(token {self.token!r} at position {self.position}): {times}"
+            f"{self.norm_ratio:.1f} x the median token norm"
+        )
+        return "; ".join([text, *(missed.said() for missed in self.missed)])
+
+
 class MELayer(Result):
     """Where massive activations emerge, who writes them, and how sure that is."""
 
@@ -154,6 +200,8 @@ class MELayer(Result):
     peak_layer: int | None = None
     erase_layer: int | None = None
     massive: tuple[MassiveToken, ...]
+    nearest: NearestMiss | None = added_later()
+    """Only for ``none``; results of older versions do not have it."""
     writer: Writer | None = None
     final_layer_growth: FinalGrowth | None
     stability: Stability
@@ -187,10 +235,15 @@ class MELayer(Result):
         """``high``, ``medium`` or ``low``: the confidence in one word."""
         return "high" if self.confidence >= 0.7 else "medium" if self.confidence >= 0.4 else "low"
 
+    @property
+    def near_miss(self) -> str:
+        """What came nearest to being massive, to follow a sentence that says that nothing is."""
+        return "" if self.nearest is None else f"; {self.nearest.said()}"
+
     def summary(self) -> str:
         """One plain sentence; layers count from 0 at the block output."""
         if self.verdict == "none":
-            return f"{self.run.model}: {self._without()} ({self._sureness()})."
+            return f"{self.run.model}: {self._without()}{self.near_miss} ({self._sureness()})."
         first = self.massive[0]
         text = f"{self.run.model}: {self.verdict} emergence"
         if self.verdict in ("gradual", "multi-step"):

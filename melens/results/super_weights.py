@@ -62,7 +62,10 @@ class LayerSpikes(Part):
 
 
 class SuperWeight(Part):
-    """One entry of a down projection, in the order in which it was found."""
+    """One entry of a down projection that makes a spike, in the order in which it was found.
+
+    Whether it is a super weight is for :meth:`SuperWeights.is_super` to say: its cost decides.
+    """
 
     layer: int
     row: int
@@ -162,9 +165,37 @@ class SuperWeights(Result):
                 raise ValueError("loss_delta must be loss_without - base_loss")
         return self
 
+    def is_super(self, weight: SuperWeight) -> bool:
+        """Whether removing a weight hurts, and more than its control; else it is a large weight.
+
+        The interval of its loss change lies above 0 and above the control's, which is of as many
+        other weights as were found, removed together. Without intervals (fewer than 5 sequences)
+        the changes themselves are compared.
+        """
+        least = weight.loss_delta if weight.interval is None else weight.interval[0]
+        others = 0.0
+        if self.control is not None:
+            inside = self.control.interval
+            others = self.control.loss_delta if inside is None else inside[1]
+        return least > max(0.0, others)
+
+    @property
+    def supers(self) -> tuple[SuperWeight, ...]:
+        """Those found whose removal hurts more than the control."""
+        return tuple(weight for weight in self.super_weights if self.is_super(weight))
+
+    @property
+    def large(self) -> tuple[SuperWeight, ...]:
+        """Those found that spike, and whose removal costs no more than the control."""
+        return tuple(weight for weight in self.super_weights if not self.is_super(weight))
+
+    def kind_of(self, weight: SuperWeight) -> str:
+        """``super`` or ``large``."""
+        return "super" if self.is_super(weight) else "large"
+
     def rows(self) -> list[dict[str, Any]]:
-        """One row a super weight; together and control last."""
-        made = [weight.model_dump() for weight in self.super_weights]
+        """One row a weight that spikes; together and control last."""
+        made = [{"is": self.kind_of(w), **w.model_dump()} for w in self.super_weights]
         groups = {"together": self.together, "control": self.control}
         keys = ("loss_without", "loss_delta", "interval")
         return [{"weights": "one", **row} for row in made] + [
@@ -175,8 +206,8 @@ class SuperWeights(Result):
 
     def shown(self) -> list[dict[str, Any]]:
         """The main columns."""
-        keep = ("weights", "layer", "row", "column", "value", "share", "position", "token", "role",
-                "loss_without", "loss_delta", "interval",
+        keep = ("weights", "is", "layer", "row", "column", "value", "share", "position", "token",
+                "role", "loss_without", "loss_delta", "interval",
                 "neuron_loss_delta")  # fmt: skip
         return [{key: row.get(key) for key in keep} for row in self.rows()]
 
@@ -187,7 +218,7 @@ class SuperWeights(Result):
         worst = max(self.super_weights, key=lambda weight: weight.loss_delta)
         n = len(self.super_weights)
         text = (
-            f"{self.run.model}: {n} super weight{'s' * (n != 1)} "
+            f"{self.run.model}: {self._counted()} "
             f"({'no spike left' if self.stopped != 'most' else 'stopped at the most asked for'}, "
             f"pass {self.passes}). Mean loss {self.base_loss:.3f} nats a token; removing the "
             f"costliest, layer {worst.layer} row {worst.row} column {worst.column}, changes it by "
@@ -199,12 +230,20 @@ class SuperWeights(Result):
         control = f"{self.control.loss_delta:+.3g}{_within(self.control.interval)}"
         others = "another weight" if n == 1 else f"{n} other weights"
         text += f"; {others} of the nearest size by {control} (layers count from 0)."
+        if self.large:
+            text += " A super weight is one whose removal costs more than that of the others."
         if behind := sum(weight.site == "write" for weight in self.super_weights):
             text += (
                 f" {behind} of {n} only spike after the norm behind the FFN, which the published"
             )
             text += " method does not look at."
         return text + self._held()
+
+    def _counted(self) -> str:
+        """How many spike, by what their removal costs."""
+        found = {"super": len(self.supers), "large": len(self.large)}
+        named = [f"{n} {kind} weight{'s' * (n != 1)}" for kind, n in found.items() if n]
+        return ("" if found["super"] else "no super weight, ") + " and ".join(named)
 
     def _held(self) -> str:
         return f" Published coordinates: {self.known.summary()}" if self.known else ""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from melens.evaluation.conditions import Condition, Plan, conditions
 from melens.evaluation.forced import Forced
-from melens.evaluation.rows import Rows
 from melens.inputs import Inputs
+from melens.item_rows import Rows
 from melens.metrics.paired import Estimate, paired_difference
 from melens.models.origin import fingerprint
 from melens.results import MELayer

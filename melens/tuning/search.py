@@ -18,8 +18,8 @@ from melens.evaluation.conditions import (
     located_facts,
 )
 from melens.evaluation.forced import TOKENS, Forced, Outcome, Runner
-from melens.evaluation.rows import ItemRow, Rows
 from melens.inputs import Inputs
+from melens.item_rows import ItemRow, Rows
 from melens.measure.located import check_same_model
 from melens.models.decoder import decoder_of
 from melens.models.loading import adopt

@@ -22,14 +22,20 @@ NATS = "nats a token"
     )
 )
 def super_weight(view: View, threshold: float) -> Judgement:
-    """The costliest weight that makes a spike, removed alone (Yu et al.)."""
+    """The costliest weight that makes a spike, removed alone (Yu et al.).
+
+    One whose removal costs no more than its control's is a large weight, and no finding.
+    """
     found = view.held("super_weights", SuperWeights)
     if not found.super_weights:
         return nothing("no single weight makes a spike")
-    at, worst = max(enumerate(found.super_weights), key=lambda pair: pair[1].loss_delta)
+    at, worst = max(
+        enumerate(found.super_weights),
+        key=lambda pair: (found.is_super(pair[1]), pair[1].loss_delta),
+    )
     where = f"layer {worst.layer} (counted from 0), down projection [{worst.row}, {worst.column}]"
     return Judgement(
-        found=worst.loss_delta > threshold, value=worst.loss_delta,
+        found=found.is_super(worst) and worst.loss_delta > threshold, value=worst.loss_delta,
         source=f"/results/super_weights/super_weights/{at}/loss_delta",
         title=f"zeroing one weight, {where}, adds {worst.loss_delta:.3g} {NATS}",
         evidence={"layer": worst.layer, "row": worst.row, "column": worst.column,

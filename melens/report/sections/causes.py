@@ -38,7 +38,10 @@ def isolation(view: View) -> Block:
         Picture(result, "layers", _layers_alt(result), "Every block's write dropped, put in alone, "
                 "and the two edits at every layer."),
     ]  # fmt: skip
-    made.tables = [_cells(view)]
+    made.tables = [
+        _cells(view, "" if not i else f"/steps/{i - 1}", result.role(edited.layer))
+        for i, edited in enumerate(result.edited)
+    ]
     if result.neurons:
         made.tables.append(_neurons(view))
     made.notes = list(result.missing)
@@ -62,17 +65,17 @@ def _layers_alt(result: Isolation) -> str:
     return f"{text} The other writes leave more. Layers count from 0."
 
 
-def _cells(view: View) -> Table:
+def _cells(view: View, place: str, where: str) -> Table:
     rows = []
     for key, name in CELLS.items():
-        at = f"/factorial/{key}"
+        at = f"{place}/factorial/{key}"
         rows.append([
             name, view.number(f"{at}/coordinate"), view.number(f"{at}/left", "percent"),
             view.number(f"{at}/sink_rate", "percent"), view.number(f"{at}/loss_delta", "signed"),
             view.interval(f"{at}/loss_interval"),
         ])  # fmt: skip
     return Table(
-        "Norm and FFN, kept and edited",
+        f"Norm and FFN of {where}, kept and edited",
         ("cell", "coordinate", "share left", "sink rate", "loss change (nats a token)",
          "95 % interval"), rows,
     )  # fmt: skip
@@ -96,8 +99,8 @@ def _neurons(view: View) -> Table:
 
 @section(
     "super-weights", "Super weights",
-    "Single weights that make the massive activation. If one of them is rounded away or pruned, "
-    "the model pays the loss below.",
+    "Single weights that make an activation spike. If one of them is rounded away or pruned, the "
+    "model pays the loss below; only where that is more than the control is it a super weight.",
     SuperWeights,
 )  # fmt: skip
 def super_weights(view: View) -> Block:
@@ -106,7 +109,11 @@ def super_weights(view: View) -> Block:
     made = view.block()
     made.facts = [
         Fact("Loss, nothing removed (nats a token)", view.number("/base_loss")),
-        Fact("Super weights found", number_text(len(result.super_weights))),
+        Fact("Super weights found", number_text(len(result.supers))),
+        Fact(
+            "Large weights (they spike, and cost no more than the control)",
+            number_text(len(result.large)),
+        ),
     ]
     alt = f"{result.summary()} Left: largest FFN input and output by layer. Right: loss changes."
     made.pictures = [
@@ -124,7 +131,8 @@ def _weights(view: View) -> Table:
     for i, weight in enumerate(view.result.super_weights):
         at = f"/super_weights/{i}"
         rows.append([
-            f"{weight.layer}, {weight.row}, {weight.column}", view.number(f"{at}/value"),
+            f"{weight.layer}, {weight.row}, {weight.column} ({view.result.kind_of(weight)})",
+            view.number(f"{at}/value"),
             view.number(f"{at}/share", "percent"), view.token(weight.token),
             view.number(f"{at}/loss_delta", "signed"), view.interval(f"{at}/interval"),
             view.number(f"{at}/neuron_loss_delta", "signed"),

@@ -34,6 +34,12 @@ def emergence(view: View) -> Block:
     ]
     if result.writer is not None:
         made.facts.append(Fact("Written by the FFN", view.number("/writer/ffn", "percent")))
+    if result.nearest is not None:
+        made.facts += [
+            Fact("Nearest to being massive", view.number("/nearest/value")),
+            Fact("Its layer (from 0)", view.number("/nearest/layer")),
+            Fact("Its token's norm over the median", view.number("/nearest/norm_ratio")),
+        ]
     made.tiles = [Fact("ME Layer (from 0)", view.number("/me_layer"))]
     if result.massive:
         made.tiles.append(Fact("The massive token reaches", view.number("/massive/0/value")))

@@ -18,7 +18,7 @@ SCHEMA = "melens/items/1"
 
 @dataclass(frozen=True)
 class ItemRow:
-    """One item under one condition."""
+    """One item under one condition; or one step of a measurement, on one batch of texts."""
 
     item: str
     condition: str
@@ -39,13 +39,14 @@ def key_of(facts: dict[str, Any]) -> str:
 class Rows:
     """Finished rows; on disk if there is a path, where an earlier run's are taken up again."""
 
-    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, facts: dict[str, Any], *, of: str = "evaluation") -> None:
         """Take up an earlier run's rows, or begin the file.
 
         Args:    facts: what the numbers depend on; kept in the file's first line.
+                 of: what the rows are finished parts of, for the refusal.
         Raises:  ResultError: the file is of another evaluation, or no such file.
         """  # fmt: skip
-        self.path, self.key = path, key_of(facts)
+        self.path, self.key, self.kind = path, key_of(facts), of
         self.found: dict[tuple[str, str], ItemRow] = {}
         if path is None:
             return
@@ -89,7 +90,7 @@ class Rows:
             if not lines:
                 return False
             raise ResultError(
-                f"{path} is of another evaluation (other weights, items, edits or version of "
+                f"{path} is of another {self.kind} (other weights, items, edits or version of "
                 "melens); delete it to start anew, or choose another folder."
             )
         if whole != raw:  # a kill in the middle of a line

@@ -1,0 +1,138 @@
+"""Progress on stderr, whoever reads it: a bar on a terminal, elsewhere a line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+EVERY = 5.0
+"""Seconds between two lines: often enough to see that it lives, seldom enough for a log."""
+LEAST_SHARE = 0.05
+"""Of the work, below which a guess of the time that is left says nothing."""
+
+
+@dataclass
+class Display:
+    """Work that counts up to a total; a callback, which may be told what it is at."""
+
+    unit: str | None
+    """What is counted; None where it is only a share of the whole."""
+    what: str | None = None
+    """The part of the work that is going on."""
+    done: int = 0
+    total: int = 0
+    start: float = field(default_factory=time.monotonic)
+
+    def __call__(self, done: int, total: int, what: str | None = None) -> None:
+        """``done`` of ``total`` are finished."""
+        self.done, self.total = done, total
+        if what is not None and what != self.what:
+            self.what = what
+            self.tell()
+        self.moved()
+
+    def tell(self) -> None:
+        """Say where it is."""
+
+    def moved(self) -> None:
+        """The counts changed."""
+
+    def close(self) -> None:
+        """The work is over, or was interrupted."""
+
+
+class Lines(Display):
+    """For a file, a pipe or a log: one plain line."""
+
+    def tell(self) -> None:
+        """As a line of its own."""
+        try:
+            sys.stderr.write(f"melens: {self.line(time.monotonic() - self.start)}\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):  # closed: nobody reads, and the work goes on
+            return
+
+    def line(self, seconds: float) -> str:
+        """What is done, how long it took, and about how much longer it will."""
+        share = self.done / self.total if self.total else 0.0
+        parts = [f"{seconds:.0f} s so far"]
+        if self.total:
+            parts.insert(0, f"{100 * share:.0f} %")
+        if self.unit is not None:
+            count = f"{self.done:,} of {self.total:,} " if self.total else ""
+            parts.insert(0, f"{count}{self.unit}")
+        if LEAST_SHARE <= share < 1:
+            parts.append(f"about {seconds * (1 / share - 1):.0f} s left")
+        return f"{self.what}: {', '.join(parts)}" if self.what else ", ".join(parts)
+
+
+class Bar(Display):
+    """For a terminal: tqdm's bar."""
+
+    shown: Any = None
+
+    def moved(self) -> None:
+        """Drawn at most ten times a second."""
+        if self.shown is None:
+            self.shown = _tqdm(self.unit)
+        self.shown.total = self.total
+        if self.what:
+            self.shown.set_description_str(self.what, refresh=False)
+        self.shown.update(self.done - self.shown.n)
+
+    def tell(self) -> None:
+        """The clock goes on while nothing is counted."""
+        if self.shown is not None:
+            self.shown.refresh()
+
+    def close(self) -> None:
+        """The last state stays on the screen."""
+        if self.shown is not None:
+            self.shown.close()
+
+
+@contextmanager
+def progress_on(
+    unit: str | None, *, quiet: bool = False, what: str | None = None
+) -> Iterator[Display]:
+    """Show work on stderr: call what this gives with (done, total).
+
+    A thread says where it is every few seconds, so that a long step is no silence.
+
+    Args:    unit: what is counted, as "sequences"; None = only a share of the whole.
+             quiet: say nothing.
+             what: what is going on, as "isolate"; may change with every call.
+    """  # fmt: skip
+    if quiet:
+        yield Display(unit, what)
+        return
+    terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    made = (Bar if terminal else Lines)(unit, what)
+    over = threading.Event()
+    beat = threading.Thread(target=_beat, args=(made, over), name="progress", daemon=True)
+    beat.start()
+    try:
+        yield made
+    finally:
+        over.set()
+        beat.join()
+        made.close()
+
+
+def _beat(made: Display, over: threading.Event) -> None:
+    while not over.wait(EVERY):
+        made.tell()
+
+
+def _tqdm(unit: str | None) -> Any:
+    from tqdm import tqdm
+
+    if unit is None:
+        form = "{desc} {percentage:3.0f} %|{bar}| {elapsed}, left {remaining}"
+        return tqdm(file=sys.stderr, bar_format=form)
+    return tqdm(file=sys.stderr, unit=f" {unit}")
