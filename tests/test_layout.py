@@ -11,8 +11,9 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
-    {"errors", "shapes", "provenance"},
-    {"registry"},
+    {"formatting"},
+    {"errors", "shapes", "provenance", "network"},
+    {"registry", "store"},
     {"metrics", "results", "batches"},
     {"capture"},
     {"models"},

@@ -19,12 +19,15 @@ from melens.cli.export_command import export
 from melens.cli.generate_command import generate
 from melens.cli.long_context_command import long_context
 from melens.cli.measure_commands import attention, collapse, describe, sinks
+from melens.cli.output import LAYOUT, tell
 from melens.cli.patch_command import patch
 from melens.cli.reach_command import reach
 from melens.cli.scan_command import scan
 from melens.cli.super_weights_command import super_weights
 from melens.cli.tune_command import tune
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
+from melens.formatting import printable
+from melens.network import pass_on
 
 INTERRUPTED = 130
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -118,7 +121,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         text = f"could not run ({type(error).__name__}: {first}); --debug shows where."
         return _end(text, COULD_NOT_RUN, debug=debug)
     if code == INTERRUPTED:
-        _say(
+        tell(
             "interrupted; no half-written file is left, and what --out holds of finished work is "
             "kept. Run the same command again."
         )
@@ -130,7 +133,7 @@ def _usage(error: Any) -> int:
     hint = f" See: {context.command_path} --help" if context else ""
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
     if message:
-        _say(f"{message}.{hint}")
+        tell(" ".join(f"{message}.{hint}".split()))
     return BAD_INPUT
 
 
@@ -138,17 +141,14 @@ def _end(text: str, code: int, *, debug: bool) -> int:
     if debug:
         import traceback
 
-        traceback.print_exc()
-    _say(" ".join(text.split()))
+        sys.stderr.write(printable(traceback.format_exc(), keep=LAYOUT))
+    tell(" ".join(text.split()))
     return code
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"melens: {text}\n")
 
 
 def _quiet_libraries(*, debug: bool) -> None:
     """No telemetry, no progress bars off a terminal, no library warnings unless asked."""
+    pass_on()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():

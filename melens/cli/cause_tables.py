@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import table
+from melens.cli.output import say, table
 from melens.cli.tables import TABLES
 
 MOST_NEURONS = 4
@@ -16,30 +14,30 @@ MOST_NEURONS = 4
 @TABLES.register("isolate")
 def _isolate(result: Any) -> None:
     f = result.factorial
-    typer.echo(
+    say(
         f"Norm ({f.norm}) x FFN ({f.ffn_edit}) at layer {result.layer}, on the massive tokens of "
         f"{result.sequences_massive} of {result.sequences} sequences ({result.observations} "
         f"distinct up to the token); sinks over layers after {result.me_layer}, losses in nats:"
     )
     table([_cell(row) for row in result.rows()])
-    typer.echo(_interaction(f.interaction))
+    say(_interaction(f.interaction))
     own = "" if result.ordinary is None else f" (which has {result.ordinary:.1%} by itself)"
-    typer.echo(
+    say(
         "\nShare of the coordinate left without a block's write, and made by that write put into "
         f"an ordinary token{own}:"
     )
     table(_writes(result))
-    typer.echo(f"\nGrowth through the FFN branch of layer {result.layer} (norms):")
+    say(f"\nGrowth through the FFN branch of layer {result.layer} (norms):")
     table([step.model_dump() for step in result.path])
     if result.decompositions:
-        typer.echo("\nNeurons (share of their layer's write into the massive dimension):")
+        say("\nNeurons (share of their layer's write into the massive dimension):")
         table(_neurons(result))
     for line in (_direction(result), *_norms(result), *_controls(result)):
         if line:
-            typer.echo(line)
+            say(line)
     for line in result.missing:
-        typer.echo(f"Not there: {line}")
-    typer.echo("")
+        say(f"Not there: {line}")
+    say("")
 
 
 def _cell(row: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def check(
     model: opt.Model,
     policy: Annotated[
         str,
-        typer.Option(help="default, strict or research, or a .toml or .yaml file of your own."),
+        typer.Option(help="default, strict or research, or a .toml file of your own."),
     ] = "default",
     budget: Annotated[
         Budget,
@@ -84,7 +84,7 @@ def check(
     _check_files(junit, card)
     from melens.checking import check as measure
     from melens.checking import junit_xml, read_policy
-    from melens.results.base import write_atomically
+    from melens.store import write_atomically
 
     rules = read_policy(policy)
     loaded, texts = job.load()
@@ -179,11 +179,15 @@ def _stages_in(folder: Path | None) -> dict[str, int]:
 
 def _say_taken_up(before: dict[str, int], folder: Path | None) -> None:
     """Name the stages of an earlier run that this one did not measure again."""
+    from melens.cli.output import tell
+
     names = [name for name, at in _stages_in(folder).items() if before.get(name) == at]
     if names:
-        sys.stderr.write(f"melens: taken up from {folder}/stages: {', '.join(names)}\n")
+        tell(f"taken up from {folder}/stages: {', '.join(names)}")
 
 
 def _say_stage(stage: str, share: float, seconds: float) -> None:
+    from melens.cli.output import tell
+
     left = f", about {seconds * (1 / share - 1):.0f} s left" if share >= LEAST_SHARE else ""
-    sys.stderr.write(f"melens: {stage} ({seconds:.0f} s so far{left})\n")
+    tell(f"{stage} ({seconds:.0f} s so far{left})")

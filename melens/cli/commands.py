@@ -64,7 +64,7 @@ def locate(
 
 def known(
     model: Annotated[str, typer.Argument(help="A published name, e.g. Qwen/Qwen3-4B.")],
-    result: Annotated[Path, typer.Argument(help="locate.json or scan.json of a run.")],
+    result: Annotated[Path, typer.Argument(help="locate.json, report.json or scan.json of a run.")],
     as_json: opt.Json = False,
 ) -> None:
     """Hold a located or foretold ME Layer against the published numbers of MODEL.
@@ -76,6 +76,7 @@ def known(
     from melens.cli import output
     from melens.knowledge import known as hold
     from melens.results import WeightScan, load_result
+    from melens.results.check import located_of
 
     found = load_result(result)
     if isinstance(found, WeightScan):
@@ -83,7 +84,7 @@ def known(
 
         output.show(known_scan(model, found), as_json=as_json)
         return
-    output.show(hold(model, found), as_json=as_json)
+    output.show(hold(model, located_of(found, str(result))), as_json=as_json)
 
 
 def plot(
@@ -106,7 +107,7 @@ def plot(
     from melens.cli import output
     from melens.results import load_result
 
-    typer.echo(output.draw(load_result(result), out, style))
+    output.show_path(output.draw(load_result(result), out, style), as_json=False)
 
 
 class Action(StrEnum):
@@ -148,7 +149,7 @@ def models(
         raise typer.BadParameter(f"{action.value} needs the NAME of a model")
     model = named.NAMED[name]
     if action is Action.rm:
-        typer.echo("removed" if named.forget(model) else "was not here")
+        output.say("removed" if named.forget(model) else "was not here")
         return
     if accept and accept != model.accept:
         raise typer.BadParameter(f"{name} does not ask for the licence '{accept}'")

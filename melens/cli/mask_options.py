@@ -144,12 +144,12 @@ def read_edit_file(path: Path) -> Edit:
 
     from melens.errors import ResultError
     from melens.results.edit import Edit
+    from melens.store import RESULT, read_text
 
+    text = read_text(path, RESULT, error=ResultError)
     try:
-        return Edit.model_validate(json.loads(path.read_text("utf-8"))["edit"])
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
-    except (ValueError, KeyError, TypeError, ValidationError):
+        return Edit.model_validate(json.loads(text)["edit"])
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
         raise ResultError(f"{path} holds no edit that melens can read.") from None
 
 

@@ -139,7 +139,7 @@ def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:
 
 def _save_edit(path: Path, best: Any) -> None:
     """The best setting; an earlier run's does not stay where there is none."""
-    from melens.results.base import write_atomically
+    from melens.store import write_atomically
 
     if best is None:
         path.unlink(missing_ok=True)

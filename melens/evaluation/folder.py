@@ -8,6 +8,7 @@ from melens.errors import OutputError, ResultError
 from melens.evaluation.generated import answers_beside
 from melens.evaluation.rows import head_of
 from melens.results.edit import Edit
+from melens.store import open_regular
 
 ITEMS, RESULT = "items.jsonl", "evaluate.json"
 
@@ -48,7 +49,7 @@ def start_anew(folder: Path) -> None:
 
 
 def _has_rows(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.readline()
         return file.readline().endswith(b"\n")
 

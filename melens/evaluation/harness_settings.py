@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from melens.errors import InterventionError, UnknownNameError
-from melens.results import MELayer, load_result
+from melens.results import MELayer, load_located
 from melens.results.edit import Edit
 
 MASK = ("mask_select", "mask_rate", "mask_strength", "mask_layers", "mask_seed")
@@ -108,7 +108,4 @@ def _located(path: Any, edit: Edit) -> MELayer | None:
         return None
     if edit.name == "none":
         raise InterventionError("located belongs to an edit; name one, e.g. mask_rate=0.5.")
-    found = load_result(str(path))
-    if not isinstance(found, MELayer):
-        raise InterventionError(f"{path} is no located ME Layer; save one with: melens locate -o.")
-    return found
+    return load_located(str(path))

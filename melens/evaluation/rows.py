@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import OutputError, ResultError
-from melens.results.base import write_atomically
+from melens.store import RESULT, ROWS, open_regular, read_limited, write_atomically
 
 SCHEMA = "melens/items/1"
 
@@ -81,7 +81,10 @@ class Rows:
 
     def _read(self, path: Path) -> bool:
         """Take up what is there; False where no item was finished, so that nothing is lost."""
-        raw = path.read_text("utf-8", errors="replace")
+        try:
+            raw = read_limited(path, ROWS).decode("utf-8", errors="replace")
+        except OSError as error:
+            raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
         found = head_of(path)
         whole = raw[: raw.rfind("\n") + 1]
         lines = whole.split("\n")[1:-1]
@@ -112,10 +115,10 @@ def head_of(path: Path) -> dict[str, Any]:
     Raises:  ResultError: it cannot be read, or is no file of items.
     """
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            found = _json(file.readline(), path)
+        with open_regular(path) as file:
+            found = _json(file.readline(RESULT).decode("utf-8", errors="replace"), path)
     except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}.") from None
+        raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
     if found.get("schema") != SCHEMA:
         raise ResultError(f"{path} is no file of items; choose another folder.")
     return found
@@ -124,7 +127,7 @@ def head_of(path: Path) -> dict[str, Any]:
 def _json(line: str, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise ResultError(f"{path} is damaged; delete it to start anew, or choose another folder.")

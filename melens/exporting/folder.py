@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +24,7 @@ from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.export import EditFile, Format, PrefixFacts
+from melens.store import write_folder
 
 
 def export(
@@ -140,41 +140,19 @@ def _not_exported(folder: Path) -> str | None:
     return next((name for name in here if name not in known), None)
 
 
-def _open_to_readers(folder: Path) -> None:
-    """Safetensors writes files for their owner alone; an export is read like any other file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
-
-
 def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Path:
     """Write beside the target and move into place; what was there stays until then."""
     from safetensors import SafetensorError
 
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+    def fill(part: Path) -> None:
         write(part)
         files = tuple(sorted(path.name for path in part.iterdir()))
         write_edit(record.model_copy(update={"files": files}), part)
-        _open_to_readers(part)
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-    except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or str(error)[:160]
-        raise OutputError(f"cannot write {target}: {said}.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists():
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(target)
-    return target
+
+    try:
+        return write_folder(target, fill)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {target}: {str(error)[:160]}.") from None
 
 
 __all__ = ["MELENS_JSON", "check_out", "export"]

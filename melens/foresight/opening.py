@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from melens.foresight.files import (
 )
 from melens.models.files import INDEX, check_config, check_folder, read_json
 from melens.models.named import NAMED, fetch
+from melens.network import is_offline, pass_on
 
 SINGLE = "model.safetensors"
 
@@ -70,6 +70,7 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
 
     Raises:  FetchError: out of reach, or offline was asked for. WeightsError: no safetensors.
     """
+    pass_on()
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -78,7 +79,7 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
         found = _folder(folder, name)
         found.revision = revision or folder.name
         return found
-    if any(os.environ.get(word) for word in ("HF_HUB_OFFLINE", "MELENS_OFFLINE")):
+    if is_offline():
         raise FetchError(f"{name} is no named model and no folder here, and offline was asked for.")
     try:
         commit = model_info(name, revision=revision).sha  # one commit, whatever is pushed meanwhile

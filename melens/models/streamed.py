@@ -32,6 +32,7 @@ from melens.models.named import NAMED
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
 from melens.models.shards import Checkpoint
 from melens.models.tape import Tape
+from melens.network import is_offline
 
 KEPT_STREAM = "_melens_stream"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -250,7 +251,11 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
 
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=wanted, local_files_only=is_offline()
+            )
+        )
     except (OSError, ValueError) as error:
         raise FetchError(f"cannot fetch {name}: {first_line(error)}") from None
     check_folder(folder, trust_remote_code=False)
