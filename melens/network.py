@@ -30,4 +30,4 @@ def pass_on() -> None:
     Where they were imported already, melens' own calls still ask for local files only.
     """
     if is_offline():
-        go_offline()
+        os.environ.update(dict.fromkeys(LIBRARIES, "1"))

@@ -15,7 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planted_report import SAVED
 
+from melens.checking.policy import read_policy
+from melens.cli.mask_options import read_edit_file
 from melens.errors import BAD_INPUT, MelensError, PolicyError, ResultError
+from melens.evaluation.rows import Rows
+from melens.patching.checkpoint import Cells
+from melens.results import load_result
 
 FUZZ = settings(
     max_examples=int(os.environ.get("MELENS_FUZZ", "200")), deadline=20_000, database=None,
@@ -41,17 +46,38 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )  # fmt: skip
+NASTY = [
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"schema": "melens/locate/1", "a": ' + b"[" * 9000,
+    b"1" * 60_000,
+    b'{"schema": ' + b"1" * 60_000 + b"}",
+    b"NaN",
+    b'{"schema": NaN}',
+    b"",
+    b"\xef\xbb\xbf{}",
+    b'{"schema": "\\ud800"}',
+    b"null",
+    b"a = " + b"[" * 20_000,
+    b"a." * 20_000 + b"a = 1",
+    b"[" + b"a." * 20_000 + b"a]",
+    b"a = " + b"9" * 20_000,
+    b"".join(b"a%d." % i + b"b." * 240 + b"a = 1\n" for i in range(120)),
+    b"[\n" * 30_000,
+    b"x = " + b"[\n" * 30_000,
+    b" " * 60_000 + b"[",
+    b"[" + b" " * 60_000,
+    b'"' + b"a" * 60_000 + b'" = 1',
+    b"a = '''" + b"\n" * 60_000,
+    b"[rules.one-token]\nthreshold = " + b"9" * 400,
+    b"name = '" + b"n" * 9000 + b"'",
+    b"rules.\x1b = 1",
+    b"a = {" * 20_000,
+]
+"""By number, so that a failure is not shown with all of it."""
 BYTES = st.one_of(
     st.binary(max_size=200), st.text(max_size=200).map(lambda t: t.encode("utf-16")),
-    st.sampled_from([
-        b"[" * 100_000, b'{"a":' * 100_000, b'{"schema": "melens/locate/1", "a": ' + b"[" * 9000,
-        b"1" * 60_000, b'{"schema": ' + b"1" * 60_000 + b"}", b"NaN", b'{"schema": NaN}', b"",
-        b"\xef\xbb\xbf{}", b'{"schema": "\\ud800"}', b"null", b"a = " + b"[" * 20_000,
-        b"a." * 20_000 + b"a = 1", b"[" + b"a." * 20_000 + b"a]", b"a = " + b"9" * 20_000,
-        b" " * 60_000 + b"[", b"[" + b" " * 60_000, b'"' + b"a" * 60_000 + b'" = 1',
-        b"a = '''" + b"\n" * 60_000, b"[rules.one-token]\nthreshold = " + b"9" * 400,
-        b"name = '" + b"n" * 9000 + b"'", b"rules.\x1b = 1", b"a = {" * 20_000,
-    ]),
+    st.integers(0, 99).map(lambda i: NASTY[i % len(NASTY)]),
 )  # fmt: skip
 
 
@@ -87,8 +113,6 @@ def path(tmp_path):
 @FUZZ
 @given(made=st.one_of(BYTES, VALUES.map(lambda v: as_toml(v).encode("utf-8", "surrogatepass"))))
 def test_any_policy_file(path, made):
-    from melens.checking.policy import read_policy
-
     path.write_bytes(made)
     holds_or_says_why(lambda: read_policy(path), PolicyError)
 
@@ -103,8 +127,6 @@ RULES = st.dictionaries(
 @FUZZ
 @given(rules=RULES, name=WORDS)
 def test_any_nearly_right_policy(path, rules, name):
-    from melens.checking.policy import read_policy
-
     lines = [f"name = {json.dumps(name)}\n"]
     for rule, says in rules.items():
         lines.append(f"[rules.{json.dumps(rule)}]\n")
@@ -118,11 +140,6 @@ def test_any_nearly_right_policy(path, rules, name):
 @FUZZ
 @given(made=st.one_of(BYTES, VALUES.map(lambda value: json.dumps(value).encode())))
 def test_any_result_file(path, made):
-    from melens.cli.mask_options import read_edit_file
-    from melens.evaluation.rows import Rows
-    from melens.patching.checkpoint import Cells
-    from melens.results import load_result
-
     path.write_bytes(made)
     holds_or_says_why(lambda: load_result(path), ResultError)
     holds_or_says_why(lambda: read_edit_file(path), ResultError)
@@ -144,8 +161,6 @@ def _places(value, here=()):
 @given(data=st.data())
 def test_a_real_result_with_one_place_changed(path, data):
     """Where the reader still takes it, its sentence, table and figure-free JSON hold too."""
-    from melens.results import load_result
-
     value = json.loads(data.draw(st.sampled_from(SMALL)).read_text("utf-8"))
     place = data.draw(st.sampled_from(list(_places(value))))
     new = data.draw(VALUES)

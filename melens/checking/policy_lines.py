@@ -15,6 +15,8 @@ from melens.store import read_limited
 Keys = tuple[str, ...]
 LARGEST = 64_000
 """Bytes; a policy is a page."""
+WIDEST = 500
+"""Characters of a line: a dotted key of thousands of parts takes the library minutes."""
 DEEPEST = 4
 """A policy has rules.NAME.threshold; what is deeper is an error anyway."""
 _AT_LINE = re.compile(r"\(at line (\d+), column \d+\)")
@@ -52,8 +54,14 @@ def parsed(path: Path) -> Parsed:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise PolicyError(f"{path}, line {line}: not UTF-8; save it as UTF-8 text.") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if len(line) > WIDEST:
+            raise PolicyError(
+                f"{path}, line {number}: {len(line):,} characters; a policy's lines have at most "
+                f"{WIDEST:,}."
+            )
     try:
-        return Parsed(path, tomllib.loads(text), dict(_lines(text)))
+        return Parsed(path, tomllib.loads(text), _lines(text))
     except RecursionError:
         raise PolicyError(f"{path} is nested too deep for a policy.") from None
     except ValueError as error:  # TOMLDecodeError, and a number too long for Python
@@ -64,7 +72,16 @@ def parsed(path: Path) -> Parsed:
         raise PolicyError(f"{path}{line}: not valid TOML ({said[:160]}).") from None
 
 
-def _lines(text: str) -> Iterator[tuple[Keys, int]]:
+def _lines(text: str) -> dict[Keys, int]:
+    """The first line of every key, and of what it is in."""
+    found: dict[Keys, int] = {}
+    for keys, number in _keys_at(text):
+        for end in range(1, len(keys) + 1):
+            found.setdefault(keys[:end], number)
+    return found
+
+
+def _keys_at(text: str) -> Iterator[tuple[Keys, int]]:
     """Keys at the start of a line, and tables; each such line is read by the library alone.
 
     A line inside a longer value may look like a key: it only costs an error its right place.

@@ -214,10 +214,13 @@ def show_answers(rows: Sequence[dict[str, Any]], *, label: str, as_json: bool) -
 
 def show_export(folder: Path, *, as_json: bool) -> None:
     """What was written."""
+    from melens.exporting.readme import README, WARNING
     from melens.exporting.record import read_edit
 
     record = read_edit(folder)
     assert record is not None
+    if (folder / README).is_file():
+        output.note(f"{WARNING}; {folder / README} has the lines that load it right.")
     if as_json:
         output.say_json({"path": str(folder), **record.to_dict()})
         return

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melens.formatting import brief
+
 if TYPE_CHECKING:
     from melens.results.edit import Edit
 
@@ -169,7 +171,7 @@ def layers_from(text: str) -> str | tuple[int, ...]:
         if last < first or last - first > 10_000:
             raise InterventionError(
                 f"--mask-layers takes after, next, or layers from 0 such as 12-29,31; got "
-                f"{text!r:.60}."
+                f"{brief(text)}."
             )
         found |= set(range(first, last + 1))
     return tuple(sorted(found))

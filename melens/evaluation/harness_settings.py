@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from melens.errors import InterventionError, UnknownNameError
+from melens.formatting import brief
 from melens.results import MELayer, load_located
 from melens.results.edit import Edit
 
@@ -81,7 +82,7 @@ def _edit(name: str, masks: dict[str, Any]) -> Edit:
         place = ".".join(map(str, first["loc"][:1]))
         where = "" if not place else "edit" if place == "name" else f"mask_{place}"
         said = first["msg"].removeprefix("Value error, ")
-        shown = f", got {first['input']!r:.40}" if place else ""
+        shown = f", got {brief(first['input'], 40)}" if place else ""
         raise InterventionError(": ".join(filter(None, [where, said])) + f"{shown}.") from None
 
 
@@ -97,7 +98,7 @@ def _layers(text: Any) -> str | tuple[int, ...]:
         if not ends or int(ends[2] or ends[1]) < int(ends[1]):
             raise InterventionError(
                 f"mask_layers must be after, next or layers from 0 as in 12-29 or 12+14-16, got "
-                f"{text!r:.40}."
+                f"{brief(text, 40)}."
             )
         found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
     return tuple(found)

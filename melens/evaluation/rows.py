@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -98,13 +99,9 @@ class Rows:
         if whole != raw:  # a kill in the middle of a line
             write_atomically(path, whole)
         for line in lines:
-            data = _json(line, path)
-            try:
-                row = ItemRow(**{**data, "also": {k: tuple(v) for k, v in data["also"].items()}})
-            except (TypeError, KeyError, AttributeError):
-                raise ResultError(
-                    f"{path} is damaged; delete it to start anew, or choose another folder."
-                ) from None
+            row = _row(_json(line, path))
+            if row is None:
+                raise ResultError(_DAMAGED.format(path))
             self.found[row.item, row.condition] = row
         return True
 
@@ -124,11 +121,34 @@ def head_of(path: Path) -> dict[str, Any]:
     return found
 
 
+def _row(data: dict[str, Any]) -> ItemRow | None:
+    """A line's row; None where it is none that :meth:`Rows.add` wrote."""
+    try:
+        pairs = {str(name): (pair[0], pair[1]) for name, pair in data["also"].items()}
+        row = ItemRow(**{**data, "also": pairs})
+    except (TypeError, KeyError, AttributeError, IndexError):
+        return None
+    numbers = (row.value, row.weight, *(number for pair in pairs.values() for number in pair))
+    texts, about = (row.item, row.condition), row.about
+    fits = all(isinstance(text, str) for text in texts) and isinstance(about, dict)
+    return row if fits and all(map(_is_plain_number, numbers)) else None
+
+
+def _is_plain_number(value: object) -> bool:
+    """What :func:`json.dumps` writes of a finite float or a small whole number."""
+    if not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**53
+
+
+_DAMAGED = "{} is damaged; delete it to start anew, or choose another folder."
+
+
 def _json(line: str, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise ResultError(f"{path} is damaged; delete it to start anew, or choose another folder.")
+        raise ResultError(_DAMAGED.format(path))
     return data

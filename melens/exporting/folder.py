@@ -18,8 +18,10 @@ from melens.exporting.prefix import (
     fixed_first,
     write_prefix,
 )
+from melens.exporting.readme import README, readme
 from melens.exporting.record import MELENS_JSON, read_edit, write_edit
 from melens.exporting.subject import Subject, dtype_of, plain_to_save, probe_of, subject_of
+from melens.formatting import brief
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.edit import Edit
@@ -40,7 +42,8 @@ def export(
 
     Args:    model: a name, a folder, a bridge or a transformers model.
              format: ``hf``: a model folder that transformers reads, with a melens.json that
-             ``melens.load`` applies again. ``prefix``: keys and values of the fixed first token
+             ``melens.load`` applies again; loaded by anything else it is the model without the
+             edit, as the README.md in it says. ``prefix``: keys and values of the fixed first token
              under the edit (:func:`melens.exporting.load_prefix`). ``peft``: the same as a
              prefix-tuning adapter; leave the first token out of the input.
              out: a new or empty folder, or an earlier export, which is replaced.
@@ -55,7 +58,7 @@ def export(
     kind = next((name for name in get_args(Format) if name == format), None)
     if kind is None:
         raise InterventionError(
-            f"format must be one of {', '.join(get_args(Format))}, got {format!r:.40}."
+            f"format must be one of {', '.join(get_args(Format))}, got {brief(format, 40)}."
         )
     if first_token is not None and kind == "hf":
         raise InterventionError("first_token belongs to the formats prefix and peft.")
@@ -146,6 +149,8 @@ def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Pat
 
     def fill(part: Path) -> None:
         write(part)
+        if record.format == "hf" and record.edit.name != "none":
+            (part / README).write_text(readme(record), "utf-8")
         files = tuple(sorted(path.name for path in part.iterdir()))
         write_edit(record.model_copy(update={"files": files}), part)
 

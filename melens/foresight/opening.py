@@ -16,11 +16,10 @@ from melens.foresight.files import (
     read_gguf,
     safetensors_table,
 )
-from melens.models.files import INDEX, check_config, check_folder, read_json
+from melens.models.files import INDEX, check_config, check_folder
+from melens.models.hub import SINGLE, kept_copy
 from melens.models.named import NAMED, fetch
 from melens.network import is_offline, pass_on
-
-SINGLE = "model.safetensors"
 
 
 def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
@@ -74,7 +73,7 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder = _cached(name, revision)
+    folder = kept_copy(name, revision)
     if folder is not None:
         found = _folder(folder, name)
         found.revision = revision or folder.name
@@ -89,23 +88,6 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
         raise FetchError(
             f"{name} is no named model and no folder here, and the hub could not be read: {said}"
         ) from None
-
-
-def _cached(name: str, revision: str | None) -> Path | None:
-    """The hub's cache of a model, if all its weights are there: it may hold a config alone."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except HFValidationError:
-        raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
-    except LocalEntryNotFoundError:
-        return None
-    index = folder / INDEX
-    shards = read_json(index).get("weight_map", {}).values() if index.is_file() else [SINGLE]
-    whole = (folder / "config.json").is_file() and all((folder / file).is_file() for file in shards)
-    return folder if whole else None
 
 
 class _HubFiles:

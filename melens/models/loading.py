@@ -16,6 +16,7 @@ from melens.models.contract import check_contract
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.files import check_config, check_folder
 from melens.models.gguf import converted_copy
+from melens.models.hub import kept_copy
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
 from melens.network import is_offline, pass_on
@@ -94,6 +95,8 @@ def _load_hf(
     tokenizer = tokenizer or read_tokenizer(source, options)
     shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
+    if commit is None and not is_local and isinstance(source, Path):
+        commit = source.name  # the hub's cache names its folders by commit
     return hf.to(device).eval(), tokenizer, Origin(shown, revision=commit or revision)
 
 
@@ -140,8 +143,23 @@ def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tupl
         return _checked(path, trust_remote_code=trust_remote_code), True
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         raise ModelNotFoundError(f"there is no file or folder {name}.")
+    if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
+        raise ModelNotFoundError(NAMED.unknown(name))
+    if is_offline():
+        # its folder and not its name: given a name the libraries may still ask for other things
+        return _checked(_offline_copy(name, revision), trust_remote_code=trust_remote_code), False
     _check_hub(name, revision=revision, trust_remote_code=trust_remote_code)
     return name, False
+
+
+def _offline_copy(name: str, revision: str | None) -> Path:
+    folder = kept_copy(name, revision)
+    if folder is None:
+        raise FetchError(
+            f"{name} is no named model and no folder here, and offline was asked for; the hub's "
+            "cache here does not hold it whole."
+        )
+    return folder
 
 
 def _checked(folder: Path, *, trust_remote_code: bool = False) -> Path:
@@ -151,18 +169,12 @@ def _checked(folder: Path, *, trust_remote_code: bool = False) -> Path:
 
 def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> None:
     """Look at a hub id's config before its weights are fetched."""
-    if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
-        raise ModelNotFoundError(NAMED.unknown(name))
     from transformers.configuration_utils import PretrainedConfig
 
     try:
-        config, _ = PretrainedConfig.get_config_dict(
-            name, revision=revision, local_files_only=is_offline()
-        )
+        config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
         first = first_line(error)
-        if is_offline():
-            first = "offline was asked for, and it is not in the hub's cache here"
         if "valid model identifier" in first:
             raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
         raise FetchError(

@@ -32,7 +32,6 @@ from melens.models.named import NAMED
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
 from melens.models.shards import Checkpoint
 from melens.models.tape import Tape
-from melens.network import is_offline
 
 KEPT_STREAM = "_melens_stream"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -247,15 +246,13 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
             raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
         folder = Path(source).expanduser().resolve()
         return folder, name if name in NAMED else folder.name
+    if isinstance(source, Path):  # offline: what the hub's cache here holds
+        return source, name
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]
     try:
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=wanted, local_files_only=is_offline()
-            )
-        )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise FetchError(f"cannot fetch {name}: {first_line(error)}") from None
     check_folder(folder, trust_remote_code=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -64,5 +65,6 @@ class Cells:
 
 def _is_values(found: object) -> bool:
     return isinstance(found, list) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) for value in found
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        for value in found
     )
