@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 import melens
 from melens.batches import Batch
 from melens.figures import save_figure
-from melens.figures.draw import house_style
+from melens.figures.styles import house_style
 from melens.foresight import scan
 from melens.foresight.opening import open_checkpoint
 from melens.foresight.plan import plan_of

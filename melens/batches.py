@@ -13,6 +13,7 @@ import torch
 
 from melens.errors import PromptError
 from melens.shapes import TokenIds, TokenMask
+from melens.store import TEXT, read_limited
 
 BUNDLED = "bundled"
 BUNDLED_ORDER = (
@@ -201,7 +202,7 @@ def bundled_texts(*, chat: bool = False) -> tuple[str, ...]:
 def read_text(path: Path) -> str:
     """A UTF-8 file's text; a missing, unreadable or binary file is a PromptError."""
     try:
-        return _decode(path.read_bytes(), str(path))
+        return _decode(read_limited(path, TEXT), str(path))
     except OSError as error:
         raise PromptError(f"cannot read the text {path}: {error.strerror or error}.") from None
 

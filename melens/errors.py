@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from melens.formatting import printable
+
 BAD_INPUT = 2
 """Exit code: bad usage or bad input, refused before work starts."""
 COULD_NOT_RUN = 3
@@ -13,13 +15,13 @@ class MelensError(Exception):
 
     exit_code: int = BAD_INPUT
 
+    def __str__(self) -> str:
+        """The message, safe to show: what it quotes of a file or a model may hold anything."""
+        return printable(Exception.__str__(self), keep="\n\t")
+
 
 class UnknownNameError(MelensError, KeyError):
     """A name that no registry knows."""
-
-    def __str__(self) -> str:
-        """The message as written (KeyError would show its repr)."""
-        return str(self.args[0])
 
 
 class DuplicateNameError(MelensError):

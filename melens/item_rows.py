@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import OutputError, ResultError
-from melens.results.base import write_atomically
+from melens.store import RESULT, ROWS, open_regular, read_limited, write_atomically
 
 SCHEMA = "melens/items/1"
 
@@ -82,7 +83,10 @@ class Rows:
 
     def _read(self, path: Path) -> bool:
         """Take up what is there; False where no item was finished, so that nothing is lost."""
-        raw = path.read_text("utf-8", errors="replace")
+        try:
+            raw = read_limited(path, ROWS).decode("utf-8", errors="replace")
+        except OSError as error:
+            raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
         found = head_of(path)
         whole = raw[: raw.rfind("\n") + 1]
         lines = whole.split("\n")[1:-1]
@@ -96,13 +100,9 @@ class Rows:
         if whole != raw:  # a kill in the middle of a line
             write_atomically(path, whole)
         for line in lines:
-            data = _json(line, path)
-            try:
-                row = ItemRow(**{**data, "also": {k: tuple(v) for k, v in data["also"].items()}})
-            except (TypeError, KeyError, AttributeError):
-                raise ResultError(
-                    f"{path} is damaged; delete it to start anew, or choose another folder."
-                ) from None
+            row = _row(_json(line, path))
+            if row is None:
+                raise ResultError(_DAMAGED.format(path))
             self.found[row.item, row.condition] = row
         return True
 
@@ -113,20 +113,43 @@ def head_of(path: Path) -> dict[str, Any]:
     Raises:  ResultError: it cannot be read, or is no file of items.
     """
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            found = _json(file.readline(), path)
+        with open_regular(path) as file:
+            found = _json(file.readline(RESULT).decode("utf-8", errors="replace"), path)
     except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}.") from None
+        raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
     if found.get("schema") != SCHEMA:
         raise ResultError(f"{path} is no file of items; choose another folder.")
     return found
 
 
+def _row(data: dict[str, Any]) -> ItemRow | None:
+    """A line's row; None where it is none that :meth:`Rows.add` wrote."""
+    try:
+        pairs = {str(name): (pair[0], pair[1]) for name, pair in data["also"].items()}
+        row = ItemRow(**{**data, "also": pairs})
+    except (TypeError, KeyError, AttributeError, IndexError):
+        return None
+    numbers = (row.value, row.weight, *(number for pair in pairs.values() for number in pair))
+    texts, about = (row.item, row.condition), row.about
+    fits = all(isinstance(text, str) for text in texts) and isinstance(about, dict)
+    return row if fits and all(map(_is_plain_number, numbers)) else None
+
+
+def _is_plain_number(value: object) -> bool:
+    """What :func:`json.dumps` writes of a finite float or a small whole number."""
+    if not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**53
+
+
+_DAMAGED = "{} is damaged; delete it to start anew, or choose another folder."
+
+
 def _json(line: str, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise ResultError(f"{path} is damaged; delete it to start anew, or choose another folder.")
+        raise ResultError(_DAMAGED.format(path))
     return data

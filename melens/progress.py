@@ -10,10 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from melens.formatting import LAYOUT, printable
+
 EVERY = 5.0
 """Seconds between two lines: often enough to see that it lives, seldom enough for a log."""
 LEAST_SHARE = 0.05
 """Of the work, below which a guess of the time that is left says nothing."""
+
+
+def tell(text: str) -> None:
+    """A line on stderr, under melens' name; where nobody reads, the work goes on."""
+    try:
+        sys.stderr.write(f"melens: {printable(text, keep=LAYOUT)}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return
 
 
 @dataclass
@@ -51,11 +62,7 @@ class Lines(Display):
 
     def tell(self) -> None:
         """As a line of its own."""
-        try:
-            sys.stderr.write(f"melens: {self.line(time.monotonic() - self.start)}\n")
-            sys.stderr.flush()
-        except (OSError, ValueError):  # closed: nobody reads, and the work goes on
-            return
+        tell(self.line(time.monotonic() - self.start))
 
     def line(self, seconds: float) -> str:
         """What is done, how long it took, and about how much longer it will."""

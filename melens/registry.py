@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from melens.errors import DuplicateNameError, UnknownNameError
+from melens.formatting import clipped
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def unknown(self, name: str) -> str:
         """The message for a name that is not here, with the closest one that is."""
+        name = clipped(name)
         close = difflib.get_close_matches(name, self._items, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         return f"unknown {self.kind} '{name}'.{hint} Known: {', '.join(self._items) or 'none'}."

@@ -11,8 +11,9 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
-    {"errors", "shapes", "provenance", "progress"},
-    {"registry"},
+    {"formatting"},
+    {"errors", "shapes", "provenance", "network", "progress"},
+    {"registry", "store"},
     {"metrics", "results", "batches"},
     {"capture", "item_rows"},
     {"models"},

@@ -16,7 +16,8 @@ from melens.figures import FIGURES, save_figure
 from melens.measure import attention, measure_all
 from melens.models import load
 from melens.results import load_result
-from melens.results.base import Result, write_atomically
+from melens.results.base import Result
+from melens.store import write_atomically
 
 
 @pytest.fixture(scope="module")

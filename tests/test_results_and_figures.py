@@ -12,7 +12,7 @@ from melens.errors import OutputError, ResultError
 from melens.figures import draw, save_figure
 from melens.knowledge import known, known_models
 from melens.results import KnownCheck, MELayer, load_result
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 ROOT = Path(__file__).parent.parent
 

@@ -336,7 +336,8 @@ def test_a_hub_model_is_taken_from_the_cache_only_if_whole(saved, tmp_path, monk
     _, folder = saved("llama")
     snapshot = tmp_path / "hub" / "c0ffee"
     shutil.copytree(folder, snapshot)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(snapshot))
+    kept = str(snapshot / "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: kept)
     assert scan("some/model").run.model_revision == "c0ffee"
     data = (snapshot / "model.safetensors").read_bytes()
     (snapshot / "model.safetensors").write_bytes(data[:-8])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from xml.etree import ElementTree as Tree
 
+from melens.formatting import printable
 from melens.results import CheckReport, Finding, RuleOutcome, StageRecord
-
-_NOT_XML = re.compile(r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that XML 1.0 cannot hold, escaped or not."""
 
 
 def junit_xml(report: CheckReport) -> str:
@@ -60,4 +57,5 @@ def _stage(suite: Tree.Element, stage: StageRecord) -> None:
 
 
 def _text(text: str) -> str:
-    return _NOT_XML.sub("\ufffd", text)
+    """XML 1.0 cannot hold most controls, escaped or not."""
+    return printable(text, keep="\n\t")

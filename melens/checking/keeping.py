@@ -14,7 +14,8 @@ from melens import __version__
 from melens.checking.bench import CAUSE_TOKENS, VIEW_TOKENS, Bench
 from melens.errors import OutputError, ResultError
 from melens.provenance import versions
-from melens.results.base import Result, load_result, write_atomically
+from melens.results.base import Result, load_result
+from melens.store import PAGE, read_limited, write_atomically
 
 SCHEMA = "melens/check-stage/2"
 FOLDER = "stages"
@@ -132,7 +133,7 @@ def _remove(path: Path) -> None:
 
 def _head(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(read_limited(path, PAGE))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,6 +1,6 @@
 """Which findings matter, and from which number on: presets, and files of one's own.
 
-A policy is TOML or YAML; what it leaves out is taken from the preset that it extends.
+A policy is TOML; what it leaves out is taken from the preset that it extends.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from melens.checking.findings import RULES
 from melens.checking.policy_lines import Parsed, parsed
 from melens.errors import PolicyError
+from melens.formatting import brief, clipped
 from melens.registry import Registry
 from melens.results.base import Part
 from melens.results.check import PolicyUsed
@@ -54,7 +55,7 @@ class _Change(Part):
 
 
 class _File(Part):
-    name: str | None = None
+    name: str | None = Field(default=None, max_length=100)
     extends: Literal["default", "strict", "research"] = "default"
     fail_on: FailOn | None = None
     rules: dict[str, _Change] = Field(default_factory=dict)
@@ -72,11 +73,11 @@ def read_policy(given: str | Path | Policy | None = None) -> Policy:
     if given is None or str(given) in PRESETS:
         return _preset(str(given or "default"))
     path = Path(given).expanduser()
-    if path.suffix.lower() not in (".toml", ".yaml", ".yml"):
+    if path.suffix.lower() != ".toml":
         known: Registry[None] = Registry("policy")
         for name in PRESETS:
             known.add(name, None)
-        raise PolicyError(f"{known.unknown(str(given))} A file must end in .toml, .yaml or .yml.")
+        raise PolicyError(f"{known.unknown(str(given))} A file must end in .toml.")
     return _read(path)
 
 
@@ -127,15 +128,15 @@ def _said(found: Parsed, error: ValidationError) -> str:
     """The first thing that is wrong: where, what fits, what was given."""
     first = error.errors()[0]
     where = tuple(str(part) for part in first["loc"])
-    key = ".".join(where) or "the file"
+    key = clipped(".".join(where)) or "the file"
     given = first.get("input")
     if first["type"] == "extra_forbidden":
         fields = _Change.model_fields if where[:1] == ("rules",) else _File.model_fields
-        fits = f"unknown key {where[-1]!r}; here fit {', '.join(fields)}"
+        fits = f"unknown key {brief(where[-1])}; here fit {', '.join(fields)}"
     elif first["type"] == "model_type" or isinstance(given, dict):
-        fits = f"{key} must be a table of keys and values, got {given!r:.40}"
+        fits = f"{key} must be a table of keys and values, got {brief(given, 40)}"
     else:
-        fits = f"{key}: {_lower(first['msg'])}, got {given!r:.40}"
+        fits = f"{key}: {_lower(first['msg'])}, got {brief(given, 40)}"
     return f"{found.place(where)}: {fits}."
 
 

@@ -17,7 +17,8 @@ from melens.checking.verdict import answered, judged, recommended
 from melens.errors import MelensError, OutputError
 from melens.inputs import Source
 from melens.results import CheckReport, Evaluation, StageRecord
-from melens.results.base import Result, write_atomically
+from melens.results.base import Result
+from melens.store import write_atomically
 
 Progress = Callable[[str, int, int], None]
 """(stage, thousandths of the expected work done, 1000)."""
@@ -43,7 +44,7 @@ def check(
              few heads, published numbers. ``standard`` adds isolation, super weights, and the loss
              without the massive coordinate and without the sink's key. ``full`` adds the mask's
              doses with their controls, and a recommendation.
-             policy: a preset (default, strict, research), a TOML or YAML file, or a Policy.
+             policy: a preset (default, strict, research), a TOML file, or a Policy.
              out: folder for report.json and, under stages/, each stage as soon as it is finished;
              what is there of the same model, texts and version is not measured again. None =
              nothing is written.

@@ -25,6 +25,9 @@ from melens.cli.scan_command import scan
 from melens.cli.super_weights_command import super_weights
 from melens.cli.tune_command import tune
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
+from melens.formatting import LAYOUT, printable
+from melens.network import pass_on
+from melens.progress import tell
 
 INTERRUPTED = 130
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -127,7 +130,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         text = f"could not run ({type(error).__name__}: {first}); --debug shows where."
         return _end(text, COULD_NOT_RUN, debug=debug)
     if code == INTERRUPTED:
-        _say(
+        tell(
             "interrupted; no half-written file is left, and what --out holds of finished work is "
             "kept. Run the same command again."
         )
@@ -139,7 +142,7 @@ def _usage(error: Any) -> int:
     hint = f" See: {context.command_path} --help" if context else ""
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
     if message:
-        _say(f"{message}.{hint}")
+        tell(" ".join(f"{message}.{hint}".split()))
     return BAD_INPUT
 
 
@@ -147,17 +150,14 @@ def _end(text: str, code: int, *, debug: bool) -> int:
     if debug:
         import traceback
 
-        traceback.print_exc()
-    _say(" ".join(text.split()))
+        sys.stderr.write(printable(traceback.format_exc(), keep=LAYOUT))
+    tell(" ".join(text.split()))
     return code
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"melens: {text}\n")
 
 
 def _quiet_libraries(*, debug: bool) -> None:
     """No telemetry, no bars of other libraries off a terminal, no library warnings unless asked."""
+    pass_on()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import table
+from melens.cli.output import say, table
 from melens.cli.tables import TABLES, say_rest
 from melens.results.isolate import cells
 
@@ -16,35 +14,35 @@ MOST_NEURONS = 4
 
 @TABLES.register("isolate")
 def _isolate(result: Any) -> None:
-    typer.echo(
+    say(
         f"Edits on the massive tokens of {result.sequences_massive} of {result.sequences} "
         f"sequences ({result.observations} distinct up to the token); sinks over layers after "
         f"{result.me_layer}, losses in nats."
     )
     for edited in result.edited:
         f = edited.factorial
-        typer.echo(f"\nNorm ({f.norm}) x FFN ({f.ffn_edit}) at {result.role(edited.layer)}:")
+        say(f"\nNorm ({f.norm}) x FFN ({f.ffn_edit}) at {result.role(edited.layer)}:")
         table([_cell(row) for row in cells(f)])
-        typer.echo(_interaction(f.interaction))
-        typer.echo(f"\nGrowth through the FFN branch of layer {edited.layer} (norms):")
+        say(_interaction(f.interaction))
+        say(f"\nGrowth through the FFN branch of layer {edited.layer} (norms):")
         table([step.model_dump() for step in edited.path])
         for line in (_direction(edited), *_norms(edited), *_controls(edited)):
             if line:
-                typer.echo(line)
+                say(line)
     own = "" if result.ordinary is None else f" (which has {result.ordinary:.1%} by itself)"
-    typer.echo(
+    say(
         "\nShare of the coordinate left without a block's write, and made by that write put into "
         f"an ordinary token{own}:"
     )
     table(_writes(result))
     if result.decompositions:
-        typer.echo("\nNeurons (share of their layer's write into the massive dimension):")
+        say("\nNeurons (share of their layer's write into the massive dimension):")
         rows = _neurons(result)
         table(rows)
         say_rest(len(rows), len(result.neurons), "neurons that were looked at")
     for line in result.missing:
-        typer.echo(f"Not there: {line}")
-    typer.echo("")
+        say(f"Not there: {line}")
+    say("")
 
 
 def _cell(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +28,7 @@ def check(
     model: opt.Model,
     policy: Annotated[
         str,
-        typer.Option(help="default, strict or research, or a .toml or .yaml file of your own."),
+        typer.Option(help="default, strict or research, or a .toml file of your own."),
     ] = "default",
     budget: Annotated[
         Budget,
@@ -80,7 +79,7 @@ def check(
     _check_files(junit, card)
     from melens.checking import check as measure
     from melens.checking import junit_xml, read_policy
-    from melens.results.base import write_atomically
+    from melens.store import write_atomically
 
     rules = read_policy(policy)
     loaded, texts = job.load()
@@ -104,8 +103,8 @@ def _check_files(junit: Path | None, card: Path | None) -> None:
 
     Raises:  OutputError: naming the file. ResultError: a card whose section has no clear bounds.
     """
-    if junit is not None and (junit.is_dir() or str(junit) == "-"):
-        what = "a folder" if junit.is_dir() else "no file"
+    if junit is not None and (str(junit) == "-" or (junit.exists() and not junit.is_file())):
+        what = "a folder" if junit.is_dir() else "no regular file"
         raise typer.BadParameter(f"--junit {junit} is {what}; name a file to write.")
     if junit is not None:
         _refuse_unwritable("--junit", junit)
@@ -152,6 +151,8 @@ def _stages_in(folder: Path | None) -> dict[str, int]:
 
 def _say_taken_up(before: dict[str, int], folder: Path | None) -> None:
     """Name the stages of an earlier run that this one did not measure again."""
+    from melens.progress import tell
+
     names = [name for name, at in _stages_in(folder).items() if before.get(name) == at]
     if names:
-        sys.stderr.write(f"melens: taken up from {folder}/stages: {', '.join(names)}\n")
+        tell(f"taken up from {folder}/stages: {', '.join(names)}")

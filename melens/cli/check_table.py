@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import cell, table
+from melens.cli.output import cell, say, table
 from melens.cli.tables import TABLES
 
 NOTHING = "nothing"
@@ -17,7 +15,7 @@ SIGNS = {"passed": "ok", "found": "FOUND", "not measured": "-", "off": "off"}
 @TABLES.register("check")
 def _check(result: Any) -> None:
     grave = {finding.id: finding.severity for finding in result.findings}
-    typer.echo(f"Rules of the policy '{result.policy.name}' (layers count from 0):")
+    say(f"Rules of the policy '{result.policy.name}' (layers count from 0):")
     table(
         [
             {"rule": rule.id, "": _sign(rule), "severity": grave.get(rule.id, ""),
@@ -27,17 +25,17 @@ def _check(result: Any) -> None:
     )  # fmt: skip
     for rule in result.rules:
         if rule.status == "not measured":
-            typer.echo(f"{rule.id}: not measured, {rule.reason}")
+            say(f"{rule.id}: not measured, {rule.reason}")
     for finding in result.findings:
-        typer.echo(f"\n{finding.severity.upper()} {finding.id}: {finding.title}.")
-        typer.echo(f"  Why: {finding.why}")
-        typer.echo(f"  What to do: {finding.advice}")
+        say(f"\n{finding.severity.upper()} {finding.id}: {finding.title}.")
+        say(f"  Why: {finding.why}")
+        say(f"  What to do: {finding.advice}")
     for stage in result.stages:
         if stage.status == "failed":
-            typer.echo(f"\nStage {stage.name} could not run: {stage.reason}")
+            say(f"\nStage {stage.name} could not run: {stage.reason}")
     if result.recommendation is not None:
-        typer.echo(f"\nRecommendation: {result.recommendation.text}")
-    typer.echo("")
+        say(f"\nRecommendation: {result.recommendation.text}")
+    say("")
 
 
 def _sign(rule: Any) -> str:
@@ -47,8 +45,8 @@ def _sign(rule: Any) -> str:
 
 @TABLES.register("cache-norms")
 def _cache_norms(result: Any) -> None:
-    typer.echo("Largest |entry| of keys and values, the head where the massive token leads most:")
+    say("Largest |entry| of keys and values, the head where the massive token leads most:")
     if result.rows():
         table(result.rows())
     for line in result.missing:
-        typer.echo(f"Not there: {line}.")
+        say(f"Not there: {line}.")

@@ -67,7 +67,7 @@ def known(
         str,
         typer.Argument(help="A published name, e.g. Qwen/Qwen3-4B, or a .gguf file that says it."),
     ],
-    result: Annotated[Path, typer.Argument(help="locate.json or scan.json of a run.")],
+    result: Annotated[Path, typer.Argument(help="locate.json, report.json or scan.json of a run.")],
     as_json: opt.Json = False,
 ) -> None:
     """Hold a located or foretold ME Layer against the published numbers of MODEL.
@@ -79,6 +79,7 @@ def known(
     from melens import knowledge
     from melens.cli import output
     from melens.results import WeightScan, load_result
+    from melens.results.check import located_of
 
     found = load_result(result)
     names: tuple[str, ...] = (model,)
@@ -91,7 +92,8 @@ def known(
 
         made = knowledge.known_by(names, lambda name: known_scan(name, found))
     else:
-        made = knowledge.known_by(names, lambda name: knowledge.known(name, found))
+        located = located_of(found, str(result))
+        made = knowledge.known_by(names, lambda name: knowledge.known(name, located))
     output.show(made, as_json=as_json)
 
 
@@ -115,7 +117,7 @@ def plot(
     from melens.cli import output
     from melens.results import load_result
 
-    typer.echo(output.draw(load_result(result), out, style))
+    output.show_path(output.draw(load_result(result), out, style), as_json=False)
 
 
 class Action(StrEnum):
@@ -157,7 +159,7 @@ def models(
         raise typer.BadParameter(f"{action.value} needs the NAME of a model")
     model = named.NAMED[name]
     if action is Action.rm:
-        typer.echo("removed" if named.forget(model) else "was not here")
+        output.say("removed" if named.forget(model) else "was not here")
         return
     if accept and accept != model.accept:
         raise typer.BadParameter(f"{name} does not ask for the licence '{accept}'")

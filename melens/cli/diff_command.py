@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from melens.cli import options as opt
-from melens.cli.output import cell, table
+from melens.cli.output import cell, say, table
 from melens.cli.tables import TABLES
 
 
@@ -119,15 +119,15 @@ def _measured(job: Any, texts: Any, like: Any) -> Any:
 
 @TABLES.register("diff")
 def _diff(result: Any) -> None:
-    typer.echo(f"A: {_side(result.a)}\nB: {_side(result.b)}\n")
+    say(f"A: {_side(result.a)}\nB: {_side(result.b)}\n")
     table([_layer_row(result, row) for row in result.profile])
-    typer.echo("")
+    say("")
     table([_row(row) for row in result.changes])
     for line in result.cannot:
-        typer.echo(f"Not compared: {line}.")
+        say(f"Not compared: {line}.")
     for line in result.notes:
-        typer.echo(f"Note: {line}.")
-    typer.echo("")
+        say(f"Note: {line}.")
+    say("")
 
 
 def _side(side: Any) -> str:

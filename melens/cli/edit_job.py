@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from melens.cli import output
 from melens.cli.job import Job
 from melens.cli.mask_options import edit_of
 from melens.errors import InterventionError, PromptError
+from melens.formatting import printable
+from melens.progress import tell
 
 ON_PLAIN = ("none", "wemask", "drop-key")
 """Edits that a transformers model can have without a bridge, which decodes slower."""
@@ -196,33 +196,34 @@ def _row(text: str, without: list[int], edited: list[int], tokenizer: Any) -> di
 def show_answers(rows: Sequence[dict[str, Any]], *, label: str, as_json: bool) -> None:
     """Answers side by side; ``first_difference`` counts new tokens from 0."""
     if as_json:
-        typer.echo(json.dumps({"edit": label, "rows": list(rows)}, indent=1, ensure_ascii=False))
+        output.say_json({"edit": label, "rows": list(rows)})
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=sys.stdout, highlight=False)
-    console.width = max(console.width, 100)
+    cells = ("without", "with")
     for row in rows:
         made = Table(box=None, pad_edge=False, header_style="bold", expand=True)
         made.add_column("without", ratio=1)
-        made.add_column(f"with {label}", ratio=1)
-        made.add_row(Text(row["without"].strip()), Text(row["with"].strip()))
-        typer.echo(f"> {row['prompt']}\n")
-        console.print(made)
+        made.add_column(Text(printable(f"with {label}")), ratio=1)
+        made.add_row(*(Text(printable(row[name].strip(), keep=output.LAYOUT)) for name in cells))
+        output.say(f"> {row['prompt']}\n")
+        output.show_made(made, narrowest=100)
         at = row["first_difference"]
-        typer.echo("\nthe same answer\n" if at is None else f"\ndiffer from new token {at} on\n")
+        output.say("\nthe same answer\n" if at is None else f"\ndiffer from new token {at} on\n")
 
 
 def show_export(folder: Path, *, as_json: bool) -> None:
     """What was written."""
+    from melens.exporting.readme import README, WARNING
     from melens.exporting.record import read_edit
 
     record = read_edit(folder)
     assert record is not None
+    if (folder / README).is_file():
+        output.note(f"{WARNING}; {folder / README} has the lines that load it right.")
     if as_json:
-        typer.echo(json.dumps({"path": str(folder), **record.to_dict()}, indent=1))
+        output.say_json({"path": str(folder), **record.to_dict()})
         return
-    typer.echo(record.summary())
-    sys.stderr.write(f"melens: wrote {folder}\n")
+    output.say(record.summary())
+    tell(f"wrote {folder}")

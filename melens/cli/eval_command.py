@@ -9,6 +9,7 @@ import typer
 
 from melens.cli import mask_options as mask
 from melens.cli import options as opt
+from melens.formatting import brief
 
 if TYPE_CHECKING:
     from melens.evaluation.conditions import Plan
@@ -145,17 +146,17 @@ def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -
     if rates is not None:
         doses = _numbers("--rates", rates, float, "shares above 0 and at most 1, as 0.1,0.5")
         if not all(0 < dose <= 1 for dose in doses):
-            raise InterventionError(f"--rates must be above 0 and at most 1, got {rates!r:.60}.")
+            raise InterventionError(f"--rates must be above 0 and at most 1, got {brief(rates)}.")
         made["rates" if rated else "strengths"] = doses
     if seeds is not None:
         made["seeds"] = _numbers("--control-seeds", seeds, int, "whole numbers from 0, as 0,1")
         if any(not 0 <= seed < 2**63 for seed in made["seeds"]):
-            raise InterventionError(f"--control-seeds must be from 0, got {seeds!r:.60}.")
+            raise InterventionError(f"--control-seeds must be from 0, got {brief(seeds)}.")
     if rivals != "none":
         names = ALL if rivals == "all" else tuple(name.strip() for name in rivals.split(","))
         if unknown := [name for name in names if name not in ALL]:
             raise InterventionError(
-                f"unknown rival {unknown[0]!r:.40}; --rivals takes all, none or {', '.join(ALL)}."
+                f"unknown rival {brief(unknown[0], 40)}; --rivals takes all, none or {', '.join(ALL)}."
             )
         made["rivals"] = tuple(dict.fromkeys(names))
     return Plan(**made)
@@ -170,7 +171,7 @@ def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
     try:
         return tuple(sorted({kind(part) for part in text.split(",")}))
     except ValueError:
-        raise InterventionError(f"{option} takes {fits}, or none; got {text!r:.60}.") from None
+        raise InterventionError(f"{option} takes {fits}, or none; got {brief(text)}.") from None
 
 
 def _refuse_early(asked: dict[str, Any], edit: Any) -> Any:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import cell, table
+from melens.cli.output import cell, say, table
 from melens.cli.tables import TABLES
 
 NAMES = {"energy": "masked energy"}
@@ -15,22 +13,22 @@ NAMES = {"energy": "masked energy"}
 @TABLES.register("evaluate")
 def _evaluate(result: Any) -> None:
     better = "higher" if result.higher_is_better else "lower"
-    typer.echo(
+    say(
         f"{result.task}: {result.unit}, {better} is better; {result.n} items. In brackets 95 % "
         "bootstrap over items; delta = edited minus base, item by item:"
     )
     rows = result.rows()
     table([_effect(row) for row in rows])
-    typer.echo("\nWhat each edit is, and further means over the same items:")
+    say("\nWhat each edit is, and further means over the same items:")
     table([_beside(row) for row in rows])
-    typer.echo(f"\n{result.about}")
+    say(f"\n{result.about}")
     if result.edited.also_delta:
         shown = ", ".join(
             f"{name.replace('_', ' ')} {found.value:+.4g}{_within(found.interval, sign='+')}"
             for name, found in result.edited.also_delta.items()
         )
-        typer.echo(f"Edited minus base: {shown}.")
-    typer.echo("")
+        say(f"Edited minus base: {shown}.")
+    say("")
 
 
 def _effect(row: dict[str, Any]) -> dict[str, Any]:

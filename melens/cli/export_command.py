@@ -67,6 +67,9 @@ def export(
     of a peft adapter's input. The ME Layer is located first, unless --located has it; for prefix
     and peft on texts that start with the first token, where that is BOS.
 
+    A folder of --format hf has its edit in melens.json: only melens applies it. Loaded by
+    transformers or anything else it is the model without the edit; its README.md says how to load.
+
     Examples:
       melens export smollm2-135m --format hf -o runs/masked
 

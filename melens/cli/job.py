@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from melens.cli import output
 from melens.cli.options import Dtype
-from melens.errors import ResultError
+from melens.network import go_offline
 from melens.progress import Display, progress_on
 
 
@@ -49,7 +48,7 @@ class Job:
         if "edit" not in options and (Path(job.model).expanduser() / "melens.json").is_file():
             output.note(f"{job.model} has a melens.json; its edit is not applied here.")
         if job.offline:
-            os.environ["HF_HUB_OFFLINE"] = os.environ["MELENS_OFFLINE"] = "1"
+            go_offline()
         job.out = output.writable(job.out)
         return job
 
@@ -100,15 +99,9 @@ class Job:
     def _read_located(self) -> Any:
         if self.located is None:
             return None
-        from melens.results import MELayer, load_result
+        from melens.results import load_located
 
-        found = load_result(self.located)
-        if not isinstance(found, MELayer):
-            raise ResultError(
-                f"{self.located} holds a result of '{found.schema_id.split('/')[1]}'; give a "
-                "locate.json."
-            )
-        return found
+        return load_located(self.located)
 
 
 def _starts(result: Any) -> str:

@@ -11,6 +11,7 @@ import typer
 from melens.cli import mask_options as mask
 from melens.cli import options as opt
 from melens.errors import PromptError
+from melens.formatting import brief
 
 ITEMS = "items.jsonl"
 
@@ -129,7 +130,7 @@ def _numbers(given: str, kind: type[int] | type[float], option: str) -> tuple[An
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise PromptError(
-            f"{option} takes {what} with commas between, got {given!r:.60}."
+            f"{option} takes {what} with commas between, got {brief(given)}."
         ) from None
 
 

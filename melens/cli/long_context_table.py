@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import cell, table
+from melens.cli.output import cell, say, table
 from melens.cli.tables import TABLES
 
 
 @TABLES.register("long-context")
 def _long_context(result: Any) -> None:
-    typer.echo(
+    say(
         f"{result.about}\n\nFound, and loss of the answers in nats a token; differences to no edit "
         "are paired by item, 95 % bootstrap:"
     )
     table([_overall(condition) for condition in result.conditions])
-    typer.echo("\nFound by length and depth (0 = before the text, 1 = right before the question):")
+    say("\nFound by length and depth (0 = before the text, 1 = right before the question):")
     shown = (result.base, result.edited, *result.controls)
     for length in result.lengths:
         table([_by_depth(condition, length, result.depths) for condition in shown])
     if result.texts:
-        typer.echo(
+        say(
             f"\nLoss of {result.texts} plain texts by position from 0, nats a token, and each "
             "edit's difference to it:"
         )
         table([_bin(result, shown, i) for i in range(len(result.base.bins))])
-    typer.echo("")
+    say("")
 
 
 def _overall(condition: Any) -> dict[str, Any]:

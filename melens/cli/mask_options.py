@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melens.formatting import brief
+
 if TYPE_CHECKING:
     from melens.results.edit import Edit
 
@@ -144,12 +146,12 @@ def read_edit_file(path: Path) -> Edit:
 
     from melens.errors import ResultError
     from melens.results.edit import Edit
+    from melens.store import RESULT, read_text
 
+    text = read_text(path, RESULT, error=ResultError)
     try:
-        return Edit.model_validate(json.loads(path.read_text("utf-8"))["edit"])
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
-    except (ValueError, KeyError, TypeError, ValidationError):
+        return Edit.model_validate(json.loads(text)["edit"])
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
         raise ResultError(f"{path} holds no edit that melens can read.") from None
 
 
@@ -169,7 +171,7 @@ def layers_from(text: str) -> str | tuple[int, ...]:
         if last < first or last - first > 10_000:
             raise InterventionError(
                 f"--mask-layers takes after, next, or layers from 0 such as 12-29,31; got "
-                f"{text!r:.60}."
+                f"{brief(text)}."
             )
         found |= set(range(first, last + 1))
     return tuple(sorted(found))

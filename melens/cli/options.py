@@ -66,9 +66,13 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the model repository's own code.")
 ]
-Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Never use the network; so does MELENS_OFFLINE=1.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Located = Annotated[
     Path | None,
-    typer.Option(help="locate.json of this model, to skip locating (default: locate first)."),
+    typer.Option(
+        help="This model's locate.json, or a check's report.json (default: locate first)."
+    ),
 ]

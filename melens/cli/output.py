@@ -15,8 +15,20 @@ from rich.table import Table
 from rich.text import Text
 
 from melens.errors import OutputError, PromptError, ResultError
+from melens.formatting import LAYOUT, printable
+from melens.progress import tell
 
 BUNDLED = "bundled"
+
+
+def say(text: str) -> None:
+    """A line on stdout. All that a command prints goes through here, :func:`tell` or a table."""
+    typer.echo(printable(text, keep=LAYOUT))
+
+
+def say_json(value: Any) -> None:
+    """JSON on stdout, in ASCII: no terminal reads anything else into it."""
+    say(json.dumps(value, indent=1))
 
 
 def source(text: Path | None, prompt: list[str] | None) -> str | Path | Sequence[str]:
@@ -48,7 +60,7 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
     if folder is None:
         return
     from melens.figures import save_figure
-    from melens.results.base import write_atomically
+    from melens.store import write_atomically
 
     write_atomically(folder / f"{name}.json", result.to_json())
     for kind in ("png", "svg"):  # drawn anew each time: saving settles a figure's layout
@@ -78,7 +90,7 @@ def save_page(result: Any, folder: Path | None) -> None:
 
 def note(text: str) -> None:
     """A remark on stderr that ends nothing."""
-    sys.stderr.write(f"melens: note: {text}\n")
+    tell(f"note: {text}")
 
 
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
@@ -86,25 +98,31 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     from melens.cli.all_tables import TABLES
 
     if as_json:
-        typer.echo(result.to_json(), nl=False)
+        say(result.to_json().rstrip("\n"))
         return
     TABLES[result.kind](result)
-    typer.echo(result.summary())
+    say(result.summary())
     if folder is not None:
-        sys.stderr.write(f"melens: wrote {folder}\n")
+        tell(f"wrote {folder}")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:
-    """A plain table; every cell is text, whatever it holds."""
+    """A plain table; every cell is text on one line, whatever it holds."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:
         number = all(isinstance(row[name], (int, float)) for row in rows)
-        made.add_column(name.replace("_", " "), justify="right" if number else "left")
+        made.add_column(
+            Text(printable(name.replace("_", " "))), justify="right" if number else "left"
+        )
     for row in rows:
         made.add_row(*(Text(cell(value)) for value in row.values()))
+    show_made(made, narrowest=120)
+
+
+def show_made(made: Table, *, narrowest: int) -> None:
+    """Print a table of safe cells. A narrow terminal wraps lines; names are never cut."""
     console = Console(file=sys.stdout, highlight=False)
-    # A narrow terminal wraps lines; names are never cut.
-    console.width = max(console.width, 120)
+    console.width = max(console.width, narrowest)
     console.print(made)
 
 
@@ -114,12 +132,12 @@ def cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
+    return printable(str(value))
 
 
 def show_path(path: Path, *, as_json: bool) -> None:
     """Where something is now."""
-    typer.echo(json.dumps({"path": str(path)}) if as_json else path)
+    say(json.dumps({"path": str(path)}) if as_json else str(path))
 
 
 def list_models(*, as_json: bool) -> None:
@@ -132,7 +150,7 @@ def list_models(*, as_json: bool) -> None:
         for name, model in named.NAMED.items()
     ]  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        say_json(rows)
     else:
         table(rows)
 
@@ -152,7 +170,7 @@ def environment(*, as_json: bool) -> None:
         "mps": torch.backends.mps.is_available(), "cache": str(cache_dir()),
     }  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        say_json(facts)
         return
     for name, value in facts.items():
-        typer.echo(f"{name}: {value}")
+        say(f"{name}: {value}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from melens.cli import options as opt
-from melens.cli.output import table
+from melens.cli.output import say, table
 from melens.cli.tables import TABLES, say_rest
 from melens.errors import MetricError, PromptError
 from melens.progress import progress_on
@@ -166,8 +166,8 @@ def _texts(texts: list[str] | None, bos: bool | None, model: Any) -> Any:
 @TABLES.register("patch")
 def _patch(result: Any) -> None:
     rows = result.strongest()[:LISTED]
-    typer.echo(f"{result.metric}: {result.metric_about}")
-    typer.echo(f"The {len(rows)} of {len(result.rows())} patched runs that change it most:")
+    say(f"{result.metric}: {result.metric_about}")
+    say(f"The {len(rows)} of {len(result.rows())} patched runs that change it most:")
     empty = {name for name in rows[0] if all(row[name] is None for row in rows)}
     table(
         [
@@ -180,5 +180,5 @@ def _patch(result: Any) -> None:
         ]
     )
     for line in result.missing[:MOST_MISSING]:
-        typer.echo(line)
+        say(line)
     say_rest(MOST_MISSING, len(result.missing), "reasons why something is not there")

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import table
+from melens.cli.output import say, table
 from melens.cli.tables import TABLES
 
 
 @TABLES.register("reach")
 def _reach(result: Any) -> None:
-    typer.echo("First tokens, each alone at position 0 (layers count from 0, at the block output):")
+    say("First tokens, each alone at position 0 (layers count from 0, at the block output):")
     order = sorted(result.tokens, key=lambda token: -abs(token.value))
     table([
         {"id": token.token_id, "token": repr(token.token), "why": token.why, "value": token.value,
          "dim": token.dim, "layer": token.layer}
         for token in order
     ])  # fmt: skip
-    typer.echo("\nLayers, the largest over these tokens:")
+    say("\nLayers, the largest over these tokens:")
     table([_layer(row, scanned=any(r.ceiling for r in result.profile)) for row in result.profile])
-    typer.echo("")
+    say("")
 
 
 def _layer(row: Any, *, scanned: bool) -> dict[str, Any]:

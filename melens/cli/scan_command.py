@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from melens.cli import options as opt
+from melens.network import go_offline
 from melens.progress import progress_on
 
 LAYERS = "scan-layers.jsonl"
@@ -31,12 +32,10 @@ def scan(
 
       melens scan ./Llama-3.1-8B --json
     """
-    import os
-
     from melens.cli import output
 
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["MELENS_OFFLINE"] = "1"
+        go_offline()
     out = output.writable(out)
     from melens.foresight import scan as look
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import table
+from melens.cli.output import say, table
 from melens.cli.tables import TABLES
 
 MOST = 12
@@ -22,22 +20,22 @@ ROLES = {"emerge": ("makes", "may make"), "erase": ("erases", "may erase"), "oth
 @TABLES.register("scan")
 def _scan(result: Any) -> None:
     paths = sorted({PATHS[row.path] for row in result.profile if row.path is not None})
-    typer.echo(f"The loudest neuron of each layer, by what it could write ({'; '.join(paths)}):")
+    say(f"The loudest neuron of each layer, by what it could write ({'; '.join(paths)}):")
     table([_layer(row) for row in result.profile])
     for row in result.profile:
         if not row.covered:
-            typer.echo(f"Layer {row.layer} is not covered: {row.reason}.")
+            say(f"Layer {row.layer} is not covered: {row.reason}.")
     if result.candidates:
-        typer.echo(
+        say(
             "\nCandidates; an entry is down_proj.weight[dim, neuron], and its ceiling is what its "
             "neuron could write through it:"
         )
         shown = sorted(result.candidates, key=lambda found: -found.ratio_to_median)[:MOST]
         table([_candidate(found) for found in shown])
         if (more := len(result.candidates) - len(shown)) > 0:
-            typer.echo(f"({more} more in the JSON.)")
-    typer.echo(f"\nRule: {result.rule}.")
-    typer.echo(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
+            say(f"({more} more in the JSON.)")
+    say(f"\nRule: {result.rule}.")
+    say(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
 
 
 def _layer(row: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from melens.cli import output
 from melens.cli.job import Job
 from melens.cli.options import Dtype
 from melens.errors import ResultError
+from melens.network import go_offline
 from melens.progress import progress_on
 
 KEPT = ".stream"
@@ -42,7 +42,7 @@ class Wanted:
 def streamed(wanted: Wanted) -> Iterator[Any]:
     """A streamed bridge with its progress bar; at the end says what was read, and tidies up."""
     if wanted.offline:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["MELENS_OFFLINE"] = "1"
+        go_offline()
     from melens.models.streamed import load_streamed, stream_of
 
     keep = None if wanted.folder is None else wanted.folder / KEPT

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import cell, table
+from melens.cli.output import cell, say, table
 from melens.cli.tables import TABLES
 
 SITES = {"output": "output", "write": "after the norm"}
@@ -14,25 +12,25 @@ SITES = {"output": "output", "write": "after the norm"}
 
 @TABLES.register("super-weights")
 def _super_weights(result: Any) -> None:
-    typer.echo("Where the FFN stands out (largest |x|; in brackets, times the layer's median):")
+    say("Where the FFN stands out (largest |x|; in brackets, times the layer's median):")
     table([_layer(row) for row in result.profile])
     for line in result.missing:
-        typer.echo(f"Not looked at: {line}")
-    typer.echo(f"\nRule: {result.rule}.")
+        say(f"Not looked at: {line}")
+    say(f"\nRule: {result.rule}.")
     if result.super_weights:
-        typer.echo(
+        say(
             f"\nRemoved one at a time; mean loss without any removed {result.base_loss:.4f} nats a "
             "token, differences paired by sequence, 95 % bootstrap:"
         )
         table([{"": result.kind_of(w), **_weight(w)} for w in result.super_weights])
         for name, group in (("All together", result.together), ("Control", result.control)):
-            typer.echo(f"{name}: {group.loss_delta:+.4f}{_within(group.interval)}")
-        typer.echo(f"Control removed instead: {_control(result.control)}")
+            say(f"{name}: {group.loss_delta:+.4f}{_within(group.interval)}")
+        say(f"Control removed instead: {_control(result.control)}")
     if result.known is not None and result.known.comparisons:
-        typer.echo("\nPublished coordinates:")
+        say("\nPublished coordinates:")
         table(result.known.rows())
-        typer.echo(result.known.convention)
-    typer.echo("")
+        say(result.known.convention)
+    say("")
 
 
 def _layer(row: Any) -> dict[str, Any]:

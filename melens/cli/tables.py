@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import typer
-
-from melens.cli.output import cell, table
+from melens.cli.output import cell, say, table
 from melens.registry import Registry
 
 TABLES: Registry[Callable[[Any], None]] = Registry("table")
@@ -18,21 +16,21 @@ MOST_TOKENS = 8
 def say_rest(shown: int, total: int, what: str) -> None:
     """That a table is cut, where it is."""
     if total > shown:
-        typer.echo(f"{shown} of {total} {what}; the JSON has all.")
+        say(f"{shown} of {total} {what}; the JSON has all.")
 
 
 @TABLES.register("known")
 def _known(result: Any) -> None:
     if result.rows():
         table(result.rows())
-        typer.echo(result.convention)
+        say(result.convention)
 
 
 @TABLES.register("describe")
 def _describe(result: Any) -> None:
     if result.massive:
         table([_described_row(result, row) for row in result.rows()])
-        typer.echo("\nMassive tokens; the first row is the primary one, which all else is about:")
+        say("\nMassive tokens; the first row is the primary one, which all else is about:")
         table(
             [
                 {"position": token.position, "token": repr(token.token), "dim": token.dim,
@@ -41,10 +39,10 @@ def _describe(result: Any) -> None:
             ]
         )  # fmt: skip
         say_rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
-        typer.echo(f"\nEnergy at layer {result.peak_layer}: {_energies(result)}")
+        say(f"\nEnergy at layer {result.peak_layer}: {_energies(result)}")
         if next_norm := _next_norm(result):
-            typer.echo(next_norm)
-    typer.echo("\nPosition 0, by what stands there:")
+            say(next_norm)
+    say("\nPosition 0, by what stands there:")
     table(
         [
             {"start": row.name, "first tokens": row.first_tokens, "massive": row.massive,
@@ -52,7 +50,7 @@ def _describe(result: Any) -> None:
             for row in result.conditions
         ]
     )  # fmt: skip
-    typer.echo("")
+    say("")
 
 
 def _described_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -94,16 +92,16 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 @TABLES.register("collapse")
 def _collapse(result: Any) -> None:
-    typer.echo(
+    say(
         "Effective rank exp(H(s / sum s)), uncentred, per sequence and averaged; heads averaged; "
         "in brackets without the massive tokens' rows:"
     )
     table(result.overview())
-    typer.echo("\nThe same centred (the mean row taken off):")
+    say("\nThe same centred (the mean row taken off):")
     table(result.overview("effective_rank_centred"))
     for line in result.missing:
-        typer.echo(f"Not there: {line}.")
-    typer.echo(
+        say(f"Not there: {line}.")
+    say(
         f"\n{result.sequences_massive} of {result.sequences} sequences hold a massive token. "
         "Other definitions and single heads: --json, or melens plot --style.\n"
     )
@@ -111,13 +109,13 @@ def _collapse(result: Any) -> None:
 
 @TABLES.register("sinks")
 def _sinks(result: Any) -> None:
-    typer.echo(
+    say(
         f"Sink^eps of the first token (Gu et al.): share of (sequence, head) with alpha > eps, "
         f"T = {result.t}; uniform attention would give alpha {result.uniform:.3f}:"
     )
     table([_sink_row(result, row) for row in result.rows()])
     if result.tokens:
-        typer.echo("\nMassive tokens, each apart:")
+        say("\nMassive tokens, each apart:")
         table(
             [
                 {"position": token.position, "token": repr(token.token), "met": token.count,
@@ -126,7 +124,7 @@ def _sinks(result: Any) -> None:
             ]
         )  # fmt: skip
         say_rest(MOST_TOKENS, len(result.tokens), "massive tokens")
-    typer.echo("")
+    say("")
 
 
 def _sink_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def _attention(result: Any) -> None:
 def _locate(result: Any) -> None:
     table([_locate_row(result, row) for row in result.profile])
     if result.massive:
-        typer.echo(
+        say(
             "\nMassive tokens, largest entry before the final layers; the first row is the "
             "primary one, which shares, stages and the sentence below are about:"
         )
@@ -158,10 +156,10 @@ def _locate(result: Any) -> None:
         )  # fmt: skip
         say_rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
     answers = result.criteria.model_dump().items()
-    typer.echo("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))
-    typer.echo(_stability(result))
+    say("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))
+    say(_stability(result))
     if growth := result.final_layer_growth:
-        typer.echo(
+        say(
             f"Final-layer growth (not emergence): layer {growth.layer}, x{growth.factor:.3g}, "
             f"dimension {growth.dim}."
         )

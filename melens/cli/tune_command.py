@@ -12,6 +12,7 @@ import typer
 from melens.cli import options as opt
 from melens.cli.mask_options import layers_from
 from melens.errors import InterventionError
+from melens.formatting import brief
 
 ROWS = "tune.items.jsonl"
 EDIT = "edit.json"
@@ -120,7 +121,7 @@ def _list(option: str, text: str | None, read: Callable[[str], Any]) -> tuple[An
     try:
         return () if text is None else tuple(read(part.strip()) for part in text.split(","))
     except ValueError:
-        raise InterventionError(f"{option} takes numbers with commas, got {text!r:.60}.") from None
+        raise InterventionError(f"{option} takes numbers with commas, got {brief(text)}.") from None
 
 
 def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:
@@ -139,7 +140,7 @@ def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:
 
 def _save_edit(path: Path, best: Any) -> None:
     """The best setting; an earlier run's does not stay where there is none."""
-    from melens.results.base import write_atomically
+    from melens.store import write_atomically
 
     if best is None:
         path.unlink(missing_ok=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from melens.cli.output import table
+from melens.cli.output import say, table
 from melens.cli.tables import TABLES
 
 LISTED = 12
@@ -15,23 +13,21 @@ LISTED = 12
 @TABLES.register("tune")
 def _tune(result: Any) -> None:
     better = "higher" if result.higher_is_better else "lower"
-    typer.echo(f"Rule: {result.rule}.")
-    typer.echo(
+    say(f"Rule: {result.rule}.")
+    say(
         f"\nDevelopment, differences to the unedited model in {result.unit} ({better} is better), "
         "95 % for each alone:"
     )
     ranked = sorted(result.trials, key=lambda trial: -result.sign * trial.delta)
     table([_trial(trial) for trial in ranked[:LISTED]])
     if len(ranked) > LISTED:
-        typer.echo(f"... and {len(ranked) - LISTED} more in the JSON")
+        say(f"... and {len(ranked) - LISTED} more in the JSON")
     if result.confirmed:
-        typer.echo(
-            f"\nHeld out, {result.confirmed[0].items} other items (unedited {result.base:.4g}):"
-        )
+        say(f"\nHeld out, {result.confirmed[0].items} other items (unedited {result.base:.4g}):")
         table([_confirmed(row) for row in result.confirmed])
     if result.best is not None:
-        typer.echo(f"\nTo use it: {flags(result.best)}")
-    typer.echo("")
+        say(f"\nTo use it: {flags(result.best)}")
+    say("")
 
 
 def flags(edit: Any) -> str:

@@ -17,7 +17,7 @@ from melens.errors import ModelNotFoundError, ResultError
 from melens.inputs import Inputs, Source, take_in
 from melens.models.anatomy import anatomy
 from melens.results import MELayer, Result, load_result
-from melens.results.check import CheckReport
+from melens.results.check import CheckReport, located_of
 from melens.results.diff import SideInfo
 
 SAVED = ("report.json", "locate.json")
@@ -46,19 +46,10 @@ class Side:
 
         Raises:  ResultError: another kind, or a report without a located ME Layer.
         """
-        if isinstance(result, MELayer):
-            return cls(result, "locate")
-        if not isinstance(result, CheckReport):
-            raise ResultError(
-                f"{name} holds a result of '{result.schema_id.split('/')[1]}'; give a model, a "
-                "locate.json or a report.json."
-            )
-        located = result.result("locate") if "locate" in result.results else None
-        if not isinstance(located, MELayer):
-            raise ResultError(
-                f"{name} is a report whose locate stage did not finish; run the check again."
-            )
-        return cls(located, "check", report=result)
+        located = located_of(result, name)
+        if isinstance(result, CheckReport):
+            return cls(located, "check", report=result)
+        return cls(located, "locate")
 
     @classmethod
     def of_model(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from melens.errors import OutputError, ResultError
 from melens.evaluation.generated import answers_beside
+from melens.formatting import clipped
 from melens.item_rows import head_of
 from melens.results.edit import Edit
+from melens.store import open_regular
 
 ITEMS, RESULT = "items.jsonl", "evaluate.json"
 
@@ -25,14 +28,21 @@ def check_folder(folder: Path, task: str, edit: Edit) -> None:
                 "anew with --force."
             )
         return
-    of = head_of(path).get("of") or {}
-    edits = dict(pair for pair in of.get("conditions", []) if len(pair) == 2)
-    held, wanted = (of.get("task"), edits.get("edited")), (task, edit.model_dump(mode="json"))
+    held, wanted = _held(head_of(path).get("of")), (task, edit.model_dump(mode="json"))
     if held != wanted and _has_rows(path):
         raise ResultError(
-            f"{path} is of another evaluation ({held[0]}, {_label(held[1])}); choose another "
-            "folder, or start anew with --force."
+            f"{path} is of another evaluation ({clipped(str(held[0]))}, {_label(held[1])}); choose "
+            "another folder, or start anew with --force."
         )
+
+
+def _held(of: Any) -> tuple[Any, Any]:
+    """Task and edit that a file of items says it is of."""
+    facts = of if isinstance(of, dict) else {}
+    pairs = facts.get("conditions")
+    pairs = [pair for pair in pairs if isinstance(pair, list)] if isinstance(pairs, list) else []
+    edits = [pair[1] for pair in pairs if len(pair) == 2 and pair[0] == "edited"]
+    return facts.get("task"), edits[-1] if edits else None
 
 
 def start_anew(folder: Path) -> None:
@@ -48,7 +58,7 @@ def start_anew(folder: Path) -> None:
 
 
 def _has_rows(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.readline()
         return file.readline().endswith(b"\n")
 

@@ -25,6 +25,7 @@ from melens.evaluation.harness_data import OFFLINE_TASKS, data_folder, items
 from melens.evaluation.harness_punkt import require_punkt
 from melens.evaluation.harness_rows import GENERATION_TASKS
 from melens.evaluation.harness_settings import read_settings
+from melens.network import pass_on
 
 try:
     from melens.evaluation.harness_model import MelensLM
@@ -39,6 +40,7 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run lm-eval's command line with ours registered; returns the exit code."""
+    pass_on()
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from melens.batches import read_text
 from melens.errors import PromptError
 from melens.evaluation.harness_rows import GENERATION_TASKS
 from melens.evaluation.refusals import is_refusal, read_prompts
@@ -70,7 +71,7 @@ def items(task: str, folder: Path) -> list[Doc]:
               "ifeval": ("key", "prompt", "instruction_id_list", "kwargs")}[task]  # fmt: skip
     named = {"math500": "unique_id", "ifeval": "key"}.get(task)
     docs = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines()):
+    for number, line in enumerate(read_text(path).splitlines()):
         doc = _parsed(line)
         if doc is None or not set(wanted) <= set(doc):
             raise PromptError(
@@ -174,6 +175,6 @@ def _dataset(task: str, metadata: Mapping[str, Any]) -> Any:
 def _parsed(line: str) -> Doc | None:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

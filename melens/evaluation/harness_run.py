@@ -28,8 +28,8 @@ from melens.evaluation.harness_punkt import require_lm_eval, require_punkt
 from melens.evaluation.harness_rows import GENERATION_TASKS, GenerationSettings, ItemRow
 from melens.evaluation.harness_settings import PLAIN
 from melens.results import MELayer
-from melens.results.base import write_atomically
 from melens.results.edit import Edit
+from melens.store import ROWS, read_limited, write_atomically
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Against a checkpoint's own generation settings, under which greedy would not be greedy."""
@@ -239,7 +239,7 @@ def _read(path: Path, key: str, condition: str) -> dict[str, ItemRow]:
     if not path.exists():
         return {}
     try:
-        raw = path.read_bytes()
+        raw = read_limited(path, ROWS)
     except OSError as error:
         raise ResultError(f"cannot read {path}: {error.strerror}.") from None
     whole = raw[: raw.rfind(b"\n") + 1]

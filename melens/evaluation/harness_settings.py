@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from melens.errors import InterventionError, UnknownNameError
-from melens.results import MELayer, load_result
+from melens.formatting import brief
+from melens.results import MELayer, load_located
 from melens.results.edit import Edit
 
 MASK = ("mask_select", "mask_rate", "mask_strength", "mask_layers", "mask_seed")
@@ -81,7 +82,7 @@ def _edit(name: str, masks: dict[str, Any]) -> Edit:
         place = ".".join(map(str, first["loc"][:1]))
         where = "" if not place else "edit" if place == "name" else f"mask_{place}"
         said = first["msg"].removeprefix("Value error, ")
-        shown = f", got {first['input']!r:.40}" if place else ""
+        shown = f", got {brief(first['input'], 40)}" if place else ""
         raise InterventionError(": ".join(filter(None, [where, said])) + f"{shown}.") from None
 
 
@@ -97,7 +98,7 @@ def _layers(text: Any) -> str | tuple[int, ...]:
         if not ends or int(ends[2] or ends[1]) < int(ends[1]):
             raise InterventionError(
                 f"mask_layers must be after, next or layers from 0 as in 12-29 or 12+14-16, got "
-                f"{text!r:.40}."
+                f"{brief(text, 40)}."
             )
         found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
     return tuple(found)
@@ -108,7 +109,4 @@ def _located(path: Any, edit: Edit) -> MELayer | None:
         return None
     if edit.name == "none":
         raise InterventionError("located belongs to an edit; name one, e.g. mask_rate=0.5.")
-    found = load_result(str(path))
-    if not isinstance(found, MELayer):
-        raise InterventionError(f"{path} is no located ME Layer; save one with: melens locate -o.")
-    return found
+    return load_located(str(path))

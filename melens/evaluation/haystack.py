@@ -17,6 +17,7 @@ from typing import Any
 from melens.batches import BUNDLED_ORDER, bundled_texts, encode, read_text
 from melens.errors import PromptError
 from melens.evaluation.forced import Forced
+from melens.formatting import brief
 
 TASKS = ("passkey", "needles")
 CITIES = (
@@ -67,7 +68,7 @@ class Haystack:
         Raises:  PromptError: with the setting and what fits.
         """
         if self.task not in TASKS:
-            raise PromptError(f"task must be passkey or needles, got {self.task!r:.40}.")
+            raise PromptError(f"task must be passkey or needles, got {brief(self.task, 40)}.")
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
             raise PromptError(f"lengths must be different numbers of tokens, got {self.lengths}.")
         if not self.depths or any(not 0 <= depth <= 1 for depth in self.depths):
@@ -295,7 +296,7 @@ def _check_written(tokenizer: Any, answer: Sequence[int], key: str) -> None:
     written = re.sub(r"\s", "", tokenizer.decode(list(answer)))
     if not written.endswith(key):
         raise PromptError(
-            f"this tokenizer cannot write the number {key} (it gives {written!r:.40}); "
+            f"this tokenizer cannot write the number {key} (it gives {brief(written, 40)}); "
             "long-context needs one that has digits."
         )
 

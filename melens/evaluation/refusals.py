@@ -10,10 +10,12 @@ conditions with it; do not compare its rates with human labels.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from melens.batches import read_text
 from melens.errors import PromptError
 
 BEGINNING = 200
@@ -67,9 +69,8 @@ def read_prompts(path: Path) -> list[Prompt]:
              or a label other than ``safe`` and ``unsafe``.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
         raise PromptError(f"cannot read {path}: {error}.") from None
     if not rows or not set(COLUMNS) <= set(rows[0]):
         raise PromptError(f"{path} must be a csv with rows and the columns {', '.join(COLUMNS)}.")

@@ -153,7 +153,7 @@ def read_jsonl(source: Source, name: str, fields: Sequence[str]) -> list[dict[st
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or any(not isinstance(row.get(f), str) for f in fields):
             raise PromptError(f"{path}, line {number}: no object with {' and '.join(fields)}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -19,12 +18,15 @@ from melens.exporting.prefix import (
     fixed_first,
     write_prefix,
 )
+from melens.exporting.readme import README, readme
 from melens.exporting.record import MELENS_JSON, read_edit, write_edit
 from melens.exporting.subject import Subject, dtype_of, plain_to_save, probe_of, subject_of
+from melens.formatting import brief
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.export import EditFile, Format, PrefixFacts
+from melens.store import write_folder
 
 
 def export(
@@ -40,7 +42,8 @@ def export(
 
     Args:    model: a name, a folder, a bridge or a transformers model.
              format: ``hf``: a model folder that transformers reads, with a melens.json that
-             ``melens.load`` applies again. ``prefix``: keys and values of the fixed first token
+             ``melens.load`` applies again; loaded by anything else it is the model without the
+             edit, as the README.md in it says. ``prefix``: keys and values of the fixed first token
              under the edit (:func:`melens.exporting.load_prefix`). ``peft``: the same as a
              prefix-tuning adapter; leave the first token out of the input.
              out: a new or empty folder, or an earlier export, which is replaced.
@@ -55,7 +58,7 @@ def export(
     kind = next((name for name in get_args(Format) if name == format), None)
     if kind is None:
         raise InterventionError(
-            f"format must be one of {', '.join(get_args(Format))}, got {format!r:.40}."
+            f"format must be one of {', '.join(get_args(Format))}, got {brief(format, 40)}."
         )
     if first_token is not None and kind == "hf":
         raise InterventionError("first_token belongs to the formats prefix and peft.")
@@ -140,41 +143,21 @@ def _not_exported(folder: Path) -> str | None:
     return next((name for name in here if name not in known), None)
 
 
-def _open_to_readers(folder: Path) -> None:
-    """Safetensors writes files for their owner alone; an export is read like any other file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
-
-
 def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Path:
     """Write beside the target and move into place; what was there stays until then."""
     from safetensors import SafetensorError
 
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+    def fill(part: Path) -> None:
         write(part)
+        if record.format == "hf" and record.edit.name != "none":
+            (part / README).write_text(readme(record), "utf-8")
         files = tuple(sorted(path.name for path in part.iterdir()))
         write_edit(record.model_copy(update={"files": files}), part)
-        _open_to_readers(part)
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-    except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or str(error)[:160]
-        raise OutputError(f"cannot write {target}: {said}.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists():
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(target)
-    return target
+
+    try:
+        return write_folder(target, fill)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {target}: {str(error)[:160]}.") from None
 
 
 __all__ = ["MELENS_JSON", "check_out", "export"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from melens.errors import ResultError
-from melens.results.base import load_result, write_atomically
+from melens.results.base import load_result
 from melens.results.export import EditFile
+from melens.store import write_atomically
 
 MELENS_JSON = "melens.json"
 

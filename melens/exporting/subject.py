@@ -54,7 +54,7 @@ def subject_of(model: Any, me_layer: MELayer | None) -> Subject:
     if me_layer is not None and not isinstance(me_layer, MELayer):
         raise ResultError(
             f"me_layer must be what melens.locate returns, got {type(me_layer).__name__}; read a "
-            "saved one with melens.results.load_result(path)."
+            "saved one with melens.results.load_located(path)."
         )
     if isinstance(model, (str, Path)):
         dtype = me_layer.run.dtype if me_layer is not None else None

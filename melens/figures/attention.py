@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from melens.figures.styles import PAGE, figure, plain
+from melens.figures.styles import PAGE, Drawing, figure, plain
 from melens.results.attention import AttentionMaps
 
 COLUMNS = 4
@@ -20,7 +20,7 @@ def draw_panels(result: AttentionMaps) -> Figure:
     shown = result.heads[:MAX_PANELS]
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    made = Figure(figsize=(PAGE, 0.6 + rows * 0.98 * PAGE / COLUMNS), layout="constrained")
+    made = Drawing(figsize=(PAGE, 0.6 + rows * 0.98 * PAGE / COLUMNS), layout="constrained")
     grid = made.subplots(rows, columns, squeeze=False)
     n = len(result.tokens)
     image = None

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import OutputError, ResultError
+from melens.formatting import printable
 from melens.results.attention import MOST_TOKENS, AttentionMaps, HeadMap, TokenNorms, most_heads
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 FRAME_HEIGHT = 800
 """Pixels a notebook cell gives to the page. Fixed, because circuitsvis' maps follow the size of
@@ -32,7 +33,7 @@ their frame: in a frame that follows its content they shrink without end."""
 _DIGITS = 3
 _LABEL_LENGTH = 14
 """Longest token beside a map; longer ones would leave no room for the map."""
-_MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+_MARKS = str.maketrans({"\n": "↵", "\r": "␍", "\t": "⇥"})
 
 BOOT = """
 for (const panel of document.querySelectorAll("[data-component]")) {
@@ -95,7 +96,7 @@ class HtmlView:
         return path
 
     def __repr__(self) -> str:
-        return f"<HtmlView: {self.title}, {len(self.html) / 1e6:.1f} MB>"
+        return f"<HtmlView: {printable(self.title)}, {len(self.html) / 1e6:.1f} MB>"
 
     def _repr_html_(self) -> str:
         """A sandboxed frame: script and style of the page cannot reach the notebook."""
@@ -255,24 +256,27 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def printable(value: str) -> str:
-    """The text with marks for characters that show nothing or turn the text around."""
-    return "".join(c if c.isprintable() else _MARKS.get(c) or ascii(c)[1:-1] for c in value)
+def marked(value: str) -> str:
+    """The text on one line, safe to show, with signs for line breaks and tabs."""
+    return printable(value.translate(_MARKS))
 
 
 def shown(token: str) -> str:
-    """A token on its own: printable, and visible where it is only spaces."""
-    return printable(token) if token.strip(" ") else "·" * len(token)
+    """A token on its own: safe to show, and visible where it is only spaces."""
+    if token.strip():
+        return marked(token)
+    dotted = token.replace(" ", "·").translate(_MARKS)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in dotted)
 
 
 def _label(token: str) -> str:
     """A token beside a map, where circuitsvis drops spaces."""
-    label = printable(token).replace(" ", "·")
+    label = marked(token).replace(" ", "·")
     return label if len(label) <= _LABEL_LENGTH else label[: _LABEL_LENGTH - 1] + "…"
 
 
 def _text(value: str) -> str:
-    return html.escape(printable(value))
+    return html.escape(marked(value))
 
 
 def _json(value: Any) -> str:

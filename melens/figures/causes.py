@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import COLUMN, ME_COLOUR, PAGE, figure, plain
+from melens.figures.styles import COLUMN, ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.results.isolate import Cell, Isolation
 
 CELLS = {
@@ -21,7 +21,7 @@ LEAST = 1e-4
 @figure(Isolation, "factorial")
 def draw_factorial(result: Isolation) -> Figure:
     """Coordinate, sinks and loss in the four cells; grey: the same edits at all other layers."""
-    made = Figure(figsize=(PAGE, 2.7), layout="constrained")
+    made = Drawing(figsize=(PAGE, 2.7), layout="constrained")
     left, middle, right = made.subplots(1, 3)
     cells = [getattr(result.factorial, name) for name in CELLS]
     _bars(left, [max(abs(c.left), LEAST) for c in cells], [c.left_interval for c in cells])
@@ -59,7 +59,7 @@ def _dots(axes: Axes, x: float, values: list[float]) -> None:
 @figure(Isolation, "layers")
 def draw_layers(result: Isolation) -> Figure:
     """Every block's write dropped, put in alone; and the two edits at every layer."""
-    made = Figure(figsize=(PAGE, 5.0), layout="constrained")
+    made = Drawing(figsize=(PAGE, 5.0), layout="constrained")
     top, middle, bottom = made.subplots(3, 1, sharex=True)
     for axes, writes, title in (
         (top, result.necessity, "left without this write"),
@@ -92,7 +92,7 @@ def draw_layers(result: Isolation) -> Figure:
 @figure(Isolation, "path")
 def draw_path(result: Isolation) -> Figure:
     """How the massive token's norm grows against the others' through the FFN branch."""
-    made = Figure(figsize=(COLUMN, 2.6), layout="constrained")
+    made = Drawing(figsize=(COLUMN, 2.6), layout="constrained")
     axes = made.add_subplot()
     names = [step.site for step in result.path]
     axes.semilogy(names, [step.ratio for step in result.path], marker="o", color=BLUE)
@@ -110,7 +110,7 @@ def draw_path(result: Isolation) -> Figure:
 @figure(Isolation, "neurons")
 def draw_neurons(result: Isolation) -> Figure:
     """The neurons that write the massive coordinate, layer by layer."""
-    made = Figure(figsize=(PAGE, 2.6), layout="constrained")
+    made = Drawing(figsize=(PAGE, 2.6), layout="constrained")
     axes = made.add_subplot()
     amounts = {row.layer: row.written for row in result.decompositions}
     rows = [n for n in result.neurons if n.layer in amounts]
@@ -130,7 +130,7 @@ def draw_neurons(result: Isolation) -> Figure:
 @figure(Isolation, "gains")
 def draw_gains(result: Isolation) -> Figure:
     """What each dimension's gain does: its size, and what is left with it set to the mean."""
-    made = Figure(figsize=(COLUMN, 2.6), layout="constrained")
+    made = Drawing(figsize=(COLUMN, 2.6), layout="constrained")
     axes = made.add_subplot()
     if result.gains is None:
         axes.text(0.5, 0.5, "no norm before the FFN", ha="center", transform=axes.transAxes)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from melens.errors import ResultError
 from melens.figures.profile import draw_profile
 from melens.figures.styles import figure
-from melens.results import CheckReport, MELayer
+from melens.results import CheckReport
 
 
 @figure(CheckReport, "profile")
 def draw_check(result: CheckReport) -> Figure:
     """The located ME Layer's profile, drawn from what the report holds of it."""
-    located = result.result("locate")
-    if not isinstance(located, MELayer):
-        raise ResultError("this report's 'locate' is no located ME Layer.")
-    return draw_profile(located)
+    return draw_profile(result.located())

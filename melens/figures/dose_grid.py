@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from melens.errors import ResultError
-from melens.figures.draw import house_style
-from melens.figures.styles import PAGE, plain
+from melens.figures.styles import PAGE, Drawing, house_style, plain
 from melens.results.evaluation import ConditionScore, Evaluation
 
 STYLES = ("-", "--", ":", "-.")
@@ -30,7 +29,7 @@ def draw_dose_grid(results: Sequence[Evaluation]) -> Figure:
     strengths = sorted({r.edit.strength for r in results}, reverse=True)
     first = results[0]
     with house_style():
-        made = Figure(figsize=(PAGE, 3.2), layout="constrained")
+        made = Drawing(figsize=(PAGE, 3.2), layout="constrained")
         panels = made.subplots(1, len(layers), sharey=True, squeeze=False)[0]
         for axes, chosen in zip(panels, layers, strict=True):
             here = [result for result in results if result.edit.layers == chosen]

@@ -5,17 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from melens.errors import ResultError
-from melens.figures.styles import FIGURES, chosen
-from melens.results.base import Result, write_atomically
+from melens.figures.styles import FIGURES, SCREEN, chosen, house_style
+from melens.results.base import Result
+from melens.store import write_atomically
 
 FORMATS = ("png", "svg", "pdf")
 _NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -54,14 +51,6 @@ def inline(result: Result) -> str:
         return ""
     made = io.BytesIO()
     with house_style():
-        draw(result).savefig(made, format="png", dpi=110, metadata=_NO_DATE["png"])
+        draw(result).savefig(made, format="png", dpi=SCREEN, metadata=_NO_DATE["png"])
     data = base64.b64encode(made.getvalue()).decode()
-    return f'<img alt="{html.escape(result.summary())}" src="data:image/png;base64,{data}">'
-
-
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Settings of matplotlib for every figure of melens, inside the block only."""
-    style = resources.files("melens.figures") / "melens.mplstyle"
-    with resources.as_file(style) as file, mpl.rc_context(fname=file):
-        yield
+    return f'<img alt="{html.escape(str(result))}" src="data:image/png;base64,{data}">'

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from melens.figures.styles import ME_COLOUR, PAGE, figure, plain
+from melens.figures.styles import ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.results.edit import RATED
 from melens.results.evaluation import ConditionScore, Evaluation
 
@@ -24,7 +24,7 @@ def draw_dose(result: Evaluation) -> Figure:
     others = (*result.controls, *result.rivals)
     masks = any(c.energy is not None for c in result.conditions)
     bars = 1 + len(others)
-    made = Figure(figsize=(PAGE, max(2.9, 1.5 + 0.17 * bars)), layout="constrained")
+    made = Drawing(figsize=(PAGE, max(2.9, 1.5 + 0.17 * bars)), layout="constrained")
     grid = made.add_gridspec(2 if masks else 1, 2, width_ratios=(1, 1.05),
                              height_ratios=(3, 1) if masks else (1,))  # fmt: skip
     curve = made.add_subplot(grid[0, 0])
@@ -137,7 +137,7 @@ def _title(result: Evaluation) -> str:
 @figure(Evaluation, "paired")
 def draw_paired(result: Evaluation) -> Figure:
     """Every item's difference, sorted, with the mean and its interval."""
-    made = Figure(figsize=(PAGE, 2.9), layout="constrained")
+    made = Drawing(figsize=(PAGE, 2.9), layout="constrained")
     axes = made.add_subplot()
     found = sorted(result.differences.get("edited", ()))
     if not found:

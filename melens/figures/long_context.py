@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from melens.figures.styles import PAGE, figure, plain
+from melens.figures.styles import PAGE, Drawing, figure, plain
 from melens.results.long_context import Cell, LongCondition, LongContext
 
 COLOURS = "cividis"
@@ -39,7 +39,7 @@ def draw_answer_loss(result: LongContext) -> Figure:
 @figure(LongContext, "positions")
 def draw_positions(result: LongContext) -> Figure:
     """Left: loss of plain texts by position. Right: every edit's difference, with its interval."""
-    made = Figure(figsize=(PAGE, 3.4), layout="constrained")
+    made = Drawing(figsize=(PAGE, 3.4), layout="constrained")
     losses, changes = made.subplots(1, 2)
     if not result.texts:
         for axes in (losses, changes):
@@ -69,7 +69,7 @@ def _maps(result: LongContext, value: Callable[[Cell], float], top: float, label
     across = 2 if len(shown) in (2, 4) else ACROSS
     down = -(-len(shown) // across)
     height = down * (0.75 + 0.24 * max(3, len(result.depths))) + 0.7
-    made = Figure(figsize=(PAGE, height), layout="constrained")
+    made = Drawing(figsize=(PAGE, height), layout="constrained")
     panels = made.subplots(down, across, squeeze=False, sharey=True)
     image = None
     for axes, condition in zip(panels.flat, shown, strict=False):

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import PAGE, figure, plain
+from melens.figures.styles import PAGE, Drawing, figure, plain
 from melens.results.patch import Axis, PatchGrid
 
 LONGEST = 14
@@ -51,7 +51,7 @@ def _draw(
     shared = len({result.axes[site][1:] for site in result.sites}) == 1
     height = sum(min(3.2, max(1.3, 0.07 * len(grid) + 0.6)) for grid in grids)
     height += 0.7 + 0.7 * (1 if shared else len(grids))
-    made = Figure(figsize=(width, height), layout="constrained")
+    made = Drawing(figsize=(width, height), layout="constrained")
     panels = made.subplots(len(grids), 1, squeeze=False)[:, 0]
     images = []
     for site, grid, axes in zip(result.sites, grids, panels, strict=True):
@@ -130,4 +130,4 @@ def _short(text: str) -> str:
     room = LONGEST // len(parts)
     cut = [part if len(part) <= room else part[: room - 1] + "…" for part in parts]
     shown = " | ".join(part.replace("\n", "⏎").replace("\t", "⇥").strip() or "␣" for part in cut)
-    return plain("".join(c if c.isprintable() else "?" for c in shown))
+    return plain(shown)

@@ -6,7 +6,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, figure, mark_me_layer, plain
+from melens.figures.styles import (
+    LAYER_LABEL,
+    ME_COLOUR,
+    PAGE,
+    Drawing,
+    figure,
+    mark_me_layer,
+    plain,
+)
 from melens.results.locate import MELayer
 
 BESIDE_LEGEND = 30
@@ -17,7 +25,7 @@ LONGEST_NAME = 60
 @figure(MELayer, "profile")
 def draw_profile(result: MELayer) -> Figure:
     """Two panels over layers (0-based, block outputs): |x| on a log scale, and write shares."""
-    made = Figure(figsize=(PAGE, 3.6), layout="constrained")
+    made = Drawing(figsize=(PAGE, 3.6), layout="constrained")
     top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _magnitudes(top, result)
     _shares(bottom, result)

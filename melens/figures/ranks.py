@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import ME_COLOUR, PAGE, figure, plain
+from melens.figures.styles import ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.figures.token_curves import gaps
 from melens.results.collapse import Collapse
 
@@ -50,7 +50,7 @@ def draw_top1(result: Collapse) -> Figure:
 
 def _panels(result: Collapse, definition: str, label: str) -> Figure:
     rows = -(-(len(result.sites) + 1) // COLUMNS)
-    made = Figure(figsize=(PAGE, 0.3 + 1.5 * rows), layout="constrained")
+    made = Drawing(figsize=(PAGE, 0.3 + 1.5 * rows), layout="constrained")
     grid = made.subplots(rows, COLUMNS, squeeze=False)
     for axes, site in zip(grid.flat, result.sites, strict=False):
         _panel(axes, result, site, definition)

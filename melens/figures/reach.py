@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import ME_COLOUR, PAGE, figure, plain
+from melens.figures.styles import ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.results.reach import Reach
 
 COLOURS = {"bos": ME_COLOUR, "chat": "#0072B2", "given": "#009E73", "sample": "#999999"}
@@ -18,7 +18,7 @@ NAMES = {
 @figure(Reach, "reach")
 def draw_reach(result: Reach) -> Figure:
     """Left: the residual's largest |x|, one line a token. Right: the largest FFN write."""
-    made = Figure(figsize=(PAGE, 3.0), layout="constrained")
+    made = Drawing(figsize=(PAGE, 3.0), layout="constrained")
     tokens, writes = made.subplots(1, 2)
     _tokens(tokens, result)
     _writes(writes, result)

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, figure, plain
+from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.results.scan import WeightScan
 
 MUTED, ERASE_COLOUR = "#999999", "#0072B2"
@@ -16,7 +16,7 @@ MARKS = {"emerge": "^", "erase": "v", "other": "o"}
 @figure(WeightScan, "ceilings")
 def draw_ceilings(result: WeightScan) -> Figure:
     """Left: ceiling of each layer's loudest neuron and of its median one. Right: their ratio."""
-    made = Figure(figsize=(PAGE, 3.1), layout="constrained")
+    made = Drawing(figsize=(PAGE, 3.1), layout="constrained")
     ceilings, ratios = made.subplots(1, 2)
     _ceilings(ceilings, result)
     _ratios(ratios, result)

@@ -10,8 +10,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from melens.errors import ResultError
-from melens.figures.draw import house_style
-from melens.figures.styles import ME_COLOUR, PAGE, plain
+from melens.figures.styles import ME_COLOUR, PAGE, Drawing, house_style, plain
 from melens.results.sinks import Sinks
 
 Map = list[list[float]]
@@ -30,7 +29,9 @@ def draw_sink_change(before: Sinks, after: Sinks, *, edit: str = "with the edit"
         [b - a for a, b in zip(*rows, strict=True)] for rows in zip(maps[0], maps[1], strict=True)
     ]
     with house_style():
-        made = Figure(figsize=(PAGE, min(6.0, 1.4 + 0.075 * before.n_layers)), layout="constrained")
+        made = Drawing(
+            figsize=(PAGE, min(6.0, 1.4 + 0.075 * before.n_layers)), layout="constrained"
+        )
         left, middle, right = made.subplots(1, 3, sharey=True)
         for axes, alphas, title in ((left, maps[0], "no edit"), (middle, maps[1], edit)):
             image: AxesImage = _show(axes, alphas, title, colours="cividis", low=0.0, high=1.0)

@@ -7,7 +7,16 @@ import math
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import COLUMN, LAYER_LABEL, ME_COLOUR, PAGE, figure, mark_me_layer, plain
+from melens.figures.styles import (
+    COLUMN,
+    LAYER_LABEL,
+    ME_COLOUR,
+    PAGE,
+    Drawing,
+    figure,
+    mark_me_layer,
+    plain,
+)
 from melens.figures.token_curves import gaps
 from melens.results.sinks import Sinks
 
@@ -20,7 +29,7 @@ def draw_map(result: Sinks) -> Figure:
     for head in result.heads:
         alphas[head.layer][head.head] = head.alpha
     height = min(8.0, 1.1 + 0.11 * result.n_layers)
-    made = Figure(figsize=(COLUMN, height), layout="constrained")
+    made = Drawing(figsize=(COLUMN, height), layout="constrained")
     axes = made.add_subplot()
     image = axes.imshow(alphas, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
     axes.set_xlabel("head")
@@ -38,7 +47,7 @@ def draw_map(result: Sinks) -> Figure:
 @figure(Sinks, "curves")
 def draw_curves(result: Sinks) -> Figure:
     """Sink rates and mean attention to the first token by layer."""
-    made = Figure(figsize=(PAGE, 2.8), layout="constrained")
+    made = Drawing(figsize=(PAGE, 2.8), layout="constrained")
     axes = made.add_subplot()
     layers = range(result.n_layers)
     for eps, curve in result.sink_rate.items():

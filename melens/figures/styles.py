@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from melens.errors import ResultError
+from melens.formatting import printable
 from melens.registry import Registry
 from melens.results.base import Result
 
 COLUMN, PAGE = 3.3, 6.9
 """Widths in inches of one column and of a page's two."""
 ME_COLOUR = "#D55E00"
+SCREEN = 110
+"""Dots an inch in a notebook."""
 LAYER_LABEL = "layer (counted from 0, at the block output)"
 FIGURES: dict[type[Result], Registry[Callable[[Any], Figure]]] = {}
+
+
+class Drawing(Figure):
+    """A figure of melens; as the last expression of a cell it shows itself.
+
+    IPython draws matplotlib's own figures only once ``%matplotlib inline`` was said.
+    """
+
+    def _repr_png_(self) -> bytes:
+        made = io.BytesIO()
+        with house_style():
+            self.savefig(made, format="png", dpi=SCREEN, metadata={})
+        return made.getvalue()
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Settings of matplotlib for every figure of melens, inside the block only."""
+    style = resources.files("melens.figures") / "melens.mplstyle"
+    with resources.as_file(style) as file, mpl.rc_context(fname=file):
+        yield
 
 
 def figure(
@@ -49,5 +77,5 @@ def mark_me_layer(axes: Any, layer: int | None, *, at: float = 0.04) -> None:
 
 
 def plain(text: str) -> str:
-    """Text without mathtext: a model or token may hold any character."""
-    return text.replace("$", r"\$")
+    """Text without mathtext and controls: a model or token may hold any character."""
+    return printable(text, keep="\n").replace("$", r"\$")

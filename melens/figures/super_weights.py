@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import ME_COLOUR, PAGE, figure, plain
+from melens.figures.styles import ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.results.super_weights import Interval, SuperWeights
 
 MUTED = "#777777"
@@ -19,7 +19,7 @@ def draw_spikes(result: SuperWeights) -> Figure:
     Grey: no more than the control.
     """
     bars = len(result.super_weights) + 2 * (result.together is not None)
-    made = Figure(figsize=(PAGE, max(2.9, 1.2 + 0.19 * bars)), layout="constrained")
+    made = Drawing(figsize=(PAGE, max(2.9, 1.2 + 0.19 * bars)), layout="constrained")
     spikes, costs = made.subplots(1, 2, width_ratios=(1.15, 1))
     _spikes(spikes, result)
     _costs(costs, result)

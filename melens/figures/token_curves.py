@@ -9,14 +9,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import LAYER_LABEL, ME_COLOUR, PAGE, figure, mark_me_layer, plain
+from melens.figures.styles import (
+    LAYER_LABEL,
+    ME_COLOUR,
+    PAGE,
+    Drawing,
+    figure,
+    mark_me_layer,
+    plain,
+)
 from melens.results.describe import TokenPortrait
 
 
 @figure(TokenPortrait, "curves")
 def draw_curves(result: TokenPortrait) -> Figure:
     """Energy in the top coordinates, and cosines, over layers."""
-    made = Figure(figsize=(PAGE, 3.6), layout="constrained")
+    made = Drawing(figsize=(PAGE, 3.6), layout="constrained")
     if result.energy_layers is None:
         return nothing(made, result)
     top, bottom = made.subplots(2, 1, sharex=True)
@@ -52,7 +60,7 @@ def _cosines(axes: Axes, result: TokenPortrait) -> None:
 @figure(TokenPortrait, "dimensions")
 def draw_dimensions(result: TokenPortrait) -> Figure:
     """|x| of the token over layers and its largest dimensions, as bars in space."""
-    made = Figure(figsize=(PAGE, 3.8))
+    made = Drawing(figsize=(PAGE, 3.8))
     if not result.coordinates:
         return nothing(made, result)
     axes: Any = made.add_axes((0.0, 0.0, 0.98, 0.98), projection="3d")

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from melens.figures.styles import ME_COLOUR, PAGE, figure, plain
+from melens.figures.styles import ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.results.tune import Confirmed, Trial, Tuning
 
 COLOURS = {"gamma": "C0", "activation": "C2", "product": "C3", "bottom": "C4",
@@ -22,7 +22,7 @@ SHIFT = 0.007
 def draw_tuning(result: Tuning) -> Figure:
     """Left: development differences by rate. Right: held-out differences with their intervals."""
     height = max(3.1, 1.3 + 0.3 * len(result.confirmed))
-    made = Figure(figsize=(PAGE, height), layout="constrained")
+    made = Drawing(figsize=(PAGE, height), layout="constrained")
     race, held = made.subplots(1, 2, width_ratios=(1.1, 1))
     _race(race, result)
     _held_out(held, result)

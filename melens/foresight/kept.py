@@ -8,7 +8,7 @@ from pathlib import Path
 
 from melens.errors import OutputError, ResultError
 from melens.foresight.neurons import LayerScan
-from melens.results.base import write_atomically
+from melens.store import RESULT, read_limited, write_atomically
 
 SCHEMA = "melens/scan-layers/1"
 
@@ -53,9 +53,9 @@ class Kept:
         if not path.exists():
             return False
         try:
-            text = path.read_text("utf-8", errors="replace")
+            text = read_limited(path, RESULT).decode("utf-8", errors="replace")
         except OSError as error:
-            raise ResultError(f"cannot read {path}: {error.strerror}.") from None
+            raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
         head, *lines = text.split("\n")
         try:
             if json.loads(head) != {"schema": SCHEMA, "key": key}:
@@ -63,7 +63,7 @@ class Kept:
             for line in lines[:-1]:
                 found = LayerScan.model_validate_json(line)
                 self.layers[found.row.layer] = found
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         if lines and lines[-1]:  # else the next layer would be written behind the torn part
             write_atomically(path, text[: -len(lines[-1])])

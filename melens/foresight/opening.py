@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,10 @@ from melens.models.files import (
     check_folder,
     require_no_adapter,
 )
+from melens.models.hub import kept_copy
 from melens.models.named import NAMED, fetch
-from melens.models.weight_files import (
-    INDEX,
-    SINGLE,
-    main_file,
-    read_json,
-    weight_files,
-    weight_map,
-)
+from melens.models.weight_files import INDEX, SINGLE, main_file, weight_map
+from melens.network import is_offline, pass_on
 
 
 def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
@@ -76,15 +70,16 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
 
     Raises:  FetchError: out of reach, or offline was asked for. WeightsError: no safetensors.
     """
+    pass_on()
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder = _cached(name, revision)
+    folder = kept_copy(name, revision)
     if folder is not None:
         found = _folder(folder, name)
         found.revision = revision or folder.name
         return found
-    if any(os.environ.get(word) for word in ("HF_HUB_OFFLINE", "MELENS_OFFLINE")):
+    if is_offline():
         raise FetchError(f"{name} is no named model and no folder here, and offline was asked for.")
     try:
         commit = model_info(name, revision=revision).sha  # one commit, whatever is pushed meanwhile
@@ -94,26 +89,6 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
         raise FetchError(
             f"{name} is no named model and no folder here, and the hub could not be read: {said}"
         ) from None
-
-
-def _cached(name: str, revision: str | None) -> Path | None:
-    """The hub's cache of a model, if all its weights are there: it may hold a config alone."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except HFValidationError:
-        raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
-    except LocalEntryNotFoundError:
-        return None
-    if not (folder / "config.json").is_file():
-        return None
-    try:
-        chosen = weight_files(folder, _object(read_json(folder / "config.json"), name))
-    except WeightsError:  # nothing but the config, or an index that is damaged
-        return None
-    return folder if all(file.is_file() for file in chosen.files) else None
 
 
 class _HubFiles:

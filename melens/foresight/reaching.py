@@ -15,6 +15,7 @@ from melens.batches import Batch
 from melens.capture import stream
 from melens.errors import PromptError, ResultError, SiteError
 from melens.foresight.files import read_folder
+from melens.formatting import brief
 from melens.models.anatomy import anatomy, resid_post
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
@@ -114,7 +115,7 @@ def _check(tokens: Any, sample: int | None) -> Sequence[int] | None:
         return None
     whole = isinstance(tokens, Sequence) and all(isinstance(token, int) for token in tokens)
     if not whole:
-        raise PromptError(f"tokens must be a list of token ids, got {tokens!r:.60}.")
+        raise PromptError(f"tokens must be a list of token ids, got {brief(tokens)}.")
     if not tokens and not sample:
         raise PromptError("there is no token to try; give token ids, or a sample.")
     if min(tokens, default=0) < 0:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from melens.capture import check_sites, hooked
 from melens.errors import EditWarning, InterventionError, NoTokenError
+from melens.formatting import brief
 from melens.interventions.edited import EditedTokens
 from melens.interventions.massive import FirstRule, MassiveRule, noting
 from melens.interventions.now import Now, now_of, watching
@@ -103,7 +104,7 @@ class Place:
         number = as_index(at)
         if number is None:
             raise InterventionError(
-                f"layer must be a number or what melens.locate returns, got {layer!r:.60}."
+                f"layer must be a number or what melens.locate returns, got {brief(layer)}."
             )
         check_layer(model, number)
         return cls.at(model, number, layer, tokens, known=number if after else number - 1)
@@ -345,14 +346,14 @@ def check_number(name: str, value: float, *, low: float = -math.inf) -> float:
     """Refuse what is no number, or one below ``low``; infinity is one."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not value >= low:
         floor = f" of at least {low:g}" if low > -math.inf else ""
-        raise InterventionError(f"{name} must be a number{floor}, got {value!r:.40}.")
+        raise InterventionError(f"{name} must be a number{floor}, got {brief(value, 40)}.")
     return float(value)
 
 
 def check_indices(name: str, indices: Sequence[int], size: int, *, what: str) -> list[int]:
     """Refuse an empty list, and indices outside a width."""
     if not isinstance(indices, Iterable) or isinstance(indices, str):
-        raise InterventionError(f"{name} must be a list of numbers, got {indices!r:.40}.")
+        raise InterventionError(f"{name} must be a list of numbers, got {brief(indices, 40)}.")
     found = [as_index(i) for i in indices]
     if not found or any(i is None or not 0 <= i < size for i in found):
         raise InterventionError(

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 from melens.interventions.core import (
     Place,
     blend,
@@ -200,7 +201,7 @@ def ffn_zero_weights(
     ffn = ffn_of(model, place.layer)
     pairs = list(weights) if isinstance(weights, (list, tuple)) else []
     if not pairs or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
-        raise InterventionError(f"weights must be (row, column) pairs, got {weights!r:.60}.")
+        raise InterventionError(f"weights must be (row, column) pairs, got {brief(weights)}.")
     rows = check_indices("rows", [row for row, _ in weights], ffn.down.shape[1], what="d_model")
     columns = check_indices("columns", [c for _, c in weights], len(ffn.down), what="the neurons")
     entries = list(dict.fromkeys(zip(rows, columns, strict=True)))
@@ -218,7 +219,7 @@ def ffn_zero_weights(
 def check_reference(reference: float | None) -> None:
     """Refuse a reference that is no positive number."""
     if reference is not None and not check_number("reference", reference) > 0:
-        raise InterventionError(f"reference must be above 0, got {reference!r:.40}.")
+        raise InterventionError(f"reference must be above 0, got {brief(reference, 40)}.")
 
 
 def _write_site(place: Place) -> str:

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 from melens.interventions.core import Place, as_index, before_modules, check_number, intervention
 from melens.interventions.edited import EditedTokens
 from melens.interventions.now import Now, now_of
@@ -46,9 +47,9 @@ def drop_key(
              chosen token.
     """
     if not 0 <= check_number("strength", strength, low=0.0) <= 1:
-        raise InterventionError(f"strength must be from 0 to 1, got {strength!r:.40}.")
+        raise InterventionError(f"strength must be from 0 to 1, got {brief(strength, 40)}.")
     if (since := as_index(start)) is None or since < 0:
-        raise InterventionError(f"start must be a position from 0 on, got {start!r:.40}.")
+        raise InterventionError(f"start must be a position from 0 on, got {brief(start, 40)}.")
     decoder = decoder_of(model)
     at = layers_of(decoder, layer, layers)
     place = Place.at(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 from melens.interventions.core import (
     Place,
     blend,
@@ -133,7 +134,7 @@ def norm_shuffle(
     """
     check_number("strength", strength)
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise InterventionError(f"seed must be a whole number, got {seed!r:.40}.")
+        raise InterventionError(f"seed must be a whole number, got {brief(seed, 40)}.")
 
     def shuffled(gain: Gain) -> Gain:
         order = torch.randperm(gain.shape[-1], generator=torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 from melens.interventions.core import (
     Place,
     blend,
@@ -101,7 +102,7 @@ def write_block(
 def write_sites(model: Any, layer: int, part: str) -> tuple[str, ...]:
     """Hooks through which a block's attention (or other mixer) or FFN writes."""
     if part not in PARTS:
-        raise InterventionError(f"part must be {' or '.join(PARTS)}, got {part!r:.40}.")
+        raise InterventionError(f"part must be {' or '.join(PARTS)}, got {brief(part, 40)}.")
     block = anatomy(model).blocks[layer]
     sites = block.mixer_writes if part == "attention" else tuple(filter(None, [block.ffn_write]))
     if not sites:

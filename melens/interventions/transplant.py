@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 from melens.interventions.core import Place, blend, check_number, editing, intervention
 from melens.interventions.edited import EditedTokens
 from melens.interventions.now import Now
@@ -51,7 +52,7 @@ def transplant(
     place = Place.of(model, layer, tokens)
     donor, at = _donor(model, place, donor)
     if not parts or set(parts) - set(PARTS):
-        raise InterventionError(f"parts must be some of {', '.join(PARTS)}, got {parts!r:.60}.")
+        raise InterventionError(f"parts must be some of {', '.join(PARTS)}, got {brief(parts)}.")
     own, other = ffn_of(model, place.layer), ffn_of(donor, at)
     used = other if "ffn" in parts else own
     read = ffn_input(model, place.layer)
@@ -84,7 +85,7 @@ def _donor(model: Any, place: Place, given: Any) -> tuple[Any, int]:
         pair = model, given
     donor: Any = pair[0]
     if not isinstance(pair[1], int):
-        raise InterventionError(f"the donor's layer must be a number, got {pair[1]!r:.40}.")
+        raise InterventionError(f"the donor's layer must be a number, got {brief(pair[1], 40)}.")
     if not hasattr(donor, "hook_dict"):
         raise InterventionError(
             "donor must be a hooked model, a layer's number or (model, layer), got "

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 from melens.interventions.core import (
     Place,
     as_index,
@@ -130,11 +131,13 @@ def check_mask(*, rate: Any, strength: Any, select: Any, seed: Any = 0) -> None:
     """
     for name, value in (("rate", rate), ("strength", strength)):
         if not 0 <= check_number(name, value, low=0.0) <= 1:
-            raise InterventionError(f"{name} must be from 0 to 1, got {value!r:.40}.")
+            raise InterventionError(f"{name} must be from 0 to 1, got {brief(value, 40)}.")
     if select not in SELECTS:
-        raise InterventionError(f"select must be one of {', '.join(SELECTS)}, got {select!r:.40}.")
+        raise InterventionError(
+            f"select must be one of {', '.join(SELECTS)}, got {brief(select, 40)}."
+        )
     if as_index(seed) is None:
-        raise InterventionError(f"seed must be a whole number, got {seed!r:.40}.")
+        raise InterventionError(f"seed must be a whole number, got {brief(seed, 40)}.")
 
 
 def layers_of(decoder: Decoder, layer: int | MELayer | None, layers: Layers) -> tuple[int, ...]:
@@ -159,7 +162,7 @@ def layers_of(decoder: Decoder, layer: int | MELayer | None, layers: Layers) -> 
     wanted = [] if isinstance(layers, str) else [as_index(at) for at in layers]
     if not wanted or None in wanted:
         raise InterventionError(
-            f"layers must be 'after', 'next' or layer numbers from 0, got {layers!r:.60}."
+            f"layers must be 'after', 'next' or layer numbers from 0, got {brief(layers)}."
         )
     numbers = sorted({at for at in wanted if at is not None})
     for at in numbers:
@@ -182,7 +185,7 @@ def _me_layer(decoder: Decoder, layer: int | MELayer | None, layers: str) -> int
     if number is None:
         raise InterventionError(
             f"layers={layers!r} is counted from the ME Layer: pass what melens.locate returns, or "
-            f"its number, as the second argument (got {layer!r:.40})."
+            f"its number, as the second argument (got {brief(layer, 40)})."
         )
     if number != -1:
         decoder.check_layer(number)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 from melens.interventions import (
     ffn_ablate_neurons,
     ffn_cap,
@@ -112,5 +113,5 @@ def check_ffn_edit(kind: Any) -> None:
     """Refuse an unknown kind of FFN edit."""
     if kind not in FFN_EDITS:
         raise InterventionError(
-            f"ffn_edit must be one of {', '.join(FFN_EDITS)}, got {kind!r:.40}."
+            f"ffn_edit must be one of {', '.join(FFN_EDITS)}, got {brief(kind, 40)}."
         )

@@ -68,7 +68,7 @@ def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
     if not isinstance(me_layer, MELayer):
         raise ResultError(
             f"me_layer must be what melens.locate returns, got {type(me_layer).__name__}; read a "
-            "saved one with melens.results.load_result(path)."
+            "saved one with melens.results.load_located(path)."
         )
     if me_layer.run.weights != inputs.weights:
         raise ResultError(

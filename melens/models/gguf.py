@@ -10,9 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,12 @@ from torch import Tensor
 
 from melens.errors import FetchError, ModelError, WeightsError
 from melens.models.cache import building, cache_dir
-from melens.models.files import INDEX, check_folder
+from melens.models.files import check_folder
 from melens.models.gguf_fields import config_of
 from melens.models.gguf_header import GGUFHeader, read_gguf_header
 from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, tensors_of
+from melens.models.weight_files import INDEX
+from melens.progress import progress_on, tell
 
 EDGE = 1 << 20
 """Bytes hashed at each end of a file of the user's own, beside its size and time."""
@@ -35,8 +35,6 @@ METHOD = 2
 """Of converting; copies that an older melens made may hold random numbers, and are not used."""
 RECORD = "melens_copy.json"
 """In a converted copy: its files' sizes, and the names that the model gives itself."""
-EVERY = 5.0
-"""Seconds between two lines of progress."""
 
 
 def no_cache() -> bool:
@@ -64,7 +62,7 @@ def convert_gguf(path: Path, target: Path) -> None:
     """  # fmt: skip
     plan = plan_conversion(read_gguf_header(path))
     tokenizer = read_gguf_tokenizer(path)
-    _say(
+    tell(
         f"converting {path.name} once, to at most {_size(plan.n_bytes)} in {target} "
         "(--no-cache keeps nothing)"
     )
@@ -201,17 +199,11 @@ def _name_shards(folder: Path, n_files: int, places: dict[str, int], n_bytes: in
 
 
 def _shown(plan: Conversion) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, with a bar on a terminal and a line every few seconds elsewhere."""
-    from tqdm.auto import tqdm
-
-    total, last = len(plan.needed), time.monotonic()
-    with tqdm(total=total, unit=" tensors", disable=None, file=sys.stderr) as bar:
+    """The tensors; shows on stderr how many are done."""
+    with progress_on("tensors", what=f"converting {plan.header.name}") as tick:
         for done, item in enumerate(tensors_of(plan), start=1):
             yield item
-            bar.update()
-            if bar.disable and time.monotonic() - last > EVERY:
-                last = time.monotonic()
-                _say(f"converted {done} of {total} tensors of {plan.header.name}")
+            tick(done, len(plan.needed))
 
 
 def _require_room(folder: Path, n_bytes: int) -> None:
@@ -242,7 +234,3 @@ def _key(header: GGUFHeader) -> str:
             file.seek(max(0, stat.st_size - EDGE))
             digest.update(file.read(EDGE))
     return digest.hexdigest()[:12]
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"melens: {text}\n")

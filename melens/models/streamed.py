@@ -250,6 +250,8 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
             raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
         shown = name if name in NAMED else Path(name).expanduser().resolve().name
         return Path(source).expanduser().resolve(), shown
+    if isinstance(source, Path):  # offline: what the hub's cache here holds
+        return source, name
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from melens.errors import ModelError
 from melens.models.decoder import layer_list
 from melens.provenance import versions
-from melens.results.base import write_atomically
+from melens.store import PAGE, read_limited, write_atomically
 
 OUT = "out"
 """The block's own output, beside its sites' names."""
@@ -43,8 +43,8 @@ class Tape:
     def weights(self) -> str | None:
         """Fingerprint that an earlier run noted when the contract held; None for a new tape."""
         try:
-            return json.loads((self.folder / "checked.json").read_text("utf-8"))["weights"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return json.loads(read_limited(self.folder / "checked.json", PAGE))["weights"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
             return None
 
     def note_weights(self, fingerprint: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,7 @@ from typing import Any
 
 from melens.errors import ModelError, WeightsError
 from melens.models.headers import HEADER_LIMIT, Entry, read_header
+from melens.progress import tell
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -174,7 +174,7 @@ def read_json(path: Path) -> Any:
 @functools.cache
 def say_once(text: str) -> None:
     """A remark on stderr, once a process: one command opens a folder several times."""
-    sys.stderr.write(f"melens: note: {text}\n")
+    tell(f"note: {text}")
 
 
 def _nothing(folder: Path) -> str:

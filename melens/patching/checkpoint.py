@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
 from melens.errors import ResultError
-from melens.results.base import schema_of, write_atomically
+from melens.results.base import schema_of
+from melens.store import ROWS, read_text, write_atomically
 
 SCHEMA = "melens/patch-cells/1"
 SECONDS = 3.0
@@ -46,10 +48,7 @@ class Cells:
         self._saved, self._dirty = time.monotonic(), False
 
     def _read(self, path: Path) -> dict[str, list[float]]:
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ResultError(f"cannot read the checkpoint {path}: {error}.") from None
+        text = read_text(path, ROWS, error=ResultError, what="the checkpoint")
         if schema_of(text, str(path)) != SCHEMA:
             raise ResultError(f"{path} is no patching checkpoint; choose another path.")
         data = json.loads(text)
@@ -66,5 +65,6 @@ class Cells:
 
 def _is_values(found: object) -> bool:
     return isinstance(found, list) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) for value in found
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        for value in found
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from melens.batches import Batch
 from melens.errors import PromptError, SiteError
+from melens.formatting import brief
 from melens.interventions.core import as_index
 from melens.patching.sites import BY_HEAD, SITES, Place
 from melens.patching.waves import Cell
@@ -50,7 +51,7 @@ class Sweep:
         for name in ("layers", "positions"):
             given = getattr(self, name)
             if given is not None and not all(as_index(i) is not None for i in _listed(given)):
-                raise SiteError(f"{name} must be a list of whole numbers, got {given!r:.40}.")
+                raise SiteError(f"{name} must be a list of whole numbers, got {brief(given, 40)}.")
         sites = [self.sites] if isinstance(self.sites, str) else _listed(self.sites)
         object.__setattr__(self, "sites", tuple(dict.fromkeys(sites)))
         object.__setattr__(self, "mode", self.mode or ("denoising" if self.paired else "mean"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from melens.errors import OutputError, ResultError
+from melens.errors import ResultError
 from melens.report.markdown import markdown_body
-from melens.results.base import write_atomically
 from melens.results.check import CheckReport
+from melens.store import PAGE, read_limited, write_atomically
 
 START = "<!-- melens check: start -->"
 END = "<!-- melens check: end -->"
@@ -25,17 +25,11 @@ def update_card(readme: Path, report: CheckReport) -> None:
     Raises:  ResultError: no such file, not UTF-8, or markers that do not make one section.
              OutputError: a file that cannot be written.
     """
-    target = readme.resolve()
     old = _read(readme)
     new = _updated(old, _section(report), str(readme))
     if new == old:
         return
-    try:
-        mode = target.stat().st_mode
-        write_atomically(target, new)
-        target.chmod(mode & 0o7777)
-    except OSError as error:
-        raise OutputError(f"cannot write {readme}: {error.strerror}.") from None
+    write_atomically(readme, new)
 
 
 def refuse_bad_card(readme: Path) -> None:
@@ -48,7 +42,7 @@ def refuse_bad_card(readme: Path) -> None:
 
 def _read(readme: Path) -> bytes:
     try:
-        raw = readme.read_bytes()
+        raw = read_limited(readme, PAGE)
         raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ResultError(f"cannot read {readme}: it is not UTF-8 text.") from None

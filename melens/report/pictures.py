@@ -8,7 +8,8 @@ import io
 import matplotlib as mpl
 
 from melens.figures import draw
-from melens.figures.draw import house_style
+from melens.figures.styles import house_style
+from melens.formatting import printable
 from melens.results.base import Result
 
 NAME = 48
@@ -28,7 +29,6 @@ def _with_plain_name(result: Result) -> Result:
     run = getattr(result, "run", None)
     if run is None:
         return result
-    name = run.model.encode("ascii", "backslashreplace").decode()
-    name = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
+    name = printable(run.model).encode("ascii", "backslashreplace").decode()
     name = name if len(name) <= NAME else f"{name[: NAME - 3]}..."
     return result.model_copy(update={"run": run.model_copy(update={"model": name})})

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from melens.figures.attention_view import printable, shown
+from melens.figures.attention_view import marked, shown
 
 _RIGHT = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff"
 """Blocks of scripts that run from right to left."""
@@ -47,7 +47,7 @@ def markdown_text(value: str) -> str:
 
 
 def _short(value: str) -> str:
-    text = printable(value)
+    text = marked(value)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from melens.report.markdown import markdown_report
 from melens.report.page import html_page
-from melens.results.base import write_atomically
 from melens.results.check import CheckReport
+from melens.store import write_atomically
 
 
 def write_report(report: CheckReport, folder: Path) -> list[Path]:

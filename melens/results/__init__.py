@@ -10,6 +10,7 @@ from melens.results.check import (
     Recommendation,
     RuleOutcome,
     StageRecord,
+    load_located,
 )
 from melens.results.collapse import Collapse, CollapseRow
 from melens.results.describe import TokenPortrait
@@ -82,5 +83,6 @@ __all__ = [
     "Tuning",
     "WeightScan",
     "Writer",
+    "load_located",
     "load_result",
 ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from melens.errors import OutputError, ResultError
+from melens.errors import ResultError
+from melens.formatting import printable
+from melens.store import RESULT, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,10 +92,10 @@ class Result(Part):
         raise ResultError(f"{type(self).__name__} has no summary.")
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.summary()}>"
+        return f"<{type(self).__name__}: {self}>"
 
     def __str__(self) -> str:
-        return self.summary()
+        return printable(self.summary(), keep="\n\t")
 
     def shown(self) -> list[dict[str, Any]]:
         """What a notebook shows of the table."""
@@ -108,29 +109,12 @@ class Result(Part):
 
         frame, total = pd.DataFrame(self.shown()), len(self.rows())
         table = frame.to_html(index=False, border=0, float_format="%.4g", escape=True)
+        table = printable(table, keep="\n")
         return (
-            f"<p>{html.escape(self.summary())}</p>{inline(self)}"
+            f"<p>{html.escape(str(self))}</p>{inline(self)}"
             f"<details><summary>{len(frame)}{f' of {total}' * (len(frame) < total)} rows</summary>"
             f"{table}</details>"
         )
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write beside ``path`` and move into place: a reader never sees half a file.
-
-    Raises:  OutputError: the folder cannot be made or written.
-    """
-    raw = data.encode("utf-8") if isinstance(data, str) else data
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(raw)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
 
 
 def schema_of(text: str, name: str) -> str | None:
@@ -152,12 +136,7 @@ def load_result(path: str | Path) -> Result:
     Raises:  ResultError: the file is missing, no JSON, or of a kind this version does not know.
     """
     path = Path(path)
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise ResultError(f"cannot read {path}: it is not UTF-8 text.") from None
+    text = read_text(path, RESULT, error=ResultError)
     found = schema_of(text, str(path))
     kinds = {kind.schema_id: kind for kind in Result.__subclasses__()}
     if found not in kinds:

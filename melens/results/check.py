@@ -7,13 +7,15 @@ report itself, by a JSON pointer (RFC 6901).
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from melens.errors import ResultError
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, load_result
+from melens.results.locate import MELayer
 from melens.results.pointer import look_up
 
 Budget = Literal["quick", "standard", "full"]
@@ -167,6 +169,18 @@ class CheckReport(Result):
             raise ResultError(f"results.{name} has schema {found!r}, which no report can hold.")
         return kinds[found].from_json(json.dumps(data))
 
+    def located(self) -> MELayer:
+        """The ME Layer that the check located.
+
+        Raises:  ResultError: its locate stage did not finish.
+        """
+        found = self.result("locate") if "locate" in self.results else None
+        if not isinstance(found, MELayer):
+            raise ResultError(
+                "this is a report whose locate stage did not finish; run the check again."
+            )
+        return found
+
     def at(self, pointer: str) -> Any:
         """What a JSON pointer into this report names: in its results, its stages or its run.
 
@@ -206,3 +220,29 @@ class CheckReport(Result):
     def summary(self) -> str:
         """The answer."""
         return self.answer
+
+
+def located_of(result: Result, name: str = "this") -> MELayer:
+    """The ME Layer of a saved result: it is one, or a check's report, which holds one.
+
+    Raises:  ResultError: neither, or a report whose locate stage did not finish.
+    """
+    if isinstance(result, MELayer):
+        return result
+    if not isinstance(result, CheckReport):
+        raise ResultError(
+            f"{name} holds a result of '{result.schema_id.split('/')[1]}'; give a locate.json or "
+            "the report.json of a check."
+        )
+    try:
+        return result.located()
+    except ResultError as error:
+        raise ResultError(f"{name}: {error}") from None
+
+
+def load_located(path: str | Path) -> MELayer:
+    """Read the ME Layer of a locate.json, or of the report.json of a check.
+
+    Raises:  ResultError: as :func:`melens.results.load_result`, or no ME Layer in it.
+    """
+    return located_of(load_result(path), str(path))

@@ -14,6 +14,7 @@ from melens.batches import Prompts, prompts
 from melens.errors import MetricError, PromptError
 from melens.evaluation.forced import Forced, Foreseen
 from melens.evaluation.tasks import FORCED_TASKS, PLAIN_TEXTS, Source, alike, token_loss
+from melens.formatting import brief
 
 LOSS = ("loss", "perplexity")
 ITEMS = 64
@@ -65,7 +66,7 @@ def objective_of(metric: Any) -> Objective | None:
     if callable(metric):
         score: Any = metric
         return Objective(score)
-    raise MetricError(f"metric must be 'loss', a task's name or a function, got {metric!r:.60}.")
+    raise MetricError(f"metric must be 'loss', a task's name or a function, got {brief(metric)}.")
 
 
 def items_of(model: Any, texts: Texts, metric: Any) -> tuple[Objective, tuple[Forced, ...]]:
@@ -156,7 +157,7 @@ def split(items: Sequence[Forced], *, share: float, seed: int) -> Halves:
     Raises:  PromptError: too few items for either side.
     """
     if not 0 < share < 1:
-        raise PromptError(f"the held-out share must be between 0 and 1, got {share!r:.40}.")
+        raise PromptError(f"the held-out share must be between 0 and 1, got {brief(share, 40)}.")
     first = {item.ids: item for item in reversed(items)}
     unique = [item for item in items if first[item.ids] is item]
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 from melens.interventions.core import check_number
 from melens.interventions.wemask import SELECTS
 from melens.results.edit import Edit
@@ -51,20 +52,21 @@ class Space:
         if wrong := [s for s in self.selects if s not in SELECTS or s == "random"]:
             fits = ", ".join(s for s in SELECTS if s != "random")
             raise InterventionError(
-                f"selects takes {fits}, got {wrong[0]!r:.40}; random dims are controls, by "
+                f"selects takes {fits}, got {brief(wrong[0], 40)}; random dims are controls, by "
                 "control_seeds."
             )
         for name in ("rates", "strengths"):
             for value in getattr(self, name):
                 if not 0 < check_number(name, value, low=0.0) <= 1:
                     raise InterventionError(
-                        f"{name} must be over 0 and at most 1, got {value!r:.40}; 0 changes "
+                        f"{name} must be over 0 and at most 1, got {brief(value, 40)}; 0 changes "
                         "nothing, which is what all are compared with."
                     )
         for layers in self.layers:
             if layers not in ("after", "next") and not (isinstance(layers, tuple) and layers):
                 raise InterventionError(
-                    f"layers takes 'after', 'next' and tuples of layers from 0, got {layers!r:.40}."
+                    f"layers takes 'after', 'next' and tuples of layers from 0, got "
+                    f"{brief(layers, 40)}."
                 )
 
     def candidates(self) -> tuple[Edit, ...]:

@@ -1,0 +1,211 @@
+"""Files: the one way in which melens writes them, and the one in which it reads small ones.
+
+Written is all or nothing: a reader, a kill or a power cut never meets half a file. Read are
+regular files only, and never more of them than a limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from melens.errors import MelensError, OutputError
+
+PAGE, RESULT, TEXT, ROWS = 1_000_000, 256_000_000, 256_000_000, 4_000_000_000
+"""Bytes that a policy or record, a result, a text and a file of items may have."""
+ABANDONED = 3600.0
+"""Seconds without a change after which a temporary file is a killed command's."""
+_NOT_REGULAR = {
+    stat.S_ISDIR: "it is a folder", stat.S_ISFIFO: "it is a pipe (a FIFO)",
+    stat.S_ISSOCK: "it is a socket", stat.S_ISCHR: "it is a device", stat.S_ISBLK: "it is a device",
+}  # fmt: skip
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write beside ``path`` and move into place, on disk when this returns.
+
+    A link is followed: the file that it points to is replaced, and the link stays. An existing
+    file keeps its permissions; a new one has those that any new file gets.
+
+    Raises:  OutputError: the folder cannot be made or written, or ``path`` is no file to replace.
+    """
+    raw = data.encode("utf-8") if isinstance(data, str) else data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        target = _real(path)
+        _refuse_irregular(target)
+        _sweep(target)
+        part = _beside(target, "tmp")
+        try:
+            _write_new(part, raw)
+            if target.exists():
+                part.chmod(target.stat().st_mode & 0o7777)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        _flush_folder(target.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a new folder beside ``path``, then put it there; what was there goes.
+
+    A link is followed, as in :func:`write_atomically`. Where moving fails or is interrupted, the
+    folder that was there comes back.
+
+    Returns: the folder that was written, links resolved.
+    Raises:  OutputError: the folder cannot be made or written.
+    """
+    try:
+        target = _real(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        part, old = _beside(target, "tmp"), _beside(target, "old")
+        part.mkdir()  # fails where anything has this name
+        try:
+            write(part)
+            _open_to_readers(part)
+            _swap(part, target, old)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        _flush_folder(target.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
+    return target
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, if it is one: a pipe would wait for ever, a device never ends.
+
+    Raises:  OSError: whose ``strerror`` says what it is instead.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _require_regular(os.fstat(handle).st_mode, path)
+    except OSError:
+        os.close(handle)
+        raise
+    return os.fdopen(handle, "rb")
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """A regular file's bytes, its size looked at first; ``limit`` bytes at most.
+
+    Raises:  OSError: it cannot be read, is no regular file, or is longer.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = b"" if size > limit else file.read(limit + 1)
+    if max(size, len(raw)) > limit:
+        said = f"it has {max(size, len(raw)):,} bytes, and at most {limit:,} are read"
+        raise OSError(errno.EFBIG, said, str(path))
+    return raw
+
+
+def read_text(path: Path, limit: int, *, error: type[MelensError], what: str = "") -> str:
+    """A small file of UTF-8 text.
+
+    Args:    what: what the file is to the user, such as "the policy", for the message.
+    Raises:  ``error``: it cannot be read, is no regular file, is too long, or no UTF-8.
+    """
+    name = f"{what} {path}".strip()
+    try:
+        return read_limited(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as bad:
+        raise error(f"cannot read {name}: byte {bad.start} is not UTF-8 text.") from None
+    except (OSError, ValueError) as bad:  # ValueError: a NUL inside the name
+        raise error(f"cannot read {name}: {getattr(bad, 'strerror', None) or bad}.") from None
+
+
+def _require_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        what = next((text for test, text in _NOT_REGULAR.items() if test(mode)), "it is no file")
+        raise OSError(errno.EINVAL, f"{what}, not a regular file", str(path))
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _refuse_irregular(target: Path) -> None:
+    """Moving over a device or a pipe would take it away from everybody."""
+    if target.exists():
+        _require_regular(target.stat().st_mode, target)
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """A name beside ``target`` that nobody can guess; it is short enough for any file system."""
+    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.{ending}")
+
+
+def _write_new(path: Path, raw: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with os.fdopen(handle, "wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(part: Path, target: Path, old: Path) -> None:
+    try:
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+    finally:
+        if not target.exists() and old.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """On disk, and readable as any new file is: some libraries write for the owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """The new name on disk too, where folders can be opened for that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sweep(target: Path) -> None:
+    """Tidy up after a command that was killed while it wrote this very file or folder."""
+    for path, ending in _leftovers(target):
+        with contextlib.suppress(OSError):  # somebody else's, or just gone
+            if ending == "old" and not target.exists():
+                path.rename(target)  # killed between the two moves
+            elif time.time() - _last_change(path) > ABANDONED:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _leftovers(target: Path) -> Iterator[tuple[Path, str]]:
+    name = re.compile(re.escape(f".{target.name[:40]}.") + r"[0-9a-f]{16}\.(tmp|old)")
+    with contextlib.suppress(OSError):
+        for path in sorted(target.parent.iterdir()):
+            if found := name.fullmatch(path.name):
+                yield path, found[1]
+
+
+def _last_change(path: Path) -> float:
+    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
+    return max(part.lstat().st_mtime for part in (path, *inside))

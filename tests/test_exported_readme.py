@@ -1,0 +1,59 @@
+"""An exported model folder says what it is without melens, and how to load it right."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from melens.exporting import export
+from melens.results.edit import Edit
+
+EDIT = Edit(rate=0.5, select="product", layers=(1, 2))
+
+
+@pytest.fixture
+def plain(make_tiny, tokenizer, tmp_path):
+    make_tiny("llama").save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.fixture
+def folder(plain):
+    return export(plain, EDIT, out=plain.parent / "masked")
+
+
+def test_the_readme_warns_and_its_lines_put_the_edit_in_force(folder, monkeypatch, capsys):
+    text = (folder / "README.md").read_text("utf-8")
+    assert "is the model WITHOUT the edit, and nothing says so" in " ".join(text.split())
+    assert EDIT.label in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(code, names)
+    ids = torch.tensor([[1, 5, 9, 12, 7, 30]])
+    with torch.no_grad():
+        edited = names["model"](ids)
+        alone = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        names["model"].melens_edit.close()
+        closed = names["model"](ids)
+    assert not torch.allclose(edited, alone, atol=1e-3)
+    torch.testing.assert_close(closed, alone, rtol=1e-4, atol=1e-4)
+    assert EDIT.label in capsys.readouterr().out
+
+
+def test_export_says_it_aloud_and_a_second_export_replaces_it(folder, capsys, plain):
+    from melens.cli.edit_job import show_export
+
+    show_export(folder, as_json=False)
+    said = capsys.readouterr().err
+    assert "WITHOUT the edit" in said
+    assert os.fspath(folder / "README.md") in said
+    export(plain, Edit(name="none"), out=folder)
+    assert not (folder / "README.md").exists()
+    show_export(folder, as_json=True)
+    assert "WITHOUT" not in capsys.readouterr().err
