@@ -22,10 +22,11 @@ from torch import Tensor
 
 from melens.errors import FetchError, ModelError, WeightsError
 from melens.models.cache import building, cache_dir
-from melens.models.files import INDEX, check_folder
+from melens.models.files import check_folder
 from melens.models.gguf_fields import config_of
 from melens.models.gguf_header import GGUFHeader, read_gguf_header
 from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, tensors_of
+from melens.models.weight_files import INDEX
 
 EDGE = 1 << 20
 """Bytes hashed at each end of a file of the user's own, beside its size and time."""
