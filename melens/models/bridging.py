@@ -33,15 +33,14 @@ def unwrapped(model: Any) -> Any:
         ):  # torch.compile
             model = inner
         elif isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
-            if getattr(model, "active_peft_config", None) is not None and (
-                model.active_peft_config.is_prompt_learning
-            ):
+            peft: Any = model
+            adapter = getattr(peft, "active_peft_config", None)
+            if adapter is not None and adapter.is_prompt_learning:
                 raise ModelError(
-                    f"this {kind} puts virtual tokens before every text "
-                    f"({model.active_peft_config.peft_type}), which melens cannot count; give its "
-                    "base model (model.get_base_model())."
+                    f"this {kind} puts virtual tokens before every text ({adapter.peft_type}), "
+                    "which melens cannot count; give its base model (model.get_base_model())."
                 )
-            model = model.get_base_model()
+            model = peft.get_base_model()
         elif getattr(model, "_compiled_call_impl", None) is not None:
             raise ModelError(
                 f"this {kind} was compiled in place (model.compile()), so no hook would be seen; "

@@ -102,7 +102,7 @@ def _empty_model(config: Any) -> Any:
 
 def _is_read_whole(arch: str) -> bool:
     """Architectures whose tensors transformers only maps while it reads the file."""
-    from transformers.integrations.gguf import is_gguf_arch_supported
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
     return is_gguf_arch_supported(arch)
 

@@ -206,7 +206,8 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
 def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    reader, folder = AutoModelForCausalLM, source
+    reader: Any = AutoModelForCausalLM
+    folder = source
     if isinstance(source, Path) and source.is_file():  # a .gguf of which no copy is to be kept
         (reader, weights), folder = read_gguf_whole(source), None
         options = {**options, **weights}
