@@ -146,7 +146,7 @@ def direction_of(
         values, vectors = torch.linalg.eigh((half + half.T) / 2)
         lead = int(values.abs().argmax())
         top = values[lead]
-        v = vectors[:, lead] if top != 0 else torch.zeros_like(vectors[:, lead])
+        v = vectors[:, lead] if bool(top != 0) else torch.zeros_like(vectors[:, lead])
         concentration = _share(top.square(), values.square().sum()).item()
         alone = (top * (x @ v).square()).mean()
         whole = einsum(x, half, x, "t i, i j, t j -> t").mean()
