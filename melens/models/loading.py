@@ -26,6 +26,7 @@ from melens.models.gguf import converted_copy
 from melens.models.named import NAMED, fetch
 from melens.models.origin import Origin, remember
 from melens.models.own import OwnAnswer
+from melens.models.prefixes import what_to_do
 
 CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Model objects that passed the contract already."""
@@ -200,7 +201,7 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
         # transformers would fill them with random values and only warn
         raise WeightsError(
             f"{source} lacks {len(missing)} tensor(s) of its model, first {missing[0]}; "
-            "fetch it again."
+            f"{what_to_do(info['unexpected_keys'])}"
         )
     require_finite_weights(hf)
     return hf
