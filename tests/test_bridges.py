@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
@@ -17,9 +18,11 @@ from transformers import (
 
 from melens.batches import Batch
 from melens.emergence import locate
-from melens.errors import ModelError
+from melens.errors import MelensError, ModelError
+from melens.foresight import scan
 from melens.interventions import drop_key, ffn_scale
 from melens.models import load
+from melens.models.streamed import load_streamed
 from melens.patching import patch
 
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 64}
@@ -142,3 +145,17 @@ def test_what_is_no_tokenizer_is_refused(make_tiny, tokenizer):
         load(make_tiny("llama"), tokenizer=raw)
     with pytest.raises(ModelError, match=r"got a builtins\.int; give a transformers tokenizer"):
         load(make_tiny("llama"), tokenizer=7)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_a_checkpoint_saved_inside_a_wrapper_says_so(prefix, make_tiny, tokenizer, tmp_path):
+    make_tiny("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    save_file({prefix + name: x for name, x in held.items()}, file, metadata={"format": "pt"})
+    said = f"begin with '{prefix}'.*strip that prefix"
+    for read in (load, load_streamed, scan):
+        with pytest.raises(MelensError, match=said) as caught:
+            read(tmp_path)
+        assert "fetch it again" not in str(caught.value)

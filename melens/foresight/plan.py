@@ -10,6 +10,7 @@ from melens.errors import ModelError, WeightsError
 from melens.foresight.files import Checkpoint
 from melens.foresight.layouts import GGUF, HF, Ffn, Layout
 from melens.metrics.ceilings import FLOORS
+from melens.models.prefixes import what_to_do
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _layer(
     prefix = next((p for p in prefixes if any(_has(files, p, ffn) for ffn in layout.ffns)), None)
     if prefix is None:
         missing = prefixes[0] + layout.ffns[0].down.format(e=0)
-        raise WeightsError(f"{files.where} lists no tensor {missing}; fetch the model again.")
+        raise WeightsError(f"{files.where} lists no tensor {missing}; {what_to_do(files.tensors)}")
     found: list[FfnPlan] = []
     for ffn in layout.ffns:
         if _has(files, prefix, ffn):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from melens.errors import MelensError, ModelError, WeightsError
+from melens.models.prefixes import what_to_do
 
 COUNTS = re.compile(r"layer|expert|block|label|depth")
 """Settings that a config or a model's constructor may loop over."""
@@ -85,22 +86,29 @@ def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> No
     if config.get("quantization_config") or kind not in CONFIG_MAPPING:
         return
     made, info = _dry_load(config, shapes, name)
-    require_all_used(info["unexpected_keys"], getattr(made, "num_hidden_layers", None), name=name)
-    if missing := sorted(info["missing_keys"]):
-        raise WeightsError(lacking(missing, name))
+    require_all_there(info, getattr(made, "num_hidden_layers", None), name=name)
     for key, found, wanted in sorted(info["mismatched_keys"]):
         raise WeightsError(
             f"{key} in {name} has shape {list(found)}; the config asks for {list(wanted)}."
         )
 
 
-def lacking(missing: list[str], name: Any) -> str:
-    """What is wrong with a checkpoint that would be filled up with random values."""
-    count = len(missing)
-    return f"{name} lacks {count} tensor(s) of its model, first {missing[0]}; fetch it again."
+def require_all_there(info: Mapping[str, Any], n_layers: Any, *, name: Any) -> None:
+    """Refuse a checkpoint that transformers would fill up with random values, or use in part.
+
+    Args:    info: transformers' loading info. n_layers: the config's number, as far as it has one.
+    Raises:  WeightsError: naming the first tensor, or the layers.
+    """
+    unused = info["unexpected_keys"]
+    if missing := sorted(info["missing_keys"]):
+        raise WeightsError(
+            f"{name} lacks {len(missing)} tensor(s) of its model, first {missing[0]}; "
+            f"{what_to_do(unused)}"
+        )
+    _require_all_used(unused, n_layers, name=name)
 
 
-def require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any) -> None:
+def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any) -> None:
     """Refuse weights that the model does not use: it is not the one that they were trained as.
 
     What transformers itself ignores (old masks and angles, further heads) is not among them.

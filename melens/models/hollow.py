@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from melens.errors import ModelError, WeightsError
 from melens.models.decoder import layer_list
 from melens.models.loading import first_line
+from melens.models.prefixes import what_to_do
 from melens.models.shards import Checkpoint
 
 EXPERTS = {
@@ -158,7 +159,7 @@ def _pieces(
     if not found:
         raise WeightsError(
             f"{checkpoint.folder} lacks {name}, or keeps it under a name that melens cannot "
-            "stream; check the index, or fetch it again."
+            f"stream; check the index, or else: {what_to_do(known)}"
         )
     for piece in found:
         stored, wanted = known.get(piece.name), _shape_of(shape, piece.part)

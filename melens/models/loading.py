@@ -20,7 +20,7 @@ from melens.models.bridging import (
 )
 from melens.models.contract import check_contract
 from melens.models.decoder import KEPT_BRIDGE
-from melens.models.dry_load import lacking, require_all_used
+from melens.models.dry_load import require_all_there
 from melens.models.files import check_config, check_folder, require_no_adapter
 from melens.models.gguf import (
     converted_copy,
@@ -222,12 +222,7 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
     require_no_adapter(bool(getattr(hf, "_hf_peft_config_loaded", False)), name=str(source))
-    require_all_used(
-        info["unexpected_keys"], getattr(hf.config, "num_hidden_layers", None), name=source
-    )
-    if missing := sorted(info["missing_keys"]):
-        # transformers would fill them with random values and only warn
-        raise WeightsError(lacking(missing, source))
+    require_all_there(info, getattr(hf.config, "num_hidden_layers", None), name=source)
     require_finite_weights(hf)
     return hf
 
