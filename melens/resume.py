@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.capture import check_ids, evaluating
+from melens.capture import evaluating, fit_ids
 from melens.errors import ContractError, SiteError
 from melens.interventions.now import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
@@ -96,7 +96,7 @@ class Resumable:
         Raises:  ContractError: resumed runs differ from the full one, so this model cannot be
                  resumed. PromptError: token ids that the model does not have.
         """
-        check_ids(model, batch)
+        batch = fit_ids(model, batch)
         self.model = model
         self.batch = batch.to(next(model.parameters()).device)
         self.n_layers: int = model.cfg.n_layers

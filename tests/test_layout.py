@@ -11,8 +11,8 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
-    {"errors", "shapes", "provenance"},
-    {"registry"},
+    {"errors", "shapes", "provenance", "chat_child"},
+    {"registry", "chat", "framing", "lines", "token_ids"},
     {"metrics", "results", "batches"},
     {"capture"},
     {"models"},

@@ -25,7 +25,7 @@ def draw_spikes(result: SuperWeights) -> Figure:
         [h for hs, _ in handles for h in hs], [name for _, names in handles for name in names],
         loc="outside lower center", ncols=3,
     )  # fmt: skip
-    made.suptitle(plain(f"{result.run.model}: super weights (layer, row, column)"), fontsize=8)
+    made.suptitle(plain(f"{result.run.subject}: super weights (layer, row, column)"), fontsize=8)
     return made
 
 

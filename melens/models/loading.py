@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
+from melens.framing import frame_of
 from melens.models.contract import check_contract
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.files import check_config, check_folder
@@ -267,8 +268,9 @@ def bridge_module(hf: torch.nn.Module, tokenizer: Any, *, name: str) -> Any:
 def _give_tokenizer(bridge: Any, tokenizer: Any) -> None:
     """The tokenizer as it is: TransformerLens' own set-up would switch BOS on."""
     bridge.tokenizer = tokenizer
-    probe = tokenizer("a", verbose=False)["input_ids"]
-    bridge.cfg.tokenizer_prepends_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
+    start = tokenizer.bos_token_id
+    prefix = frame_of(tokenizer).prefix
+    bridge.cfg.tokenizer_prepends_bos = start is not None and prefix[:1] == (start,)
 
 
 def require_finite_weights(model: torch.nn.Module) -> None:

@@ -261,7 +261,7 @@ class Isolation(Result):
         f = self.factorial
         where = f"layer {self.layer}" + (" (the ME Layer)" if self.layer == self.me_layer else "")
         text = (
-            f"{self.run.model}: of the massive coordinate {self.coordinate:,.0f} (dimension "
+            f"{self.run.subject}: of the massive coordinate {self.coordinate:,.0f} (dimension "
             f"{self.dim}), {_percent(f.flat_kept.left)} is left with the gain of {f.norm} "
             f"flattened at {where}, {_percent(f.kept_edited.left)} with {f.ffn_edit}, "
             f"{_percent(f.flat_edited.left)} with both"

@@ -184,8 +184,8 @@ class Tuning(Result):
         """Plain sentences; layers count from 0."""
         better = "higher" if self.higher_is_better else "lower"
         text = (
-            f"{self.run.model}, {self.metric} ({self.unit}, {better} is better): {len(self.trials)}"
-            f" of {self.in_space} settings tried on up to {max(t.items for t in self.trials)} "
+            f"{self.run.subject}, {self.metric} ({self.unit}, {better} is better): "
+            f"{len(self.trials)} of {self.in_space} settings tried on up to {max(t.items for t in self.trials)} "
             f"development items, {self.budget.used} evaluations. {self.verdict()}"
         )
         controls = [

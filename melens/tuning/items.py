@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from melens.batches import Prompts, prompts
+from melens.batches import Batch, Prompts, prompts
+from melens.capture import pad_id_of
 from melens.errors import MetricError, PromptError
 from melens.evaluation.forced import Forced, Foreseen
 from melens.evaluation.tasks import FORCED_TASKS, Source, token_loss
+from melens.framing import head_size, require_known
+from melens.inputs import Ids, rows_of
 
 LOSS = ("loss", "perplexity")
 ITEMS = 64
@@ -22,7 +25,7 @@ LEAST_DEVELOPMENT = 10
 LEAST_HELD_OUT = 20
 """Below it the corrected percentile intervals are too narrow for the rate that is promised."""
 Score = Callable[[Forced, Foreseen], tuple[float, float]]
-Texts = Prompts | Source | str | Path | Sequence[str] | Sequence[Forced] | None
+Texts = Prompts | Source | str | Path | Sequence[str] | Sequence[Forced] | Ids | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def items_of(model: Any, texts: Texts, metric: Any) -> tuple[Objective, tuple[Fo
     if len({item.id for item in made}) != len(made):
         raise PromptError("two items have the same id; each needs its own.")
     limit = getattr(model.cfg, "n_ctx", None)
+    require_known([item.ids for item in made], model.cfg.d_vocab)
     if limit and (long := [item for item in made if len(item.ids) > limit]):
         raise PromptError(
             f"item {long[0].id} has {len(long[0].ids)} tokens; the model's context is {limit}."
@@ -121,14 +125,20 @@ def _pieces(model: Any, texts: Any) -> tuple[Forced, ...]:
     if isinstance(texts, Source):
         data = "bundled" if texts.data is None else texts.data
         texts = prompts(data, n=texts.n or ITEMS, length=texts.length, bos=texts.bos)
+    elif (ready := Batch.read(texts, pad_id=pad_id_of(model))) is not None:
+        rows = rows_of([ready])
+        return tuple(_item(model, i, row, 1) for i, row in enumerate(rows))
     elif not isinstance(texts, Prompts):
         texts = prompts("bundled" if texts is None else texts, n=ITEMS)
     rows = texts.token_rows(model.tokenizer, max_length=getattr(model.cfg, "n_ctx", None))
-    return tuple(
-        Forced(str(i), tuple(row), (False, *[True] * (len(row) - 1)),
-               {"text": model.tokenizer.decode(row)})
-        for i, row in enumerate(rows)
-    )  # fmt: skip
+    head = 1 if texts.chat else max(1, head_size(model.tokenizer, bos=texts.bos))
+    return tuple(_item(model, i, row, head) for i, row in enumerate(rows))
+
+
+def _item(model: Any, number: int, row: Sequence[int], head: int) -> Forced:
+    """One row whose tokens from ``head`` on count."""
+    scored = tuple(at >= head for at in range(len(row)))
+    return Forced(str(number), tuple(row), scored, {"text": model.tokenizer.decode(row)})
 
 
 @dataclass(frozen=True)
