@@ -14,7 +14,7 @@ from melens.batches import Batch, Prompts, prompts
 from melens.capture import pad_id_of
 from melens.errors import MetricError, PromptError
 from melens.evaluation.forced import Forced, Foreseen
-from melens.evaluation.tasks import FORCED_TASKS, Source, token_loss
+from melens.evaluation.tasks import FORCED_TASKS, LIKELIHOOD_FILES, Source, read_jsonl, token_loss
 from melens.framing import head_size, require_known
 from melens.inputs import Ids, rows_of
 
@@ -24,6 +24,8 @@ ITEMS = 64
 LEAST_DEVELOPMENT = 10
 LEAST_HELD_OUT = 20
 """Below it the corrected percentile intervals are too narrow for the rate that is promised."""
+LEAST_CONTEXT, MOST_HEAD = 16, 8
+"""Where no length is given, and before every piece: bounds on how many pieces a text can make."""
 Score = Callable[[Forced, Foreseen], tuple[float, float]]
 Texts = Prompts | Source | str | Path | Sequence[str] | Sequence[Forced] | Ids | None
 
@@ -120,16 +122,60 @@ def _source(texts: Any, metric: str) -> Source:
     return replace(texts, n=texts.n or ITEMS)
 
 
-def _pieces(model: Any, texts: Any) -> tuple[Forced, ...]:
-    """Texts cut into items whose every token but the first counts."""
+def check_enough(texts: Texts, metric: Any, share: float) -> None:
+    """Refuse, before a model is loaded, what can never make items enough.
+
+    How many there are is known of items, rows of ids and files of questions; of texts only how many
+    there are at most: a token is at least a byte.
+
+    Raises:  PromptError: too few items, or nothing to make any of.
+    """
+    if _forced(texts):
+        most = len(texts)  # type: ignore[arg-type]
+    elif (ready := Batch.read(texts)) is not None:
+        most = len(ready)
+    elif isinstance(metric, str) and metric in LIKELIHOOD_FILES:
+        most = len(read_jsonl(_source(texts, metric), *LIKELIHOOD_FILES[metric]))
+    elif isinstance(metric, str) and metric not in LOSS:  # a task of somebody's own
+        most = _source(texts, metric).n or ITEMS
+    else:
+        cut = _cut_texts(texts)
+        step = max(1, (cut.length or LEAST_CONTEXT) - MOST_HEAD)
+        most = sum(len(text.encode("utf-8", "replace")) // step + 1 for text in cut.texts)
+        most = min(most, cut.n or most)
+    _require_enough(most, share)
+
+
+def _require_enough(count: int, share: float) -> int:
+    """How many items are held out."""
+    if not 0 < share < 1:
+        raise PromptError(f"the held-out share must be between 0 and 1, got {share!r:.40}.")
+    held = round(count * share)
+    if held < LEAST_HELD_OUT or count - held < LEAST_DEVELOPMENT:
+        raise PromptError(
+            f"{count} different items make {count - held} to search on and {held} to "
+            f"confirm on; it takes at least {LEAST_DEVELOPMENT} and {LEAST_HELD_OUT}. Give more or "
+            "longer texts, or cut them shorter."
+        )
+    return held
+
+
+def _cut_texts(texts: Any) -> Prompts:
+    """Texts as they will be cut."""
     if isinstance(texts, Source):
         data = "bundled" if texts.data is None else texts.data
-        texts = prompts(data, n=texts.n or ITEMS, length=texts.length, bos=texts.bos)
-    elif (ready := Batch.read(texts, pad_id=pad_id_of(model))) is not None:
+        return prompts(data, n=texts.n or ITEMS, length=texts.length, bos=texts.bos)
+    if isinstance(texts, Prompts):
+        return texts
+    return prompts("bundled" if texts is None else texts, n=ITEMS)
+
+
+def _pieces(model: Any, texts: Any) -> tuple[Forced, ...]:
+    """Texts cut into items whose every token but the first counts."""
+    if (ready := Batch.read(texts, pad_id=pad_id_of(model))) is not None:
         rows = rows_of([ready])
         return tuple(_item(model, i, row, 1) for i, row in enumerate(rows))
-    elif not isinstance(texts, Prompts):
-        texts = prompts("bundled" if texts is None else texts, n=ITEMS)
+    texts = _cut_texts(texts)
     rows = texts.token_rows(model.tokenizer, max_length=getattr(model.cfg, "n_ctx", None))
     head = 1 if texts.chat else max(1, head_size(model.tokenizer, bos=texts.bos))
     return tuple(_item(model, i, row, head) for i, row in enumerate(rows))
@@ -157,18 +203,10 @@ def split(items: Sequence[Forced], *, share: float, seed: int) -> Halves:
 
     Raises:  PromptError: too few items for either side.
     """
-    if not 0 < share < 1:
-        raise PromptError(f"the held-out share must be between 0 and 1, got {share!r:.40}.")
     first = {item.ids: item for item in reversed(items)}
     unique = [item for item in items if first[item.ids] is item]
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = round(len(unique) * share)
-    if held < LEAST_HELD_OUT or len(unique) - held < LEAST_DEVELOPMENT:
-        raise PromptError(
-            f"{len(unique)} different items make {len(unique) - held} to search on and {held} to "
-            f"confirm on; it takes at least {LEAST_DEVELOPMENT} and {LEAST_HELD_OUT}. Give more or "
-            "longer texts, or cut them shorter."
-        )
+    held = _require_enough(len(unique), share)
     return Halves(
         development=tuple(unique[i] for i in order[held:]),
         held_out=tuple(unique[i] for i in order[:held]),
