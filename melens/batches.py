@@ -203,7 +203,7 @@ def _texts(source: Any, *, chat: bool) -> tuple[tuple[str, ...], int]:
         return texts, len(texts) if chat else DEFAULT_N
     if isinstance(source, Path) or (isinstance(source, str) and source == "-"):
         return (_whole(source),), DEFAULT_N
-    texts = (source,) if isinstance(source, str) else _strings(source)
+    texts = (source,) if isinstance(source, str) else strings_of(source)
     return texts, len(texts)
 
 
@@ -222,7 +222,11 @@ def read_lines(source: Path | str) -> list[str]:
     return [line for line in lines_of(_whole(source)) if line.strip()]
 
 
-def _strings(source: Any) -> tuple[str, ...]:
+def strings_of(source: Any) -> tuple[str, ...]:
+    """The texts of a list; nothing else is a list of texts.
+
+    Raises:  PromptError: naming what was given.
+    """
     texts = tuple(source) if isinstance(source, (list, tuple)) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
         raise PromptError(

@@ -7,12 +7,11 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
-from melens.batches import Batch, Prompts
+from melens.batches import Batch, Prompts, strings_of
 from melens.batches import prompts as make_prompts
 from melens.capture import fit_ids, pad_id_of
 from melens.errors import PromptError
@@ -22,7 +21,15 @@ from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
 from melens.provenance import ModelFacts, RunInfo
 
-Ids = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | Mapping[str, Any]
+
+@runtime_checkable
+class HasArray(Protocol):
+    """A tensor, or an array of numpy's."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+Ids = HasArray | Mapping[str, Any] | Sequence[Any]
 """Token ids, as ``model.to_tokens`` and tokenizers give them (an attention_mask counts)."""
 Source = Prompts | str | Path | Iterable[str] | Iterable[Batch] | Batch | Ids | None
 """What a measurement takes as texts; None = the bundled ones."""
@@ -118,7 +125,9 @@ def _batches(model: Any, source: Any, batch_size: int, least: int) -> list[Batch
                 "pass token ids or batches (melens.batches.Batch.of)."
             )
         if not isinstance(source, Prompts):
-            source = make_prompts("bundled" if source is None else source)
+            source = "bundled" if source is None else source
+            one = isinstance(source, (str, Path))
+            source = make_prompts(source if one else strings_of(source))
         batches = source.pack(tokenizer, batch_size=batch_size, max_length=limit)
     _check_lengths(batches, limit, least)
     return [fit_ids(model, batch) for batch in batches]
