@@ -182,7 +182,6 @@ def test_a_padding_id_outside_the_vocabulary_never_reaches_the_model(tiny, make_
         assert locate(tiny, source).profile == before.profile
     with pytest.raises(PromptError, match="the vocabulary is 0 to 63"):
         locate(tiny, [[5, 6, 7, 64]])
-    batch = Batch.of(encoded["input_ids"], encoded["attention_mask"].bool())
     stream(tiny, batch, {"blocks.1.hook_resid_post": ChannelMax()})
     assert int(batch.ids.max()) == 64  # the caller's own stays as it is
     assert rows_of([batch]) == ROWS

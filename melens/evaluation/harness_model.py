@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
@@ -55,7 +56,7 @@ class Generator(HFLM):
 
     def tok_batch_encode(
         self,
-        strings: list[str],
+        strings: Sequence[str],
         padding_side: str = "left",
         left_truncate_len: int | None = None,
         truncation: bool = False,

@@ -243,8 +243,9 @@ def fixed_first(tokenizer: Any, first_token: str | int | None = None) -> int:
     if tokenizer is None:
         raise PromptError("no tokenizer is known, so the first token is not; pass first_token=id.")
     prefix = frame_of(tokenizer).prefix
+    own = "BOS" if prefix[:1] == (tokenizer.bos_token_id,) else "a text"
     found = {
-        "a text": prefix[0] if prefix else None,
+        own: prefix[0] if prefix else None,
         "the chat template": chat_start(tokenizer) if has_template(tokenizer) else None,
     }
     known = {name: token for name, token in found.items() if token is not None}
