@@ -1,9 +1,9 @@
-"""Texts -> token batches: the bundled set, files, stdin and strings; BOS and chat policy."""
+"""Texts or ids -> token batches: the bundled set, files, stdin, strings; BOS and chat policy."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 
+from melens.chat import chat_ids
 from melens.errors import PromptError
+from melens.framing import cut, frame_of, split_text
+from melens.lines import lines_of
 from melens.shapes import TokenIds, TokenMask
 from melens.store import TEXT, read_limited
+from melens.token_ids import padded, read_ids
 
 BUNDLED = "bundled"
 BUNDLED_ORDER = (
@@ -23,7 +27,6 @@ BUNDLED_ORDER = (
 """Interleaved, so that the first few sequences already differ in kind and in first token."""
 BUNDLED_CHAT = ("chat_1", "chat_2", "chat_3")
 DEFAULT_N = 8
-MIN_TAIL = 4
 DEFAULT_LENGTH = 128
 
 
@@ -66,6 +69,15 @@ class Batch:
             mask[i, span] = True
         return cls.of(ids, mask)
 
+    @classmethod
+    def read(cls, source: Any, *, pad_id: int | None = None) -> Batch | None:
+        """The batch of ready ids as :func:`melens.token_ids.read_ids` takes them; None for others.
+
+        Raises:  PromptError: ids of another type or shape, or a row without a real token.
+        """
+        found = read_ids(source, pad_id=pad_id)
+        return None if found is None else cls.of(*padded(*found))
+
     def __len__(self) -> int:
         return self.ids.shape[0]
 
@@ -73,6 +85,16 @@ class Batch:
     def padded(self) -> bool:
         """Whether any row is shorter than the batch."""
         return not bool(self.mask.all())
+
+    def split(self, size: int) -> list[Batch]:
+        """Batches of at most ``size`` rows, in order.
+
+        Raises:  PromptError: a size below 1.
+        """
+        if size < 1:
+            raise PromptError(f"batch size {size} is below 1.")
+        parts = (part.split(size) for part in (self.ids, self.mask, self.positions))
+        return [Batch(*part) for part in zip(*parts, strict=True)]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -101,11 +123,12 @@ class Prompts:
                 f"length {length} is over the model's context of {max_length} tokens; "
                 f"choose at most {max_length}."
             )
-        encoded = [encode(tokenizer, text, bos=self.bos, chat=self.chat) for text in self.texts]
         if self.chat:
-            pieces = [[ids[:length]] for ids in encoded]
+            pieces = [[ids[:length]] for ids in chat_ids(tokenizer, self.texts)]
         else:
-            pieces = [list(_cut(*_split_bos(ids, tokenizer), length)) for ids in encoded]
+            frame = frame_of(tokenizer)
+            parts = [split_text(tokenizer, t, bos=self.bos, frame=frame) for t in self.texts]
+            pieces = [list(cut(*part, length)) for part in parts]
         depth = max(map(len, pieces))
         rows = [piece[i] for i in range(depth) for piece in pieces if i < len(piece)]
         return rows[: self.n]
@@ -120,17 +143,15 @@ class Prompts:
     ) -> list[Batch]:
         """Token batches of at most ``batch_size`` rows, in order.
 
+        Padding is id 0: a tokenizer's own pad id may be none of the model's.
+
         Raises:  PromptError: as :meth:`token_rows`, or a batch size below 1.
         """  # fmt: skip
         if batch_size < 1:
             raise PromptError(f"batch size {batch_size} is below 1.")
         rows = self.token_rows(tokenizer, max_length=max_length)
-        pad = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-        )
         return [
-            Batch.pad(rows[i : i + batch_size], pad_id=pad, side=side)
-            for i in range(0, len(rows), batch_size)
+            Batch.pad(rows[i : i + batch_size], side=side) for i in range(0, len(rows), batch_size)
         ]
 
 
@@ -150,7 +171,8 @@ def prompts(
     Args:    n: how many rows; None = 8 of the bundled set, every first piece of strings, at most
              8 pieces of one file.
              length: tokens a row at most, >= 1; None = 128, or the model's context if shorter.
-             bos: None as the tokenizer does, True forced on, False off.
+             bos: None as the tokenizer does, True with BOS first, False with nothing before the
+             text. What a tokenizer puts behind a text (EOS, [SEP]) is always left out.
              chat: put each text through the tokenizer's chat template as a user's message;
              the template then decides about BOS.
     Raises:  PromptError: nothing to read, not UTF-8, empty texts, or n or length below 1.
@@ -159,16 +181,8 @@ def prompts(
         raise PromptError(f"n and length must be at least 1, got n={n}, length={length}.")
     if chat and bos is not None:
         raise PromptError("chat=True leaves BOS to the chat template; drop bos.")
-    if isinstance(source, str) and source == BUNDLED:
-        texts = bundled_texts(chat=chat)
-        n = n or (len(texts) if chat else DEFAULT_N)
-    elif isinstance(source, str) and source == "-":
-        texts, n = (_decode(sys.stdin.buffer.read(), "standard input"),), n or DEFAULT_N
-    elif isinstance(source, Path):
-        texts, n = (read_text(source),), n or DEFAULT_N
-    else:
-        texts = (source,) if isinstance(source, str) else _strings(source)
-        n = n or len(texts)
+    texts, least = _texts(source, chat=chat)
+    n = n or least
     if empty := [i for i, text in enumerate(texts) if not text.strip()]:
         raise PromptError(f"text {empty[0]} is empty; give at least one character.")
     if (
@@ -183,11 +197,43 @@ def prompts(
     return Prompts(texts, n=n, length=length, bos=bos, chat=chat)
 
 
-def _strings(source: Any) -> tuple[str, ...]:
+def _texts(source: Any, *, chat: bool) -> tuple[tuple[str, ...], int]:
+    """The texts, and how many rows they make where nothing is said."""
+    if isinstance(source, str) and source == BUNDLED:
+        texts = bundled_texts(chat=chat)
+        return texts, len(texts) if chat else DEFAULT_N
+    if isinstance(source, Path) or (isinstance(source, str) and source == "-"):
+        return (_whole(source),), DEFAULT_N
+    texts = (source,) if isinstance(source, str) else strings_of(source)
+    return texts, len(texts)
+
+
+def _whole(source: Path | str) -> str:
+    """All of a file, or of stdin (``-``)."""
+    if str(source) == "-":
+        return _decode(sys.stdin.buffer.read(), "standard input")
+    return read_text(Path(source))
+
+
+def read_lines(source: Path | str) -> list[str]:
+    """Every line of a UTF-8 file or of stdin (``-``) that is not blank.
+
+    Raises:  PromptError: nothing to read, or not UTF-8.
+    """
+    return [line for line in lines_of(_whole(source)) if line.strip()]
+
+
+def strings_of(source: Any) -> tuple[str, ...]:
+    """The texts of a list; nothing else is a list of texts.
+
+    Raises:  PromptError: naming what was given.
+    """
     texts = tuple(source) if isinstance(source, (list, tuple)) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
         raise PromptError(
-            f"texts must be a string, a Path or a list of at least one string, got {source!r:.80}."
+            "texts must be a string, a Path or a list of at least one string, got a "
+            f"{type(source).__name__} ({source!r:.60}); token ids go to the measurement itself, "
+            "as in melens.locate(model, ids)."
         )
     return texts
 
@@ -208,48 +254,22 @@ def read_text(path: Path) -> str:
 
 
 def encode(tokenizer: Any, text: str, *, bos: bool | None, chat: bool = False) -> list[int]:
-    """Token ids of one text under the BOS and chat policy of :func:`prompts`."""
+    """Token ids of one text under the BOS and chat policy of :func:`prompts`.
+
+    The text is open at its end: what the tokenizer would put behind it (EOS, [SEP]) is left out.
+    """
+    return encode_all(tokenizer, [text], bos=bos, chat=chat)[0]
+
+
+def encode_all(
+    tokenizer: Any, texts: Sequence[str], *, bos: bool | None, chat: bool = False
+) -> list[list[int]]:
+    """:func:`encode` of many texts; the chat template is run once for all of them."""
     if chat:
-        return _encode_chat(tokenizer, text)
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    start = tokenizer.bos_token_id
-    has = bool(ids) and start is not None and ids[0] == start
-    if bos is True and not has:
-        if start is None:
-            raise PromptError("this tokenizer has no BOS token; leave bos at its default or off.")
-        ids = [start, *ids]
-    elif bos is False and has:
-        ids = ids[1:]
-    if not ids:
-        raise PromptError(f"the tokenizer makes no tokens of {text[:40]!r}; give another text.")
-    return list(ids)
-
-
-def _encode_chat(tokenizer: Any, text: str) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError("this tokenizer has no chat template; drop the chat option.")
-    made = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
-    return list(tokenizer(made, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _split_bos(ids: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
-    start = tokenizer.bos_token_id
-    return (ids[:1], ids[1:]) if start is not None and ids[0] == start else ([], ids)
-
-
-def _cut(head: list[int], body: list[int], length: int) -> Iterator[list[int]]:
-    """Pieces of at most ``length`` tokens; every piece keeps the BOS, if there is one. A tail of
-    fewer than MIN_TAIL tokens is dropped.
-    """  # noqa: D205
-    step = length - len(head)
-    if step < 1 or not body:
-        yield (head + body)[:length]
-        return
-    for i in range(0, len(body), step):
-        if i == 0 or len(body) - i >= min(MIN_TAIL, step):
-            yield head + body[i : i + step]
+        return chat_ids(tokenizer, texts)
+    frame = frame_of(tokenizer)
+    parts = [split_text(tokenizer, text, bos=bos, frame=frame) for text in texts]
+    return [head + body for head, body in parts]
 
 
 def _decode(raw: bytes, name: str) -> str:

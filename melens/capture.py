@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from melens.batches import Batch, Prompts
 from melens.errors import BusyError, CaptureError, PromptError, SiteError
+from melens.framing import require_known
 
 
 @runtime_checkable
@@ -135,7 +136,7 @@ class EverythingSeen(Exception):
 @torch.no_grad()
 def stream(
     model: Any,
-    batches: Iterable[Batch] | Batch | Prompts,
+    batches: Iterable[Batch] | Batch | Prompts | Any,
     taps: Mapping[str, Reducer],
     *,
     stop_early: bool = True,
@@ -148,7 +149,7 @@ def stream(
 
     Args:    model: a TransformerBridge or a HookedTransformer; never moved, put in eval mode for
              the call and back.
-             batches: token batches, or prompts (packed four rows a batch).
+             batches: token batches, prompts (packed four rows a batch), or token ids.
              taps: hook name -> reducer, e.g. ``{"blocks.3.hook_resid_post": ChannelMax()}``.
              stop_early: leave a forward pass once every site has fired (skips the unembedding
              and any layer after the last tap).
@@ -164,6 +165,8 @@ def stream(
         )
     if isinstance(batches, Prompts):
         batches = batches.pack(model.tokenizer, max_length=getattr(model.cfg, "n_ctx", None))
+    elif (read := Batch.read(batches, pad_id=pad_id_of(model))) is not None:
+        batches = read
     batches = [batches] if isinstance(batches, Batch) else batches
     check_sites(model, taps)
     fired: Counter[str] = Counter()
@@ -185,8 +188,8 @@ def stream(
     with hooked(model, hooks), evaluating(model):
         for count, batch in enumerate(batches, start=1):
             seen.clear()
+            batch = fit_ids(model, batch)
             current[:] = [batch]
-            check_ids(model, batch)
             forward(model, batch)
             _require_firing(fired, taps, count)
             if progress is not None:
@@ -209,16 +212,26 @@ def check_sites(model: Any, sites: Iterable[str]) -> None:
         )
 
 
-def check_ids(model: Any, batch: Batch) -> None:
-    """Refuse token ids outside the vocabulary.
+def pad_id_of(model: Any) -> int | None:
+    """What the model's tokenizer pads with; None without a tokenizer or a padding token."""
+    return getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
 
-    Raises:  PromptError: with the range found and the one that fits.
+
+def fit_ids(model: Any, batch: Batch) -> Batch:
+    """The batch with padding that the embedding has a row for.
+
+    A padding token that was added to a tokenizer alone has an id after the model's last one.
+
+    Raises:  PromptError: no batch, or a token outside the vocabulary, with the range that fits.
     """
-    low, high = int(batch.ids.min()), int(batch.ids.max())
-    if low < 0 or high >= model.cfg.d_vocab:
-        raise PromptError(
-            f"token ids run from {low} to {high}; the vocabulary is 0 to {model.cfg.d_vocab - 1}."
-        )
+    if not isinstance(batch, Batch):
+        raise PromptError(f"a {type(batch).__name__} is no token batch; make one with Batch.of.")
+    size, real = model.cfg.d_vocab, batch.ids[batch.mask]
+    require_known([[int(real.min()), int(real.max())]], size)
+    outside = (batch.ids < 0) | (batch.ids >= size)
+    if not outside.any():
+        return batch
+    return replace(batch, ids=batch.ids.masked_fill(outside, 0))
 
 
 def forward(model: Any, batch: Batch) -> None:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from melens import __version__
-from melens.batches import Batch, Prompts
+from melens.batches import Batch, Prompts, strings_of
 from melens.batches import prompts as make_prompts
-from melens.capture import check_ids
+from melens.capture import fit_ids, pad_id_of
 from melens.errors import PromptError
+from melens.framing import bos_first, unknown_rows
 from melens.models.anatomy import is_folded
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
 from melens.provenance import ModelFacts, RunInfo
 
-Source = Prompts | str | Path | Iterable[str] | Iterable[Batch] | Batch | None
+
+@runtime_checkable
+class HasArray(Protocol):
+    """A tensor, or an array of numpy's."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+Ids = HasArray | Mapping[str, Any] | Sequence[Any]
+"""Token ids, as ``model.to_tokens`` and tokenizers give them (an attention_mask counts)."""
+Source = Prompts | str | Path | Iterable[str] | Iterable[Batch] | Batch | Ids | None
 """What a measurement takes as texts; None = the bundled ones."""
 MIN_TOKENS = 4
 """A sequence shorter than this has too few ordinary tokens to compare with."""
@@ -114,26 +126,47 @@ def take_in(model: Any, prompts: Source, *, batch_size: int = 4, least: int = MI
 
 def _batches(model: Any, source: Any, batch_size: int, least: int) -> list[Batch]:
     limit = getattr(model.cfg, "n_ctx", None)
-    if isinstance(source, Batch):
-        source = [source]
-    elif isinstance(source, Iterable) and not isinstance(source, (str, Prompts)):
-        source = list(source)
-    if isinstance(source, list) and source and all(isinstance(item, Batch) for item in source):
-        batches = source
-    else:
+    batches = _ready(source := _listed(source), pad_id_of(model), batch_size)
+    if batches is None:
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise PromptError(
                 "this model has no tokenizer; load it with melens.load(model, tokenizer=...), or "
-                "pass token batches (melens.batches.Batch.of)."
+                "pass token ids or batches (melens.batches.Batch.of)."
             )
         if not isinstance(source, Prompts):
-            source = make_prompts("bundled" if source is None else source)
+            source = "bundled" if source is None else source
+            one = isinstance(source, (str, Path))
+            source = make_prompts(source if one else strings_of(source))
         batches = source.pack(tokenizer, batch_size=batch_size, max_length=limit)
     _check_lengths(batches, limit, least)
-    for batch in batches:
-        check_ids(model, batch)
-    return batches
+    return [fit_ids(model, batch) for batch in batches]
+
+
+def _listed(source: Any) -> Any:
+    """What is gone through only once, as a list; an open file is refused, its lines are no texts.
+
+    A column of a table gives its own list.
+    """
+    if isinstance(source, io.IOBase):
+        raise PromptError("an open file is no text; pass pathlib.Path(its name), or its text.")
+    if isinstance(source, Iterator):
+        return list(source)
+    if hasattr(source, "tolist") and getattr(getattr(source, "dtype", None), "kind", "i") in "OTU":
+        return source.tolist()
+    return source
+
+
+def _ready(source: Any, pad_id: int | None, size: int) -> list[Batch] | None:
+    """Batches and token ids, which need no tokenizer; None for texts."""
+    if isinstance(source, Batch):
+        return [source]
+    if isinstance(source, (list, tuple)) and any(isinstance(item, Batch) for item in source):
+        if not all(isinstance(item, Batch) for item in source):
+            raise PromptError("token batches are mixed with something else; give batches alone.")
+        return list(source)
+    read = Batch.read(source, pad_id=pad_id)
+    return None if read is None else read.split(size)
 
 
 def _check_lengths(batches: Sequence[Batch], limit: int | None, least: int) -> None:
@@ -150,15 +183,17 @@ def _check_lengths(batches: Sequence[Batch], limit: int | None, least: int) -> N
 
 
 def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-    start = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    tokenizer = getattr(model, "tokenizer", None)
     made = source if isinstance(source, Prompts) else Prompts(())
+    unknown = sum(unknown_rows(ids, tokenizer))
     return {
         "sequences": len(ids),
         "tokens": sum(map(len, ids)),
         "ids": hashlib.sha256(repr(sorted(map(list, ids))).encode()).hexdigest()[:16],
-        "bos_first": start is not None and all(row[0] == start for row in ids),
+        "bos_first": bos_first(tokenizer, ids),
         "length": max(map(len, ids)),
         "bos": made.bos,
         "chat": made.chat,
         "folded_norms": is_folded(model),
+        **({"unknown_texts": unknown} if unknown else {}),
     }

@@ -119,7 +119,11 @@ def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
     verdict = (
         "mismatch" if "mismatch" in verdicts else "match" if "match" in verdicts else "unknown"
     )
-    return KnownCheck(model=model, verdict=verdict, comparisons=rows, source=row["source"])
+    start = result.run.settings.get("bos_first")
+    return KnownCheck(
+        model=model, verdict=verdict, comparisons=rows, source=row["source"],
+        bos_first=start if isinstance(start, bool) else None,
+    )  # fmt: skip
 
 
 def _same_kind(row: dict[str, Any], result: MELayer) -> bool:

@@ -47,6 +47,21 @@ class RunInfo(BaseModel):
     created: str
     """UTC, ISO 8601."""
 
+    @property
+    def subject(self) -> str:
+        """The model, and how its texts began: the same weights and words give other numbers.
+
+        Without a word about BOS where no texts were run, or an older record does not say.
+        """
+        if "bos_first" not in self.settings:
+            return self.model
+        start = self.settings["bos_first"]
+        said = "BOS before some texts" if start is None else "with BOS" if start else "without BOS"
+        if unknown := self.settings.get("unknown_texts"):
+            of = self.settings.get("sequences")
+            said += f"; {unknown} of {of} texts hold nothing but unknown tokens"
+        return f"{self.model} ({said})"
+
     @classmethod
     def collect(
         cls, model: ModelFacts, *, seed: int, settings: dict[str, str | int | bool | None]

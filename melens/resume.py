@@ -21,8 +21,8 @@ from melens.batches import Batch
 from melens.capture import (
     EverythingSeen,
     Hooks,
-    check_ids,
     evaluating,
+    fit_ids,
     hooked,
     one_thread,
     require_this_thread,
@@ -69,7 +69,7 @@ class Resumable:
         Raises:  ContractError: resumed runs differ from the full one, so this model cannot be
                  resumed. PromptError: token ids that the model does not have.
         """
-        check_ids(model, batch)
+        batch = fit_ids(model, batch)
         self.model = model
         self.batch = batch.to(next(model.parameters()).device)
         self.n_layers: int = model.cfg.n_layers

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from melens.batches import Batch, _strings, bundled_texts, prompts
+from melens.batches import Batch, bundled_texts, prompts, strings_of
 from melens.errors import PromptError
 
 WORDS = " ".join(f"w{i}" for i in range(10, 30))
@@ -68,7 +68,7 @@ def test_one_token_texts_make_one_token_rows_and_overlong_lengths_are_refused(to
 @pytest.mark.parametrize("wrong", [[], [1, 2], {"a": "b"}])
 def test_what_is_no_text_is_refused(wrong):
     with pytest.raises(PromptError, match="texts must be a string, a Path or a list"):
-        _strings(wrong)
+        strings_of(wrong)
 
 
 def test_a_file_name_given_as_text_is_caught(tmp_path, monkeypatch):

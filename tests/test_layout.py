@@ -12,8 +12,8 @@ import pytest
 SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
     {"formatting"},
-    {"errors", "shapes", "provenance", "network", "progress"},
-    {"registry", "store"},
+    {"errors", "shapes", "provenance", "network", "progress", "chat_child"},
+    {"registry", "store", "chat", "framing", "lines", "token_ids"},
     {"metrics", "results", "batches"},
     {"capture", "item_rows"},
     {"models"},

@@ -110,7 +110,7 @@ def _report(bench: Bench, policy: Policy, records: list[StageRecord]) -> CheckRe
     run = bench.run_info()
     results: dict[str, Result] = bench.results
     outcomes, findings = judged(View(results, run), policy, records)
-    verdict, answer = answered(run.model, policy, findings, outcomes, records)
+    verdict, answer = answered(run.subject, policy, findings, outcomes, records)
     dose = results.get("dose")
     return CheckReport(
         model=run.model,

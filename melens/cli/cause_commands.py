@@ -37,6 +37,7 @@ def isolate(
         ),
     ] = FfnEdit.neurons,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,

@@ -45,6 +45,7 @@ def check(
         typer.Option(help="A model card (README.md) whose section on this check is updated."),
     ] = None,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,

@@ -14,6 +14,7 @@ from melens.cli import options as opt
 def locate(
     model: opt.Model,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,

@@ -41,6 +41,7 @@ def diff(
         typer.Option("--revision-b", help="Another revision for B (default: --revision)."),
     ] = None,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,

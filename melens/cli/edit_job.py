@@ -14,6 +14,7 @@ from melens.cli.job import Job
 from melens.cli.mask_options import edit_of
 from melens.errors import InterventionError, PromptError
 from melens.formatting import printable
+from melens.lines import lines_of
 from melens.progress import tell
 
 ON_PLAIN = ("none", "wemask", "drop-key")
@@ -58,15 +59,18 @@ class EditJob:
         self, texts: Sequence[str], *, max_new_tokens: int, temperature: float
     ) -> list[dict[str, Any]]:
         """Both answers to each prompt, and how many of their tokens are equal before they part."""
-        from melens.batches import encode
+        from melens.batches import encode_all
+        from melens.chat import has_template
         from melens.evaluation.edits import applied
+        from melens.framing import require_known
         from melens.interventions.massive import with_firsts
 
         loaded, bundled = self.job.load()
         tokenizer = loaded.tokenizer
-        chat = bool(getattr(tokenizer, "chat_template", None)) if self.chat is None else self.chat
+        chat = has_template(tokenizer) if self.chat is None else self.chat
         bos = None if chat else self.job.bos
-        prompts = [encode(tokenizer, text, bos=bos, chat=chat) for text in texts]
+        prompts = encode_all(tokenizer, texts, bos=bos, chat=chat)
+        require_known(prompts, loaded.cfg.d_vocab)
         _check_room(prompts, loaded.cfg.n_ctx, max_new_tokens)
         if chat:
             bundled = dataclasses.replace(bundled, chat=True)
@@ -139,7 +143,7 @@ def prompts_of(given: Sequence[str] | None) -> list[str]:
             found.append(text)
             continue
         try:
-            lines = sys.stdin.buffer.read().decode("utf-8-sig").splitlines()
+            lines = lines_of(sys.stdin.buffer.read().decode("utf-8-sig"))
         except UnicodeDecodeError:
             raise PromptError("standard input is not UTF-8; convert it, e.g. with iconv.") from None
         found += [line for line in lines if line.strip()]

@@ -35,6 +35,7 @@ class Job:
     batch_size: int = 4
     seed: int = 0
     located: Path | None = None
+    lines: bool = False
     source: Any = None
     """The texts' source, once looked at."""
     saved: Any = None
@@ -44,7 +45,7 @@ class Job:
     def of(cls, options: dict[str, Any]) -> Job:
         """From a command's arguments, those of its own left out; refuses before torch loads."""
         job = cls(**{name: options[name] for name in cls.__dataclass_fields__ if name in options})
-        job.source = output.source(job.text, job.prompt)
+        job.source = output.source(job.text, job.prompt, lines=job.lines)
         if "edit" not in options and (Path(job.model).expanduser() / "melens.json").is_file():
             output.note(f"{job.model} has a melens.json; its edit is not applied here.")
         if job.offline:

@@ -16,6 +16,7 @@ def describe(
         int, typer.Option(min=0, help="Tokens of the vocabulary to try alone at position 0.")
     ] = 64,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,
@@ -55,6 +56,7 @@ def collapse(
     model: opt.Model,
     located: opt.Located = None,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,
@@ -99,6 +101,7 @@ def sinks(
         int, typer.Option("--t", min=2, help="T: tokens of a sequence that count (paper: 64).")
     ] = 64,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,
@@ -146,6 +149,7 @@ def attention(
         typer.Option(help="A query head to show, from 0; may be given several times."),
     ] = None,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,

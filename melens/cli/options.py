@@ -29,6 +29,9 @@ Text = Annotated[
     Path | None,
     typer.Option(help="A UTF-8 file to read instead of the bundled texts; - is stdin."),
 ]
+Lines = Annotated[
+    bool, typer.Option("--lines", help="Take every line of --text as a text (blank ones left out).")
+]
 Prompt = Annotated[
     list[str] | None, typer.Option(help="A text of your own; may be given several times.")
 ]

@@ -31,10 +31,18 @@ def say_json(value: Any) -> None:
     say(json.dumps(value, indent=1))
 
 
-def source(text: Path | None, prompt: list[str] | None) -> str | Path | Sequence[str]:
-    """Texts of a command: a file, stdin, prompts, or the bundled set."""
+def source(
+    text: Path | None, prompt: list[str] | None, *, lines: bool = False
+) -> str | Path | Sequence[str]:
+    """Texts of a command: a file, its lines, stdin, prompts, or the bundled set."""
     if text is not None and prompt:
         raise PromptError("--text and --prompt exclude each other; give one of them.")
+    if lines:
+        if text is None:
+            raise PromptError("--lines makes every line of --text a text; give --text FILE.")
+        from melens.batches import read_lines
+
+        return read_lines(text)
     if text is not None:
         return "-" if str(text) == "-" else text
     return prompt or BUNDLED
@@ -97,6 +105,13 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
     from melens.cli.all_tables import TABLES
 
+    run = getattr(result, "run", None)
+    if unknown := run and run.settings.get("unknown_texts"):
+        of = run.settings.get("sequences")
+        note(
+            f"{unknown} of {of} texts hold nothing but tokens unknown to this tokenizer; they are "
+            "no evidence. Give texts in a language that it knows."
+        )
     if as_json:
         say(result.to_json().rstrip("\n"))
         return

@@ -20,6 +20,7 @@ def super_weights(
         ),
     ] = None,
     text: opt.Text = None,
+    lines: opt.Lines = False,
     prompt: opt.Prompt = None,
     bos: opt.Bos = None,
     chat: opt.Chat = False,

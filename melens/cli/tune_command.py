@@ -98,12 +98,13 @@ def tune(
                   "length": None, "batch_size": 4})  # fmt: skip
     from melens.tuning import Budget, Settings, Space
     from melens.tuning import tune as search
-    from melens.tuning.items import alike_items
+    from melens.tuning.items import alike_items, check_enough
 
     space = Space(**{name: values for name, values in asked.items() if values})
     spent = Budget(seconds=seconds) if seconds is not None else budget
     kept = None if job.out is None else job.out / ROWS
     metric, texts = _what(task, data, n=n, length=length, bos=bos)
+    check_enough(texts, metric, Settings.held_out)
     loaded, _ = job.load()
     found = job.locate(loaded, alike_items(loaded.tokenizer, texts, metric))
     with job.bar("evaluations") as tick:

@@ -88,6 +88,7 @@ class Side:
             d_model=self.width[0] if self.width else None,
             vocabulary=self.width[1] if self.width else None,
             dtype=run.dtype, weights=run.weights, ids=run.settings.get("ids"),
+            bos_first=_flag(run.settings.get("bos_first")),
         )  # fmt: skip
 
 
@@ -200,6 +201,10 @@ def _about(settings: dict[str, Any]) -> str:
 
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _prefix(inputs: Inputs, found: MELayer) -> list[int]:

@@ -49,7 +49,8 @@ def assemble(
     Args:    steps: rows of the first pass, the embedding first.
              paths: massive tokens, the primary one first, with the trajectories of those traced.
              probed: trajectories of other first tokens.
-             first_ids: how many distinct first tokens the texts have.
+             first_ids: how many distinct first tokens the texts have, those left out that hold
+             nothing but unknown tokens.
     """  # fmt: skip
     path = next(iter(paths.values()), None)
     evidence = Evidence(steps, path)
@@ -59,6 +60,8 @@ def assemble(
     shape = _nothing(evidence, support, decode)
     if path is not None:
         shape = _emergence(evidence, path, criteria, support)
+    unread = int(run.settings.get("unknown_texts") or 0) / support.sequences
+    shape["confidence"] *= 1 - unread  # a text that the tokenizer cannot read says nothing
     return MELayer(
         n_layers=len(steps) - 1,
         criteria=criteria,

@@ -10,6 +10,7 @@ from melens.emergence.assemble import assemble
 from melens.emergence.profile import LayerProfile, SequenceRow
 from melens.emergence.tokens import Group, group_hits, sample_first_tokens
 from melens.emergence.trajectory import Path, trace
+from melens.framing import unknown_rows
 from melens.inputs import Inputs, Source, take_in
 from melens.models.anatomy import resid_post, resid_pre
 from melens.results import MELayer
@@ -57,7 +58,8 @@ def locate_in(
     groups = group_hits(steps)
     probes = sample_first_tokens(ids, groups, count=FIRST_PROBES, seed=seed)
     paths, probed = _trace(inputs.model, groups, probes, ids)
-    first_ids = len({row[0] for row in ids})
+    unknown = unknown_rows(ids, getattr(inputs.model, "tokenizer", None))
+    first_ids = len({row[0] for row, empty in zip(ids, unknown, strict=True) if not empty})
     return assemble(steps, paths, probed, first_ids=first_ids, decode=inputs.decode, run=run)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.capture import check_ids, evaluating
+from melens.capture import evaluating, fit_ids
 from melens.errors import PromptError
 from melens.evaluation.conditions import Condition, first_layer
 from melens.evaluation.edits import applied, where_held
@@ -123,7 +123,7 @@ class Runner:
     def outcome(self, items: Sequence[Forced], conditions: Sequence[Condition]) -> Outcome:
         """One batch under some of the conditions; the unedited run comes first, always."""
         batch = Batch.pad([list(item.ids) for item in items])
-        check_ids(self.model, batch)
+        batch = fit_ids(self.model, batch)
         clean = Resumable(self.model, batch, check=not self._checked)
         self._checked = True
         marks, massive = self._massive(clean)

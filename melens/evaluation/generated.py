@@ -24,6 +24,7 @@ from melens.evaluation.scores import ENERGY, assembled, held_facts
 from melens.evaluation.settings import Bench, Card, Progress
 from melens.evaluation.sources import data_folder
 from melens.evaluation.tasks import Source
+from melens.framing import bos_first, prompt_ids
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
 from melens.item_rows import ItemRow, Rows
@@ -64,9 +65,12 @@ def generated(
         f"{task.about}: answers of at most {length} tokens, greedy, zero shots, {chat}; "
         f"the value is {task.primary}."
     )
+    asked = [str(row.about["prompt"]) for row in rows.of(bench.conditions[0].name).values()]
+    tokenizer = bench.model.tokenizer
+    start = bos_first(tokenizer, [prompt_ids(tokenizer, prompt) for prompt in asked])
     card = Card(
         task.name, task.unit, task.higher_is_better, about[0].upper() + about[1:],
-        {"data": task.file, "length": length},
+        {"data": task.file, "length": length, "bos_first": start},
     )  # fmt: skip
     return assembled(bench, card, rows, order)
 
@@ -160,9 +164,4 @@ def massive_in(bench: Bench, prompts: Sequence[str]) -> list[MassiveIn | None]:
 
 
 def _ids_of(bench: Bench, prompts: Sequence[str]) -> list[list[int]]:
-    tokenizer = bench.model.tokenizer
-    start = tokenizer.bos_token
-    return [
-        tokenizer(text, add_special_tokens=not (start and text.startswith(start)))["input_ids"]
-        for text in prompts
-    ]
+    return [prompt_ids(bench.model.tokenizer, text) for text in prompts]

@@ -7,7 +7,6 @@ metadata (``data``), else from the environment variable ``MELENS_DATA``.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from melens.errors import PromptError
 from melens.evaluation.harness_rows import GENERATION_TASKS
 from melens.evaluation.refusals import is_refusal, read_prompts
 from melens.evaluation.scoring import extract_answer, same_answer
+from melens.lines import is_text, json_object, lines_of
 
 OFFLINE_TASKS = Path(__file__).parent / "offline_tasks"
 ITEM = "item_id"
@@ -26,6 +26,8 @@ NUMBER_WITH_MARK = r"#### (\-?[0-9\.\,]+)"
 ANY_NUMBER = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 IGNORED = [",", r"\$", r"(?s).*#### ", r"\.$"]
 """As in lm-eval's own gsm8k task, whose scores these give."""
+TEXTS = ("question", "problem", "prompt", "answer", "solution")
+"""Fields of items that are text."""
 Doc = dict[str, Any]
 
 
@@ -71,9 +73,12 @@ def items(task: str, folder: Path) -> list[Doc]:
               "ifeval": ("key", "prompt", "instruction_id_list", "kwargs")}[task]  # fmt: skip
     named = {"math500": "unique_id", "ifeval": "key"}.get(task)
     docs = []
-    for number, line in enumerate(read_text(path).splitlines()):
-        doc = _parsed(line)
-        if doc is None or not set(wanted) <= set(doc):
+    for number, line in enumerate(lines_of(read_text(path))):
+        if not line.strip():
+            continue
+        doc = json_object(line)
+        texts = [name for name in wanted if name in TEXTS]
+        if not (doc and set(wanted) <= set(doc) and all(is_text(doc[name]) for name in texts)):
             raise PromptError(
                 f"{path}, line {number + 1}, must be a JSON object with {', '.join(wanted)}."
             )
@@ -170,11 +175,3 @@ def _dataset(task: str, metadata: Mapping[str, Any]) -> Any:
     from datasets import Dataset
 
     return {"test": Dataset.from_list(items(task, data_folder(metadata)))}
-
-
-def _parsed(line: str) -> Doc | None:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from melens.batches import Batch
+from melens.chat import render
 from melens.errors import InterventionError, MissingPackageError
 from melens.evaluation.edits import applied
 from melens.evaluation.harness_cache import keep_apart, model_key
 from melens.evaluation.harness_settings import PLAIN, Wanted, read_settings
+from melens.framing import prompt_ids
 from melens.inputs import Inputs
 from melens.measure.located import check_same_model
 from melens.models import fingerprint
@@ -29,11 +34,60 @@ HFLM: Any = huggingface.HFLM  # its registering decorator hides its type
 
 
 class Generator(HFLM):
-    """lm-eval's HFLM of a loaded model, with the tokenizer left as it was."""
+    """lm-eval's HFLM of a loaded model, with the tokenizer left as it was.
+
+    Prompts are open at their end: a tokenizer's EOS would be in front of the answer.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, **passed_on: Any) -> None:
         """``passed_on`` goes to HFLM verbatim."""
-        super().__init__(pretrained=model, tokenizer=tokenizer, **passed_on)
+        own = _with_padding(tokenizer, model)
+        super().__init__(pretrained=model, tokenizer=own, **passed_on)
+        self._template_tried = False
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **_: Any,
+    ) -> list[int]:
+        """Token ids of a prompt; what the tokenizer puts in front is there once."""
+        add = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        ids = prompt_ids(self.tokenizer, string, add=add)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: Sequence[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts as :meth:`tok_encode` gives them, padded with an id that the model has."""
+        rows = [self.tok_encode(string) for string in strings]
+        if left_truncate_len:
+            rows = [row[-left_truncate_len:] for row in rows]
+        batch = Batch.pad(rows, side=padding_side)
+        return batch.ids, batch.mask.long()
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+        """Text of ids; None of the end token that a tokenizer lacks."""
+        if tokens is None:
+            return None
+        return super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """lm-eval's own, once the template has shown in a process of its own that it works.
+
+        Raises:  PromptError: it does not.
+        """
+        if not self._template_tried:
+            render(self.tokenizer, [chat_history], begin_answer=add_generation_prompt)
+            self._template_tried = True
+        return super().apply_chat_template(chat_history, add_generation_prompt)
 
 
 @register_model("melens")
@@ -89,6 +143,23 @@ class MelensLM(Generator):
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         self._passes += 1
         return super()._model_generate(*args, **kwargs)
+
+
+def _with_padding(tokenizer: Any, model: Any) -> Any:
+    """The tokenizer, or a copy that pads with an id which the model has."""
+    size = model.get_input_embeddings().weight.shape[0]
+
+    def fits(token: Any) -> bool:
+        return isinstance(token, int) and 0 <= token < size
+
+    if fits(tokenizer.pad_token_id):
+        return tokenizer
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = (tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends]),
+             tokenizer.unk_token_id, tokenizer.bos_token_id, 0)  # fmt: skip
+    made = copy.deepcopy(tokenizer)
+    made.pad_token_id = next(token for token in known if fits(token))
+    return made
 
 
 def _on_this_machine(loading: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from melens.chat import has_template, render
 from melens.errors import OutputError, PromptError, ResultError
 from melens.evaluation.harness_cache import key_of, model_key
 from melens.evaluation.harness_data import (
@@ -27,6 +28,7 @@ from melens.evaluation.harness_data import (
 from melens.evaluation.harness_punkt import require_lm_eval, require_punkt
 from melens.evaluation.harness_rows import GENERATION_TASKS, GenerationSettings, ItemRow
 from melens.evaluation.harness_settings import PLAIN
+from melens.framing import frame_of, require_known
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.store import ROWS, read_limited, write_atomically
@@ -143,6 +145,7 @@ def _run_key(
         model=model_key(_plain(model), tokenizer, edit, me_layer),
         data=file_key(data_file(task, settings.data)),
         length=settings.max_new_tokens or GENERATION_TASKS[task].max_new_tokens,
+        **({"open_end": True} if frame_of(tokenizer).suffix else {}),
     )  # fmt: skip
 
 
@@ -165,9 +168,9 @@ def _answers(models: _Models, job: _Job, left: Sequence[int]) -> Iterable[list[I
         name = f"melens_{job.task}"
         theirs = manager.load(name)["tasks"][name]
     theirs.set_config("generation_kwargs", {"max_gen_toks": job.length, **NEUTRAL}, update=True)
-    asked = [_request(theirs, lm, number) for number in left]
-    _check_lengths(lm, [request.args[0] for request in asked], job)
+    asked = _requests(theirs, lm, left)
     prompts = [lm.tok_encode(request.args[0]) for request in asked]
+    _check_prompts(lm, prompts, job)
     me_layer = models.me_layer
     if me_layer is not None and models.edit.name != "none":
         check_held(edited, me_layer, prompts)
@@ -192,22 +195,34 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _request(theirs: Any, lm: Any, number: int) -> Any:
-    """lm-eval's request for one item, its prompt in the chat template if there is one."""
-    doc = theirs.eval_docs[number]
+def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
+    """lm-eval's requests for items, their prompts in the chat template if there is one."""
+    docs = [theirs.eval_docs[number] for number in numbers]
     options: dict[str, Any] = {"apply_chat_template": False}
-    if getattr(lm.tokenizer, "chat_template", None):
-        options = {"apply_chat_template": True, "chat_template": lm.apply_chat_template}
-    prompt = theirs.fewshot_context(doc, num_fewshot=0, **options)
-    made = theirs.construct_requests(
-        doc=doc, ctx=prompt, metadata=(theirs.config.task, number, 1), **options
-    )
-    return made[0] if isinstance(made, list) else made
+    chats: list[Any] = []
+    if has_template(lm.tokenizer):
+
+        def keep(chat: Any, add_generation_prompt: bool = True) -> str:
+            chats.append(chat)
+            return ""
+
+        options = {"apply_chat_template": True, "chat_template": keep}
+    prompts = [theirs.fewshot_context(doc, num_fewshot=0, **options) for doc in docs]
+    if chats:  # all of them at once, apart from this process
+        prompts = list(render(lm.tokenizer, chats))
+        options["chat_template"] = lm.apply_chat_template
+    made = []
+    for number, doc, prompt in zip(numbers, docs, prompts, strict=True):
+        metadata = (theirs.config.task, number, 1)
+        request = theirs.construct_requests(doc=doc, ctx=prompt, metadata=metadata, **options)
+        made.append(request[0] if isinstance(request, list) else request)
+    return made
 
 
-def _check_lengths(lm: Any, prompts: Sequence[str], job: _Job) -> None:
-    """lm-eval would cut a long prompt's beginning off, and with it the first token."""
-    longest = max(len(lm.tok_encode(prompt)) for prompt in prompts)
+def _check_prompts(lm: Any, rows: Sequence[Sequence[int]], job: _Job) -> None:
+    """Ids that the model has, and room: lm-eval would cut off a beginning, and the first token."""
+    require_known(rows, lm.model.get_input_embeddings().weight.shape[0])
+    longest = max(map(len, rows))
     if longest + job.length > lm.max_length:
         raise PromptError(
             f"{job.task}'s longest prompt has {longest} tokens; with answers of {job.length} it "
@@ -246,7 +261,7 @@ def _read(path: Path, key: str, condition: str) -> dict[str, ItemRow]:
     if whole != raw:
         write_atomically(path, whole)
     kept: dict[str, ItemRow] = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
             row = ItemRow.model_validate_json(line)
         except ValidationError:

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from melens.batches import BUNDLED_ORDER, bundled_texts, encode, read_text
+from melens.chat import chat_texts
 from melens.errors import PromptError
 from melens.evaluation.forced import Forced
 from melens.formatting import brief
+from melens.framing import plain_ids, split_text
 
 TASKS = ("passkey", "needles")
 CITIES = (
@@ -208,7 +210,7 @@ def _item(
     asked = needles[0]
     head, tail, answer = _frame(tokenizer, haystack, asked)
     _check_written(tokenizer, answer, asked.key)
-    pieces = [_plain(tokenizer, f"\n{needle.text}\n") for needle in needles]
+    pieces = [plain_ids(tokenizer, f"\n{needle.text}\n") for needle in needles]
     count = length - len(head) - len(tail) - len(answer) - sum(map(len, pieces))
     if count < LEAST_FILLER:
         raise PromptError(
@@ -266,26 +268,18 @@ def _frame(
         said = f"The special number of {asked.name} is"
     if haystack.chat:
         before, after = _template(tokenizer, f"{intro}{HIDDEN}\n\n{question}").split(HIDDEN)
-        head, after = _plain(tokenizer, before), after + said
+        head, after = plain_ids(tokenizer, before), after + said
     else:
         head = encode(tokenizer, intro, bos=haystack.bos)
         after = f"\n\nQuestion: {question}\nAnswer: {said}"
-    tail, whole = _plain(tokenizer, after), _plain(tokenizer, f"{after} {asked.key}")
+    tail, whole = plain_ids(tokenizer, after), plain_ids(tokenizer, f"{after} {asked.key}")
     # Tokens that the answer changes are the answer's: what stands before is what was asked.
     same = next((i for i, (a, b) in enumerate(zip(tail, whole, strict=False)) if a != b), len(tail))
     return head, whole[:same], whole[same:]
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def _template(tokenizer: Any, content: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError("this tokenizer has no chat template; drop the chat option.")
-    made = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    (made,) = chat_texts(tokenizer, [content])
     if made.count(HIDDEN) != 1:
         raise PromptError("this chat template does not keep a message as it is; drop --chat.")
     return made
@@ -313,10 +307,8 @@ def plain_texts(
     """
     names = [name for name in BUNDLED_ORDER if name != "digits"]
     text = haystack.read(bundled=names)
-    ids = encode(tokenizer, text, bos=haystack.bos)
-    start = tokenizer.bos_token_id
-    head = ids[:1] if start is not None and ids[0] == start else []
-    body, step = ids[len(head) :], length - len(head)
+    head, body = split_text(tokenizer, text, bos=haystack.bos)
+    step = length - len(head)
     count = min(n, len(body) // step)
     if not count:
         raise PromptError(

@@ -29,6 +29,7 @@ from melens.evaluation.conditions import (
 from melens.evaluation.forced import Forced, Foreseen, Outcome, Runner
 from melens.evaluation.haystack import Haystack, bins, haystacks, plain_texts
 from melens.evaluation.settings import Bench, Progress, Settings
+from melens.framing import bos_first
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.measure.located import check_same_model
@@ -215,14 +216,13 @@ class _Job:
         return text
 
     def _run_info(self, key: str) -> Any:
-        start = self.bench.model.tokenizer.bos_token_id
         source = self.haystack.text
         name = source.name if isinstance(source, Path) else "given" if source else "bundled"
         hay, bench = self.haystack, self.bench
         return bench.inputs.run_info(
             seed=bench.settings.seed, items=key, ids=_hash(self._items), chat=hay.chat,
             bos=hay.bos, haystack_seed=hay.seed, text=name,
-            bos_first=start is not None and all(item.ids[0] == start for item in self.hidden),
+            bos_first=bos_first(bench.model.tokenizer, [item.ids for item in self.hidden]),
             me_layer_of=bench.me_layer.run.settings.get("ids"),
         )  # fmt: skip
 

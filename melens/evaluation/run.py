@@ -17,6 +17,7 @@ from melens.evaluation.scores import ENERGY, assembled, held_facts, score_of
 from melens.evaluation.settings import Bench, Card, Progress, Settings
 from melens.evaluation.sources import check_source
 from melens.evaluation.tasks import FORCED_TASKS, ForcedTask, Source, alike
+from melens.framing import bos_first
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.measure.located import check_same_model
@@ -117,7 +118,10 @@ def _forced(
     data = source.data and source.data.name
     card = Card(
         task.name, task.unit, task.higher_is_better, task.about,
-        {"data": data, "bos": source.bos, "chat": source.chat, **task.facts},
+        {
+            "data": data, "bos": source.bos, "chat": source.chat, **task.facts,
+            "bos_first": bos_first(bench.model.tokenizer, [item.ids for item in items]),
+        },
     )  # fmt: skip
     return assembled(bench, card, rows, [item.id for item in items])
 

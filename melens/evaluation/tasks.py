@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from melens.batches import Prompts, encode, prompts, read_text
+from melens.batches import Prompts, encode_all, prompts, read_text
+from melens.chat import has_template
 from melens.errors import PromptError
 from melens.evaluation.forced import Forced, Foreseen
+from melens.framing import head_size, plain_ids
+from melens.lines import is_text, json_object, lines_of
 from melens.registry import Registry
 
 Measured = tuple[float, float]
@@ -76,11 +78,12 @@ def perplexity(tokenizer: Any, source: Source) -> ForcedTask:
         "bundled" if source.data is None else source.data,
         n=source.n or 8, length=source.length, bos=source.bos,
     )  # fmt: skip
-    items = []
+    items, head = [], max(1, head_size(tokenizer, bos=source.bos))
     for i, ids in enumerate(texts.token_rows(tokenizer)):
-        text = tokenizer.decode(ids[1:])
+        text = tokenizer.decode(ids[head:])
         about = {"text": tokenizer.decode(ids), "bytes": len(text.encode())}
-        items.append(Forced(str(i), tuple(ids), (False, *[True] * (len(ids) - 1)), about))
+        scored = tuple(at >= head for at in range(len(ids)))
+        items.append(Forced(str(i), tuple(ids), scored, about))
     return ForcedTask(
         "perplexity", "nats a token", higher_is_better=False, items=tuple(items), score=token_loss,
         about="Mean next-token loss of all tokens but each text's first; perplexity is its "
@@ -106,7 +109,7 @@ PLAIN_TEXTS = ("perplexity",)
 
 def alike(tokenizer: Any, task: str, source: Source) -> Prompts:
     """The bundled texts with the beginning that a task's items have: where to locate for them."""
-    has = getattr(tokenizer, "chat_template", None) is not None
+    has = has_template(tokenizer)
     chat = task not in PLAIN_TEXTS and (has if source.chat is None else source.chat)
     return prompts(bos=None if chat else source.bos, chat=chat)
 
@@ -115,17 +118,15 @@ def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:
     """Question and reference answer; the answer's tokens are scored."""
     file, (asked, told) = LIKELIHOOD_FILES[name]
     pairs = [(row[asked], " " + row[told]) for row in read_jsonl(source, file, (asked, told))]
-    chat = tokenizer.chat_template is not None if source.chat is None else source.chat
+    chat = has_template(tokenizer) if source.chat is None else source.chat
+    asks = [question if chat else f"Question: {question}\nAnswer:" for question, _ in pairs]
+    heads = encode_all(tokenizer, asks, bos=None if chat else source.bos, chat=chat)
     items = []
-    for i, (question, answer) in enumerate(pairs):
-        if chat:
-            head = encode(tokenizer, question, bos=None, chat=True)
-        else:
-            head = encode(tokenizer, f"Question: {question}\nAnswer:", bos=source.bos)
+    for i, (head, (_, answer)) in enumerate(zip(heads, pairs, strict=True)):
         if not head:
             raise PromptError("a question came out without any token.")
         text = answer.lstrip() if chat else answer
-        tail = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tail = plain_ids(tokenizer, text)
         scored = (*[False] * len(head), *[True] * len(tail))
         about = {"prompt": tokenizer.decode(head), "answer": text, "bytes": len(text.encode())}
         items.append(Forced(str(i), (*head, *tail), scored, about))
@@ -146,16 +147,13 @@ def read_jsonl(source: Source, name: str, fields: Sequence[str]) -> list[dict[st
         raise PromptError(f"this task has no bundled items; give --data FILE (as {name}).")
     path = source.data / name if source.data.is_dir() else source.data
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
         if source.n is not None and len(rows) == source.n:
             break
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or any(not isinstance(row.get(f), str) for f in fields):
+        row = json_object(line)
+        if row is None or not all(is_text(row.get(f)) for f in fields):
             raise PromptError(f"{path}, line {number}: no object with {' and '.join(fields)}.")
         rows.append(row)
     if not rows:

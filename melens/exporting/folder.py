@@ -48,8 +48,8 @@ def export(
              prefix-tuning adapter; leave the first token out of the input.
              out: a new or empty folder, or an earlier export, which is replaced.
              me_layer: what ``melens.locate`` returned; None only where the edit names its layers.
-             first_token: of prefix and peft, an id or a text of one token; None = BOS where the
-             tokenizer puts it first, or what the chat template starts with.
+             first_token: of prefix and peft, an id or a text of one token; None = what the
+             tokenizer puts first, or what the chat template starts with.
     Raises:  InterventionError: an edit that this model or format cannot have. ResultError: an
              ``out`` that holds something else, or a ME Layer of other weights. PromptError: no one
              first token. ModelError: no model, or one that cannot be saved.

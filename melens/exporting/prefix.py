@@ -6,7 +6,6 @@ keys and values in every text. An edit that touches nothing else is those, chang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
+from melens.chat import chat_start, has_template
 from melens.errors import InterventionError, PromptError, ResultError
 from melens.evaluation.edits import applied
 from melens.exporting.record import MELENS_JSON, read_edit
 from melens.exporting.subject import check_probe, dtype_of, spread, transformers_of, vocabulary_of
+from melens.framing import frame_of, plain_ids
 from melens.interventions.massive import massive_tokens, with_firsts
 from melens.results import MELayer
 from melens.results.edit import Edit
@@ -233,15 +234,20 @@ def for_call(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
 def fixed_first(tokenizer: Any, first_token: str | int | None = None) -> int:
     """Id of the token that every input starts with.
 
-    Args:    first_token: an id, or a text of one token; None = BOS where the tokenizer puts it
-             first, or what the chat template starts with.
-    Raises:  PromptError: none, or two that differ.
+    Args:    first_token: an id, or a text of one token; None = what the tokenizer puts first (BOS,
+             [CLS]), or what the chat template starts with.
+    Raises:  PromptError: none, or two that differ; a chat template that cannot be rendered.
     """
     if first_token is not None:
         return _asked_for(tokenizer, first_token)
     if tokenizer is None:
         raise PromptError("no tokenizer is known, so the first token is not; pass first_token=id.")
-    found = {"BOS": _bos(tokenizer), "the chat template": _chat_first(tokenizer)}
+    prefix = frame_of(tokenizer).prefix
+    own = "BOS" if prefix[:1] == (tokenizer.bos_token_id,) else "a text"
+    found = {
+        own: prefix[0] if prefix else None,
+        "the chat template": chat_start(tokenizer) if has_template(tokenizer) else None,
+    }
     known = {name: token for name, token in found.items() if token is not None}
     if len(set(known.values())) == 1:
         return next(iter(known.values()))
@@ -261,26 +267,7 @@ def _asked_for(tokenizer: Any, first_token: str | int) -> int:
         return first_token
     if tokenizer is None or not isinstance(first_token, str):
         raise PromptError("first_token must be an id, or a text of one token with a tokenizer.")
-    ids = tokenizer(first_token, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = plain_ids(tokenizer, first_token)
     if len(ids) != 1:
         raise PromptError(f"first_token {first_token[:40]!r} is {len(ids)} tokens; give one.")
     return int(ids[0])
-
-
-def _bos(tokenizer: Any) -> int | None:
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
-
-
-def _chat_first(tokenizer: Any) -> int | None:
-    """What the chat template puts first, whatever is said."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    firsts: set[int] = set()
-    for text in ("a", "Hello there"):
-        made = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        ids: Sequence[int] = tokenizer(made, add_special_tokens=False, verbose=False)["input_ids"]
-        firsts |= set(ids[:1])
-    return firsts.pop() if len(firsts) == 1 else None

@@ -35,6 +35,6 @@ def draw_panels(result: AttentionMaps) -> Figure:
     assert image is not None
     made.colorbar(image, ax=grid, label=f"attention (colour ~ its power {GAMMA})", shrink=0.8)
     part = f", {len(shown)} of {len(result.heads)} heads" if len(shown) < len(result.heads) else ""
-    title = f"{result.run.model}: queries down, keys across (from 0){part}"
+    title = f"{result.run.subject}: queries down, keys across (from 0){part}"
     made.suptitle(plain(title), fontsize=8)
     return made

@@ -115,7 +115,7 @@ def attention_view(maps: AttentionMaps) -> HtmlView:
     """
     _refuse_what_no_page_can_show(maps)
     code, version = bundle()
-    title = f"attention in {maps.run.model}"
+    title = f"attention in {maps.run.subject}"
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -153,7 +153,7 @@ def _heading(maps: AttentionMaps) -> str:
     me_layer = "none found" if maps.me_layer is None else f"{maps.me_layer}"
     massive = ", ".join(f"{at} “{_text(shown(maps.tokens[at]))}”" for at in maps.massive_positions)
     return (
-        f"<h1>Attention in {_text(maps.run.model)}</h1>\n<p>{_text(maps.summary())}.</p>\n"
+        f"<h1>Attention in {_text(maps.run.subject)}</h1>\n<p>{_text(maps.summary())}.</p>\n"
         f"<p><b>ME Layer:</b> {me_layer} (counted from 0, at the block output)<br>\n"
         f"<b>Massive positions:</b> {massive or 'none in this text'} (counted from 0)</p>\n"
         "<noscript><p><b>The drawings below need JavaScript, which is off.</b> "

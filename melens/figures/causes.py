@@ -40,7 +40,7 @@ def draw_factorial(result: Isolation) -> Figure:
         _dots(middle, x, [c.sink_rate for c in others])
         _dots(right, x, [c.loss_delta for c in others])
     where = f"{result.role(result.layer)}, dimension {result.dim}; grey: every other layer"
-    made.suptitle(plain(f"{result.run.model}: {where}"), fontsize=8)
+    made.suptitle(plain(f"{result.run.subject}: {where}"), fontsize=8)
     return made
 
 
@@ -85,7 +85,7 @@ def draw_layers(result: Isolation) -> Figure:
         axes.axvline(result.layer, color=ME_COLOUR, lw=0.8)
     bottom.set_xlabel(f"layer (counted from 0); line: layer {result.layer}, the one edited")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    made.suptitle(plain(f"{result.run.model}, dimension {result.dim}"), fontsize=8)
+    made.suptitle(plain(f"{result.run.subject}, dimension {result.dim}"), fontsize=8)
     return made
 
 
@@ -103,7 +103,7 @@ def draw_path(result: Isolation) -> Figure:
     axes.margins(x=0.08, y=0.15)
     axes.set_ylabel("norm over median of others")
     axes.tick_params(axis="x", rotation=30)
-    axes.set_title(plain(f"{result.run.model}, layer {result.layer} (from 0)"), loc="left")
+    axes.set_title(plain(f"{result.run.subject}, layer {result.layer} (from 0)"), loc="left")
     return made
 
 
@@ -123,7 +123,7 @@ def draw_neurons(result: Isolation) -> Figure:
     axes.set_ylabel(f"written into dimension {result.dim}")
     axes.tick_params(axis="x", rotation=90)
     axes.set_xlabel("layer (from 0) / neuron")
-    axes.set_title(plain(result.run.model), loc="left")
+    axes.set_title(plain(result.run.subject), loc="left")
     return made
 
 
@@ -143,5 +143,5 @@ def draw_gains(result: Isolation) -> Figure:
     axes.axvline(result.gains.mean, color="black", lw=0.6, ls=":")
     axes.set_xlabel(f"gain of {result.gains.norm} (dotted: mean)")
     axes.set_ylabel("write left, this gain at the mean")
-    axes.set_title(plain(f"{result.run.model}, layer {result.layer} (from 0)"), loc="left")
+    axes.set_title(plain(f"{result.run.subject}, layer {result.layer} (from 0)"), loc="left")
     return made

@@ -50,7 +50,7 @@ def draw_dose_grid(results: Sequence[Evaluation]) -> Figure:
             panels[0].plot([], [], "black", ls=line, label=f"strength {strength:g}")
         made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
         made.suptitle(
-            plain(f"{first.run.model}, {first.task}, {first.n} items, {first.base.value:.4g} "
+            plain(f"{first.run.subject}, {first.task}, {first.n} items, {first.base.value:.4g} "
                   f"{first.unit} without an edit; bars: 95 % over items, paired"), fontsize=8,
         )  # fmt: skip
     return made

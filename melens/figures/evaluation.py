@@ -129,7 +129,7 @@ def _label(result: Evaluation, between: str) -> str:
 
 def _title(result: Evaluation) -> str:
     return (
-        f"{result.run.model}, {result.task}, {result.n} items; the edit: {result.edit.label}\n"
+        f"{result.run.subject}, {result.task}, {result.n} items; the edit: {result.edit.label}\n"
         f"{result.base.value:.4g} {result.unit} without it; bars: 95 % over items, paired"
     )
 
@@ -161,7 +161,7 @@ def draw_paired(result: Evaluation) -> Figure:
     made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     made.suptitle(
         plain(
-            f"{result.run.model}, {result.task}, {result.n} items: {result.edit.label} - no edit"
+            f"{result.run.subject}, {result.task}, {result.n} items: {result.edit.label} - no edit"
         ),
         fontsize=8,
     )

@@ -54,7 +54,7 @@ def draw_positions(result: LongContext) -> Figure:
         handles, names = losses.get_legend_handles_labels()
         made.legend(handles, names, loc="outside lower center", ncols=2)
     made.suptitle(
-        plain(f"{result.run.model}: {result.texts} plain texts, mean and 95 % over texts"),
+        plain(f"{result.run.subject}: {result.texts} plain texts, mean and 95 % over texts"),
         fontsize=8,
     )  # fmt: skip
     return made
@@ -93,7 +93,7 @@ def _maps(result: LongContext, value: Callable[[Cell], float], top: float, label
     made.colorbar(image, ax=list(panels.flat), label=label, aspect=30, pad=0.02)
     hidden = f"{result.needles} numbers, one asked for" if result.needles > 1 else "one number"
     made.suptitle(
-        plain(f"{result.run.model}, {result.task}: {hidden}; {result.seeds} items a cell"),
+        plain(f"{result.run.subject}, {result.task}: {hidden}; {result.seeds} items a cell"),
         fontsize=8,
     )  # fmt: skip
     return made

@@ -83,7 +83,7 @@ def _title(result: PatchGrid) -> str:
     ends = f"clean {result.clean:.3g}"
     if result.corrupted is not None:
         ends += f", corrupted {result.corrupted:.3g}"
-    return f"{result.run.model}: {MODES[result.mode]}\n{result.metric}: {ends}; white = no effect"
+    return f"{result.run.subject}: {MODES[result.mode]}\n{result.metric}: {ends}; white = no effect"
 
 
 def _names(site: str, axes: Sequence[Axis]) -> str:

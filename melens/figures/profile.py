@@ -64,7 +64,7 @@ def _shares(axes: Axes, result: MELayer) -> None:
 
 
 def _title(result: MELayer) -> str:
-    name = result.run.model
+    name = result.run.subject
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
     title = f"{plain(name)}: {result.verdict}"

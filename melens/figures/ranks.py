@@ -61,7 +61,7 @@ def _panels(result: Collapse, definition: str, label: str) -> Figure:
     for axes in grid.flat[max(0, len(result.sites) - COLUMNS) : len(result.sites)]:
         axes.set_xlabel("layer (from 0)")
     grid.flat[-1].legend(*grid.flat[0].get_legend_handles_labels(), loc="center")
-    made.suptitle(plain(f"{result.run.model}: {label}, heads averaged"), fontsize=8)
+    made.suptitle(plain(f"{result.run.subject}: {label}, heads averaged"), fontsize=8)
     return made
 
 

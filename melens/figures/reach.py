@@ -27,7 +27,7 @@ def draw_reach(result: Reach) -> Figure:
         [h for hs, _ in handles for h in hs], [name for _, names in handles for name in names],
         loc="outside lower center", ncols=4,
     )  # fmt: skip
-    made.suptitle(plain(f"{result.run.model}: {len(result.tokens)} first tokens"), fontsize=8)
+    made.suptitle(plain(f"{result.run.subject}: {len(result.tokens)} first tokens"), fontsize=8)
     return made
 
 

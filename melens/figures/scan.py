@@ -23,7 +23,7 @@ def draw_ceilings(result: WeightScan) -> Figure:
     handles, names = ceilings.get_legend_handles_labels()
     if handles:
         made.legend(handles, names, loc="outside lower center", ncols=4)
-    made.suptitle(plain(f"{result.run.model}: what single FFN neurons could write"), fontsize=8)
+    made.suptitle(plain(f"{result.run.subject}: what single FFN neurons could write"), fontsize=8)
     return made
 
 

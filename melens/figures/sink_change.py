@@ -47,7 +47,7 @@ def draw_sink_change(before: Sinks, after: Sinks, *, edit: str = "with the edit"
         about = f"T = {before.t}, {before.sequences} texts"
         if before.me_layer is not None:
             about += f"; line: output of the ME Layer ({before.me_layer})"
-        made.suptitle(plain(f"{before.run.model}, {about}"), fontsize=8)
+        made.suptitle(plain(f"{before.run.subject}, {about}"), fontsize=8)
     return made
 
 

@@ -40,7 +40,7 @@ def draw_map(result: Sinks) -> Figure:
         axes.axhline(result.me_layer + 0.5, color=ME_COLOUR, lw=1.0)
         axes.set_title(f"line: output of the ME Layer ({result.me_layer})", loc="left")
     made.colorbar(image, label=f"attention to the first token (T = {result.t})")
-    made.suptitle(plain(result.run.model), fontsize=8)
+    made.suptitle(plain(result.run.subject), fontsize=8)
     return made
 
 
@@ -59,7 +59,7 @@ def draw_curves(result: Sinks) -> Figure:
     axes.set_ylabel("first token")
     axes.set_xlabel(LAYER_LABEL)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(plain(f"{result.run.model}, T = {result.t}"), loc="left")
+    axes.set_title(plain(f"{result.run.subject}, T = {result.t}"), loc="left")
     made.legend(loc="outside lower center", ncols=5)
     mark_me_layer(axes, result.me_layer)
     return made

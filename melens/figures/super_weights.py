@@ -28,7 +28,8 @@ def draw_spikes(result: SuperWeights) -> Figure:
         [h for hs, _ in handles for h in hs], [name for _, names in handles for name in names],
         loc="outside lower center", ncols=3,
     )  # fmt: skip
-    made.suptitle(plain(f"{result.run.model}: weights that spike (layer, row, column)"), fontsize=8)
+    title = f"{result.run.subject}: weights that spike (layer, row, column)"
+    made.suptitle(plain(title), fontsize=8)
     return made
 
 

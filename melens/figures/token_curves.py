@@ -83,7 +83,7 @@ def draw_dimensions(result: TokenPortrait) -> Figure:
 
 def nothing(made: Figure, result: TokenPortrait) -> Figure:
     """A figure that says that there is no massive token."""
-    made.text(0.5, 0.5, f"{plain(result.run.model)}: no massive token", ha="center")
+    made.text(0.5, 0.5, f"{plain(result.run.subject)}: no massive token", ha="center")
     return made
 
 
@@ -94,4 +94,4 @@ def gaps(curve: tuple[float | None, ...]) -> list[float]:
 
 def _title(result: TokenPortrait) -> str:
     first = result.massive[0]
-    return plain(f"{result.run.model}: token {first.token!r} at position {first.position}")
+    return plain(f"{result.run.subject}: token {first.token!r} at position {first.position}")

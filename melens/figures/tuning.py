@@ -28,7 +28,7 @@ def draw_tuning(result: Tuning) -> Figure:
     _held_out(held, result)
     made.legend(handles=_legend(result), loc="outside lower center", ncols=4)
     made.suptitle(
-        plain(f"{result.run.model}: {len(result.trials)} settings of the mask, {result.metric}"),
+        plain(f"{result.run.subject}: {len(result.trials)} settings of the mask, {result.metric}"),
         fontsize=8,
     )
     return made

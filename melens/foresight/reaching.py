@@ -13,9 +13,11 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import stream
+from melens.chat import chat_start, has_template
 from melens.errors import PromptError, ResultError, SiteError
 from melens.foresight.files import read_folder
 from melens.formatting import brief
+from melens.framing import frame_of, known_ids
 from melens.models.anatomy import anatomy, resid_post
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
@@ -86,12 +88,14 @@ def reach(
     if scan is not None:
         _require_same(model, files, scan)
     until = _until(model, scan, until)
-    chosen = _choose(model, tokens, SAMPLE * (tokens is None) if sample is None else sample, seed)
+    chosen, lacking = _choose(
+        model, tokens, SAMPLE * (tokens is None) if sample is None else sample, seed
+    )
     ceilings = {row.layer: row for row in scan.profile} if scan is not None else {}
     outputs, writes = _run(model, list(chosen), until, ceilings)
     values, dims = (torch.stack(part) for part in zip(*outputs, strict=True))
     settings: dict[str, Any] = {
-        "tokens": len(chosen), "until": until, "scan": scan is not None, "files": files,
+        "tokens": len(chosen), "until": until, "scan": scan is not None, "files": files, **lacking,
     }  # fmt: skip
     return Reach(
         n_layers=model.cfg.n_layers,
@@ -174,42 +178,43 @@ def _until(model: Any, scan: WeightScan | None, until: int | None) -> int:
     return wanted
 
 
-def _choose(model: Any, tokens: Sequence[int] | None, sample: int, seed: int) -> dict[int, Why]:
-    """Token ids in order, each once, with the reason for it."""
+def _choose(
+    model: Any, tokens: Sequence[int] | None, sample: int, seed: int
+) -> tuple[dict[int, Why], dict[str, str]]:
+    """Token ids in order, each once, with the reason for it; and what could not be tried."""
     found: dict[int, Why] = {}
+    lacking: dict[str, str] = {}
     for token in tokens or ():
         found[token] = "given"
     if tokens is None and (start := _bos(model)) is not None:
         found[start] = "bos"
-    if tokens is None and (start := _chat_start(model)) is not None:
-        found.setdefault(start, "chat")
+    if tokens is None and has_template(tokenizer := getattr(model, "tokenizer", None)):
+        try:
+            start = chat_start(tokenizer)
+        except PromptError as error:  # nobody asked for a chat: the other tokens are tried
+            lacking["chat_start"] = str(error)
+        else:
+            found |= {} if start is None or start in found else {start: "chat"}
     size = model.cfg.d_vocab
     if too_high := [token for token in found if token >= size]:
         raise PromptError(f"token {too_high[0]} is outside the vocabulary, 0 to {size - 1}.")
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    for token in [token for token in order if token not in found][:sample]:
+    known = known_ids(getattr(model, "tokenizer", None), size)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
+    for token in [known[i] for i in order if known[i] not in found][:sample]:
         found[token] = "sample"
     if not found:
         raise PromptError("this model has no BOS token or chat template; give token ids.")
-    return found
+    return found, lacking
 
 
 def _bos(model: Any) -> int | None:
+    """BOS, or what the tokenizer puts first in its place."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is not None:
-        return tokenizer.bos_token_id
+        start, prefix = tokenizer.bos_token_id, frame_of(tokenizer).prefix
+        return prefix[0] if start is None and prefix else start
     config = getattr(getattr(model, "original_model", None), "config", None)
     return getattr(config, "bos_token_id", None)
-
-
-def _chat_start(model: Any) -> int | None:
-    tokenizer: Any = getattr(model, "tokenizer", None)
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    made = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer(made, add_special_tokens=False, verbose=False)["input_ids"][0]
 
 
 def _run(

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
+from melens.chat import chat_ids, has_template
 from melens.emergence.criteria import first_over
 from melens.emergence.support import massive_alone
 from melens.emergence.thresholds import FIRST_SHARE
 from melens.emergence.trajectory import Path
+from melens.errors import PromptError
+from melens.framing import Frame, frame_of, known_ids
 from melens.inputs import Inputs
 from melens.results import MELayer
 from melens.results.describe import Condition, FirstTokenRow, Start
@@ -28,41 +30,54 @@ TEXT_STARTS = 64
 WILSON_Z = 1.96
 
 
-def choose_starts(inputs: Inputs, *, count: int, seed: int) -> dict[int, tuple[Start, ...]]:
-    """Token ids to try alone, each with everything it stands for."""
+def choose_starts(
+    inputs: Inputs, *, count: int, seed: int
+) -> tuple[dict[int, tuple[Start, ...]], tuple[str, ...]]:
+    """Token ids to try alone, each with everything it stands for; and what could not be tried."""
     tokenizer = getattr(inputs.model, "tokenizer", None)
+    frame = Frame() if tokenizer is None else frame_of(tokenizer)
     bos = getattr(tokenizer, "bos_token_id", None)
-    texts = dict.fromkeys(row[1] if row[0] == bos else row[0] for row in inputs.rows)
+    bos = frame.prefix[0] if bos is None and frame.prefix else bos
+    head = frame.prefix or (() if bos is None else (bos,))
+    texts = dict.fromkeys(_own_first(row, head) for row in inputs.rows)
+    chat, missing = _chat_start(tokenizer)
     found: dict[Start, list[int]] = {
         "bos": [bos] if bos is not None else [],
-        "chat": _chat_start(tokenizer),
+        "chat": chat,
         "text": list(texts)[:TEXT_STARTS],
         "vocabulary": sample_vocabulary(inputs.model, count=count, seed=seed),
     }
     ids = dict.fromkeys(token for tokens in found.values() for token in tokens)
-    return {
+    sources = {
         token: tuple(start for start, tokens in found.items() if token in tokens) for token in ids
     }
+    return sources, missing
+
+
+def _own_first(row: Sequence[int], head: Sequence[int]) -> int:
+    """A text's own first token: what stands before it is the tokenizer's."""
+    own = len(head) if list(row[: len(head)]) == list(head) else int(row[0] in head[:1])
+    return row[own] if own < len(row) else row[0]
 
 
 def sample_vocabulary(model: Any, *, count: int, seed: int) -> list[int]:
-    """Distinct ids drawn evenly from the vocabulary, special tokens left out."""
+    """Distinct ids drawn evenly from those that stand for a token, special ones left out."""
     tokenizer = getattr(model, "tokenizer", None)
-    size = min(model.cfg.d_vocab, len(tokenizer)) if tokenizer else model.cfg.d_vocab
+    known = known_ids(tokenizer, model.cfg.d_vocab)
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [token for token in order if token not in special][:count]
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [known[i] for i in order if known[i] not in special][:count]
 
 
-def _chat_start(tokenizer: Any) -> list[int]:
-    """The first token that the chat template puts; empty without a template that takes one text."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
+def _chat_start(tokenizer: Any) -> tuple[list[int], tuple[str, ...]]:
+    """The first token that the chat template puts, if there is one; or why that is not known."""
+    if not has_template(tokenizer):
+        return [], ()
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    except (TemplateError, ValueError, TypeError):  # a template may want roles of its own
-        return []
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:1]
+        (ids,) = chat_ids(tokenizer, ["Hi"])
+    except PromptError as error:  # what is measured without a chat stands all the same
+        return [], (f"the first token of a chat: {error}",)
+    return ids[:1], ()
 
 
 def first_token_row(

@@ -87,7 +87,7 @@ def portray(
 ) -> TokenPortrait:
     """:func:`describe` over inputs that were taken in already."""
     found = located.me_layer
-    starts = choose_starts(inputs, count=first_tokens, seed=seed)
+    starts, untried = choose_starts(inputs, count=first_tokens, seed=seed)
     rigidity = Rigidity(found.n_layers, found.peak_layer or 0)
     chosen = _primary_prefixes(inputs, located)
     primary: Observation | None = None
@@ -112,7 +112,7 @@ def portray(
         inputs=rigidity.count,
         conditions=conditions(rows),
         first_tokens=tuple(rows),
-        missing=_missing(inputs),
+        missing=(*_missing(inputs), *untried),
         run=inputs.run_info(seed=seed, first_tokens=first_tokens),
         **_portrait(inputs, found, primary, rigidity),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from melens.errors import ModelError, WeightsError
+from melens.framing import frame_of
 from melens.models.own import OwnAnswer, failing, force_eager, own_answer
 
 PARALLEL = ("DataParallel", "DistributedDataParallel")
@@ -114,8 +115,9 @@ def bridge_module(hf: Any, tokenizer: Any, *, name: str) -> Any:
 def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
     """The tokenizer as it is: TransformerLens' own set-up would switch BOS on."""
     bridge.tokenizer = tokenizer
-    probe = tokenizer("a", verbose=False)["input_ids"]
-    bridge.cfg.tokenizer_prepends_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
+    start = tokenizer.bos_token_id
+    prefix = frame_of(tokenizer).prefix
+    bridge.cfg.tokenizer_prepends_bos = start is not None and prefix[:1] == (start,)
 
 
 def require_tokenizer(tokenizer: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from melens.errors import MetricError, ModelError
+from melens.framing import plain_ids
 from melens.models.anatomy import anatomy
 from melens.patching.readouts import (
     CoordinateReadout,
@@ -255,7 +256,7 @@ def _token_id(model: Any, token: Token, name: str) -> int:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise MetricError(f"this model has no tokenizer for {name}={token!r}; give a token id.")
-    ids = tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = plain_ids(tokenizer, token)
     if len(ids) != 1:
         parts = [tokenizer.decode([i]) for i in ids]
         raise MetricError(

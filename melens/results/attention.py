@@ -107,6 +107,6 @@ class AttentionMaps(Result):
         heads = "1 head" if len(self.heads) == 1 else f"{len(self.heads)} heads"
         of = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
         return (
-            f"{self.run.model}: {heads} of {of} (counted from 0) over {len(self.tokens)} tokens; "
+            f"{self.run.subject}: {heads} of {of} (counted from 0) over {len(self.tokens)} tokens; "
             f"ME Layer {'none' if self.me_layer is None else self.me_layer}"
         )

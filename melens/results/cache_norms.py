@@ -62,11 +62,11 @@ class CacheNorms(Result):
     def summary(self) -> str:
         """One plain sentence; layers count from 0."""
         if self.worst is None:
-            return f"{self.run.model}: no massive token's keys or values to compare."
+            return f"{self.run.subject}: no massive token's keys or values to compare."
         row = self.rows_[self.worst]
         what = "value" if row.site == "v" else "key"
         return (
-            f"{self.run.model}: the massive token's {what} stands out most at layer {row.layer}, "
+            f"{self.run.subject}: the massive token's {what} stands out most at layer {row.layer}, "
             f"head {row.head} (counted from 0): largest |entry| {row.token:.3g} against "
             f"{row.others:.3g}, {row.ratio:.3g} times."
         )

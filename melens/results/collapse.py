@@ -96,7 +96,9 @@ class Collapse(Result):
 
     def summary(self) -> str:
         """One plain sentence about effective rank around the ME Layer, uncentred."""
-        name = f"{self.run.model}: effective rank exp(H(s / sum s)), uncentred, averaged over heads"
+        name = (
+            f"{self.run.subject}: effective rank exp(H(s / sum s)), uncentred, averaged over heads"
+        )
         if self.me_layer is None:
             return f"{name}; no massive token, so nothing to leave out."
         after = max(self.me_layer, 0)

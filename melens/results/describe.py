@@ -181,11 +181,11 @@ class TokenPortrait(Result):
             for row in tried
         )
         if not self.massive or self.energy is None:
-            return f"{self.run.model}: no massive token to describe{sample}."
+            return f"{self.run.subject}: no massive token to describe{sample}."
         first = self.massive[0]
         rigid = self._rigid()
         return (
-            f"{self.run.model}: token {first.token!r} at position {first.position}, dimension "
+            f"{self.run.subject}: token {first.token!r} at position {first.position}, dimension "
             f"{first.dim} reaches {first.value:,.0f}; {100 * self.energy['1']:.1f} % of its energy "
             f"at layer {self.peak_layer} (counted from 0) is in one coordinate; {rigid}{sample}."
         )

@@ -29,6 +29,15 @@ class SideInfo(Part):
     """Short hash of the weights."""
     ids: str | int | bool | None
     """Hash of the token ids that it was measured on."""
+    bos_first: bool | None = None
+    """Whether these begin with BOS; None where some do, or where it is not known."""
+
+    @property
+    def subject(self) -> str:
+        """Its name, and how its texts began."""
+        if self.bos_first is None:
+            return self.name
+        return f"{self.name} (with{'out' * (not self.bos_first)} BOS)"
 
 
 class Change(Part):
@@ -108,7 +117,7 @@ class Difference(Result):
 
     def summary(self) -> str:
         """One plain sentence; layers count from 0 at the block output."""
-        names = f"{self.a.name} against {self.b.name}"
+        names = f"{self.a.subject} against {self.b.subject}"
         rest = [row.what for row in self.changed() if row.what not in ("ME Layer", "verdict")]
         text = f"{names}: {self._layers()}"
         if rest:

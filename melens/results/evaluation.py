@@ -162,8 +162,8 @@ class Evaluation(Result):
         """Plain sentences; says when the edit does not help, and what the controls do."""
         unit = f" {self.unit}"
         text = (
-            f"{self.run.model}, {self.task}, {self.n} items: {self.base.value:.4g}{unit} without, "
-            f"{self.edited.value:.4g} with {self.edit.label}"
+            f"{self.run.subject}, {self.task}, {self.n} items: "
+            f"{self.base.value:.4g}{unit} without, {self.edited.value:.4g} with {self.edit.label}"
         )
         if self.edited.energy is not None:
             text += f" ({self.edited.energy:.0%} of the token's energy masked)"

@@ -81,7 +81,7 @@ class EditFile(Result):
 
     def summary(self) -> str:
         """One plain sentence."""
-        start = f"{self.run.model} with the edit {self.edit.label}"
+        start = f"{self.run.subject} with the edit {self.edit.label}"
         if self.prefix is None:
             return f"{start}, to be applied again by melens.load."
         return (

@@ -305,7 +305,7 @@ class Isolation(Result):
     def summary(self) -> str:
         """One plain sentence; layers count from 0."""
         text = (
-            f"{self.run.model}: of the massive coordinate {self.coordinate:,.0f} (dimension "
+            f"{self.run.subject}: of the massive coordinate {self.coordinate:,.0f} (dimension "
             f"{self.dim}), "
         )
         text += "; ".join(self._at(edited) for edited in self.edited)

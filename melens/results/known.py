@@ -40,6 +40,8 @@ class KnownCheck(Result):
     source: str | None
     meant: str | None = None
     """A name on record that is close to one that is not."""
+    bos_first: bool | None = None
+    """Whether the texts that it was located on begin with BOS, where that is known."""
     convention: str = CONVENTION
 
     def rows(self) -> list[dict[str, Any]]:
@@ -53,4 +55,5 @@ class KnownCheck(Result):
             return f"{self.model}: unknown, nothing published is on record for this name.{hint}"
         bad = [row.what for row in self.comparisons if row.verdict == "mismatch"]
         detail = f" in {', '.join(bad)}" if bad else ""
-        return f"{self.model}: {self.verdict}{detail} (source: {self.source})."
+        start = "" if self.bos_first is None else f" (with{'out' * (not self.bos_first)} BOS)"
+        return f"{self.model}{start}: {self.verdict}{detail} (source: {self.source})."

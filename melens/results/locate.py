@@ -243,9 +243,9 @@ class MELayer(Result):
     def summary(self) -> str:
         """One plain sentence; layers count from 0 at the block output."""
         if self.verdict == "none":
-            return f"{self.run.model}: {self._without()}{self.near_miss} ({self._sureness()})."
+            return f"{self.run.subject}: {self._without()}{self.near_miss} ({self._sureness()})."
         first = self.massive[0]
-        text = f"{self.run.model}: {self.verdict} emergence"
+        text = f"{self.run.subject}: {self.verdict} emergence"
         if self.verdict in ("gradual", "multi-step"):
             text += f" over layers {self.cumulative.p10} to {self.cumulative.p90} (10 to 90 %), "
             text += f"main step at layer {self.main_layer}"
@@ -256,7 +256,18 @@ class MELayer(Result):
         )
         if self.erase_layer is not None:
             text += f"; erase layer {self.erase_layer}"
+        text += self._of_texts()
         return f"{text} ({self._sureness()})."
+
+    def _of_texts(self) -> str:
+        """How many texts this is said of, where it is not all of them."""
+        found, of = self.stability.sequences_massive, self.stability.sequences
+        said = ""
+        if self.run.settings.get("bos") is True and not any(t.position == 0 for t in self.massive):
+            said = "; the BOS that you forced is not massive here"
+        if found < of:
+            said += f"; {found} of {of} texts {'has' if found == 1 else 'have'} a massive token"
+        return said
 
     def _origin(self) -> str:
         if self.writer is None:

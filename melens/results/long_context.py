@@ -175,7 +175,7 @@ class LongContext(Result):
         lengths = f"{min(self.lengths)}" + f"-{max(self.lengths)}" * (len(self.lengths) > 1)
         before, after = self.base.overall, self.edited.overall
         text = (
-            f"{self.run.model}, {self.task}, {self.n} items of {lengths} tokens: "
+            f"{self.run.subject}, {self.task}, {self.n} items of {lengths} tokens: "
             f"{before.found.value:.1%} found without, {after.found.value:.1%} with "
             f"{self.edit.label}"
         )

@@ -116,7 +116,7 @@ class PatchGrid(Result):
         """One plain sentence."""
         top = self.strongest()[0]
         if abs(top["change"]) <= NOTHING * max(1.0, abs(self.baseline)):
-            return f"{self.run.model}, {self.mode}: no patched run changes {self.metric}."
+            return f"{self.run.subject}, {self.mode}: no patched run changes {self.metric}."
         place = f"{top['site']} at layer {top['layer']}"
         if top["position"] is not None:
             place += f", position {top['position']} ({top['token']!r})"
@@ -124,7 +124,7 @@ class PatchGrid(Result):
             place += f", head {top['head']}"
         ends = f"clean {self.clean:.4g}"
         ends += "" if self.corrupted is None else f", corrupted {self.corrupted:.4g}"
-        text = f"{self.run.model}, {self.mode}: {self.metric} ({ends}) changes most at {place}"
+        text = f"{self.run.subject}, {self.mode}: {self.metric} ({ends}) changes most at {place}"
         text += f" (layers count from 0): {top['value']:.4g}"
         return text + (f", effect {top['effect']:.2f}." if top["effect"] is not None else ".")
 

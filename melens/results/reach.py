@@ -88,8 +88,8 @@ class Reach(Result):
         """Plain sentences; layers count from 0 at the block output."""
         far = max(self.tokens, key=lambda token: abs(token.value))
         text = (
-            f"{self.run.model}: of {len(self.tokens)} first tokens {far.token!r} goes farthest, to "
-            f"{far.value:,.0f} in dimension {far.dim} at layer {far.layer} of {self.n_layers} "
+            f"{self.run.subject}: of {len(self.tokens)} first tokens {far.token!r} goes farthest, "
+            f"to {far.value:,.0f} in dimension {far.dim} at layer {far.layer} of {self.n_layers} "
             "(counted from 0, at the block output)"
         )
         if self.until < self.n_layers - 1:

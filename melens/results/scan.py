@@ -152,10 +152,10 @@ class WeightScan(Result):
         ends = " Nothing was run: a ceiling says what can happen, not what does."
         if self.me_layer is None:
             if not any(row.covered for row in self.profile):
-                return f"{self.run.model}: nothing is said, {self.profile[0].reason}."
-            return f"{self.run.model}: the weights foretell no ME Layer.{ends}"
+                return f"{self.run.subject}: nothing is said, {self.profile[0].reason}."
+            return f"{self.run.subject}: the weights foretell no ME Layer.{ends}"
         text = (
-            f"{self.run.model}: the weights foretell ME Layer {self.me_layer} of "
+            f"{self.run.subject}: the weights foretell ME Layer {self.me_layer} of "
             f"0..{self.n_layers - 1}, dim {', '.join(map(str, self.dims))}"
         )
         if self.erase_layer is not None:

@@ -144,7 +144,7 @@ class Sinks(Result):
     def summary(self) -> str:
         """One plain sentence; layers count from 0."""
         rates = ", ".join(f"{value:.2f} at eps {eps}" for eps, value in self.overall.items())
-        text = f"{self.run.model}: Sink^eps (Gu et al., T = {self.t}) of the first token {rates}"
+        text = f"{self.run.subject}: Sink^eps (Gu et al., T = {self.t}) of the first token {rates}"
         if self.uniform > min(map(float, self.overall)):
             text += f" (short texts: uniform attention alone gives {self.uniform:.2f})"
         which = "the first token" if self.onset_of == "first" else "other massive tokens"

@@ -214,11 +214,11 @@ class SuperWeights(Result):
     def summary(self) -> str:
         """Plain sentences; layers count from 0."""
         if self.together is None or self.control is None:
-            return f"{self.run.model}: no super weight ({self.rule}).{self._held()}"
+            return f"{self.run.subject}: no super weight ({self.rule}).{self._held()}"
         worst = max(self.super_weights, key=lambda weight: weight.loss_delta)
         n = len(self.super_weights)
         text = (
-            f"{self.run.model}: {self._counted()} "
+            f"{self.run.subject}: {self._counted()} "
             f"({'no spike left' if self.stopped != 'most' else 'stopped at the most asked for'}, "
             f"pass {self.passes}). Mean loss {self.base_loss:.3f} nats a token; removing the "
             f"costliest, layer {worst.layer} row {worst.row} column {worst.column}, changes it by "

@@ -183,10 +183,11 @@ class Tuning(Result):
     def summary(self) -> str:
         """Plain sentences; layers count from 0."""
         better = "higher" if self.higher_is_better else "lower"
+        most = max(trial.items for trial in self.trials)
         text = (
-            f"{self.run.model}, {self.metric} ({self.unit}, {better} is better): {len(self.trials)}"
-            f" of {self.in_space} settings tried on up to {max(t.items for t in self.trials)} "
-            f"development items, {self.budget.used} evaluations. {self.verdict()}"
+            f"{self.run.subject}, {self.metric} ({self.unit}, {better} is better): "
+            f"{len(self.trials)} of {self.in_space} settings tried on up to {most} development "
+            f"items, {self.budget.used} evaluations. {self.verdict()}"
         )
         controls = [
             f"{row.edit.label} {_within(row.delta, row.interval)}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from melens.evaluation.conditions import Condition, Plan, conditions
 from melens.evaluation.forced import Forced
+from melens.framing import bos_first
 from melens.inputs import Inputs
 from melens.item_rows import Rows
 from melens.metrics.paired import Estimate, paired_difference
@@ -151,11 +152,10 @@ def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
 
 
 def _about(model: Any, items: Sequence[Forced]) -> dict[str, Any]:
-    start = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
     return {
         "sequences": len(items), "tokens": sum(len(item.ids) for item in items),
         "length": max(len(item.ids) for item in items),
-        "bos_first": start is not None and all(item.ids[0] == start for item in items),
+        "bos_first": bos_first(getattr(model, "tokenizer", None), [item.ids for item in items]),
     }  # fmt: skip
 
 

@@ -10,11 +10,22 @@ from typing import Any
 
 import torch
 
-from melens.batches import Prompts, prompts
+from melens.batches import Batch, Prompts, prompts
+from melens.capture import pad_id_of
 from melens.errors import MetricError, PromptError
 from melens.evaluation.forced import Forced, Foreseen
-from melens.evaluation.tasks import FORCED_TASKS, PLAIN_TEXTS, Source, alike, token_loss
+from melens.evaluation.tasks import (
+    FORCED_TASKS,
+    LIKELIHOOD_FILES,
+    PLAIN_TEXTS,
+    Source,
+    alike,
+    read_jsonl,
+    token_loss,
+)
 from melens.formatting import brief
+from melens.framing import head_size, require_known
+from melens.inputs import Ids, rows_of
 
 LOSS = ("loss", "perplexity")
 ITEMS = 64
@@ -22,8 +33,10 @@ ITEMS = 64
 LEAST_DEVELOPMENT = 10
 LEAST_HELD_OUT = 20
 """Below it the corrected percentile intervals are too narrow for the rate that is promised."""
+LEAST_CONTEXT, MOST_HEAD = 16, 8
+"""Where no length is given, and before every piece: bounds on how many pieces a text can make."""
 Score = Callable[[Forced, Foreseen], tuple[float, float]]
-Texts = Prompts | Source | str | Path | Sequence[str] | Sequence[Forced] | None
+Texts = Prompts | Source | str | Path | Sequence[str] | Sequence[Forced] | Ids | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ def items_of(model: Any, texts: Texts, metric: Any) -> tuple[Objective, tuple[Fo
     if len({item.id for item in made}) != len(made):
         raise PromptError("two items have the same id; each needs its own.")
     limit = getattr(model.cfg, "n_ctx", None)
+    require_known([item.ids for item in made], model.cfg.d_vocab)
     if limit and (long := [item for item in made if len(item.ids) > limit]):
         raise PromptError(
             f"item {long[0].id} has {len(long[0].ids)} tokens; the model's context is {limit}."
@@ -125,19 +139,69 @@ def _source(texts: Any, metric: str) -> Source:
     return replace(texts, n=texts.n or ITEMS)
 
 
-def _pieces(model: Any, texts: Any) -> tuple[Forced, ...]:
-    """Texts cut into items whose every token but the first counts."""
+def check_enough(texts: Texts, metric: Any, share: float) -> None:
+    """Refuse, before a model is loaded, what can never make items enough.
+
+    How many there are is known of items, rows of ids and files of questions; of texts only how many
+    there are at most: a token is at least a byte.
+
+    Raises:  PromptError: too few items, or nothing to make any of.
+    """
+    if _forced(texts):
+        most = len(texts)  # type: ignore[arg-type]
+    elif (ready := Batch.read(texts)) is not None:
+        most = len(ready)
+    elif isinstance(metric, str) and metric in LIKELIHOOD_FILES:
+        most = len(read_jsonl(_source(texts, metric), *LIKELIHOOD_FILES[metric]))
+    elif isinstance(metric, str) and metric not in LOSS:  # a task of somebody's own
+        most = _source(texts, metric).n or ITEMS
+    else:
+        cut = _cut_texts(texts)
+        step = max(1, (cut.length or LEAST_CONTEXT) - MOST_HEAD)
+        most = sum(len(text.encode("utf-8", "replace")) // step + 1 for text in cut.texts)
+        most = min(most, cut.n or most)
+    _require_enough(most, share)
+
+
+def _require_enough(count: int, share: float) -> int:
+    """How many items are held out."""
+    if not 0 < share < 1:
+        raise PromptError(f"the held-out share must be between 0 and 1, got {brief(share, 40)}.")
+    held = round(count * share)
+    if held < LEAST_HELD_OUT or count - held < LEAST_DEVELOPMENT:
+        raise PromptError(
+            f"{count} different items make {count - held} to search on and {held} to "
+            f"confirm on; it takes at least {LEAST_DEVELOPMENT} and {LEAST_HELD_OUT}. Give more or "
+            "longer texts, or cut them shorter."
+        )
+    return held
+
+
+def _cut_texts(texts: Any) -> Prompts:
+    """Texts as they will be cut."""
     if isinstance(texts, Source):
         data = "bundled" if texts.data is None else texts.data
-        texts = prompts(data, n=texts.n or ITEMS, length=texts.length, bos=texts.bos)
-    elif not isinstance(texts, Prompts):
-        texts = prompts("bundled" if texts is None else texts, n=ITEMS)
+        return prompts(data, n=texts.n or ITEMS, length=texts.length, bos=texts.bos)
+    if isinstance(texts, Prompts):
+        return texts
+    return prompts("bundled" if texts is None else texts, n=ITEMS)
+
+
+def _pieces(model: Any, texts: Any) -> tuple[Forced, ...]:
+    """Texts cut into items whose every token but the first counts."""
+    if (ready := Batch.read(texts, pad_id=pad_id_of(model))) is not None:
+        rows = rows_of([ready])
+        return tuple(_item(model, i, row, 1) for i, row in enumerate(rows))
+    texts = _cut_texts(texts)
     rows = texts.token_rows(model.tokenizer, max_length=getattr(model.cfg, "n_ctx", None))
-    return tuple(
-        Forced(str(i), tuple(row), (False, *[True] * (len(row) - 1)),
-               {"text": model.tokenizer.decode(row)})
-        for i, row in enumerate(rows)
-    )  # fmt: skip
+    head = 1 if texts.chat else max(1, head_size(model.tokenizer, bos=texts.bos))
+    return tuple(_item(model, i, row, head) for i, row in enumerate(rows))
+
+
+def _item(model: Any, number: int, row: Sequence[int], head: int) -> Forced:
+    """One row whose tokens from ``head`` on count."""
+    scored = tuple(at >= head for at in range(len(row)))
+    return Forced(str(number), tuple(row), scored, {"text": model.tokenizer.decode(row)})
 
 
 @dataclass(frozen=True)
@@ -156,18 +220,10 @@ def split(items: Sequence[Forced], *, share: float, seed: int) -> Halves:
 
     Raises:  PromptError: too few items for either side.
     """
-    if not 0 < share < 1:
-        raise PromptError(f"the held-out share must be between 0 and 1, got {brief(share, 40)}.")
     first = {item.ids: item for item in reversed(items)}
     unique = [item for item in items if first[item.ids] is item]
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = round(len(unique) * share)
-    if held < LEAST_HELD_OUT or len(unique) - held < LEAST_DEVELOPMENT:
-        raise PromptError(
-            f"{len(unique)} different items make {len(unique) - held} to search on and {held} to "
-            f"confirm on; it takes at least {LEAST_DEVELOPMENT} and {LEAST_HELD_OUT}. Give more or "
-            "longer texts, or cut them shorter."
-        )
+    held = _require_enough(len(unique), share)
     return Halves(
         development=tuple(unique[i] for i in order[held:]),
         held_out=tuple(unique[i] for i in order[:held]),

@@ -27,7 +27,16 @@ from melens.models.origin import fingerprint
 from melens.results import MELayer
 from melens.results.tune import Tuning
 from melens.tuning.assemble import Found, Ledger, assembled, made_controls
-from melens.tuning.items import Halves, Objective, Texts, alike_items, items_of, objective_of, split
+from melens.tuning.items import (
+    Halves,
+    Objective,
+    Texts,
+    alike_items,
+    check_enough,
+    items_of,
+    objective_of,
+    split,
+)
 from melens.tuning.space import (
     CONTROLS,
     DEFAULT_EVALUATIONS,
@@ -120,6 +129,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     budget = Budget(DEFAULT_EVALUATIONS) if budget is None else budget
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     _check_resumable(metric, settings)
+    check_enough(texts, metric, settings.held_out)
     bridge = adopt(model)
     check_unedited(bridge)
     if me_layer is not None:

@@ -1,0 +1,121 @@
+"""Texts through a model's own chat template, which is a program: rendered apart, under limits."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from melens.errors import PromptError
+
+CHILD = Path(__file__).with_name("chat_child.py")
+SECONDS = 10
+"""Wall time of one rendering of any number of texts; a template takes about a millisecond."""
+MEGABYTES = 512
+CHARACTERS = 64_000_000
+"""Most that all texts of one call may become."""
+Message = Mapping[str, Any]
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether there is a chat template at all; it is not looked at."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def template_of(tokenizer: Any) -> str:
+    """The template that plain chats are put in: the only one, or the one named ``default``.
+
+    Raises:  PromptError: there is none, or there are several and none is the default.
+    """
+    found = getattr(tokenizer, "chat_template", None)
+    if isinstance(found, Mapping):
+        if "default" not in found:
+            raise PromptError(
+                f"this tokenizer has chat templates named {', '.join(sorted(map(str, found)))}, "
+                "and none named default; set tokenizer.chat_template, or drop the chat option."
+            )
+        found = found["default"]
+    if not found:
+        raise PromptError("this tokenizer has no chat template; drop the chat option.")
+    if not isinstance(found, str):
+        raise PromptError(
+            f"the chat template is a {type(found).__name__}, not text; drop the chat option."
+        )
+    return found
+
+
+def chat_texts(tokenizer: Any, contents: Sequence[str]) -> tuple[str, ...]:
+    """Each text as a user's message in the chat template, the answer begun.
+
+    Raises:  PromptError: as :func:`render`.
+    """
+    return render(tokenizer, [[{"role": "user", "content": text}] for text in contents])
+
+
+def chat_ids(tokenizer: Any, contents: Sequence[str]) -> list[list[int]]:
+    """Token ids of :func:`chat_texts`; the template alone says what stands around a text."""
+    made = chat_texts(tokenizer, contents)
+    return [list(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]) for t in made]
+
+
+def chat_start(tokenizer: Any) -> int | None:
+    """The first token that the template puts whatever is said; None where it differs.
+
+    Raises:  PromptError: as :func:`render`.
+    """
+    firsts = {ids[0] if ids else None for ids in chat_ids(tokenizer, ("a", "Hello there"))}
+    return firsts.pop() if len(firsts) == 1 else None
+
+
+def render(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], *, begin_answer: bool = True
+) -> tuple[str, ...]:
+    """Conversations in the tokenizer's chat template, all by one child process.
+
+    Equal to ``tokenizer.apply_chat_template(..., tokenize=False)``, but a template that loops,
+    fills the memory or fails ends as one error.
+
+    Raises:  PromptError: no template, or why it could not be rendered.
+    """
+    variables = {
+        **getattr(tokenizer, "special_tokens_map", {}), "tools": None, "documents": None,
+        "add_generation_prompt": begin_answer,
+    }  # fmt: skip
+    job = {
+        "template": template_of(tokenizer), "variables": variables,
+        "conversations": [[dict(message) for message in chat] for chat in conversations],
+        "seconds": SECONDS, "megabytes": MEGABYTES, "characters": CHARACTERS,
+    }  # fmt: skip
+    texts, error = _rendered(json.dumps(job))
+    if error is not None:
+        said = " ".join(error.split())
+        said = said if len(said) <= 200 else f"{said[:200]}..."
+        raise PromptError(
+            f"the model's chat template cannot be used ({said}); give texts without the chat "
+            "option, or mend the template."
+        )
+    return texts
+
+
+@functools.lru_cache(maxsize=32)
+def _rendered(job: str) -> tuple[tuple[str, ...], str | None]:
+    """Texts, and what went wrong; kept, so that a template that hangs costs its limit once."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(CHILD)], input=job.encode(), capture_output=True,
+            timeout=SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return (), f"it was not done within {SECONDS} seconds"
+    except OSError as error:
+        return (), f"no process can be started for it: {error.strerror or error}"
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:  # killed by the system, or not even started
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return (), f"its process ended with code {done.returncode}{': ' * bool(last)}{last[:120]}"
+    return tuple(answer.get("texts", ())), answer.get("error")

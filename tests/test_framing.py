@@ -1,0 +1,206 @@
+"""What tokenizers put around a text: known once, the same for every command and export."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tokenizers import processors
+
+from melens import locate
+from melens.batches import Prompts, encode
+from melens.errors import PromptError
+from melens.evaluation.haystack import Haystack, haystacks, plain_texts
+from melens.evaluation.tasks import Source, perplexity
+from melens.exporting.prefix import fixed_first
+from melens.framing import Frame, frame_of, known_ids, prompt_ids, split_text, unknown_rows
+from melens.models import load
+
+TEXT, BODY = "w5 w6 w7", [5, 6, 7]
+FRAMES = {
+    "none": ([], []),
+    "BOS": ([1], []),
+    "BOS and EOS": ([1], [2]),
+    "EOS": ([], [2]),
+    "[CLS] and [SEP]": ([60], [61]),
+    "two in front": ([1, 62], [2]),
+}
+
+
+def framed(tokenizer, name, *, bos=True):
+    """A tokenizer whose post-processor adds special tokens around every text."""
+    prefix, suffix = FRAMES[name]
+    made = copy.deepcopy(tokenizer)
+    named = {i: made.convert_ids_to_tokens(i) for i in (*prefix, *suffix)}
+    made.add_special_tokens({"additional_special_tokens": ["w60", "w61", "w62"]})
+    pattern = [*(named[i] for i in prefix), "$A", *(named[i] for i in suffix)]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=pattern, pair=[*pattern, "$B"], special_tokens=[(t, i) for i, t in named.items()]
+    )
+    if name.startswith("[CLS]"):
+        made.bos_token = None
+    assert made(TEXT)["input_ids"] == [*prefix, *BODY, *suffix]
+    return made
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_is_found_and_its_end_left_out(tokenizer, name):
+    made, (prefix, suffix) = framed(tokenizer, name), FRAMES[name]
+    assert frame_of(made) == Frame(tuple(prefix), tuple(suffix))
+    assert encode(made, TEXT, bos=None) == [*prefix, *BODY]
+    assert encode(made, TEXT, bos=False) == BODY
+    if made.bos_token_id is None:
+        with pytest.raises(PromptError, match="no BOS token"):
+            encode(made, TEXT, bos=True)
+    else:
+        forced = prefix if prefix[:1] == [1] else [1, *prefix]
+        assert encode(made, TEXT, bos=True) == [*forced, *BODY]
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_every_piece_of_a_long_text_begins_alike(tokenizer, name):
+    made, (prefix, _) = framed(tokenizer, name), FRAMES[name]
+    text = " ".join(f"w{i}" for i in range(5, 35))
+    rows = Prompts((text,), length=10).token_rows(made)
+    assert all(row[: len(prefix)] == prefix for row in rows)
+    assert [token for row in rows for token in row[len(prefix) :]][:20] == list(range(5, 25))
+    assert not {2, 61} & {row[-1] for row in rows}
+    stretches = plain_texts(made, Haystack(text=text), length=10, n=3, per_bin=2)
+    assert all(list(item.ids[: len(prefix)]) == prefix for item in stretches)
+    items = perplexity_items(made, text, len(prefix))
+    assert all(not any(item.scored[: len(prefix)]) for item in items)
+
+
+def perplexity_items(tokenizer, text, head):
+    from melens.tuning.items import _item
+
+    rows = Prompts((text,), length=10).token_rows(tokenizer)
+
+    class Model:
+        pass
+
+    Model.tokenizer = tokenizer
+    return [_item(Model, i, row, max(1, head)) for i, row in enumerate(rows)]
+
+
+def test_only_the_texts_own_tokens_are_scored(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{i}" for i in range(5, 35)))
+    for name, (prefix, _) in FRAMES.items():
+        task = perplexity(framed(tokenizer, name), Source(path, n=2, length=10))
+        head = max(1, len(prefix))
+        assert all(item.scored == (*[False] * head, *[True] * (10 - head)) for item in task.items)
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_the_token_of_an_export_is_the_first_of_every_text(tokenizer, name):
+    made, (prefix, _) = framed(tokenizer, name), FRAMES[name]
+    if prefix:
+        assert fixed_first(made) == prefix[0]
+    else:
+        with pytest.raises(PromptError, match="no fixed token first"):
+            fixed_first(made)
+
+
+def test_a_bos_that_a_prompt_writes_itself_is_not_doubled(tokenizer):
+    made = framed(tokenizer, "BOS and EOS")
+    assert prompt_ids(made, TEXT) == [1, *BODY]
+    assert prompt_ids(made, f"<s> {TEXT}") == [1, *BODY]
+    assert prompt_ids(made, TEXT, add=False) == BODY
+    plain = framed(tokenizer, "none")
+    assert split_text(plain, f"<s> {TEXT}", bos=None) == ([1], BODY)
+
+
+def test_the_harness_encodes_prompts_open_and_pads_within_the_vocabulary(tokenizer, make_tiny):
+    pytest.importorskip("lm_eval")  # comes with melens[eval]
+    from melens.evaluation.harness_model import Generator
+
+    model = make_tiny("llama")
+    made = framed(tokenizer, "two in front")
+    lm = Generator(model, made, batch_size=2)
+    assert lm.tok_encode(TEXT) == [1, 62, *BODY]
+    ids, mask = lm.tok_batch_encode([TEXT, "w5"])
+    assert ids.tolist() == [[1, 62, *BODY], [0, 0, 1, 62, 5]]
+    assert mask.tolist() == [[1] * 5, [0, 0, 1, 1, 1]]
+    lacking = copy.deepcopy(tokenizer)
+    lacking.add_special_tokens({"pad_token": "[PAD]"})
+    assert lacking.pad_token_id == 64
+    assert Generator(model, lacking, batch_size=2).tokenizer.pad_token_id == 2
+    assert lacking.pad_token_id == 64  # the caller's stays
+
+
+def test_haystacks_begin_as_texts_do(tokenizer):
+    made = framed(tokenizer, "two in front")
+    with pytest.raises(PromptError, match="cannot write the number"):  # no digits in this one
+        haystacks(made, Haystack(lengths=(64,)), context=None)
+    assert encode(made, "w9", bos=None)[:2] == [1, 62]
+
+
+def test_only_ids_that_the_tokenizer_has_are_drawn(make_tiny):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from melens.foresight.reaching import _choose
+    from melens.measure.first_tokens import sample_vocabulary
+
+    small = Tokenizer(models.WordLevel({"<s>": 1, "a": 7, "b": 9, "c": 30}, unk_token="a"))
+    small.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=small, bos_token="<s>")
+    tiny = load(make_tiny("llama"), tokenizer=made)
+    assert known_ids(tiny.tokenizer, 64) == [1, 7, 9, 30]
+    assert known_ids(tiny.tokenizer, 10) == [1, 7, 9]
+    assert set(sample_vocabulary(tiny, count=50, seed=0)) == {7, 9, 30}
+    chosen, _ = _choose(tiny, None, 50, 0)
+    assert set(chosen) == {1, 7, 9, 30}
+    assert known_ids(None, 5) == [0, 1, 2, 3, 4]
+
+
+def test_texts_that_a_tokenizer_cannot_read_are_no_evidence(tiny, tokenizer, capsys):
+    from melens.cli.output import show
+
+    unread, read = "alpha beta gamma delta epsilon", [f"w{i} w7 w8 w9 w10" for i in range(20, 25)]
+    assert unknown_rows([[3, 3], [1, 3, 3], [3, 5], [1]], tokenizer) == [True, True, False, False]
+    none, half, all_of_it = (
+        locate(tiny, texts) for texts in (read[:1], [read[0], unread], [unread, f"{unread} zeta"])
+    )
+    assert none.run.settings.get("unknown_texts") is None
+    assert none.confidence > half.confidence > 0
+    assert all_of_it.confidence == 0
+    assert "1 of 2 texts hold nothing but unknown tokens" in half.summary()
+    show(half, as_json=True)
+    assert "they are no evidence" in capsys.readouterr().err
+
+
+def test_every_sentence_says_how_texts_began(tiny):
+    without = locate(tiny, ["w5 w6 w7 w8"])
+    assert without.summary().startswith(f"{without.run.model} (without BOS): ")
+    assert "(with BOS)" in locate(tiny, [[1, 6, 7, 8]]).summary()
+    assert "(BOS before some texts)" in locate(tiny, [[1, 6, 7, 8], [5, 6, 7, 8]]).summary()
+    title = without.plot().axes[0].get_title("left") or without.plot().axes[0].get_title()
+    assert "(without BOS)" in title
+    older = json.loads(without.to_json())
+    del older["run"]["settings"]["bos_first"]
+    assert type(without).from_json(json.dumps(older)).run.subject == without.run.model
+
+
+def test_a_forced_bos_that_is_not_massive_is_said():
+    from planted import BOS_ID, plant
+
+    made = plant("llama", "single", 0)
+    model = load(made.model)
+    ids = torch.randint(6, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    ids[2, 0] = BOS_ID
+    found = locate(model, ids)
+    assert found.stability.sequences_massive == 1
+    assert "1 of 4 texts has a massive token" in found.summary()
+    assert "forced" not in found.summary()
+    later = ids.clone()
+    later[:, 0] = 3
+    later[2, 5] = BOS_ID
+    found = locate(model, later)
+    settings = {**found.run.settings, "bos": True}
+    forced = found.model_copy(update={"run": found.run.model_copy(update={"settings": settings})})
+    if found.massive:
+        assert "the BOS that you forced is not massive here" in forced.summary()

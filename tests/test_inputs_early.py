@@ -1,0 +1,87 @@
+"""Inputs that are refused before a model is loaded, and lines as texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from melens.cli.output import source
+from melens.errors import PromptError
+from melens.evaluation.tasks import Source
+from melens.framing import require_known
+from melens.tuning import tune
+from melens.tuning.items import check_enough
+
+FAR = "no-such-model"
+"""Loading it would be another error."""
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["w5 w6 w7 w8"] * 20,
+        "w5 w6 w7 w8",
+        torch.arange(5, 45).reshape(10, 4),
+        Source(n=12),
+    ],
+)
+def test_too_few_items_are_refused_before_the_model(texts):
+    with pytest.raises(PromptError, match=r"different items make .* it takes at least 10 and 20"):
+        tune(FAR, texts)
+
+
+def test_what_may_be_enough_is_not_refused(tmp_path):
+    check_enough(None, "loss", 0.5)
+    check_enough([f"w{i} w7 w8 w9" for i in range(40)], "loss", 0.5)
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"question": "w5", "answer": "w6"}\n' * 39)
+    with pytest.raises(PromptError, match="39 different items"):
+        tune(FAR, path, "gsm8k-likelihood")
+    path.write_text('{"question": "w5", "answer": "w6"}\n' * 40)
+    check_enough(path, "gsm8k-likelihood", 0.5)
+
+
+def test_lines_are_texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("w5 w6\u2028w7\n\nw8 w9 w10\n", "utf-8")
+    assert source(path, None, lines=True) == ["w5 w6\u2028w7", "w8 w9 w10"]
+    assert source(path, None) == path
+    for text, prompt in ((None, None), (None, ["w5"])):
+        with pytest.raises(PromptError, match=r"--lines makes every line of --text a text"):
+            source(text, prompt, lines=True)
+    with pytest.raises(PromptError, match="cannot read"):
+        source(Path("nowhere.txt"), None, lines=True)
+
+
+def test_ids_beyond_the_embedding_are_named():
+    require_known([[0, 63], [5]], 64)
+    for rows in ([[5, 64]], [[-1, 5]]):
+        with pytest.raises(PromptError, match="the vocabulary is 0 to 63"):
+            require_known(rows, 64)
+
+
+def test_the_harness_works_without_any_special_token(make_tiny):
+    pytest.importorskip("lm_eval")  # comes with melens[eval]
+    from lm_eval.api.instance import Instance
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from melens.evaluation.harness_model import Generator
+
+    bare = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w3"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=bare)
+    assert not made.all_special_ids
+    lm = Generator(make_tiny("llama"), made, batch_size=2)
+    assert lm.tok_decode(None) is None
+    asked = [
+        Instance(
+            request_type="generate_until", doc={}, idx=0, metadata=("t", 0, 1),
+            arguments=(text, {"until": ["w99"], "max_gen_toks": 3, "do_sample": False}),
+        )
+        for text in ("w5 w6 w7", "w8")
+    ]  # fmt: skip
+    assert all(len(answer.split()) == 3 for answer in lm.generate_until(asked, disable_tqdm=True))
+    assert not made.all_special_ids
