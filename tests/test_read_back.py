@@ -58,7 +58,11 @@ def test_a_damaged_key_is_measured_again(kept, text):
     assert keeper.read("locate") is None
 
 
-@pytest.mark.parametrize("seconds", ["1", -1, float("nan"), float("inf"), 10**400, None, [1], {}])
+@pytest.mark.parametrize(
+    "seconds",
+    ["1", -1, float("nan"), float("inf"), 10**400, None, [1], {}],
+    ids=lambda x: str(x)[:5],
+)
 def test_a_key_whose_seconds_are_none_is_measured_again(kept, seconds):
     keeper, folder = kept
     head = json.loads((folder / "locate.key").read_text())

@@ -45,8 +45,8 @@ def require_sound_numbers(config: dict[str, Any], *, name: str) -> None:
     for key, value in config.items():
         if key in SIZES and not _is_size(value):
             wanted = "a whole number, 1 or more"
-        elif key.endswith(("_eps", "_epsilon")) and not _is_small(value):
-            wanted = "a small number, 0 or more"
+        elif key.endswith(("_eps", "_epsilon")) and not _is_positive(value):
+            wanted = "a number, 0 or more"
         else:
             continue
         raise ModelError(f"{name}: config.json says {key} = {value!r:.60}; it must be {wanted}.")
@@ -211,7 +211,7 @@ def _is_size(value: Any) -> bool:
     return value is None or isinstance(value, list) or (type(value) is int and value >= 1)
 
 
-def _is_small(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return value is None or (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+        isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
     )
