@@ -167,7 +167,7 @@ def stream(
         batches = batches.pack(model.tokenizer, max_length=getattr(model.cfg, "n_ctx", None))
     elif (read := Batch.read(batches, pad_id=pad_id_of(model))) is not None:
         batches = read
-    batches = [batches] if isinstance(batches, Batch) else batches
+    given: Iterable[Batch] = [batches] if isinstance(batches, Batch) else batches
     check_sites(model, taps)
     fired: Counter[str] = Counter()
     seen: set[str] = set()
@@ -186,7 +186,7 @@ def stream(
     count = 0
     hooks = [(site, tap(site, reducer)) for site, reducer in taps.items()]
     with hooked(model, hooks), evaluating(model):
-        for count, batch in enumerate(batches, start=1):
+        for count, batch in enumerate(given, start=1):
             seen.clear()
             batch = fit_ids(model, batch)
             current[:] = [batch]

@@ -11,7 +11,7 @@ import contextlib
 import datetime
 import json
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
@@ -24,7 +24,7 @@ from jinja2.utils import Namespace
 class Generation(Extension):
     """``{% generation %}`` marks what a model wrote; it changes nothing of the text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The block's own body."""

@@ -21,7 +21,7 @@ FAR = "no-such-model"
 @pytest.mark.parametrize(
     "texts",
     [
-        ["w5 w6 w7 w8"] * 20,
+        ["w5 w6"] * 20,
         "w5 w6 w7 w8",
         torch.arange(5, 45).reshape(10, 4),
         Source(n=12),
@@ -36,8 +36,8 @@ def test_what_may_be_enough_is_not_refused(tmp_path):
     check_enough(None, "loss", 0.5)
     check_enough([f"w{i} w7 w8 w9" for i in range(40)], "loss", 0.5)
     path = tmp_path / "test.jsonl"
-    path.write_text('{"question": "w5", "answer": "w6"}\n' * 39)
-    with pytest.raises(PromptError, match="39 different items"):
+    path.write_text('{"question": "w5", "answer": "w6"}\n' * 38)
+    with pytest.raises(PromptError, match="38 different items"):
         tune(FAR, path, "gsm8k-likelihood")
     path.write_text('{"question": "w5", "answer": "w6"}\n' * 40)
     check_enough(path, "gsm8k-likelihood", 0.5)

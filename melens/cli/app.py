@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +26,7 @@ from melens.cli.reach_command import reach
 from melens.cli.scan_command import scan
 from melens.cli.super_weights_command import super_weights
 from melens.cli.tune_command import tune
-from melens.errors import BAD_INPUT, COULD_NOT_RUN, MelensError
+from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
 from melens.formatting import LAYOUT, printable
 from melens.network import pass_on
 from melens.progress import tell
@@ -110,7 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
-        code = app(arguments, prog_name="melens", standalone_mode=False)
+        with _edits_said():
+            code = app(arguments, prog_name="melens", standalone_mode=False)
     except MelensError as error:
         return _end(str(error), error.exit_code, debug=debug)
     except ClickException as error:
@@ -135,6 +138,22 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             "kept. Run the same command again."
         )
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _edits_said() -> Iterator[None]:
+    """Warnings of edits as notes at the end, each once; other warnings as they are."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", EditWarning)
+        try:
+            yield
+        finally:
+            ours = [one for one in found if issubclass(one.category, EditWarning)]
+            for text in dict.fromkeys(str(one.message) for one in ours):
+                tell(f"note: {text}")
+    for one in found:
+        if one not in ours:
+            warnings.showwarning(one.message, one.category, one.filename, one.lineno)
 
 
 def _usage(error: Any) -> int:

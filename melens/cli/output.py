@@ -105,9 +105,9 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
     from melens.cli.all_tables import TABLES
 
-    run = getattr(result, "run", None)
-    if unknown := run and run.settings.get("unknown_texts"):
-        of = run.settings.get("sequences")
+    settings = result.run.settings if hasattr(result, "run") else {}
+    if unknown := settings.get("unknown_texts"):
+        of = settings.get("sequences")
         note(
             f"{unknown} of {of} texts hold nothing but tokens unknown to this tokenizer; they are "
             "no evidence. Give texts in a language that it knows."

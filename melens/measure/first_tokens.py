@@ -48,7 +48,7 @@ def choose_starts(
         "vocabulary": sample_vocabulary(inputs.model, count=count, seed=seed),
     }
     ids = dict.fromkeys(token for tokens in found.values() for token in tokens)
-    sources = {
+    sources: dict[int, tuple[Start, ...]] = {
         token: tuple(start for start, tokens in found.items() if token in tokens) for token in ids
     }
     return sources, missing

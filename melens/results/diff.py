@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 Value = int | float | str | None
 
@@ -29,7 +29,7 @@ class SideInfo(Part):
     """Short hash of the weights."""
     ids: str | int | bool | None
     """Hash of the token ids that it was measured on."""
-    bos_first: bool | None = None
+    bos_first: bool | None = added_later()
     """Whether these begin with BOS; None where some do, or where it is not known."""
 
     @property

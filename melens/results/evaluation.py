@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 from melens.results.edit import Edit
 
 NATS = "nats a token"
@@ -85,7 +85,7 @@ class Evaluation(Result):
     """Items."""
     with_token: int | None = None
     """Of all items, those that hold a token which the edits change; None where not counted."""
-    massive: EditedIn | None = None
+    massive: EditedIn | None = added_later()
     """Which tokens are edited, and how massive they are; None where not counted."""
     weight: float
     """Sum of the items' weights: tokens, or items."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 CONVENTION = (
     "Layers are 0-based block indices, measured at the block's output (resid_post): a source that "
@@ -40,7 +40,7 @@ class KnownCheck(Result):
     source: str | None
     meant: str | None = None
     """A name on record that is close to one that is not."""
-    bos_first: bool | None = None
+    bos_first: bool | None = added_later()
     """Whether the texts that it was located on begin with BOS, where that is known."""
     convention: str = CONVENTION
 

@@ -24,7 +24,7 @@ from melens.evaluation.tasks import (
     token_loss,
 )
 from melens.formatting import brief
-from melens.framing import head_size, require_known
+from melens.framing import bos_first, head_size, require_known
 from melens.inputs import Ids, rows_of
 
 LOSS = ("loss", "perplexity")
@@ -119,6 +119,8 @@ def alike_items(tokenizer: Any, texts: Any, metric: Any) -> Prompts:
     """The bundled texts with the beginning that the items have: where to locate for them."""
     if isinstance(texts, Prompts):
         return prompts(bos=texts.bos, chat=texts.chat)
+    if not _forced(texts) and (ready := Batch.read(texts)) is not None:
+        return prompts(bos=True if bos_first(tokenizer, rows_of([ready])) else None)
     task = metric if isinstance(metric, str) and metric in FORCED_TASKS else PLAIN_TEXTS[0]
     return alike(tokenizer, task, texts if isinstance(texts, Source) else Source())
 
