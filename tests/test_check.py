@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -25,6 +24,7 @@ from planted_faults import (
     tokenizer_for,
 )
 
+from melens import store
 from melens.batches import Batch
 from melens.checking import BUDGETS, RULES, STAGES, check, junit_xml, read_policy, stages, trimming
 from melens.checking.findings import Unmeasured, View
@@ -366,8 +366,10 @@ def small(tmp_path_factory):
 
 def test_the_policy_decides(small):
     default = small()
-    assert (default.verdict, len(default.counted())) == ("findings", 2)
-    assert "has 2 findings under the policy 'default'" in default.answer
+    assert (default.verdict, len(default.counted())) == ("findings", 1)
+    assert "has 1 finding under the policy 'default'" in default.answer
+    graver = small(changed("int8-per-tensor", severity="warning"))
+    assert (len(graver.counted()), "has 2 findings" in graver.answer) == (2, True)
     research = small("research")
     assert (research.verdict, found_in(research)) == ("pass", found_in(default))
     assert "2 remarks" in research.answer
@@ -378,9 +380,8 @@ def test_the_policy_decides(small):
     value = next(f.value for f in default.findings if f.id == "int8-per-tensor")
     assert "int8-per-tensor" in found_in(small(changed("int8-per-tensor", threshold=value * 0.99)))
     assert "int8-per-tensor" not in found_in(small(changed("int8-per-tensor", threshold=value)))
-    milder = small(changed("int8-per-tensor", severity="info"))
-    assert [f.severity for f in milder.findings] == ["warning", "info"]
-    assert "1 remark of lesser severity" in milder.answer
+    assert [f.severity for f in default.findings] == ["warning", "info"]
+    assert "1 remark of lesser severity" in default.answer
     assert default.policy.rules["one-token"] == {"severity": "warning", "threshold": 1.0}
 
 
@@ -696,14 +697,13 @@ def test_progress_rises_to_the_end(small, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(self, data):
-        with self.open("wb") as file:
-            file.write(data[: len(data) // 2])
+    def full(path, data):
+        path.write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     planted = plant("llama", "single", 1)
     texts = Batch.of(batch(planted, n=4, length=24))
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(store, "_write_new", full)
     with pytest.raises(OutputError, match="No space left on device"):
         check(model_of(planted), texts, out=tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -743,11 +743,11 @@ def test_the_command_writes_its_files_and_ends_with_a_code(run, saved, tmp_path)
     )
     code, stdout, stderr = run(*usual, "--junit", tmp_path / "a.xml", "--card", card)
     assert code == 1
-    assert "has 2 findings under the policy 'default'" in stdout
+    assert "has 1 finding under the policy 'default'" in stdout
     assert "melens: collapse (" in stderr
     for name in ("report.json", "report.html", "report.md"):
         assert (tmp_path / "out" / name).stat().st_size > 500
-    assert ElementTree.parse(tmp_path / "a.xml").getroot().get("failures") == "2"
+    assert ElementTree.parse(tmp_path / "a.xml").getroot().get("failures") == "1"
     assert card.read_text().startswith("---\nlicense: mit\n---\n# Planted\n")
     assert "int8-per-tensor" in card.read_text()
     code, stdout, stderr = run(*usual, "--policy", "research", "--json", "-q")
@@ -772,14 +772,14 @@ def test_the_command_refuses_early(run, tmp_path):
 
 
 def test_a_disk_that_fills_up_is_one_line_and_code_3(run, saved, tmp_path, monkeypatch):
-    write = Path.write_bytes
+    write = store._write_new
 
-    def full(self, data):
-        if "collapse" in self.name:
+    def full(path, data):
+        if "collapse" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, data)
+        write(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(store, "_write_new", full)
     out = tmp_path / "out"
     code, stdout, stderr = run(saved, "--prompt", words(30), "--bos", "--out", out, "-q")
     assert (code, stdout) == (3, "")

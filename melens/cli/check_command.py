@@ -105,7 +105,7 @@ def _check_files(junit: Path | None, card: Path | None) -> None:
     Raises:  OutputError: naming the file. ResultError: a card whose section has no clear bounds.
     """
     if junit is not None and (str(junit) == "-" or (junit.exists() and not junit.is_file())):
-        what = "a folder" if junit.is_dir() else "no regular file"
+        what = "a folder" if junit.is_dir() else "no file"
         raise typer.BadParameter(f"--junit {junit} is {what}; name a file to write.")
     if junit is not None:
         _refuse_unwritable("--junit", junit)
