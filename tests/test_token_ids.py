@@ -174,6 +174,7 @@ def test_a_padding_id_outside_the_vocabulary_never_reaches_the_model(tiny, make_
     assert locate(tiny, TEXTS).profile == before.profile
     encoded = made(TEXTS, padding=True, return_tensors="pt")
     assert int(encoded["input_ids"].max()) == 64
+    batch = Batch.of(encoded["input_ids"], encoded["attention_mask"].bool())
     for source in (
         encoded,
         encoded["input_ids"],
