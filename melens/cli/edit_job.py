@@ -12,7 +12,7 @@ from typing import Any
 from melens.cli import output
 from melens.cli.job import Job
 from melens.cli.mask_options import edit_of
-from melens.errors import InterventionError, PromptError
+from melens.errors import InterventionError, NoTokenError, PromptError
 from melens.formatting import printable
 from melens.lines import lines_of
 from melens.progress import tell
@@ -61,7 +61,7 @@ class EditJob:
         """Both answers to each prompt, and how many of their tokens are equal before they part."""
         from melens.batches import encode_all
         from melens.chat import has_template
-        from melens.evaluation.edits import applied
+        from melens.evaluation.edits import applied, where_held
         from melens.framing import require_known
         from melens.interventions.massive import with_firsts
 
@@ -86,10 +86,13 @@ class EditJob:
             for text, ids in zip(texts, prompts, strict=True):
                 draw = {"count": max_new_tokens, "temperature": temperature, "seed": self.job.seed}
                 without = _continue(model, tokenizer, ids, draw)
-                with applied(model, self.edit, found):
+                with where_held(applied(model, self.edit, found)) as record:
                     edited = _continue(model, tokenizer, ids, draw)
+                count = getattr(record, "edited", record)
                 rows.append(_row(text, without, edited, tokenizer))
+                rows[-1]["tokens_edited"] = 0 if count is None else count.tokens
                 tick(len(rows), len(texts))
+        _require_edited(rows, self.edit)
         return rows
 
     def me_layer(self, loaded: Any, texts: Any) -> Any:
@@ -128,6 +131,22 @@ class EditJob:
             trust_remote_code=job.trust_remote_code,
         )  # fmt: skip
         return model
+
+
+def _require_edited(rows: Sequence[Mapping[str, Any]], edit: Any) -> None:
+    """Say which prompts no edit touched.
+
+    Raises:  NoTokenError: it touched none.
+    """
+    left = [f"{row['prompt']!r:.40}" for row in rows if not row["tokens_edited"]]
+    if edit.name == "none" or not left:
+        return
+    if len(left) == len(rows):
+        raise NoTokenError(
+            "no prompt held a massive token, so nothing was edited; locate on texts that begin as "
+            "the prompts do (--bos, --chat)."
+        )
+    tell(f"note: no token was edited in {', '.join(left)}: none of theirs is massive.")
 
 
 def prompts_of(given: Sequence[str] | None) -> list[str]:

@@ -21,8 +21,8 @@ STRENGTHS = (0.25, 0.5, 0.75)
 CONTROL_SEEDS = (0, 1, 2)
 RIVALS = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
 BASE = Edit(name="none")
-PROBED = 8
-"""Items a pass, while one with a massive token is looked for."""
+EDITED_BY = "residual/1"
+"""How an edit finds its tokens; rows of another way are of another evaluation."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int
     """
     if me_layer is None:
         return
-    batches = (Batch.pad([list(row) for row in rows[i : i + PROBED]])
-               for i in range(0, len(rows), PROBED))  # fmt: skip
+    # One at a time: an item may be as long as memory allows, and the first one mostly holds it.
+    batches = (Batch.pad([list(row)]) for row in rows)
     if not any(bool(marks.any()) for marks, _ in massive_tokens(model, me_layer, batches)):
         rule = MassiveRule.of(me_layer)
         raise InterventionError(
@@ -133,7 +133,7 @@ def located_facts(me_layer: MELayer | None) -> list[Any] | None:
     tokens = [[token.position, token.token_id, token.dim] for token in me_layer.massive]
     tried = [[token.token_id, token.massive] for token in me_layer.stability.first_tokens]
     texts = [me_layer.run.settings.get(name) for name in ("ids", "bos", "chat")]
-    return [me_layer.me_layer, me_layer.peak_layer, tokens, tried, texts]
+    return [EDITED_BY, me_layer.me_layer, me_layer.peak_layer, tokens, tried, texts]
 
 
 def _doses(edit: Edit, plan: Plan) -> list[Condition]:

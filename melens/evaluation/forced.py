@@ -73,14 +73,16 @@ class MassiveIn:
     tokens: int
     coordinate: float
     """Largest |x| in the massive dimension, residual units; 0 without such a token."""
-    norm_ratio: float
-    """Largest norm over the located texts' median token norm; 0 without such a token."""
+    norm_ratio: float | None
+    """Largest norm over the located texts' median token norm; 0 without such a token, None where
+    the median is not known (the embedding)."""
 
     @classmethod
     def of(cls, marks: Tensor, sizes: Tensor, median_norm: float | None) -> MassiveIn:
         """From one row's marks ``[pos]``, and |x| and norm of its tokens ``[2, pos]``."""
         largest = (sizes * marks).amax(-1).tolist()
-        return cls(int(marks.sum()), largest[0], largest[1] / (median_norm or float("inf")))
+        ratio = largest[1] / median_norm if median_norm else None
+        return cls(int(marks.sum()), largest[0], ratio)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from melens.store import ROWS, read_limited, write_atomically
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Against a checkpoint's own generation settings, under which greedy would not be greedy."""
-FORMAT = 2
+FORMAT = 3
 """Of prompts and scores; a change makes earlier rows unfit to be pooled with new ones."""
 
 
@@ -72,7 +72,8 @@ def run_task(
     tell(len(docs) - len(left), len(docs))
     if left:
         job = _Job(task, edit.label, key, settings)
-        for rows in _answers(_Models(model, tokenizer, edit, me_layer), job, left):
+        models = _Models(model, tokenizer, edit, me_layer)
+        for rows in _answers(models, job, left, fresh=len(left) == len(docs)):
             _append(settings.rows_path, rows)
             kept.update({row.item: row for row in rows})
             tell(sum(doc[ITEM] in kept for doc in docs), len(docs))
@@ -149,8 +150,10 @@ def _run_key(
     )  # fmt: skip
 
 
-def _answers(models: _Models, job: _Job, left: Sequence[int]) -> Iterable[list[ItemRow]]:
-    """Rows of the items that are left, a batch at a time."""
+def _answers(
+    models: _Models, job: _Job, left: Sequence[int], *, fresh: bool
+) -> Iterable[list[ItemRow]]:
+    """Rows of the items that are left, a batch at a time; ``fresh`` if these are all items."""
     from lm_eval.tasks import TaskManager
 
     from melens.evaluation.conditions import check_held
@@ -173,9 +176,9 @@ def _answers(models: _Models, job: _Job, left: Sequence[int]) -> Iterable[list[I
     _check_prompts(lm, prompts, job)
     me_layer = models.me_layer
     if me_layer is not None and models.edit.name != "none":
-        check_held(edited, me_layer, prompts)
+        if fresh:  # of those that a killed run left, none may hold the token
+            check_held(edited, me_layer, prompts)
         me_layer = with_firsts(edited, me_layer, [ids[0] for ids in prompts])
-    # Where only some prompts hold the token, a run that takes up the others still is a run.
     with where_held(applied(edited, models.edit, me_layer)):
         for start in range(0, len(asked), size):
             batch = asked[start : start + size]

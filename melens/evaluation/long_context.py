@@ -29,7 +29,7 @@ from melens.evaluation.conditions import (
 from melens.evaluation.forced import Forced, Foreseen, Outcome, Runner
 from melens.evaluation.haystack import Haystack, bins, haystacks, plain_texts
 from melens.evaluation.settings import Bench, Progress, Settings
-from melens.framing import bos_first
+from melens.framing import bos_first, require_known
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.measure.located import check_same_model
@@ -139,10 +139,12 @@ def items_of(
         raise PromptError("this model has no tokenizer; load it with melens.load(..., tokenizer=).")
     context = getattr(model.cfg, "n_ctx", None)
     hidden = haystacks(model.tokenizer, haystack, context=context)
-    if not texts:
-        return hidden, ()
-    longest = max(haystack.lengths)
-    return hidden, plain_texts(model.tokenizer, haystack, length=longest, n=texts, per_bin=PER_BIN)
+    plain: tuple[Forced, ...] = ()
+    if texts:
+        longest = max(haystack.lengths)
+        plain = plain_texts(model.tokenizer, haystack, length=longest, n=texts, per_bin=PER_BIN)
+    require_known([item.ids for item in (*hidden, *plain)], model.cfg.d_vocab)
+    return hidden, plain
 
 
 @dataclass(frozen=True)

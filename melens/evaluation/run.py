@@ -17,7 +17,7 @@ from melens.evaluation.scores import ENERGY, assembled, held_facts, score_of
 from melens.evaluation.settings import Bench, Card, Progress, Settings
 from melens.evaluation.sources import check_source
 from melens.evaluation.tasks import FORCED_TASKS, ForcedTask, Source, alike
-from melens.framing import bos_first
+from melens.framing import bos_first, require_known
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.measure.located import check_same_model
@@ -84,6 +84,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
 
 
 def _check_context(model: Any, task: ForcedTask) -> None:
+    require_known([item.ids for item in task.items], model.cfg.d_vocab)
     limit = getattr(model.cfg, "n_ctx", None)
     longest = max(task.items, key=lambda item: len(item.ids))
     if limit and len(longest.ids) > limit:

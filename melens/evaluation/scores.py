@@ -44,8 +44,8 @@ def held_in(rows: Sequence[ItemRow]) -> EditedIn | None:
     )
 
 
-def _range(values: Iterable[float]) -> tuple[float, float] | None:
-    found = sorted(values)
+def _range(values: Iterable[float | None]) -> tuple[float, float] | None:
+    found = sorted(value for value in values if value is not None)
     return (found[0], found[-1]) if found else None
 
 

@@ -12,7 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import InterventionError
-from melens.interventions.core import Place, blend, check_number, editing, intervention
+from melens.interventions.core import (
+    Place,
+    blend,
+    check_number,
+    editing,
+    intervention,
+    warn_of,
+)
 from melens.interventions.edited import EditedTokens
 from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
@@ -70,6 +77,7 @@ def qk_orthogonalise(
         yield place.edited
     if not all(edit.found for edit in edits.values()):
         raise InterventionError("no forward pass held a token whose direction could be taken.")
+    warn_of(place.edited, f"the {' and '.join(of)} of layer {at}")
 
 
 class _Projection:

@@ -275,8 +275,13 @@ def _require_effect(place: Place, where: str) -> None:
             f"held {_wanted(place)}; look at tokens= and at what the texts begin with (BOS, chat "
             "template: --bos, --chat)."
         )
-    if said := place.edited.warning():
-        warnings.warn(f"an edit at {where}: {said}.", EditWarning, stacklevel=4)
+    warn_of(place.edited, where)
+
+
+def warn_of(edited: EditedTokens, where: str) -> None:
+    """Say aloud that ordinary tokens were edited, or massive ones were not."""
+    if said := edited.warning():
+        warnings.warn(f"an edit at {where}: {said}.", EditWarning, stacklevel=5)
 
 
 def _wanted(place: Place) -> str:

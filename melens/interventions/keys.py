@@ -42,9 +42,8 @@ def drop_key(
              are normalised: 0 changes nothing, 1 removes key and value.
              start: absolute position from which on queries miss the key; those before it see it,
              as they do before a cache evicts it.
-    Raises:  InterventionError: settings; flash attention, whose mask is no matrix; beam search
-             over tokens that are told by their id after the prompt; at the end, if no pass held a
-             chosen token.
+    Raises:  InterventionError: settings; flash attention, whose mask is no matrix; at the end, if
+             no pass held a chosen token. Beam search is exact for tokens of the prompt only.
     """
     if not 0 <= check_number("strength", strength, low=0.0) <= 1:
         raise InterventionError(f"strength must be from 0 to 1, got {brief(strength, 40)}.")

@@ -158,7 +158,9 @@ class FirstRule:
         if self.others and all(massive for _, massive in self.known):
             return start
         ids = _ids(now)
-        listed = torch.tensor([i for i, massive in self.known if massive is not self.others])
+        listed = torch.tensor(
+            [i for i, massive in self.known if massive is not self.others], dtype=torch.long
+        )
         found = torch.isin(ids, listed.to(ids.device))
         return start & (~found if self.others else found)
 
@@ -275,7 +277,8 @@ def massive_tokens(
             with suppress(EverythingSeen):
                 inner(here.ids, attention_mask=here.mask.long(), use_cache=False)
             now = now_of(decoder.model)
-            yield rule(now) & now.real, rule.sizes(now)
+            sizes, marks = rule.sizes(now), rule(now)
+        yield marks & now.real.to(marks.device), sizes
 
 
 def with_firsts(model: Any, me_layer: MELayer, ids: Sequence[int]) -> MELayer:

@@ -99,10 +99,10 @@ def isolate_with(model: Any, me_layer: MELayer | None, prompts: Source, how: How
 def _facts(inputs: Inputs, me_layer: MELayer, how: How) -> dict[str, Any]:
     """What every kept number depends on."""
     texts = [[batch.ids.tolist(), batch.mask.tolist()] for batch in inputs.batches]
-    found = me_layer.model_dump_json(exclude={"run"})
     return {
         **inputs.facts(), "layer": how.layer, "ffn_edit": how.ffn_edit,
-        "located": hashlib.sha256(found.encode()).hexdigest()[:16],
+        "located": [me_layer.me_layer, me_layer.main_layer, me_layer.peak_layer,
+                    [[token.position, token.token_id, token.dim] for token in me_layer.massive]],
         "texts": hashlib.sha256(repr(texts).encode()).hexdigest()[:16],
     }  # fmt: skip
 

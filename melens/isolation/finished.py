@@ -52,6 +52,11 @@ class Finished:
 
     def add_outcome(self, batch: int, change: Change, found: Outcome) -> None:
         """Keep what a batch of texts showed."""
+        if not torch.isfinite(found.loss).all():
+            raise MetricError(
+                f"under '{change.name}' a text's loss is not finite; load the model in float32 or "
+                "bfloat16."
+            )
         about = {name: _listed(getattr(found, name)) for name in Outcome.__dataclass_fields__}
         row = ItemRow(
             f"batch {batch}", change.name, found.loss.mean().item(), float(len(found.loss)),

@@ -43,6 +43,18 @@ class EditedIn(Part):
     norm_ratio: Interval | None
     """Of the same tokens: norm over the located texts' median token norm."""
 
+    def said(self) -> str:
+        """In words."""
+        text = f"Edited: {self.tokens} massive tokens in {self.items} items"
+        sizes = []
+        if self.coordinate is not None:
+            low, high = self.coordinate
+            sizes.append(f"coordinate {low:,.0f} to {high:,.0f}")
+        if self.norm_ratio is not None:
+            low, high = self.norm_ratio
+            sizes.append(f"norm {low:.3g} to {high:.3g} x the median")
+        return f"{text} ({', '.join(sizes)})" if sizes else text
+
 
 RESOLUTION = 1e-5
 """Of the base value: what differs by less is rounding."""
@@ -184,13 +196,8 @@ class Evaluation(Result):
             text += " No other layers were left for a control."
         if not any("random" in c.name for c in self.controls):
             text += " This edit was not held against random dimensions."
-        if self.massive is not None and self.massive.coordinate and self.massive.norm_ratio:
-            (low, high), (least, most) = self.massive.coordinate, self.massive.norm_ratio
-            text += (
-                f" Edited: {self.massive.tokens} massive tokens in {self.massive.items} items "
-                f"(coordinate {low:,.0f} to {high:,.0f}, norm {least:.3g} to {most:.3g} x the "
-                "median)."
-            )
+        if self.massive is not None:
+            text += f" {self.massive.said()}."
         if self.with_token is not None and self.with_token < len(self.weights or ()):
             text += (
                 f" Only {self.with_token} of {len(self.weights)} items hold a token that is edited;"

@@ -119,8 +119,13 @@ def alike_items(tokenizer: Any, texts: Any, metric: Any) -> Prompts:
     """The bundled texts with the beginning that the items have: where to locate for them."""
     if isinstance(texts, Prompts):
         return prompts(bos=texts.bos, chat=texts.chat)
-    if not _forced(texts) and (ready := Batch.read(texts)) is not None:
-        return prompts(bos=True if bos_first(tokenizer, rows_of([ready])) else None)
+    rows: list[Any] = []
+    if _forced(texts):
+        rows = [list(item.ids) for item in texts]
+    elif (ready := Batch.read(texts)) is not None:
+        rows = rows_of([ready])
+    if rows:
+        return prompts(bos=True if bos_first(tokenizer, rows) else None)
     task = metric if isinstance(metric, str) and metric in FORCED_TASKS else PLAIN_TEXTS[0]
     return alike(tokenizer, task, texts if isinstance(texts, Source) else Source())
 
