@@ -26,7 +26,8 @@ import typer
 import melens
 from melens import results
 from melens.cli.app import app
-from melens.results.base import Result, write_atomically
+from melens.results.base import Result
+from melens.store import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {

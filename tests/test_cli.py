@@ -232,7 +232,7 @@ def test_texts_from_stdin_offline(run, model, monkeypatch):
         (["locate"], 2, "Missing argument"),
         (["locate", "smollm2-13b"], 2, "Did you mean 'smollm2-135m'"),
         (["locate", "./nowhere"], 2, "there is no file or folder"),
-        (["locate", "some-org/some-model"], 3, "the hub could not be read"),
+        (["locate", "some-org/some-model"], 3, "offline was asked for"),
         (["locate", "MODEL", "--text", "no-such.txt"], 2, "cannot read the text"),
         (["locate", "MODEL", "--prompt", " "], 2, "is empty"),
         (["locate", "MODEL", "--prompt", "w5"], 2, "needs at least 4"),

@@ -288,13 +288,6 @@ def test_size_and_place_are_said_before_and_a_full_disk_is_refused(
     assert not [item for item in cache.rglob("*") if item.is_file()]
 
 
-def test_progress_is_said_off_a_terminal_too(llama, tmp_path, monkeypatch, capsys):
-    _, arch, fields, tensors = llama
-    monkeypatch.setattr(gguf, "EVERY", 0.0)
-    load_plain(planted.write(tmp_path / "m.gguf", arch, fields, tensors))
-    assert "converted 3 of 30 tensors of m.gguf" in capsys.readouterr().err
-
-
 def test_without_a_cache_nothing_is_written(llama, tmp_path, cache, monkeypatch):
     _, arch, fields, tensors = llama
     path = planted.write(tmp_path / "m.gguf", arch, fields, tensors)

@@ -64,8 +64,8 @@ def _shares(axes: Axes, result: MELayer) -> None:
 
 
 def _title(result: MELayer) -> str:
-    name = result.run.subject
+    name, started = result.run.model, result.run.subject.removeprefix(result.run.model)
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
-    title = f"{plain(name)}: {result.verdict}"
+    title = f"{plain(name + started)}: {result.verdict}"
     return title if len(title) <= BESIDE_LEGEND else title + "\n"
