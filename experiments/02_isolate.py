@@ -16,7 +16,7 @@ from pathlib import Path
 import melens
 from melens.figures import FIGURES, save_figure
 from melens.results import Isolation
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import melens
 from melens.batches import Batch
 from melens.figures.patch_grid import draw_change
 from melens.patching import LogitDifference, MassiveCoordinate, patch
-from melens.results.base import write_atomically
 from melens.results.patch import PatchGrid
+from melens.store import write_atomically
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from melens.figures.dose_grid import draw_dose_grid
 from melens.figures.sink_change import draw_sink_change
 from melens.interventions import wemask
 from melens.results import Edit, Evaluation, MELayer, Result, Sinks, load_result
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 
 @dataclass(frozen=True)

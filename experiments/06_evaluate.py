@@ -29,7 +29,7 @@ from melens.evaluation.run import evaluate
 from melens.evaluation.sources import check_source
 from melens.figures import save_figure
 from melens.results import Edit, Evaluation, MELayer, load_result
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from melens.evaluation.haystack import TASKS, Haystack
 from melens.evaluation.long_context import LongSettings, long_context
 from melens.figures import save_figure
 from melens.results import Edit, LongContext
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from melens.foresight.opening import open_checkpoint
 from melens.foresight.plan import plan_of
 from melens.provenance import git_commit, versions
 from melens.results import load_result
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ("layer", "dim", "neuron", "erase", "no false erasure")

@@ -32,7 +32,7 @@ from melens.figures import save_figure
 from melens.figures.styles import house_style
 from melens.report import html_page, markdown_report
 from melens.results import load_result
-from melens.results.base import write_atomically
+from melens.store import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
