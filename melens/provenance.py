@@ -48,19 +48,21 @@ class RunInfo(BaseModel):
     """UTC, ISO 8601."""
 
     @property
-    def subject(self) -> str:
-        """The model, and how its texts began: the same weights and words give other numbers.
-
-        Without a word about BOS where no texts were run, or an older record does not say.
-        """
+    def start(self) -> str | None:
+        """How the texts began; None where no texts were run, or an older record does not say."""
         if "bos_first" not in self.settings:
-            return self.model
-        start = self.settings["bos_first"]
-        said = "BOS before some texts" if start is None else "with BOS" if start else "without BOS"
+            return None
+        first = self.settings["bos_first"]
+        return "BOS before some texts" if first is None else "with BOS" if first else "without BOS"
+
+    @property
+    def subject(self) -> str:
+        """The model, and how its texts began: the same weights and words give other numbers."""
+        said = [self.start] if self.start else []
         if unknown := self.settings.get("unknown_texts"):
             of = self.settings.get("sequences")
-            said += f"; {unknown} of {of} texts hold nothing but unknown tokens"
-        return f"{self.model} ({said})"
+            said.append(f"{unknown} of {of} texts hold nothing but unknown tokens")
+        return f"{self.model} ({'; '.join(said)})" if said else self.model
 
     @classmethod
     def collect(

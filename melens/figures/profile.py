@@ -64,8 +64,12 @@ def _shares(axes: Axes, result: MELayer) -> None:
 
 
 def _title(result: MELayer) -> str:
-    name, started = result.run.model, result.run.subject.removeprefix(result.run.model)
+    """The model and how its texts began; what does not fit beside the legend gets its own."""
+    name, start = result.run.model, result.run.start
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
-    title = f"{plain(name + started)}: {result.verdict}"
-    return title if len(title) <= BESIDE_LEGEND else title + "\n"
+    said = f" ({start})" if start else ""
+    title = f"{plain(name)}{said}: {result.verdict}"
+    if len(title) <= BESIDE_LEGEND:
+        return title
+    return f"{plain(name)}: {result.verdict}\n{start or ''}"
