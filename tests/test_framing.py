@@ -202,5 +202,5 @@ def test_a_forced_bos_that_is_not_massive_is_said():
     found = locate(model, later)
     settings = {**found.run.settings, "bos": True}
     forced = found.model_copy(update={"run": found.run.model_copy(update={"settings": settings})})
-    if found.massive:
-        assert "the BOS that you forced is not massive here" in forced.summary()
+    assert found.massive
+    assert "the BOS that you forced is not massive here" in forced.summary()
