@@ -87,6 +87,8 @@ def write(path, arch, fields, tensors, *, kinds=None, vocabulary=True, extra=Non
     for key, value in {**{f"{arch}.{k}": v for k, v in fields.items()}, **(extra or {})}.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif key.startswith("split.") and key != "split.tensors.count":
