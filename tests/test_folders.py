@@ -20,7 +20,9 @@ from melens.foresight import scan
 from melens.foresight.opening import by_range
 from melens.foresight.reaching import reach
 from melens.models import fingerprint, load, loading
+from melens.models.dry_load import require_all_there
 from melens.models.files import check_fit, check_folder
+from melens.models.hub import kept_copy
 from melens.models.streamed import load_streamed
 from melens.models.weight_files import INDEX, SINGLE, is_inside
 
@@ -292,6 +294,25 @@ def test_a_width_is_no_count(tmp_path):
     edit_config(tmp_path, shared_expert_intermediate_size=10**9)
     with pytest.raises(WeightsError, match="asks for"):
         check_folder(tmp_path, trust_remote_code=False)
+
+
+def test_a_quantised_loader_may_leave_scales_over():
+    info = {"missing_keys": (), "unexpected_keys": ["model.layers.1.self_attn.k_scale"]}
+    require_all_there(info, 2, name="m", quantised=True)
+    with pytest.raises(WeightsError, match="does not use"):
+        require_all_there(info, 2, name="m")
+    with pytest.raises(WeightsError, match="layers 1 to 1"):
+        require_all_there(info, 1, name="m", quantised=True)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"transformers_weights": "../x.safetensors"}', "{}"])
+def test_a_damaged_copy_in_the_hubs_cache_is_none(text, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / "config.json").write_text(text)
+    found = str(tmp_path / "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: found)
+    assert kept_copy("org/name", None) is None
 
 
 def test_a_config_is_left_as_it_was(make_tiny):

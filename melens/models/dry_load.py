@@ -98,10 +98,13 @@ def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> No
         )
 
 
-def require_all_there(info: Mapping[str, Any], n_layers: Any, *, name: Any) -> None:
+def require_all_there(
+    info: Mapping[str, Any], n_layers: Any, *, name: Any, quantised: bool = False
+) -> None:
     """Refuse a checkpoint that transformers would fill up with random values, or use in part.
 
     Args:    info: transformers' loading info. n_layers: the config's number, as far as it has one.
+             quantised: a quantised loader leaves over scales and biases that it has no use for.
     Raises:  WeightsError: naming the first tensor, or the layers.
     """
     unused = [key for key in info["unexpected_keys"] if not OLD.search(key)]
@@ -110,10 +113,10 @@ def require_all_there(info: Mapping[str, Any], n_layers: Any, *, name: Any) -> N
             f"{name} lacks {len(missing)} tensor(s) of its model, first {missing[0]}; "
             f"{what_to_do(unused)}"
         )
-    _require_all_used(unused, n_layers, name=name)
+    _require_all_used(unused, n_layers, name=name, quantised=quantised)
 
 
-def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any) -> None:
+def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any, quantised: bool) -> None:
     """Refuse weights that the model does not use: it is not the one that they were trained as.
 
     What transformers itself ignores (further heads), and old masks, are not among them.
@@ -131,6 +134,8 @@ def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any) -> Non
             f"{name} holds weights of layers {beyond[0]} to {beyond[-1]}, and its config.json has "
             f"{n_layers} layers (0 to {n_layers - 1}); set that number right, or remove them."
         )
+    if quantised:
+        return
     raise WeightsError(
         f"{name} holds {len(found)} tensor(s) that the model of its config.json does not use, "
         f"first {found[0]}; export the language model alone, or give the config that they "

@@ -246,10 +246,11 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
         kind = WeightsError if isinstance(source, Path) else FetchError
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
-    if getattr(hf, "hf_quantizer", None) is not None:
-        info = {**info, "unexpected_keys": ()}  # scales and zero biases that its loader folds in
     require_no_adapter(bool(getattr(hf, "_hf_peft_config_loaded", False)), name=str(source))
-    require_all_there(info, getattr(hf.config, "num_hidden_layers", None), name=source)
+    require_all_there(
+        info, getattr(hf.config, "num_hidden_layers", None), name=source,
+        quantised=getattr(hf, "hf_quantizer", None) is not None,
+    )  # fmt: skip
     require_finite_weights(hf)
     return hf
 
