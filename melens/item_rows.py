@@ -110,7 +110,7 @@ class Rows:
 def head_of(path: Path) -> dict[str, Any]:
     """The first line of a file of items: its key, and what its numbers depend on.
 
-    Raises:  ResultError: it cannot be read, or is no file of items.
+    Raises:  ResultError: it cannot be read, or is not a file of items.
     """
     try:
         with open_regular(path) as file:
@@ -118,7 +118,7 @@ def head_of(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
     if found.get("schema") != SCHEMA:
-        raise ResultError(f"{path} is no file of items; choose another folder.")
+        raise ResultError(f"{path} is not a file of items; choose another folder.")
     return found
 
 

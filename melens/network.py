@@ -16,7 +16,12 @@ _YES = {"1", "true", "yes", "on"}
 
 def is_offline() -> bool:
     """Whether the network is forbidden; then only what is on this machine is used."""
-    return any(os.environ.get(name, "").strip().lower() in _YES for name in SWITCHES)
+    return any(is_set(name) for name in SWITCHES)
+
+
+def is_set(name: str) -> bool:
+    """Whether an environment variable says yes; ``0`` and ``no`` say no, as an empty one does."""
+    return os.environ.get(name, "").strip().lower() in _YES
 
 
 def go_offline() -> None:

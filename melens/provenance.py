@@ -52,8 +52,7 @@ class RunInfo(BaseModel):
         """How the texts began; None where no texts were run, or an older record does not say."""
         if "bos_first" not in self.settings:
             return None
-        first = self.settings["bos_first"]
-        return "BOS before some texts" if first is None else "with BOS" if first else "without BOS"
+        return bos_said(self.settings["bos_first"])
 
     @property
     def subject(self) -> str:
@@ -76,6 +75,14 @@ class RunInfo(BaseModel):
             command=command_line(), versions=versions(), git=git_commit(),
             created=now.isoformat(),
         )  # fmt: skip
+
+
+def bos_said(start: object) -> str:
+    """How texts began, in words.
+
+    Args:    start: a run's ``bos_first``; None where some of its texts begin with BOS.
+    """
+    return "BOS before some texts" if start is None else "with BOS" if start else "without BOS"
 
 
 def command_line() -> str:

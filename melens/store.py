@@ -36,7 +36,8 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     A link is followed: the file that it points to is replaced, and the link stays. An existing
     file keeps its permissions; a new one has those that any new file gets.
 
-    Raises:  OutputError: the folder cannot be made or written, or ``path`` is no file to replace.
+    Raises:  OutputError: the folder cannot be made or written, or ``path`` is not a
+             file to replace.
     """
     raw = data.encode("utf-8") if isinstance(data, str) else data
     try:
@@ -129,7 +130,7 @@ def read_text(path: Path, limit: int, *, error: type[MelensError], what: str = "
 
 def _require_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
-        what = next((text for test, text in _NOT_REGULAR.items() if test(mode)), "it is no file")
+        what = next((text for test, text in _NOT_REGULAR.items() if test(mode)), "it is not a file")
         raise OSError(errno.EINVAL, f"{what}, not a regular file", str(path))
 
 

@@ -25,7 +25,7 @@ def fields_of(config, arch):
     if arch == "gpt2":
         fields["attention.layer_norm_epsilon"] = float(get("layer_norm_epsilon"))
     else:
-        fields["attention.layer_norm_rms_epsilon"] = float(get("rms_norm_eps"))
+        fields["attention.layer_norm_rms_epsilon"] = float(get("rms_norm_eps") or get("norm_eps"))
         fields["rope.freq_base"] = 10000.0
     if get("head_dim"):
         fields["attention.key_length"] = fields["attention.value_length"] = get("head_dim")
@@ -87,6 +87,8 @@ def write(path, arch, fields, tensors, *, kinds=None, vocabulary=True, extra=Non
     for key, value in {**{f"{arch}.{k}": v for k, v in fields.items()}, **(extra or {})}.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif key.startswith("split.") and key != "split.tensors.count":

@@ -135,7 +135,7 @@ def test_a_tokenizer_may_be_a_path(make_tiny, tokenizer, tmp_path):
     for given in (str(tmp_path), tmp_path):
         model = load(make_tiny("llama"), tokenizer=given)
         assert model.tokenizer("w5 w6")["input_ids"] == tokenizer("w5 w6")["input_ids"]
-    with pytest.raises(ModelError, match="is no folder here"):
+    with pytest.raises(ModelError, match="is not a folder here"):
         load(make_tiny("llama"), tokenizer=str(tmp_path / "none"))
 
 

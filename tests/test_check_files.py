@@ -70,9 +70,9 @@ def test_a_path_of_the_wrong_kind_is_bad_usage_everywhere(run, made, tmp_path):
     (tmp_path / "file").write_text("")
     for arguments, said in (
         (("--junit", tmp_path), f"--junit {tmp_path} is a folder"),
-        (("--junit", "-"), "--junit - is no file"),
-        (("--card", tmp_path), f"--card {tmp_path} is no file"),
-        (("--card", "-"), "--card - is no file"),
+        (("--junit", "-"), "--junit - is not a file"),
+        (("--card", tmp_path), f"--card {tmp_path} is not a file"),
+        (("--card", "-"), "--card - is not a file"),
         (("--out", tmp_path / "file"), f"--out {tmp_path / 'file'} is a file"),
         (("--budget", "foo"), "'--budget': 'foo' is not one of"),
     ):

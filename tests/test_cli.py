@@ -130,7 +130,7 @@ def test_an_older_locate_json_stays_and_other_texts_are_noted(run, model, locate
     assert (tmp_path / "locate.json").read_text() == "mine"
     code, _, stderr = run("sinks", model, "--prompt", words, "--located", located)
     assert code == 0
-    assert "note: the ME Layer was located on texts with BOS first" in stderr
+    assert "note: the ME Layer was located on other texts (with BOS) than these" in stderr
 
 
 def test_plot_help_names_every_style(run):

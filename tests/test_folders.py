@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -19,7 +20,9 @@ from melens.foresight import scan
 from melens.foresight.opening import by_range
 from melens.foresight.reaching import reach
 from melens.models import fingerprint, load, loading
-from melens.models.files import check_folder
+from melens.models.dry_load import require_all_there
+from melens.models.files import check_fit, check_folder
+from melens.models.hub import kept_copy
 from melens.models.streamed import load_streamed
 from melens.models.weight_files import INDEX, SINGLE, is_inside
 
@@ -159,14 +162,18 @@ def test_an_index_or_config_names_no_file_elsewhere(saved, tmp_path, name):
         check_all_refuse(folder, "config.json says that the weights are in", WeightsError)
 
 
+def _other(placed):
+    return next(file for file in placed.values() if file != placed[UP])
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda index: index.pop("metadata"), "no metadata"),
         (lambda index: index.update(weight_map={}), "no weight_map"),
         (lambda index: index.update(weight_map=[1]), "no weight_map"),
-        (lambda index: index["weight_map"].update(extra="model-00001-of-00003.safetensors"),
-         "and it does not"),
+        (lambda index: index["weight_map"].update({UP: _other(index["weight_map"])}),
+         f"holds {UP}, and .* does"),
         (lambda index: index["weight_map"].update({UP: "pytorch_model.bin"}), "only safetensors"),
         (lambda index: index["weight_map"].update({UP: "gone.safetensors"}), "gone.* is missing"),
     ],
@@ -178,6 +185,18 @@ def test_an_index_that_does_not_fit_is_refused(saved, tmp_path, change, says):
     change(index)
     (folder / INDEX).write_text(json.dumps(index))
     check_all_refuse(folder, says, WeightsError)
+
+
+def test_an_index_may_name_what_no_shard_holds_if_the_model_needs_none(saved, tmp_path):
+    folder = shutil.copytree(saved["a", "many"], tmp_path / "model")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["old.weight"] = index["weight_map"][UP]
+    (folder / INDEX).write_text(json.dumps(index))
+    check_folder(folder, trust_remote_code=False)
+    file = folder / index["weight_map"][UP]
+    left = {name: value for name, value in load_file(file).items() if name != UP}
+    save_file(left, file, metadata={"format": "pt"})
+    check_all_refuse(folder, rf"lacks 1 tensor.*first {UP}", WeightsError)
 
 
 def test_one_tensor_in_two_shards_is_refused(saved, tmp_path):
@@ -233,6 +252,76 @@ def test_what_transformers_ignores_by_design_is_let_pass(folder, make_tiny, tmp_
     make_tiny("gpt2").save_pretrained(tmp_path / "gpt2")
     edit_weights(tmp_path / "gpt2", transformer__h__0__attn__bias=torch.ones(1, 1, 64, 64))
     check_folder(tmp_path / "gpt2", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "old"),
+    [
+        ("GPTNeoConfig", "attn.attention.bias"), ("GPTNeoConfig", "attn.attention.masked_bias"),
+        ("GPTJConfig", "attn.bias"), ("GPTJConfig", "attn.masked_bias"),
+        ("CodeGenConfig", "attn.causal_mask"), ("GPT2Config", "attn.masked_bias"),
+    ],
+)  # fmt: skip
+def test_masks_that_older_versions_saved_are_let_pass(config, old, tmp_path):
+    import transformers
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "rotary_dim": 4,
+             "attention_types": [[["global", "local"], 1]]}  # fmt: skip
+    if config != "GPTNeoConfig":
+        del sizes["attention_types"]
+    made = getattr(transformers, config)(
+        vocab_size=64, hidden_size=32, max_position_embeddings=64, **sizes
+    )
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    edit_weights(tmp_path, **{f"transformer.h.0.{old}".replace(".", "__"): torch.ones(1)})
+    check_folder(tmp_path, trust_remote_code=False)
+    edit_weights(tmp_path, transformer__h__0__attn__extra=torch.ones(1))
+    with pytest.raises(WeightsError, match=r"1 tensor.*first transformer.h.0.attn.extra"):
+        check_folder(tmp_path, trust_remote_code=False)
+
+
+def test_a_width_is_no_count(tmp_path):
+    """Qwen1.5-MoE's shared expert is wider than its files have tensors."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_experts=2,
+        num_key_value_heads=2, intermediate_size=32, moe_intermediate_size=8,
+        shared_expert_intermediate_size=5632,
+    )  # fmt: skip
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path)
+    check_folder(tmp_path, trust_remote_code=False)
+    edit_config(tmp_path, shared_expert_intermediate_size=10**9)
+    with pytest.raises(WeightsError, match="asks for"):
+        check_folder(tmp_path, trust_remote_code=False)
+
+
+def test_a_quantised_loader_may_leave_scales_over():
+    info = {"missing_keys": (), "unexpected_keys": ["model.layers.1.self_attn.k_scale"]}
+    require_all_there(info, 2, name="m", quantised=True)
+    with pytest.raises(WeightsError, match="does not use"):
+        require_all_there(info, 2, name="m")
+    with pytest.raises(WeightsError, match="layers 1 to 1"):
+        require_all_there(info, 1, name="m", quantised=True)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"transformers_weights": "../x.safetensors"}', "{}"])
+def test_a_damaged_copy_in_the_hubs_cache_is_none(text, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / "config.json").write_text(text)
+    found = str(tmp_path / "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: found)
+    assert kept_copy("org/name", None) is None
+
+
+def test_a_config_is_left_as_it_was(make_tiny):
+    config = make_tiny("llama").config.to_dict()
+    config["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    before = copy.deepcopy(config)
+    shapes = {name: tuple(v.shape) for name, v in make_tiny("llama").state_dict().items()}
+    check_fit(config, shapes, name="m")
+    assert config == before
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
@@ -364,7 +453,7 @@ def test_computed_tables_are_bounded_by_what_is_stored(tmp_path):
     GPTJForCausalLM(config).save_pretrained(tmp_path)
     check_folder(tmp_path, trust_remote_code=False)
     edit_config(tmp_path, n_positions=10**9)
-    with pytest.raises(ModelError, match=r"GB of computed tables|makes no model"):
+    with pytest.raises(ModelError, match=r"GB of computed tables|does not make a model"):
         check_folder(tmp_path, trust_remote_code=False)
 
 

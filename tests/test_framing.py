@@ -204,3 +204,15 @@ def test_a_forced_bos_that_is_not_massive_is_said():
     forced = found.model_copy(update={"run": found.run.model_copy(update={"settings": settings})})
     assert found.massive
     assert "the BOS that you forced is not massive here" in forced.summary()
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [(True, "with BOS"), (False, "without BOS"), (None, "BOS before some texts")],
+)
+def test_how_texts_begin_is_said_in_one_way(start, said):
+    from melens.comparing.sides import _about
+    from melens.provenance import bos_said
+
+    assert bos_said(start) == said
+    assert _about({"sequences": 3, "bos_first": start, "ids": "a"}) == f"3 sequences, {said}, ids a"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -164,6 +165,86 @@ def test_scaled_positions_are_not_passed_over(llama, tmp_path):
     other = {**tensors, name: np.full(4, 8, dtype=np.float32)}
     with pytest.raises(WeightsError, match="scales its positions"):
         load_plain(planted.write(tmp_path / "n.gguf", arch, fields, other))
+
+
+def test_the_scaled_positions_of_llama_3_are_the_models_own(llama, make_tiny, tmp_path):
+    """Closed form of the table, as llama.cpp's converter writes it; the model's own logits."""
+    from transformers import AutoModelForCausalLM
+
+    hf, arch, fields, _ = llama
+    hf = copy.deepcopy(hf)
+    for name, value in hf.named_parameters():
+        if "proj" in name:
+            value.data.mul_(8)  # attention that is not uniform
+    table = []
+    for i in range(4):
+        wave = 2 * math.pi * 500000.0 ** (2 * i / 8)
+        mix = min(1.0, max(0.0, (8192 / wave - 1) / 3))  # 1 = as it was, 0 = 32 times as slow
+        table.append(1 / ((1 - mix) / 32 + mix))
+    assert table[0] == 1 < table[2] < table[3] == 32
+    fields = {**fields, "rope.freq_base": 500000.0}
+    tensors = {
+        **planted.tensors_of(hf, arch),
+        "rope_freqs.weight": np.array(table, dtype=np.float32),
+    }
+    made = load_plain(planted.write(tmp_path / "m.gguf", arch, fields, tensors), device="cpu")[0]
+    right = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0,
+             "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192}  # fmt: skip
+    config = type(hf.config)(**{**hf.config.to_dict(), "rope_parameters": right})
+    other = AutoModelForCausalLM.from_config(config).eval()
+    other.load_state_dict(hf.state_dict())
+    hf.config.rope_parameters["rope_theta"] = 500000.0
+    plain = AutoModelForCausalLM.from_config(hf.config).eval()
+    plain.load_state_dict(hf.state_dict())
+    ids = torch.arange(1, 60)[None]
+    with torch.no_grad():
+        ours, theirs, unscaled = (m(ids).logits for m in (made, other, plain))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, unscaled, atol=1e-4)
+
+
+def lfm2():
+    """Model, architecture, fields and tensors of an architecture that transformers reads whole."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    hf = Lfm2ForCausalLM(Lfm2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False, max_position_embeddings=64,
+    )).eval()  # fmt: skip
+    fields = planted.fields_of(hf.config, "llama")
+    del fields["rope.dimension_count"]
+    fields |= {"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3}
+    fields |= {"rope.freq_base": hf.config.rope_parameters["rope_theta"]}
+    tensors = planted.tensors_of(hf, "lfm2")
+    return hf, "lfm2", fields, {n: v.squeeze(1) if "conv.conv" in n else v
+                                for n, v in tensors.items()}  # fmt: skip
+
+
+def test_an_architecture_that_asks_for_the_vocabulary(tmp_path):
+    hf, arch, fields, tensors = lfm2()
+    made = load_plain(planted.write(tmp_path / "m.gguf", arch, fields, tensors), device="cpu")[0]
+    assert made.config.vocab_size == 64
+    for name, value in hf.state_dict().items():
+        assert torch.equal(made.state_dict()[name], value), name
+    more = {**tensors, "blk.1.extra.weight": np.zeros(4, dtype=np.float32)}
+    with pytest.raises(WeightsError, match=r"does not use, first .*1\.extra"):
+        load_plain(planted.write(tmp_path / "n.gguf", arch, fields, more), device="cpu")
+
+
+@pytest.mark.parametrize("record", ["", "[]", "[" * 100_000, '{"names": 5}', '{"files": 5}'])
+def test_a_damaged_record_says_nothing(record, tmp_path):
+    (tmp_path / gguf.RECORD).write_text(record)
+    assert gguf.given_names(tmp_path) == ()
+    assert not gguf.is_whole(tmp_path)
+
+
+@pytest.mark.parametrize(("said", "means"), [("0", False), ("no", False), ("1", True)])
+def test_the_switch_reads_as_the_others_do(said, means, monkeypatch):
+    monkeypatch.setenv("MELENS_NO_CACHE", said)
+    assert gguf.no_cache() is means
 
 
 @pytest.mark.parametrize("first_empty", [False, True])

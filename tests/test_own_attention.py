@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, FalconConfig, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from melens.errors import ContractError
+from melens.errors import ContractError, ModelError
 from melens.models import FAMILIES, load
 from melens.models.own import own_answer, probe_ids
 
@@ -64,8 +64,11 @@ def tiny_llama(attention, **settings):
 
 @pytest.mark.parametrize("attention", ["test-scale", "test-cap"])
 def test_attention_of_its_own_kind_is_refused(attention, tokenizer):
+    model = tiny_llama(attention)
     with pytest.raises(ContractError, match=rf"than by itself \({attention}\), from block 0 on"):
-        load(tiny_llama(attention), tokenizer=tokenizer)
+        load(model, tokenizer=tokenizer)
+    with pytest.raises(ModelError, match=r"was bridged and then refused \(.*\); load it again"):
+        load(model, tokenizer=tokenizer)
 
 
 def test_the_same_attention_under_another_name_is_not(tokenizer):

@@ -503,7 +503,7 @@ def test_a_wrong_index_is_one_clear_line(make, tmp_path):
       "head_dim": 8}, "no FFN layout of model type"),
     ({"hidden_act": "relu2"}, "activation 'relu2', for which melens has no bound"),
     ({"quantization_config": {"bits": 4}}, "quantised weights"),
-    ({"num_hidden_layers": None}, "config.json makes no model"),
+    ({"num_hidden_layers": None}, "config.json does not make a model"),
     ({"model_type": "t5"}, "no causal decoder"),
 ])  # fmt: skip
 def test_models_that_cannot_be_scanned_are_refused(settings, says, saved):

@@ -15,7 +15,7 @@ from melens.checking.bench import CAUSE_TOKENS, VIEW_TOKENS, Bench
 from melens.errors import OutputError, ResultError
 from melens.provenance import versions
 from melens.results.base import Result, load_result
-from melens.store import PAGE, read_limited, write_atomically
+from melens.store import PAGE, RESULT, read_limited, write_atomically
 
 SCHEMA = "melens/check-stage/2"
 FOLDER = "stages"
@@ -59,7 +59,7 @@ class Keeper:
         if not isinstance(seconds, (int, float)) or not 0 <= seconds < MOST_SECONDS:
             return None
         try:
-            data = path.read_bytes()
+            data = read_limited(path, RESULT)
             if head != self._about(stage, data, seconds):
                 return None
             return load_result(path), float(seconds)

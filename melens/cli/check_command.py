@@ -105,12 +105,12 @@ def _check_files(junit: Path | None, card: Path | None) -> None:
     Raises:  OutputError: naming the file. ResultError: a card whose section has no clear bounds.
     """
     if junit is not None and (str(junit) == "-" or (junit.exists() and not junit.is_file())):
-        what = "a folder" if junit.is_dir() else "no file"
+        what = "a folder" if junit.is_dir() else "not a file"
         raise typer.BadParameter(f"--junit {junit} is {what}; name a file to write.")
     if junit is not None:
         _refuse_unwritable("--junit", junit)
     if card is not None and not card.is_file():
-        raise typer.BadParameter(f"--card {card} is no file; give the README.md of the model.")
+        raise typer.BadParameter(f"--card {card} is not a file; give the README.md of the model.")
     if card is not None:
         from melens.report import refuse_bad_card
 

@@ -71,7 +71,7 @@ def known(
     result: Annotated[Path, typer.Argument(help="locate.json, report.json or scan.json of a run.")],
     as_json: opt.Json = False,
 ) -> None:
-    """Hold a located or foretold ME Layer against the published numbers of MODEL.
+    """Hold a located or predicted ME Layer against the published numbers of MODEL.
 
     Says match, mismatch or unknown, number by number, with the index convention spelled out.
 

@@ -11,6 +11,7 @@ from melens.cli import output
 from melens.cli.options import Dtype
 from melens.network import go_offline
 from melens.progress import Display, progress_on
+from melens.provenance import bos_said
 
 
 @dataclass
@@ -89,8 +90,8 @@ class Job:
         """Save and print; remark where the ME Layer is of other texts, if that matters here."""
         if self.saved is not None and _starts(self.saved) != _starts(result):
             output.note(
-                f"the ME Layer was located on texts {_starts(self.saved)}, these are "
-                f"{_starts(result)}: other tokens may be massive here."
+                f"the ME Layer was located on other texts ({_starts(self.saved)}) than these "
+                f"({_starts(result)}): other tokens may be massive here."
             )
         elif same_texts and self.saved is not None and _texts_of(self.saved) != _texts_of(result):
             output.note("the ME Layer was located on other texts (BOS is the same).")
@@ -106,7 +107,7 @@ class Job:
 
 
 def _starts(result: Any) -> str:
-    return "with BOS first" if result.run.settings.get("bos_first") else "without BOS"
+    return bos_said(result.run.settings.get("bos_first", False))
 
 
 def _texts_of(result: Any) -> Any:

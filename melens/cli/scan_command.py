@@ -19,7 +19,7 @@ def scan(
     offline: opt.Offline = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Foretell MODEL's ME Layer from its weights alone: nothing is run, no tokenizer is needed.
+    """Predict MODEL's ME Layer from its weights alone: nothing is run, no tokenizer is needed.
 
     For every layer, the most that a single FFN neuron could write into one coordinate of the
     residual stream, norm gains included; then the neurons that stand out, the coordinates they

@@ -16,6 +16,7 @@ from melens.emergence.trajectory import trace
 from melens.errors import ModelNotFoundError, ResultError
 from melens.inputs import Inputs, Source, take_in
 from melens.models.anatomy import anatomy
+from melens.provenance import bos_said
 from melens.results import MELayer, Result, load_result
 from melens.results.check import CheckReport, located_of
 from melens.results.diff import SideInfo
@@ -195,8 +196,8 @@ def require_same_texts(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def _about(settings: dict[str, Any]) -> str:
-    start = "with BOS first" if settings.get("bos_first") else "without BOS"
-    return f"{settings.get('sequences')} sequences, {start}, ids {settings.get('ids')}"
+    start = f", {bos_said(settings['bos_first'])}" if "bos_first" in settings else ""
+    return f"{settings.get('sequences')} sequences{start}, ids {settings.get('ids')}"
 
 
 def _count(value: Any) -> int | None:

@@ -16,7 +16,7 @@ from melens.errors import ResultError
 from melens.evaluation.conditions import Condition
 from melens.evaluation.edits import applied, where_held
 from melens.evaluation.forced import MassiveIn
-from melens.evaluation.harness_data import items
+from melens.evaluation.harness_data import file_key, items
 from melens.evaluation.harness_rows import GenerationSettings, GenerationTask
 from melens.evaluation.harness_rows import ItemRow as Answer
 from melens.evaluation.harness_run import run_task
@@ -44,7 +44,7 @@ def generated(
     folder = data_folder(task, source)
     order = [str(doc["item_id"]) for doc in items(task.name, folder)[: source.n]]
     length = bench.settings.max_new_tokens or task.max_new_tokens
-    data = hashlib.sha256((folder / task.file).read_bytes()).hexdigest()[:16]
+    data = file_key(folder / task.file)
     template = hashlib.sha256(repr(bench.model.tokenizer.chat_template).encode()).hexdigest()[:16]
     rows = Rows(
         bench.settings.items,

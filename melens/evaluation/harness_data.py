@@ -18,6 +18,7 @@ from melens.evaluation.harness_rows import GENERATION_TASKS
 from melens.evaluation.refusals import is_refusal, read_prompts
 from melens.evaluation.scoring import extract_answer, same_answer
 from melens.lines import is_text, json_object, lines_of
+from melens.store import TEXT, read_limited
 
 OFFLINE_TASKS = Path(__file__).parent / "offline_tasks"
 ITEM = "item_id"
@@ -57,8 +58,14 @@ def data_file(task: str, folder: Path) -> Path:
 
 
 def file_key(path: Path) -> str:
-    """Short hash of a data file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """Short hash of a data file.
+
+    Raises:  PromptError: it cannot be read, or is too long.
+    """
+    try:
+        return hashlib.sha256(read_limited(path, TEXT)).hexdigest()[:16]
+    except OSError as error:
+        raise PromptError(f"cannot read {path}: {error.strerror or error}.") from None
 
 
 def items(task: str, folder: Path) -> list[Doc]:

@@ -1,4 +1,4 @@
-"""The weights-only scan: every layer's highest ceiling, and what it foretells."""
+"""The weights-only scan: every layer's highest ceiling, and what it predicts."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def _frame(axes: Axes, result: WeightScan) -> None:
     axes.set_xlabel(LAYER_LABEL)
     axes.set_xlim(-0.5, result.n_layers - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    marks = ((result.me_layer, ME_COLOUR, "foretold ME Layer", 0.93),
-             (result.erase_layer, ERASE_COLOUR, "foretold erasure", 0.03))  # fmt: skip
+    marks = ((result.me_layer, ME_COLOUR, "predicted ME Layer", 0.93),
+             (result.erase_layer, ERASE_COLOUR, "predicted erasure", 0.03))  # fmt: skip
     for layer, colour, text, height in marks:
         if layer is None:
             continue

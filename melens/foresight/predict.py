@@ -39,7 +39,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the ceilings foretell; empty where nothing stands out."""
+    """What the ceilings predict; empty where nothing stands out."""
 
     me_layer: int | None
     erase_layer: int | None

@@ -1,4 +1,4 @@
-"""What a scan foretells, held against published numbers of the same model."""
+"""What a scan predicts, held against published numbers of the same model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ORDER = ("match", "mismatch", "unknown")
 
 
 def known_scan(model: str, scan: WeightScan) -> KnownCheck:
-    """Hold a scan's foretold layers, dimensions and entries against what was published.
+    """Hold a scan's predicted layers, dimensions and entries against what was published.
 
-    A published number that the scan does not foretell is a mismatch: weights do not depend on how
+    A published number that the scan does not predict is a mismatch: weights do not depend on how
     a text begins. Sizes are left out, a ceiling is none.
 
     Args:    model: a row's name (``org/name``, or its last part, or a named model).
@@ -66,9 +66,9 @@ def _check(row: dict[str, Any], model: str, scan: WeightScan) -> KnownCheck:
     )  # fmt: skip
 
 
-def _compare(what: str, published: Any, foretold: Any, *, fits: bool) -> Comparison:
+def _compare(what: str, published: Any, predicted: Any, *, fits: bool) -> Comparison:
     return Comparison(
         what=what, published="none" if published is None else str(published),
-        measured="none" if foretold is None else str(foretold),
+        measured="none" if predicted is None else str(predicted),
         verdict="match" if fits else "mismatch", place=True,
     )  # fmt: skip

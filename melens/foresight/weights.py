@@ -1,4 +1,4 @@
-"""scan(): every layer's ceilings from the weights alone, and what they foretell."""
+"""scan(): every layer's ceilings from the weights alone, and what they predict."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def scan(
     keep: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WeightScan:
-    """Foretell the ME Layer of a checkpoint from its weights; runs no model, needs no tokenizer.
+    """Predict the ME Layer of a checkpoint from its weights; runs no model, needs no tokenizer.
 
     Reads the norm gains and FFN matrices, a piece at a time, in whatever dtype they are stored.
 

@@ -78,7 +78,7 @@ def _installer() -> list[str]:
 
 
 def _stderr() -> Any:
-    """Where an installer may show its progress: stderr, or nowhere where that is no file."""
+    """Where an installer may show its progress: stderr, or nowhere where that is not a file."""
     try:
         return sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):

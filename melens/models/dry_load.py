@@ -19,12 +19,16 @@ from melens.models.prefixes import what_to_do
 
 COUNTS = re.compile(r"layer|expert|block|label|depth")
 """Settings that a config or a model's constructor may loop over."""
+WIDTHS = re.compile(r"size|dim|vocab|width|capacity")
+"""Those of them that are sides of a tensor: no loop, and held against the shapes later."""
 FEWEST = 512
 """Such a count is never refused: it costs nothing, whatever the files hold."""
 LONGEST = 1 << 20
 """As above, of a number inside a list."""
 ROOM = 1 << 30
 """Bytes of tables (masks, rotary angles) that a model may compute without having stored any."""
+OLD = re.compile(r"\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$|rotary_emb\.inv_freq$")
+"""Masks and angles that older versions of transformers saved, and that today's compute."""
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
@@ -65,7 +69,8 @@ def require_bounded(config: dict[str, Any], shapes: Shapes, *, name: str) -> Non
     most = max([FEWEST, len(shapes), *stacked])
     for key, value, listed in _numbers(config):
         bound = LONGEST if listed else most
-        if (listed or COUNTS.search(key)) and abs(value) > bound:
+        counted = COUNTS.search(key) and not WIDTHS.search(key)
+        if (listed or counted) and abs(value) > bound:
             raise ModelError(
                 f"{name}: config.json says {key} = {value:.6g}; the files hold {len(shapes)} "
                 f"tensors, so at most {bound} make sense."
@@ -77,8 +82,8 @@ def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> No
 
     A quantised one is left to its own loader, as is one that brings its own code.
 
-    Raises:  ModelError: a config that makes no model. WeightsError: tensors that are missing, not
-             used, or of another shape.
+    Raises:  ModelError: a config that does not make a model. WeightsError: tensors that are
+             missing, not used, or of another shape.
     """
     from transformers import CONFIG_MAPPING
 
@@ -93,25 +98,28 @@ def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> No
         )
 
 
-def require_all_there(info: Mapping[str, Any], n_layers: Any, *, name: Any) -> None:
+def require_all_there(
+    info: Mapping[str, Any], n_layers: Any, *, name: Any, quantised: bool = False
+) -> None:
     """Refuse a checkpoint that transformers would fill up with random values, or use in part.
 
     Args:    info: transformers' loading info. n_layers: the config's number, as far as it has one.
+             quantised: a quantised loader leaves over scales and biases that it has no use for.
     Raises:  WeightsError: naming the first tensor, or the layers.
     """
-    unused = info["unexpected_keys"]
+    unused = [key for key in info["unexpected_keys"] if not OLD.search(key)]
     if missing := sorted(info["missing_keys"]):
         raise WeightsError(
             f"{name} lacks {len(missing)} tensor(s) of its model, first {missing[0]}; "
             f"{what_to_do(unused)}"
         )
-    _require_all_used(unused, n_layers, name=name)
+    _require_all_used(unused, n_layers, name=name, quantised=quantised)
 
 
-def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any) -> None:
+def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any, quantised: bool) -> None:
     """Refuse weights that the model does not use: it is not the one that they were trained as.
 
-    What transformers itself ignores (old masks and angles, further heads) is not among them.
+    What transformers itself ignores (further heads), and old masks, are not among them.
 
     Args:    n_layers: the config's number, as far as it has one.
     Raises:  WeightsError: naming the layers, or the first tensor.
@@ -126,9 +134,12 @@ def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any) -> Non
             f"{name} holds weights of layers {beyond[0]} to {beyond[-1]}, and its config.json has "
             f"{n_layers} layers (0 to {n_layers - 1}); set that number right, or remove them."
         )
+    if quantised:
+        return
     raise WeightsError(
         f"{name} holds {len(found)} tensor(s) that the model of its config.json does not use, "
-        f"first {found[0]}; give the config that they belong to, or remove them."
+        f"first {found[0]}; export the language model alone, or give the config that they "
+        "belong to."
     )
 
 
@@ -139,7 +150,7 @@ def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, d
     try:
         with _quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            made = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]
             with torch.device("meta"):
                 built = kind(copy.deepcopy(made))
@@ -158,7 +169,7 @@ def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, d
     except Exception as error:  # constructors raise whatever a senseless setting leads them to
         said = " ".join(str(error).split())[:200] or "no reason given"
         raise ModelError(
-            f"{name}: its config.json makes no model ({type(error).__name__}: {said})."
+            f"{name}: its config.json does not make a model ({type(error).__name__}: {said})."
         ) from None
     return made, info
 

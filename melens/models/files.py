@@ -18,8 +18,8 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
     Reads the files' headers alone. Says on stderr which weights are taken where there is a choice.
 
     Raises:  ModelNotFoundError: no config.json. ModelError: remote code, not causal, or a config
-             that makes no model. WeightsError: missing, truncated or pickled weights, or others
-             than the config's model uses.
+             that does not make a model. WeightsError: missing, truncated or pickled weights, or
+             others than the config's model uses.
     """
     path = folder / "config.json"
     if not path.is_file():

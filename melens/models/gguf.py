@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from melens.errors import FetchError, ModelError, WeightsError
 from melens.models.cache import building, cache_dir
-from melens.models.files import check_folder
 from melens.models.gguf_fields import config_of
 from melens.models.gguf_header import GGUFHeader, read_gguf_header
 from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, tensors_of
-from melens.models.weight_files import INDEX
+from melens.models.weight_files import INDEX, read_json, weight_files
+from melens.network import is_set
 from melens.progress import progress_on, tell
+from melens.store import PAGE, read_limited
 
 EDGE = 1 << 20
 """Bytes hashed at each end of a file of the user's own, beside its size and time."""
@@ -39,7 +39,7 @@ RECORD = "melens_copy.json"
 
 def no_cache() -> bool:
     """Whether ``MELENS_NO_CACHE`` (``--no-cache``) asks that no converted copy is kept."""
-    return bool(os.environ.get("MELENS_NO_CACHE"))
+    return is_set("MELENS_NO_CACHE")
 
 
 def converted_copy(path: Path) -> Path:
@@ -117,12 +117,16 @@ def read_gguf_tokenizer(path: Path) -> Any:
 
 
 def is_whole(folder: Path) -> bool:
-    """A converted copy that can be loaded; a torn one is made again."""
+    """A converted copy whose files are as they were written; a torn one is made again."""
+    record = _record(folder)
+    sizes = record.get("files", {})
+    damaged = not record and (folder / RECORD).exists()
+    if damaged or not isinstance(sizes, dict):
+        return False
     try:
-        check_folder(folder, trust_remote_code=False)
-        sizes = _record(folder).get("files", {})
+        weight_files(folder, dict(read_json(folder / "config.json"))).tables()
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (ModelError, OSError, ValueError, AttributeError, TypeError):
+    except (ModelError, OSError, ValueError, TypeError):
         return False
 
 
@@ -130,10 +134,8 @@ def given_names(path: Path) -> tuple[str, ...]:
     """What a ``.gguf`` file or a converted copy says the model is called; () where nothing."""
     if path.is_file():
         return read_gguf_header(path).names()
-    try:
-        return tuple(str(name) for name in _record(path).get("names", ()))
-    except (ValueError, AttributeError, TypeError):
-        return ()
+    names = _record(path).get("names")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _finished_config(plan: Conversion, counts: dict[torch.dtype, int]) -> Any:
@@ -145,8 +147,12 @@ def _finished_config(plan: Conversion, counts: dict[torch.dtype, int]) -> Any:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    """What a copy says of itself; nothing where there is no record, or a damaged one."""
+    try:
+        found = json.loads(read_limited(folder / RECORD, PAGE))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write_record(folder: Path, header: GGUFHeader) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from melens.errors import WeightsError
 from melens.models.gguf_header import GGUFHeader
 
+VOCABULARY = "tokenizer.ggml.tokens"
 EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 
 
@@ -111,8 +112,10 @@ def write_fields(header: GGUFHeader, path: Path) -> None:
     from gguf import GGUFValueType, GGUFWriter
 
     writer = GGUFWriter(path, architecture_of(header))
+    # transformers asks some architectures for its length, which config_of sets right
+    writer.add_key_value(VOCABULARY, ["-"], GGUFValueType.ARRAY, GGUFValueType.STRING)
     for key, value in header.fields.items():
-        if key == "general.architecture" or key.startswith("split."):
+        if key in ("general.architecture", VOCABULARY) or key.startswith("split."):
             continue
         kind, inner = header.types[key]
         sub_type = None if inner is None else GGUFValueType(inner)

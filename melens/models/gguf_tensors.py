@@ -7,6 +7,7 @@ what is missing with random numbers.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from melens.errors import WeightsError
+from melens.models.dry_load import require_all_there
 from melens.models.gguf_fields import (
     architecture_of,
     config_of,
@@ -35,6 +37,11 @@ PIECE = 1 << 24
 SHARED = ("falcon", "bloom")
 """Architectures that unembed by the embedding whether or not the file has an ``output.weight``."""
 FREQUENCIES = "rope_freqs.weight"
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+"""Of every Llama from 3.1 on; base and factor are a file's own."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ def plan_conversion(header: GGUFHeader) -> Conversion:
     require_blocks(header)
     require_fields(header, arch)
     config = config_of(header)
+    set_frequencies(header, config)
     with foreign(header):
         model = _empty_model(config)
     needed = {name: tuple(value.shape) for name, value in model.named_parameters()}
@@ -184,12 +192,44 @@ def _require_sizes(conversion: Conversion) -> None:
             raise _misshapen(
                 conversion.header, first, conversion.header.tensors[first].shape, shape
             )
-    table = conversion.header.tensors.get(FREQUENCIES)
-    if table is not None and bool((read_tensor(table) != 1).any()):
-        raise WeightsError(
-            f"{conversion.header.name} scales its positions ({FREQUENCIES}), which transformers "
-            "does not read from a GGUF; use the model's safetensors folder."
-        )
+
+
+def set_frequencies(header: GGUFHeader, config: Any) -> None:
+    """Give the config the scaled positions of a Llama 3.1 or later: a GGUF holds them as a table,
+    which transformers does not read. They are taken if Llama 3's rule gives the very table.
+
+    Raises:  WeightsError: a table of another kind.
+    """  # noqa: D205
+    found = header.tensors.get(FREQUENCIES)
+    if found is None:
+        return
+    table = read_tensor(found).flatten()
+    if bool((table == 1).all()):
+        return
+    plain = getattr(config, "rope_parameters", None) or {}
+    theta = plain.get("rope_theta")
+    if plain.get("rope_type") == "default" and theta and bool(torch.isfinite(table).all()):
+        scaled = {**LLAMA3, "rope_theta": theta, "factor": float(table.max())}
+        if _is_table_of(scaled, table, config):
+            config.rope_parameters = scaled
+            return
+    raise WeightsError(
+        f"{header.name} scales its positions ({FREQUENCIES}) as no Llama 3 does, and transformers "
+        "does not read that from a GGUF; use the model's safetensors folder."
+    )
+
+
+def _is_table_of(scaled: dict[str, Any], table: Tensor, config: Any) -> bool:
+    """Whether the table divides the plain frequencies into those of the scaled rule."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    like = copy.deepcopy(config)
+    like.rope_parameters = dict(scaled)
+    made, _ = ROPE_INIT_FUNCTIONS["llama3"](like, torch.device("cpu"))
+    powers = torch.arange(0, 2 * len(made), 2) / (2 * len(made))
+    return made.shape == table.shape and torch.allclose(
+        scaled["rope_theta"] ** -powers / made, table, rtol=1e-4, atol=0
+    )
 
 
 def _misshapen(
@@ -241,11 +281,7 @@ def _read_whole(conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
         )
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise WeightsError(
-            f"{path.name} lacks {len(missing)} tensor(s) of its model, first {missing[0]}; "
-            "fetch it again."
-        )
+    require_all_there(info, getattr(model.config, "num_hidden_layers", None), name=path.name)
     state = model.state_dict()
     yield from ((name, state[name]) for name in conversion.needed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from melens.errors import ModelNotFoundError, WeightsError
+from melens.errors import ModelError, ModelNotFoundError
 from melens.models.named import NAMED
 from melens.models.weight_files import read_json, weight_files
 
@@ -25,7 +25,10 @@ def kept_copy(name: str, revision: str | None) -> Path | None:
         return None
     folder = Path(config).parent
     try:
-        chosen = weight_files(folder, read_json(folder / "config.json"))
-    except WeightsError:  # nothing but the config, or an index that is damaged
+        read = read_json(folder / "config.json")
+        chosen = weight_files(folder, read) if isinstance(read, dict) else None
+    except ModelError:  # nothing but the config, or a config or index that is damaged
+        return None
+    if chosen is None:
         return None
     return folder if all(file.is_file() for file in chosen.files) else None

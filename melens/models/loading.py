@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
+from melens.errors import ContractError, FetchError, ModelError, ModelNotFoundError, WeightsError
 from melens.models.bridging import (
     bridge_with_answer,
     give_tokenizer,
@@ -37,6 +37,8 @@ from melens.network import is_offline, pass_on
 
 CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 """Model objects that passed the contract already."""
+REFUSED = "_melens_refused"
+"""On a model object that was bridged and whose hooks did not add up: why."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -131,20 +133,43 @@ def adopt(
     _refuse_moving(model, device, dtype)
     require_here(model)
     own = None
-    if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
-        bridge = model
-    elif (bridge := vars(model).get(KEPT_BRIDGE)) is None:
+    bridge = _own_bridge(model)
+    if bridge not in CHECKED:
         require_finite_weights(model)
+    if bridge is None:
         bridge, own = _bridge_object(model, tokenizer)
     if tokenizer is not None and bridge.tokenizer is None:
         give_tokenizer(bridge, tokenizer)
     if bridge not in CHECKED:
-        require_finite_weights(bridge)
-        check_contract(bridge, own)
-        CHECKED.add(bridge)
+        _check_once(model, bridge, own)
     if bridge is not model:
         vars(model)[KEPT_BRIDGE] = bridge
     return bridge
+
+
+def _own_bridge(model: torch.nn.Module) -> Any:
+    """The bridge that an object is, or keeps; None where it was never bridged.
+
+    Raises:  ModelError: it was bridged, and refused.
+    """
+    if said := vars(model).get(REFUSED):
+        raise ModelError(f"this object was bridged and then refused ({said}); load it again.")
+    if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
+        return model
+    return vars(model).get(KEPT_BRIDGE)
+
+
+def _check_once(model: torch.nn.Module, bridge: Any, own: OwnAnswer | None) -> None:
+    """Hold a bridge to the contract. A model that is refused says so from then on: its submodules
+    are wrapped, and a second bridge would wrap the wrapped.
+    """  # noqa: D205
+    try:
+        check_contract(bridge, own)
+    except ContractError as error:
+        if bridge is not model:
+            vars(model)[REFUSED] = str(error).rstrip(".")
+        raise
+    CHECKED.add(bridge)
 
 
 def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tuple[Any, bool]:
@@ -222,7 +247,10 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
     require_no_adapter(bool(getattr(hf, "_hf_peft_config_loaded", False)), name=str(source))
-    require_all_there(info, getattr(hf.config, "num_hidden_layers", None), name=source)
+    require_all_there(
+        info, getattr(hf.config, "num_hidden_layers", None), name=source,
+        quantised=getattr(hf, "hf_quantizer", None) is not None,
+    )  # fmt: skip
     require_finite_weights(hf)
     return hf
 
@@ -266,7 +294,9 @@ def _given_tokenizer(tokenizer: Any) -> Any:
         return given
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        raise ModelError(f"tokenizer={str(given)!r:.80} is no folder here; give one, or an object.")
+        raise ModelError(
+            f"tokenizer={str(given)!r:.80} is not a folder here; give one, or an object."
+        )
     return read_tokenizer(folder, {"local_files_only": True, "trust_remote_code": False})
 
 

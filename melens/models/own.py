@@ -152,7 +152,7 @@ def force_eager(model: Any) -> None:
 
 
 class _Enough(Exception):
-    """Raised behind the last block that was asked for."""
+    """Raised after the last block that was asked for."""
 
 
 def _layers(model: Any) -> nn.ModuleList | list[nn.Module]:

@@ -122,7 +122,9 @@ def require_placed(
 ) -> None:
     """Hold the files against the index. What an index forgot counts: transformers loads it too.
 
-    Raises:  WeightsError: one tensor in two files, or none where the index says.
+    What it names and no file holds (a tied unembedding) is missed only by a model that needs it.
+
+    Raises:  WeightsError: one tensor in two files, or in another than the index says.
     """
     at: dict[str, str] = {}
     for file, table in tables.items():
@@ -131,9 +133,9 @@ def require_placed(
                 raise WeightsError(f"{name} is in {at[name]} and in {file}; keep one of them.")
             at[name] = file
     for name, file in placed.items():
-        if at.get(name) != file:
+        if at.get(name, file) != file:
             raise WeightsError(
-                f"{main} says that {file} holds {name}, and it does not; fetch it again."
+                f"{main} says that {file} holds {name}, and {at[name]} does; fetch it again."
             )
 
 
@@ -163,7 +165,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         if not path.is_file():
-            raise ModelError(f"{path} is no file.")
+            raise ModelError(f"{path} is not a file.")
         if path.stat().st_size > HEADER_LIMIT:
             raise ModelError(f"{path} is over {HEADER_LIMIT // 1_000_000} MB, too large for JSON.")
         return json.loads(path.read_text("utf-8"))

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.provenance import RunInfo
+from melens.provenance import RunInfo, bos_said
 from melens.results.base import Part, Result, added_later
 
 Value = int | float | str | None
@@ -37,7 +37,7 @@ class SideInfo(Part):
         """Its name, and how its texts began."""
         if self.bos_first is None:
             return self.name
-        return f"{self.name} (with{'out' * (not self.bos_first)} BOS)"
+        return f"{self.name} ({bos_said(self.bos_first)})"
 
 
 class Change(Part):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from melens.provenance import bos_said
 from melens.results.base import Part, Result, added_later
 
 CONVENTION = (
@@ -55,5 +56,5 @@ class KnownCheck(Result):
             return f"{self.model}: unknown, nothing published is on record for this name.{hint}"
         bad = [row.what for row in self.comparisons if row.verdict == "mismatch"]
         detail = f" in {', '.join(bad)}" if bad else ""
-        start = "" if self.bos_first is None else f" (with{'out' * (not self.bos_first)} BOS)"
+        start = "" if self.bos_first is None else f" ({bos_said(self.bos_first)})"
         return f"{self.model}{start}: {self.verdict}{detail} (source: {self.source})."

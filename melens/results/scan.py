@@ -92,7 +92,7 @@ class LayerCeiling(Part):
 
 
 class WeightScan(Result):
-    """Ceilings by layer, and the emergence and erase layers that they foretell."""
+    """Ceilings by layer, and the emergence and erase layers that they predict."""
 
     schema_id: ClassVar[str] = "melens/scan/1"
 
@@ -101,7 +101,7 @@ class WeightScan(Result):
     n_layers: int
     d_model: int
     me_layer: int | None
-    """Predicted ME Layer; None where the weights foretell none."""
+    """Predicted ME Layer; None where the weights predict none."""
     erase_layer: int | None
     dims: tuple[int, ...]
     """Coordinates that the prediction is about, the strongest first."""
