@@ -195,8 +195,9 @@ def require_same_texts(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def _about(settings: dict[str, Any]) -> str:
-    start = "with BOS first" if settings.get("bos_first") else "without BOS"
-    return f"{settings.get('sequences')} sequences, {start}, ids {settings.get('ids')}"
+    start = "with BOS first, " if settings.get("bos_first") else "without BOS, "
+    start = start if "bos_first" in settings else ""
+    return f"{settings.get('sequences')} sequences, {start}ids {settings.get('ids')}"
 
 
 def _count(value: Any) -> int | None:
