@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ def prompts(
         len(texts) == 1
         and "\n" not in texts[0]
         and len(texts[0]) < 200
-        and Path(texts[0]).is_file()
+        and os.path.isfile(texts[0])  # noqa: PTH113 - Path.is_file raises on too long a name
     ):
         raise PromptError(
             f"{texts[0]!r} is a file here; to read it pass pathlib.Path({texts[0]!r})."
@@ -248,9 +249,11 @@ def bundled_texts(*, chat: bool = False) -> tuple[str, ...]:
 def read_text(path: Path) -> str:
     """A UTF-8 file's text; a missing, unreadable or binary file is a PromptError."""
     try:
-        return _decode(read_limited(path, TEXT), str(path))
-    except OSError as error:
-        raise PromptError(f"cannot read the text {path}: {error.strerror or error}.") from None
+        raw = read_limited(path, TEXT)
+    except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
+        said = getattr(error, "strerror", None) or error
+        raise PromptError(f"cannot read the text {path}: {said}.") from None
+    return _decode(raw, str(path))
 
 
 def encode(tokenizer: Any, text: str, *, bos: bool | None, chat: bool = False) -> list[int]:

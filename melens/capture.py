@@ -53,15 +53,31 @@ class ChannelMax:
 
 @dataclass
 class _Use:
-    """Who has hooks on a model, and how often over."""
+    """Who has hooks on a model, how often over, and how many of them stay open for everybody."""
 
-    thread: int
-    name: str
+    owner: threading.Thread
     depth: int = 0
+    kept: int = 0
+
+    def refuse_others(self) -> None:
+        if self.depth <= self.kept or self.owner is threading.current_thread():
+            return
+        if not self.owner.is_alive():  # what it left open is there for all, as a kept edit is
+            self.kept = self.depth
+            return
+        raise BusyError(
+            f"an edit or a capture of thread {self.owner.name} is open on this model, and its "
+            "hooks would act on this thread's passes too; use the model from one thread at a time, "
+            "or give each thread a model of its own."
+        )
 
 
 _USES: weakref.WeakKeyDictionary[Any, _Use] = weakref.WeakKeyDictionary()
 _USES_LOCK = threading.Lock()
+
+
+def _key(model: Any) -> Any:
+    return getattr(model, "original_model", model)
 
 
 @contextmanager
@@ -72,38 +88,95 @@ def one_thread(model: Any) -> Iterator[None]:
 
     Raises:  BusyError: another thread has it.
     """
-    key = getattr(model, "original_model", model)
     here = threading.current_thread()
     with _USES_LOCK:
-        use = _USES.setdefault(key, _Use(threading.get_ident(), here.name))
-        _refuse_others(use)
+        use = _USES.setdefault(_key(model), _Use(here))
+        use.refuse_others()
+        use.owner = here
         use.depth += 1
     try:
         yield
     finally:
         with _USES_LOCK:
             use.depth -= 1
+            use.kept = min(use.kept, use.depth)
             if not use.depth:
-                _USES.pop(key, None)
+                _USES.pop(_key(model), None)
+
+
+def enter_kept(model: Any, context: Any) -> tuple[Any, int]:
+    """Enter a context that stays open, without the model being this thread's from then on.
+
+    Returns: what the context gives, and what :func:`exit_kept` needs.
+    Raises:  BusyError: another thread has the model.
+    """
+    with one_thread(model):
+        use = _USES[_key(model)]
+        before = use.depth
+        found = context.__enter__()
+        with _USES_LOCK:
+            count = use.depth - before
+            use.kept += count
+    return found, count
+
+
+def exit_kept(model: Any, context: Any, count: int, error: Exception) -> None:
+    """Leave such a context with an error that it lets pass.
+
+    Raises:  BusyError: another thread has the model at this moment.
+    """
+    with one_thread(model):
+        with _USES_LOCK:
+            _USES[_key(model)].kept -= count
+        context.__exit__(type(error), error, None)
+
+
+class EachPass:
+    """Makes every forward pass of a model one thread's own, from its start to its end."""
+
+    def __init__(self, model: Any) -> None:
+        self._running: tuple[threading.Thread, Any] | None = None
+        outer = _key(model)
+        self._handles = [
+            outer.register_forward_pre_hook(self._begin, prepend=True),
+            outer.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def _begin(self, module: Any, *_: Any) -> None:
+        self._end()  # an interrupt leaves its pass behind
+        mine = one_thread(module)
+        mine.__enter__()
+        self._running = threading.current_thread(), mine
+
+    def _end(self, *_: Any) -> None:
+        running = self._running
+        if running is not None and running[0] is threading.current_thread():
+            self._running = None
+            running[1].__exit__(None, None, None)
+
+    def close(self) -> None:
+        """No longer."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def require_this_thread(model: Any) -> None:
     """Refuse a forward pass of a thread that the open edits or captures are not of.
 
+    Blocks that a backward pass computes again (gradient checkpointing) run in a thread of
+    autograd's, for the thread that asked for it.
+
     Raises:  BusyError: the model belongs to another thread.
     """
-    use = _USES.get(getattr(model, "original_model", model))
+    if _in_backward() != -1:
+        return
+    use = _USES.get(_key(model))
     if use is not None:
-        _refuse_others(use)
+        use.refuse_others()
 
 
-def _refuse_others(use: _Use) -> None:
-    if use.thread != threading.get_ident():
-        raise BusyError(
-            f"an edit or a capture of thread {use.name} is open on this model, and its hooks would "
-            "act on this thread's passes too; use the model from one thread at a time, or give "
-            "each thread a model of its own."
-        )
+_in_backward: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+"""-1 outside a backward pass."""
 
 
 Hooks = Iterable[tuple[str, Callable[..., Any]]]

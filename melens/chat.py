@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,10 +14,15 @@ from melens.errors import PromptError
 
 CHILD = Path(__file__).with_name("chat_child.py")
 SECONDS = 10
-"""Wall time of one rendering of any number of texts; a template takes about a millisecond."""
+"""Wall time of one child process; a text takes about a millisecond."""
+AT_ONCE = 256
+"""Texts that one child process renders."""
 MEGABYTES = 512
 CHARACTERS = 64_000_000
 """Most that all texts of one call may become."""
+_FAILED: dict[bytes, str] = {}
+"""What went wrong, by the hash of what was asked; the texts themselves are not kept."""
+MOST_FAILED = 256
 Message = Mapping[str, Any]
 
 
@@ -74,48 +79,62 @@ def chat_start(tokenizer: Any) -> int | None:
 def render(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], *, begin_answer: bool = True
 ) -> tuple[str, ...]:
-    """Conversations in the tokenizer's chat template, all by one child process.
+    """Conversations in the tokenizer's chat template, a child process for each AT_ONCE of them.
 
     Equal to ``tokenizer.apply_chat_template(..., tokenize=False)``, but a template that loops,
     fills the memory or fails ends as one error.
 
     Raises:  PromptError: no template, or why it could not be rendered.
     """
+    template = template_of(tokenizer)
     variables = {
         **getattr(tokenizer, "special_tokens_map", {}), "tools": None, "documents": None,
         "add_generation_prompt": begin_answer,
     }  # fmt: skip
-    job = {
-        "template": template_of(tokenizer), "variables": variables,
-        "conversations": [[dict(message) for message in chat] for chat in conversations],
-        "seconds": SECONDS, "megabytes": MEGABYTES, "characters": CHARACTERS,
-    }  # fmt: skip
-    texts, error = _rendered(json.dumps(job))
-    if error is not None:
-        said = " ".join(error.split())
-        said = said if len(said) <= 200 else f"{said[:200]}..."
-        raise PromptError(
-            f"the model's chat template cannot be used ({said}); give texts without the chat "
-            "option, or mend the template."
-        )
-    return texts
+    texts: list[str] = []
+    for start in range(0, len(conversations), AT_ONCE):
+        chats = conversations[start : start + AT_ONCE]
+        job = {
+            "template": template, "variables": variables,
+            "conversations": [[dict(message) for message in chat] for chat in chats],
+            "seconds": SECONDS, "megabytes": MEGABYTES,
+            "characters": CHARACTERS, "used": sum(map(len, texts)),
+        }  # fmt: skip
+        texts += _rendered(json.dumps(job))
+    return tuple(texts)
 
 
-@functools.lru_cache(maxsize=32)
-def _rendered(job: str) -> tuple[tuple[str, ...], str | None]:
-    """Texts, and what went wrong; kept, so that a template that hangs costs its limit once."""
+def _rendered(job: str) -> list[str]:
+    """The texts of one child; what failed is remembered, so that a hang costs its limit once."""
+    key = hashlib.sha256(job.encode()).digest()
+    texts, error = ([], _FAILED[key]) if key in _FAILED else _run(job)
+    if error is None:
+        return texts
+    if len(_FAILED) >= MOST_FAILED:
+        _FAILED.clear()
+    _FAILED[key] = error
+    said = " ".join(error.split())
+    said = said if len(said) <= 200 else f"{said[:200]}..."
+    raise PromptError(
+        f"the model's chat template cannot be used ({said}); give texts without the chat "
+        "option, or mend the template."
+    )
+
+
+def _run(job: str) -> tuple[list[str], str | None]:
+    """Texts, and what went wrong."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(CHILD)], input=job.encode(), capture_output=True,
             timeout=SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return (), f"it was not done within {SECONDS} seconds"
+        return [], f"it was not done within {SECONDS} seconds"
     except OSError as error:
-        return (), f"no process can be started for it: {error.strerror or error}"
+        return [], f"no process can be started for it: {error.strerror or error}"
     try:
         answer = json.loads(done.stdout)
     except ValueError:  # killed by the system, or not even started
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        return (), f"its process ended with code {done.returncode}{': ' * bool(last)}{last[:120]}"
-    return tuple(answer.get("texts", ())), answer.get("error")
+        return [], f"its process ended with code {done.returncode}{': ' * bool(last)}{last[:120]}"
+    return list(answer.get("texts", ())), answer.get("error")

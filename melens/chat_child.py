@@ -108,7 +108,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     """``{"texts": [...]}``, or ``{"error": why}``."""
     try:
         template = environment().from_string(job["template"])
-        texts, left = [], job["characters"]
+        texts, left = [], job["characters"] - job["used"]
         for messages in job["conversations"]:
             text = template.render(messages=messages, **job["variables"])
             left -= len(text)

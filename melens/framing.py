@@ -116,7 +116,11 @@ def cut(head: list[int], body: list[int], length: int) -> Iterator[list[int]]:
 
 
 def bos_first(tokenizer: Any, rows: Sequence[Sequence[int]]) -> bool | None:
-    """Whether token sequences begin with BOS; None where some do and some do not."""
+    """Whether token sequences begin with BOS; None where some do and some do not, or where no
+    tokenizer says which token that is.
+    """  # noqa: D205
+    if tokenizer is None:
+        return None
     start = getattr(tokenizer, "bos_token_id", None)
     found = {start is not None and row[0] == start for row in rows}
     return found.pop() if len(found) == 1 else None

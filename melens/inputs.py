@@ -190,7 +190,7 @@ def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str
         "sequences": len(ids),
         "tokens": sum(map(len, ids)),
         "ids": hashlib.sha256(repr(sorted(map(list, ids))).encode()).hexdigest()[:16],
-        "bos_first": bos_first(tokenizer, ids),
+        **({} if tokenizer is None else {"bos_first": bos_first(tokenizer, ids)}),
         "length": max(map(len, ids)),
         "bos": made.bos,
         "chat": made.chat,

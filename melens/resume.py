@@ -288,6 +288,8 @@ class Resumable:
         edited[:, start:] *= NUDGE
         try:
             whole = self.run(layer, torch.cat([clean, edited]))
+        except torch.OutOfMemoryError:
+            raise
         except DOES_NOT_FIT as error:
             self._refuse(f"its blocks do not run by themselves ({str(error)[:120]})")
         final, rows = self._resids[-1], len(clean)
@@ -300,6 +302,8 @@ class Resumable:
             both = torch.cat([clean, edited])[:, start:]
             try:
                 cut = self.run(layer, both, start=start)
+            except torch.OutOfMemoryError:
+                raise
             except DOES_NOT_FIT:  # what it is called with cannot be cut: whole sequences then
                 self.suffixes = False
                 return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -24,6 +25,10 @@ PAGE, RESULT, TEXT, ROWS = 1_000_000, 256_000_000, 256_000_000, 4_000_000_000
 """Bytes that a policy or record, a result, a text and a file of items may have."""
 ABANDONED = 3600.0
 """Seconds without a change after which a temporary file is a killed command's."""
+_NO_WAIT, _CLOSE, _BINARY = (
+    getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
+)
+"""Not every system has them all."""
 _NOT_REGULAR = {
     stat.S_ISDIR: "it is a folder", stat.S_ISFIFO: "it is a pipe (a FIFO)",
     stat.S_ISSOCK: "it is a socket", stat.S_ISCHR: "it is a device", stat.S_ISBLK: "it is a device",
@@ -90,7 +95,7 @@ def open_regular(path: Path) -> BinaryIO:
 
     Raises:  OSError: whose ``strerror`` says what it is instead.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | _NO_WAIT | _CLOSE | _BINARY)
     try:
         _require_regular(os.fstat(handle).st_mode, path)
     except OSError:
@@ -106,7 +111,9 @@ def read_limited(path: Path, limit: int) -> bytes:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        raw = b"" if size > limit else file.read(limit + 1)
+        raw = b"" if size > limit else file.read(size + 1)
+        if len(raw) > size:  # it grows, or tells no size, as in /proc
+            raw += file.read(limit + 1 - len(raw))
     if max(size, len(raw)) > limit:
         said = f"it has {max(size, len(raw)):,} bytes, and at most {limit:,} are read"
         raise OSError(errno.EFBIG, said, str(path))
@@ -146,11 +153,17 @@ def _refuse_irregular(target: Path) -> None:
 
 def _beside(target: Path, ending: str) -> Path:
     """A name beside ``target`` that nobody can guess; it is short enough for any file system."""
-    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.{ending}")
+    return target.with_name(f"{_stem(target)}.{secrets.token_hex(8)}.{ending}")
+
+
+def _stem(target: Path) -> str:
+    """Whose a temporary name is: long names are cut, and their hash tells them apart."""
+    name = target.name
+    return f".{name[:40]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
 
 
 def _write_new(path: Path, raw: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CLOSE | _BINARY, 0o666)
     with os.fdopen(handle, "wb") as file:
         file.write(raw)
         file.flush()
@@ -170,11 +183,11 @@ def _swap(part: Path, target: Path, old: Path) -> None:
 
 def _open_to_readers(folder: Path) -> None:
     """On disk, and readable as any new file is: some libraries write for the owner alone."""
-    umask = os.umask(0o077)
-    os.umask(umask)
+    # The folder is new, so its bits are those that this process gives what it makes.
+    mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~umask)
+            path.chmod(mode)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
@@ -182,7 +195,7 @@ def _open_to_readers(folder: Path) -> None:
 def _flush_folder(folder: Path) -> None:
     """The new name on disk too, where folders can be opened for that."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(folder, os.O_RDONLY | _CLOSE)
         try:
             os.fsync(handle)
         finally:
@@ -200,7 +213,7 @@ def _sweep(target: Path) -> None:
 
 
 def _leftovers(target: Path) -> Iterator[tuple[Path, str]]:
-    name = re.compile(re.escape(f".{target.name[:40]}.") + r"[0-9a-f]{16}\.(tmp|old)")
+    name = re.compile(re.escape(_stem(target)) + r"\.[0-9a-f]{16}\.(tmp|old)")
     with contextlib.suppress(OSError):
         for path in sorted(target.parent.iterdir()):
             if found := name.fullmatch(path.name):

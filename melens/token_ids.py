@@ -73,10 +73,22 @@ def _of_mapping(source: Mapping[Any, Any], pad_id: int | None) -> tuple[Rows, li
     given = source.get("attention_mask")
     if given is None:
         return found
-    made = read_ids(given.long() if isinstance(given, Tensor) else given)
+    made = read_ids(_numbers(given))
     if made is None or [len(row) for row in made[0]] != [len(row) for row in rows]:
         raise PromptError("attention_mask must have the shape of input_ids.")
     return rows, [[bool(value) for value in row] for row in made[0]]
+
+
+def _numbers(mask: Any) -> Any:
+    """A mask of truth values as one of 0 and 1."""
+    if isinstance(mask, bool):
+        return int(mask)
+    if isinstance(mask, (list, tuple)):
+        return [_numbers(part) for part in mask]
+    if isinstance(mask, Tensor):
+        return mask.long()
+    kind = getattr(getattr(mask, "dtype", None), "kind", None)
+    return mask.astype(int) if kind == "b" else mask
 
 
 def _of_array(source: Any, pad_id: int | None) -> tuple[Rows, list[list[bool]]]:

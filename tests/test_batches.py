@@ -97,6 +97,13 @@ def test_files_and_stdin(tmp_path, monkeypatch, tokenizer):
         prompts(file)
 
 
+def test_names_that_no_file_can_have():
+    with pytest.raises(PromptError, match=r"cannot read the text .*null"):
+        prompts(Path("a\0b"))
+    long = "\u4e00" * 199  # 597 bytes
+    assert prompts(long).texts == (long,)
+
+
 def test_bad_arguments_are_refused(tokenizer):
     with pytest.raises(PromptError, match="n=0"):
         prompts("w5", n=0)

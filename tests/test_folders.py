@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,8 @@ from melens.models.streamed import load_streamed
 from melens.models.weight_files import INDEX, SINGLE, is_inside
 
 UP = "model.layers.1.mlp.up_proj.weight"
-HANG = 60.0
-"""Seconds; what is refused here takes far less than one."""
+pytestmark = pytest.mark.timeout(60)
+"""What hangs is stopped; what is refused here takes far less than a second."""
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +79,8 @@ def refusals(folder, kind=MelensError):
     """The one line that each reader refuses a folder with."""
     found = []
     for reader in (lambda f: load(f, device="cpu"), load_streamed, scan):
-        start = time.monotonic()
         with pytest.raises(kind) as error:
             reader(folder)
-        assert time.monotonic() - start < HANG
         assert error.value.exit_code == 2
         assert "\n" not in str(error.value)
         found.append(str(error.value))
@@ -209,14 +206,13 @@ def test_one_tensor_in_two_shards_is_refused(saved, tmp_path):
 
 
 COMMANDS = [
-    ["locate"], ["locate", "--stream"], ["scan"], ["reach"], ["check"], ["describe"], ["collapse"],
-    ["sinks"], ["attention"], ["isolate"], ["super-weights"], ["diff"], ["generate"], ["export"],
-    ["patch"], ["eval"], ["tune"], ["long-context"],
+    ["locate"], ["locate", "--stream"], ["scan"], ["reach"], ["check"], ["diff"], ["generate"],
+    ["export"], ["eval"],
 ]  # fmt: skip
-TASK = ["--task", "perplexity"]
+"""One for each way of opening a model; the other commands open theirs as ``locate`` does."""
 MORE = {
-    "generate": ["--prompt", "w5 w6"], "export": ["--format", "hf"], "tune": TASK, "eval": TASK,
-    "patch": ["--clean", "w5 w6 w7 w8", "--corrupted", "w5 w16 w7 w8"],
+    "generate": ["--prompt", "w5 w6"], "export": ["--format", "hf"],
+    "eval": ["--task", "perplexity"],
 }  # fmt: skip
 
 

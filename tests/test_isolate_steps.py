@@ -9,6 +9,7 @@ import pytest
 from planted import batch, plant
 
 from melens.batches import Batch
+from melens.cli import cause_tables  # noqa: F401 - it registers its tables
 from melens.cli.tables import TABLES
 from melens.emergence import locate
 from melens.errors import ResultError

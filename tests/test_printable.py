@@ -142,6 +142,16 @@ def test_tables_figures_and_repr_of_hostile_results(capsys):
         assert is_safe(shown.out + shown.err + repr(bad) + str(bad)), kind
 
 
+def test_hostile_answers_as_json(capsys):
+    from melens.cli.edit_job import show_answers
+
+    row = {"prompt": EVIL, "without": EVIL, "with": EVIL, "first_difference": None}
+    show_answers([row], label=EVIL, as_json=True)
+    shown = capsys.readouterr().out
+    assert is_safe(shown)
+    assert json.loads(shown)["rows"] == [row]
+
+
 def test_svg_text_is_xml(tmp_path):
     import matplotlib as mpl
 
@@ -210,7 +220,6 @@ def test_a_walk_over_commands(hostile, tmp_path, capsys):
         "stream": ["locate", folder, *short, "--stream"],
         "scan": ["scan", folder],
         "generate": ["generate", folder, "--prompt", f"<s>{text[:40]}", *few],
-        "generate --json": ["generate", folder, "--prompt", f"<s>{text[:40]}", *few, "--json"],
         "known": ["known", "smollm2-135m", out / "locate.json"],
         "diff": ["diff", out / "locate.json", out / "locate.json"],
         "plot": ["plot", out / "locate.json", "-o", tmp_path / "a\x1b[2J.png"],
@@ -230,6 +239,6 @@ def test_a_walk_over_commands(hostile, tmp_path, capsys):
         codes[name] = done.value.code or 0
         assert is_safe(shown.out + shown.err), name
         said[name] = shown.err
-    good = {"locate", "stream", "scan", "generate", "generate --json", "diff", "plot", "known"}
+    good = {"locate", "stream", "scan", "generate", "diff", "plot", "known"}
     assert not {name: said[name] for name in good if codes[name]}
     assert {codes[name] for name in codes.keys() - good} <= {2, 3}

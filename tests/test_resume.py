@@ -144,3 +144,18 @@ def test_what_does_not_fit_is_refused(tiny):
         run.run(1, run.resid_pre(1)[:2])
     with pytest.raises(PromptError, match="vocabulary is 0 to 63"):
         Resumable(tiny, Batch.of(torch.full((1, 5), 64)))
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_family(make_tiny, tokenizer):
+    model = load(make_tiny("llama"), tokenizer=tokenizer)
+    calls = []
+
+    def full(module, args):
+        calls.append(1)
+        if len(calls) > 1:  # the full run has passed
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = model.blocks[0].register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Resumable(model, BATCHES["one"])
+    handle.remove()

@@ -7,12 +7,13 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from melens.errors import OutputError, PolicyError, PromptError, ResultError
-from melens.store import ABANDONED, read_limited, read_text, write_atomically, write_folder
+from melens.store import ABANDONED, _stem, read_limited, read_text, write_atomically, write_folder
 
 SRC = Path(__file__).parent.parent / "melens"
 
@@ -63,7 +64,7 @@ def test_the_temporary_name_is_unguessable_and_exclusive(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)  # were it guessed after all
-    (tmp_path / f".a.json.{'0' * 16}.tmp").symlink_to(victim)
+    (tmp_path / f"{_stem(tmp_path / 'a.json')}.{'0' * 16}.tmp").symlink_to(victim)
     with pytest.raises(OutputError, match=r"cannot write .*a\.json: File exists"):
         write_atomically(tmp_path / "a.json", "y")
     assert victim.read_text() == "mine"
@@ -141,7 +142,7 @@ def test_what_a_kill_left_is_tidied_up(tmp_path):
     )
     assert killed.returncode < 0
     (left,) = tmp_path.iterdir()
-    other = tmp_path / f".other.{'0' * 16}.tmp"
+    other = tmp_path / f"{_stem(tmp_path / 'other')}.{'0' * 16}.tmp"
     other.write_text("not ours to remove")
     write_folder(out, lambda at: _fill(at, "1"))
     assert left.exists()  # it may still be at work
@@ -152,7 +153,7 @@ def test_what_a_kill_left_is_tidied_up(tmp_path):
 
 
 def test_a_kill_between_the_two_moves_costs_nothing(tmp_path):
-    old = tmp_path / f".out.{'a' * 16}.old"
+    old = tmp_path / f"{_stem(tmp_path / 'out')}.{'a' * 16}.old"
     old.mkdir()
     _fill(old, "earlier export")
 
@@ -162,6 +163,26 @@ def test_a_kill_between_the_two_moves_costs_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "out", fails)
     assert (tmp_path / "out" / "f").read_text() == "earlier export"
+
+
+def test_long_names_that_begin_alike_do_not_touch_each_others_leftovers(tmp_path):
+    first, second = (tmp_path / ("n" * 40 + end) for end in "ab")
+    old = tmp_path / f"{_stem(first)}.{'a' * 16}.old"
+    old.mkdir()
+    os.utime(old, (time.time() - 2 * ABANDONED,) * 2)
+    write_folder(second, lambda at: _fill(at, "1"))
+    assert names(tmp_path) == sorted([old.name, second.name])
+    assert (second / "f").stat().st_mode & 0o777 == second.stat().st_mode & 0o666
+
+
+def test_a_small_file_costs_its_own_size_whatever_the_limit(tmp_path):
+    (tmp_path / "small").write_bytes(b"12345")
+    tracemalloc.start()
+    assert read_limited(tmp_path / "small", 10**9) == b"12345"
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+    if Path("/proc/version").exists():  # regular, and of no size
+        assert read_limited(Path("/proc/version"), 10**6) == Path("/proc/version").read_bytes()
 
 
 def test_only_regular_files_of_a_bearable_size_are_read(tmp_path):

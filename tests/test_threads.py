@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from melens.batches import Batch
-from melens.capture import ChannelMax, stream
+from melens.capture import ChannelMax, require_this_thread, stream
 from melens.errors import BusyError
+from melens.exporting.open_edit import OpenEdit
 from melens.interventions import ffn_scale, wemask
 from melens.models import load
+from melens.results.edit import Edit
 from melens.resume import Resumable
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -154,3 +156,60 @@ def test_models_of_their_own_are_free(make_tiny, tokenizer):
 
     with ThreadPoolExecutor(2) as pool:
         assert all(torch.equal(made, expected) for made in pool.map(work, models))
+
+
+def test_an_edit_kept_open_is_for_the_thread_that_runs_the_model(tiny, elsewhere):
+    """As a model loaded in the main thread whose answers a worker streams."""
+    edit = Edit(name="wemask", rate=0.5, layers=(1,), select="activation")
+    expected, clean = masked(tiny), logits(tiny)
+    kept = OpenEdit(tiny, edit, None)
+    assert torch.equal(logits(tiny), expected)
+    assert torch.equal(elsewhere(logits, tiny), expected)
+    made = elsewhere(lambda: tiny.generate(IDS[:1], max_new_tokens=3, verbose=False))
+    assert made.shape[1] == IDS.shape[1] + 3
+    elsewhere(masked, tiny)  # an edit of that thread's own, and gone again
+    with ffn_scale(tiny, 1, factor=0.5):
+        logits(tiny)
+        with pytest.raises(BusyError):
+            elsewhere(logits, tiny)
+
+    def meddle(module, args):  # in the middle of a pass, once
+        handle.remove()
+        for function in (logits, masked, lambda _: kept.close()):
+            with pytest.raises(BusyError):
+                elsewhere(function, tiny)
+
+    handle = tiny.blocks[0].register_forward_pre_hook(meddle)
+    assert torch.equal(logits(tiny), expected)
+    assert kept.active
+    elsewhere(kept.close)
+    assert torch.equal(logits(tiny), clean)
+
+
+def test_what_a_thread_left_open_when_it_ended_stops_nobody(model):
+    left = wemask(model, **EDIT)
+    expected = masked(model)
+    thread = threading.Thread(target=left.__enter__)
+    thread.start()
+    thread.join(HANG)
+    assert torch.equal(logits(model), expected)
+    left.__exit__(None, None, None)
+    assert not torch.equal(logits(model), expected)
+
+
+def test_blocks_that_a_backward_pass_runs_again_are_of_the_thread_that_asked(tiny):
+    """Autograd does so in a thread of its own on a GPU; here a thread within a backward hook."""
+    seen = []
+
+    def again(grad):
+        seen.append(torch._C._current_graph_task_id())
+        require_this_thread(tiny)
+
+    with ThreadPoolExecutor(1) as pool, ffn_scale(tiny, 1, factor=0.5):
+        logits(tiny)
+        x = torch.ones(2, requires_grad=True)
+        x.register_hook(again)
+        pool.submit(lambda: (2 * x).sum().backward()).result(HANG)
+        with pytest.raises(BusyError):
+            pool.submit(require_this_thread, tiny).result(HANG)
+    assert seen[0] != -1

@@ -7,6 +7,7 @@ truly lowers the loss, and text sampled from the unedited model one where no edi
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
@@ -25,7 +26,7 @@ from melens.models import load
 from melens.results import Edit, Tuning
 from melens.tuning import Budget, Objective, Settings, Space, search, tune
 from melens.tuning.intervals import corrected_interval
-from melens.tuning.items import split
+from melens.tuning.items import read_once, split
 from melens.tuning.space import Race, race_of, rungs_from
 
 N, LENGTH = 48, 20
@@ -143,6 +144,16 @@ def test_rounding_is_no_finding(planted, plain_text):
     result = searched(planted, plain_text, TINY_BUDGET, metric=hair, space=TINY)
     assert any(row.corrected and row.corrected[1] < 0 for row in result.confirmed)
     assert result.best is None
+
+
+def test_standard_input_is_read_once(monkeypatch):
+    words = " ".join(f"w{i}" for i in range(5, 60)).encode() * 40
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(words)))
+    once = read_once("-", "loss")
+    assert once.texts == (words.decode(),)
+    assert read_once(once, "loss") is once
+    rows = [[5, 6], [7, 8]]
+    assert read_once(rows, "loss") is rows
 
 
 @pytest.mark.parametrize("n", [20, 40])

@@ -11,7 +11,7 @@ from melens.batches import Prompts, encode_all, prompts, read_text
 from melens.chat import has_template
 from melens.errors import PromptError
 from melens.evaluation.forced import Forced, Foreseen
-from melens.framing import head_size, plain_ids
+from melens.framing import frame_of, head_size, split_text
 from melens.lines import is_text, json_object, lines_of
 from melens.registry import Registry
 
@@ -121,12 +121,12 @@ def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:
     chat = has_template(tokenizer) if source.chat is None else source.chat
     asks = [question if chat else f"Question: {question}\nAnswer:" for question, _ in pairs]
     heads = encode_all(tokenizer, asks, bos=None if chat else source.bos, chat=chat)
-    items = []
+    items, frame = [], frame_of(tokenizer)
     for i, (head, (_, answer)) in enumerate(zip(heads, pairs, strict=True)):
         if not head:
             raise PromptError("a question came out without any token.")
         text = answer.lstrip() if chat else answer
-        tail = plain_ids(tokenizer, text)
+        _, tail = split_text(tokenizer, text, bos=False, frame=frame)
         scored = (*[False] * len(head), *[True] * len(tail))
         about = {"prompt": tokenizer.decode(head), "answer": text, "bytes": len(text.encode())}
         items.append(Forced(str(i), (*head, *tail), scored, about))

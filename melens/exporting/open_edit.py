@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from melens.capture import EachPass, enter_kept, exit_kept
 from melens.evaluation.edits import applied
 from melens.results import MELayer
 from melens.results.edit import Edit
@@ -14,13 +15,17 @@ class _ClosedError(Exception):
 
 
 class OpenEdit:
-    """An edit in force until it is closed; one that no forward pass used is no error here."""
+    """An edit in force until it is closed; one that no forward pass used is no error here.
+
+    The model is no thread's own meanwhile: whoever runs it has it for the length of the pass.
+    """
 
     def __init__(self, model: Any, edit: Edit, me_layer: MELayer | None) -> None:
         self.edit, self.me_layer = edit, me_layer
-        self._context: Any = applied(model, edit, me_layer)
-        self.record = self._context.__enter__()
+        self._model, self._context = model, applied(model, edit, me_layer)
+        self.record, self._count = enter_kept(model, self._context)
         """A mask's MaskRecord; None for other edits."""
+        self._passes = EachPass(model)
 
     @property
     def active(self) -> bool:
@@ -29,9 +34,11 @@ class OpenEdit:
 
     def close(self) -> None:
         """Take the edit off; the model is as it was. A second call does nothing."""
-        context, self._context = self._context, None
-        if context is not None:
-            context.__exit__(_ClosedError, _ClosedError(), None)
+        if self._context is None:
+            return
+        exit_kept(self._model, self._context, self._count, _ClosedError())
+        self._passes.close()
+        self._context = None
 
     def __repr__(self) -> str:
         return f"<OpenEdit {self.edit.label}{' (closed)' if self._context is None else ''}>"

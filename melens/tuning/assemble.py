@@ -152,11 +152,10 @@ def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
 
 
 def _about(model: Any, items: Sequence[Forced]) -> dict[str, Any]:
-    return {
-        "sequences": len(items), "tokens": sum(len(item.ids) for item in items),
-        "length": max(len(item.ids) for item in items),
-        "bos_first": bos_first(getattr(model, "tokenizer", None), [item.ids for item in items]),
-    }  # fmt: skip
+    tokenizer, rows = getattr(model, "tokenizer", None), [item.ids for item in items]
+    start = {} if tokenizer is None else {"bos_first": bos_first(tokenizer, rows)}
+    counts = {"sequences": len(rows), "tokens": sum(map(len, rows)), "length": max(map(len, rows))}
+    return {**counts, **start}
 
 
 def _trial(condition: Condition, ledger: Ledger, found: Found) -> Trial:

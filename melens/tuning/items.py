@@ -146,6 +146,13 @@ def _source(texts: Any, metric: str) -> Source:
     return replace(texts, n=texts.n or ITEMS)
 
 
+def read_once(texts: Any, metric: Any) -> Any:
+    """What is cut into items, read here: standard input cannot be read again."""
+    if objective_of(metric) is None or _forced(texts) or Batch.read(texts) is not None:
+        return texts
+    return _cut_texts(texts)
+
+
 def check_enough(texts: Texts, metric: Any, share: float) -> None:
     """Refuse, before a model is loaded, what can never make items enough.
 

@@ -35,6 +35,7 @@ from melens.tuning.items import (
     check_enough,
     items_of,
     objective_of,
+    read_once,
     split,
 )
 from melens.tuning.space import (
@@ -129,6 +130,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     budget = Budget(DEFAULT_EVALUATIONS) if budget is None else budget
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     _check_resumable(metric, settings)
+    texts = read_once(texts, metric)
     check_enough(texts, metric, settings.held_out)
     bridge = adopt(model)
     check_unedited(bridge)
