@@ -25,7 +25,7 @@ from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, t
 from melens.models.weight_files import INDEX, read_json, weight_files
 from melens.network import is_set
 from melens.progress import progress_on, tell
-from melens.store import PAGE, read_limited
+from melens.store import PAGE, read_limited, write_atomically
 
 EDGE = 1 << 20
 """Bytes hashed at each end of a file of the user's own, beside its size and time."""
@@ -106,7 +106,7 @@ def read_gguf_tokenizer(path: Path) -> Any:
         kind = PreTrainedTokenizerFast
     with tempfile.TemporaryDirectory() as folder, header.path.open("rb") as file:
         # alone in a folder: files that lie beside the .gguf are another tokenizer's
-        (Path(folder) / "header.gguf").write_bytes(file.read(header.n_bytes))
+        write_atomically(Path(folder) / "header.gguf", file.read(header.n_bytes))
         try:
             return kind.from_pretrained(folder, gguf_file="header.gguf")
         except Exception as error:  # it raises whatever the fields lead it to
