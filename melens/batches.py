@@ -14,6 +14,7 @@ import torch
 
 from melens.chat import chat_ids
 from melens.errors import PromptError
+from melens.formatting import brief
 from melens.framing import cut, frame_of, split_text
 from melens.lines import lines_of
 from melens.shapes import TokenIds, TokenMask
@@ -233,8 +234,8 @@ def strings_of(source: Any) -> tuple[str, ...]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise PromptError(
             "texts must be a string, a Path or a list of at least one string, got a "
-            f"{type(source).__name__} ({source!r:.60}); token ids go to the measurement itself, "
-            "as in melens.locate(model, ids)."
+            f"{type(source).__name__} ({brief(source, 60)}); token ids go to the measurement "
+            "itself, as in melens.locate(model, ids)."
         )
     return texts
 

@@ -66,6 +66,8 @@ def padded(rows: Rows, real: list[list[bool]]) -> tuple[Tensor, Tensor]:
 def _of_mapping(source: Mapping[Any, Any], pad_id: int | None) -> tuple[Rows, list[list[bool]]]:
     if "input_ids" not in source:
         raise PromptError(f"a {type(source).__name__} without 'input_ids' is no text; {FITS}.")
+    if unread := [name for name in ("position_ids", "inputs_embeds") if name in source]:
+        raise PromptError(f"{unread[0]} would not be used; melens counts positions itself.")
     found = read_ids(source["input_ids"], pad_id=pad_id)
     if found is None:
         raise PromptError("the 'input_ids' given hold no token ids.")

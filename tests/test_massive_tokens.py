@@ -155,3 +155,13 @@ def test_evaluate_edits_and_counts_massive_tokens_only(newline):
         losses = -plain(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     for i, found in enumerate(outcome.found["edited"]):
         torch.testing.assert_close(found.loss, losses[i], rtol=0, atol=1e-4)
+
+
+def test_a_pass_and_its_tokens_are_counted_once_whatever_the_layers(newline):
+    from melens.errors import NoTokenError
+    from melens.interventions import wemask
+
+    _, plain, ids, _, me = newline
+    with pytest.raises(NoTokenError, match="active over 1 forward pass"):  # noqa: SIM117
+        with wemask(plain, me, rate=0.5, tokens=[500]), torch.no_grad():
+            plain(ids)

@@ -132,6 +132,7 @@ class Place:
     def marked(self, now: Now) -> tuple[TokenMask, int]:
         """The chosen real tokens of a pass and their number, asked for once a pass."""
         if self._marked is None or self._marked[0] is not now:
+            self.passes += 1
             found = _checked(self.choice(now), now)
             chosen = found & now.real.to(found.device)
             self._marked = now, chosen, int(chosen.sum())
@@ -271,7 +272,8 @@ def _require_effect(place: Place, where: str) -> None:
         raise InterventionError(f"an edit at {where} was active but no forward pass reached it.")
     if not place.edited.tokens:
         raise NoTokenError(
-            f"an edit at {where} was active over {place.passes} forward passes, but none of them "
+            f"an edit at {where} was active over {place.passes} forward pass"
+            f"{'es' * (place.passes != 1)}, but none of them "
             f"held {_wanted(place)}; look at tokens= and at what the texts begin with (BOS, chat "
             "template: --bos, --chat)."
         )
@@ -310,7 +312,6 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
                 f"layer {place.layer} holds {tuple(x.shape[:2])} tokens where the model was given "
                 f"{tuple(now.positions.shape)}; this edit cannot tell them apart."
             )
-        place.passes += 1
         chosen, count = place.marked(now)
         if not count:
             return None

@@ -33,6 +33,10 @@ class Span:
         return self.total / self.count if self.count else None
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 @dataclass
 class EditedTokens:
     """Which tokens an edit changed while it was open, and how massive they were.
@@ -75,12 +79,13 @@ class EditedTokens:
 
     def summary(self) -> str:
         """What was edited, in words; layers count from 0 at the block output."""
-        text = f"{self.tokens} tokens edited in {self.rows} rows"
+        text = f"{_count(self.tokens, 'token')} edited in {_count(self.rows, 'row')} of all passes"
         if self.coordinate.count:
             low, high = self.coordinate.least, self.coordinate.most
             text += f", massive coordinate {low:,.0f} to {high:,.0f}"
         if self.norm_ratio.count:
-            text += f", norm {self.norm_ratio.least:.3g} to {self.norm_ratio.most:.3g} x the median"
+            low, high = self.norm_ratio.least, self.norm_ratio.most
+            text += f", norm {low:.3g} to {high:.3g} x the located median"
         return f"{text}; {self.warning()}" if self.warning() else text
 
     def warning(self) -> str:

@@ -59,7 +59,6 @@ def drop_key(
 
     def make(layer: int) -> Callable[..., Any]:
         def edit(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            place.passes += 1
             now = now_of(decoder.model)
             columns = hidden.columns(now)
             if strength == 0 or not columns.any():
