@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from melens.errors import PromptError
 PROBES = ("a", "0", " the", "\n", "\u4e00")
 """Texts to look at a frame with: the first of which a tokenizer makes any token."""
 MIN_TAIL = 4
+REPEATED_IDS, REPEATED_TIMES = 3, 3
+"""A text is repeated where so few ids, so often each, fill more than half of it."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,21 @@ def unknown_rows(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[bool]:
         return [False] * len(rows)
     special = set(getattr(tokenizer, "all_special_ids", ())) - {unknown}
     return [{unknown} == set(row) - special for row in rows]
+
+
+def repeated_rows(rows: Sequence[Sequence[int]]) -> list[bool]:
+    """Whether a few ids, over and over, fill more than half of a sequence.
+
+    The median of such a sequence is theirs: where they are massive, it is massive too, and no
+    token stands out from it.
+    """
+    return [_filled(row) > len(row) / 2 for row in rows]
+
+
+def _filled(row: Sequence[int]) -> int:
+    """Places of the few ids that a sequence repeats most."""
+    ranked = Counter(row).most_common(REPEATED_IDS)
+    return sum(count for _, count in ranked if count >= REPEATED_TIMES)
 
 
 def _inside(tokenizer: Any, ids: list[int]) -> Frame:

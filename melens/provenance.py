@@ -57,10 +57,11 @@ class RunInfo(BaseModel):
     @property
     def subject(self) -> str:
         """The model, and how its texts began: the same weights and words give other numbers."""
-        said = [self.start] if self.start else []
+        said, of = [self.start] if self.start else [], self.settings.get("sequences")
         if unknown := self.settings.get("unknown_texts"):
-            of = self.settings.get("sequences")
             said.append(f"{unknown} of {of} texts hold nothing but unknown tokens")
+        if repeated := self.settings.get("repeated_texts"):
+            said.append(f"{repeated} of {of} texts repeat a few tokens")
         return f"{self.model} ({'; '.join(said)})" if said else self.model
 
     @classmethod

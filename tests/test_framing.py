@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from planted import BOS_ID, plant
 from tokenizers import processors
 
 from melens import locate
@@ -15,7 +16,15 @@ from melens.errors import PromptError
 from melens.evaluation.haystack import Haystack, haystacks, plain_texts
 from melens.evaluation.tasks import Source, gsm8k_likelihood, perplexity
 from melens.exporting.prefix import fixed_first
-from melens.framing import Frame, frame_of, known_ids, prompt_ids, split_text, unknown_rows
+from melens.framing import (
+    Frame,
+    frame_of,
+    known_ids,
+    prompt_ids,
+    repeated_rows,
+    split_text,
+    unknown_rows,
+)
 from melens.models import load
 
 TEXT, BODY = "w5 w6 w7", [5, 6, 7]
@@ -246,3 +255,27 @@ def test_how_texts_begin_is_said_in_one_way(start, said):
 
     assert bos_said(start) == said
     assert _about({"sequences": 3, "bos_first": start, "ids": "a"}) == f"3 sequences, {said}, ids a"
+
+
+def test_repeated_texts_are_no_evidence_that_nothing_stands_out(tiny):
+    varied, again = [5, 6, 7, 8, 9, 10, 11, 12], [7, 8] * 8
+    rows = [[7] * 4, again, varied, [7, 7, 7, 8, 9], [5, 6, 7, 8]]
+    assert repeated_rows(rows) == [True, True, False, True, False]
+    one, both, alone = (locate(tiny, rows) for rows in ([varied], [varied, again], [again]))
+    assert (one.verdict, both.verdict, alone.verdict) == ("none",) * 3
+    assert "repeated_texts" not in one.run.settings
+    assert one.nearest is not None
+    assert both.nearest == one.nearest
+    assert one.confidence > both.confidence > 0 == alone.confidence
+    assert alone.nearest is None
+    assert "1 of 2 texts repeat a few tokens" in both.summary()
+    assert "no massive token can be told from these texts" in alone.summary()
+
+
+def test_a_massive_token_in_a_repeated_text_is_found_as_before():
+    model = plant("llama", "single", 0)
+    texts = [[BOS_ID, *[7] * 15]]
+    found = locate(model.model, texts)
+    assert found.verdict == "single"
+    assert found.run.settings["repeated_texts"] == 1
+    assert found.confidence > 0

@@ -12,7 +12,7 @@ from melens.emergence.criteria import CRITERIA, Evidence, counted_shares, cumula
 from melens.emergence.final import final_growth
 from melens.emergence.profile import Nearest, SequenceRow
 from melens.emergence.stages import Span, spans
-from melens.emergence.support import gather_support, mean
+from melens.emergence.support import Texts, gather_support, mean
 from melens.emergence.tokens import Group
 from melens.emergence.trajectory import Path
 from melens.emergence.verdict import agreement, shape_of, stability
@@ -40,7 +40,7 @@ def assemble(
     paths: Mapping[Group, Path | None],
     probed: Sequence[Path],
     *,
-    first_ids: int,
+    texts: Texts,
     decode: Decode,
     run: RunInfo,
 ) -> MELayer:
@@ -49,19 +49,17 @@ def assemble(
     Args:    steps: rows of the first pass, the embedding first.
              paths: massive tokens, the primary one first, with the trajectories of those traced.
              probed: trajectories of other first tokens.
-             first_ids: how many distinct first tokens the texts have, those left out that hold
-             nothing but unknown tokens.
+             texts: which sequences are evidence, and for what.
     """  # fmt: skip
     path = next(iter(paths.values()), None)
     evidence = Evidence(steps, path)
     criteria = Criteria(**{name: rule(evidence) for name, rule in CRITERIA.items()})
     traced = [found for found in paths.values() if found is not None]
-    support = gather_support(evidence, traced, probed, first_ids=first_ids, decode=decode)
-    shape = _nothing(evidence, support, decode)
+    support = gather_support(evidence, traced, probed, texts=texts, decode=decode)
+    shape = _nothing(evidence, support, texts, decode)
     if path is not None:
         shape = _emergence(evidence, path, criteria, support)
-    unread = int(run.settings.get("unknown_texts") or 0) / support.sequences
-    shape["confidence"] *= 1 - unread  # a text that the tokenizer cannot read says nothing
+    shape["confidence"] *= texts.telling(none=path is None)
     return MELayer(
         n_layers=len(steps) - 1,
         criteria=criteria,
@@ -102,10 +100,14 @@ def _emergence(
     }
 
 
-def _nothing(evidence: Evidence, support: Stability, decode: Decode) -> dict[str, Any]:
+def _nothing(
+    evidence: Evidence, support: Stability, texts: Texts, decode: Decode
+) -> dict[str, Any]:
     """A ``none``: sure where no token came near to being massive, in the texts or alone."""
+    if all(texts.repeated):
+        return {"verdict": "none", "confidence": 0.0}
     body = evidence.layers[: limits.last_body_layer(len(evidence.layers)) + 1]
-    seen = [(layer, row.nearest) for layer, rows in enumerate(body) for row in rows]
+    seen = [(at, row.nearest) for at, rows in enumerate(body) for row in texts.varied(rows)]
     layer, nearest = max(seen, key=lambda pair: pair[1].closeness)
     sure = (1 - nearest.closeness) * stability(support.agreeing, support.observations)
     return {

@@ -8,9 +8,9 @@ from typing import Any
 from melens.capture import stream
 from melens.emergence.assemble import assemble
 from melens.emergence.profile import LayerProfile, SequenceRow
+from melens.emergence.support import Texts
 from melens.emergence.tokens import Group, group_hits, sample_first_tokens
 from melens.emergence.trajectory import Path, trace
-from melens.framing import unknown_rows
 from melens.inputs import Inputs, Source, take_in
 from melens.models.anatomy import resid_post, resid_pre
 from melens.results import MELayer
@@ -58,9 +58,8 @@ def locate_in(
     groups = group_hits(steps)
     probes = sample_first_tokens(ids, groups, count=FIRST_PROBES, seed=seed)
     paths, probed = _trace(inputs.model, groups, probes, ids)
-    unknown = unknown_rows(ids, getattr(inputs.model, "tokenizer", None))
-    first_ids = len({row[0] for row, empty in zip(ids, unknown, strict=True) if not empty})
-    return assemble(steps, paths, probed, first_ids=first_ids, decode=inputs.decode, run=run)
+    texts = Texts.of(ids, getattr(inputs.model, "tokenizer", None))
+    return assemble(steps, paths, probed, texts=texts, decode=inputs.decode, run=run)
 
 
 def _profile(

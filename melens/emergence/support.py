@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from melens.emergence import thresholds as limits
 from melens.emergence.criteria import Evidence, cumulative_layer
+from melens.emergence.profile import SequenceRow
 from melens.emergence.trajectory import Path
+from melens.framing import repeated_rows, unknown_rows
 from melens.results.locate import FirstToken, Stability
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the texts can tell, one flag a sequence."""
+
+    first_ids: int
+    """Distinct first tokens of the texts that are not unknown throughout."""
+    unknown: tuple[bool, ...]
+    """Nothing but unknown tokens: no evidence for anything."""
+    repeated: tuple[bool, ...]
+    """Mostly a few tokens over and over: no evidence that nothing stands out."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], tokenizer: object) -> Texts:
+        """Look at token ids, padding dropped."""
+        unknown = tuple(unknown_rows(rows, tokenizer))
+        first = {row[0] for row, empty in zip(rows, unknown, strict=True) if not empty}
+        return cls(len(first), unknown, tuple(repeated_rows(rows)))
+
+    def varied(self, rows: Sequence[SequenceRow]) -> list[SequenceRow]:
+        """Rows of the sequences that are not repeated; all where every one is."""
+        kept = [row for row, flag in zip(rows, self.repeated, strict=True) if not flag]
+        return kept or list(rows)
+
+    def telling(self, *, none: bool) -> float:
+        """Share of the sequences that are evidence for a verdict."""
+        mute = [u or (none and r) for u, r in zip(self.unknown, self.repeated, strict=True)]
+        return 1 - sum(mute) / len(mute)
 
 
 def gather_support(
@@ -17,7 +49,7 @@ def gather_support(
     traced: Sequence[Path],
     probed: Sequence[Path],
     *,
-    first_ids: int,
+    texts: Texts,
     decode: Callable[[int], str],
 ) -> Stability:
     """Every distinct massive token, and every first token tried alone, is one observation.
@@ -27,7 +59,8 @@ def gather_support(
     """  # fmt: skip
     steps = evidence.steps
     last = limits.last_body_layer(len(steps) - 1)
-    tried = [_first_token(evidence, path, decode) for path in probed]
+    ordinary = Evidence([texts.varied(rows) for rows in steps], evidence.path)
+    tried = [_first_token(ordinary, path, decode) for path in probed]
     if traced:
         answers = [cumulative_layer(evidence, path, limits.FIRST_SHARE) for path in traced]
         agreeing = sum(answer == answers[0] for answer in answers)
@@ -35,8 +68,8 @@ def gather_support(
         agreeing += sum(answer == answers[0] for answer in alone)
         observations = len(answers) + len(alone)
     else:
-        agreeing = first_ids + sum(not token.massive for token in tried)
-        observations = first_ids + len(tried)
+        agreeing = texts.first_ids + sum(not token.massive for token in tried)
+        observations = texts.first_ids + len(tried)
     massive = sum(
         any(steps[layer + 1][i].hits for layer in range(last + 1)) for i in range(len(steps[0]))
     )

@@ -243,7 +243,8 @@ class MELayer(Result):
     def summary(self) -> str:
         """One plain sentence; layers count from 0 at the block output."""
         if self.verdict == "none":
-            return f"{self.run.subject}: {self._without()}{self.near_miss} ({self._sureness()})."
+            sure = self._sureness()
+            return f"{self.run.subject}: {self._without()}{self.near_miss}{self._blind()} ({sure})."
         first = self.massive[0]
         text = f"{self.run.subject}: {self.verdict} emergence"
         if self.verdict in ("gradual", "multi-step"):
@@ -274,8 +275,22 @@ class MELayer(Result):
             return "already in the embedding (-1)"
         return f"written by the {'FFN' if self.writer.ffn >= 0.5 else 'attention'}"
 
+    def _blind(self) -> str:
+        """Why a text of a few tokens cannot show that there is nothing."""
+        repeated = self.run.settings.get("repeated_texts")
+        if not repeated:
+            return ""
+        row = max(self.profile, key=lambda row: row.max)
+        return (
+            "; the median of a text that repeats a few tokens is theirs, and none stands out from "
+            f"it: |x| reaches {row.max:,.0f} in dimension {row.dim} at layer {row.layer}; give "
+            "texts of varied words"
+        )
+
     def _without(self) -> str:
         """What there is instead of a massive token."""
+        if self.run.settings.get("repeated_texts") == self.stability.sequences:
+            return "no massive token can be told from these texts"
         if self.criteria.sun_layer is None:
             return "no massive activations"
         row = max(self.profile, key=lambda row: row.max)
