@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,16 @@ def test_public_names_are_few_and_no_module_shadows_one():
 def test_neither_import_nor_help_loads_torch(code):
     check = f"{code}; import sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0
+
+
+def test_shapes_are_checked_where_they_are_written():
+    """Every module with jaxtyping annotations is run under the type checker, but for two places."""
+    settings = tomllib.loads((SRC.parent / "pyproject.toml").read_text("utf-8"))
+    options = settings["tool"]["pytest"]["ini_options"]["addopts"]
+    (listed,) = (o.partition("=")[2] for o in options if o.startswith("--jaxtyping-packages="))
+    checked = tuple(listed.split(","))
+    for path in FILES:
+        name = ".".join(("melens", *path.relative_to(SRC).with_suffix("").parts))
+        if re.search(r"^from (jaxtyping|melens.shapes)", path.read_text("utf-8"), re.M):
+            exempt = name.startswith(("melens.capture", "melens.models.", "melens.shapes"))
+            assert name.startswith(checked) != exempt, name
