@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ from melens.framing import cut, frame_of, split_text
 from melens.lines import lines_of
 from melens.shapes import TokenIds, TokenMask
 from melens.store import TEXT, read_limited
-from melens.token_ids import padded, read_ids
+from melens.token_ids import padded, read_ids, require_no_hole
 
 BUNDLED = "bundled"
 BUNDLED_ORDER = (
@@ -54,6 +54,7 @@ class Batch:
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         if mask.shape != ids.shape or not mask.any(dim=1).all():
             raise PromptError("mask must have the shape of ids and a real token in every row.")
+        require_no_hole(mask)
         positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, -1)
         return cls(ids, mask, positions)
 
@@ -112,6 +113,12 @@ class Prompts:
     length: int | None = None
     bos: bool | None = None
     chat: bool = False
+    places: tuple[str, ...] = ()
+    """Where each text stands, as "line 7 of texts.txt"; () where nobody knows."""
+
+    def place(self, row: int) -> str:
+        """What row of :meth:`token_rows` that is, in words; the texts' beginnings come first."""
+        return self.places[row] if row < len(self.places) else f"sequence {row}"
 
     def token_rows(self, tokenizer: Any, *, max_length: int | None = None) -> list[list[int]]:
         """Rows of ids: the first piece of every text, then the second ones, until ``n``.
@@ -196,7 +203,8 @@ def prompts(
         raise PromptError(
             f"{texts[0]!r} is a file here; to read it pass pathlib.Path({texts[0]!r})."
         )
-    return Prompts(texts, n=n, length=length, bos=bos, chat=chat)
+    places = source.places if isinstance(source, FileLines) else ()
+    return Prompts(texts, n=n, length=length, bos=bos, chat=chat, places=places)
 
 
 def _texts(source: Any, *, chat: bool) -> tuple[tuple[str, ...], int]:
@@ -222,7 +230,18 @@ def read_lines(source: Path | str) -> list[str]:
 
     Raises:  PromptError: nothing to read, or not UTF-8.
     """
-    return [line for line in lines_of(_whole(source)) if line.strip()]
+    name = "standard input" if str(source) == "-" else str(source)
+    lines = {f"line {n} of {name}": s for n, s in enumerate(lines_of(_whole(source)), start=1)}
+    found = {place: line for place, line in lines.items() if line.strip()}
+    return FileLines(found.values(), tuple(found))
+
+
+class FileLines(list[str]):
+    """Lines of a file, which know where they stand in it."""
+
+    def __init__(self, lines: Iterable[str], places: tuple[str, ...]) -> None:
+        super().__init__(lines)
+        self.places = places
 
 
 def strings_of(source: Any) -> tuple[str, ...]:
@@ -284,5 +303,6 @@ def _decode(raw: bytes, name: str) -> str:
             f"{name} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv."
         ) from None
     if not text.strip():
-        raise PromptError(f"{name} is empty; give at least one character of text.")
+        what = "holds nothing but blank lines" if text else "is empty"
+        raise PromptError(f"{name} {what}; give at least one character of text.")
     return text

@@ -23,6 +23,8 @@ CHARACTERS = 64_000_000
 _FAILED: dict[bytes, str] = {}
 """What went wrong, by the hash of what was asked; the texts themselves are not kept."""
 MOST_FAILED = 256
+WITHOUT = "leave it out (--no-chat of generate and eval, no --chat elsewhere; chat=False in Python)"
+"""What to do where a template cannot be used."""
 Message = Mapping[str, Any]
 
 
@@ -41,15 +43,13 @@ def template_of(tokenizer: Any) -> str:
         if "default" not in found:
             raise PromptError(
                 f"this tokenizer has chat templates named {', '.join(sorted(map(str, found)))}, "
-                "and none named default; set tokenizer.chat_template, or drop the chat option."
+                f"and none named default; {WITHOUT}, or set tokenizer.chat_template."
             )
         found = found["default"]
     if not found:
-        raise PromptError("this tokenizer has no chat template; drop the chat option.")
+        raise PromptError(f"this tokenizer has no chat template; {WITHOUT}.")
     if not isinstance(found, str):
-        raise PromptError(
-            f"the chat template is a {type(found).__name__}, not text; drop the chat option."
-        )
+        raise PromptError(f"the chat template is a {type(found).__name__}, not text; {WITHOUT}.")
     return found
 
 
@@ -116,8 +116,7 @@ def _rendered(job: str) -> list[str]:
     said = " ".join(error.split())
     said = said if len(said) <= 200 else f"{said[:200]}..."
     raise PromptError(
-        f"the model's chat template cannot be used ({said}); give texts without the chat "
-        "option, or mend the template."
+        f"the model's chat template cannot be used ({said}); {WITHOUT}, or mend the template."
     )
 
 

@@ -139,7 +139,7 @@ def _batches(model: Any, source: Any, batch_size: int, least: int) -> list[Batch
             one = isinstance(source, (str, Path))
             source = make_prompts(source if one else strings_of(source))
         batches = source.pack(tokenizer, batch_size=batch_size, max_length=limit)
-    _check_lengths(batches, limit, least)
+    _check_lengths(batches, source, limit=limit, least=least)
     return [fit_ids(model, batch) for batch in batches]
 
 
@@ -169,11 +169,13 @@ def _ready(source: Any, pad_id: int | None, size: int) -> list[Batch] | None:
     return None if read is None else read.split(size)
 
 
-def _check_lengths(batches: Sequence[Batch], limit: int | None, least: int) -> None:
+def _check_lengths(batches: Sequence[Batch], source: Any, *, limit: int | None, least: int) -> None:
     lengths = torch.cat([batch.mask.sum(-1).cpu() for batch in batches])
     if lengths.min() < least:
+        row = int(lengths.argmin())
+        where = source.place(row) if isinstance(source, Prompts) else f"sequence {row}"
         raise PromptError(
-            f"sequence {int(lengths.argmin())} has {int(lengths.min())} token(s); melens needs at "
+            f"{where} has {int(lengths.min())} token(s); melens needs at "
             f"least {least}, to have ordinary tokens to compare with."
         )
     if limit and lengths.max() > limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -16,6 +17,32 @@ EVERY = 5.0
 """Seconds between two lines: often enough to see that it lives, seldom enough for a log."""
 LEAST_SHARE = 0.05
 """Of the work, below which a guess of the time that is left says nothing."""
+
+
+HUSHED = threading.Event()
+"""Set while a command runs with --quiet: no notes and no progress. Errors are still told."""
+
+
+def hush() -> None:
+    """From here on say nothing but errors; other libraries' bars are off too."""
+    HUSHED.set()
+    if sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
+        os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+
+@contextmanager
+def one_command() -> Iterator[None]:
+    """What one command was told to keep silent about, the next one says again."""
+    try:
+        yield
+    finally:
+        HUSHED.clear()
+
+
+def remark(text: str) -> None:
+    """What ends nothing, said as :func:`tell` does; silent with --quiet."""
+    if not HUSHED.is_set():
+        tell(text)
 
 
 def tell(text: str) -> None:
@@ -104,18 +131,15 @@ class Bar(Display):
 
 
 @contextmanager
-def progress_on(
-    unit: str | None, *, quiet: bool = False, what: str | None = None
-) -> Iterator[Display]:
+def progress_on(unit: str | None, *, what: str | None = None) -> Iterator[Display]:
     """Show work on stderr: call what this gives with (done, total).
 
     A thread says where it is every few seconds, so that a long step is no silence.
 
     Args:    unit: what is counted, as "sequences"; None = only a share of the whole.
-             quiet: say nothing.
              what: what is going on, as "isolate"; may change with every call.
     """  # fmt: skip
-    if quiet:
+    if HUSHED.is_set():
         yield Display(unit, what)
         return
     terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()

@@ -93,11 +93,17 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading, if it is one: a pipe would wait for ever, a device never ends.
 
+    Those of /proc call themselves regular files of no bytes, whatever comes out of them; some
+    never end, or wait. A file of no bytes that has some is refused.
+
     Raises:  OSError: whose ``strerror`` says what it is instead.
     """
     handle = os.open(path, os.O_RDONLY | _NO_WAIT | _CLOSE | _BINARY)
     try:
-        _require_regular(os.fstat(handle).st_mode, path)
+        found = os.fstat(handle)
+        _require_regular(found.st_mode, path)
+        if not found.st_size:
+            _require_nothing(handle, path)
     except OSError:
         os.close(handle)
         raise
@@ -112,7 +118,7 @@ def read_limited(path: Path, limit: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         raw = b"" if size > limit else file.read(size + 1)
-        if len(raw) > size:  # it grows, or tells no size, as in /proc
+        if len(raw) > size:  # it grows
             raw += file.read(limit + 1 - len(raw))
     if max(size, len(raw)) > limit:
         said = f"it has {max(size, len(raw)):,} bytes, and at most {limit:,} are read"
@@ -139,6 +145,16 @@ def _require_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
         what = next((text for test, text in _NOT_REGULAR.items() if test(mode)), "it is not a file")
         raise OSError(errno.EINVAL, f"{what}, not a regular file", str(path))
+
+
+def _require_nothing(handle: int, path: Path) -> None:
+    try:
+        has = bool(os.read(handle, 1))
+    except BlockingIOError:  # nothing to read yet
+        has = True
+    if has:
+        said = "it tells no size, as files of /proc do; copy it to a file and give that"
+        raise OSError(errno.EINVAL, said, str(path))
 
 
 def _real(path: Path) -> Path:

@@ -63,6 +63,21 @@ def padded(rows: Rows, real: list[list[bool]]) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(~mask, 0), mask
 
 
+def require_no_hole(mask: Tensor) -> None:
+    """Refuse a mask ``[batch, pos]`` with padding between two tokens: a text has no holes.
+
+    Raises:  PromptError: naming the row and the position.
+    """
+    real = mask.bool()
+    again = real & ~real.roll(1, -1) & (real.cumsum(-1) > 1)
+    if again.any():
+        row, at = again.nonzero()[0].tolist()
+        raise PromptError(
+            f"the attention mask of row {row} has padding before position {at}, in the middle of "
+            "the text; padding can only be to the left or to the right of it."
+        )
+
+
 def _of_mapping(source: Mapping[Any, Any], pad_id: int | None) -> tuple[Rows, list[list[bool]]]:
     if "input_ids" not in source:
         raise PromptError(f"a {type(source).__name__} without 'input_ids' is no text; {FITS}.")

@@ -10,6 +10,7 @@ from melens import chat, describe, locate
 from melens.batches import prompts
 from melens.chat import chat_ids, chat_start, chat_texts, render, template_of
 from melens.errors import PromptError
+from melens.exporting.prefix import fixed_first
 
 MESSAGES = [
     {"role": "system", "content": "be \"brief\" <b>"},
@@ -135,3 +136,13 @@ def test_what_describes_a_token_goes_on_without_the_template(tiny):
         tiny.tokenizer.chat_template = None
     assert any("assistants alone" in line for line in found.missing)
     assert "chat template" not in [row.name for row in found.conditions]
+
+
+def test_every_failure_says_how_to_do_without_the_template(made):
+    for template in (None, {"tool": "a"}, 3, BAD["syntax"][0]):
+        vars(made)["chat_template"] = template
+        with pytest.raises(PromptError, match=r"--no-chat of generate and eval, no --chat elsewh"):
+            chat_texts(made, ["w5"])
+    made.chat_template = BAD["syntax"][0]
+    with pytest.raises(PromptError, match=r"--no-chat.*--first-token"):
+        fixed_first(made)

@@ -488,7 +488,7 @@ def test_a_config_or_index_that_is_no_file_is_refused_unread(folder):
     (folder / "config.json").unlink()
     with (folder / "config.json").open("wb") as file:
         file.truncate(2**40)
-    check_all_refuse(folder, "too large", ModelError)
+    check_all_refuse(folder, r"1,099,511,627,776 bytes, and at most 100,000,000 are", ModelError)
 
 
 class Repository:

@@ -156,9 +156,15 @@ def test_export_and_load_again(folder, located, capsys, tmp_path):
     )
     assert code == 0, err
     assert json.loads(out)["edit"]["rate"] == 0.25
-    code, _, err = run(capsys, "locate", target, "--bos", "-q", "--n-seq", 1, "--length", 16)
-    assert code == 0
-    assert "has a melens.json; its edit is not applied here" in err
+    for quiet in ((), ("-q",)):
+        short = ("--n-seq", 1, "--length", 16, *quiet)
+        code, _, err = run(capsys, "locate", target, "--bos", "-o", tmp_path / "located", *short)
+        assert code == 0
+        assert ("has a melens.json; its edit is not applied here" in err) == (not quiet)
+        assert ("melens: " in err) == (not quiet)
+    code, _, err = run(capsys, "locate", target, "--prompt", "w5", "-q")
+    assert code == 2
+    assert "melens: sequence 0 has 1 token" in err
     code, out, err = run(
         capsys, "generate", target, "-p", "w5", "--bos", "--json", "-q", "--max-new-tokens", "2"
     )

@@ -73,8 +73,12 @@ def test_it_changes_something_and_leaves_no_trace(name, tiny, ids):
 def test_its_neutral_setting_changes_no_bit(name, family, make_tiny, ids):
     model = load(make_tiny(family))
     clean = run(model, ids)
-    with make(model, name, INTERVENTIONS[name].neutral, tokens="first"):
+    with make(model, name, INTERVENTIONS[name].neutral, tokens="first") as record:
         assert torch.equal(run(model, ids), clean)
+    edited = getattr(record, "edited", record)
+    assert edited.tokens == len(ids)
+    assert not edited.changed
+    assert "nothing changed" in edited.summary()
 
 
 @EACH
@@ -97,8 +101,11 @@ def test_it_acts_downstream_only(name, tiny, ids):
         return [cache[site].clone() for site in sites]
 
     clean = residuals()
-    with make(tiny, name, INTERVENTIONS[name].strong, tokens=position):
+    with make(tiny, name, INTERVENTIONS[name].strong, tokens=position) as record:
         edited = residuals()
+    said = getattr(record, "edited", record)
+    assert said.changed
+    assert "nothing changed" not in said.summary()
     assert torch.equal(edited[0], clean[0])
     assert not torch.equal(edited[-1], clean[-1])
     if name != "qk_orthogonalise":  # which edits a whole sequence, by one token's direction

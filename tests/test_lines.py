@@ -10,12 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from melens.batches import read_lines
+from melens.batches import prompts, read_lines, read_text
 from melens.cli.edit_job import prompts_of
 from melens.errors import MelensError, PromptError
 from melens.evaluation.harness_data import items
 from melens.evaluation.refusals import read_prompts
 from melens.evaluation.tasks import Source, read_jsonl
+from melens.inputs import take_in
 from melens.lines import is_text, json_object, lines_of
 
 EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
@@ -54,6 +55,20 @@ def test_prompts_and_texts_keep_them_too(tmp_path, monkeypatch):
     path = tmp_path / "texts.txt"
     path.write_bytes(f"{ODD}\r\n\n  \nw5 w6".encode())
     assert read_lines(path) == [ODD, "w5 w6"]
+
+
+def test_a_line_that_is_too_short_is_named_and_so_is_a_file_of_blank_lines(tmp_path, tiny):
+    path = tmp_path / "texts.txt"
+    path.write_text("\nw5 w6 w7 w8\n  \nw5\nw5 w6 w7 w8 w9\n")
+    with pytest.raises(PromptError, match=rf"^line 4 of {path} has 1 token\(s\); melens needs"):
+        take_in(tiny, prompts(read_lines(path)))
+    with pytest.raises(PromptError, match=r"^sequence 1 has 1 token"):
+        take_in(tiny, ["w5 w6 w7 w8", "w5"])
+    for raw, says in (("\n  \n", "holds nothing but blank lines"), ("", "is empty")):
+        path.write_text(raw)
+        for read in (read_lines, read_text):
+            with pytest.raises(PromptError, match=f"^{path} {says}"):
+                read(path)
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path, tokenizer):

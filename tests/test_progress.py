@@ -7,13 +7,19 @@ import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from melens import progress
-from melens.progress import Lines, progress_on
+from melens.progress import Lines, hush, one_command, progress_on, remark
 
 ALIVE = re.compile(r"melens: 3 of 12 rows, 25 %, \d+ s so far, about \d+ s left\n")
+
+
+ALWAYS_SAID = {"progress.py", "cli/app.py", "evaluation/harness.py", "evaluation/generated.py",
+               "evaluation/harness_run.py"}  # fmt: skip
+"""Errors; the last two have a callback of that name, which counts items."""
 
 
 class Terminal(io.StringIO):
@@ -51,10 +57,15 @@ def test_a_short_job_says_nothing_and_quiet_never_does(fast, monkeypatch, capsys
     with progress_on("rows") as tick:
         tick(12, 12)
     monkeypatch.setattr(progress, "EVERY", 0.01)
-    with progress_on("rows", quiet=True) as tick:
-        tick(1, 12, "a part")
-        time.sleep(0.1)
+    with one_command():
+        hush()
+        with progress_on("rows") as tick:
+            tick(1, 12, "a part")
+            time.sleep(0.1)
+        remark("a note")
     assert capsys.readouterr().err == ""
+    remark("the next command's")
+    assert capsys.readouterr().err == "melens: the next command's\n"
     assert threading.active_count() == before
 
 
@@ -101,3 +112,13 @@ def test_the_line_by_hand():
     assert lines.line(10.0) == "isolate: 1,500 of 6,000 rows, 25 %, 10 s so far, about 30 s left"
     lines.done = 6000
     assert lines.line(40.0) == "isolate: 6,000 of 6,000 rows, 100 %, 40 s so far"
+
+
+def test_only_the_command_line_tells_what_quiet_does_not_silence():
+    package = Path(progress.__file__).parent
+    telling = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"(?<![\w.])tell\(|stderr\.write", path.read_text("utf-8"))
+    }
+    assert telling == ALWAYS_SAID

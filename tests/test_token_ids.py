@@ -189,3 +189,27 @@ def test_a_padding_id_outside_the_vocabulary_never_reaches_the_model(tiny, make_
     stream(tiny, batch, {"blocks.1.hook_resid_post": ChannelMax()})
     assert int(batch.ids.max()) == 64  # the caller's own stays as it is
     assert rows_of([batch]) == ROWS
+
+
+@pytest.mark.parametrize("take", ["Batch.of", "encoding", "an edited pass", "a prefix"])
+def test_padding_inside_a_text_is_refused_wherever_a_mask_comes_in(take, tiny):
+    from melens.exporting import for_generate
+    from melens.interventions import wemask
+
+    ids = torch.tensor([ROWS[0], ROWS[0]])
+
+    def give(*rows):
+        mask = torch.tensor(rows)
+        if take == "Batch.of":
+            return Batch.of(ids, mask.bool())
+        if take == "encoding":
+            return take_in(tiny, {"input_ids": ids, "attention_mask": mask}, least=1)
+        if take == "a prefix":
+            return for_generate(ids, mask)
+        with wemask(tiny, layers=[1], rate=0.5, tokens="first"):
+            return tiny(ids, attention_mask=mask)
+
+    give([1, 1, 1, 0, 0], [0, 0, 1, 1, 1])
+    give([1, 1, 1, 1, 1], [0, 1, 1, 1, 0])
+    with pytest.raises(PromptError, match="of row 1 has padding before position 3, in the middle"):
+        give([1, 1, 1, 1, 1], [1, 0, 0, 1, 1])

@@ -29,7 +29,7 @@ from melens.cli.tune_command import tune
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
 from melens.formatting import LAYOUT, printable
 from melens.network import pass_on
-from melens.progress import tell
+from melens.progress import one_command, remark, tell
 
 INTERRUPTED = 130
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
-        with _edits_said():
+        with one_command(), _edits_said():
             code = app(arguments, prog_name="melens", standalone_mode=False)
     except MelensError as error:
         return _end(str(error), error.exit_code, debug=debug)
@@ -150,7 +150,7 @@ def _edits_said() -> Iterator[None]:
         finally:
             ours = [one for one in found if issubclass(one.category, EditWarning)]
             for text in dict.fromkeys(str(one.message) for one in ours):
-                tell(f"note: {text}")
+                remark(f"note: {text}")
     for one in found:
         if one not in ours:
             warnings.showwarning(one.message, one.category, one.filename, one.lineno)

@@ -10,7 +10,7 @@ import typer
 
 from melens.cli import options as opt
 from melens.errors import COULD_NOT_RUN, OutputError
-from melens.progress import progress_on
+from melens.progress import progress_on, remark
 
 FOUND = 1
 EXIT_CODES = {"pass": 0, "findings": FOUND, "incomplete": COULD_NOT_RUN}
@@ -85,13 +85,12 @@ def check(
     rules = read_policy(policy)
     loaded, texts = job.load()
     held = _stages_in(job.out)
-    with progress_on(None, quiet=quiet) as shown:
+    with progress_on(None) as shown:
         report = measure(
             loaded, texts, budget=budget.value, policy=rules, out=job.out,
             progress=lambda stage, done, total: shown(done, total, stage),
         )  # fmt: skip
-    if not quiet:
-        _say_taken_up(held, job.out)
+    _say_taken_up(held, job.out)
     _pages(report, job.out, card)
     if junit is not None:
         write_atomically(junit, junit_xml(report))
@@ -152,8 +151,6 @@ def _stages_in(folder: Path | None) -> dict[str, int]:
 
 def _say_taken_up(before: dict[str, int], folder: Path | None) -> None:
     """Name the stages of an earlier run that this one did not measure again."""
-    from melens.progress import tell
-
     names = [name for name, at in _stages_in(folder).items() if before.get(name) == at]
     if names:
-        tell(f"taken up from {folder}/stages: {', '.join(names)}")
+        remark(f"taken up from {folder}/stages: {', '.join(names)}")

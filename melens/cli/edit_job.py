@@ -15,7 +15,7 @@ from melens.cli.mask_options import edit_of
 from melens.errors import InterventionError, NoTokenError, PromptError
 from melens.formatting import printable
 from melens.lines import lines_of
-from melens.progress import tell
+from melens.progress import remark
 
 ON_PLAIN = ("none", "wemask", "drop-key")
 """Edits that a transformers model can have without a bridge, which decodes slower."""
@@ -146,7 +146,7 @@ def _require_edited(rows: Sequence[Mapping[str, Any]], edit: Any) -> None:
             "no prompt held a massive token, so nothing was edited; locate on texts that begin as "
             "the prompts do (--bos, --chat)."
         )
-    tell(f"note: no token was edited in {', '.join(left)}: none of theirs is massive.")
+    output.note(f"no token was edited in {', '.join(left)}: none of theirs is massive.")
 
 
 def prompts_of(given: Sequence[str] | None) -> list[str]:
@@ -249,4 +249,4 @@ def show_export(folder: Path, *, as_json: bool) -> None:
         output.say_json({"path": str(folder), **record.to_dict()})
         return
     output.say(record.summary())
-    tell(f"wrote {folder}")
+    remark(f"wrote {folder}")

@@ -32,7 +32,6 @@ class Job:
     revision: str | None
     trust_remote_code: bool
     offline: bool
-    quiet: bool
     batch_size: int = 4
     seed: int = 0
     located: Path | None = None
@@ -84,7 +83,7 @@ class Job:
 
     def bar(self, unit: str = "sequences") -> AbstractContextManager[Display]:
         """Progress over sequences, or other units of work."""
-        return progress_on(unit, quiet=self.quiet)
+        return progress_on(unit)
 
     def finish(self, result: Any, *, same_texts: bool = True) -> None:
         """Save and print; remark where the ME Layer is of other texts, if that matters here."""

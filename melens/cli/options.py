@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from melens.progress import hush
+
 
 class Dtype(StrEnum):
     """Numbers the model computes in; statistics are float32 or better whatever this is."""
@@ -72,7 +74,20 @@ TrustRemoteCode = Annotated[
 Offline = Annotated[
     bool, typer.Option("--offline", help="Never use the network; so does MELENS_OFFLINE=1.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def _hush(value: bool) -> bool:
+    if value:
+        hush()
+    return value
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", callback=_hush, help="No progress and no notes on stderr, only errors."
+    ),
+]
 Located = Annotated[
     Path | None,
     typer.Option(

@@ -16,13 +16,13 @@ from rich.text import Text
 
 from melens.errors import OutputError, PromptError, ResultError
 from melens.formatting import LAYOUT, printable
-from melens.progress import tell
+from melens.progress import remark
 
 BUNDLED = "bundled"
 
 
 def say(text: str) -> None:
-    """A line on stdout. All that a command prints goes through here, :func:`tell` or a table."""
+    """A line on stdout. All that a command prints goes through here, a table or melens.progress."""
     typer.echo(printable(text, keep=LAYOUT))
 
 
@@ -97,8 +97,8 @@ def save_page(result: Any, folder: Path | None) -> None:
 
 
 def note(text: str) -> None:
-    """A remark on stderr that ends nothing."""
-    tell(f"note: {text}")
+    """A remark on stderr that ends nothing; silent with --quiet."""
+    remark(f"note: {text}")
 
 
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
@@ -118,7 +118,7 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     TABLES[result.kind](result)
     say(result.summary())
     if folder is not None:
-        tell(f"wrote {folder}")
+        remark(f"wrote {folder}")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:

@@ -116,7 +116,7 @@ def patch(
     chosen = _metric(metric, answer, wrong, _me_layer(job, loaded) if metric in LOCATED else None)
     kept = job.out / CHECKPOINT if job.out is not None else None
 
-    with progress_on("patched runs", quiet=quiet) as tick:
+    with progress_on("patched runs") as tick:
         result = measure(
             loaded, _texts(clean, bos, loaded), _texts(corrupted, bos, loaded), metric=chosen,
             progress=tick, checkpoint=kept, **choices,

@@ -54,9 +54,7 @@ def reach(
     from melens.cli.streaming import Wanted, read_scan, streamed
 
     scanned, folder = read_scan(scan), output.writable(out)
-    wanted = Wanted(
-        model, folder, quiet, device, dtype, revision, offline=offline, need_tokenizer=False
-    )
+    wanted = Wanted(model, folder, device, dtype, revision, offline=offline, need_tokenizer=False)
     with streamed(wanted) as loaded:
         from melens.foresight.reaching import reach as measure
 

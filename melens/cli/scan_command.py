@@ -40,7 +40,7 @@ def scan(
     from melens.foresight import scan as look
 
     kept = None if out is None else out / LAYERS
-    with progress_on("layers", quiet=quiet) as tick:
+    with progress_on("layers") as tick:
         result = look(
             model, device=None if device == "auto" else device, revision=revision, keep=kept,
             progress=tick,

@@ -30,7 +30,6 @@ class Wanted:
 
     model: str
     folder: Path | None
-    quiet: bool
     device: str
     dtype: Dtype | None
     revision: str | None
@@ -52,17 +51,16 @@ def streamed(wanted: Wanted) -> Iterator[Any]:
         need_tokenizer=wanted.need_tokenizer, keep=keep,
     )  # fmt: skip
     reading: Any = stream_of(bridge)
-    with progress_on("blocks", quiet=wanted.quiet) as tick:
+    with progress_on("blocks") as tick:
         reading.progress = tick
         yield bridge
         reading.progress = None
     if keep is not None:
         shutil.rmtree(keep, ignore_errors=True)
-    if not wanted.quiet:
-        output.note(
-            f"streamed: {reading.blocks_read} blocks read of {reading.n_layers} in the model "
-            f"({reading.passes:.1f} times all), {reading.checkpoint.bytes_read / 1e9:.2f} GB."
-        )
+    output.note(
+        f"streamed: {reading.blocks_read} blocks read of {reading.n_layers} in the model "
+        f"({reading.passes:.1f} times all), {reading.checkpoint.bytes_read / 1e9:.2f} GB."
+    )
 
 
 def locate_streamed(job: Job) -> Any:
@@ -74,7 +72,7 @@ def locate_streamed(job: Job) -> Any:
         raise typer.BadParameter("--stream runs no code of the model's own")
     n = job.n_seq or (None if job.prompt else SEQUENCES)
     texts = prompts(job.source, n=n, length=job.length, bos=job.bos, chat=job.chat)
-    wanted = Wanted(job.model, job.out, job.quiet, job.device, job.dtype, job.revision)
+    wanted = Wanted(job.model, job.out, job.device, job.dtype, job.revision)
     with streamed(wanted) as model:
         if job.length is None:
             limit = getattr(model.cfg, "n_ctx", None) or LENGTH

@@ -25,6 +25,7 @@ from melens.interventions.massive import massive_tokens, with_firsts
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.export import PrefixFacts
+from melens.token_ids import require_no_hole
 
 PREFIX_FILE = "prefix.safetensors"
 ATTENDING = ("full_attention", "sliding_attention")
@@ -33,6 +34,7 @@ CLOSE = 1e-4
 """Largest difference of the check's logits over the largest of them, float32: the same sums in
 another order."""
 CHECKED = 7
+SAY_WHICH = "say which token your inputs start with: first_token= (--first-token)"
 
 
 @dataclass
@@ -209,6 +211,7 @@ def for_generate(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     Args:    ids: ``[batch, pos]``, each row with its first token. mask: 0 or False at padding.
     """
     mask = torch.ones_like(ids) if mask is None else mask.long()
+    require_no_hole(mask)
     if not (mask.sum(dim=-1) > 1).all():
         raise PromptError("every row must hold its first token and at least one after it.")
     ids, mask = ids.clone(), mask.clone()
@@ -246,7 +249,7 @@ def fixed_first(tokenizer: Any, first_token: str | int | None = None) -> int:
     own = "BOS" if prefix[:1] == (tokenizer.bos_token_id,) else "a text"
     found = {
         own: prefix[0] if prefix else None,
-        "the chat template": chat_start(tokenizer) if has_template(tokenizer) else None,
+        "the chat template": _chat_start(tokenizer),
     }
     known = {name: token for name, token in found.items() if token is not None}
     if len(set(known.values())) == 1:
@@ -254,10 +257,14 @@ def fixed_first(tokenizer: Any, first_token: str | int | None = None) -> int:
     said = " and ".join(
         f"{name} starts with {tokenizer.decode([token])!r}" for name, token in known.items()
     )
-    raise PromptError(
-        f"{said or 'this tokenizer puts no fixed token first'}; say which token your inputs start "
-        "with: first_token= (--first-token)."
-    )
+    raise PromptError(f"{said or 'this tokenizer puts no fixed token first'}; {SAY_WHICH}.")
+
+
+def _chat_start(tokenizer: Any) -> int | None:
+    try:
+        return chat_start(tokenizer) if has_template(tokenizer) else None
+    except PromptError as error:
+        raise PromptError(f"{error} Or {SAY_WHICH}.") from None
 
 
 def _asked_for(tokenizer: Any, first_token: str | int) -> int:

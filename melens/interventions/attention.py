@@ -75,6 +75,7 @@ def qk_orthogonalise(
     }
     with place.noted(whole=True), editing(everyone, edits, whole=True):
         yield place.edited
+        place.edited.changed = everyone.edited.changed
     if not all(edit.found for edit in edits.values()):
         raise InterventionError("no forward pass held a token whose direction could be taken.")
     warn_of(place.edited, f"the {' and '.join(of)} of layer {at}")

@@ -319,6 +319,8 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         made = x.clone()  # never in place on the model's own tensor
         made[chosen] = editor(wide, chosen, now).to(x.dtype)
+        if not place.edited.changed:
+            place.edited.changed = not torch.equal(made[chosen], x[chosen])
         return made
 
     return write

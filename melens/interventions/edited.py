@@ -48,6 +48,8 @@ class EditedTokens:
     """
 
     tokens: int = 0
+    changed: bool = False
+    """Whether any of them has other values than before; none has at a rate or strength of 0."""
     rows: int = 0
     """Rows of a pass with at least one edited token, summed over the passes."""
     ordinary: int = 0
@@ -80,6 +82,8 @@ class EditedTokens:
     def summary(self) -> str:
         """What was edited, in words; layers count from 0 at the block output."""
         text = f"{_count(self.tokens, 'token')} edited in {_count(self.rows, 'row')} of all passes"
+        if self.tokens and not self.changed:
+            text += ", and nothing changed: every value is as it was (see rate and strength)"
         if self.coordinate.count:
             low, high = self.coordinate.least, self.coordinate.most
             text += f", massive coordinate {low:,.0f} to {high:,.0f}"

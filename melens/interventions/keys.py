@@ -63,6 +63,7 @@ def drop_key(
             columns = hidden.columns(now)
             if strength == 0 or not columns.any():
                 return None
+            place.edited.changed = True
             mask = kwargs.get(MASK)
             late = now.positions >= since
             made = _with_hidden(mask, columns, late, amount, _dtype(args, kwargs))

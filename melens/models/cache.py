@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import FetchError, WeightsError
+from melens.progress import HUSHED
 
 CHUNK = 1 << 20
 WORK_LOCK = re.compile(r"\..+\.[0-9a-f]{16}\.lock")
@@ -56,8 +57,9 @@ def fetch_package(package: str, version: str, checksum: str) -> None:
     with building(cache_dir() / "packages" / package) as folder:
         wanted = folder.with_name("wanted.txt")
         wanted.write_text(f"{package}=={version} --hash=sha256:{checksum}\n", "utf-8")
+        quiet = ["--quiet"] if HUSHED.is_set() else []
         done = subprocess.run(
-            [*_installer(), "--no-deps", "--only-binary", ":all:", "--require-hashes",
+            [*_installer(), "--no-deps", "--only-binary", ":all:", "--require-hashes", *quiet,
              "--target", str(folder), "-r", str(wanted)],
             stdout=_stderr(), stderr=_stderr(), check=False,
         )  # fmt: skip

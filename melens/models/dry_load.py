@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from melens.errors import MelensError, ModelError, WeightsError
+from melens.models.complaints import with_setting
 from melens.models.prefixes import what_to_do
 
 COUNTS = re.compile(r"layer|expert|block|label|depth")
@@ -145,32 +146,37 @@ def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any, quanti
 
 def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, dict[str, Any]]:
     """The config as transformers has it, and what it says of a loading without values."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
     try:
-        with _quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
-            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]
-            with torch.device("meta"):
-                built = kind(copy.deepcopy(made))
-            _require_small_tables(built, shapes, name)
-            _, info = kind.from_pretrained(
-                None,
-                config=made,
-                state_dict={key: torch.empty(s, device="meta") for key, s in shapes.items()},
-                device_map="meta",
-                attn_implementation="eager",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+        return _attempt(config, shapes, name)
     except MelensError:
         raise
     except Exception as error:  # constructors raise whatever a senseless setting leads them to
-        said = " ".join(str(error).split())[:200] or "no reason given"
+        said = with_setting(error, config, lambda other: _attempt(other, shapes, name))
         raise ModelError(
-            f"{name}: its config.json does not make a model ({type(error).__name__}: {said})."
+            f"{name}: its config.json does not make a model ({said[:300]}); mend it, or fetch it "
+            "again."
         ) from None
+
+
+def _attempt(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, dict[str, Any]]:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]
+        with torch.device("meta"):
+            built = kind(copy.deepcopy(made))
+        _require_small_tables(built, shapes, name)
+        _, info = kind.from_pretrained(
+            None,
+            config=made,
+            state_dict={key: torch.empty(s, device="meta") for key, s in shapes.items()},
+            device_map="meta",
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     return made, info
 
 

@@ -64,7 +64,14 @@ def check_config(config: Any, *, name: str, trust_remote_code: bool) -> None:
 
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is not a JSON object.")
+    for key in ("auto_map", "quantization_config"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            raise ModelError(
+                f"{name}: config.json says {key} = {config[key]!r:.60}; it must be an object."
+            )
     kind = config.get("model_type")
+    if kind is None and not config.get("auto_map"):
+        raise ModelError(f"{name}: config.json has no model_type; fetch it again.")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if config.get("auto_map") and trust_remote_code:
             return

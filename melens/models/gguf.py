@@ -24,7 +24,7 @@ from melens.models.gguf_header import GGUFHeader, read_gguf_header
 from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, tensors_of
 from melens.models.weight_files import INDEX, read_json, weight_files
 from melens.network import is_set
-from melens.progress import progress_on, tell
+from melens.progress import progress_on, remark
 from melens.store import PAGE, read_limited, write_atomically
 
 EDGE = 1 << 20
@@ -62,7 +62,7 @@ def convert_gguf(path: Path, target: Path) -> None:
     """  # fmt: skip
     plan = plan_conversion(read_gguf_header(path))
     tokenizer = read_gguf_tokenizer(path)
-    tell(
+    remark(
         f"converting {path.name} once, to at most {_size(plan.n_bytes)} in {target} "
         "(--no-cache keeps nothing)"
     )

@@ -18,6 +18,7 @@ from melens.models.bridging import (
     require_tokenizer,
     unwrapped,
 )
+from melens.models.complaints import broken_json, first_line, no_tokenizer
 from melens.models.contract import check_contract
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.dry_load import require_all_there
@@ -106,8 +107,8 @@ def _load_hf(
         raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
     device = usable_device(device or best_device())
     options = {**options, "local_files_only": is_local or is_offline()}
-    hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
     tokenizer = tokenizer or read_tokenizer(source, options)
+    hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
     shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
     if commit is None and not is_local and isinstance(source, Path):
@@ -243,6 +244,8 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
     except MemoryError:
         raise
     except Exception as error:  # constructors raise whatever a senseless config leads them to
+        if isinstance(source, Path) and (bad := broken_json(source, ("generation_config.json",))):
+            raise ModelError(f"{source / bad[0]}: {bad[1]}; mend it, or remove it.") from None
         kind = WeightsError if isinstance(source, Path) else FetchError
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
@@ -265,19 +268,29 @@ def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
     if isinstance(source, Path) and source.is_file():
         made = read_gguf_tokenizer(source)
         if made is None:
-            raise ModelError(f"{source} has no tokenizer that can be read; pass tokenizer=...")
+            raise ModelError(
+                f"{source} has no tokenizer that can be read: it holds no vocabulary; give a file "
+                "that has one."
+            )
         return made
+
+    def read(place: Any) -> Any:
+        made = AutoTokenizer.from_pretrained(place, **options)
+        if not isinstance(made.model_max_length, (int, float)):  # is looked at only when used
+            raise TypeError(f"model_max_length is {made.model_max_length!r:.40}, no number")
+        return made
+
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        return read(source)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files lead it to anything
+        if isinstance(source, Path):
+            raise no_tokenizer(source, error, read) from None
         raise ModelError(
-            f"{source} has no tokenizer that can be read ({first_line(error)}); pass tokenizer=..."
+            f"{source} has no tokenizer that can be read ({first_line(error)}); look at its files "
+            "on the hub."
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    """A library's complaint on one line, cut short."""
-    return " ".join(str(error).split())[:240] or type(error).__name__
 
 
 def _refuse_moving(model: torch.nn.Module, device: str | None, dtype: Any) -> None:

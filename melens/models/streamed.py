@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from melens.capture import EverythingSeen
 from melens.errors import FetchError, ModelError
 from melens.models.bridging import bridge_module
+from melens.models.complaints import TOKENIZER_FILES, first_line
 from melens.models.contract import check_contract
 from melens.models.decoder import layer_list
 from melens.models.files import check_folder
@@ -25,7 +26,6 @@ from melens.models.loading import (
     CHECKED,
     best_device,
     chosen_dtype,
-    first_line,
     read_tokenizer,
     resolve,
     usable_device,
@@ -36,7 +36,6 @@ from melens.models.shards import Checkpoint
 from melens.models.tape import Tape
 
 KEPT_STREAM = "_melens_stream"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
 """TransformerLens cuts a fused matrix once, when it wraps a part; here it is cut at every read."""
 

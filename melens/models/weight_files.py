@@ -11,7 +11,8 @@ from typing import Any
 
 from melens.errors import ModelError, WeightsError
 from melens.models.headers import HEADER_LIMIT, Entry, read_header
-from melens.progress import tell
+from melens.progress import remark
+from melens.store import read_limited
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -164,19 +165,16 @@ def read_json(path: Path) -> Any:
     Raises:  ModelError: no regular file, too large, or not JSON.
     """
     try:
-        if not path.is_file():
-            raise ModelError(f"{path} is not a file.")
-        if path.stat().st_size > HEADER_LIMIT:
-            raise ModelError(f"{path} is over {HEADER_LIMIT // 1_000_000} MB, too large for JSON.")
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(read_limited(path, HEADER_LIMIT).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {str(error)[:200]}.") from None
+        said = getattr(error, "strerror", None) or str(error)[:200]
+        raise ModelError(f"cannot read {path}: {said}.") from None
 
 
 @functools.cache
 def say_once(text: str) -> None:
     """A remark on stderr, once a process: one command opens a folder several times."""
-    tell(f"note: {text}")
+    remark(f"note: {text}")
 
 
 def _nothing(folder: Path) -> str:
