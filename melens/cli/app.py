@@ -150,7 +150,7 @@ def _edits_said() -> Iterator[None]:
         finally:
             ours = [one for one in found if issubclass(one.category, EditWarning)]
             for text in dict.fromkeys(str(one.message) for one in ours):
-                remark(f"note: {text}")
+                tell(f"note: {text}")
     for one in found:
         if one not in ours:
             warnings.showwarning(one.message, one.category, one.filename, one.lineno)
