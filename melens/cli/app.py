@@ -29,7 +29,7 @@ from melens.cli.tune_command import tune
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
 from melens.formatting import LAYOUT, printable
 from melens.network import pass_on
-from melens.progress import one_command, remark, tell
+from melens.progress import one_command, tell
 
 INTERRUPTED = 130
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
