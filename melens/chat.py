@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import PromptError
+from melens.framing import frame_of, plain_ids, prompt_ids
 
 CHILD = Path(__file__).with_name("chat_child.py")
 SECONDS = 10
@@ -31,6 +32,23 @@ Message = Mapping[str, Any]
 def has_template(tokenizer: Any) -> bool:
     """Whether there is a chat template at all; it is not looked at."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def task_prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of a prompt as a task that generates wrote it: rendered, where there is a template.
+
+    A rendered text begins as its template says, without what the tokenizer puts before other
+    texts: so does transformers' ``apply_chat_template``, and so do :func:`chat_ids`.
+    """
+    return prompt_ids(tokenizer, prompt, add=not has_template(tokenizer))
+
+
+def template_key(tokenizer: Any) -> str:
+    """Tells apart what :func:`task_prompt_ids` depends on, beside the tokenizer's vocabulary."""
+    said = repr(getattr(tokenizer, "chat_template", None))
+    # answers that an earlier melens wrote had the prefix before a rendered prompt
+    said += " alone" * bool(has_template(tokenizer) and frame_of(tokenizer).prefix)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def template_of(tokenizer: Any) -> str:
@@ -63,8 +81,8 @@ def chat_texts(tokenizer: Any, contents: Sequence[str]) -> tuple[str, ...]:
 
 def chat_ids(tokenizer: Any, contents: Sequence[str]) -> list[list[int]]:
     """Token ids of :func:`chat_texts`; the template alone says what stands around a text."""
-    made = chat_texts(tokenizer, contents)
-    return [list(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]) for t in made]
+    made, frame = chat_texts(tokenizer, contents), frame_of(tokenizer)
+    return [plain_ids(tokenizer, text, frame=frame) for text in made]
 
 
 def chat_start(tokenizer: Any) -> int | None:

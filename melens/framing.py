@@ -25,14 +25,20 @@ class Frame:
     inside: bool = False
     """Whether they come even where the tokenizer is told to add none."""
 
+    def without(self, row: Sequence[Any]) -> list[Any]:
+        """What belongs to the text itself, of a row that was made without special tokens."""
+        if not self.inside:
+            return list(row)
+        return list(row[len(self.prefix) : len(row) - len(self.suffix)])
 
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text alone, nothing around it.
+
+def encoded(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What a tokenizer makes of a text, asked to put nothing around it; it may not obey.
 
     Raises:  PromptError: characters that no text has (half of a surrogate pair).
     """
     try:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return tokenizer(text, add_special_tokens=False, verbose=False, **options)
     except (TypeError, UnicodeEncodeError):
         if text.isascii() or text == text.encode("utf-8", "replace").decode():
             raise
@@ -41,10 +47,20 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
         ) from None
 
 
+def plain_ids(tokenizer: Any, text: str, *, frame: Frame | None = None) -> list[int]:
+    """Token ids of a text alone, nothing around it, whatever the tokenizer does of its own accord.
+
+    Args:    frame: :func:`frame_of` the tokenizer, where it is known already.
+    Raises:  PromptError: as :func:`encoded`.
+    """  # fmt: skip
+    frame = frame or frame_of(tokenizer)
+    return frame.without(encoded(tokenizer, text)["input_ids"])
+
+
 def frame_of(tokenizer: Any) -> Frame:
     """What the tokenizer puts around a text, found by asking it."""
     for probe in PROBES:
-        plain = plain_ids(tokenizer, probe)
+        plain = list(encoded(tokenizer, probe)["input_ids"])
         whole = list(tokenizer(probe, verbose=False)["input_ids"])
         at = _find(plain, whole)
         if not plain or at is None:
@@ -68,9 +84,8 @@ def split_text(
     Raises:  PromptError: no BOS to force, or no tokens at all.
     """
     frame = frame or frame_of(tokenizer)
-    body, start = plain_ids(tokenizer, text), getattr(tokenizer, "bos_token_id", None)
-    if frame.inside:
-        body = body[len(frame.prefix) : len(body) - len(frame.suffix)]
+    body = plain_ids(tokenizer, text, frame=frame)
+    start = getattr(tokenizer, "bos_token_id", None)
     head = list(frame.prefix)
     if not head and body and start is not None and body[0] == start:  # written in the text itself
         head, body = body[:1], body[1:]

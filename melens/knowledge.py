@@ -44,7 +44,7 @@ def known(model: str, result: Result, *, d_model: int | None = None) -> KnownChe
     if not isinstance(result, MELayer):
         raise ResultError(f"known() needs a locate result, got {type(result).__name__}.")
     rows = [row for row in published_rows(model) if _fits(row, result.n_layers, d_model)]
-    with_bos = result.run.settings.get("bos_first", False)
+    with_bos = result.run.settings.get("bos_first")  # None: some texts, or an old result is silent
     rows = [row for row in rows if row.get("bos", with_bos) == with_bos] or rows
     checks = [_check(row, model, result) for row in rows]
     if not checks:
@@ -128,7 +128,7 @@ def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
 
 def _same_kind(row: dict[str, Any], result: MELayer) -> bool:
     """Whether a layer or a dimension of this run can speak against the published one."""
-    with_bos = result.run.settings.get("bos_first", False)
+    with_bos = result.run.settings.get("bos_first")
     shown = bool(result.massive) or bool(with_bos) or result.stability.sequences >= LEAST_TEXTS
     return row.get("bos", with_bos) == with_bos and shown
 

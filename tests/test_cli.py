@@ -132,6 +132,12 @@ def test_an_older_locate_json_stays_and_other_texts_are_noted(run, model, locate
     assert code == 0
     assert "note: the ME Layer was located on other texts (with BOS) than these" in stderr
 
+    older = json.loads(located.read_text())
+    del older["run"]["settings"]["bos_first"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    _, _, stderr = run("sinks", model, "--prompt", words, "--located", tmp_path / "older.json")
+    assert "note: the ME Layer was located on other texts; whether they began with BOS is" in stderr
+
 
 def test_plot_help_names_every_style(run):
     from melens.figures import FIGURES

@@ -125,6 +125,50 @@ def test_a_scored_answer_has_nothing_around_it(tokenizer, tmp_path):
     assert 2 not in item.ids
 
 
+def test_a_tokenizer_that_never_stops_adding_is_read_the_same_everywhere(tokenizer):
+    from melens.chat import chat_ids
+    from melens.evaluation.haystack import Filler
+    from melens.patching.metrics import _token_id
+
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = "w5 {{ messages[0].content }} w6"
+    inside = Inside(made)
+    inside.is_fast = False
+    assert chat_ids(inside, ["w9"]) == chat_ids(made, ["w9"]) == [[5, 9, 6]]
+    assert prompt_ids(inside, TEXT, add=False) == BODY
+    assert Filler.of(inside, TEXT) == Filler.of(made, TEXT).__class__(tuple(BODY), (0,), (0,))
+    assert fixed_first(inside, "w9") == 9
+
+    class Model:
+        tokenizer = inside
+
+    assert _token_id(Model, "w9", "answer") == 9
+
+
+def test_located_and_generated_texts_of_a_chat_task_begin_alike(tokenizer, make_tiny):
+    """The tokenizer puts BOS first, the template does not: transformers' rule is the template's."""
+    pytest.importorskip("lm_eval")  # comes with melens[eval]
+    from melens.chat import render, task_prompt_ids
+    from melens.evaluation.harness_model import Generator
+    from melens.evaluation.tasks import alike
+
+    made = framed(tokenizer, "BOS and EOS")
+    made.chat_template = "w5 {{ messages[0].content }} w6"
+    chat = [{"role": "user", "content": TEXT}]
+    wanted = list(made.apply_chat_template(chat, return_dict=False))
+    assert wanted == [5, *BODY, 6]
+    (prompt,) = render(made, [chat])
+    assert task_prompt_ids(made, prompt) == wanted
+    rows = alike(made, "gsm8k", Source()).token_rows(made)
+    assert {row[0] for row in rows} == {5}
+    lm = Generator(make_tiny("llama"), made, batch_size=2)
+    assert lm.tok_encode(prompt) == [1, *wanted]  # a text that nobody rendered
+    assert lm.tok_encode(lm.apply_chat_template(chat)) == wanted
+    assert lm.tok_batch_encode([prompt])[0].tolist() == [wanted]
+    bare = framed(tokenizer, "BOS and EOS")
+    assert task_prompt_ids(bare, TEXT) == [1, *BODY]
+
+
 def test_without_a_tokenizer_nothing_is_said_of_bos(make_tiny):
     model = load(make_tiny("llama"))
     assert model.tokenizer is None

@@ -165,3 +165,25 @@ def test_a_pass_and_its_tokens_are_counted_once_whatever_the_layers(newline):
     with pytest.raises(NoTokenError, match="active over 1 forward pass"):  # noqa: SIM117
         with wemask(plain, me, rate=0.5, tokens=[500]), torch.no_grad():
             plain(ids)
+
+
+def test_an_edit_that_was_kept_open_warns_as_any_other_at_its_end():
+    from planted import batch, plant
+
+    from melens.emergence import locate
+    from melens.exporting.open_edit import OpenEdit
+    from melens.models import load
+    from melens.results import Edit
+
+    planted = plant("llama", "several-tokens", 1)
+    model, texts = load(planted.model), batch(planted, n=2, length=20)
+    me = locate(model, [Batch.of(texts)])
+    edit = Edit(name="wemask", select="activation", rate=0.5, layers=(0,))
+    kept = OpenEdit(model, edit, me)
+    with torch.no_grad():
+        model(texts)
+    with pytest.warns(EditWarning, match="massive tokens were not edited") as said:
+        kept.close()
+    assert [found.filename for found in said] == [__file__]
+    kept.close()  # once only
+    assert OpenEdit(model, Edit(name="none"), None).record is None

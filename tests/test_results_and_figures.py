@@ -206,6 +206,17 @@ def test_numbers_with_bos_say_nothing_against_a_run_without(results):
     assert set(verdicts(bos=False).values()) == {"unknown"}
 
 
+def test_a_result_that_is_silent_about_bos_is_not_without_it(results):
+    silent = _as_llama(results["single"], bos=None, value=205.0)
+    del silent.run.settings["bos_first"]
+    for name, says in (("Llama-3.2-1B", {"match"}), ("Llama-2-13b-hf", {"unknown"})):
+        check = known(name, silent)
+        assert check.bos_first is None
+        # no row is known to be of its kind, so that nothing speaks against it
+        assert {row.verdict for row in check.comparisons} >= says
+        assert "mismatch" not in {row.verdict for row in check.comparisons}
+
+
 def test_saved_checks_are_read_but_have_no_figure(results, tmp_path):
     check = known("smollm2-135m", results["single"])
     path = tmp_path / "known.json"

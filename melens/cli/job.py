@@ -11,7 +11,6 @@ from melens.cli import output
 from melens.cli.options import Dtype
 from melens.network import go_offline
 from melens.progress import Display, progress_on
-from melens.provenance import bos_said
 
 
 @dataclass
@@ -87,13 +86,8 @@ class Job:
 
     def finish(self, result: Any, *, same_texts: bool = True) -> None:
         """Save and print; remark where the ME Layer is of other texts, if that matters here."""
-        if self.saved is not None and _starts(self.saved) != _starts(result):
-            output.note(
-                f"the ME Layer was located on other texts ({_starts(self.saved)}) than these "
-                f"({_starts(result)}): other tokens may be massive here."
-            )
-        elif same_texts and self.saved is not None and _texts_of(self.saved) != _texts_of(result):
-            output.note("the ME Layer was located on other texts (BOS is the same).")
+        if self.saved is not None and (said := _other_texts(self.saved, result, same_texts)):
+            output.note(said)
         output.save(result, self.out, result.kind, result.kind)
         output.show(result, as_json=self.as_json, folder=self.out)
 
@@ -105,8 +99,19 @@ class Job:
         return load_located(self.located)
 
 
-def _starts(result: Any) -> str:
-    return bos_said(result.run.settings.get("bos_first", False))
+def _other_texts(saved: Any, result: Any, same_texts: bool) -> str:
+    """What to remark of the texts that a saved ME Layer was located on; empty where nothing is."""
+    before, now = saved.run.start, result.run.start
+    if before and now and before != now:
+        return (
+            f"the ME Layer was located on other texts ({before}) than these ({now}): other tokens "
+            "may be massive here."
+        )
+    if not same_texts or _texts_of(saved) == _texts_of(result):
+        return ""
+    if before and now:
+        return "the ME Layer was located on other texts (BOS is the same)."
+    return "the ME Layer was located on other texts; whether they began with BOS is not said."
 
 
 def _texts_of(result: Any) -> Any:

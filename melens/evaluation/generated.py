@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from melens.batches import Batch
 from melens.capture import evaluating
+from melens.chat import task_prompt_ids, template_key
 from melens.errors import ResultError
 from melens.evaluation.conditions import Condition
 from melens.evaluation.edits import applied, where_held
@@ -24,7 +24,7 @@ from melens.evaluation.scores import ENERGY, assembled, held_facts
 from melens.evaluation.settings import Bench, Card, Progress
 from melens.evaluation.sources import data_folder
 from melens.evaluation.tasks import Source
-from melens.framing import bos_first, prompt_ids
+from melens.framing import bos_first
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
 from melens.item_rows import ItemRow, Rows
@@ -45,7 +45,7 @@ def generated(
     order = [str(doc["item_id"]) for doc in items(task.name, folder)[: source.n]]
     length = bench.settings.max_new_tokens or task.max_new_tokens
     data = file_key(folder / task.file)
-    template = hashlib.sha256(repr(bench.model.tokenizer.chat_template).encode()).hexdigest()[:16]
+    template = template_key(bench.model.tokenizer)
     rows = Rows(
         bench.settings.items,
         bench.facts(task=task.name, items=order, data=data, length=length, template=template),
@@ -67,7 +67,7 @@ def generated(
     )
     asked = [str(row.about["prompt"]) for row in rows.of(bench.conditions[0].name).values()]
     tokenizer = bench.model.tokenizer
-    start = bos_first(tokenizer, [prompt_ids(tokenizer, prompt) for prompt in asked])
+    start = bos_first(tokenizer, [task_prompt_ids(tokenizer, prompt) for prompt in asked])
     card = Card(
         task.name, task.unit, task.higher_is_better, about[0].upper() + about[1:],
         {"data": task.file, "length": length, "bos_first": start},
@@ -164,4 +164,4 @@ def massive_in(bench: Bench, prompts: Sequence[str]) -> list[MassiveIn | None]:
 
 
 def _ids_of(bench: Bench, prompts: Sequence[str]) -> list[list[int]]:
-    return [prompt_ids(bench.model.tokenizer, text) for text in prompts]
+    return [task_prompt_ids(bench.model.tokenizer, text) for text in prompts]

@@ -43,7 +43,8 @@ class Generator(HFLM):
         """``passed_on`` goes to HFLM verbatim."""
         own = _with_padding(tokenizer, model)
         super().__init__(pretrained=model, tokenizer=own, **passed_on)
-        self._template_tried = False
+        self.in_chat = False
+        """Whether prompts are texts of the chat template, which alone says how they begin."""
 
     def tok_encode(
         self,
@@ -52,8 +53,11 @@ class Generator(HFLM):
         left_truncate_len: int | None = None,
         **_: Any,
     ) -> list[int]:
-        """Token ids of a prompt; what the tokenizer puts in front is there once."""
-        add = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        """Token ids of a prompt; what the tokenizer puts in front is there once, and not before a
+        text of the chat template.
+        """  # noqa: D205
+        asked = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        add = not self.in_chat if asked is None else asked
         ids = prompt_ids(self.tokenizer, string, add=add)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
@@ -84,9 +88,9 @@ class Generator(HFLM):
 
         Raises:  PromptError: it does not.
         """
-        if not self._template_tried:
+        if not self.in_chat:
             render(self.tokenizer, [chat_history], begin_answer=add_generation_prompt)
-            self._template_tried = True
+            self.in_chat = True
         return super().apply_chat_template(chat_history, add_generation_prompt)
 
 

@@ -141,12 +141,14 @@ def _run_key(
     """Everything an answer depends on; not how many items, nor how many at a time."""
     from lm_eval import __version__
 
+    alone = has_template(tokenizer) and frame_of(tokenizer).prefix
     return key_of(
         format=FORMAT, lm_eval=__version__, task=task,
         model=model_key(_plain(model), tokenizer, edit, me_layer),
         data=file_key(data_file(task, settings.data)),
         length=settings.max_new_tokens or GENERATION_TASKS[task].max_new_tokens,
         **({"open_end": True} if frame_of(tokenizer).suffix else {}),
+        **({"template_alone": True} if alone else {}),
     )  # fmt: skip
 
 
@@ -213,6 +215,7 @@ def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
     prompts = [theirs.fewshot_context(doc, num_fewshot=0, **options) for doc in docs]
     if chats:  # all of them at once, apart from this process
         prompts = list(render(lm.tokenizer, chats))
+        lm.in_chat = True
         options["chat_template"] = lm.apply_chat_template
     made = []
     for number, doc, prompt in zip(numbers, docs, prompts, strict=True):

@@ -19,7 +19,7 @@ from melens.chat import chat_texts
 from melens.errors import PromptError
 from melens.evaluation.forced import Forced
 from melens.formatting import brief
-from melens.framing import plain_ids, split_text
+from melens.framing import encoded, frame_of, plain_ids, split_text
 
 TASKS = ("passkey", "needles")
 CITIES = (
@@ -115,11 +115,11 @@ class Filler:
         Raises:  PromptError: no tokens.
         """
         fast, text = bool(getattr(tokenizer, "is_fast", False)), f"{text.strip()}\n\n"
-        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-        ids = tuple(made["input_ids"])
+        made, frame = encoded(tokenizer, text, return_offsets_mapping=fast), frame_of(tokenizer)
+        ids = tuple(frame.without(made["input_ids"]))
         if not ids:
             raise PromptError(f"the tokenizer makes no tokens of {text[:40]!r}; give another text.")
-        spans = made["offset_mapping"] if fast else []
+        spans = frame.without(made["offset_mapping"]) if fast else []
         return cls(ids, _first_tokens(text, spans, SENTENCE), _first_tokens(text, spans, LINE))
 
     def begin(self, count: int, rng: random.Random) -> int:

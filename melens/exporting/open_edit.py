@@ -6,6 +6,8 @@ from typing import Any
 
 from melens.capture import EachPass, enter_kept, exit_kept
 from melens.evaluation.edits import applied
+from melens.interventions.core import warn_of
+from melens.interventions.edited import EditedTokens
 from melens.results import MELayer
 from melens.results.edit import Edit
 
@@ -24,7 +26,7 @@ class OpenEdit:
         self.edit, self.me_layer = edit, me_layer
         self._model, self._context = model, applied(model, edit, me_layer)
         self.record, self._count = enter_kept(model, self._context)
-        """A mask's MaskRecord; None for other edits."""
+        """A mask's MaskRecord, other edits' EditedTokens; None where nothing is edited."""
         self._passes = EachPass(model)
 
     @property
@@ -33,12 +35,18 @@ class OpenEdit:
         return self._context is not None
 
     def close(self) -> None:
-        """Take the edit off; the model is as it was. A second call does nothing."""
+        """Take the edit off; the model is as it was. A second call does nothing.
+
+        Warns as an edit does at the end of its ``with``.
+        """
         if self._context is None:
             return
         exit_kept(self._model, self._context, self._count, _ClosedError())
         self._passes.close()
         self._context = None
+        edited = getattr(self.record, "edited", self.record)
+        if isinstance(edited, EditedTokens):
+            warn_of(edited, self.edit.label, stacklevel=3)
 
     def __repr__(self) -> str:
         return f"<OpenEdit {self.edit.label}{' (closed)' if self._context is None else ''}>"

@@ -280,10 +280,10 @@ def _require_effect(place: Place, where: str) -> None:
     warn_of(place.edited, where)
 
 
-def warn_of(edited: EditedTokens, where: str) -> None:
+def warn_of(edited: EditedTokens, where: str, *, stacklevel: int = 5) -> None:
     """Say aloud that ordinary tokens were edited, or massive ones were not."""
     if said := edited.warning():
-        warnings.warn(f"an edit at {where}: {said}.", EditWarning, stacklevel=5)
+        warnings.warn(f"an edit at {where}: {said}.", EditWarning, stacklevel=stacklevel)
 
 
 def _wanted(place: Place) -> str:
