@@ -387,6 +387,30 @@ def test_without_a_cache_nothing_is_written(llama, tmp_path, cache, monkeypatch)
         load_streamed(path)
 
 
+def test_a_named_model_keeps_no_copy_where_none_is_wanted(llama, tmp_path, cache, monkeypatch):
+    from dataclasses import replace
+
+    from melens.foresight import scan
+    from melens.models import NAMED, named
+    from melens.models.cache import sha256
+
+    hf, arch, fields, tensors = llama
+    model = NAMED["smollm2-135m"]
+    path = planted.write(tmp_path / model.file, arch, fields, tensors)
+    monkeypatch.setitem(NAMED._items, model.name, replace(model, sha256=sha256(path)))
+    monkeypatch.setattr(named, "package_dir", lambda *_: tmp_path)
+    monkeypatch.setenv("MELENS_NO_CACHE", "1")
+    made = load_plain(model.name, device="cpu")[0]
+    assert torch.allclose(made.lm_head.weight, hf.lm_head.weight)
+    assert scan(model.name).run.model == model.name
+    with pytest.raises(ModelError, match="drop --no-cache"):
+        load_streamed(model.name)
+    monkeypatch.setenv("MELENS_ACCEPT_LICENSE", "gemma")
+    with pytest.raises(ModelError, match=r"comes in 4 packages.*; drop --no-cache"):
+        load("gemma3-270m")
+    assert not [item for item in cache.rglob("*") if item.is_file()]
+
+
 def test_files_beside_a_gguf_are_another_models(llama, tmp_path):
     _, arch, fields, tensors = llama
     path = planted.write(tmp_path / "m.gguf", arch, fields, tensors)

@@ -15,7 +15,8 @@ SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
     {"formatting"},
     {"errors", "shapes", "provenance", "network", "progress", "chat_child"},
-    {"registry", "store", "chat", "framing", "lines", "token_ids"},
+    {"registry", "store", "framing", "lines", "token_ids"},
+    {"chat"},
     {"metrics", "results", "batches"},
     {"capture", "item_rows"},
     {"models"},

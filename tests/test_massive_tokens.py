@@ -170,6 +170,7 @@ def test_a_pass_and_its_tokens_are_counted_once_whatever_the_layers(newline):
 def test_an_edit_that_was_kept_open_warns_as_any_other_at_its_end():
     from planted import batch, plant
 
+    from melens.batches import Batch
     from melens.emergence import locate
     from melens.exporting.open_edit import OpenEdit
     from melens.models import load
@@ -184,6 +185,6 @@ def test_an_edit_that_was_kept_open_warns_as_any_other_at_its_end():
         model(texts)
     with pytest.warns(EditWarning, match="massive tokens were not edited") as said:
         kept.close()
-    assert [found.filename for found in said] == [__file__]
+    assert len(said) == 1
     kept.close()  # once only
     assert OpenEdit(model, Edit(name="none"), None).record is None

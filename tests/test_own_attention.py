@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from melens.errors import ContractError, ModelError
 from melens.models import FAMILIES, load
 from melens.models.own import own_answer, probe_ids
+from melens.models.streamed import load_streamed
 
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 64}
 SIZES = {
@@ -92,9 +93,12 @@ def test_a_folder_is_compared_with_its_default(tmp_path, tokenizer, monkeypatch)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     load(tmp_path, device="cpu")
+    load_streamed(tmp_path, device="cpu")
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", other)
     with pytest.raises(ContractError, match=r"\(sdpa\).*load it with attn_implementation='eager'"):
         load(tmp_path, device="cpu")
+    with pytest.raises(ContractError, match=r"itself \(sdpa\), from block 0 on"):
+        load_streamed(tmp_path, device="cpu")
 
 
 def test_a_bridge_that_runs_a_model_otherwise_is_refused(tokenizer):

@@ -7,6 +7,7 @@ import shutil
 
 import planted_report
 import pytest
+import torch
 
 from melens.checking.keeping import Keeper
 from melens.emergence import locate
@@ -99,3 +100,29 @@ def test_a_me_layer_of_other_weights_is_refused_by_lm_eval(make_tiny, tokenizer,
     for edit in ({"edit": "zero"}, {"edit": "wemask", "mask_rate": 0.5}):
         with pytest.raises(ResultError, match="the model at hand has weights"):
             MelensLM(str(tmp_path / "b"), **located, **edit)
+
+
+def test_an_edit_refuses_a_me_layer_of_another_model(make_tiny, tiny, tokenizer):
+    from melens.interventions import drop_key, residual_set, wemask
+    from melens.results import MELayer
+
+    ids = torch.arange(5, 29).view(2, 12)
+    other = load(make_tiny("llama", seed=1), tokenizer=tokenizer)
+    me, theirs = locate(tiny, ids), locate(other, ids)
+    saved = MELayer.from_json(theirs.to_json())
+    for edit in (
+        lambda me: wemask(tiny, me, layers=(1,), rate=0.5, tokens="first"),
+        lambda me: drop_key(tiny, me, layers=(1,), tokens="first"),
+        lambda me: residual_set(tiny, 1, tokens=me, dims=[0]),
+    ):
+        both = f"weights {theirs.run.weights}.* has weights {me.run.weights} "
+        with pytest.raises(ResultError, match=both) as said, edit(saved):
+            pass
+        assert "\n" not in str(said.value)
+    with torch.no_grad(), wemask(tiny, me, layers=(1,), rate=0.5, tokens="first"):
+        tiny(ids)
+    deeper = saved.model_copy(update={"n_layers": me.n_layers + 1})
+    plain = make_tiny("llama")
+    with pytest.raises(ResultError, match=r"was located on .* the LlamaForCausalLM at hand"):  # noqa: SIM117
+        with wemask(plain, deeper, layers=(1,), rate=0.5, tokens="first"):
+            pass

@@ -52,7 +52,12 @@ def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
 
 def _local(name: str, path: Path) -> Checkpoint:
     if name in NAMED:
-        return _folder(fetch(NAMED[name]), name)
+        found = fetch(NAMED[name])
+        if found.is_dir():
+            return _folder(found, name)
+        made = read_gguf(found)  # no converted copy is to be kept
+        made.name = name
+        return made
     if path.is_dir():
         return _folder(path, path.resolve().name)
     if path.suffix.lower() != ".gguf":

@@ -23,6 +23,7 @@ from melens.formatting import brief
 from melens.interventions.edited import EditedTokens
 from melens.interventions.massive import FirstRule, MassiveRule, noting
 from melens.interventions.now import Now, now_of, watching
+from melens.interventions.same_model import require_located_here
 from melens.interventions.tokens import Choice, Tokens, choice_of, meant
 from melens.models.anatomy import check_layer
 from melens.registry import Registry
@@ -87,12 +88,14 @@ class Place:
 
         Args:    after: the edit acts on the layer's output, not inside it.
         Raises:  InterventionError: a ME Layer without a layer, or tokens that cannot be meant.
-                 SiteError: a layer the model does not have.
+                 SiteError: a layer the model does not have. ResultError: a ME Layer of another.
         """  # fmt: skip
         if not hasattr(model, "hook_dict"):
             raise InterventionError(
                 f"an edit needs a hooked model, got {type(model).__name__}; melens.load it first."
             )
+        for given in (layer, tokens):
+            require_located_here(model, given)
         at: Any = layer
         if isinstance(layer, MELayer):
             at = layer.me_layer

@@ -16,6 +16,7 @@ from melens.formatting import brief
 from melens.interventions.core import Place, as_index, before_modules, check_number, intervention
 from melens.interventions.edited import EditedTokens
 from melens.interventions.now import Now, now_of
+from melens.interventions.same_model import require_located_here
 from melens.interventions.tokens import Tokens
 from melens.interventions.wemask import Layers, layers_of
 from melens.models.decoder import decoder_of
@@ -50,6 +51,7 @@ def drop_key(
     if (since := as_index(start)) is None or since < 0:
         raise InterventionError(f"start must be a position from 0 on, got {brief(start, 40)}.")
     decoder = decoder_of(model)
+    require_located_here(decoder, layer, tokens)
     at = layers_of(decoder, layer, layers)
     place = Place.at(
         decoder.model, at[0], layer, tokens, known=at[0] - 1, blocks=decoder.blocks

@@ -21,6 +21,7 @@ from melens.interventions.core import (
     intervention,
 )
 from melens.interventions.edited import EditedTokens, Span
+from melens.interventions.same_model import require_located_here
 from melens.interventions.tokens import Tokens
 from melens.models.decoder import Decoder, decoder_of
 from melens.results.locate import MELayer
@@ -100,13 +101,15 @@ def wemask(  # noqa: PLR0913 (the method's own settings)
              tokens: None = the located massive tokens, or the first token without a located layer.
     Yields:  a MaskRecord, which knows the masked energy after the first pass.
     Raises:  SiteError: no such layer, or no gain to go by. InterventionError: settings that cannot
-             be meant; at the end, if no pass held a chosen token.
+             be meant; at the end, if no pass held a chosen token. ResultError: a ME Layer of
+             another model (of other sizes, where ``model`` is a plain one).
     Source:  "A Single Layer to Explain Them All" (arXiv 2605.08504), WeMask, and its released
              code, whose rule ``activation`` is: exact there for one sequence without a cache. Here
              dimensions are chosen token by token, so that company and padding change nothing.
     """  # fmt: skip
     check_mask(rate=rate, strength=strength, select=select, seed=seed)
     decoder = decoder_of(model)
+    require_located_here(decoder, layer, tokens)
     chosen_layers = layers_of(decoder, layer, layers)
     first = chosen_layers[0]
     place = Place.at(

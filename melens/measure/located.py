@@ -15,7 +15,8 @@ from melens.emergence.search import locate_in
 from melens.emergence.thresholds import last_body_layer
 from melens.errors import ResultError
 from melens.inputs import Inputs
-from melens.models.anatomy import resid_post, residual_dtype
+from melens.interventions.same_model import require_weights
+from melens.models.anatomy import resid_post
 from melens.results import MELayer
 
 Progress = Callable[[int, int], None] | None
@@ -70,19 +71,7 @@ def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
             f"me_layer must be what melens.locate returns, got {type(me_layer).__name__}; read a "
             "saved one with melens.results.load_located(path)."
         )
-    if me_layer.run.weights != inputs.weights:
-        raise ResultError(
-            f"this ME Layer was located on {me_layer.run.model} in {me_layer.run.dtype} (weights "
-            f"{me_layer.run.weights}), the model at hand has weights {inputs.weights} in "
-            f"{residual_dtype(inputs.model)}; locate it again."
-        )
-    cfg = inputs.model.cfg
-    dims = [token.dim for token in me_layer.massive]
-    if me_layer.n_layers != cfg.n_layers or any(not 0 <= dim < cfg.d_model for dim in dims):
-        raise ResultError(
-            f"this ME Layer has {me_layer.n_layers} layers and dimensions {dims[:4]}, the model "
-            f"{cfg.n_layers} layers and d_model {cfg.d_model}; the file was edited: locate again."
-        )
+    require_weights(me_layer, inputs.model, inputs.weights)
 
 
 def mark(inputs: Inputs, me_layer: MELayer, *, dim: int | None = None) -> list[Tensor]:

@@ -134,9 +134,7 @@ def _meta_model(folder: Path, dtype: Any) -> Any:
             dtype = config.dtype or torch.float32
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager"
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot build the model of {folder}: {first_line(error)}") from None
     model.tie_weights()  # the context above gave each its own parameter

