@@ -18,6 +18,7 @@ from melens.batches import prompts as make_prompts
 from melens.capture import fit_ids, pad_id_of
 from melens.errors import PromptError
 from melens.framing import bos_first, repeated_rows, unknown_rows
+from melens.interventions.same_model import note_weights
 from melens.models.anatomy import is_folded
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
@@ -121,7 +122,9 @@ def take_in(model: Any, prompts: Source, *, batch_size: int = 4, least: int = MI
     hooked = adopt(model)
     batches = _batches(hooked, prompts, batch_size, least)
     settings = _settings(hooked, prompts, rows_of(batches))
-    return Inputs(hooked, batches, settings, fingerprint(hooked))
+    weights = fingerprint(hooked)
+    note_weights(hooked, weights)
+    return Inputs(hooked, batches, settings, weights)
 
 
 def _batches(model: Any, source: Any, batch_size: int, least: int) -> list[Batch]:

@@ -252,6 +252,23 @@ def test_an_exported_folder_is_a_model_and_its_edit_comes_back(saved, tmp_path, 
     exporting.load(folder).melens_edit.close()  # never used: no error
 
 
+def test_a_located_mask_comes_back_in_another_dtype(tokenizer, tmp_path):
+    """Its weights are held against the probe, not against those of the dtype it was located in."""
+    from planted import batch, plant
+
+    from melens import locate
+
+    planted = plant("llama", "single", 1)
+    planted.model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    me = locate(load(tmp_path / "base", device="cpu"), [Batch.of(batch(planted))])
+    edit = Edit(name="wemask", select="activation", rate=0.5)
+    folder = export(tmp_path / "base", edit, me_layer=me, out=tmp_path / "out")
+    kept = exporting.load(folder, device="cpu", dtype="bfloat16").melens_edit
+    assert kept.active
+    kept.close()
+
+
 def test_a_model_with_an_open_edit_is_collected_in_silence(saved, tmp_path, monkeypatch):
     lost = []
     monkeypatch.setattr("sys.unraisablehook", lost.append)

@@ -12,6 +12,7 @@ from melens.errors import ResultError
 from melens.exporting.open_edit import OpenEdit
 from melens.exporting.record import read_edit
 from melens.exporting.subject import check_probe
+from melens.interventions.same_model import note_weights
 from melens.results.export import EditFile
 
 KEPT_EDIT = "melens_edit"
@@ -54,6 +55,8 @@ def load(
     )  # fmt: skip
     if record is not None:
         check_probe(bridge.original_model, record.probe, name=f"the edit in {model}")
+        if record.me_layer is not None:  # the probe allows for another dtype
+            note_weights(bridge, record.me_layer.run.weights)
         vars(bridge)[KEPT_EDIT] = OpenEdit(bridge, record.edit, record.me_layer)
     return bridge
 

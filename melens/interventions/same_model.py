@@ -50,6 +50,15 @@ def require_room(
     )
 
 
+def note_weights(model: Any, weights: str | None) -> None:
+    """Take a hooked model's weights as known: measured now, or told by an export's own check.
+
+    What was located on an object stays good for it while it is trained or given an adapter.
+    """
+    if weights is not None:
+        _HELD.setdefault(model, set()).add(weights)
+
+
 def require_located_here(model: Any, *given: Any) -> None:
     """What an edit asks first: are the ME Layers among ``given`` of this model?
 
@@ -67,9 +76,8 @@ def require_located_here(model: Any, *given: Any) -> None:
             )  # fmt: skip
             continue
         hooked = model.model if isinstance(model, Decoder) else model
-        held = _HELD.setdefault(hooked, set())
-        if me_layer.run.weights not in held:
+        if me_layer.run.weights not in _HELD.get(hooked, ()):
             weights = fingerprint(hooked)
             require_weights(me_layer, hooked, weights)
-            held.add(weights)
+            note_weights(hooked, weights)
         require_room(me_layer, n_layers=hooked.cfg.n_layers, d_model=hooked.cfg.d_model)
