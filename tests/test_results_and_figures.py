@@ -215,6 +215,8 @@ def test_a_result_that_is_silent_about_bos_is_not_without_it(results):
         # no row is known to be of its kind, so that nothing speaks against it
         assert {row.verdict for row in check.comparisons} >= says
         assert "mismatch" not in {row.verdict for row in check.comparisons}
+    elsewhere = known("Llama-3.2-1B", silent.model_copy(update={"me_layer": 2}))
+    assert {row.what: row.verdict for row in elsewhere.comparisons}["ME Layer"] == "unknown"
 
 
 def test_saved_checks_are_read_but_have_no_figure(results, tmp_path):
