@@ -1,6 +1,7 @@
 """What locating costs: a ratio to a bare forward pass on the same tokens, and added memory.
 
     python benchmarks/locate.py                 # SmolLM2-135M, 4 x 512 tokens
+    python benchmarks/locate.py --busy 1        # while another process keeps one core busy
 
 All times are taken in one run, alternating. Memory is what a fresh process adds, at its peak, to
 the loaded and warmed-up model (Linux: the high-water mark is reset before the task).
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 
 from common import peak_megabytes, print_added_megabytes, seconds
@@ -21,6 +24,7 @@ NAMES = {
     "cache": "run_with_cache of everything",
 }
 TASKS = tuple(NAMES)
+BUSY = "while True: pass"
 
 
 def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
@@ -74,6 +78,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--busy", type=int, default=0, help="competing processes beside it")
     parser.add_argument("--alone", choices=TASKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
@@ -81,17 +86,30 @@ def main() -> None:
         return
     tasks = prepare(arguments.model, arguments.n, arguments.length)
     tasks["forward"]()
-    times: dict[str, list[float]] = {task: [] for task in TASKS}
-    for _ in range(arguments.repeats):
-        for task in ("forward", "body", "locate"):
-            times[task].append(seconds(tasks[task]))
-    times["cache"].append(seconds(tasks["cache"]))
+    beside = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(arguments.busy)]
+    try:
+        times = timed(tasks, arguments.repeats)
+    finally:
+        for one in beside:
+            one.kill()
     base = statistics.median(times["forward"])
-    print(f"{arguments.model}, {arguments.n} x {arguments.length} tokens, CPU")
+    print(
+        f"{arguments.model}, {arguments.n} x {arguments.length} tokens, CPU, {arguments.busy} busy"
+    )
     for task in TASKS:
         taken = statistics.median(times[task])
         added = peak_megabytes(__file__, task, arguments, arguments.n)
         print(f"{NAMES[task]:30} {taken:6.2f} s  {taken / base:5.2f} x  +{added:5.0f} MB")
+
+
+def timed(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each task, alternating."""
+    times: dict[str, list[float]] = {task: [] for task in TASKS}
+    for _ in range(repeats):
+        for task in ("forward", "body", "locate"):
+            times[task].append(seconds(tasks[task]))
+    times["cache"].append(seconds(tasks["cache"]))
+    return times
 
 
 if __name__ == "__main__":
