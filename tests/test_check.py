@@ -28,10 +28,9 @@ from melens import store
 from melens.batches import Batch
 from melens.checking import BUDGETS, RULES, STAGES, check, junit_xml, read_policy, stages, trimming
 from melens.checking.findings import Unmeasured, View
-from melens.checking.verdict import recommended, wide_interval
+from melens.checking.verdict import recommended
 from melens.cli.app import main
 from melens.errors import OutputError, PolicyError, ResultError, UnknownNameError, WeightsError
-from melens.metrics.bootstrap import mean_interval
 from melens.models import load
 from melens.models.origin import Origin, remember
 from melens.results import CheckReport, Comparison, Evaluation, KnownCheck, load_result
@@ -487,9 +486,10 @@ def test_a_large_collapse_is_averaged_over_heads_and_says_so(sick, monkeypatch):
 # --- The recommendation.
 
 
-def dose_of(doses, controls):
-    """An evaluation of eight texts; name -> what it changes on each of them."""
-    n = 8
+def dose_of(doses, controls, *, texts=24):
+    """An evaluation; name -> what it changes on each of them."""
+    doses, controls = ({k: x[:texts] for k, x in each.items()} for each in (doses, controls))
+    n = texts
     weights = (1.0,) * n
     plain = ConditionScore(
         name="base", role="base", edit=Edit(name="none"), value=2.0, interval=None, delta=None
@@ -507,7 +507,7 @@ def dose_of(doses, controls):
     edited = tried[0].model_copy(update={"role": "edited"})
     base = plant_run()
     return Evaluation(
-        task="perplexity", unit="nats a token", higher_is_better=False, n=n, weight=8.0,
+        task="perplexity", unit="nats a token", higher_is_better=False, n=n, weight=24.0,
         edit=edited.edit, me_layer=1, base=plain, edited=edited, delta=edited.delta,
         dose=tuple(tried[1:]), controls=tuple(held), rivals=(), items=None, about="made up",
         differences={**doses, **controls}, weights=weights, run=base,
@@ -521,14 +521,17 @@ def plant_run():
     return RunInfo.collect(facts, seed=0, settings={})
 
 
-WORSE = (0.1, 0.2, 0.1, 0.3, 0.1, 0.2, 0.1, 0.1)
+WORSE = (0.1, 0.2, 0.1, 0.3, 0.1, 0.2, 0.1, 0.1) * 3
 BETTER = tuple(-x for x in WORSE)
-MIXED = (0.5, -0.6, 0.5, -0.4, 0.3, -0.5, 0.2, -0.3)
-NOTHING = (0.01, -0.01, 0.01, -0.01, 0.0, 0.01, -0.01, 0.0)
+MIXED = (0.5, -0.6, 0.5, -0.4, 0.3, -0.5, 0.2, -0.3) * 3
+NOTHING = (0.01, -0.01, 0.01, -0.01, 0.0, 0.01, -0.01, 0.0) * 3
 
 
 def test_a_mask_is_recommended_only_beyond_doubt():
     assert recommended(dose_of({"a": WORSE, "b": WORSE}, {"c": NOTHING})).action == "leave it"
+    few = recommended(dose_of({"a": WORSE, "b": BETTER}, {"c": NOTHING}, texts=19))
+    assert (few.action, few.interval) == ("leave it", None)
+    assert "takes 20 texts or more" in few.text
     unsure = recommended(dose_of({"a": WORSE, "b": MIXED}, {"c": NOTHING}))
     assert (unsure.action, unsure.tried) == ("leave it", 2)
     assert "beyond doubt" in unsure.text
@@ -547,14 +550,6 @@ def test_a_mask_is_recommended_only_beyond_doubt():
     assert "no more than a control does (c)" in as_good.text
     first = recommended(dose_of({"a": BETTER, "b": WORSE}, {"c": NOTHING}))
     assert first.source == "/results/dose/edited/delta"
-
-
-def test_intervals_widen_with_what_was_tried():
-    values, ones = torch.tensor(MIXED).double(), torch.ones(8).double()
-    assert wide_interval(values, ones, 1) == pytest.approx(mean_interval(values))
-    low, high = wide_interval(values, ones, 10)
-    assert low < mean_interval(values)[0] < mean_interval(values)[1] < high
-    assert wide_interval(values[:4], ones[:4], 1) is None
 
 
 def test_full_ends_with_a_recommendation(sick):

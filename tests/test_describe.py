@@ -12,8 +12,9 @@ from melens.batches import Batch
 from melens.emergence import locate
 from melens.emergence.trajectory import trace
 from melens.errors import PromptError, ResultError
+from melens.intervals import wilson
 from melens.measure import describe
-from melens.measure.first_tokens import sample_vocabulary, wilson
+from melens.measure.first_tokens import sample_vocabulary
 from melens.models import load
 
 

@@ -29,8 +29,8 @@ from melens.evaluation.harness_rows import ItemRow as Answer
 from melens.evaluation.scores import score_of
 from melens.evaluation.tasks import FORCED_TASKS
 from melens.figures import FIGURES, save_figure
+from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
-from melens.metrics.paired import paired_difference, weighted_mean
 from melens.models import load
 from melens.results import Edit, Evaluation, load_result
 

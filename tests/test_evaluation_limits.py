@@ -23,8 +23,8 @@ from melens.evaluation.conditions import (
 from melens.evaluation.forced import AT_ONCE, Forced, Foreseen, Outcome, Runner
 from melens.evaluation.run import _rows_of
 from melens.evaluation.tasks import ForcedTask, token_loss
+from melens.intervals import paired_difference
 from melens.interventions import norm_flatten, wemask
-from melens.metrics.paired import paired_difference
 from melens.models import load
 from melens.results.edit import Edit
 from melens.tuning import tune

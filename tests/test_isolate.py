@@ -18,12 +18,13 @@ from melens.errors import InterventionError, MelensError, ResultError, SiteError
 from melens.figures import draw
 from melens.figures.styles import FIGURES
 from melens.inputs import take_in
+from melens.intervals import mean_interval
 from melens.isolation import isolate
 from melens.isolation.neurons import direction_of, written_at
 from melens.isolation.prefixes import Prefixes
 from melens.isolation.texts import Change, Texts
 from melens.measure.located import settle
-from melens.metrics import mean_interval, next_token_loss, sequence_loss
+from melens.metrics import next_token_loss, sequence_loss
 from melens.models import load
 from melens.models.ffn import ffn_of
 from melens.results import Isolation

@@ -13,7 +13,7 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
-    {"formatting"},
+    {"formatting", "intervals"},
     {"errors", "shapes", "provenance", "network", "progress", "chat_child"},
     {"registry", "store", "framing", "lines", "token_ids"},
     {"chat"},

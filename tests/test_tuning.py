@@ -22,10 +22,10 @@ from melens.errors import InterventionError, MetricError, PromptError, ResultErr
 from melens.evaluation.edits import applied
 from melens.evaluation.forced import Forced, Runner
 from melens.figures import save_figure
+from melens.intervals import weighted_mean
 from melens.models import load
 from melens.results import Edit, Tuning
 from melens.tuning import Budget, Objective, Settings, Space, search, tune
-from melens.tuning.intervals import corrected_interval
 from melens.tuning.items import read_once, split
 from melens.tuning.space import Race, race_of, rungs_from
 
@@ -164,7 +164,7 @@ def test_corrected_intervals_err_no_more_than_one_search_in_twenty(n):
     for run in range(runs):
         noise = torch.randn(tests, n, generator=rng)
         weights = torch.randint(20, 40, (n,), generator=rng).double()
-        intervals = [corrected_interval(x, weights, tests=tests, seed=run) for x in noise]
+        intervals = [weighted_mean(x, weights, tests=tests, seed=run).interval for x in noise]
         wrong += any(interval is not None and interval[1] < 0 for interval in intervals)
     # Three standard errors over 5 %.
     assert wrong / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
@@ -174,11 +174,12 @@ def test_corrected_intervals_err_no_more_than_one_search_in_twenty(n):
 def test_a_corrected_interval_is_the_normal_one_of_its_level():
     x = torch.randn(2000, generator=torch.Generator().manual_seed(0)).double()
     for tests in (1, 3, 10):
-        low, high = corrected_interval(x, torch.ones(2000), tests=tests)
+        low, high = weighted_mean(x, torch.ones(2000), tests=tests).interval
         normal = torch.distributions.Normal(0.0, 1.0)
         half = normal.icdf(torch.tensor(1 - 0.025 / tests)).item() * x.std().item() / 2000**0.5
         assert (high - low) / 2 == pytest.approx(half, rel=0.08)
-    assert corrected_interval(torch.ones(30), torch.ones(30), tests=3) is None
+    assert weighted_mean(torch.ones(30), torch.ones(30), tests=3).interval is None
+    assert weighted_mean(x[:19], torch.ones(19), tests=1).interval is None
 
 
 # --- The race and its budget.

@@ -11,12 +11,9 @@ from melens.checking.findings import RULES, Judgement, Rule, Unmeasured, View
 from melens.checking.findings.core import nothing
 from melens.checking.policy import Policy, RulePolicy
 from melens.checking.stages import STAGES
-from melens.metrics.bootstrap import LEAST, resamples
+from melens.intervals import LEAST_OF_MANY, weighted_mean
 from melens.results import Evaluation, Finding, Recommendation, RuleOutcome, StageRecord
-from melens.results.check import SEVERITIES, Interval
-
-LEVEL = 0.95
-"""Of the recommendation's intervals, all of them together."""
+from melens.results.check import SEVERITIES
 
 
 def judged(
@@ -92,7 +89,7 @@ def recommended(dose: Evaluation) -> Recommendation:
     assert best.delta is not None
     weights = torch.tensor(dose.weights).double()
     apart = {name: torch.tensor(x).double() for name, x in dose.differences.items()}
-    interval = wide_interval(apart[best.name], weights, len(doses))
+    interval = weighted_mean(apart[best.name], weights, tests=len(doses)).interval
     place = dose.dose.index(best) if best in dose.dose else None
     where = "edited" if place is None else f"dose/{place}"
     said = f"{best.edit.label} changes the loss by {best.delta.value:+.3g} nats a token"
@@ -110,9 +107,11 @@ def recommended(dose: Evaluation) -> Recommendation:
         action = "leave it"
         text = f"Leave it: {said}, but no more than a control does ({', '.join(equals)})."
     else:
+        few = f" One of several doses takes {LEAST_OF_MANY} texts or more to be told from chance."
         action, text = (
             "leave it",
-            f"Leave it: no dose lowers the loss beyond doubt. The best, {said}.",
+            f"Leave it: no dose lowers the loss beyond doubt. The best, {said}."
+            + few * (dose.n < LEAST_OF_MANY),
         )
     return Recommendation(
         action=action, text=text, edit=best.edit.label if action == "mask" else None,
@@ -121,22 +120,11 @@ def recommended(dose: Evaluation) -> Recommendation:
     )  # fmt: skip
 
 
-def wide_interval(apart: Tensor, weights: Tensor, tried: int) -> Interval | None:
-    """Interval of a weighted mean difference, one of ``tried``; None where it says nothing."""
-    if len(apart) < LEAST or bool((apart == apart[0]).all()):
-        return None
-    drawn = resamples(len(apart), seed=0)
-    means = (apart * weights)[drawn].sum(1) / weights[drawn].sum(1)
-    tail = (1 - LEVEL) / tried / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail]).double()).tolist()
-    return low, high
-
-
 def _below(
     apart: Mapping[str, Tensor], best: str, control: str, weights: Tensor, doses: Sequence[object]
 ) -> bool:
     """Whether a dose lowers the loss further than a control, text by text."""
-    found = wide_interval(apart[best] - apart[control], weights, len(doses))
+    found = weighted_mean(apart[best] - apart[control], weights, tests=len(doses)).interval
     return found is not None and found[1] < 0
 
 

@@ -31,9 +31,9 @@ from melens.evaluation.haystack import Haystack, bins, haystacks, plain_texts
 from melens.evaluation.settings import Bench, Progress, Settings
 from melens.framing import bos_first, require_known
 from melens.inputs import Inputs
+from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
 from melens.measure.located import check_same_model
-from melens.metrics.paired import paired_difference, weighted_mean
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint
 from melens.results import MELayer

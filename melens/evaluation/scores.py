@@ -13,8 +13,8 @@ from melens.errors import ResultError
 from melens.evaluation.conditions import Condition
 from melens.evaluation.forced import MassiveIn
 from melens.evaluation.settings import Bench, Card
+from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
-from melens.metrics.paired import paired_difference, weighted_mean
 from melens.results.evaluation import ConditionScore, Delta, EditedIn, Evaluation
 
 ENERGY = "energy"

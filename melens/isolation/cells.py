@@ -6,16 +6,15 @@ the massive token: sequences that agree up to it are one observation, and one ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.intervals import bootstrap, mean_interval
 from melens.isolation.changes import Outcome
-from melens.metrics import mean_interval, percentiles, resamples
-from melens.metrics.bootstrap import LEAST
 from melens.results.isolate import Cell, Factorial, Interaction
 
 Groups = Tensor
@@ -42,7 +41,7 @@ def cell_of(found: Outcome, base: Outcome, groups: Groups) -> Cell:
     return Cell(
         coordinate=coordinates[0].mean().item(),
         left=_ratio(*coordinates).item(),
-        left_interval=_interval(_ratio, *coordinates),
+        left_interval=bootstrap(_ratio, *coordinates),
         sink_rate=found.sink_rate[has].mean().item(),
         sink_interval=mean_interval(found.sink_rate[has]),
         loss=found.loss.mean().item(),
@@ -68,9 +67,9 @@ def _interaction(outcomes: Sequence[Outcome], cells: Sequence[Cell], groups: Gro
     losses = _beyond(*(one.loss for one in outcomes))
     return Interaction(
         coordinate=_beyond(*(cell.coordinate for cell in cells)),
-        coordinate_interval=_interval(_additive, *inputs),
+        coordinate_interval=bootstrap(_additive, *inputs),
         log_coordinate=_logarithmic(*inputs).item() if logs else None,
-        log_interval=_interval(_logarithmic, *inputs) if logs else None,
+        log_interval=bootstrap(_logarithmic, *inputs) if logs else None,
         sink_rate=_beyond(base.sink_rate, flat.sink_rate, edited.sink_rate, both.sink_rate),
         sink_interval=mean_interval(sinks[groups >= 0]),
         loss=_beyond(base.loss, flat.loss, edited.loss, both.loss),
@@ -99,14 +98,3 @@ def _by_input(outcome: Outcome, groups: Groups) -> Float[Tensor, " input"]:
     return torch.stack(
         [outcome.coordinate[groups == i].mean() for i in groups[groups >= 0].unique().tolist()]
     )
-
-
-def _interval(
-    statistic: Callable[..., Tensor], *inputs: Float[Tensor, " input"]
-) -> tuple[float, float] | None:
-    """Of a statistic of means over distinct inputs; None with too few."""
-    count = len(inputs[0])
-    if count < LEAST:
-        return None
-    draws = resamples(count)
-    return percentiles(statistic(*(row[draws] for row in inputs)))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from melens.capture import evaluating
 from melens.inputs import Inputs
+from melens.intervals import mean_interval
 from melens.interventions import ffn_ablate_neurons, ffn_zero_weights
 from melens.isolation.super_weight_spikes import Place
 from melens.metrics import sequence_loss
-from melens.metrics.bootstrap import mean_interval
 
 At = tuple[int, int, int]
 """(layer, row, column) of a down projection."""

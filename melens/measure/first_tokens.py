@@ -16,6 +16,7 @@ from melens.emergence.trajectory import Path
 from melens.errors import PromptError
 from melens.framing import Frame, frame_of, known_ids
 from melens.inputs import Inputs
+from melens.intervals import wilson
 from melens.results import MELayer
 from melens.results.describe import Condition, FirstTokenRow, Start
 
@@ -27,7 +28,6 @@ CONDITIONS: dict[Start, str] = {
 }
 TEXT_STARTS = 64
 """Most first tokens of the texts that are tried; a corpus may have one for every sequence."""
-WILSON_Z = 1.96
 
 
 def choose_starts(
@@ -115,14 +115,3 @@ def _condition(name: str, rows: Sequence[FirstTokenRow], *, sampled: bool) -> Co
         interval=wilson(massive, len(rows)) if sampled else None,
         median_value=statistics.median(abs(row.value) for row in rows),
     )
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share.
-
-    Source:  Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
-    share, z2 = hits / n, WILSON_Z**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = WILSON_Z * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5 / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,7 +1,6 @@
 """Pure tensor functions, one file per notion; nothing here ever sees a model."""
 
 from melens.metrics.attention import attention_entropy, key_attention, uniform_alpha
-from melens.metrics.bootstrap import mean_interval, percentiles, resamples
 from melens.metrics.direction import cosines, effective_number, write_shares
 from melens.metrics.loss import next_token_loss, sequence_loss
 from melens.metrics.magnitude import (
@@ -43,13 +42,10 @@ __all__ = [
     "matrix_entropy",
     "matrix_entropy_centred",
     "max_magnitude",
-    "mean_interval",
     "metric",
     "next_token_loss",
     "participation_ratio",
     "participation_ratio_centred",
-    "percentiles",
-    "resamples",
     "sequence_loss",
     "stable_rank",
     "stable_rank_centred",

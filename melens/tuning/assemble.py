@@ -13,13 +13,12 @@ from melens.evaluation.conditions import Condition, Plan, conditions
 from melens.evaluation.forced import Forced
 from melens.framing import bos_first
 from melens.inputs import Inputs
+from melens.intervals import Estimate, paired_difference, weighted_mean
 from melens.item_rows import Rows
-from melens.metrics.paired import Estimate, paired_difference
 from melens.models.origin import fingerprint
 from melens.results import MELayer
 from melens.results.tune import Confirmed, Margin, Spent, Split, Trial, Tuning
-from melens.tuning.intervals import corrected_interval
-from melens.tuning.items import LEAST_HELD_OUT, Halves, Objective
+from melens.tuning.items import Halves, Objective
 from melens.tuning.space import ETA, Race
 
 STOPPED = ("search", "confirmation")
@@ -175,10 +174,9 @@ def _confirmed(condition: Condition, ledger: Ledger, found: Found) -> Confirmed:
     if name in found.shown:
         development = ledger.paired(name, found.shown[name]).value
     corrected = None
-    if condition.role == "edited" and len(held) >= LEAST_HELD_OUT:
-        corrected = corrected_interval(
-            *ledger.differences(name, held), tests=len(found.confirmed), seed=ledger.seed
-        )
+    if condition.role == "edited":
+        apart = ledger.differences(name, held)
+        corrected = weighted_mean(*apart, seed=ledger.seed, tests=len(found.confirmed)).interval
     return Confirmed(
         edit=condition.edit, role=_role(condition), items=len(held),
         value=ledger.mean(name, held), delta=delta.value, interval=delta.interval,

@@ -26,13 +26,13 @@ from melens.evaluation.tasks import (
 from melens.formatting import brief
 from melens.framing import bos_first, head_size, require_known
 from melens.inputs import Ids, rows_of
+from melens.intervals import LEAST_OF_MANY
 
 LOSS = ("loss", "perplexity")
 ITEMS = 64
 """Items taken where nothing else is said."""
 LEAST_DEVELOPMENT = 10
-LEAST_HELD_OUT = 20
-"""Below it the corrected percentile intervals are too narrow for the rate that is promised."""
+LEAST_HELD_OUT = LEAST_OF_MANY
 LEAST_CONTEXT, MOST_HEAD = 16, 8
 """Where no length is given, and before every piece: bounds on how many pieces a text can make."""
 Score = Callable[[Forced, Foreseen], tuple[float, float]]
