@@ -536,7 +536,7 @@ def test_a_mask_is_recommended_only_beyond_doubt():
     assert (unsure.action, unsure.tried) == ("leave it", 2)
     assert "beyond doubt" in unsure.text
     helped = recommended(dose_of({"a": WORSE, "b": BETTER}, {"c": NOTHING}))
-    assert "over 8 texts" in helped.text
+    assert "over 24 texts" in helped.text
     assert "each of 1 controls lowers it less" in helped.text
     assert "tasks was not measured" in helped.text
     alone = recommended(dose_of({"a": WORSE, "b": BETTER}, {}))
