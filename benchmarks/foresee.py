@@ -23,7 +23,7 @@ BUFFER = 1 << 21
 
 def read_whole(model: str) -> int:
     """Read a model's files from end to end; gives the bytes."""
-    from melens.foresight.opening import open_checkpoint
+    from melens.scanning.opening import open_checkpoint
 
     files = open_checkpoint(model)
     buffer = memoryview(bytearray(BUFFER))
@@ -39,8 +39,8 @@ def read_whole(model: str) -> int:
 
 def scanned_bytes(model: str) -> int:
     """What a scan reads of them."""
-    from melens.foresight import weights
-    from melens.foresight.opening import open_checkpoint
+    from melens.scanning import weights
+    from melens.scanning.opening import open_checkpoint
 
     files = open_checkpoint(model)
     plan = weights.plan_of(files)
@@ -52,7 +52,7 @@ def scanned_bytes(model: str) -> int:
 
 def compare(model: str, rounds: int) -> None:
     """Alternate scan and reading; print the medians and their ratio."""
-    from melens.foresight import scan
+    from melens.scanning import scan
 
     total, part = read_whole(model), scanned_bytes(model)
     times: dict[str, list[float]] = {"read": [], "scan": []}
@@ -90,7 +90,7 @@ def against_locate(model: str, scan_seconds: float) -> None:
 
 def alone(model: str) -> None:
     """Memory of a fresh process: with everything imported, and at the scan's peak."""
-    from melens.foresight import scan
+    from melens.scanning import scan
 
     before = status_megabytes("VmHWM")
     scan(model, device="cpu")
@@ -120,7 +120,7 @@ def main() -> None:
     before, peak = json.loads(done.stdout.splitlines()[-1])
     print(f"memory of a fresh process: {before:.0f} MB imported, {peak:.0f} MB at the scan's peak")
     if not arguments.no_locate:
-        from melens.foresight import scan
+        from melens.scanning import scan
 
         against_locate(arguments.model, seconds(lambda: scan(arguments.model, device="cpu")))
 

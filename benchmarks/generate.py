@@ -30,7 +30,7 @@ def prepare(model: str, prompt: int, new: int, located: Path | None) -> dict[str
     import torch
 
     import melens
-    from melens.evaluation.edits import applied
+    from melens.evaluating.edits import applied
     from melens.exporting import export, for_generate, load_prefix
     from melens.exporting.prefix import fixed_first
     from melens.models import load, load_plain
@@ -39,7 +39,7 @@ def prepare(model: str, prompt: int, new: int, located: Path | None) -> dict[str
     bridge = load(model, device="cpu")
     first = fixed_first(bridge.tokenizer)
     if located is None:
-        from melens.emergence import locate
+        from melens.locating import locate
 
         me_layer = locate(bridge, melens.prompts(bos=first == bridge.tokenizer.bos_token_id))
     else:

@@ -33,7 +33,7 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
 
     import melens
     from melens.batches import Batch
-    from melens.emergence import locate
+    from melens.locating import locate
     from melens.models import load
 
     bridge = load(model, device="cpu")

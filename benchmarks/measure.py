@@ -24,8 +24,8 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
 
     import melens
     from melens.batches import Batch
-    from melens.emergence import locate
-    from melens.measure import collapse, describe, measure_all, sinks
+    from melens.locating import locate
+    from melens.measuring import collapse, describe, measure_all, sinks
     from melens.models import load
 
     bridge = load(model, device="cpu")

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 def settings_of(rates: list[float]) -> list[Any]:
     """The wave, the unedited model first."""
-    from melens.evaluation.conditions import BASE, Condition
+    from melens.evaluating.conditions import BASE, Condition
     from melens.tuning import Space
 
     space = Space(rates=rates, strengths=(1.0,))
@@ -35,7 +35,7 @@ def settings_of(rates: list[float]) -> list[Any]:
 
 def plain_losses(model: Any, me_layer: Any, wave: list[Any], ids: torch.Tensor) -> torch.Tensor:
     """Mean loss of every setting, each by a full forward pass under its edit."""
-    from melens.evaluation.edits import applied
+    from melens.evaluating.edits import applied
     from melens.metrics.loss import sequence_loss
 
     mask, made = torch.ones_like(ids, dtype=torch.bool), []
@@ -49,8 +49,8 @@ def plain_losses(model: Any, me_layer: Any, wave: list[Any], ids: torch.Tensor) 
 
 def compare(model: Any, arguments: argparse.Namespace) -> None:
     """Time the wave both ways, and hold the numbers against each other."""
-    from melens.emergence import locate
-    from melens.evaluation.forced import Forced, Runner
+    from melens.evaluating.forced import Forced, Runner
+    from melens.locating import locate
 
     me_layer = locate(model)
     wave = settings_of(arguments.rates)

@@ -22,9 +22,9 @@ from typing import Any
 
 import melens
 from melens.batches import Prompts, prompts
-from melens.evaluation import Settings, Source
-from melens.evaluation.conditions import Plan
-from melens.evaluation.run import evaluate
+from melens.evaluating import Settings, Source
+from melens.evaluating.conditions import Plan
+from melens.evaluating.run import evaluate
 from melens.figures import save_figure
 from melens.figures.dose_grid import draw_dose_grid
 from melens.figures.sink_change import draw_sink_change

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import melens
 from melens.batches import prompts
-from melens.evaluation import Settings, Source
-from melens.evaluation.conditions import Plan
-from melens.evaluation.harness_rows import GENERATION_TASKS
-from melens.evaluation.run import evaluate
-from melens.evaluation.sources import check_source
+from melens.evaluating import Settings, Source
+from melens.evaluating.conditions import Plan
+from melens.evaluating.harness_rows import GENERATION_TASKS
+from melens.evaluating.run import evaluate
+from melens.evaluating.sources import check_source
 from melens.figures import save_figure
 from melens.results import Edit, Evaluation, MELayer, load_result
 from melens.store import write_atomically

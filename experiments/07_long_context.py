@@ -18,8 +18,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import melens
-from melens.evaluation.haystack import TASKS, Haystack
-from melens.evaluation.long_context import LongSettings, long_context
+from melens.evaluating.haystack import TASKS, Haystack
+from melens.evaluating.long_context import LongSettings, long_context
 from melens.figures import save_figure
 from melens.results import Edit, LongContext
 from melens.store import write_atomically

@@ -31,11 +31,11 @@ import melens
 from melens.batches import Batch
 from melens.figures import save_figure
 from melens.figures.styles import house_style
-from melens.foresight import scan
-from melens.foresight.opening import open_checkpoint
-from melens.foresight.plan import plan_of
 from melens.provenance import git_commit, versions
 from melens.results import load_result
+from melens.scanning import scan
+from melens.scanning.opening import open_checkpoint
+from melens.scanning.plan import plan_of
 from melens.store import write_atomically
 
 ROOT = Path(__file__).parent.parent

@@ -30,7 +30,7 @@ from PIL import Image
 
 from melens.figures import save_figure
 from melens.figures.styles import house_style
-from melens.report import html_page, markdown_report
+from melens.reporting import html_page, markdown_report
 from melens.results import load_result
 from melens.store import write_atomically
 

@@ -31,13 +31,13 @@ from melens.store import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
-    "melens.measure": "Single measurements, and several in one pass.",
+    "melens.measuring": "Single measurements, and several in one pass.",
     "melens.interventions": "Edits, each a context manager.",
     "melens.checking": "The check before a model ships.",
-    "melens.report": "Its page, its text and its model card.",
-    "melens.foresight": "What the weights alone foretell.",
+    "melens.reporting": "Its page, its text and its model card.",
+    "melens.scanning": "What the weights alone foretell.",
     "melens.comparing": "Two models, or two saved results, side by side.",
-    "melens.evaluation": "How a task is run.",
+    "melens.evaluating": "How a task is run.",
     "melens.patching": "What is patched, and how it is scored.",
     "melens.tuning": "What is searched, and for how long.",
     "melens.exporting": "An edit to take along.",

@@ -7,32 +7,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from melens.batches import prompts
     from melens.checking import check
-    from melens.emergence import locate
-    from melens.evaluation import evaluate
+    from melens.evaluating import evaluate
     from melens.exporting import export, load
-    from melens.foresight import scan
     from melens.interventions import wemask
-    from melens.isolation import isolate, super_weights
-    from melens.measure import collapse, describe, sinks
+    from melens.isolating import isolate, super_weights
+    from melens.locating import locate
+    from melens.measuring import collapse, describe, sinks
     from melens.patching import patch
+    from melens.scanning import scan
     from melens.tuning import tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "check": "melens.checking",
-    "collapse": "melens.measure",
-    "describe": "melens.measure",
-    "evaluate": "melens.evaluation",
+    "collapse": "melens.measuring",
+    "describe": "melens.measuring",
+    "evaluate": "melens.evaluating",
     "export": "melens.exporting",
-    "isolate": "melens.isolation",
+    "isolate": "melens.isolating",
     "load": "melens.exporting",
-    "locate": "melens.emergence",
+    "locate": "melens.locating",
     "patch": "melens.patching",
     "prompts": "melens.batches",
-    "scan": "melens.foresight",
-    "sinks": "melens.measure",
-    "super_weights": "melens.isolation",
+    "scan": "melens.scanning",
+    "sinks": "melens.measuring",
+    "super_weights": "melens.isolating",
     "tune": "melens.tuning",
     "wemask": "melens.interventions",
 }

@@ -20,7 +20,7 @@
 
 # %%
 import melens
-from melens.measure import attention
+from melens.measuring import attention
 
 model = melens.load("smollm2-135m")
 texts = melens.prompts(n=4, length=64, bos=True)  # the bundled texts, BOS in front

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import melens
-from melens.evaluation import Plan, Settings, Source
+from melens.evaluating import Plan, Settings, Source
 from melens.exporting import load_prefix
 from melens.models.decoder import decoder_of
 from melens.models.loading import load_plain

@@ -7,9 +7,9 @@ import torch
 from planted import batch, plant
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import SiteError
-from melens.measure import attention, collapse
+from melens.locating import locate
+from melens.measuring import attention, collapse
 from melens.metrics import METRICS
 from melens.models import FAMILIES, load
 from melens.models.attention import attention_sites

@@ -103,7 +103,7 @@ def test_stages_that_were_taken_up_are_named(run, made, tmp_path, monkeypatch):
 
 
 def test_the_probe_leaves_nothing_and_junit_comes_after_the_pages(run, made, tmp_path, monkeypatch):
-    from melens import report
+    from melens import reporting as report
 
     junit, out = tmp_path / "new" / "a.xml", tmp_path / "out"
     usual = ("any", "--junit", junit, "--out", out)

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from melens.batches import Batch
-from melens.emergence.assemble import _writer
-from melens.emergence.criteria import CRITERIA, Evidence, counted_shares, cumulative_layer
-from melens.emergence.final import final_growth
-from melens.emergence.profile import Entry, LayerProfile, summarise
-from melens.emergence.stages import Span, counted_from, spans
-from melens.emergence.thresholds import last_body_layer
-from melens.emergence.trajectory import Path
-from melens.emergence.verdict import agreement, shape_of, stability
 from melens.errors import ModelError
+from melens.locating.assemble import _writer
+from melens.locating.criteria import CRITERIA, Evidence, counted_shares, cumulative_layer
+from melens.locating.final import final_growth
+from melens.locating.profile import Entry, LayerProfile, summarise
+from melens.locating.stages import Span, counted_from, spans
+from melens.locating.thresholds import last_body_layer
+from melens.locating.trajectory import Path
+from melens.locating.verdict import agreement, shape_of, stability
 from melens.metrics import METRICS
 from melens.results import Criteria
 

@@ -8,9 +8,9 @@ from planted import batch, plant
 from planted_causes import plant_cause
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import ContractError
-from melens.isolation import isolate
+from melens.isolating import isolate
+from melens.locating import locate
 from melens.models import load
 
 TEXTS = [Batch.of(batch(plant("llama", "single", 0), n=3, length=14, seed=0))]

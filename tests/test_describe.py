@@ -9,12 +9,12 @@ import torch
 from planted import BOS_ID, batch, plant
 
 from melens.batches import Batch
-from melens.emergence import locate
-from melens.emergence.trajectory import trace
 from melens.errors import PromptError, ResultError
 from melens.intervals import wilson
-from melens.measure import describe
-from melens.measure.first_tokens import sample_vocabulary
+from melens.locating import locate
+from melens.locating.trajectory import trace
+from melens.measuring import describe
+from melens.measuring.first_tokens import sample_vocabulary
 from melens.models import load
 
 
@@ -67,7 +67,7 @@ def test_cosines_between_inputs_are_the_mean_over_pairs():
     planted = plant("llama", "final-growth", 1)
     assert len(planted.truth.token_ids) > 100
     from melens.inputs import take_in
-    from melens.measure.rigidity import RESID, Rigidity, observe
+    from melens.measuring.rigidity import RESID, Rigidity, observe
 
     model = load(planted.model)
     inputs = take_in(model, Batch.of(batch(planted)))

@@ -16,9 +16,9 @@ from melens.cli.app import main
 from melens.comparing import Side, Tolerances, diff
 from melens.comparing.differences import compare
 from melens.comparing.rows import profile_change
-from melens.emergence import locate
 from melens.errors import ModelNotFoundError, ResultError
 from melens.figures import save_figure
+from melens.locating import locate
 from melens.results import Difference, MELayer, load_result
 from melens.results.check import CheckReport
 from melens.results.diff import SideRow

@@ -19,15 +19,15 @@ from melens.errors import (
     ResultError,
     UnknownNameError,
 )
-from melens.evaluation import Settings, Source, evaluate
-from melens.evaluation.conditions import BASE, RIVALS, Condition, Plan, conditions
-from melens.evaluation.edits import applied
-from melens.evaluation.forced import Forced, Runner
-from melens.evaluation.generated import row_of
-from melens.evaluation.harness_rows import GENERATION_TASKS
-from melens.evaluation.harness_rows import ItemRow as Answer
-from melens.evaluation.scores import score_of
-from melens.evaluation.tasks import FORCED_TASKS
+from melens.evaluating import Settings, Source, evaluate
+from melens.evaluating.conditions import BASE, RIVALS, Condition, Plan, conditions
+from melens.evaluating.edits import applied
+from melens.evaluating.forced import Forced, Runner
+from melens.evaluating.generated import row_of
+from melens.evaluating.harness_rows import GENERATION_TASKS
+from melens.evaluating.harness_rows import ItemRow as Answer
+from melens.evaluating.scores import score_of
+from melens.evaluating.tasks import FORCED_TASKS
 from melens.figures import FIGURES, save_figure
 from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
@@ -205,7 +205,7 @@ def big_tokenizer():
 def massive(big_tokenizer, words):
     """A model with a planted massive activation, and its ME Layer."""
     from melens.batches import prompts
-    from melens.emergence import locate
+    from melens.locating import locate
 
     made = load(plant("llama", "single", 1).model, tokenizer=big_tokenizer)
     found = locate(made, prompts(words, bos=True, length=40))
@@ -329,7 +329,7 @@ def test_a_solution_is_scored_behind_its_question(massive, tmp_path, given):
     ).items
     assert one.ids == (1, 9, 10, 11, 12)
     assert one.scored == (False, False, False, True, True)
-    from melens.evaluation.sources import data_folder
+    from melens.evaluating.sources import data_folder
 
     assert data_folder(GENERATION_TASKS["gsm8k"], Source(tmp_path / given)) == tmp_path
 
@@ -505,7 +505,7 @@ def test_sinks_inside_the_edit_change_after_it_only(massive, words, tmp_path):
     from melens.batches import prompts
     from melens.figures.sink_change import draw_sink_change
     from melens.interventions import wemask
-    from melens.measure import sinks
+    from melens.measuring import sinks
 
     made, found = massive
     texts = prompts(words, bos=True, length=40)
@@ -580,7 +580,7 @@ def test_generated_answers_become_the_same_result_and_go_on(
     held, answers_data, tmp_path, monkeypatch
 ):
     pytest.importorskip("lm_eval")
-    from melens.evaluation import generated
+    from melens.evaluating import generated
 
     path = tmp_path / "items.jsonl"
     settings = {"items": path, "max_new_tokens": 3, "plan": Plan(rates=(), seeds=(0,))}
@@ -746,8 +746,8 @@ def test_help_needs_no_torch_and_names_every_task():
 
 
 def test_token_changes_say_what_a_mean_hides():
-    from melens.evaluation.forced import Foreseen
-    from melens.evaluation.run import token_changes
+    from melens.evaluating.forced import Foreseen
+    from melens.evaluating.run import token_changes
 
     def foreseen(*losses):
         here = torch.tensor(losses)

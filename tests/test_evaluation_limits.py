@@ -9,9 +9,8 @@ import torch
 from planted import batch, plant
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import InterventionError, MetricError, ResultError
-from melens.evaluation.conditions import (
+from melens.evaluating.conditions import (
     BASE,
     Condition,
     Plan,
@@ -20,11 +19,12 @@ from melens.evaluation.conditions import (
     conditions,
     first_layer,
 )
-from melens.evaluation.forced import AT_ONCE, Forced, Foreseen, Outcome, Runner
-from melens.evaluation.run import _rows_of
-from melens.evaluation.tasks import ForcedTask, token_loss
+from melens.evaluating.forced import AT_ONCE, Forced, Foreseen, Outcome, Runner
+from melens.evaluating.run import _rows_of
+from melens.evaluating.tasks import ForcedTask, token_loss
 from melens.intervals import paired_difference
 from melens.interventions import norm_flatten, wemask
+from melens.locating import locate
 from melens.models import load
 from melens.results.edit import Edit
 from melens.tuning import tune
@@ -105,7 +105,7 @@ def test_logits_in_pieces_are_those_of_the_whole(made, monkeypatch):
     tried = (Condition("base", "base", BASE), Condition("edited", "edited", Edit()))
     assert AT_ONCE >= 19
     whole = next(Runner(model, tried, me).run(items_of(texts)))
-    monkeypatch.setattr("melens.evaluation.forced.AT_ONCE", 4)
+    monkeypatch.setattr("melens.evaluating.forced.AT_ONCE", 4)
     pieces = next(Runner(model, tried, me).run(items_of(texts)))
     for name in whole.found:
         for one, other in zip(whole.found[name], pieces.found[name], strict=True):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import ContractError, FoldedWeightsError, SiteError
+from melens.locating import locate
 from melens.models import FAMILIES, anatomy, check_contract, gains, load
 from melens.models.anatomy import norm_gain
 

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from melens.cli.app import _run
 from melens.errors import MelensError, ModelError, ModelNotFoundError, WeightsError
-from melens.foresight import scan
-from melens.foresight.opening import by_range
-from melens.foresight.reaching import reach
 from melens.models import fingerprint, load, loading
 from melens.models.dry_load import require_all_there
 from melens.models.files import check_fit, check_folder
 from melens.models.hub import kept_copy
 from melens.models.streamed import load_streamed
 from melens.models.weight_files import INDEX, SINGLE, is_inside
+from melens.scanning import scan
+from melens.scanning.opening import by_range
+from melens.scanning.reaching import reach
 
 UP = "model.layers.1.mlp.up_proj.weight"
 pytestmark = pytest.mark.timeout(60)
@@ -504,7 +504,7 @@ class Repository:
         return (self.folder / name).read_text() if self.has(name) else None
 
     def blob(self, name):
-        from melens.foresight.blobs import FileBlob
+        from melens.scanning.blobs import FileBlob
 
         return FileBlob(self.folder / name)
 

@@ -13,8 +13,8 @@ from tokenizers import processors
 from melens import locate
 from melens.batches import Prompts, encode
 from melens.errors import PromptError
-from melens.evaluation.haystack import Haystack, haystacks, plain_texts
-from melens.evaluation.tasks import Source, gsm8k_likelihood, perplexity
+from melens.evaluating.haystack import Haystack, haystacks, plain_texts
+from melens.evaluating.tasks import Source, gsm8k_likelihood, perplexity
 from melens.exporting.prefix import fixed_first
 from melens.framing import (
     Frame,
@@ -127,7 +127,7 @@ def test_a_scored_answer_has_nothing_around_it(tokenizer, tmp_path):
 
 def test_a_tokenizer_that_never_stops_adding_is_read_the_same_everywhere(tokenizer):
     from melens.chat import chat_ids
-    from melens.evaluation.haystack import Filler
+    from melens.evaluating.haystack import Filler
     from melens.patching.metrics import _token_id
 
     made = copy.deepcopy(tokenizer)
@@ -149,8 +149,8 @@ def test_located_and_generated_texts_of_a_chat_task_begin_alike(tokenizer, make_
     """The tokenizer puts BOS first, the template does not: transformers' rule is the template's."""
     pytest.importorskip("lm_eval")  # comes with melens[eval]
     from melens.chat import render, task_prompt_ids
-    from melens.evaluation.harness_model import Generator
-    from melens.evaluation.tasks import alike
+    from melens.evaluating.harness_model import Generator
+    from melens.evaluating.tasks import alike
 
     made = framed(tokenizer, "BOS and EOS")
     made.chat_template = "w5 {{ messages[0].content }} w6"
@@ -198,7 +198,7 @@ def test_a_bos_that_a_prompt_writes_itself_is_not_doubled(tokenizer):
 
 def test_the_harness_encodes_prompts_open_and_pads_within_the_vocabulary(tokenizer, make_tiny):
     pytest.importorskip("lm_eval")  # comes with melens[eval]
-    from melens.evaluation.harness_model import Generator
+    from melens.evaluating.harness_model import Generator
 
     model = make_tiny("llama")
     made = framed(tokenizer, "two in front")
@@ -225,8 +225,8 @@ def test_only_ids_that_the_tokenizer_has_are_drawn(make_tiny):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from melens.foresight.reaching import _choose
-    from melens.measure.first_tokens import sample_vocabulary
+    from melens.measuring.first_tokens import sample_vocabulary
+    from melens.scanning.reaching import _choose
 
     small = Tokenizer(models.WordLevel({"<s>": 1, "a": 7, "b": 9, "c": 30}, unk_token="a"))
     small.pre_tokenizer = pre_tokenizers.Whitespace()

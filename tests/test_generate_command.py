@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def located(folder, tmp_path_factory):
     """locate.json of it, on two texts with BOS."""
     from melens.batches import prompts
-    from melens.emergence import locate
+    from melens.locating import locate
     from melens.models import load
 
     path = tmp_path_factory.mktemp("located") / "locate.json"

@@ -104,7 +104,7 @@ def test_experts_need_gate_and_up(parts_of, tmp_path):
     ["block_count", "embedding_length", "attention.head_count", "attention.layer_norm_rms_epsilon"],
 )
 def test_a_field_that_makes_another_model_is_needed(name, llama, tmp_path):
-    from melens.foresight import scan
+    from melens.scanning import scan
 
     _, arch, fields, tensors = llama
     rest = {key: value for key, value in fields.items() if key != name}
@@ -251,7 +251,7 @@ def test_the_switch_reads_as_the_others_do(said, means, monkeypatch):
 
 @pytest.mark.parametrize("first_empty", [False, True])
 def test_any_part_of_a_split_file_stands_for_all(first_empty, llama, tmp_path):
-    from melens.foresight import scan
+    from melens.scanning import scan
 
     hf, arch, fields, tensors = llama
     whole = scan(planted.write(tmp_path / "whole.gguf", arch, fields, tensors))
@@ -282,7 +282,7 @@ def test_a_part_of_another_model_is_refused(llama, tmp_path):
 
 
 def test_load_scan_and_stream_refuse_the_same_files(llama, tmp_path):
-    from melens.foresight import scan
+    from melens.scanning import scan
 
     _, arch, fields, tensors = llama
     path = tmp_path / "m.gguf"
@@ -390,9 +390,9 @@ def test_without_a_cache_nothing_is_written(llama, tmp_path, cache, monkeypatch)
 def test_a_named_model_keeps_no_copy_where_none_is_wanted(llama, tmp_path, cache, monkeypatch):
     from dataclasses import replace
 
-    from melens.foresight import scan
     from melens.models import NAMED, named
     from melens.models.cache import sha256
+    from melens.scanning import scan
 
     hf, arch, fields, tensors = llama
     model = NAMED["smollm2-135m"]

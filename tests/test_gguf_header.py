@@ -81,8 +81,8 @@ DATA = bytes(4096)
     ],
 )
 def test_a_count_or_place_that_does_not_fit_is_refused_before_it_is_used(raw, said, tmp_path):
-    from melens.foresight import scan
     from melens.models.loading import load_plain
+    from melens.scanning import scan
 
     path = tmp_path / "m.gguf"
     path.write_bytes(raw)
@@ -191,8 +191,8 @@ def refused(read, path):
 @given(changes=st.lists(CHANGE, min_size=1, max_size=3))
 def test_whatever_is_changed_in_a_header_ends_in_a_model_or_one_error(whole, changes):
     """Load, tokenizer and scan of a changed file; they share the reader of its header."""
-    from melens.foresight import scan
     from melens.models.gguf import read_gguf_tokenizer, read_gguf_whole
+    from melens.scanning import scan
 
     path, known = whole.path, whole.header
     path.write_bytes(changed(whole.raw, known.n_bytes, changes))

@@ -65,7 +65,7 @@ def test_streaming_equals_the_cache(hooked, ids):
 
 
 def test_locating_finds_nothing_in_a_random_model_and_the_planted_layer_in_another(hooked, ids):
-    from melens.emergence import locate
+    from melens.locating import locate
 
     assert locate(hooked, [Batch.of(ids)]).verdict == "none"
     _plant(hooked, layer=4, dim=7, token=1)
@@ -79,7 +79,7 @@ def test_locating_finds_nothing_in_a_random_model_and_the_planted_layer_in_anoth
 
 
 def test_padding_on_either_side_gives_the_same(hooked, ids):
-    from melens.emergence import locate
+    from melens.locating import locate
 
     rows = [ids[0].tolist(), ids[1, :13].tolist()]
     left, right = (locate(hooked, [Batch.pad(rows, side=side)]) for side in ("left", "right"))
@@ -103,8 +103,8 @@ def test_folded_gains_are_refused(hooked):
 
 def test_the_token_and_what_it_does_are_measured(hooked, ids):
     """It shows no norm outputs, which the results say; all else is there."""
-    from melens.emergence import locate
-    from melens.measure import attention, measure_all
+    from melens.locating import locate
+    from melens.measuring import attention, measure_all
     from melens.metrics import METRICS
 
     _plant(hooked, layer=4, dim=7, token=1)

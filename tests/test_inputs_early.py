@@ -9,7 +9,7 @@ import torch
 
 from melens.cli.output import source
 from melens.errors import PromptError
-from melens.evaluation.tasks import Source
+from melens.evaluating.tasks import Source
 from melens.framing import require_known
 from melens.tuning import tune
 from melens.tuning.items import check_enough
@@ -68,7 +68,7 @@ def test_the_harness_works_without_any_special_token(make_tiny):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from melens.evaluation.harness_model import Generator
+    from melens.evaluating.harness_model import Generator
 
     bare = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w3"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -7,7 +7,6 @@ import torch
 from planted import SECOND_ID, batch, plant
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import EditWarning, InterventionError, MelensError, SiteError
 from melens.interventions import (
     INTERVENTIONS,
@@ -27,6 +26,7 @@ from melens.interventions import (
 )
 from melens.interventions.now import Now, now_of, watching
 from melens.interventions.tokens import choice_of, meant
+from melens.locating import locate
 from melens.models import FAMILIES, load
 from melens.models.anatomy import norm_gain, resid_post
 from melens.models.ffn import ffn_input, ffn_of

@@ -13,17 +13,17 @@ from planted_causes import CAUSES, plant_cause
 from pydantic import ValidationError
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import InterventionError, MelensError, ResultError, SiteError
 from melens.figures import draw
 from melens.figures.styles import FIGURES
 from melens.inputs import take_in
 from melens.intervals import mean_interval
-from melens.isolation import isolate
-from melens.isolation.neurons import direction_of, written_at
-from melens.isolation.prefixes import Prefixes
-from melens.isolation.texts import Change, Texts
-from melens.measure.located import settle
+from melens.isolating import isolate
+from melens.isolating.neurons import direction_of, written_at
+from melens.isolating.prefixes import Prefixes
+from melens.isolating.texts import Change, Texts
+from melens.locating import locate
+from melens.measuring.located import settle
 from melens.metrics import next_token_loss, sequence_loss
 from melens.models import load
 from melens.models.ffn import ffn_of

@@ -11,11 +11,11 @@ from planted import batch, plant
 from melens.batches import Batch
 from melens.cli import cause_tables  # noqa: F401 - it registers its tables
 from melens.cli.tables import TABLES
-from melens.emergence import locate
 from melens.errors import ResultError
-from melens.isolation import isolate
-from melens.isolation.cause import How, isolate_with, steps_of
-from melens.isolation.changes import LayerEdit
+from melens.isolating import isolate
+from melens.isolating.cause import How, isolate_with, steps_of
+from melens.isolating.changes import LayerEdit
+from melens.locating import locate
 from melens.models import load
 from melens.results import Isolation
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from melens.batches import prompts, read_lines, read_text
 from melens.cli.edit_job import prompts_of
 from melens.errors import MelensError, PromptError
-from melens.evaluation.harness_data import items
-from melens.evaluation.refusals import read_prompts
-from melens.evaluation.tasks import Source, read_jsonl
+from melens.evaluating.harness_data import items
+from melens.evaluating.refusals import read_prompts
+from melens.evaluating.tasks import Source, read_jsonl
 from melens.inputs import take_in
 from melens.lines import is_text, json_object, lines_of
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from melens.batches import Batch
-from melens.emergence.profile import LayerProfile
 from melens.errors import ModelError
+from melens.locating.profile import LayerProfile
 
 WIDTH = 16
 MOST = 20

@@ -15,9 +15,9 @@ from planted import plant
 
 from melens.cli.app import main
 from melens.errors import InterventionError, PromptError, ResultError
-from melens.evaluation.conditions import BASE, Condition
-from melens.evaluation.forced import Forced, Foreseen, Runner
-from melens.evaluation.haystack import (
+from melens.evaluating.conditions import BASE, Condition
+from melens.evaluating.forced import Forced, Foreseen, Runner
+from melens.evaluating.haystack import (
     Filler,
     Haystack,
     bins,
@@ -25,7 +25,7 @@ from melens.evaluation.haystack import (
     plain_texts,
     scored_positions,
 )
-from melens.evaluation.long_context import LongSettings, light_plan, long_context, score_of
+from melens.evaluating.long_context import LongSettings, light_plan, long_context, score_of
 from melens.figures import FIGURES
 from melens.models import load
 from melens.results import Edit, LongContext, load_result
@@ -327,7 +327,7 @@ def test_one_dose_below_one_above_and_both_controls(result, located):
 
 def test_the_numbers_are_those_of_one_full_run_each(result, model, letters, located):
     """The edited loss of an item, from a plain forward pass under the edit."""
-    from melens.evaluation.edits import applied
+    from melens.evaluating.edits import applied
 
     haystack = replace(SMALL, bos=True)
     items = haystacks(letters, haystack, context=None)

@@ -139,8 +139,8 @@ def test_resumed_runs_edit_the_tokens_of_the_full_run(newline):
 
 
 def test_evaluate_edits_and_counts_massive_tokens_only(newline):
-    from melens.evaluation.conditions import Plan, conditions
-    from melens.evaluation.forced import Forced, Runner
+    from melens.evaluating.conditions import Plan, conditions
+    from melens.evaluating.forced import Forced, Runner
     from melens.interventions import wemask
     from melens.results.edit import Edit
 
@@ -171,8 +171,8 @@ def test_an_edit_that_was_kept_open_warns_as_any_other_at_its_end():
     from planted import batch, plant
 
     from melens.batches import Batch
-    from melens.emergence import locate
     from melens.exporting.open_edit import OpenEdit
+    from melens.locating import locate
     from melens.models import load
     from melens.results import Edit
 

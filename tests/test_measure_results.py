@@ -10,10 +10,10 @@ from planted import batch, plant
 
 from melens.batches import Batch
 from melens.cli.all_tables import TABLES
-from melens.emergence import locate
 from melens.errors import ResultError, UnknownNameError
 from melens.figures import FIGURES, save_figure
-from melens.measure import attention, measure_all
+from melens.locating import locate
+from melens.measuring import attention, measure_all
 from melens.models import load
 from melens.results import load_result
 from melens.results.base import Result

@@ -9,9 +9,9 @@ import torch
 
 from melens import locate
 from melens.batches import Batch
-from melens.emergence.profile import summarise
 from melens.errors import ResultError
-from melens.isolation import isolate
+from melens.isolating import isolate
+from melens.locating.profile import summarise
 from melens.models import load
 from melens.results import MELayer
 

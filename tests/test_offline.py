@@ -23,7 +23,7 @@ socket.socket.connect = refuse
 {first}
 import melens
 from melens.errors import FetchError, ModelNotFoundError
-from melens.foresight import scan
+from melens.scanning import scan
 from melens.models import load_plain
 from melens.models.streamed import load_streamed
 for ask in (melens.load, load_plain, scan, load_streamed):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import MetricError, PromptError, ResultError, SiteError, UnknownNameError
 from melens.interventions.now import now_of
+from melens.locating import locate
 from melens.metrics import key_attention
 from melens.models import load
 from melens.patching import (

@@ -9,8 +9,8 @@ import torch
 from planted import BOS_ID, FAMILIES, KINDS, SECOND_ID, batch, plant
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import ContractError
+from melens.locating import locate
 from melens.models import anatomy, contract, load
 
 SEEDS = range(4)

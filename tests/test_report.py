@@ -15,7 +15,7 @@ import planted_report as planted
 import pytest
 
 from melens.errors import OutputError, ResultError
-from melens.report import (
+from melens.reporting import (
     html_page,
     json_schema,
     markdown_report,
@@ -25,12 +25,12 @@ from melens.report import (
     write_report,
     writing,
 )
-from melens.report import page as report_page
-from melens.report.card import END, START
-from melens.report.glossary import GLOSSARY
-from melens.report.sections.base import View
-from melens.report.source import Source, anchor
-from melens.report.text import code_span, markdown_text, number_text, page_text
+from melens.reporting import page as report_page
+from melens.reporting.card import END, START
+from melens.reporting.glossary import GLOSSARY
+from melens.reporting.sections.base import View
+from melens.reporting.source import Source, anchor
+from melens.reporting.text import code_span, markdown_text, number_text, page_text
 from melens.results import load_result
 from melens.results.check import CheckReport
 from melens.results.pointer import look_up
@@ -263,7 +263,7 @@ PUBLISHED = DOCS / "results" / "smollm2-135m.locate.json"
 
 
 def test_confidence_names_what_it_is_about():
-    from melens.report.sections.located import emergence
+    from melens.reporting.sections.located import emergence
 
     none = load_result(PUBLISHED).model_copy(
         update={"verdict": "none", "me_layer": None, "massive": ()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import planted_report as planted
 import pytest
 
-from melens.report import html_page
+from melens.reporting import html_page
 
 pytestmark = pytest.mark.browser
 PHONE, DESKTOP = (375, 812), (1280, 1000)

@@ -7,10 +7,10 @@ import pytest
 from planted import batch, plant
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import OutputError, ResultError
 from melens.figures import draw, save_figure
 from melens.knowledge import known, known_models
+from melens.locating import locate
 from melens.results import KnownCheck, MELayer, load_result
 from melens.store import write_atomically
 

@@ -19,15 +19,15 @@ from melens.errors import (
     ResultError,
     WeightsError,
 )
-from melens.foresight import files, scan, weights
-from melens.foresight.layouts import GGUF, HF
-from melens.foresight.neurons import LOUDEST
-from melens.foresight.opening import by_range, open_checkpoint
-from melens.foresight.predict import STANDS_OUT
-from melens.foresight.published import known_scan
 from melens.knowledge import published_rows
 from melens.models import FAMILIES
 from melens.results import WeightScan, load_result
+from melens.scanning import files, scan, weights
+from melens.scanning.layouts import GGUF, HF
+from melens.scanning.neurons import LOUDEST
+from melens.scanning.opening import by_range, open_checkpoint
+from melens.scanning.predict import STANDS_OUT
+from melens.scanning.published import known_scan
 
 AROUND = {
     "gemma2": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
@@ -331,7 +331,7 @@ def test_a_hub_model_is_taken_from_the_cache_only_if_whole(saved, tmp_path, monk
     """What is not there is fetched by range, from one commit; what is damaged is said."""
     import huggingface_hub
 
-    from melens.foresight import opening
+    from melens.scanning import opening
 
     _, folder = saved("llama")
     snapshot = tmp_path / "hub" / "c0ffee"
@@ -559,7 +559,7 @@ class Server:
         return path.read_text() if path.exists() else None
 
     def blob(self, file):
-        from melens.foresight.blobs import HttpBlob
+        from melens.scanning.blobs import HttpBlob
 
         return HttpBlob(file, self, {}, file)
 

@@ -66,14 +66,14 @@ OTHER = [
 
 @pytest.mark.parametrize(("text", "answer"), EXTRACTED)
 def test_the_last_marked_answer_is_taken(text, answer):
-    from melens.evaluation.scoring import extract_answer
+    from melens.evaluating.scoring import extract_answer
 
     assert extract_answer(text) == answer
 
 
 @pytest.mark.parametrize(("answer", "gold"), SAME)
 def test_equal_values_match_both_ways(answer, gold):
-    from melens.evaluation.scoring import same_answer
+    from melens.evaluating.scoring import same_answer
 
     assert same_answer(answer, gold)
     assert same_answer(gold, answer)
@@ -81,14 +81,14 @@ def test_equal_values_match_both_ways(answer, gold):
 
 @pytest.mark.parametrize(("answer", "gold"), OTHER)
 def test_other_values_do_not_match(answer, gold):
-    from melens.evaluation.scoring import same_answer
+    from melens.evaluating.scoring import same_answer
 
     assert not same_answer(answer, gold)
     assert not same_answer(gold, answer)
 
 
 def test_no_answer_is_wrong():
-    from melens.evaluation.scoring import same_answer
+    from melens.evaluating.scoring import same_answer
 
     assert not same_answer(None, "12")
 
@@ -97,7 +97,7 @@ def test_no_answer_is_wrong():
     "text", ["9" * 6000, "{" * 3000, "a " * 4000, "1,2" * 3000, "\\frac{1}{" * 900]
 )
 def test_a_runaway_answer_is_wrong_and_takes_no_time(text):
-    from melens.evaluation.scoring import extract_answer, same_answer
+    from melens.evaluating.scoring import extract_answer, same_answer
 
     assert not same_answer(text, "12")
     assert extract_answer("\\boxed{" + text) is None
@@ -105,7 +105,7 @@ def test_a_runaway_answer_is_wrong_and_takes_no_time(text):
 
 def test_a_gold_solution_scores_and_its_neighbour_does_not():
     """Invariant over real data: each solution's own box is right, the next problem's is not."""
-    from melens.evaluation.scoring import extract_answer, same_answer
+    from melens.evaluating.scoring import extract_answer, same_answer
 
     path = Path(os.environ.get("MELENS_DATA", "data")) / "math500/test.jsonl"
     if not path.is_file():
@@ -146,14 +146,14 @@ def test_a_gold_solution_scores_and_its_neighbour_does_not():
     ],
 )
 def test_refusals_are_told_by_how_an_answer_begins(answer, refused):
-    from melens.evaluation.refusals import is_refusal
+    from melens.evaluating.refusals import is_refusal
 
     assert is_refusal(answer) is refused
 
 
 def test_xstest_is_read_and_a_broken_csv_refused(tmp_path):
     from melens.errors import PromptError
-    from melens.evaluation.refusals import read_prompts
+    from melens.evaluating.refusals import read_prompts
 
     path = tmp_path / "x.csv"
     path.write_text('id,prompt,type,label\n1,"How, then?",a,safe\n2,Bad?,b,unsafe\n', "utf-8")

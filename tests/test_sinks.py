@@ -9,11 +9,11 @@ import torch
 from planted import BOS_ID, batch, plant
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import MetricError, PromptError
-from melens.measure import sinks
-from melens.measure.attention_sinks import spans
-from melens.measure.patterns import LEAST_QUERIES, PatternSums
+from melens.locating import locate
+from melens.measuring import sinks
+from melens.measuring.attention_sinks import spans
+from melens.measuring.patterns import LEAST_QUERIES, PatternSums
 from melens.metrics import attention_entropy, key_attention, uniform_alpha
 from melens.models import load
 

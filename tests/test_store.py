@@ -214,11 +214,11 @@ def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
     from melens.batches import prompts
     from melens.checking.policy import read_policy
     from melens.cli.mask_options import read_edit_file
-    from melens.evaluation.refusals import read_prompts
-    from melens.evaluation.tasks import Source, read_jsonl
+    from melens.evaluating.refusals import read_prompts
+    from melens.evaluating.tasks import Source, read_jsonl
     from melens.item_rows import Rows, head_of
     from melens.patching.checkpoint import Cells
-    from melens.report.card import refuse_bad_card
+    from melens.reporting.card import refuse_bad_card
     from melens.results import load_result
 
     path = tmp_path / "given.toml"

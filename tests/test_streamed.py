@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from melens.batches import Batch
 from melens.capture import stream
-from melens.emergence import locate
-from melens.emergence.trajectory import LastRow, trace
 from melens.errors import ModelError, PromptError, ResultError, SiteError, WeightsError
-from melens.foresight import reaching, scan
-from melens.foresight.reaching import reach
 from melens.interventions import INTERVENTIONS
+from melens.locating import locate
+from melens.locating.trajectory import LastRow, trace
 from melens.models import FAMILIES, fingerprint, load
 from melens.models.anatomy import anatomy, resid_post, resid_pre
 from melens.models.hollow import hollow_parameter
 from melens.models.streamed import load_streamed, stream_of
 from melens.results import load_result
+from melens.scanning import reaching, scan
+from melens.scanning.reaching import reach
 
 NAMES = [name for name, _ in FAMILIES.items()]
 
@@ -464,7 +464,7 @@ def test_the_big_checkpoint_in_small_is_foretold_and_located(tmp_path):
     data = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert data["metadata"]["total_size"] == 2 * shape.parameters
     from melens import prompts
-    from melens.foresight import scan
+    from melens.scanning import scan
 
     foretold = scan(str(tmp_path))
     assert (foretold.me_layer, foretold.dims[0]) == (shape.me_layer, shape.dim)

@@ -17,12 +17,12 @@ from planted import batch, plant
 
 from melens.batches import Batch
 from melens.cli.app import main
-from melens.emergence import locate
 from melens.errors import InterventionError, MetricError, PromptError, ResultError, UnknownNameError
-from melens.evaluation.edits import applied
-from melens.evaluation.forced import Forced, Runner
+from melens.evaluating.edits import applied
+from melens.evaluating.forced import Forced, Runner
 from melens.figures import save_figure
 from melens.intervals import weighted_mean
+from melens.locating import locate
 from melens.models import load
 from melens.results import Edit, Tuning
 from melens.tuning import Budget, Objective, Settings, Space, search, tune

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, NemotronHConfig
 from melens.batches import Batch
 from melens.errors import InterventionError, ModelError, SiteError
 from melens.interventions import drop_key
-from melens.measure import attention, collapse, sinks
+from melens.measuring import attention, collapse, sinks
 from melens.models import anatomy, load
 from melens.models.decoder import decoder_of
 from melens.patching.sites import SITES

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from melens.batches import prompts
-from melens.emergence import locate
+from melens.locating import locate
 
 pytestmark = pytest.mark.gemma
 
@@ -40,7 +40,7 @@ def test_emergence_is_gradual_and_the_criteria_disagree(gemma):
 
 
 def test_norms_and_write_shares_of_bos(gemma):
-    from melens.emergence.trajectory import trace
+    from melens.locating.trajectory import trace
 
     (path,) = trace(gemma, [[gemma.tokenizer.bos_token_id]])
     torch.testing.assert_close(
@@ -63,7 +63,7 @@ SINK_HEADS = [
 
 
 def test_what_bos_does_and_that_no_other_first_token_does_it(gemma):
-    from melens.measure import measure_all
+    from melens.measuring import measure_all
 
     texts = prompts()
     made = measure_all(gemma, locate(gemma, texts), texts, t=128)
@@ -84,7 +84,7 @@ def test_what_bos_does_and_that_no_other_first_token_does_it(gemma):
 
 
 def test_without_bos_the_first_token_is_no_sink(gemma):
-    from melens.measure import sinks
+    from melens.measuring import sinks
 
     texts = prompts(bos=False)
     made = sinks(gemma, locate(gemma, texts), texts, t=128)

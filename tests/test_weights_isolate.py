@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from melens.batches import prompts
-from melens.emergence import locate
 from melens.inputs import take_in
 from melens.interventions import residual_set
-from melens.isolation import edits, isolate, mean_coordinates
-from melens.isolation.neurons import written_at
-from melens.isolation.prefixes import Prefixes
-from melens.isolation.texts import Change
-from melens.measure.located import settle
+from melens.isolating import edits, isolate, mean_coordinates
+from melens.isolating.neurons import written_at
+from melens.isolating.prefixes import Prefixes
+from melens.isolating.texts import Change
+from melens.locating import locate
+from melens.measuring.located import settle
 
 NECESSITY_S = {0: 0.0021, 1: 1.2334, 2: 0.9223, 3: 0.9759, 4: 0.9883, 5: 0.9796, 6: 0.9815,
                7: 0.8717, 8: 0.175, 9: 0.2295, 10: 0.549, 11: 0.0018}  # fmt: skip

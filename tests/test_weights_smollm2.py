@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from melens.batches import prompts
-from melens.emergence import locate
 from melens.knowledge import known
+from melens.locating import locate
 from melens.models.anatomy import norm_gain
 
 pytestmark = pytest.mark.weights
@@ -72,7 +72,7 @@ def test_values_without_and_with_bos(smol, found_bos):
 
 
 def test_norms_and_write_shares_of_the_first_token(smol):
-    from melens.emergence.trajectory import trace
+    from melens.locating.trajectory import trace
 
     (path,) = trace(smol, [[smol.tokenizer.bos_token_id]])
     torch.testing.assert_close(
@@ -163,7 +163,7 @@ SINK_HEADS = [
 
 @pytest.fixture(scope="module")
 def measured(smol, found_bos):
-    from melens.measure import measure_all
+    from melens.measuring import measure_all
 
     return measure_all(smol, found_bos, prompts(bos=True), t=128)
 
@@ -214,7 +214,7 @@ def test_sinks_begin_in_the_layer_after(measured):
 
 
 def test_without_bos_sinks_come_with_the_first_stage_and_go_with_it(smol, found):
-    from melens.measure import sinks
+    from melens.measuring import sinks
 
     made = sinks(smol, found, prompts())
     assert [(span.first, span.last) for span in made.spans] == [(3, 9), (12, 29)]
@@ -229,7 +229,7 @@ def test_reference_values_on_wikitext(smol):
     import random
 
     from melens.batches import Batch
-    from melens.measure import measure_all
+    from melens.measuring import measure_all
 
     text = "\n".join(
         line for line in Path(os.environ[WIKI]).read_text("utf-8").split("\n") if line.strip()

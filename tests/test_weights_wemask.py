@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from melens.batches import prompts
-from melens.emergence import locate
-from melens.evaluation.conditions import BASE, Condition
-from melens.evaluation.forced import Forced, Runner
+from melens.evaluating.conditions import BASE, Condition
+from melens.evaluating.forced import Forced, Runner
 from melens.interventions import wemask
+from melens.locating import locate
 from melens.models.decoder import decoder_of
 from melens.results.edit import Edit
 

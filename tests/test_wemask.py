@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from melens.batches import Batch
-from melens.emergence import locate
 from melens.errors import InterventionError, SiteError
 from melens.interventions import drop_key, norm_flatten, wemask
 from melens.interventions.wemask import SELECTS
+from melens.locating import locate
 from melens.models import FAMILIES, load
 from melens.models.decoder import decoder_of
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import stream
 from melens.inputs import Inputs
-from melens.measure.located import Progress, settle
+from melens.measuring.located import Progress, settle
 from melens.models.attention import View, attention_sites
 from melens.results import MELayer
 from melens.results.cache_norms import CacheNorms, CacheRow

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 from melens.checking.bench import Bench, Tick
 from melens.errors import PromptError, SiteError
-from melens.evaluation.conditions import (
+from melens.evaluating.conditions import (
     BASE,
     Condition,
     check_held,
     check_unedited,
     conditions,
 )
-from melens.evaluation.forced import Forced, Runner
-from melens.evaluation.scores import assembled, held_facts
-from melens.evaluation.settings import Bench as Trial
-from melens.evaluation.settings import Card, Settings
-from melens.evaluation.tasks import token_loss
+from melens.evaluating.forced import Forced, Runner
+from melens.evaluating.scores import assembled, held_facts
+from melens.evaluating.settings import Bench as Trial
+from melens.evaluating.settings import Card, Settings
+from melens.evaluating.tasks import token_loss
 from melens.item_rows import ItemRow, Rows
 from melens.models.anatomy import anatomy
 from melens.models.decoder import decoder_of

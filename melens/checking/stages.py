@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from melens.checking.bench import Bench, Tick
 from melens.checking.key_values import cache_norms
 from melens.checking.losses import dose_losses, edit_losses, eviction_losses
-from melens.emergence.search import locate_in
 from melens.errors import WeightsError
-from melens.isolation import isolate, super_weights
+from melens.isolating import isolate, super_weights
 from melens.knowledge import known, known_by
-from melens.measure import attention, collapse, describe, sinks
+from melens.locating.search import locate_in
+from melens.measuring import attention, collapse, describe, sinks
 from melens.models.anatomy import anatomy
 from melens.models.origin import origin_of
 from melens.registry import Registry

@@ -72,7 +72,7 @@ def isolate(
     job = Job.of(locals())
     loaded, texts = job.load()
     found = job.locate(loaded, texts)
-    from melens.isolation.cause import How, isolate_with
+    from melens.isolating.cause import How, isolate_with
 
     keep = None if job.out is None else job.out / STEPS
     with job.bar("steps") as tick:

@@ -111,7 +111,7 @@ def _check_files(junit: Path | None, card: Path | None) -> None:
     if card is not None and not card.is_file():
         raise typer.BadParameter(f"--card {card} is not a file; give the README.md of the model.")
     if card is not None:
-        from melens.report import refuse_bad_card
+        from melens.reporting import refuse_bad_card
 
         refuse_bad_card(card)
         _refuse_unwritable("--card", card.resolve())
@@ -135,7 +135,7 @@ def _pages(report: Any, folder: Path | None, card: Path | None) -> None:
     """The page, the text and the card, all from the report."""
     if folder is None and card is None:
         return
-    from melens.report import update_card, write_report
+    from melens.reporting import update_card, write_report
 
     if folder is not None:
         write_report(report, folder)

@@ -89,7 +89,7 @@ def known(
 
         names = (Path(model).name, *given_names(Path(model).expanduser()))
     if isinstance(found, WeightScan):
-        from melens.foresight.published import known_scan
+        from melens.scanning.published import known_scan
 
         made = knowledge.known_by(names, lambda name: known_scan(name, found))
     else:

@@ -61,7 +61,7 @@ class EditJob:
         """Both answers to each prompt, and how many of their tokens are equal before they part."""
         from melens.batches import encode_all
         from melens.chat import has_template
-        from melens.evaluation.edits import applied, where_held
+        from melens.evaluating.edits import applied, where_held
         from melens.framing import require_known
         from melens.interventions.massive import with_firsts
 

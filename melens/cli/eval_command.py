@@ -12,7 +12,7 @@ from melens.cli import options as opt
 from melens.formatting import brief
 
 if TYPE_CHECKING:
-    from melens.evaluation.conditions import Plan
+    from melens.evaluating.conditions import Plan
 
 RIVALS = "zero,mean,norm-flatten,ffn-cap,drop-key"
 
@@ -114,9 +114,9 @@ def evaluate(
         {**asked, **dict.fromkeys(("text", "prompt", "n_seq")), "chat": False, "length": None}
     )
     loaded, _ = job.load()
-    from melens.evaluation import Settings
-    from melens.evaluation.run import evaluate as measure
-    from melens.evaluation.tasks import alike
+    from melens.evaluating import Settings
+    from melens.evaluating.run import evaluate as measure
+    from melens.evaluating.tasks import alike
 
     if job.out is not None and force:
         _start_anew(job.out)
@@ -139,8 +139,8 @@ def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -
     Raises:  InterventionError: what is none.
     """
     from melens.errors import InterventionError
-    from melens.evaluation.conditions import RIVALS as ALL
-    from melens.evaluation.conditions import Plan
+    from melens.evaluating.conditions import RIVALS as ALL
+    from melens.evaluating.conditions import Plan
 
     made: dict[str, Any] = {}
     if rates is not None:
@@ -177,11 +177,11 @@ def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
 def _refuse_early(asked: dict[str, Any], edit: Any) -> Any:
     """The task's source; whatever can be refused without the model is."""
     from melens.errors import PromptError
-    from melens.evaluation.conditions import check_edit
-    from melens.evaluation.folder import check_folder
-    from melens.evaluation.harness_rows import GENERATION_TASKS
-    from melens.evaluation.sources import check_source
-    from melens.evaluation.tasks import LIKELIHOOD_FILES, Source
+    from melens.evaluating.conditions import check_edit
+    from melens.evaluating.folder import check_folder
+    from melens.evaluating.harness_rows import GENERATION_TASKS
+    from melens.evaluating.sources import check_source
+    from melens.evaluating.tasks import LIKELIHOOD_FILES, Source
 
     task, length = asked["task"], asked["length"]
     check_edit(edit)
@@ -200,7 +200,7 @@ def _refuse_early(asked: dict[str, Any], edit: Any) -> Any:
 
 
 def _start_anew(folder: Path) -> None:
-    from melens.evaluation.folder import start_anew
+    from melens.evaluating.folder import start_anew
 
     start_anew(folder)
 

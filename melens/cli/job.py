@@ -72,7 +72,7 @@ class Job:
         """  # noqa: D205
         if self.saved is not None:
             return self.saved
-        from melens.emergence import locate
+        from melens.locating import locate
 
         with self.bar() as tick:
             found = locate(model, texts, batch_size=self.batch_size, seed=self.seed, progress=tick)

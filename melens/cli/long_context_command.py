@@ -103,9 +103,9 @@ def long_context(
         task=task.value, lengths=sizes, depths=places, seeds=seeds, needles=needles,
         text=_read(text), bos=bos, chat=chat, seed=seed,
     )  # fmt: skip
-    from melens.evaluation.conditions import check_edit
-    from melens.evaluation.long_context import LongSettings, items_of
-    from melens.evaluation.long_context import long_context as measure
+    from melens.evaluating.conditions import check_edit
+    from melens.evaluating.long_context import LongSettings, items_of
+    from melens.evaluating.long_context import long_context as measure
 
     check_edit(chosen)
     loaded, prompts = job.load()
@@ -144,6 +144,6 @@ def _read(text: Path | None) -> str | None:
 
 
 def _haystack(**settings: Any) -> Any:
-    from melens.evaluation.haystack import Haystack
+    from melens.evaluating.haystack import Haystack
 
     return Haystack(**settings)

@@ -45,7 +45,7 @@ def describe(
     job = Job.of(locals())
     loaded, texts = job.load()
     found = job.locate(loaded, texts)
-    from melens.measure import describe as measure
+    from melens.measuring import describe as measure
 
     with job.bar() as tick:
         result = measure(loaded, found, texts, first_tokens=first_tokens, seed=seed, progress=tick)
@@ -87,7 +87,7 @@ def collapse(
     job = Job.of(locals())
     loaded, texts = job.load()
     found = job.locate(loaded, texts)
-    from melens.measure import collapse as measure
+    from melens.measuring import collapse as measure
 
     with job.bar() as tick:
         result = measure(loaded, found, texts, batch_size=batch_size, progress=tick)
@@ -130,7 +130,7 @@ def sinks(
     job = Job.of(locals())
     loaded, texts = job.load()
     found = job.locate(loaded, texts)
-    from melens.measure import sinks as measure
+    from melens.measuring import sinks as measure
 
     with job.bar() as tick:
         result = measure(loaded, found, texts, t=t, batch_size=batch_size, progress=tick)
@@ -180,8 +180,8 @@ def attention(
 
     job = Job.of({**locals(), "n_seq": None})
     loaded, texts = job.load()
-    from melens.measure import attention as measure
-    from melens.measure.maps import check_choice
+    from melens.measuring import attention as measure
+    from melens.measuring.maps import check_choice
 
     check_choice(loaded, layer, head)
     result = measure(loaded, job.locate(loaded, texts), texts, layers=layer, heads=head)

@@ -56,7 +56,7 @@ def reach(
     scanned, folder = read_scan(scan), output.writable(out)
     wanted = Wanted(model, folder, device, dtype, revision, offline=offline, need_tokenizer=False)
     with streamed(wanted) as loaded:
-        from melens.foresight.reaching import reach as measure
+        from melens.scanning.reaching import reach as measure
 
         result = measure(loaded, scanned, tokens=token, sample=sample, seed=seed, until=until)
         output.save(result, folder, "reach", "reach")

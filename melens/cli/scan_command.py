@@ -37,7 +37,7 @@ def scan(
     if offline:
         go_offline()
     out = output.writable(out)
-    from melens.foresight import scan as look
+    from melens.scanning import scan as look
 
     kept = None if out is None else out / LAYERS
     with progress_on("layers") as tick:

@@ -47,7 +47,7 @@ def _layer(row: Any) -> dict[str, Any]:
 
 
 def _candidate(found: Any) -> dict[str, Any]:
-    from melens.foresight.predict import decided
+    from melens.scanning.predict import decided
 
     needs = zip(found.needs.dims[:3], found.needs.weights[:3], strict=True)
     return {

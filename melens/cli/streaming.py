@@ -66,7 +66,7 @@ def streamed(wanted: Wanted) -> Iterator[Any]:
 def locate_streamed(job: Job) -> Any:
     """`melens locate --stream`: few texts, one batch, one block in memory at a time."""
     from melens.batches import prompts
-    from melens.emergence import locate
+    from melens.locating import locate
 
     if job.trust_remote_code:
         raise typer.BadParameter("--stream runs no code of the model's own")

@@ -128,7 +128,7 @@ def _list(option: str, text: str | None, read: Callable[[str], Any]) -> tuple[An
 def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:
     """Metric and texts; refuses an unknown task and unreadable texts before the model loads."""
     from melens.batches import prompts
-    from melens.evaluation import Source
+    from melens.evaluating import Source
     from melens.tuning.items import ITEMS, objective_of
 
     if task == LOSS:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from melens.batches import BUNDLED, Prompts, prompts
-from melens.emergence.search import locate_in
-from melens.emergence.trajectory import trace
 from melens.errors import ModelNotFoundError, ResultError
 from melens.inputs import Inputs, Source, take_in
+from melens.locating.search import locate_in
+from melens.locating.trajectory import trace
 from melens.models.anatomy import anatomy
 from melens.provenance import bos_said
 from melens.results import MELayer, Result, load_result

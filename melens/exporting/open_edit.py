@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from melens.capture import EachPass, enter_kept, exit_kept
-from melens.evaluation.edits import applied
+from melens.evaluating.edits import applied
 from melens.interventions.core import warn_of
 from melens.interventions.edited import EditedTokens
 from melens.results import MELayer

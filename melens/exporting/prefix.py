@@ -17,7 +17,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.chat import chat_start, has_template
 from melens.errors import InterventionError, PromptError, ResultError
-from melens.evaluation.edits import applied
+from melens.evaluating.edits import applied
 from melens.exporting.record import MELENS_JSON, read_edit
 from melens.exporting.subject import check_probe, dtype_of, spread, transformers_of, vocabulary_of
 from melens.framing import frame_of, plain_ids

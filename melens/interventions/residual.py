@@ -45,7 +45,7 @@ def residual_set(
     Args:    layer: a layer counted from 0, or a located ME Layer.
              dims: residual dimensions; None = the massive ones, where ``layer`` or ``tokens`` is a
              located ME Layer.
-             values: one for all, or one a dimension (``melens.isolation.mean_coordinates`` takes
+             values: one for all, or one a dimension (``melens.isolating.mean_coordinates`` takes
              Sun et al.'s empirical mean).
              strength: 0 changes nothing, 1 sets; with the value 0, 0.9 leaves a tenth.
     Raises:  SiteError, InterventionError: as every edit.

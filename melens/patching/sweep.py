@@ -16,7 +16,7 @@ from melens.batches import prompts as make_prompts
 from melens.capture import evaluating
 from melens.errors import MetricError, ModelError, PromptError
 from melens.inputs import Inputs, Source, take_in
-from melens.measure.located import check_same_model
+from melens.measuring.located import check_same_model
 from melens.models.loading import adopt
 from melens.patching.budget import LEAST_TOKENS, fits, tokens_at_once
 from melens.patching.checkpoint import Cells

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melens.evaluation.conditions import Condition, Plan, conditions
-from melens.evaluation.forced import Forced
+from melens.evaluating.conditions import Condition, Plan, conditions
+from melens.evaluating.forced import Forced
 from melens.framing import bos_first
 from melens.inputs import Inputs
 from melens.intervals import Estimate, paired_difference, weighted_mean

@@ -13,8 +13,8 @@ import torch
 from melens.batches import Batch, Prompts, prompts
 from melens.capture import pad_id_of
 from melens.errors import MetricError, PromptError
-from melens.evaluation.forced import Forced, Foreseen
-from melens.evaluation.tasks import (
+from melens.evaluating.forced import Forced, Foreseen
+from melens.evaluating.tasks import (
     FORCED_TASKS,
     LIKELIHOOD_FILES,
     PLAIN_TEXTS,

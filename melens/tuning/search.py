@@ -8,19 +8,20 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from melens import __version__, emergence
+from melens import __version__
+from melens import locating as emergence
 from melens.errors import InterventionError, MetricError
-from melens.evaluation.conditions import (
+from melens.evaluating.conditions import (
     BASE,
     Condition,
     check_held,
     check_unedited,
     located_facts,
 )
-from melens.evaluation.forced import TOKENS, Forced, Outcome, Runner
+from melens.evaluating.forced import TOKENS, Forced, Outcome, Runner
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
-from melens.measure.located import check_same_model
+from melens.measuring.located import check_same_model
 from melens.models.decoder import decoder_of
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint

@@ -1,0 +1,167 @@
+"""Tasks whose answers are generated, brought into the same rows and the same result."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melens.batches import Batch
+from melens.capture import evaluating
+from melens.chat import task_prompt_ids, template_key
+from melens.errors import ResultError
+from melens.evaluating.conditions import Condition
+from melens.evaluating.edits import applied, where_held
+from melens.evaluating.forced import MassiveIn
+from melens.evaluating.harness_data import file_key, items
+from melens.evaluating.harness_rows import GenerationSettings, GenerationTask
+from melens.evaluating.harness_rows import ItemRow as Answer
+from melens.evaluating.harness_run import run_task
+from melens.evaluating.scores import ENERGY, assembled, held_facts
+from melens.evaluating.settings import Bench, Card, Progress
+from melens.evaluating.sources import data_folder
+from melens.evaluating.tasks import Source
+from melens.framing import bos_first
+from melens.interventions import MaskRecord
+from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
+from melens.item_rows import ItemRow, Rows
+from melens.results.evaluation import Evaluation
+
+PROBES = 4
+"""Prompts that the masked energy is measured on: it belongs to the massive token, not to them."""
+
+
+def generated(
+    bench: Bench, task: GenerationTask, source: Source, progress: Progress | None
+) -> Evaluation:
+    """Generate under every condition in turn, what an earlier run finished left out.
+
+    Raises:  as ``melens.evaluating.harness_run.run_task``.
+    """
+    folder = data_folder(task, source)
+    order = [str(doc["item_id"]) for doc in items(task.name, folder)[: source.n]]
+    length = bench.settings.max_new_tokens or task.max_new_tokens
+    data = file_key(folder / task.file)
+    template = template_key(bench.model.tokenizer)
+    rows = Rows(
+        bench.settings.items,
+        bench.facts(task=task.name, items=order, data=data, length=length, template=template),
+    )
+    with tempfile.TemporaryDirectory() as nowhere:
+        path = bench.settings.items
+        part = Path(nowhere) / "answers" if path is None else answers_beside(path)
+        job = _Generation(bench, task, folder, part, len(order))
+        for step, condition in enumerate(bench.conditions):
+            if not all(rows.has(item, condition.name) for item in order):
+                rows.add(job.rows(condition, step, progress))
+            if progress is not None:
+                progress((step + 1) * len(order), len(bench.conditions) * len(order))
+        part.unlink(missing_ok=True)  # all of it is in the rows now
+    chat = "in the chat template" if bench.model.tokenizer.chat_template else "no chat template"
+    about = (
+        f"{task.about}: answers of at most {length} tokens, greedy, zero shots, {chat}; "
+        f"the value is {task.primary}."
+    )
+    asked = [str(row.about["prompt"]) for row in rows.of(bench.conditions[0].name).values()]
+    tokenizer = bench.model.tokenizer
+    start = bos_first(tokenizer, [task_prompt_ids(tokenizer, prompt) for prompt in asked])
+    card = Card(
+        task.name, task.unit, task.higher_is_better, about[0].upper() + about[1:],
+        {"data": task.file, "length": length, "bos_first": start},
+    )  # fmt: skip
+    return assembled(bench, card, rows, order)
+
+
+def answers_beside(items_file: Path) -> Path:
+    """Where the answers of a condition that is not finished are kept."""
+    return items_file.with_name(f"{items_file.stem}.unfinished.jsonl")
+
+
+class _Generation:
+    """One task, condition by condition."""
+
+    def __init__(
+        self, bench: Bench, task: GenerationTask, folder: Path, part: Path, count: int
+    ) -> None:
+        self.bench, self.task, self.count = bench, task, count
+        self.folder, self.part = folder, part
+
+    def rows(self, condition: Condition, step: int, progress: Progress | None) -> list[ItemRow]:
+        """One condition's rows, with the masked energy where the edit is a mask."""
+        settings = self.bench.settings
+        total = self.count * len(self.bench.conditions)
+
+        def tell(done: int, _: int) -> None:
+            if progress is not None:
+                progress(step * self.count + done, total)
+
+        answers = run_task(
+            self.bench.model, self.bench.model.tokenizer, self.task.name, edit=condition.edit,
+            me_layer=self.bench.me_layer,
+            settings=GenerationSettings(
+                self.folder, self.part, limit=self.count, batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens, progress=tell,
+            ),
+        )  # fmt: skip
+        prompts = [answer.prompt for answer in answers]
+        energy = masked_energy(self.bench, condition, prompts[:PROBES])
+        rows = [row_of(answer, condition.name, self.task, energy) for answer in answers]
+        if condition.role == "base":
+            for row, found in zip(rows, massive_in(self.bench, prompts), strict=True):
+                row.about.update(held_facts(found))
+        return rows
+
+
+def row_of(
+    answer: Answer, condition: str, task: GenerationTask, energy: float | None = None
+) -> ItemRow:
+    """An answer as one row; an item without the primary metric has weight 0.
+
+    Raises:  ResultError: the answer is of another task.
+    """
+    if answer.task != task.name:
+        raise ResultError(f"an answer of {answer.task} is none of {task.name}.")
+    also = {
+        name: (score, float(answer.counts.get(name, 1)))
+        for name, score in answer.scores.items()
+        if name != task.primary
+    }
+    if energy is not None:
+        also[ENERGY] = (energy, 1.0)
+    held = task.primary in answer.scores
+    weight = float(answer.counts.get(task.primary, 1)) if held else 0.0
+    about: dict[str, Any] = {"prompt": answer.prompt, "answer": answer.answer, "gold": answer.gold}
+    value = answer.scores.get(task.primary, 0.0)
+    return ItemRow(answer.item, condition, value, weight, also, about)
+
+
+@torch.no_grad()
+def masked_energy(bench: Bench, condition: Condition, prompts: Sequence[str]) -> float | None:
+    """Mean masked share of the massive token's energy over prompts; None for other edits."""
+    if condition.edit.name != "wemask" or not prompts:
+        return None
+    model = bench.model
+    rows = _ids_of(bench, prompts)
+    me_layer = bench.me_layer and with_firsts(model, bench.me_layer, [row[0] for row in rows])
+    edit = where_held(applied(model, condition.edit, me_layer))
+    with edit as record, evaluating(model):
+        for ids in rows:
+            model(Batch.pad([ids]).ids.to(next(model.parameters()).device))
+    return record.mean_energy if isinstance(record, MaskRecord) else None
+
+
+def massive_in(bench: Bench, prompts: Sequence[str]) -> list[MassiveIn | None]:
+    """The massive tokens of every prompt, one unedited pass each, up to the ME Layer."""
+    if bench.me_layer is None:
+        return [None] * len(prompts)
+    median = MassiveRule.of(bench.me_layer).median_norm
+    batches = [Batch.pad([ids]) for ids in _ids_of(bench, prompts)]
+    found = massive_tokens(bench.model, bench.me_layer, batches)
+    return [MassiveIn.of(marks[0], sizes[:, 0], median) for marks, sizes in found]
+
+
+def _ids_of(bench: Bench, prompts: Sequence[str]) -> list[list[int]]:
+    return [task_prompt_ids(bench.model.tokenizer, text) for text in prompts]

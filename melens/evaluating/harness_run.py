@@ -1,0 +1,292 @@
+"""run_task(): one generation task under one edit, through lm-eval, one saved line an answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from melens.chat import has_template, render
+from melens.errors import OutputError, PromptError, ResultError
+from melens.evaluating.harness_cache import key_of, model_key
+from melens.evaluating.harness_data import (
+    ITEM,
+    OFFLINE_TASKS,
+    Doc,
+    data_file,
+    file_key,
+    gold_of,
+    items,
+)
+from melens.evaluating.harness_punkt import require_lm_eval, require_punkt
+from melens.evaluating.harness_rows import GENERATION_TASKS, GenerationSettings, ItemRow
+from melens.evaluating.harness_settings import PLAIN
+from melens.framing import frame_of, require_known
+from melens.results import MELayer
+from melens.results.edit import Edit
+from melens.store import ROWS, read_limited, write_atomically
+
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Against a checkpoint's own generation settings, under which greedy would not be greedy."""
+FORMAT = 3
+"""Of prompts and scores; a change makes earlier rows unfit to be pooled with new ones."""
+
+
+def run_task(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    edit: Edit,
+    me_layer: MELayer | None,
+    settings: GenerationSettings,
+) -> list[ItemRow]:
+    """Generate and score a task's items under one edit; items that are saved already are read.
+
+    Zero-shot, greedy, in the model's chat template if its tokenizer has one. After each batch the
+    rows are on disk: the same call after a kill goes on where it stopped.
+
+    Args:    model: a plain transformers model, or a bridge; an edit that needs a bridge bridges a
+             plain one.
+             task: a name of ``GENERATION_TASKS``.
+             me_layer: what ``melens.locate`` gave; None only where the edit names its layers (then
+             the first token is edited).
+    Returns: one row an item, in the data's order.
+    Raises:  UnknownNameError, PromptError, MissingPackageError, ResultError: before generating.
+             PromptError too if a prompt and its answer do not fit the model's context.
+             InterventionError: an edit that this model cannot follow. OutputError: disk.
+    """
+    check_task(task, settings)
+    docs = items(task, settings.data)[: settings.limit]
+    key = _run_key(model, tokenizer, task, edit, me_layer, settings)
+    kept = _read(settings.rows_path, key, edit.label)
+    left = [number for number, doc in enumerate(docs) if doc[ITEM] not in kept]
+    tell = settings.progress or (lambda done, total: None)
+    tell(len(docs) - len(left), len(docs))
+    if left:
+        job = _Job(task, edit.label, key, settings)
+        models = _Models(model, tokenizer, edit, me_layer)
+        for rows in _answers(models, job, left, fresh=len(left) == len(docs)):
+            _append(settings.rows_path, rows)
+            kept.update({row.item: row for row in rows})
+            tell(sum(doc[ITEM] in kept for doc in docs), len(docs))
+    return [kept[doc[ITEM]] for doc in docs]
+
+
+def check_task(task: str, settings: GenerationSettings) -> None:
+    """Refuse what cannot be run, before any model is loaded.
+
+    Raises:  UnknownNameError: no such task. PromptError: no data, or numbers that mean nothing.
+             MissingPackageError: lm-eval, or what IFEval needs, is not installed.
+    """
+    known = GENERATION_TASKS[task]
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise PromptError(f"{name} must be at least 1, got {value}.")
+    data_file(known.name, settings.data)
+    require_lm_eval()
+    if task == "ifeval":
+        require_punkt()
+
+
+@dataclass(frozen=True)
+class _Models:
+    model: Any
+    tokenizer: Any
+    edit: Edit
+    me_layer: MELayer | None
+
+    @property
+    def edited(self) -> Any:
+        """What the edit is entered on."""
+        if self.edit.name in PLAIN:
+            return self.model
+        from melens.models.loading import adopt
+
+        return adopt(self.model, tokenizer=self.tokenizer)
+
+
+@dataclass(frozen=True)
+class _Job:
+    task: str
+    condition: str
+    key: str
+    settings: GenerationSettings
+
+    @property
+    def length(self) -> int:
+        return self.settings.max_new_tokens or GENERATION_TASKS[self.task].max_new_tokens
+
+
+def _plain(model: Any) -> Any:
+    return getattr(model, "original_model", model)
+
+
+def _run_key(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    edit: Edit,
+    me_layer: MELayer | None,
+    settings: GenerationSettings,
+) -> str:
+    """Everything an answer depends on; not how many items, nor how many at a time."""
+    from lm_eval import __version__
+
+    alone = has_template(tokenizer) and frame_of(tokenizer).prefix
+    return key_of(
+        format=FORMAT, lm_eval=__version__, task=task,
+        model=model_key(_plain(model), tokenizer, edit, me_layer),
+        data=file_key(data_file(task, settings.data)),
+        length=settings.max_new_tokens or GENERATION_TASKS[task].max_new_tokens,
+        **({"open_end": True} if frame_of(tokenizer).suffix else {}),
+        **({"template_alone": True} if alone else {}),
+    )  # fmt: skip
+
+
+def _answers(
+    models: _Models, job: _Job, left: Sequence[int], *, fresh: bool
+) -> Iterable[list[ItemRow]]:
+    """Rows of the items that are left, a batch at a time; ``fresh`` if these are all items."""
+    from lm_eval.tasks import TaskManager
+
+    from melens.evaluating.conditions import check_held
+    from melens.evaluating.edits import applied, where_held
+    from melens.evaluating.harness_model import Generator
+    from melens.interventions.massive import with_firsts
+
+    edited, size = models.edited, job.settings.batch_size
+    with _quiet():
+        lm = Generator(_plain(models.model), models.tokenizer, batch_size=size)
+        manager = TaskManager(
+            include_defaults=False, include_path=str(OFFLINE_TASKS),
+            metadata={"data": str(job.settings.data)},
+        )  # fmt: skip
+        name = f"melens_{job.task}"
+        theirs = manager.load(name)["tasks"][name]
+    theirs.set_config("generation_kwargs", {"max_gen_toks": job.length, **NEUTRAL}, update=True)
+    asked = _requests(theirs, lm, left)
+    prompts = [lm.tok_encode(request.args[0]) for request in asked]
+    _check_prompts(lm, prompts, job)
+    me_layer = models.me_layer
+    if me_layer is not None and models.edit.name != "none":
+        if fresh:  # of those that a killed run left, none may hold the token
+            check_held(edited, me_layer, prompts)
+        me_layer = with_firsts(edited, me_layer, [ids[0] for ids in prompts])
+    with where_held(applied(edited, models.edit, me_layer)):
+        for start in range(0, len(asked), size):
+            batch = asked[start : start + size]
+            answers = lm.generate_until(batch, disable_tqdm=True)
+            yield [_row(theirs, job, *pair) for pair in zip(batch, answers, strict=True)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's warnings that it was given a loaded model and local data."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
+    """lm-eval's requests for items, their prompts in the chat template if there is one."""
+    docs = [theirs.eval_docs[number] for number in numbers]
+    options: dict[str, Any] = {"apply_chat_template": False}
+    chats: list[Any] = []
+    if has_template(lm.tokenizer):
+
+        def keep(chat: Any, add_generation_prompt: bool = True) -> str:
+            chats.append(chat)
+            return ""
+
+        options = {"apply_chat_template": True, "chat_template": keep}
+    prompts = [theirs.fewshot_context(doc, num_fewshot=0, **options) for doc in docs]
+    if chats:  # all of them at once, apart from this process
+        prompts = list(render(lm.tokenizer, chats))
+        lm.in_chat = True
+        options["chat_template"] = lm.apply_chat_template
+    made = []
+    for number, doc, prompt in zip(numbers, docs, prompts, strict=True):
+        metadata = (theirs.config.task, number, 1)
+        request = theirs.construct_requests(doc=doc, ctx=prompt, metadata=metadata, **options)
+        made.append(request[0] if isinstance(request, list) else request)
+    return made
+
+
+def _check_prompts(lm: Any, rows: Sequence[Sequence[int]], job: _Job) -> None:
+    """Ids that the model has, and room: lm-eval would cut off a beginning, and the first token."""
+    require_known(rows, lm.model.get_input_embeddings().weight.shape[0])
+    longest = max(map(len, rows))
+    if longest + job.length > lm.max_length:
+        raise PromptError(
+            f"{job.task}'s longest prompt has {longest} tokens; with answers of {job.length} it "
+            f"does not fit the model's context of {lm.max_length}; lower max_new_tokens."
+        )
+
+
+def _row(theirs: Any, job: _Job, request: Any, answer: str) -> ItemRow:
+    doc: Doc = request.doc
+    found = theirs.process_results(doc, [answer])
+    scores, counts = {}, {}
+    for metric, value in found.items():
+        several = isinstance(value, (list, tuple))
+        scores[metric] = sum(value) / len(value) if several else float(value)
+        if several:
+            counts[metric] = len(value)
+    return ItemRow(
+        task=job.task, condition=job.condition, key=job.key, item=doc[ITEM],
+        prompt=request.args[0], answer=answer, gold=gold_of(job.task, doc), scores=scores,
+        counts=counts, metric=GENERATION_TASKS[job.task].primary,
+    )  # fmt: skip
+
+
+def _read(path: Path, key: str, condition: str) -> dict[str, ItemRow]:
+    """Finished rows of one condition by item; a line that a kill cut off is dropped.
+
+    Raises:  ResultError: a whole line that is no row.
+    """
+    if not path.exists():
+        return {}
+    try:
+        raw = read_limited(path, ROWS)
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror}.") from None
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if whole != raw:
+        write_atomically(path, whole)
+    kept: dict[str, ItemRow] = {}
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            row = ItemRow.model_validate_json(line)
+        except ValidationError:
+            raise ResultError(
+                f"{path}, line {number}, is no row of answers; name another file."
+            ) from None
+        if (row.key, row.condition) == (key, condition):
+            kept[row.item] = row
+    return kept
+
+
+def _append(path: Path, rows: Sequence[ItemRow]) -> None:
+    """On disk when this returns."""
+    text = "".join(json.dumps(row.model_dump(), allow_nan=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None

@@ -1,0 +1,348 @@
+"""long_context(): what an edit does to finding things in long texts, and to loss by position.
+
+An answer counts as found if every one of its tokens is the likeliest, given the right ones before
+it. That is exactly greedy decoding: up to the first wrong token both see the same context, so the
+greedy answer begins with the right one if and only if no token is wrong. Nothing is generated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from melens import locating as emergence
+from melens.batches import prompts
+from melens.errors import PromptError
+from melens.evaluating.conditions import (
+    Condition,
+    Plan,
+    check_edit,
+    check_held,
+    check_unedited,
+    conditions,
+)
+from melens.evaluating.forced import Forced, Foreseen, Outcome, Runner
+from melens.evaluating.haystack import Haystack, bins, haystacks, plain_texts
+from melens.evaluating.settings import Bench, Progress, Settings
+from melens.framing import bos_first, require_known
+from melens.inputs import Inputs
+from melens.intervals import paired_difference, weighted_mean
+from melens.item_rows import ItemRow, Rows
+from melens.measuring.located import check_same_model
+from melens.models.loading import adopt
+from melens.models.origin import fingerprint
+from melens.results import MELayer
+from melens.results.edit import Edit
+from melens.results.evaluation import Delta, Score
+from melens.results.long_context import (
+    Cell,
+    LengthRetrieval,
+    LongCondition,
+    LongContext,
+    PositionBin,
+    Retrieval,
+)
+
+TEXTS = 8
+PER_BIN = 128
+"""Scored positions of a plain text in each of its bins, at most."""
+ABOUT = {
+    "passkey": "One five-digit number hidden in running text and asked for at the end",
+    "needles": "Several cities' five-digit numbers hidden in running text, one asked for at the "
+    "end, the others in the way",
+}
+
+
+@dataclass(frozen=True)
+class LongSettings:
+    """How a long-context evaluation is run."""
+
+    plan: Plan | None = None
+    """None = one dose below the edit's and one above, one draw of random dimensions: long runs
+    are dear."""
+    seed: int = 0
+    """Of the bootstrap."""
+    batch_tokens: int = 1024
+    """Tokens a forward pass, padding included; a longer item runs alone."""
+    texts: int = TEXTS
+    """Plain texts, as long as the longest item, for the loss by position; 0 = none."""
+    items: Path | None = None
+    """JSON-lines file of every item's scores; an interrupted run goes on from it."""
+
+
+def light_plan(edit: Edit) -> Plan:
+    """Half the edit's dose, half-way from it to the whole, and one draw of random dimensions."""
+    return Plan(rates=_around(edit.rate), strengths=_around(edit.strength), seeds=(0,))
+
+
+def _around(dose: float) -> tuple[float, ...]:
+    return tuple(sorted({dose / 2, (1 + dose) / 2} - {0.0, dose}))
+
+
+def long_context(
+    model: Any,
+    edit: Edit | None = None,
+    *,
+    me_layer: MELayer | None = None,
+    haystack: Haystack | None = None,
+    settings: LongSettings | None = None,
+    progress: Progress | None = None,
+) -> LongContext:
+    """Hold an edit against the unedited model on long texts, item by item.
+
+    Args:    model: a name, a path, a transformers model or a bridge.
+             edit: None = WeMask by gamma, rate 0.5, all layers after the ME Layer.
+             me_layer: what ``melens.locate`` returns; None = located here on the bundled texts,
+             with the first token that the items have.
+             haystack: what is hidden where, and in which text.
+             settings: doses, controls, plain texts, file of items.
+             progress: called with (items done, items in all), plain texts included.
+    Returns: found and loss by length and depth, loss by position, paired differences with 95 %
+             bootstrap intervals over items (over texts for positions).
+    Raises:  PromptError: lengths that do not fit the model or the question, a text that cannot be
+             read or is too short. InterventionError, SiteError: an edit that this model cannot
+             follow, or that changes
+             nothing. ResultError: the file of items is of another run, or ``me_layer`` of another
+             model.
+    """
+    edit, haystack, settings = edit or Edit(), haystack or Haystack(), settings or LongSettings()
+    check_edit(edit)
+    bridge = adopt(model)
+    check_unedited(bridge)
+    inputs = Inputs(bridge, [], {}, fingerprint(bridge))
+    if me_layer is not None:
+        check_same_model(inputs, me_layer)
+    hidden, plain = items_of(bridge, haystack, settings.texts)
+    me_layer = me_layer or emergence.locate(bridge, prompts(bos=haystack.bos, chat=haystack.chat))
+    chosen = conditions(bridge, edit, me_layer, settings.plan or light_plan(edit))
+    common = Settings(seed=settings.seed, batch_tokens=settings.batch_tokens, items=settings.items)
+    job = _Job(Bench(inputs, chosen, me_layer, common), haystack, hidden, plain)
+    rows = Rows(settings.items, job.facts())
+    job.run(rows, progress)
+    return job.assembled(rows)
+
+
+def items_of(
+    model: Any, haystack: Haystack, texts: int
+) -> tuple[tuple[Forced, ...], tuple[Forced, ...]]:
+    """The haystacks, and the plain texts; no forward pass.
+
+    Args:    model: a bridge. texts: at most so many plain ones.
+    Raises:  PromptError: as :func:`long_context`.
+    """  # fmt: skip
+    if model.tokenizer is None:
+        raise PromptError("this model has no tokenizer; load it with melens.load(..., tokenizer=).")
+    context = getattr(model.cfg, "n_ctx", None)
+    hidden = haystacks(model.tokenizer, haystack, context=context)
+    plain: tuple[Forced, ...] = ()
+    if texts:
+        longest = max(haystack.lengths)
+        plain = plain_texts(model.tokenizer, haystack, length=longest, n=texts, per_bin=PER_BIN)
+    require_known([item.ids for item in (*hidden, *plain)], model.cfg.d_vocab)
+    return hidden, plain
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Items under their conditions."""
+
+    bench: Bench
+    haystack: Haystack
+    hidden: tuple[Forced, ...]
+    plain: tuple[Forced, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        return self.bench.facts(task=f"long-context {self.haystack.task}", items=_hash(self._items))
+
+    @property
+    def _items(self) -> tuple[Forced, ...]:
+        return (*self.hidden, *self.plain)
+
+    def run(self, rows: Rows, progress: Progress | None) -> None:
+        """Every item that an earlier run did not finish."""
+        bench = self.bench
+        runner = Runner(
+            bench.model, bench.conditions, bench.me_layer, batch_tokens=bench.settings.batch_tokens
+        )
+        items, done = self._items, 0
+        check_held(bench.model, bench.me_layer, [item.ids for item in items])
+        # Batches are those of the whole list: what is run again after a kill has the same company.
+        for batch in runner.batches(items):
+            if not all(rows.has(item.id, c.name) for item in batch for c in bench.conditions):
+                rows.add(_rows_of(runner.outcome(batch, bench.conditions)))
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(items))
+
+    def assembled(self, rows: Rows) -> LongContext:
+        """The result, from the rows alone."""
+        base = rows.of("base")
+        made = [self._condition(c, rows.of(c.name), base) for c in self.bench.conditions]
+        by_role = {role: tuple(c for c in made if c.role == role) for role in
+                   ("dose", "control", "rival")}  # fmt: skip
+        hay, path = self.haystack, self.bench.settings.items
+        return LongContext(
+            task=cast(Literal["passkey", "needles"], hay.task),
+            needles=hay.needles if hay.task == "needles" else 1,
+            lengths=hay.lengths, depths=hay.depths, seeds=hay.seeds, n=len(self.hidden),
+            edit=made[1].edit, me_layer=self.bench.me_layer.me_layer, base=made[0], edited=made[1],
+            dose=by_role["dose"], controls=by_role["control"], rivals=by_role["rival"],
+            texts=len(self.plain), text_length=len(self.plain[0].ids) if self.plain else None,
+            items=path and path.name, about=self._about(), run=self._run_info(rows.key),
+        )  # fmt: skip
+
+    def _about(self) -> str:
+        how = (
+            "the chat template, the answer begun"
+            if self.haystack.chat
+            else "'Question: ... Answer: ...', the answer begun"
+        )
+        text = (
+            f"{ABOUT[self.haystack.task]} by {how}; lengths count question and answer. Found = "
+            "greedy decoding gives the number, read off by teacher forcing. Every item has its own "
+            "number and place in the text."
+        )
+        if self.haystack.text is None:
+            text += " The text is the bundled English prose, repeated where it is too short."
+        if self.plain:
+            text += (
+                f" Loss by position: {len(self.plain)} stretches of plain text as long as the "
+                f"longest item, at most {PER_BIN} positions a bin."
+            )
+        return text
+
+    def _run_info(self, key: str) -> Any:
+        source = self.haystack.text
+        name = source.name if isinstance(source, Path) else "given" if source else "bundled"
+        hay, bench = self.haystack, self.bench
+        return bench.inputs.run_info(
+            seed=bench.settings.seed, items=key, ids=_hash(self._items), chat=hay.chat,
+            bos=hay.bos, haystack_seed=hay.seed, text=name,
+            bos_first=bos_first(bench.model.tokenizer, [item.ids for item in self.hidden]),
+            me_layer_of=bench.me_layer.run.settings.get("ids"),
+        )  # fmt: skip
+
+    def _condition(
+        self, condition: Condition, found: dict[str, ItemRow], base: dict[str, ItemRow]
+    ) -> LongCondition:
+        pair = _Pair(found, None if condition.role == "base" else base, self.bench.settings.seed)
+        lengths = {
+            n: [i.id for i in self.hidden if i.about["length"] == n] for n in self.haystack.lengths
+        }
+        cells = [
+            _cell(length, depth, [
+                found[i.id] for i in self.hidden
+                if (i.about["length"], i.about["depth"]) == (length, depth)
+            ])
+            for length in self.haystack.lengths
+            for depth in self.haystack.depths
+        ]  # fmt: skip
+        texts = [item.id for item in self.plain]
+        whole = pair.score(texts, None) if texts else (None, None)
+        ids = [item.id for item in self.hidden]
+        energies = [row.also["energy"][0] for row in found.values() if "energy" in row.also]
+        return LongCondition(
+            name=condition.name, role=condition.role, edit=condition.edit,
+            overall=Retrieval.model_validate(pair.retrieval(ids)),
+            by_length=tuple(
+                LengthRetrieval.model_validate({"length": n, **pair.retrieval(chosen)})
+                for n, chosen in lengths.items()
+            ),
+            cells=tuple(cells), text_loss=whole[0], text_delta=whole[1],
+            bins=tuple(self._bin(pair, low, high) for low, high in self._bins()),
+            energy=sum(energies) / len(energies) if energies else None,
+        )  # fmt: skip
+
+    def _bins(self) -> tuple[tuple[int, int], ...]:
+        return bins(len(self.plain[0].ids)) if self.plain else ()
+
+    def _bin(self, pair: _Pair, low: int, high: int) -> PositionBin:
+        texts = [item.id for item in self.plain]
+        loss, delta = pair.score(texts, f"from {low}")
+        tokens = sum(pair.found[name].also[f"from {low}"][1] for name in texts)
+        return PositionBin(start=low, stop=high, tokens=int(tokens), loss=loss, delta=delta)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One condition's rows beside the base's; None for the base itself."""
+
+    found: dict[str, ItemRow]
+    base: dict[str, ItemRow] | None
+    seed: int
+
+    def retrieval(self, ids: Sequence[str]) -> dict[str, Any]:
+        """Found and loss of these items."""
+        exact, exact_delta = self.score(ids, None)
+        loss, loss_delta = self.score(ids, "loss")
+        return {"n": len(ids), "found": exact, "loss": loss, "found_delta": exact_delta,
+                "loss_delta": loss_delta}  # fmt: skip
+
+    def score(self, ids: Sequence[str], what: str | None) -> tuple[Score, Delta | None]:
+        """Mean of the rows' value (None) or a further measure, and its difference to the base."""
+        values, weights = _columns([self.found[i] for i in ids], what)
+        mean = weighted_mean(values, weights, seed=self.seed)
+        score = Score(value=mean.value, interval=mean.interval)
+        if self.base is None:
+            return score, None
+        before, _ = _columns([self.base[i] for i in ids], what)
+        apart = paired_difference(values, before, weights, seed=self.seed)
+        return score, Delta(value=apart.value, interval=apart.interval)
+
+
+def _columns(rows: Sequence[ItemRow], what: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = [(row.value, row.weight) if what is None else row.also[what] for row in rows]
+    both = torch.tensor(pairs, dtype=torch.float64)
+    return both[:, 0], both[:, 1]
+
+
+def _cell(length: int, depth: float, rows: Sequence[ItemRow]) -> Cell:
+    losses, weights = _columns(rows, "loss")
+    return Cell(
+        length=length, depth=depth, n=len(rows), found=round(sum(row.value for row in rows)),
+        loss=weighted_mean(losses, weights).value,
+    )  # fmt: skip
+
+
+def _hash(items: Sequence[Forced]) -> str:
+    ids = repr([(item.id, item.ids, item.scored) for item in items])
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]
+
+
+def _rows_of(outcome: Outcome) -> list[ItemRow]:
+    made = []
+    for name, found in outcome.found.items():
+        for item, foreseen in zip(outcome.items, found, strict=True):
+            value, weight, also = score_of(item, foreseen)
+            if name in outcome.energy:
+                also["energy"] = (outcome.energy[name], 1.0)
+            # The prompt of a long item is long: once is enough.
+            about = {k: v for k, v in item.about.items() if name == "base" or k != "prompt"}
+            made.append(ItemRow(item.id, name, value, weight, also, about))
+    return made
+
+
+def score_of(
+    item: Forced, foreseen: Foreseen
+) -> tuple[float, float, dict[str, tuple[float, float]]]:
+    """Value, weight and further measures of an item.
+
+    A hidden number: 1 if it is found, and the loss of its tokens. A plain text: its mean loss, and
+    that of the positions in each bin.
+    """
+    loss = foreseen.loss.double()
+    mean = (float(loss.mean()), float(len(loss)))
+    if item.about["task"] != "plain":
+        return float(bool(foreseen.right.all())), 1.0, {"loss": mean}
+    at = torch.tensor(item.scored).nonzero()[:, 0]
+    also = {}
+    for low, high in bins(len(item.ids)):
+        inside = loss[(at >= low) & (at < high)]
+        also[f"from {low}"] = (float(inside.mean()), float(len(inside)))
+    return mean[0], mean[1], also

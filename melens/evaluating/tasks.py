@@ -1,0 +1,161 @@
+"""The tasks that are teacher-forced: the answer is given, and how well it was foreseen counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from melens.batches import Prompts, encode_all, prompts, read_text
+from melens.chat import has_template
+from melens.errors import PromptError
+from melens.evaluating.forced import Forced, Foreseen
+from melens.framing import frame_of, head_size, split_text
+from melens.lines import is_text, json_object, lines_of
+from melens.registry import Registry
+
+Measured = tuple[float, float]
+"""A value and its weight."""
+LN2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's items come from."""
+
+    data: Path | None = None
+    """A file, or a folder that holds the task's own file; None = what is bundled, if anything."""
+    n: int | None = None
+    """Items; None = the task's own number."""
+    length: int = 128
+    """Tokens an item at most, where the task cuts texts."""
+    bos: bool | None = None
+    """None = as the tokenizer does."""
+    chat: bool | None = None
+    """None = the chat template where the task asks a question and the tokenizer has one."""
+
+
+@dataclass(frozen=True)
+class ForcedTask:
+    """Items, and what each is worth."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    about: str
+    items: tuple[Forced, ...]
+    score: Callable[[Forced, Foreseen], tuple[Measured, dict[str, Measured]]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Maker = Callable[[Any, Source], ForcedTask]
+FORCED_TASKS: Registry[Maker] = Registry("task")
+LIKELIHOOD_FILES = {
+    "gsm8k-likelihood": ("gsm8k/test.jsonl", ("question", "answer")),
+    "math500-likelihood": ("math500/test.jsonl", ("problem", "solution")),
+}
+"""Task -> its file in a data folder, and the fields of a line: question and reference answer."""
+
+
+def token_loss(item: Forced, found: Foreseen) -> tuple[Measured, dict[str, Measured]]:
+    """Nats a scored token, with what perplexity, KL and agreement need."""
+    tokens = float(len(found.loss))
+    also = {
+        "kl": (found.kl.double().mean().item(), tokens),
+        "agreement": (found.agree.double().mean().item(), tokens),
+    }
+    total = found.loss.double().sum().item()
+    if size := item.about.get("bytes"):
+        also["bits_per_byte"] = (total / LN2 / size, float(size))
+    return (total / tokens, tokens), also
+
+
+@FORCED_TASKS.register("perplexity")
+def perplexity(tokenizer: Any, source: Source) -> ForcedTask:
+    """Next-token loss of texts: nats a token; bits a byte, KL and agreement beside it."""
+    texts = prompts(
+        "bundled" if source.data is None else source.data,
+        n=source.n or 8, length=source.length, bos=source.bos,
+    )  # fmt: skip
+    items, head = [], max(1, head_size(tokenizer, bos=source.bos))
+    for i, ids in enumerate(texts.token_rows(tokenizer)):
+        text = tokenizer.decode(ids[head:])
+        about = {"text": tokenizer.decode(ids), "bytes": len(text.encode())}
+        scored = tuple(at >= head for at in range(len(ids)))
+        items.append(Forced(str(i), tuple(ids), scored, about))
+    return ForcedTask(
+        "perplexity", "nats a token", higher_is_better=False, items=tuple(items), score=token_loss,
+        about="Mean next-token loss of all tokens but each text's first; perplexity is its "
+        "exponential. Bits a byte count the bytes of the text behind the first token.",
+    )  # fmt: skip
+
+
+@FORCED_TASKS.register("gsm8k-likelihood")
+def gsm8k_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
+    """Loss of GSM8K's reference solutions, the question given."""
+    return _solutions("gsm8k-likelihood", tokenizer, source)
+
+
+@FORCED_TASKS.register("math500-likelihood")
+def math500_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
+    """Loss of MATH-500's reference solutions, the problem given."""
+    return _solutions("math500-likelihood", tokenizer, source)
+
+
+PLAIN_TEXTS = ("perplexity",)
+"""Tasks whose texts are no questions, and so never in the chat template."""
+
+
+def alike(tokenizer: Any, task: str, source: Source) -> Prompts:
+    """The bundled texts with the beginning that a task's items have: where to locate for them."""
+    has = has_template(tokenizer)
+    chat = task not in PLAIN_TEXTS and (has if source.chat is None else source.chat)
+    return prompts(bos=None if chat else source.bos, chat=chat)
+
+
+def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:
+    """Question and reference answer; the answer's tokens are scored."""
+    file, (asked, told) = LIKELIHOOD_FILES[name]
+    pairs = [(row[asked], " " + row[told]) for row in read_jsonl(source, file, (asked, told))]
+    chat = has_template(tokenizer) if source.chat is None else source.chat
+    asks = [question if chat else f"Question: {question}\nAnswer:" for question, _ in pairs]
+    heads = encode_all(tokenizer, asks, bos=None if chat else source.bos, chat=chat)
+    items, frame = [], frame_of(tokenizer)
+    for i, (head, (_, answer)) in enumerate(zip(heads, pairs, strict=True)):
+        if not head:
+            raise PromptError("a question came out without any token.")
+        text = answer.lstrip() if chat else answer
+        _, tail = split_text(tokenizer, text, bos=False, frame=frame)
+        scored = (*[False] * len(head), *[True] * len(tail))
+        about = {"prompt": tokenizer.decode(head), "answer": text, "bytes": len(text.encode())}
+        items.append(Forced(str(i), (*head, *tail), scored, about))
+    how = "the chat template" if chat else "'Question: ... Answer:'"
+    return ForcedTask(
+        name, "nats a token", higher_is_better=False, items=tuple(items), score=token_loss,
+        about=f"Mean loss of the reference solution's tokens, the question given by {how}, zero "
+        "shots. No answer is generated.",
+    )  # fmt: skip
+
+
+def read_jsonl(source: Source, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The first rows of a JSON-lines file, all of them objects with these text fields.
+
+    Raises:  PromptError: no such file, a line that is no such object, or no line at all.
+    """
+    if source.data is None:
+        raise PromptError(f"this task has no bundled items; give --data FILE (as {name}).")
+    path = source.data / name if source.data.is_dir() else source.data
+    rows = []
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
+        if source.n is not None and len(rows) == source.n:
+            break
+        if not line.strip():
+            continue
+        row = json_object(line)
+        if row is None or not all(is_text(row.get(f)) for f in fields):
+            raise PromptError(f"{path}, line {number}: no object with {' and '.join(fields)}.")
+        rows.append(row)
+    if not rows:
+        raise PromptError(f"{path} holds no item.")
+    return rows

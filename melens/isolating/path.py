@@ -1,0 +1,140 @@
+"""How the massive token grows inside one block's FFN branch, site by site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.capture import stream
+from melens.errors import SiteError
+from melens.inputs import Inputs
+from melens.isolating.edits import Sizes
+from melens.measuring.located import Located
+from melens.models.anatomy import anatomy, resid_post
+from melens.models.ffn import FFN, ffn_input, ffn_of
+from melens.results.isolate import Step
+
+ROWS_A_SEQUENCE = 64
+
+
+@dataclass
+class Norms:
+    """Reducer: norm of the massive tokens, and the median norm of the others, by sequence."""
+
+    heavy: Sequence[Tensor]
+    token: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    seen: int = 0
+
+    def update(self, x: Tensor, batch: Batch) -> None:
+        """Take in ``[batch, pos, width]``."""
+        marks = self.heavy[self.seen].to(x.device)
+        self.seen += 1
+        size = x.detach().float().norm(dim=-1)
+        for i in range(len(batch)):
+            rest = size[i][batch.mask[i] & ~marks[i]]
+            if marks[i].any() and len(rest):
+                self.token.append(size[i][marks[i]][0].item())
+                self.others.append(rest.median().item())
+
+    def result(self) -> tuple[float, float]:
+        """Both, as means over sequences."""
+        count = max(len(self.token), 1)
+        return sum(self.token) / count, sum(self.others) / count
+
+
+@dataclass
+class Others:
+    """Reducer: some rows of ordinary tokens, the first ones of every sequence."""
+
+    heavy: Sequence[Tensor]
+    rows: list[Tensor] = field(default_factory=list)
+    seen: int = 0
+
+    def update(self, x: Tensor, batch: Batch) -> None:
+        """Take in ``[batch, pos, width]``."""
+        marks = self.heavy[self.seen].to(x.device)
+        self.seen += 1
+        for i in range(len(batch)):
+            self.rows.append(x.detach()[i][batch.mask[i] & ~marks[i]][:ROWS_A_SEQUENCE].float())
+
+    def result(self) -> Tensor:
+        """``[token, width]``."""
+        return torch.cat(self.rows)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What one pass over the texts shows of a block's FFN branch."""
+
+    steps: tuple[Step, ...]
+    others: Tensor | None
+    """FFN inputs of ordinary tokens; None where the block has no FFN with neurons."""
+
+
+def branch_of(inputs: Inputs, located: Located, layer: int) -> Branch:
+    """One pass: norms at every site of a block's FFN branch, and ordinary FFN inputs."""
+    sites = _sites(inputs.model, layer)
+    taps: dict[str, Any] = {hook: Norms(located.heavy) for hook in sites.values()}
+    others = Others(located.heavy) if "product" in sites else None
+    if others is not None:
+        taps[_unused_input(inputs.model, layer, taps)] = others
+    stream(inputs.model, inputs.batches, taps)
+    steps = []
+    for name, hook in sites.items():
+        token, rest = taps[hook].result()
+        steps.append(
+            Step(site=name, token=token, median_others=rest, ratio=token / max(rest, 1e-12))
+        )
+    return Branch(tuple(steps), others.result() if others is not None else None)
+
+
+def sizes_of(inputs: Inputs, located: Located) -> dict[int, Sizes]:
+    """Ordinary sizes of product and write at every layer; no product without neurons."""
+    taps: dict[str, Any] = {}
+    hooks: dict[int, tuple[str, FFN | None]] = {}
+    for block in anatomy(inputs.model).blocks:
+        if block.ffn_write is not None:
+            ffn = _ffn(inputs.model, block.layer)
+            hooks[block.layer] = block.ffn_write, ffn
+            taps[block.ffn_write] = Norms(located.heavy)
+            taps |= {ffn.product: Norms(located.heavy)} if ffn is not None else {}
+    stream(inputs.model, inputs.batches, taps)
+
+    def rms(ffn: FFN | None) -> float:
+        return taps[ffn.product].result()[1] / len(ffn.down) ** 0.5 if ffn is not None else 0.0
+
+    return {
+        layer: Sizes(rms(ffn), taps[write].result()[1]) for layer, (write, ffn) in hooks.items()
+    }
+
+
+def _sites(model: Any, layer: int) -> dict[str, str]:
+    """Name of a step -> its hook, in the order of the flow. The gate is before its activation."""
+    prefix, block, ffn = f"blocks.{layer}.", anatomy(model).blocks[layer], _ffn(model, layer)
+    found = {"resid_mid": f"{prefix}hook_resid_mid"}
+    found["norm"] = f"{prefix}ln2.hook_out"
+    if ffn is not None:
+        found |= {"gate": ffn.gate or "", "up": ffn.up, "product": ffn.product, "down": ffn.output}
+    if block.ffn_write != found.get("down"):
+        found["post-norm" if "ln2_post" in block.norms else "down"] = block.ffn_write or ""
+    found["resid_post"] = resid_post(layer)
+    return {name: hook for name, hook in found.items() if hook in model.hook_dict}
+
+
+def _ffn(model: Any, layer: int) -> FFN | None:
+    try:
+        return ffn_of(model, layer)
+    except SiteError:  # experts, or no FFN: their neurons are not to be told apart
+        return None
+
+
+def _unused_input(model: Any, layer: int, taken: Mapping[str, Any]) -> str:
+    """A hook of the FFN's input that no other reducer reads."""
+    site = ffn_input(model, layer)
+    return site if site not in taken else f"blocks.{layer}.ln2.hook_out"

@@ -1,0 +1,147 @@
+"""Every criterion in use, side by side; each is a pure function of the evidence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from melens.locating.profile import SequenceRow, first_layer
+from melens.locating.stages import counted_from
+from melens.locating.thresholds import DIRECTION_COSINE, FIRST_SHARE
+from melens.locating.trajectory import Path
+from melens.registry import Registry
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured. ``steps`` index: 0 = the embedding, l + 1 = the output of layer l."""
+
+    steps: Sequence[Sequence[SequenceRow]]
+    path: Path | None
+    """The primary massive token's trajectory; None where no token is massive."""
+
+    @property
+    def layers(self) -> Sequence[Sequence[SequenceRow]]:
+        """Rows by layer."""
+        return self.steps[1:]
+
+    def norm_ratios(self, path: Path) -> Tensor:
+        """The token's norm over the mean of the median token norms, by step."""
+        return path.norms / torch.tensor([_mean(rows, "median_norm") for rows in self.steps])
+
+
+Criterion = Callable[[Evidence], int | None]
+CRITERIA: Registry[Criterion] = Registry("criterion")
+
+
+@CRITERIA.register("sun_layer")
+def sun_layer(evidence: Evidence) -> int | None:
+    """First layer with some |x| > 100 and > 1000 x the layer-wide median; most frequent answer
+    over the sequences (Sun et al. 2024, section 2).
+    """  # noqa: D205
+    return _most_frequent(evidence, "sun")
+
+
+@CRITERIA.register("sun_token")
+def sun_token(evidence: Evidence) -> int | None:
+    """The same with the token's own median."""
+    return _most_frequent(evidence, "sun_own")
+
+
+@CRITERIA.register("ratio_jump")
+def ratio_jump(evidence: Evidence) -> int | None:
+    """Largest r[l] / r[l-1], r = token norm over the median token norm."""
+    if evidence.path is None:
+        return None
+    ratios = evidence.norm_ratios(evidence.path)
+    return int((ratios[1:] / ratios[:-1]).argmax())
+
+
+@CRITERIA.register("max_jump")
+def max_jump(evidence: Evidence) -> int | None:
+    """Largest growth factor of max |x| over the whole layer output; answers without a massive
+    token too.
+    """  # noqa: D205
+    top = torch.tensor([max(row.max for row in rows) for rows in evidence.steps])
+    return int((top[1:] / top[:-1]).argmax())
+
+
+@CRITERIA.register("difference")
+def difference(evidence: Evidence) -> int | None:
+    """Largest increase of the token's norm."""
+    return None if evidence.path is None else int(evidence.path.norms.diff().argmax())
+
+
+@CRITERIA.register("first_share")
+def first_share(evidence: Evidence) -> int | None:
+    """The ME Layer: first layer where the cumulative write share, counted after any stage that
+    was erased, passes a tenth. -1 = the embedding already holds that.
+    """  # noqa: D205
+    path = evidence.path
+    return None if path is None else cumulative_layer(evidence, path, FIRST_SHARE)
+
+
+@CRITERIA.register("write_share")
+def write_share(evidence: Evidence) -> int | None:
+    """The main step: largest share up to the peak, counted like the ME Layer."""
+    path = evidence.path
+    if path is None:
+        return None
+    start, shares = counted_shares(evidence, path)
+    return start + int(shares.argmax())
+
+
+@CRITERIA.register("direction")
+def direction(evidence: Evidence) -> int | None:
+    """First layer from which the cosine with the peak direction stays above 0.99 up to the peak."""
+    path = evidence.path
+    if path is None:
+        return None
+    off = (path.cosines[1 : path.peak + 2] <= DIRECTION_COSINE).nonzero()
+    return int(off[-1]) + 1 if len(off) else 0
+
+
+def cumulative_layer(evidence: Evidence, path: Path, part: float) -> int | None:
+    """First layer at which the counted cumulative share passes ``part``; None = never."""
+    return first_over(path, evidence.norm_ratios(path), part)
+
+
+def first_over(path: Path, ratios: Tensor, part: float) -> int | None:
+    """:func:`cumulative_layer` from the token's norm ratios, by step."""
+    start, shares = counted(path, ratios)
+    over = (shares.cumsum(0) > part).nonzero()
+    return start + int(over[0]) if len(over) else None
+
+
+def counted_shares(evidence: Evidence, path: Path) -> tuple[int, Tensor]:
+    """:func:`counted` with the evidence's norm ratios."""
+    return counted(path, evidence.norm_ratios(path))
+
+
+def counted(path: Path, ratios: Tensor) -> tuple[int, Tensor]:
+    """First counted layer, and the shares from there to the peak.
+
+    Counted is what came after the last erased stage; without one, everything, and the embedding
+    counts as layer -1.
+    """
+    start = counted_from(path, ratios)
+    if start:
+        return start, path.shares[start : path.peak + 1]
+    first = torch.tensor([path.embedding_share], dtype=path.shares.dtype)
+    return -1, torch.cat([first, path.shares[: path.peak + 1]])
+
+
+def _most_frequent(evidence: Evidence, flag: str) -> int | None:
+    answers: Counter[int | None] = Counter()
+    for i in range(len(evidence.steps[0])):
+        answers[first_layer([getattr(rows[i], flag) for rows in evidence.layers])] += 1
+    ranked = sorted(answers, key=lambda a: (-answers[a], a is None, a or 0))
+    return ranked[0]
+
+
+def _mean(rows: Sequence[SequenceRow], name: str) -> float:
+    return sum(getattr(row, name) for row in rows) / len(rows)

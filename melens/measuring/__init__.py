@@ -1,0 +1,9 @@
+"""What the massive token does: its portrait, rank collapse, attention sinks, attention maps."""
+
+from melens.measuring.attention_sinks import sinks
+from melens.measuring.maps import attention
+from melens.measuring.massive_token import describe
+from melens.measuring.rank_collapse import collapse
+from melens.measuring.together import Measurements, measure_all
+
+__all__ = ["Measurements", "attention", "collapse", "describe", "measure_all", "sinks"]

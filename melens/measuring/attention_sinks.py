@@ -1,0 +1,237 @@
+"""sinks(): which keys draw attention, and from which layer on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from melens.capture import Reducer
+from melens.errors import ModelError, PromptError
+from melens.inputs import Inputs, Source, take_in
+from melens.measuring.located import Located, Progress, settle
+from melens.measuring.one_pass import run_once
+from melens.measuring.patterns import EPSILONS, PatternMeans, PatternSums, Received
+from melens.metrics import uniform_alpha
+from melens.models.anatomy import anatomy, pattern_hook
+from melens.results import MELayer, Sinks
+from melens.results.sinks import SINK_EPS, HeadSink, KeySink, Span, TokenSink
+
+T_PAPER = 64
+"""Gu et al. measure sinks over the first 64 tokens."""
+ONSET_SHARE = 0.5
+"""Sinks begin at the first layer in which at least this share of (sequence, head) has one."""
+
+
+def sinks(
+    model: Any,
+    me_layer: MELayer | None = None,
+    prompts: Source = None,
+    *,
+    t: int = T_PAPER,
+    batch_size: int = 4,
+    progress: Progress = None,
+) -> Sinks:
+    """Attention sinks per layer, head and key position, by Gu et al.'s Sink_k^eps.
+
+    One forward pass; per layer only sums over heads and keys are kept, never a pattern.
+    Definitions: docs/definitions.md.
+
+    Args:    model: anything ``melens.load`` takes.
+             me_layer: what ``melens.locate`` found on this model; None = locate first.
+             prompts: texts, as for ``melens.locate``.
+             t: T, the tokens of a sequence that count (64 in the paper); shorter sequences count
+             whole.
+             progress: called with (rows done, rows in all).
+    Raises:  PromptError: t below 2, or as ``locate``. ResultError: ``me_layer`` is of other
+             weights. ModelError: no layer has attention, or as ``locate``.
+    Source:  Gu et al., "When Attention Sink Emerges in Language Models", 2024.
+    """  # fmt: skip
+    check_t(t)
+    inputs = take_in(model, prompts, batch_size=batch_size)
+    check_attention(inputs.model)
+    located = settle(inputs, me_layer, progress=progress)
+    plan = SinkPlan(inputs, located, t)
+    run_once(inputs, plan.taps, progress=progress)
+    return plan.result()
+
+
+def check_t(t: int) -> None:
+    """Refuse a T that no query can fill."""
+    if not isinstance(t, int) or t < 2:
+        raise PromptError(
+            f"t must be a whole number of at least 2, got {t!r}; the paper takes {T_PAPER}."
+        )
+
+
+def check_attention(model: Any) -> None:
+    """Refuse a model that has no attention at all, or none that can be read."""
+    parts = anatomy(model)
+    if not parts.attention_layers:
+        raise ModelError(
+            f"{parts.why_no_attention()}; so no sinks can be measured. melens.locate and "
+            "melens.describe work on it."
+        )
+
+
+class SinkPlan:
+    """The taps of :func:`sinks`, and how their numbers become its result."""
+
+    def __init__(self, inputs: Inputs, located: Located, t: int) -> None:
+        self.inputs, self.located, self.t = inputs, located, t
+        layers = anatomy(inputs.model).attention_layers
+        self.sums = {layer: PatternSums(located.heavy, t) for layer in layers}
+
+    @property
+    def taps(self) -> Mapping[str, Reducer]:
+        """Hook -> reducer."""
+        return {pattern_hook(layer): tap for layer, tap in self.sums.items()}
+
+    def result(self) -> Sinks:
+        """The frozen result."""
+        found, n = self.located.me_layer, self.located.me_layer.n_layers
+        means = {layer: tap.result() for layer, tap in self.sums.items()}
+        first = {layer: mean.first for layer, mean in means.items()}
+        later = {layer: _together(mean, first=False) for layer, mean in means.items()}
+        others = any(received is not None for received in later.values())
+        leading = any(first for mean in means.values() for first, _ in mean.tokens)
+        of_first = leading or not others
+        passed = spans(_rates(first if of_first else later, n)[str(SINK_EPS)])
+        lengths = [min(len(row), self.t) for row in self.inputs.rows]
+        return Sinks(
+            me_layer=found.me_layer,
+            n_layers=n,
+            t=self.t,
+            sequences=self.inputs.total,
+            sink_rate=_rates(first, n),
+            overall=_overall(first),
+            head_rate=_head_rates(first, n),
+            attention_to_token=_attention(first, n),
+            uniform=sum(map(uniform_alpha, lengths)) / len(lengths),
+            entropy=tuple(
+                means[layer].entropy.mean().item() if layer in means else None for layer in range(n)
+            ),
+            tokens=self._tokens(means),
+            others=_rates(later, n) if others else None,
+            onset_layer=passed[0].first if passed else None,
+            spans=passed,
+            onset_of="first" if of_first else "others",
+            onset_rule=f"{ONSET_SHARE:.0%} of heads with a sink at eps {SINK_EPS}",
+            heads=_heads(means),
+            keys=_keys(means),
+            run=self.inputs.run_info(seed=found.run.seed, t=self.t),
+        )
+
+    def _tokens(self, means: Mapping[int, PatternMeans]) -> tuple[TokenSink, ...]:
+        n = self.located.me_layer.n_layers
+        held = dict.fromkeys(key for mean in means.values() for key in mean.tokens)
+        made = []
+        for first, token_id in sorted(held, key=lambda key: (not key[0], key[1])):
+            got = {layer: mean.tokens[first, token_id] for layer, mean in means.items()}
+            made.append(
+                TokenSink(
+                    position=next(iter(got.values())).position,
+                    token_id=token_id,
+                    token=self.inputs.decode(token_id),
+                    count=next(iter(got.values())).count,
+                    attention=_attention(got, n),
+                    sink_rate=_rates(got, n),
+                    overall=_overall(got),
+                )
+            )
+        return tuple(made)
+
+
+def spans(rates: Sequence[float | None]) -> tuple[Span, ...]:
+    """Stretches of layers in which the rate reaches ONSET_SHARE; None (no attention) ends none."""
+    made: list[Span] = []
+    open_ = False
+    for layer, rate in enumerate(rates):
+        if rate is None:
+            continue
+        if rate >= ONSET_SHARE:
+            start = made.pop().first if open_ else layer
+            made.append(Span(first=start, last=layer))
+        open_ = rate >= ONSET_SHARE
+    return tuple(made)
+
+
+Got = Mapping[int, Received | None]
+
+
+def _together(mean: PatternMeans, *, first: bool) -> Received | None:
+    """All massive tokens of one kind, or None where there are none."""
+    found: Received | None = None
+    for (is_first, _), received in mean.tokens.items():
+        if is_first == first:
+            found = received if found is None else found.add(received)
+    return found
+
+
+def _attention(got: Got, n: int) -> tuple[float | None, ...]:
+    return tuple(
+        here.mean.mean().item() if (here := got.get(layer)) else None for layer in range(n)
+    )
+
+
+def _rates(got: Got, n: int) -> dict[str, tuple[float | None, ...]]:
+    return {
+        str(eps): tuple(
+            here.rates[i].mean().item() if (here := got.get(layer)) else None for layer in range(n)
+        )
+        for i, eps in enumerate(EPSILONS)
+    }
+
+
+def _head_rates(got: Mapping[int, Received], n: int) -> dict[str, tuple[float | None, ...]]:
+    return {
+        str(eps): tuple(
+            (here.mean > eps).double().mean().item() if (here := got.get(i)) else None
+            for i in range(n)
+        )
+        for eps in EPSILONS
+    }
+
+
+def _overall(got: Got) -> dict[str, float]:
+    """Over all (occurrence, layer, head); heads are equally many in every layer."""
+    found = [received for received in got.values() if received is not None]
+    return {
+        str(eps): sum(here.rates[i].mean().item() for here in found) / len(found)
+        for i, eps in enumerate(EPSILONS)
+    }
+
+
+def _heads(means: Mapping[int, PatternMeans]) -> tuple[HeadSink, ...]:
+    return tuple(
+        HeadSink(
+            layer=layer,
+            head=head,
+            alpha=mean.first.mean[head].item(),
+            rate=_by_eps(mean.first.rates[:, head]),
+            entropy=mean.entropy[head].item(),
+        )
+        for layer, mean in means.items()
+        for head in range(len(mean.entropy))
+    )
+
+
+def _keys(means: Mapping[int, PatternMeans]) -> tuple[KeySink, ...]:
+    """Every key position that is a sink of some head in some sequence, at the smallest eps."""
+    return tuple(
+        KeySink(
+            layer=layer,
+            head=head,
+            position=position,
+            alpha=mean.alpha[head, position].item(),
+            rate=_by_eps(mean.rates[:, head, position]),
+            queries=int(mean.queries[position]),
+        )
+        for layer, mean in means.items()
+        for head, position in mean.rates[0].nonzero().tolist()
+    )
+
+
+def _by_eps(rates: Tensor) -> dict[str, float]:
+    return {str(eps): rate for eps, rate in zip(EPSILONS, rates.tolist(), strict=True)}

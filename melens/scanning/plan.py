@@ -1,0 +1,246 @@
+"""Where every layer's FFN lies in a checkpoint: names and shapes checked, no weights read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from melens.errors import ModelError, WeightsError
+from melens.metrics.ceilings import FLOORS
+from melens.models.prefixes import what_to_do
+from melens.scanning.files import Checkpoint
+from melens.scanning.layouts import GGUF, HF, Ffn, Layout
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Some rows of a stored tensor."""
+
+    name: str
+    first: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class FfnPlan:
+    """One FFN's matrices as stored. Gate and up have a row a neuron, or a column where
+    ``transposed``; ``down`` the other way round.
+    """  # noqa: D205
+
+    up: Matrix
+    down: Matrix
+    gate: Matrix | None = None
+    up_bias: str | None = None
+    gate_bias: str | None = None
+    expert: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one block writes through its FFN."""
+
+    layer: int
+    ffns: tuple[FfnPlan, ...] = ()
+    norm: str | None = None
+    norm_bias: str | None = None
+    post: str | None = None
+    reason: str | None = None
+    """Why nothing is said of this layer; None where it is covered."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model's FFNs, and what holds for all of them."""
+
+    layout: Layout
+    d_model: int
+    act: str
+    route: float
+    """The most that a router multiplies an expert by."""
+    layers: tuple[LayerPlan, ...]
+    beyond: int | None = None
+    """First layer that the files hold beyond those that the config counts, if there is one."""
+
+
+def plan_of(files: Checkpoint) -> Plan:
+    """Find every layer's FFN by name and shape; reads no weights.
+
+    Raises:  ModelError: a family without a layout, an activation without a bound, or quantised
+             weights. WeightsError: a tensor that is missing or of another shape.
+    """
+    layout, facts = _facts_gguf(files) if files.kind == "gguf" else _facts_hf(files)
+    act = str(facts["act"])
+    if act not in FLOORS:
+        raise ModelError(
+            f"{files.name} has the activation {act!r}, for which melens has no bound; it has one "
+            f"for {', '.join(FLOORS)}."
+        )
+    d_model, n_layers = int(facts["d_model"]), int(facts["n_layers"])
+    layers = tuple(_layer(files, layout, layer, d_model, facts) for layer in range(n_layers))
+    more = tuple(prefix.format(l=n_layers) for prefix in layout.blocks)
+    beyond = n_layers if any(name.startswith(more) for name in files.tensors) else None
+    return Plan(layout, d_model, act, float(facts["route"]), layers, beyond)
+
+
+def _facts_hf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
+    config = files.config
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in HF:
+        raise ModelError(
+            f"melens knows no FFN layout of model type {kind!r}, so it cannot scan {files.name}; "
+            f"known: {', '.join(HF)}."
+        )
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{files.name} holds quantised weights; scan the unquantised model, or a GGUF of it."
+        )
+    layout = HF[kind]
+    facts = {
+        "d_model": _first(config, "hidden_size", "n_embd"),
+        "n_layers": _first(config, "num_hidden_layers", "n_layer"),
+        "act": _first(config, "hidden_activation", "hidden_act", "activation_function",
+                      default=layout.act),
+        "experts": _first(config, "num_local_experts", "num_experts", default=0),
+        "route": config.get("routed_scaling_factor") or 1.0,
+        "reason": None if config.get("do_layer_norm_before", True)
+        else "its norms come after the residual sum, so no norm bounds what the FFN reads",
+    }  # fmt: skip
+    projected = config.get("word_embed_proj_dim") not in (None, facts["d_model"])
+    if projected and facts["reason"] is None:
+        raise ModelError(f"{files.name} embeds in another width than its blocks; not covered.")
+    return layout, _whole(files, facts)
+
+
+def _facts_gguf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
+    config = files.config
+    kind = config.get("general.architecture")
+    if not isinstance(kind, str) or kind not in GGUF:
+        raise ModelError(
+            f"melens knows no FFN layout of GGUF architecture {kind!r}, so it cannot scan "
+            f"{files.name}; known: {', '.join(GGUF)}."
+        )
+    facts = {
+        "d_model": config.get(f"{kind}.embedding_length"),
+        "n_layers": config.get(f"{kind}.block_count"),
+        "act": GGUF[kind].act, "experts": config.get(f"{kind}.expert_count") or 0,
+        "route": config.get(f"{kind}.expert_weights_scale") or 1.0, "reason": None,
+    }  # fmt: skip
+    return GGUF[kind], _whole(files, facts)
+
+
+def _whole(files: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
+    for name in ("d_model", "n_layers"):
+        if not isinstance(facts[name], int) or facts[name] < 1:
+            raise ModelError(f"{files.name}: its config gives no {name} ({facts[name]!r}).")
+    return facts
+
+
+def _first(config: dict[str, Any], *names: str, default: Any = None) -> Any:
+    """The first of several names under which a family may keep a setting."""
+    return next((config[name] for name in names if config.get(name) is not None), default)
+
+
+def _layer(
+    files: Checkpoint, layout: Layout, layer: int, d_model: int, facts: dict[str, Any]
+) -> LayerPlan:
+    if facts["reason"]:
+        return LayerPlan(layer, reason=facts["reason"])
+    prefixes = [begin.format(l=layer) for begin in layout.blocks]
+    prefix = next((p for p in prefixes if any(_has(files, p, ffn) for ffn in layout.ffns)), None)
+    if prefix is None:
+        missing = prefixes[0] + layout.ffns[0].down.format(e=0)
+        raise WeightsError(f"{files.where} lists no tensor {missing}; {what_to_do(files.tensors)}")
+    found: list[FfnPlan] = []
+    for ffn in layout.ffns:
+        if _has(files, prefix, ffn):
+            found += _ffns(files, layout, prefix, ffn, (d_model, int(facts["experts"])))
+    norm = None if layout.norm is None else f"{prefix}{layout.norm}"
+    post = None if layout.post is None else f"{prefix}{layout.post}.weight"
+    for name in filter(None, (norm and f"{norm}.weight", post)):
+        files.stored(name)
+    bias = f"{norm}.bias"
+    return LayerPlan(
+        layer,
+        tuple(found),
+        norm and f"{norm}.weight",
+        bias if bias in files.tensors else None,
+        post,
+    )
+
+
+def _has(files: Checkpoint, prefix: str, ffn: Ffn) -> bool:
+    """Whether any of an FFN's tensors is there; then all must be."""
+    names = (prefix + name.format(e=0) for name in (ffn.up, ffn.down, ffn.gate) if name)
+    return any(name in files.tensors for name in names)
+
+
+def _ffns(
+    files: Checkpoint, layout: Layout, prefix: str, ffn: Ffn, sizes: tuple[int, int]
+) -> Iterator[FfnPlan]:
+    """One FFN, or one an expert.
+
+    Raises:  ModelError: experts that the config does not count.
+    """
+    d_model, experts = sizes
+    many = ffn.expert == "{e}"
+    if many and experts < 1:
+        raise ModelError(f"{files.name} has experts, but its config does not say how many.")
+    stacked = experts if many and "{e}" not in ffn.down else 0
+    for e in range(experts if many else 1):
+        up, down = (prefix + name.format(e=e) for name in (ffn.up, ffn.down))
+        gate = None if ffn.gate is None else prefix + ffn.gate.format(e=e)
+        names = _Names(up, down, gate, stacked, e)
+        made = _one(files, names, d_model, fused=ffn.fused, transposed=layout.transposed)
+        yield replace(made, expert=None if ffn.expert is None else ffn.expert.format(e=e))
+
+
+class _Names(NamedTuple):
+    """One FFN's tensors, and which of the experts stacked in them it is."""
+
+    up: str
+    down: str
+    gate: str | None
+    stacked: int
+    """Experts in each tensor; 0 = a tensor each."""
+    expert: int
+
+
+def _one(
+    files: Checkpoint, names: _Names, d_model: int, *, fused: bool, transposed: bool
+) -> FfnPlan:
+    """Matrices of one FFN, their shapes checked."""
+    up, down = names.up, names.down
+    shape = files.stored(up).shape
+    if len(shape) < 2:
+        raise WeightsError(f"{up} has shape {shape}; a matrix was expected.")
+    inner = shape[-1 if transposed else -2] // (1 + fused)
+    shape = (d_model, inner) if transposed else (inner, d_model)
+    wide, back = (shape[0] * (1 + fused), shape[1]), shape[::-1]
+    for name, expected in ((up, wide), (names.gate, shape), (down, back)):
+        if name is not None:
+            _check_shape(files, name, (names.stacked, *expected) if names.stacked else expected)
+    at = names.expert if names.stacked else 0
+    gate = Matrix(up, at * wide[0], *shape) if fused else None
+    if names.gate is not None:
+        gate = Matrix(names.gate, at * shape[0], *shape)
+    return FfnPlan(
+        up=Matrix(up, at * wide[0] + fused * inner, *shape), gate=gate,
+        down=Matrix(down, at * back[0], *back), up_bias=_bias(files, up),
+        gate_bias=_bias(files, names.gate),
+    )  # fmt: skip
+
+
+def _check_shape(files: Checkpoint, name: str, expected: tuple[int, ...]) -> None:
+    stored = files.stored(name)
+    if stored.shape != expected:
+        raise WeightsError(
+            f"{name} in {stored.blob.name} has shape {stored.shape}, expected {expected}."
+        )
+
+
+def _bias(files: Checkpoint, name: str | None) -> str | None:
+    """The bias beside a matrix, where the file has one."""
+    bias = (name or "").removesuffix(".weight") + ".bias"
+    return bias if name and bias in files.tensors else None

@@ -1,0 +1,283 @@
+"""reach(): where chosen first tokens go, exactly, by one pass over the weights on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.capture import stream
+from melens.chat import chat_start, has_template
+from melens.errors import PromptError, ResultError, SiteError
+from melens.formatting import brief
+from melens.framing import frame_of, known_ids
+from melens.models.anatomy import anatomy, resid_post
+from melens.models.loading import adopt
+from melens.models.origin import fingerprint, origin_of
+from melens.models.streamed import load_streamed, stream_of
+from melens.provenance import ModelFacts, RunInfo
+from melens.results import load_result
+from melens.results.reach import Reach, ReachRow, ReachToken, Why
+from melens.results.scan import LayerCeiling, WeightScan
+from melens.scanning.files import read_folder
+
+SAMPLE = 16
+"""Tokens drawn from the vocabulary, where none are given."""
+
+
+@dataclass
+class Farthest:
+    """Reducer: each sequence's largest |x| at its first token, and the entry in one dimension."""
+
+    watched: int | None = None
+    values: list[Tensor] = field(default_factory=list)
+    dims: list[Tensor] = field(default_factory=list)
+    there: list[Tensor] = field(default_factory=list)
+
+    def update(self, x: Float[Tensor, "batch 1 d_model"], batch: Batch) -> None:
+        """Take in what one site gave for some sequences of one token."""
+        first = x.detach()[:, 0].float().cpu()
+        dims = first.abs().argmax(dim=-1)
+        self.dims.append(dims)
+        self.values.append(first.gather(-1, dims[:, None])[:, 0])
+        if self.watched is not None:
+            self.there.append(first[:, self.watched])
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Signed values and their dimensions, one a sequence."""
+        return torch.cat(self.values), torch.cat(self.dims)
+
+
+def reach(
+    model: Any,
+    scan: WeightScan | str | Path | None = None,
+    *,
+    tokens: Sequence[int] | Tensor | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    until: int | None = None,
+) -> Reach:
+    """How far first tokens go, and how much of the scan's ceilings they use.
+
+    A token alone at position 0 goes the way it goes at the head of any text, since nothing after
+    it reaches back. All tokens are one batch: every block is read once.
+
+    Args:    model: a folder, a named model or a hub id, which is streamed from disk; or a bridge,
+             streamed or whole.
+             scan: a WeightScan of the same model, or its file; gives the ceilings, and where to
+             stop.
+             tokens: token ids; None = BOS, the chat template's first token, and a sample.
+             sample: how many more to draw from the vocabulary; None = 16 where no tokens are
+             given, else 0.
+             seed: of that draw.
+             until: the last layer to run; None = the scan's erase layer, or the last one.
+    Raises:  PromptError: no token, or one that the vocabulary does not have.
+             ResultError: a scan of another model, or a file that holds none.
+             SiteError: no such layer. What ``load_streamed`` raises.
+    """  # fmt: skip
+    tokens = _check(tokens, sample)
+    scan = _read_scan(scan)
+    model = _bridge(model)
+    files = _files_key(model)
+    if scan is not None:
+        _require_same(model, files, scan)
+    until = _until(model, scan, until)
+    chosen, lacking = _choose(
+        model, tokens, SAMPLE * (tokens is None) if sample is None else sample, seed
+    )
+    ceilings = {row.layer: row for row in scan.profile} if scan is not None else {}
+    outputs, writes = _run(model, list(chosen), until, ceilings)
+    values, dims = (torch.stack(part) for part in zip(*outputs, strict=True))
+    settings: dict[str, Any] = {
+        "tokens": len(chosen), "until": until, "scan": scan is not None, "files": files, **lacking,
+    }  # fmt: skip
+    return Reach(
+        n_layers=model.cfg.n_layers,
+        until=until,
+        tokens=tuple(_token(model, i, item, values, dims) for i, item in enumerate(chosen.items())),
+        profile=tuple(
+            _row(layer, list(chosen), outputs[layer], writes.get(layer), ceilings.get(layer))
+            for layer in range(until + 1)
+        ),
+        run=_run_info(model, seed, settings),
+    )
+
+
+def _check(tokens: Any, sample: int | None) -> Sequence[int] | None:
+    """Token ids as a sequence; before the model is touched."""
+    if sample is not None and sample < 0:
+        raise PromptError(f"sample must be 0 or more, got {sample}.")
+    if isinstance(tokens, Tensor):
+        tokens = tokens.flatten().tolist()
+    if tokens is None:
+        return None
+    whole = isinstance(tokens, Sequence) and all(isinstance(token, int) for token in tokens)
+    if not whole:
+        raise PromptError(f"tokens must be a list of token ids, got {brief(tokens)}.")
+    if not tokens and not sample:
+        raise PromptError("there is no token to try; give token ids, or a sample.")
+    if min(tokens, default=0) < 0:
+        raise PromptError(f"token ids count from 0, got {min(tokens)}.")
+    return tokens
+
+
+def _read_scan(scan: Any) -> WeightScan | None:
+    """Before the model is touched."""
+    found = load_result(scan) if isinstance(scan, (str, Path)) else scan
+    if found is not None and not isinstance(found, WeightScan):
+        raise ResultError(f"reach() needs what scan() gave, got {type(found).__name__}.")
+    return found
+
+
+def _bridge(model: Any) -> Any:
+    if isinstance(model, (str, Path)):
+        return load_streamed(model, need_tokenizer=False)
+    return adopt(model)
+
+
+def _files_key(model: Any) -> str | None:
+    """What a scan of the same files calls them; None for a model that is in memory."""
+    if (reading := stream_of(model)) is None:
+        return None
+    files = read_folder(reading.checkpoint.folder, name="")
+    try:
+        return files.key()
+    finally:
+        files.close()
+
+
+def _require_same(model: Any, files: str | None, scan: WeightScan) -> None:
+    """A scan of other weights would give ceilings that are none of this model's."""
+    of, name = scan.run.model, origin_of(model).name
+    here = (model.cfg.n_layers, model.cfg.d_model)
+    if here != (scan.n_layers, scan.d_model):
+        raise ResultError(
+            f"the scan is of another model: {of} has {scan.n_layers} layers of width "
+            f"{scan.d_model}, {name} has {here[0]} of {here[1]}; scan this model."
+        )
+    key = scan.run.settings.get("files")
+    if files is not None and scan.run.settings.get("format") == "safetensors" and key != files:
+        raise ResultError(
+            f"the scan is of other weight files ({of}) than those of {name}; scan this model."
+        )
+
+
+def _until(model: Any, scan: WeightScan | None, until: int | None) -> int:
+    n = model.cfg.n_layers
+    wanted = until if until is not None or scan is None else scan.erase_layer
+    if wanted is None:
+        return n - 1
+    if not 0 <= wanted < n:
+        raise SiteError(f"layer {wanted} is outside 0..{n - 1}. Layers count from 0.")
+    return wanted
+
+
+def _choose(
+    model: Any, tokens: Sequence[int] | None, sample: int, seed: int
+) -> tuple[dict[int, Why], dict[str, str]]:
+    """Token ids in order, each once, with the reason for it; and what could not be tried."""
+    found: dict[int, Why] = {}
+    lacking: dict[str, str] = {}
+    for token in tokens or ():
+        found[token] = "given"
+    if tokens is None and (start := _bos(model)) is not None:
+        found[start] = "bos"
+    if tokens is None and has_template(tokenizer := getattr(model, "tokenizer", None)):
+        try:
+            start = chat_start(tokenizer)
+        except PromptError as error:  # nobody asked for a chat: the other tokens are tried
+            lacking["chat_start"] = str(error)
+        else:
+            found |= {} if start is None or start in found else {start: "chat"}
+    size = model.cfg.d_vocab
+    if too_high := [token for token in found if token >= size]:
+        raise PromptError(f"token {too_high[0]} is outside the vocabulary, 0 to {size - 1}.")
+    known = known_ids(getattr(model, "tokenizer", None), size)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
+    for token in [known[i] for i in order if known[i] not in found][:sample]:
+        found[token] = "sample"
+    if not found:
+        raise PromptError("this model has no BOS token or chat template; give token ids.")
+    return found, lacking
+
+
+def _bos(model: Any) -> int | None:
+    """BOS, or what the tokenizer puts first in its place."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        start, prefix = tokenizer.bos_token_id, frame_of(tokenizer).prefix
+        return prefix[0] if start is None and prefix else start
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(config, "bos_token_id", None)
+
+
+def _run(
+    model: Any, tokens: list[int], until: int, ceilings: dict[int, LayerCeiling]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Farthest]]:
+    """Per layer: the outputs' extremes, and the FFN's writes where there is an FFN."""
+    blocks = anatomy(model).blocks[: until + 1]
+    outputs = [Farthest() for _ in blocks]
+    writes = {
+        block.layer: Farthest(getattr(ceilings.get(block.layer), "dim", None))
+        for block in blocks
+        if block.ffn_write
+    }
+    taps = {resid_post(layer): tap for layer, tap in enumerate(outputs)}
+    taps |= {str(blocks[layer].ffn_write): tap for layer, tap in writes.items()}
+    stream(model, Batch.of(torch.tensor(tokens)[:, None]), taps)
+    return [tap.result() for tap in outputs], writes
+
+
+def _token(model: Any, i: int, item: tuple[int, Why], values: Tensor, dims: Tensor) -> ReachToken:
+    token, why = item
+    tokenizer = getattr(model, "tokenizer", None)
+    at = int(values[:, i].abs().argmax())
+    return ReachToken(
+        token_id=token,
+        token=tokenizer.decode([token]) if tokenizer is not None else f"<{token}>",
+        why=why,
+        value=values[at, i].item(),
+        layer=at,
+        dim=int(dims[at, i]),
+        largest=tuple(values[:, i].abs().tolist()),
+        dims=tuple(dims[:, i].tolist()),
+    )
+
+
+def _row(
+    layer: int,
+    tokens: list[int],
+    output: tuple[Tensor, Tensor],
+    write: Farthest | None,
+    bound: Any,
+) -> ReachRow:
+    values, dims = output
+    top = int(values.abs().argmax())
+    ceiling = getattr(bound, "ceiling", None)
+    made: dict[str, Any] = {"write": None, "write_dim": None, "write_token_id": None, "used": None}
+    if write is not None:
+        wrote, where = write.result()
+        most = int(wrote.abs().argmax())
+        made |= {"write": wrote[most].item(), "write_dim": int(where[most])}
+        made |= {"write_token_id": tokens[most]}
+        if ceiling and write.there:
+            made["used"] = torch.cat(write.there).abs().max().item() / ceiling
+    return ReachRow(
+        layer=layer, value=values[top].item(), dim=int(dims[top]), token_id=tokens[top],
+        ceiling=ceiling, ceiling_dim=getattr(bound, "dim", None), **made,
+    )  # fmt: skip
+
+
+def _run_info(model: Any, seed: int, settings: dict[str, Any]) -> RunInfo:
+    origin, parameter = origin_of(model), next(model.parameters())
+    facts = ModelFacts(
+        origin.name, origin.revision, fingerprint(model),
+        str(parameter.dtype).removeprefix("torch."), str(parameter.device),
+    )  # fmt: skip
+    return RunInfo.collect(facts, seed=seed, settings=settings)
