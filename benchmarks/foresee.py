@@ -39,7 +39,7 @@ def read_whole(model: str) -> int:
 
 def scanned_bytes(model: str) -> int:
     """What a scan reads of them."""
-    from melens.scanning import weights
+    from melens.scanning import predict as weights
     from melens.scanning.opening import open_checkpoint
 
     files = open_checkpoint(model)

@@ -9,14 +9,19 @@ import torch
 
 from melens.batches import Batch
 from melens.errors import ModelError
-from melens.locating.assemble import _writer
-from melens.locating.criteria import CRITERIA, Evidence, counted_shares, cumulative_layer
-from melens.locating.final import final_growth
+from melens.locating.assemble import _writer, agreement, final_growth, shape_of, stability
+from melens.locating.criteria import (
+    CRITERIA,
+    Evidence,
+    Span,
+    counted_from,
+    counted_shares,
+    cumulative_layer,
+    spans,
+)
 from melens.locating.profile import Entry, LayerProfile, summarise
-from melens.locating.stages import Span, counted_from, spans
 from melens.locating.thresholds import last_body_layer
 from melens.locating.trajectory import Path
-from melens.locating.verdict import agreement, shape_of, stability
 from melens.metrics import METRICS
 from melens.results import Criteria
 

@@ -20,8 +20,7 @@ from melens.inputs import take_in
 from melens.intervals import mean_interval
 from melens.isolating import isolate
 from melens.isolating.neurons import direction_of, written_at
-from melens.isolating.prefixes import Prefixes
-from melens.isolating.texts import Change, Texts
+from melens.isolating.runs import Change, Prefixes, Texts
 from melens.locating import locate
 from melens.measuring.located import settle
 from melens.metrics import next_token_loss, sequence_loss

@@ -14,7 +14,7 @@ from melens.cli.tables import TABLES
 from melens.errors import ResultError
 from melens.isolating import isolate
 from melens.isolating.cause import How, isolate_with, steps_of
-from melens.isolating.changes import LayerEdit
+from melens.isolating.runs import LayerEdit
 from melens.locating import locate
 from melens.models import load
 from melens.results import Isolation

@@ -70,7 +70,7 @@ def test_every_module_has_a_row():
 def test_files_and_functions_stay_short():
     for path in FILES:
         text = path.read_text("utf-8")
-        assert len(text.splitlines()) <= 400, path
+        assert len(text.splitlines()) <= 500, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and path.parent.name != "cli":
                 body = node.body[1:] if ast.get_docstring(node) else node.body

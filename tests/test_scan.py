@@ -22,7 +22,8 @@ from melens.errors import (
 from melens.knowledge import published_rows
 from melens.models import FAMILIES
 from melens.results import WeightScan, load_result
-from melens.scanning import files, scan, weights
+from melens.scanning import files, scan
+from melens.scanning import predict as weights
 from melens.scanning.layouts import GGUF, HF
 from melens.scanning.neurons import LOUDEST
 from melens.scanning.opening import by_range, open_checkpoint

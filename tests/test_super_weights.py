@@ -12,10 +12,9 @@ from melens import locate, prompts
 from melens.batches import Batch
 from melens.errors import MetricError, ModelError, ResultError, UnknownNameError
 from melens.figures.super_weights import draw_spikes
-from melens.isolating.super_weight_damage import removed, stand_ins
+from melens.isolating.spikes import places_of, removed, stand_ins
 from melens.isolating.super_weight_known import hold_super_weights, with_known
 from melens.isolating.super_weight_search import Search, super_weights
-from melens.isolating.super_weight_spikes import places_of
 from melens.models import load
 from melens.results import load_result
 from melens.results.locate import MassiveToken
@@ -276,7 +275,7 @@ def test_experts_are_refused_and_hybrids_say_what_is_missing(make_tiny, texts):
 
 def test_a_layer_without_neurons_is_skipped_by_name(make_tiny, texts, monkeypatch):
     from melens.errors import SiteError
-    from melens.isolating import super_weight_spikes
+    from melens.isolating import spikes as super_weight_spikes
     from melens.models.ffn import ffn_of
 
     def none_in_one(model, layer):

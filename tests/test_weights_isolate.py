@@ -7,10 +7,10 @@ import pytest
 from melens.batches import prompts
 from melens.inputs import take_in
 from melens.interventions import residual_set
-from melens.isolating import edits, isolate, mean_coordinates
+from melens.isolating import edited as edits
+from melens.isolating import isolate, mean_coordinates
 from melens.isolating.neurons import written_at
-from melens.isolating.prefixes import Prefixes
-from melens.isolating.texts import Change
+from melens.isolating.runs import Change, Prefixes
 from melens.locating import locate
 from melens.measuring.located import settle
 

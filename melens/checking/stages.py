@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from melens.checking.bench import Bench, Tick
-from melens.checking.key_values import cache_norms
-from melens.checking.losses import dose_losses, edit_losses, eviction_losses
+from melens.checking.losses import cache_norms, dose_losses, edit_losses, eviction_losses
 from melens.errors import WeightsError
 from melens.isolating import isolate, super_weights
 from melens.knowledge import known, known_by

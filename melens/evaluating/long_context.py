@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from melens import locating as emergence
+from melens import locating
 from melens.batches import prompts
 from melens.errors import PromptError
 from melens.evaluating.conditions import (
@@ -118,7 +118,7 @@ def long_context(
     if me_layer is not None:
         check_same_model(inputs, me_layer)
     hidden, plain = items_of(bridge, haystack, settings.texts)
-    me_layer = me_layer or emergence.locate(bridge, prompts(bos=haystack.bos, chat=haystack.chat))
+    me_layer = me_layer or locating.locate(bridge, prompts(bos=haystack.bos, chat=haystack.chat))
     chosen = conditions(bridge, edit, me_layer, settings.plan or light_plan(edit))
     common = Settings(seed=settings.seed, batch_tokens=settings.batch_tokens, items=settings.items)
     job = _Job(Bench(inputs, chosen, me_layer, common), haystack, hidden, plain)

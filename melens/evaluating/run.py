@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from melens import locating as emergence
+from melens import locating
 from melens.errors import MetricError, PromptError
 from melens.evaluating.conditions import check_edit, check_held, check_unedited, conditions
 from melens.evaluating.forced import Foreseen, Outcome, Runner
@@ -75,7 +75,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     made = None if task in GENERATION_TASKS else FORCED_TASKS[task](bridge.tokenizer, source)
     if made is not None:
         _check_context(bridge, made)
-    me_layer = me_layer or emergence.locate(bridge, alike(bridge.tokenizer, task, source))
+    me_layer = me_layer or locating.locate(bridge, alike(bridge.tokenizer, task, source))
     chosen = conditions(bridge, edit, me_layer, settings.plan)
     bench = Bench(inputs, chosen, me_layer, settings)
     if made is None:

@@ -1,4 +1,4 @@
-"""isolate(): which parameters of the ME Layer make the massive activation, with its controls."""
+"""isolate(): which parameters of the ME Layer make the massive activation, with controls."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Any, Literal
 
 from melens.errors import InterventionError, ResultError, SiteError
 from melens.inputs import Inputs, Source, take_in
-from melens.isolating import edits
 from melens.isolating.cells import joined
-from melens.isolating.edited import Edited
-from melens.isolating.finished import Finished
+from melens.isolating.edited import MOST_SHARE, Edited, Subject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
-from melens.isolating.subject import MOST_SHARE, Subject
-from melens.isolating.sufficiency import has_part, ordinary_tokens, share_at, sufficiency
-from melens.isolating.texts import Texts
+from melens.isolating.path import has_part, ordinary_tokens, share_at, sufficiency
+from melens.isolating.runs import Finished, Texts
 from melens.locating.thresholds import STEP_SHARE
 from melens.measuring.located import Progress, settle_primary
 from melens.models.anatomy import check_layer, require_unfolded
@@ -81,7 +78,7 @@ def isolate_with(model: Any, me_layer: MELayer | None, prompts: Source, how: How
 
     Raises:  ResultError: ``how.keep`` is of another isolation. OutputError: it cannot be written.
     """  # fmt: skip
-    edits.check_ffn_edit(how.ffn_edit)
+    check_ffn_edit(how.ffn_edit)
     inputs = take_in(model, prompts)
     require_unfolded(inputs.model)
     if how.layer is not None:
@@ -193,9 +190,7 @@ class _Run:
         for n in range(subject.upto + 1):
             for part in PARTS:
                 if has_part(subject.model, n, part):
-                    rows.append(
-                        Write(layer=n, part=part, left=subject.left(n, edits.drop(n, part)))
-                    )
+                    rows.append(Write(layer=n, part=part, left=subject.left(n, drop(n, part))))
         return tuple(rows)
 
     def _sufficiency(self) -> tuple[tuple[Write, ...], float | None]:

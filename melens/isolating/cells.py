@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.intervals import bootstrap, mean_interval
-from melens.isolating.changes import Outcome
+from melens.isolating.runs import Outcome
 from melens.results.isolate import Cell, Factorial, Interaction
 
 Groups = Tensor

@@ -1,20 +1,119 @@
-"""One edited layer: its norm and FFN, alone and together, and what that is held against."""
+"""One edited layer: the edits that isolation makes of its norm and FFN, alone and together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from melens.errors import InterventionError, SiteError
-from melens.isolating import edits
+from melens.inputs import Inputs
 from melens.isolating.cells import cell_of, factorial_of
-from melens.isolating.changes import Change, Outcome
-from melens.isolating.neurons import decomposition, direction_of, gains_of, input_sites
-from melens.isolating.path import Branch, branch_of
-from melens.isolating.subject import MOST_SHARE, Subject
+from melens.isolating.neurons import (
+    Written,
+    decomposition,
+    direction_of,
+    gains_of,
+    input_sites,
+    written_at,
+)
+from melens.isolating.path import Branch, branch_of, has_part, sizes_of
+from melens.isolating.runs import (
+    Change,
+    Finished,
+    Outcome,
+    Prefixes,
+    ablate,
+    all_ones,
+    ffn_edit,
+    flatten,
+    named,
+    shuffle,
+)
+from melens.measuring.located import Located, Progress
+from melens.models.anatomy import anatomy
+from melens.results import MELayer
 from melens.results.isolate import Controls, EditedLayer, LayerControl, NormEdit
+
+MOST_SHARE = 0.9
+"""The FFN edit ablates the fewest neurons that make this share of the write."""
+
+
+@dataclass
+class Subject:
+    """A located massive token, ready to be edited at any layer."""
+
+    inputs: Inputs
+    located: Located
+    kind: str
+    """Which FFN edit."""
+    finished: Finished
+    progress: Progress
+    missing: list[str] = field(default_factory=list)
+    """What could not be measured, and why."""
+    done: int = 0
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        me = self.located.me_layer
+        assert me.peak_layer is not None
+        self.dim, self.model = me.massive[0].dim, self.inputs.model
+        self.blocks = anatomy(self.model).blocks
+        self.prefixes = Prefixes(self.inputs, self.located, self.dim, self.finished)
+        self.upto = min(me.peak_layer, len(self.blocks) - 1)
+        self.written = {block.layer: self._written(block.layer) for block in self.blocks}
+        sized = self.kind in ("pull-back", "cap")
+        self.sizes = sizes_of(self.inputs, self.located) if sized else {}
+
+    @property
+    def me(self) -> MELayer:
+        """What was located."""
+        return self.located.me_layer
+
+    def tick(self, steps: int = 1) -> None:
+        """That many more steps are done."""
+        self.done += steps
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total)
+
+    def left(self, layer: int, *chosen: LayerEdit) -> float:
+        """Share of the coordinate that edits of one layer leave."""
+        self.tick()
+        return self.prefixes.left(Change(layer, chosen))
+
+    def can_edit(self, layer: int) -> bool:
+        """Whether a block has what the chosen FFN edit changes."""
+        needs_neurons = self.kind in ("neurons", "pull-back")
+        has = self.written[layer] is not None if needs_neurons else True
+        return has and has_part(self.model, layer, "ffn")
+
+    def ffn_change(self, layer: int, neurons: list[int]) -> LayerEdit:
+        """The chosen FFN edit."""
+        return ffn_edit(self.kind, layer, neurons, self.sizes.get(layer))
+
+    def _written(self, layer: int) -> Written | None:
+        try:
+            return written_at(self.model, layer, self.prefixes)
+        except SiteError as error:
+            self.missing.append(f"neurons of layer {layer}: {error}")
+            return None
+
+    def facts(self) -> dict[str, Any]:
+        """What the result says of the model and the texts."""
+        return {
+            "me_layer": self.me.me_layer,
+            "main_layer": self.me.main_layer,
+            "peak_layer": self.prefixes.peak,
+            "dim": self.dim,
+            "n_layers": len(self.blocks),
+            "sequences": self.inputs.total,
+            "sequences_massive": self.located.sequences_massive,
+            "observations": self.prefixes.distinct,
+            "observations_used": len(self.prefixes.clean),
+        }
+
 
 DRAWS = 10
 LIKE = 32
@@ -41,13 +140,13 @@ class Edited:
                 "'cap' or 'drop'."
             )
         self.neurons = self._neurons(layer)
-        flat = edits.flatten(layer, self.norms[0])
+        flat = flatten(layer, self.norms[0])
         edited = subject.ffn_change(layer, self.neurons)
         me = subject.me.me_layer
         assert me is not None
         self.main = [Change(me + 1), Change(layer, (flat,)), Change(layer, (edited,)),
                      Change(layer, (flat, edited))]  # fmt: skip
-        self.shuffled = Change(layer, (edits.shuffle(layer, self.norms[0], 0),))
+        self.shuffled = Change(layer, (shuffle(layer, self.norms[0], 0),))
         self.random = self._random_neurons()
         self.around = self._around()
         self.steps = 1 + len(self.norms) * (3 + DRAWS) + len(self.random)
@@ -79,7 +178,7 @@ class Edited:
             layer=self.layer,
             factorial=factorial_of(
                 [found[change.name] for change in self.main], groups, self.norms[0],
-                edits.named(subject.kind, self.neurons),
+                named(subject.kind, self.neurons),
             ),
             norms=self._norm_edits(),
             path=branch.steps,
@@ -113,7 +212,7 @@ class Edited:
         made: dict[int, dict[str, Change]] = {}
         for n in (n for n in range(len(subject.blocks)) if n != self.layer):
             if norm in subject.blocks[n].norms:
-                made.setdefault(n, {})["flat"] = Change(n, (edits.flatten(n, norm),))
+                made.setdefault(n, {})["flat"] = Change(n, (flatten(n, norm),))
             if subject.can_edit(n):
                 change = Change(n, (subject.ffn_change(n, self._neurons(n)),))
                 made.setdefault(n, {})["edited"] = change
@@ -122,9 +221,9 @@ class Edited:
     def _norm_edits(self) -> tuple[NormEdit, ...]:
         at, left, made = self.layer, self.subject.left, []
         for norm in self.norms:
-            flat, half = (left(at, edits.flatten(at, norm, alpha)) for alpha in (0.0, 0.5))
-            ones = left(at, edits.all_ones(at, norm))
-            shuffled = tuple(left(at, edits.shuffle(at, norm, seed)) for seed in range(DRAWS))
+            flat, half = (left(at, flatten(at, norm, alpha)) for alpha in (0.0, 0.5))
+            ones = left(at, all_ones(at, norm))
+            shuffled = tuple(left(at, shuffle(at, norm, seed)) for seed in range(DRAWS))
             made.append(NormEdit(norm=norm, flat=flat, half=half, ones=ones, shuffled=shuffled))
         return tuple(made)
 
@@ -149,7 +248,7 @@ class Edited:
         for seed in range(DRAWS):
             order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
             chosen = pool[order[: len(self.neurons)]].tolist()
-            changes.append(Change(self.layer, (edits.ablate(self.layer, chosen),)))
+            changes.append(Change(self.layer, (ablate(self.layer, chosen),)))
         return changes
 
     def _direction(self, branch: Branch) -> Any:

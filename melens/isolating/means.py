@@ -7,7 +7,7 @@ from typing import Any
 
 from melens.errors import ResultError
 from melens.inputs import Source, take_in
-from melens.isolating.prefixes import Prefixes
+from melens.isolating.runs import Prefixes
 from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, resid_post
 from melens.results import MELayer

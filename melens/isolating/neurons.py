@@ -11,9 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from melens.isolating.changes import Change
-from melens.isolating.edits import ablate
-from melens.isolating.prefixes import Prefixes
+from melens.isolating.runs import Change, Prefixes, ablate
 from melens.models.anatomy import anatomy, norm_gain
 from melens.models.ffn import FFN, ffn_input, ffn_of
 from melens.results.isolate import Decomposition, Direction, Gains, Neuron

@@ -10,14 +10,18 @@ from typing import Any
 from melens.capture import stream
 from melens.errors import MetricError
 from melens.inputs import Inputs, Source, take_in
-from melens.isolating.super_weight_damage import (
+from melens.isolating.spikes import (
     At,
     Damages,
+    Place,
+    Seen,
+    Spike,
+    SpikeTap,
+    places_of,
     removed,
     stand_ins,
     value_of,
 )
-from melens.isolating.super_weight_spikes import Place, Seen, Spike, SpikeTap, places_of
 from melens.measuring.located import Progress, check_same_model
 from melens.results.locate import MELayer
 from melens.results.super_weights import (

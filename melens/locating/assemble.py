@@ -1,26 +1,44 @@
-"""Everything measured -> the frozen MELayer."""
+"""From everything measured to the verdict, how sure it is, and the frozen MELayer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from melens.locating import thresholds as limits
-from melens.locating.criteria import CRITERIA, Evidence, counted_shares, cumulative_layer
-from melens.locating.final import final_growth
-from melens.locating.profile import Nearest, SequenceRow
-from melens.locating.stages import Span, spans
-from melens.locating.support import Texts, gather_support, mean
-from melens.locating.tokens import Group
+from melens.framing import repeated_rows, unknown_rows
+from melens.locating.criteria import (
+    CRITERIA,
+    Evidence,
+    Span,
+    counted_shares,
+    cumulative_layer,
+    spans,
+)
+from melens.locating.profile import Entry, Group, Nearest, SequenceRow
+from melens.locating.thresholds import (
+    ERASE_SHARE,
+    FINAL_FACTOR,
+    FIRST_SHARE,
+    SINGLE_EFFECTIVE,
+    SINGLE_SHARE,
+    STEP_SHARE,
+    STEPS_MOST,
+    STEPS_SHARE,
+    last_body_layer,
+)
 from melens.locating.trajectory import Path
-from melens.locating.verdict import agreement, shape_of, stability
 from melens.metrics import effective_number
+from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
 from melens.provenance import RunInfo
 from melens.results.locate import (
     Criteria,
     Cumulative,
+    FinalGrowth,
+    FirstToken,
     LayerRow,
     MassiveToken,
     MELayer,
@@ -28,8 +46,169 @@ from melens.results.locate import (
     NearestMiss,
     Stability,
     Stage,
+    Verdict,
     Writer,
 )
+
+
+def final_growth(steps: Sequence[Sequence[SequenceRow]], path: Path | None) -> FinalGrowth | None:
+    """The largest jump inside the final window that the massive token's dimension does not explain.
+
+    Both the largest |x| of all tokens and that of ordinary ones are followed, since a massive
+    token can hide what the others do.
+    """
+    own = (path.position, path.entry(path.peak)[0]) if path is not None else None
+    jumps: list[tuple[float, int, Entry]] = []
+    for kind in ("top", "ordinary"):
+        tops = [max((getattr(row, kind) for row in rows), key=_size) for rows in steps]
+        for layer in range(last_body_layer(len(steps) - 1) + 1, len(steps) - 1):
+            before, here = tops[layer], tops[layer + 1]
+            factor = _size(here) / max(_size(before), 1e-30)
+            if factor >= FINAL_FACTOR and (here.position, here.dim) != own:
+                jumps.append((factor, layer, here))
+    if not jumps:
+        return None
+    factor, layer, here = max(jumps, key=lambda jump: jump[0])
+    return FinalGrowth(
+        layer=layer, factor=factor, position=here.position, dim=here.dim, value=here.value
+    )
+
+
+def _size(entry: Entry) -> float:
+    return abs(entry.value)
+
+
+def shape_of(counted: Tensor, stages: Sequence[Span], peak: int) -> Verdict:
+    """How a massive token emerged.
+
+    Args:    counted: write shares from the first counted layer to the peak.
+             stages: all of the token's stages, in order.
+             peak: the token's peak layer.
+    """
+    if any(stage.erased_at is not None and stage.erased_at <= peak for stage in stages):
+        return "re-emergent"
+    largest = counted.max().item()
+    if largest >= SINGLE_SHARE and effective_number(counted) < SINGLE_EFFECTIVE:
+        return "single"
+    steps = counted[counted >= STEP_SHARE].sort(descending=True).values
+    if 2 <= len(steps) <= STEPS_MOST and steps.sum() >= STEPS_SHARE:
+        return "multi-step"
+    return "gradual"
+
+
+def agreement(criteria: Criteria, me_layer: int) -> float:
+    """Share of the criteria with an answer that name the ME Layer."""
+    answers = [answer for answer in criteria.model_dump().values() if answer is not None]
+    return sum(answer == me_layer for answer in answers) / len(answers)
+
+
+def stability(agreeing: int, observations: int) -> float:
+    """(k + 1) / (n + 2): k of n independent observations agree (Laplace's rule of succession).
+
+    One observation, however many texts repeat it, gives 2/3 at most.
+    """
+    return (agreeing + 1) / (observations + 2)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the texts can tell, one flag a sequence."""
+
+    first_ids: int
+    """Distinct first tokens of the texts that are not unknown throughout."""
+    unknown: tuple[bool, ...]
+    """Nothing but unknown tokens: no evidence for anything."""
+    repeated: tuple[bool, ...]
+    """Mostly a few tokens over and over: no evidence that nothing stands out."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], tokenizer: object) -> Texts:
+        """Look at token ids, padding dropped."""
+        unknown = tuple(unknown_rows(rows, tokenizer))
+        first = {row[0] for row, empty in zip(rows, unknown, strict=True) if not empty}
+        return cls(len(first), unknown, tuple(repeated_rows(rows)))
+
+    def varied(self, rows: Sequence[SequenceRow]) -> list[SequenceRow]:
+        """Rows of the sequences that are not repeated; all where every one is."""
+        kept = [row for row, flag in zip(rows, self.repeated, strict=True) if not flag]
+        return kept or list(rows)
+
+    def telling(self, *, none: bool) -> float:
+        """Share of the sequences that are evidence for a verdict."""
+        mute = [u or (none and r) for u, r in zip(self.unknown, self.repeated, strict=True)]
+        return 1 - sum(mute) / len(mute)
+
+
+def gather_support(
+    evidence: Evidence,
+    traced: Sequence[Path],
+    probed: Sequence[Path],
+    *,
+    texts: Texts,
+    decode: Callable[[int], str],
+) -> Stability:
+    """Every distinct massive token, and every first token tried alone, is one observation.
+
+    Where no token is massive, every distinct first token of the texts is one, and a token that
+    turns massive alone speaks against.
+    """  # fmt: skip
+    steps = evidence.steps
+    last = last_body_layer(len(steps) - 1)
+    ordinary = Evidence([texts.varied(rows) for rows in steps], evidence.path)
+    tried = [_first_token(ordinary, path, decode) for path in probed]
+    if traced:
+        answers = [cumulative_layer(evidence, path, FIRST_SHARE) for path in traced]
+        agreeing = sum(answer == answers[0] for answer in answers)
+        alone = [token.me_layer for token in tried if token.massive]
+        agreeing += sum(answer == answers[0] for answer in alone)
+        observations = len(answers) + len(alone)
+    else:
+        agreeing = texts.first_ids + sum(not token.massive for token in tried)
+        observations = texts.first_ids + len(tried)
+    massive = sum(
+        any(steps[layer + 1][i].hits for layer in range(last + 1)) for i in range(len(steps[0]))
+    )
+    return Stability(
+        observations=observations,
+        agreeing=agreeing,
+        sequences=len(steps[0]),
+        sequences_massive=massive,
+        first_tokens=tuple(tried),
+    )
+
+
+def _first_token(evidence: Evidence, path: Path, decode: Callable[[int], str]) -> FirstToken:
+    """Is a token massive alone? Held against the medians of the texts' own tokens."""
+    ratios = evidence.norm_ratios(path)
+    medians = [mean([row.median for row in rows]) for rows in evidence.layers]
+    massive = massive_alone(path, medians, ratios)
+    return FirstToken(
+        token_id=path.token_id,
+        token=decode(path.token_id),
+        massive=massive,
+        me_layer=cumulative_layer(evidence, path, FIRST_SHARE) if massive else None,
+        value=path.entry(path.peak)[1],
+    )
+
+
+def massive_alone(path: Path, medians: Sequence[float], ratios: Tensor) -> bool:
+    """Sun et al.'s rule and the norm ratio, before the final window, for one token by itself.
+
+    Args:    medians: median |x| of the texts, by layer.
+             ratios: the token's norm over the texts' median token norm, by step.
+    """
+    tops = path.resid[1:].abs().amax(dim=-1).tolist()
+    return any(
+        tops[layer] > max(SUN_ABSOLUTE, SUN_RATIO * medians[layer])
+        and ratios[layer + 1] >= NORM_RATIO
+        for layer in range(last_body_layer(path.n_layers) + 1)
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean that does not depend on the order of the values."""
+    return sum(sorted(values)) / len(values)
+
 
 Steps = Sequence[Sequence[SequenceRow]]
 Decode = Callable[[int], str]
@@ -106,7 +285,7 @@ def _nothing(
     """A ``none``: sure where no token came near to being massive, in the texts or alone."""
     if all(texts.repeated):
         return {"verdict": "none", "confidence": 0.0}
-    body = evidence.layers[: limits.last_body_layer(len(evidence.layers)) + 1]
+    body = evidence.layers[: last_body_layer(len(evidence.layers)) + 1]
     seen = [(at, row.nearest) for at, rows in enumerate(body) for row in texts.varied(rows)]
     layer, nearest = max(seen, key=lambda pair: pair[1].closeness)
     sure = (1 - nearest.closeness) * stability(support.agreeing, support.observations)
@@ -122,12 +301,12 @@ def _nearest_miss(layer: int, near: Nearest, decode: Decode) -> NearestMiss:
     hit, size = near.hit, abs(near.hit.value)
     times = size / near.median if near.median else None
     missed = []
-    if size <= limits.SUN_ABSOLUTE:
-        missed.append(Missed(threshold="absolute", value=size, needed=limits.SUN_ABSOLUTE))
-    if times is not None and times <= limits.SUN_RATIO:
-        missed.append(Missed(threshold="median", value=times, needed=limits.SUN_RATIO))
-    if near.norm_ratio < limits.NORM_RATIO:
-        missed.append(Missed(threshold="norm", value=near.norm_ratio, needed=limits.NORM_RATIO))
+    if size <= SUN_ABSOLUTE:
+        missed.append(Missed(threshold="absolute", value=size, needed=SUN_ABSOLUTE))
+    if times is not None and times <= SUN_RATIO:
+        missed.append(Missed(threshold="median", value=times, needed=SUN_RATIO))
+    if near.norm_ratio < NORM_RATIO:
+        missed.append(Missed(threshold="norm", value=near.norm_ratio, needed=NORM_RATIO))
     if near.sharing > near.most:
         missed.append(Missed(threshold="sharing", value=near.sharing, needed=near.most))
     return NearestMiss(
@@ -157,7 +336,7 @@ def _stage(path: Path, ratios: list[float], span: Span) -> Stage:
 
 def _erase_layer(path: Path) -> int | None:
     after = path.shares[path.peak + 1 :]
-    if not len(after) or after.min() > -limits.ERASE_SHARE:
+    if not len(after) or after.min() > -ERASE_SHARE:
         return None
     return path.peak + 1 + int(after.argmin())
 
@@ -167,7 +346,7 @@ def _writer(path: Path, start: int) -> Writer | None:
     part = slice(start, path.peak + 1)
     mixer = path.part_shares(path.mixer)[part].sum().item()
     ffn = path.part_shares(path.ffn)[part].sum().item()
-    if mixer + ffn < limits.FIRST_SHARE:
+    if mixer + ffn < FIRST_SHARE:
         return None
     return Writer(attention=mixer / (mixer + ffn), ffn=ffn / (mixer + ffn))
 

@@ -7,10 +7,14 @@ from typing import Any
 
 from melens.capture import stream
 from melens.inputs import Inputs, Source, take_in
-from melens.locating.assemble import assemble
-from melens.locating.profile import LayerProfile, SequenceRow
-from melens.locating.support import Texts
-from melens.locating.tokens import Group, group_hits, sample_first_tokens
+from melens.locating.assemble import Texts, assemble
+from melens.locating.profile import (
+    Group,
+    LayerProfile,
+    SequenceRow,
+    group_hits,
+    sample_first_tokens,
+)
 from melens.locating.trajectory import Path, trace
 from melens.models.anatomy import resid_post, resid_pre
 from melens.results import MELayer

@@ -1,9 +1,5 @@
 """Named constants of the verdict. Provisional: chosen on two models (docs/definitions.md)."""
 
-from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
-
-__all__ = ["NORM_RATIO", "SUN_ABSOLUTE", "SUN_RATIO"]
-
 SPARSE_TOKENS = 4
 """A dimension that is massive on more tokens of a sequence than this ..."""
 SPARSE_SHARE = 0.03

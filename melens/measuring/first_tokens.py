@@ -13,8 +13,8 @@ from melens.errors import PromptError
 from melens.framing import Frame, frame_of, known_ids
 from melens.inputs import Inputs
 from melens.intervals import wilson
+from melens.locating.assemble import massive_alone
 from melens.locating.criteria import first_over
-from melens.locating.support import massive_alone
 from melens.locating.thresholds import FIRST_SHARE
 from melens.locating.trajectory import Path
 from melens.results import MELayer

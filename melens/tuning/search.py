@@ -8,8 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from melens import __version__
-from melens import locating as emergence
+from melens import __version__, locating
 from melens.errors import InterventionError, MetricError
 from melens.evaluating.conditions import (
     BASE,
@@ -150,7 +149,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
 
 
 def _located(bridge: Any, texts: Any, metric: Any) -> MELayer:
-    return emergence.locate(bridge, alike_items(bridge.tokenizer, texts, metric))
+    return locating.locate(bridge, alike_items(bridge.tokenizer, texts, metric))
 
 
 def _check_resumable(metric: Any, settings: Settings) -> None:
