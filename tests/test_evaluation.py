@@ -24,8 +24,8 @@ from melens.evaluating.conditions import BASE, RIVALS, Condition, Plan, conditio
 from melens.evaluating.edits import applied
 from melens.evaluating.forced import Forced, Runner
 from melens.evaluating.generated import row_of
-from melens.evaluating.harness_rows import GENERATION_TASKS
-from melens.evaluating.harness_rows import ItemRow as Answer
+from melens.evaluating.harness.rows import GENERATION_TASKS
+from melens.evaluating.harness.rows import ItemRow as Answer
 from melens.evaluating.scores import score_of
 from melens.evaluating.tasks import FORCED_TASKS
 from melens.figures import FIGURES, save_figure

@@ -149,7 +149,7 @@ def test_located_and_generated_texts_of_a_chat_task_begin_alike(tokenizer, make_
     """The tokenizer puts BOS first, the template does not: transformers' rule is the template's."""
     pytest.importorskip("lm_eval")  # comes with melens[eval]
     from melens.chat import render, task_prompt_ids
-    from melens.evaluating.harness_model import Generator
+    from melens.evaluating.harness.model import Generator
     from melens.evaluating.tasks import alike
 
     made = framed(tokenizer, "BOS and EOS")
@@ -198,7 +198,7 @@ def test_a_bos_that_a_prompt_writes_itself_is_not_doubled(tokenizer):
 
 def test_the_harness_encodes_prompts_open_and_pads_within_the_vocabulary(tokenizer, make_tiny):
     pytest.importorskip("lm_eval")  # comes with melens[eval]
-    from melens.evaluating.harness_model import Generator
+    from melens.evaluating.harness.model import Generator
 
     model = make_tiny("llama")
     made = framed(tokenizer, "two in front")

@@ -66,7 +66,7 @@ def plain(make_tiny):
 
 
 def settings_of(data, tmp_path, **more):
-    from melens.evaluating.harness_rows import GenerationSettings
+    from melens.evaluating.harness.rows import GenerationSettings
 
     more = {"max_new_tokens": 4, "batch_size": 2, "rows_path": tmp_path / "rows.jsonl", **more}
     return GenerationSettings(data=data, **more)
@@ -115,7 +115,7 @@ def asked(text="w9 w10", continuation=" w11"):
     ],
 )
 def test_model_arguments_mean_what_an_edit_means(given, expected):
-    from melens.evaluating.harness_settings import read_settings
+    from melens.evaluating.harness.settings import read_settings
     from melens.results.edit import Edit
 
     wanted = read_settings(given)
@@ -141,7 +141,7 @@ def test_model_arguments_mean_what_an_edit_means(given, expected):
 )
 def test_wrong_arguments_are_refused_before_the_model_loads(given, said):
     from melens.errors import MelensError
-    from melens.evaluating.harness_model import MelensLM
+    from melens.evaluating.harness.model import MelensLM
 
     with pytest.raises(MelensError, match=said) as caught:
         MelensLM("/there/is/no/model", **given)
@@ -180,7 +180,7 @@ def test_an_edit_that_needs_a_bridge_gets_one(chat_tokenizer, tmp_path):
     from planted import batch, plant
 
     from melens.batches import Batch
-    from melens.evaluating.harness_model import MelensLM
+    from melens.evaluating.harness.model import MelensLM
     from melens.locating import locate
     from melens.models import load
 
@@ -213,7 +213,7 @@ def test_an_edit_that_needs_a_bridge_gets_one(chat_tokenizer, tmp_path):
 def test_one_cache_file_never_mixes_base_and_masked(folder, tmp_path):
     from lm_eval.api.model import CachingLM
 
-    from melens.evaluating.harness_model import MelensLM
+    from melens.evaluating.harness.model import MelensLM
 
     def score(**settings):
         lm = MelensLM(str(folder), device="cpu", **settings)
@@ -231,7 +231,7 @@ def test_one_cache_file_never_mixes_base_and_masked(folder, tmp_path):
 
 
 def test_the_key_of_weights_tells_models_apart_and_survives_bridging(make_tiny):
-    from melens.evaluating.harness_cache import weights_key
+    from melens.evaluating.harness.cache import weights_key
     from melens.models.loading import adopt
 
     for family in ("llama", "gemma3", "mixtral"):
@@ -248,7 +248,7 @@ def test_answers_are_greedy_and_scored_and_saved(plain, chat_tokenizer, data, tm
     """Independent: transformers' own greedy generation, item by item, without lm-eval."""
     import torch
 
-    from melens.evaluating.harness_run import run_task
+    from melens.evaluating.harness.run import run_task
 
     seen = []
     settings = settings_of(data, tmp_path, progress=lambda done, total: seen.append((done, total)))
@@ -273,7 +273,7 @@ def test_answers_are_greedy_and_scored_and_saved(plain, chat_tokenizer, data, tm
 
 
 def test_a_killed_run_goes_on_where_it_stopped(plain, chat_tokenizer, data, tmp_path):
-    from melens.evaluating.harness_run import run_task
+    from melens.evaluating.harness.run import run_task
 
     def run(edit, **more):
         settings = settings_of(data, tmp_path, **more)
@@ -298,8 +298,8 @@ def test_a_killed_run_goes_on_where_it_stopped(plain, chat_tokenizer, data, tmp_
 
 
 def test_every_task_scores_its_items(plain, chat_tokenizer, data, tmp_path):
-    from melens.evaluating.harness_rows import GENERATION_TASKS, mean_score
-    from melens.evaluating.harness_run import run_task
+    from melens.evaluating.harness.rows import GENERATION_TASKS, mean_score
+    from melens.evaluating.harness.run import run_task
 
     for name, task in GENERATION_TASKS.items():
         settings = settings_of(data, tmp_path)
@@ -318,7 +318,7 @@ def test_every_task_scores_its_items(plain, chat_tokenizer, data, tmp_path):
 
 
 def test_means_weigh_judgements_and_skip_items_without_the_score():
-    from melens.evaluating.harness_rows import ItemRow, mean_score
+    from melens.evaluating.harness.rows import ItemRow, mean_score
 
     def row(scores, counts):
         return ItemRow(
@@ -338,7 +338,7 @@ def test_without_a_template_the_prompt_is_bare_and_the_edit_is_in_force(
     """Independent: transformers' own generation under wemask, and without."""
     import torch
 
-    from melens.evaluating.harness_run import run_task
+    from melens.evaluating.harness.run import run_task
     from melens.interventions import wemask
 
     ids = tokenizer("w9 w10", return_tensors="pt")
@@ -359,7 +359,7 @@ def test_without_a_template_the_prompt_is_bare_and_the_edit_is_in_force(
 
 def test_bad_input_is_refused_before_anything_is_generated(plain, chat_tokenizer, data, tmp_path):
     from melens.errors import PromptError, ResultError, UnknownNameError
-    from melens.evaluating.harness_run import run_task
+    from melens.evaluating.harness.run import run_task
 
     def run(task, folder=data, **more):
         run_task(
@@ -391,7 +391,7 @@ def test_gsm8k_is_scored_as_lm_evals_own_task_does(chat_tokenizer):
     import lm_eval
     import yaml
 
-    from melens.evaluating import harness_data
+    from melens.evaluating.harness import data as harness_data
 
     text = (Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml").read_text("utf-8")
     theirs = yaml.safe_load(text)
@@ -415,7 +415,7 @@ def test_punkt_tab_is_built_from_its_package(tmp_path, monkeypatch):
     import nltk
 
     from melens.errors import MissingPackageError
-    from melens.evaluating.harness_punkt import require_punkt
+    from melens.evaluating.harness.punkt import require_punkt
 
     monkeypatch.setenv("MELENS_CACHE", str(tmp_path))
     monkeypatch.setattr(nltk.data, "path", [])
@@ -441,7 +441,7 @@ def test_the_command_runs_lm_evals_own(folder, data, tmp_path, capsys, monkeypat
 
     import lm_eval.tasks
 
-    from melens.evaluating.harness import main
+    from melens.evaluating.harness.__main__ import main
 
     # lm-eval's own command reads all its thousands of task files, which takes 14 s
     fast = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
@@ -471,7 +471,7 @@ def test_the_command_runs_lm_evals_own(folder, data, tmp_path, capsys, monkeypat
 
 @pytest.mark.weights
 def test_without_a_located_layer_it_is_located_and_the_model_stays_plain():
-    from melens.evaluating.harness_model import MelensLM
+    from melens.evaluating.harness.model import MelensLM
     from melens.models.decoder import KEPT_BRIDGE
 
     lm = MelensLM("smollm2-135m", device="cpu", mask_rate=0.5, mask_select="activation")

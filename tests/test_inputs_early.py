@@ -68,7 +68,7 @@ def test_the_harness_works_without_any_special_token(make_tiny):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from melens.evaluating.harness_model import Generator
+    from melens.evaluating.harness.model import Generator
 
     bare = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w3"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -51,7 +51,7 @@ def test_commands_take_it(reported, tmp_path, capsys):
     from melens.cli.job import Job
 
     assert Job._read_located(SimpleNamespace(located=reported)) == load_result(LOCATED)
-    from melens.evaluating.harness_settings import _located
+    from melens.evaluating.harness.settings import _located
     from melens.results.edit import Edit
 
     assert _located(reported, Edit()) == load_result(LOCATED)

@@ -84,7 +84,7 @@ def test_a_me_layer_of_other_weights_is_refused_by_lm_eval(make_tiny, tokenizer,
     pytest.importorskip("lm_eval", reason="runs where the extra 'eval' is installed")
     from planted import batch, plant
 
-    from melens.evaluating.harness_model import MelensLM
+    from melens.evaluating.harness.model import MelensLM
 
     planted = plant("llama", "single", 1)
     planted.model.save_pretrained(tmp_path / "a")

@@ -179,7 +179,7 @@ def _refuse_early(asked: dict[str, Any], edit: Any) -> Any:
     from melens.errors import PromptError
     from melens.evaluating.conditions import check_edit
     from melens.evaluating.folder import check_folder
-    from melens.evaluating.harness_rows import GENERATION_TASKS
+    from melens.evaluating.harness.rows import GENERATION_TASKS
     from melens.evaluating.sources import check_source
     from melens.evaluating.tasks import LIKELIHOOD_FILES, Source
 

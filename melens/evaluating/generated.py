@@ -16,10 +16,10 @@ from melens.errors import ResultError
 from melens.evaluating.conditions import Condition
 from melens.evaluating.edits import applied, where_held
 from melens.evaluating.forced import MassiveIn
-from melens.evaluating.harness_data import file_key, items
-from melens.evaluating.harness_rows import GenerationSettings, GenerationTask
-from melens.evaluating.harness_rows import ItemRow as Answer
-from melens.evaluating.harness_run import run_task
+from melens.evaluating.harness.data import file_key, items
+from melens.evaluating.harness.rows import GenerationSettings, GenerationTask
+from melens.evaluating.harness.rows import ItemRow as Answer
+from melens.evaluating.harness.run import run_task
 from melens.evaluating.scores import ENERGY, assembled, held_facts
 from melens.evaluating.settings import Bench, Card, Progress
 from melens.evaluating.sources import data_folder
@@ -39,7 +39,7 @@ def generated(
 ) -> Evaluation:
     """Generate under every condition in turn, what an earlier run finished left out.
 
-    Raises:  as ``melens.evaluating.harness_run.run_task``.
+    Raises:  as ``melens.evaluating.harness.run.run_task``.
     """
     folder = data_folder(task, source)
     order = [str(doc["item_id"]) for doc in items(task.name, folder)[: source.n]]

@@ -12,7 +12,7 @@ from melens.errors import MetricError, PromptError
 from melens.evaluating.conditions import check_edit, check_held, check_unedited, conditions
 from melens.evaluating.forced import Foreseen, Outcome, Runner
 from melens.evaluating.generated import generated
-from melens.evaluating.harness_rows import GENERATION_TASKS
+from melens.evaluating.harness.rows import GENERATION_TASKS
 from melens.evaluating.scores import ENERGY, assembled, held_facts, score_of
 from melens.evaluating.settings import Bench, Card, Progress, Settings
 from melens.evaluating.sources import check_source

@@ -14,7 +14,7 @@ from typing import Any
 
 from melens.batches import read_text
 from melens.errors import PromptError
-from melens.evaluating.harness_rows import GENERATION_TASKS
+from melens.evaluating.harness.rows import GENERATION_TASKS
 from melens.evaluating.refusals import is_refusal, read_prompts
 from melens.evaluating.scoring import extract_answer, same_answer
 from melens.lines import is_text, json_object, lines_of

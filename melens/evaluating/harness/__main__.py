@@ -21,14 +21,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from melens.errors import COULD_NOT_RUN, MelensError, ModelNotFoundError
-from melens.evaluating.harness_data import OFFLINE_TASKS, data_folder, items
-from melens.evaluating.harness_punkt import require_punkt
-from melens.evaluating.harness_rows import GENERATION_TASKS
-from melens.evaluating.harness_settings import read_settings
+from melens.evaluating.harness.data import OFFLINE_TASKS, data_folder, items
+from melens.evaluating.harness.punkt import require_punkt
+from melens.evaluating.harness.rows import GENERATION_TASKS
+from melens.evaluating.harness.settings import read_settings
 from melens.network import pass_on
 
 try:
-    from melens.evaluating.harness_model import MelensLM
+    from melens.evaluating.harness.model import MelensLM
 except MelensError as _error:
     if __name__ != "__main__":
         raise

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from melens.chat import has_template, render
 from melens.errors import OutputError, PromptError, ResultError
-from melens.evaluating.harness_cache import key_of, model_key
-from melens.evaluating.harness_data import (
+from melens.evaluating.harness.cache import key_of, model_key
+from melens.evaluating.harness.data import (
     ITEM,
     OFFLINE_TASKS,
     Doc,
@@ -25,9 +25,9 @@ from melens.evaluating.harness_data import (
     gold_of,
     items,
 )
-from melens.evaluating.harness_punkt import require_lm_eval, require_punkt
-from melens.evaluating.harness_rows import GENERATION_TASKS, GenerationSettings, ItemRow
-from melens.evaluating.harness_settings import PLAIN
+from melens.evaluating.harness.punkt import require_lm_eval, require_punkt
+from melens.evaluating.harness.rows import GENERATION_TASKS, GenerationSettings, ItemRow
+from melens.evaluating.harness.settings import PLAIN
 from melens.framing import frame_of, require_known
 from melens.results import MELayer
 from melens.results.edit import Edit
@@ -160,7 +160,7 @@ def _answers(
 
     from melens.evaluating.conditions import check_held
     from melens.evaluating.edits import applied, where_held
-    from melens.evaluating.harness_model import Generator
+    from melens.evaluating.harness.model import Generator
     from melens.interventions.massive import with_firsts
 
     edited, size = models.edited, job.settings.batch_size
