@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 def settings_of(rates: list[float]) -> list[Any]:
     """The wave, the unedited model first."""
-    from melens.evaluating.conditions import BASE, Condition
+    from melens.evaluating.edits import BASE, Condition
     from melens.tuning import Space
 
     space = Space(rates=rates, strengths=(1.0,))

@@ -23,11 +23,11 @@ from typing import Any
 import melens
 from melens.batches import Prompts, prompts
 from melens.evaluating import Settings, Source
-from melens.evaluating.conditions import Plan
+from melens.evaluating.edits import Plan
 from melens.evaluating.run import evaluate
 from melens.figures import save_figure
-from melens.figures.dose_grid import draw_dose_grid
-from melens.figures.sink_change import draw_sink_change
+from melens.figures.evaluation import draw_dose_grid
+from melens.figures.sinks import draw_sink_change
 from melens.interventions import wemask
 from melens.results import Edit, Evaluation, MELayer, Result, Sinks, load_result
 from melens.store import write_atomically

@@ -23,8 +23,8 @@ from pathlib import Path
 import melens
 from melens.batches import prompts
 from melens.evaluating import Settings, Source
-from melens.evaluating.conditions import Plan
-from melens.evaluating.harness.rows import GENERATION_TASKS
+from melens.evaluating.edits import Plan
+from melens.evaluating.harness.data import GENERATION_TASKS
 from melens.evaluating.run import evaluate
 from melens.evaluating.sources import check_source
 from melens.figures import save_figure

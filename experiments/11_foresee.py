@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 import melens
 from melens.batches import Batch
 from melens.figures import save_figure
-from melens.figures.styles import house_style
+from melens.figures.draw import house_style
 from melens.provenance import git_commit, versions
 from melens.results import load_result
 from melens.scanning import scan

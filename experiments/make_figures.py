@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from melens.figures import save_figure
-from melens.figures.styles import house_style
+from melens.figures.draw import house_style
 from melens.reporting import html_page, markdown_report
 from melens.results import load_result
 from melens.store import write_atomically

@@ -20,12 +20,11 @@ from melens.errors import (
     UnknownNameError,
 )
 from melens.evaluating import Settings, Source, evaluate
-from melens.evaluating.conditions import BASE, RIVALS, Condition, Plan, conditions
-from melens.evaluating.edits import applied
+from melens.evaluating.edits import BASE, RIVALS, Condition, Plan, applied, conditions
 from melens.evaluating.forced import Forced, Runner
 from melens.evaluating.generated import row_of
-from melens.evaluating.harness.rows import GENERATION_TASKS
-from melens.evaluating.harness.rows import ItemRow as Answer
+from melens.evaluating.harness.data import GENERATION_TASKS
+from melens.evaluating.harness.data import ItemRow as Answer
 from melens.evaluating.scores import score_of
 from melens.evaluating.tasks import FORCED_TASKS
 from melens.figures import FIGURES, save_figure
@@ -478,7 +477,7 @@ def test_json_there_and_back_and_inconsistent_numbers_are_refused(held, tmp_path
 
 
 def test_doses_of_several_rules_are_drawn_together(held, tmp_path, words):
-    from melens.figures.dose_grid import draw_dose_grid
+    from melens.figures.evaluation import draw_dose_grid
 
     made = [held(Edit(select=select, layers=layers))
             for select in ("gamma", "activation") for layers in ("after", "next")]  # fmt: skip
@@ -503,7 +502,7 @@ def test_every_figure_draws_from_the_json_alone(held, style, edit, tmp_path):
 
 def test_sinks_inside_the_edit_change_after_it_only(massive, words, tmp_path):
     from melens.batches import prompts
-    from melens.figures.sink_change import draw_sink_change
+    from melens.figures.sinks import draw_sink_change
     from melens.interventions import wemask
     from melens.measuring import sinks
 

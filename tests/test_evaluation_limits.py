@@ -10,7 +10,7 @@ from planted import batch, plant
 
 from melens.batches import Batch
 from melens.errors import InterventionError, MetricError, ResultError
-from melens.evaluating.conditions import (
+from melens.evaluating.edits import (
     BASE,
     Condition,
     Plan,

@@ -195,8 +195,7 @@ def test_what_is_no_constant_prefix_is_refused(make_tiny, tmp_path, tokenizer):
 
 
 def test_layers_of_different_heads_have_no_adapter(make_tiny):
-    from melens.exporting.peft_adapter import row_of
-    from melens.exporting.prefix import Prefix
+    from melens.exporting.prefix import Prefix, row_of
 
     two, one = torch.zeros(2, 1, 8), torch.zeros(1, 1, 8)
     with pytest.raises(InterventionError, match=r"of one shape in all layers.*format='prefix'"):

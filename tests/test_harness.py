@@ -66,7 +66,7 @@ def plain(make_tiny):
 
 
 def settings_of(data, tmp_path, **more):
-    from melens.evaluating.harness.rows import GenerationSettings
+    from melens.evaluating.harness.data import GenerationSettings
 
     more = {"max_new_tokens": 4, "batch_size": 2, "rows_path": tmp_path / "rows.jsonl", **more}
     return GenerationSettings(data=data, **more)
@@ -231,7 +231,7 @@ def test_one_cache_file_never_mixes_base_and_masked(folder, tmp_path):
 
 
 def test_the_key_of_weights_tells_models_apart_and_survives_bridging(make_tiny):
-    from melens.evaluating.harness.cache import weights_key
+    from melens.evaluating.harness.settings import weights_key
     from melens.models.loading import adopt
 
     for family in ("llama", "gemma3", "mixtral"):
@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_where_it_stopped(plain, chat_tokenizer, data, tmp_
 
 
 def test_every_task_scores_its_items(plain, chat_tokenizer, data, tmp_path):
-    from melens.evaluating.harness.rows import GENERATION_TASKS, mean_score
+    from melens.evaluating.harness.data import GENERATION_TASKS, mean_score
     from melens.evaluating.harness.run import run_task
 
     for name, task in GENERATION_TASKS.items():
@@ -318,7 +318,7 @@ def test_every_task_scores_its_items(plain, chat_tokenizer, data, tmp_path):
 
 
 def test_means_weigh_judgements_and_skip_items_without_the_score():
-    from melens.evaluating.harness.rows import ItemRow, mean_score
+    from melens.evaluating.harness.data import ItemRow, mean_score
 
     def row(scores, counts):
         return ItemRow(
@@ -415,7 +415,7 @@ def test_punkt_tab_is_built_from_its_package(tmp_path, monkeypatch):
     import nltk
 
     from melens.errors import MissingPackageError
-    from melens.evaluating.harness.punkt import require_punkt
+    from melens.evaluating.harness.data import require_punkt
 
     monkeypatch.setenv("MELENS_CACHE", str(tmp_path))
     monkeypatch.setattr(nltk.data, "path", [])

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from melens.batches import Batch
 from melens.errors import InterventionError, MelensError, ResultError, SiteError
 from melens.figures import draw
-from melens.figures.styles import FIGURES
+from melens.figures.draw import FIGURES
 from melens.inputs import take_in
 from melens.intervals import mean_interval
 from melens.isolating import isolate

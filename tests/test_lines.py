@@ -14,7 +14,7 @@ from melens.batches import prompts, read_lines, read_text
 from melens.cli.edit_job import prompts_of
 from melens.errors import MelensError, PromptError
 from melens.evaluating.harness.data import items
-from melens.evaluating.refusals import read_prompts
+from melens.evaluating.scoring import read_prompts
 from melens.evaluating.tasks import Source, read_jsonl
 from melens.inputs import take_in
 from melens.lines import is_text, json_object, lines_of

@@ -15,7 +15,7 @@ from planted import plant
 
 from melens.cli.app import main
 from melens.errors import InterventionError, PromptError, ResultError
-from melens.evaluating.conditions import BASE, Condition
+from melens.evaluating.edits import BASE, Condition
 from melens.evaluating.forced import Forced, Foreseen, Runner
 from melens.evaluating.haystack import (
     Filler,

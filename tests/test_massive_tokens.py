@@ -139,7 +139,7 @@ def test_resumed_runs_edit_the_tokens_of_the_full_run(newline):
 
 
 def test_evaluate_edits_and_counts_massive_tokens_only(newline):
-    from melens.evaluating.conditions import Plan, conditions
+    from melens.evaluating.edits import Plan, conditions
     from melens.evaluating.forced import Forced, Runner
     from melens.interventions import wemask
     from melens.results.edit import Edit
@@ -171,7 +171,7 @@ def test_an_edit_that_was_kept_open_warns_as_any_other_at_its_end():
     from planted import batch, plant
 
     from melens.batches import Batch
-    from melens.exporting.open_edit import OpenEdit
+    from melens.exporting.reload import OpenEdit
     from melens.locating import locate
     from melens.models import load
     from melens.results import Edit

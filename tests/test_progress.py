@@ -17,8 +17,10 @@ from melens.progress import Lines, hush, one_command, progress_on, remark
 ALIVE = re.compile(r"melens: 3 of 12 rows, 25 %, \d+ s so far, about \d+ s left\n")
 
 
-ALWAYS_SAID = {"progress.py", "cli/app.py", "evaluation/harness.py", "evaluation/generated.py",
-               "evaluation/harness_run.py"}  # fmt: skip
+ALWAYS_SAID = {
+    "progress.py", "cli/app.py", "evaluating/harness/__main__.py", "evaluating/generated.py",
+    "evaluating/harness/run.py",
+}  # fmt: skip
 """Errors; the last two have a callback of that name, which counts items."""
 
 

@@ -27,10 +27,16 @@ from melens.reporting import (
 )
 from melens.reporting import page as report_page
 from melens.reporting.card import END, START
-from melens.reporting.glossary import GLOSSARY
 from melens.reporting.sections.base import View
-from melens.reporting.source import Source, anchor
-from melens.reporting.text import code_span, markdown_text, number_text, page_text
+from melens.reporting.source import (
+    GLOSSARY,
+    Source,
+    anchor,
+    code_span,
+    markdown_text,
+    number_text,
+    page_text,
+)
 from melens.results import load_result
 from melens.results.check import CheckReport
 from melens.results.pointer import look_up

@@ -146,14 +146,14 @@ def test_a_gold_solution_scores_and_its_neighbour_does_not():
     ],
 )
 def test_refusals_are_told_by_how_an_answer_begins(answer, refused):
-    from melens.evaluating.refusals import is_refusal
+    from melens.evaluating.scoring import is_refusal
 
     assert is_refusal(answer) is refused
 
 
 def test_xstest_is_read_and_a_broken_csv_refused(tmp_path):
     from melens.errors import PromptError
-    from melens.evaluating.refusals import read_prompts
+    from melens.evaluating.scoring import read_prompts
 
     path = tmp_path / "x.csv"
     path.write_text('id,prompt,type,label\n1,"How, then?",a,safe\n2,Bad?,b,unsafe\n', "utf-8")

@@ -13,7 +13,7 @@ import jupytext
 import pytest
 from planted_report import SAVED
 
-from melens.figures.styles import FIGURES, Drawing
+from melens.figures.draw import FIGURES, Drawing
 from melens.results import load_result
 
 ROOT = Path(__file__).parent.parent

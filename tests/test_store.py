@@ -214,7 +214,7 @@ def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
     from melens.batches import prompts
     from melens.checking.policy import read_policy
     from melens.cli.mask_options import read_edit_file
-    from melens.evaluating.refusals import read_prompts
+    from melens.evaluating.scoring import read_prompts
     from melens.evaluating.tasks import Source, read_jsonl
     from melens.item_rows import Rows, head_of
     from melens.patching.checkpoint import Cells

@@ -11,7 +11,7 @@ import torch
 from melens import locate, prompts
 from melens.batches import Batch
 from melens.errors import MetricError, ModelError, ResultError, UnknownNameError
-from melens.figures.super_weights import draw_spikes
+from melens.figures.causes import draw_spikes
 from melens.isolating.spikes import places_of, removed, stand_ins
 from melens.isolating.super_weight_known import hold_super_weights, with_known
 from melens.isolating.super_weight_search import Search, super_weights

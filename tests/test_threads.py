@@ -11,7 +11,7 @@ import torch
 from melens.batches import Batch
 from melens.capture import ChannelMax, require_this_thread, stream
 from melens.errors import BusyError
-from melens.exporting.open_edit import OpenEdit
+from melens.exporting.reload import OpenEdit
 from melens.interventions import ffn_scale, wemask
 from melens.models import load
 from melens.results.edit import Edit

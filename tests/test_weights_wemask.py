@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from melens.batches import prompts
-from melens.evaluating.conditions import BASE, Condition
+from melens.evaluating.edits import BASE, Condition
 from melens.evaluating.forced import Forced, Runner
 from melens.interventions import wemask
 from melens.locating import locate

@@ -11,7 +11,7 @@ from melens.batches import Batch
 from melens.capture import stream
 from melens.checking.bench import Bench, Tick
 from melens.errors import PromptError, SiteError
-from melens.evaluating.conditions import (
+from melens.evaluating.edits import (
     BASE,
     Condition,
     check_held,
@@ -19,9 +19,8 @@ from melens.evaluating.conditions import (
     conditions,
 )
 from melens.evaluating.forced import Forced, Runner
-from melens.evaluating.scores import assembled, held_facts
-from melens.evaluating.settings import Bench as Trial
-from melens.evaluating.settings import Card, Settings
+from melens.evaluating.scores import Bench as Trial
+from melens.evaluating.scores import Card, Settings, assembled, held_facts
 from melens.evaluating.tasks import token_loss
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows

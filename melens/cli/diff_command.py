@@ -76,7 +76,7 @@ def diff(
     first = Job.of({**locals(), "model": a})
     second = replace(first, model=b, dtype=dtype_b or dtype, revision=revision_b or revision)
     from melens.comparing.differences import compare
-    from melens.comparing.tolerances import Tolerances
+    from melens.comparing.rows import Tolerances
 
     sides = _sides(first, second, any_texts=any_texts)
     result = compare(sides[0], sides[1], Tolerances(value=tolerance))

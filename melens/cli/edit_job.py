@@ -99,7 +99,7 @@ class EditJob:
         """The ME Layer: read, of the model's melens.json, or located; None where none is needed."""
         if self.edit.name == "none":
             return None
-        from melens.exporting.record import read_edit
+        from melens.exporting.subject import read_edit
         from melens.models import fingerprint
 
         record = read_edit(self.job.model)
@@ -238,8 +238,8 @@ def show_answers(rows: Sequence[dict[str, Any]], *, label: str, as_json: bool) -
 
 def show_export(folder: Path, *, as_json: bool) -> None:
     """What was written."""
-    from melens.exporting.readme import README, WARNING
-    from melens.exporting.record import read_edit
+    from melens.exporting.folder import README, WARNING
+    from melens.exporting.subject import read_edit
 
     record = read_edit(folder)
     assert record is not None

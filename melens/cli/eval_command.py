@@ -12,7 +12,7 @@ from melens.cli import options as opt
 from melens.formatting import brief
 
 if TYPE_CHECKING:
-    from melens.evaluating.conditions import Plan
+    from melens.evaluating.edits import Plan
 
 RIVALS = "zero,mean,norm-flatten,ffn-cap,drop-key"
 
@@ -139,8 +139,8 @@ def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -
     Raises:  InterventionError: what is none.
     """
     from melens.errors import InterventionError
-    from melens.evaluating.conditions import RIVALS as ALL
-    from melens.evaluating.conditions import Plan
+    from melens.evaluating.edits import RIVALS as ALL
+    from melens.evaluating.edits import Plan
 
     made: dict[str, Any] = {}
     if rates is not None:
@@ -177,9 +177,9 @@ def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
 def _refuse_early(asked: dict[str, Any], edit: Any) -> Any:
     """The task's source; whatever can be refused without the model is."""
     from melens.errors import PromptError
-    from melens.evaluating.conditions import check_edit
+    from melens.evaluating.edits import check_edit
     from melens.evaluating.folder import check_folder
-    from melens.evaluating.harness.rows import GENERATION_TASKS
+    from melens.evaluating.harness.data import GENERATION_TASKS
     from melens.evaluating.sources import check_source
     from melens.evaluating.tasks import LIKELIHOOD_FILES, Source
 

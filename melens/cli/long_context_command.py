@@ -103,7 +103,7 @@ def long_context(
         task=task.value, lengths=sizes, depths=places, seeds=seeds, needles=needles,
         text=_read(text), bos=bos, chat=chat, seed=seed,
     )  # fmt: skip
-    from melens.evaluating.conditions import check_edit
+    from melens.evaluating.edits import check_edit
     from melens.evaluating.long_context import LongSettings, items_of
     from melens.evaluating.long_context import long_context as measure
 

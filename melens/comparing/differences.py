@@ -1,4 +1,4 @@
-"""diff(): two sides -> one frozen Difference."""
+"""diff(): two sides -> one frozen Difference, and how far numbers may lie apart and be the same."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from melens.comparing import rows
+from melens.comparing.rows import Tolerances
 from melens.comparing.sides import Side, texts_like, two_sides
-from melens.comparing.tolerances import Tolerances
 from melens.inputs import Source
 from melens.provenance import ModelFacts, RunInfo
 from melens.results.diff import Difference

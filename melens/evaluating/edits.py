@@ -1,23 +1,28 @@
-"""Every edit that can be evaluated, by name: the mask, its rivals, and none."""
+"""Every edit that can be evaluated, and which of them an evaluation compares."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-from melens.batches import prompts
+from melens.batches import Batch, prompts
 from melens.errors import InterventionError, NoTokenError
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
+from melens.interventions.massive import MassiveRule, massive_tokens
+from melens.interventions.now import is_edited
 from melens.interventions.tokens import Tokens
+from melens.interventions.wemask import layers_of
 from melens.isolating import mean_coordinates
+from melens.models.decoder import decoder_of
 from melens.models.origin import fingerprint
 from melens.registry import Registry
 from melens.results import MELayer
-from melens.results.edit import Edit
+from melens.results.edit import LAYERED, RATED, Edit
 
 Maker = Callable[[Any, Edit, MELayer, Tokens], AbstractContextManager[Any]]
 EDITS: Registry[Maker] = Registry("edit")
@@ -142,3 +147,204 @@ for _name, _maker in {
     "norm-flatten": _norm_flatten, "ffn-cap": _ffn_cap, "drop-key": _drop_key,
 }.items():  # fmt: skip
     EDITS.add(_name, _maker)
+
+
+Role = Literal["base", "edited", "dose", "control", "rival"]
+RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
+STRENGTHS = (0.25, 0.5, 0.75)
+CONTROL_SEEDS = (0, 1, 2)
+RIVALS = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
+BASE = Edit(name="none")
+EDITED_BY = "residual/1"
+"""How an edit finds its tokens; rows of another way are of another evaluation."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One column of an evaluation."""
+
+    name: str
+    role: Role
+    edit: Edit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare beside base and edit; doses and both controls unless told otherwise."""
+
+    rates: tuple[float, ...] = RATES
+    """Doses of a mask; an edit without a rate takes ``strengths``."""
+    strengths: tuple[float, ...] = STRENGTHS
+    seeds: tuple[int, ...] = CONTROL_SEEDS
+    """Of the random dimensions."""
+    rivals: tuple[str, ...] = ()
+    """Other edits, by name, at full strength."""
+
+
+def conditions(
+    model: Any, edit: Edit, me_layer: MELayer | None, plan: Plan | None = None
+) -> tuple[Condition, ...]:
+    """Every condition, base first and the edit second; equal ones only once.
+
+    Raises:  InterventionError, SiteError: an edit that changes nothing, or that this model cannot
+             follow.
+    """
+    check_edit(edit)
+    plan = plan or Plan()
+    made = [Condition("base", "base", BASE), Condition("edited", "edited", edit)]
+    made += _doses(edit, plan)
+    made += _other_layers(model, edit, me_layer)
+    made += _random_dims(edit, plan)
+    for name in plan.rivals:
+        settings = {"layers": edit.layers} if name in LAYERED and edit.name in LAYERED else {}
+        made.append(Condition(name, "rival", Edit.model_validate({"name": name, **settings})))
+    kept: dict[Edit, Condition] = {}
+    for condition in made:
+        kept.setdefault(condition.edit, condition)
+    taken = names(tuple(kept.values()))
+    if twice := sorted({name for name in taken if taken.count(name) > 1}):
+        raise InterventionError(f"two conditions are called '{twice[0]}'; make them differ more.")
+    return tuple(kept.values())
+
+
+def check_edit(edit: Edit) -> None:
+    """Refuse an edit that there is nothing to compare of.
+
+    Raises:  InterventionError: it changes nothing.
+    """
+    if not isinstance(edit, Edit):
+        raise InterventionError(
+            f"edit must be a melens.results.Edit, e.g. Edit(name='wemask', rate=0.5), got "
+            f"{edit!r:.60}."
+        )
+    if edit.name == "none":
+        raise InterventionError("an evaluation holds an edit against none; name an edit.")
+    if not edit.strength or (edit.name in RATED and not edit.rate):
+        raise InterventionError("the edit changes nothing; give it a rate or a strength.")
+
+
+def check_unedited(model: Any) -> None:
+    """Refuse a model that an edit is open on: its base would be edited as well.
+
+    Raises:  InterventionError: naming the edit, where it is an exported one.
+    """
+    opened = vars(model).get("melens_edit")
+    if opened is not None and opened.active:
+        raise InterventionError(
+            f"{opened.edit.label} is open on this model, so nothing here is without an edit; call "
+            "model.melens_edit.close() first, or give the folder instead of the model."
+        )
+    if is_edited(model):
+        raise InterventionError(
+            "an edit is open on this model, so nothing here is without one; leave it first."
+        )
+
+
+def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse items of which none holds a massive token, before they are run under any edit.
+
+    The items are run unedited up to the ME Layer, until one of them holds one.
+
+    Raises:  InterventionError: none of them does.
+    """
+    if me_layer is None:
+        return
+    # One at a time: an item may be as long as memory allows, and the first one mostly holds it.
+    batches = (Batch.pad([list(row)]) for row in rows)
+    if not any(bool(marks.any()) for marks, _ in massive_tokens(model, me_layer, batches)):
+        rule = MassiveRule.of(me_layer)
+        raise InterventionError(
+            f"no token of the {len(rows)} items is massive (|x| over {rule.coordinate:,.0f} in "
+            f"dimension {rule.dim} at the output of layer {rule.layer}), so no edit would change "
+            "anything; locate on texts that begin as the items do (BOS, chat template)."
+        )
+
+
+def located_facts(me_layer: MELayer | None) -> list[Any] | None:
+    """What edits take from a ME Layer, and on which texts; not when or how it was located."""
+    if me_layer is None:
+        return None
+    tokens = [[token.position, token.token_id, token.dim] for token in me_layer.massive]
+    tried = [[token.token_id, token.massive] for token in me_layer.stability.first_tokens]
+    texts = [me_layer.run.settings.get(name) for name in ("ids", "bos", "chat")]
+    return [EDITED_BY, me_layer.me_layer, me_layer.peak_layer, tokens, tried, texts]
+
+
+def _doses(edit: Edit, plan: Plan) -> list[Condition]:
+    if edit.name in RATED:
+        return [
+            Condition(f"rate {rate:g}", "dose", edit.changed(rate=rate))
+            for rate in plan.rates
+            if rate != edit.rate
+        ]
+    return [
+        Condition(f"strength {strength:g}", "dose", edit.changed(strength=strength))
+        for strength in plan.strengths
+        if strength != edit.strength
+    ]
+
+
+def _other_layers(model: Any, edit: Edit, me_layer: MELayer | None) -> list[Condition]:
+    """The same edit where the massive activation is not there yet, or at one other layer."""
+    if edit.name not in LAYERED:
+        return [] if me_layer is None else _elsewhere(edit, me_layer)
+    decoder = decoder_of(model)
+    taken = layers_of(decoder, me_layer, edit.layers)
+    others = tuple(at for at in decoder.attentions if at < taken[0])
+    if not others:
+        others = tuple(at for at in decoder.attentions if at not in taken)
+    # As many as the edit has, where there are so many; from the middle, away from both ends.
+    spare = max(0, len(others) - len(taken))
+    others = others[spare // 2 :][: len(taken)]
+    return [Condition("other layers", "control", edit.changed(layers=others))] if others else []
+
+
+def _elsewhere(edit: Edit, me_layer: MELayer) -> list[Condition]:
+    """An edit of the ME Layer, made half-way to it and half-way after it instead."""
+    at = me_layer.me_layer
+    if at is None or at < 0:
+        return []
+    peak = me_layer.n_layers - 1 if me_layer.peak_layer is None else me_layer.peak_layer
+    last = peak + 1
+    picked = {at // 2, (at + last) // 2} - {at}
+    return [
+        Condition(f"at layer {layer}", "control", edit.changed(layers=(layer,)))
+        for layer in sorted(picked)
+        if layer < me_layer.n_layers
+    ]
+
+
+def _random_dims(edit: Edit, plan: Plan) -> list[Condition]:
+    """As many dimensions, drawn at random; of edits that have dimensions."""
+    if edit.name not in (*RATED, "zero", "mean"):
+        return []
+    return [
+        Condition(f"random dims, seed {seed}", "control", edit.changed(select="random", seed=seed))
+        for seed in plan.seeds
+        if not (edit.select == "random" and edit.seed == seed)
+    ]
+
+
+def first_layer(model: Any, edit: Edit, me_layer: MELayer | None) -> int:
+    """The first block that an edit changes: what a run before it may be kept of.
+
+    Layers count from 0; the unedited model gives the number of its layers.
+    """
+    decoder = decoder_of(model)
+    if edit.name == "none":
+        return decoder.n_layers
+    if edit.name in LAYERED:
+        return layers_of(decoder, me_layer, edit.layers)[0]
+    if isinstance(edit.layers, tuple):
+        return edit.layers[0]
+    if me_layer is None or me_layer.me_layer is None or me_layer.me_layer < 0:
+        raise InterventionError(
+            f"{edit.name} acts at the ME Layer, and this model has no block of that kind; name "
+            "one with layers=(n,)."
+        )
+    return me_layer.me_layer
+
+
+def names(found: Sequence[Condition]) -> list[str]:
+    """Names of the conditions, in order."""
+    return [condition.name for condition in found]

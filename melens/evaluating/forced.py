@@ -17,8 +17,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import evaluating, fit_ids
 from melens.errors import PromptError
-from melens.evaluating.conditions import Condition, first_layer
-from melens.evaluating.edits import applied, where_held
+from melens.evaluating.edits import Condition, applied, first_layer, where_held
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
 from melens.interventions.tokens import these

@@ -13,15 +13,12 @@ from melens.batches import Batch
 from melens.capture import evaluating
 from melens.chat import task_prompt_ids, template_key
 from melens.errors import ResultError
-from melens.evaluating.conditions import Condition
-from melens.evaluating.edits import applied, where_held
+from melens.evaluating.edits import Condition, applied, where_held
 from melens.evaluating.forced import MassiveIn
-from melens.evaluating.harness.data import file_key, items
-from melens.evaluating.harness.rows import GenerationSettings, GenerationTask
-from melens.evaluating.harness.rows import ItemRow as Answer
+from melens.evaluating.harness.data import GenerationSettings, GenerationTask, file_key, items
+from melens.evaluating.harness.data import ItemRow as Answer
 from melens.evaluating.harness.run import run_task
-from melens.evaluating.scores import ENERGY, assembled, held_facts
-from melens.evaluating.settings import Bench, Card, Progress
+from melens.evaluating.scores import ENERGY, Bench, Card, Progress, assembled, held_facts
 from melens.evaluating.sources import data_folder
 from melens.evaluating.tasks import Source
 from melens.framing import bos_first

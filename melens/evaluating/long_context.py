@@ -18,7 +18,7 @@ import torch
 from melens import locating
 from melens.batches import prompts
 from melens.errors import PromptError
-from melens.evaluating.conditions import (
+from melens.evaluating.edits import (
     Condition,
     Plan,
     check_edit,
@@ -28,7 +28,7 @@ from melens.evaluating.conditions import (
 )
 from melens.evaluating.forced import Forced, Foreseen, Outcome, Runner
 from melens.evaluating.haystack import Haystack, bins, haystacks, plain_texts
-from melens.evaluating.settings import Bench, Progress, Settings
+from melens.evaluating.scores import Bench, Progress, Settings
 from melens.framing import bos_first, require_known
 from melens.inputs import Inputs
 from melens.intervals import paired_difference, weighted_mean

@@ -9,12 +9,20 @@ from torch import Tensor
 
 from melens import locating
 from melens.errors import MetricError, PromptError
-from melens.evaluating.conditions import check_edit, check_held, check_unedited, conditions
+from melens.evaluating.edits import check_edit, check_held, check_unedited, conditions
 from melens.evaluating.forced import Foreseen, Outcome, Runner
 from melens.evaluating.generated import generated
-from melens.evaluating.harness.rows import GENERATION_TASKS
-from melens.evaluating.scores import ENERGY, assembled, held_facts, score_of
-from melens.evaluating.settings import Bench, Card, Progress, Settings
+from melens.evaluating.harness.data import GENERATION_TASKS
+from melens.evaluating.scores import (
+    ENERGY,
+    Bench,
+    Card,
+    Progress,
+    Settings,
+    assembled,
+    held_facts,
+    score_of,
+)
 from melens.evaluating.sources import check_source
 from melens.evaluating.tasks import FORCED_TASKS, ForcedTask, Source, alike
 from melens.framing import bos_first, require_known

@@ -6,8 +6,12 @@ from pathlib import Path
 
 from melens.batches import read_text
 from melens.errors import PromptError, UnknownNameError
-from melens.evaluating.harness.data import items
-from melens.evaluating.harness.rows import GENERATION_TASKS, GenerationSettings, GenerationTask
+from melens.evaluating.harness.data import (
+    GENERATION_TASKS,
+    GenerationSettings,
+    GenerationTask,
+    items,
+)
 from melens.evaluating.harness.run import check_task
 from melens.evaluating.tasks import FORCED_TASKS, LIKELIHOOD_FILES, Source, read_jsonl
 from melens.registry import Registry

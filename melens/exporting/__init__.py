@@ -2,7 +2,7 @@
 
 from melens.exporting.folder import export
 from melens.exporting.prefix import for_call, for_generate, load_prefix
-from melens.exporting.record import read_edit
 from melens.exporting.reload import load
+from melens.exporting.subject import read_edit
 
 __all__ = ["export", "for_call", "for_generate", "load", "load_prefix", "read_edit"]

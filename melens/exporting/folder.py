@@ -8,25 +8,72 @@ from pathlib import Path
 from typing import Any, get_args
 
 from melens.errors import InterventionError, OutputError, ResultError
-from melens.exporting.open_edit import check_edit
-from melens.exporting.peft_adapter import check_like_peft, row_of, write_adapter
 from melens.exporting.prefix import (
     Prefix,
+    check_like_peft,
     constant_prefix,
     difference,
     facts_of,
     fixed_first,
+    row_of,
+    write_adapter,
     write_prefix,
 )
-from melens.exporting.readme import README, readme
-from melens.exporting.record import MELENS_JSON, read_edit, write_edit
-from melens.exporting.subject import Subject, dtype_of, plain_to_save, probe_of, subject_of
-from melens.formatting import brief
+from melens.exporting.reload import check_edit
+from melens.exporting.subject import (
+    MELENS_JSON,
+    Subject,
+    dtype_of,
+    plain_to_save,
+    probe_of,
+    read_edit,
+    subject_of,
+    write_edit,
+)
+from melens.formatting import brief, clipped
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.export import EditFile, Format, PrefixFacts
 from melens.store import write_folder
+
+README = "README.md"
+WARNING = (
+    "loaded by transformers, vLLM or anything but melens, this folder is the model WITHOUT the "
+    "edit, and nothing says so"
+)
+_TEXT = """# {model}, with an edit kept beside it
+
+**{warning}.** The weights here are those of `{model}`, unchanged. The edit
+(`{edit}`) is in `melens.json`; it acts while the model runs.
+
+This loads the model with its edit, in force on every forward pass and in `generate`:
+
+```python
+import melens
+
+model = melens.load(".")  # the path of this folder
+print(model.melens_edit)
+```
+
+On the command line, side by side with the model that is not edited:
+
+```text
+melens generate PATH-OF-THIS-FOLDER --prompt "Once upon a time"
+```
+
+For use without melens export the same edit again as `--format prefix` or `--format peft`: with a
+fixed first token these hold what the mask does to it.
+"""
+
+
+def readme(record: EditFile) -> str:
+    """The text for one export."""
+    warning = WARNING[:1].upper() + WARNING[1:]
+    model, edit = (
+        clipped(text).replace("`", "'") for text in (record.run.model, record.edit.label)
+    )
+    return _TEXT.format(model=model, edit=edit, warning=warning)
 
 
 def export(

@@ -13,7 +13,31 @@ from melens.models.decoder import KEPT_BRIDGE
 from melens.models.loading import load, load_plain
 from melens.models.origin import Origin, fingerprint, origin_of
 from melens.results import MELayer
-from melens.results.export import Probe
+from melens.results.base import load_result
+from melens.results.export import EditFile, Probe
+from melens.store import write_atomically
+
+MELENS_JSON = "melens.json"
+
+
+def write_edit(record: EditFile, folder: Path) -> None:
+    """Write a folder's melens.json."""
+    write_atomically(folder / MELENS_JSON, record.to_json())
+
+
+def read_edit(folder: str | Path) -> EditFile | None:
+    """What a folder's melens.json says; None where there is none.
+
+    Raises:  ResultError: it is broken, or of another kind or version.
+    """
+    path = Path(folder).expanduser() / MELENS_JSON
+    if not path.is_file():
+        return None
+    found = load_result(path)
+    if not isinstance(found, EditFile):
+        raise ResultError(f"{path} holds a result of another kind; export the edit again.")
+    return found
+
 
 PROBE_IDS, PROBE_LOGITS = 6, 16
 CLOSE, CLOSE_IN_HALF = 1e-3, 0.1

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import LAYER_LABEL, PAGE, Drawing, figure, plain
+from melens.figures.draw import LAYER_LABEL, PAGE, Drawing, figure, plain
 from melens.results.diff import Difference, SideInfo
 
 A, B = "#0072B2", "#D55E00"

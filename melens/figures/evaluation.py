@@ -1,4 +1,4 @@
-"""Evaluations: the effect against the dose beside its controls; paired differences by item."""
+"""Evaluations: the effect against the dose beside its controls, one or several of one task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from melens.figures.styles import ME_COLOUR, PAGE, Drawing, figure, plain
+from melens.errors import ResultError
+from melens.figures.draw import ME_COLOUR, PAGE, Drawing, figure, house_style, plain
 from melens.results.edit import RATED
 from melens.results.evaluation import ConditionScore, Evaluation
 
@@ -173,3 +174,81 @@ def _counts(result: Evaluation, found: Sequence[float]) -> str:
     better = sum(sign * x > 0 for x in found)
     worse = sum(sign * x < 0 for x in found)
     return f"{better} better, {worse} worse, {len(found) - better - worse} equal"
+
+
+STYLES = ("-", "--", ":", "-.")
+APART = 0.006
+"""Rates by which lines stand beside each other, so that no interval hides another."""
+GRID_MARKERS = ("o", "s", "^", "v", "D", "P")
+
+
+def draw_dose_grid(results: Sequence[Evaluation]) -> Figure:
+    """A panel for each choice of layers; colour = rule, line = strength; bars 95 %, paired.
+
+    Args:    results: masks on one task, one model and the same items.
+    Raises:  ResultError: none, or of several tasks, models or sets of items.
+    """
+    _check_same(results)
+    layers = list(dict.fromkeys(r.edit.layers for r in results))
+    rules = list(dict.fromkeys(r.edit.select for r in results))
+    strengths = sorted({r.edit.strength for r in results}, reverse=True)
+    first = results[0]
+    with house_style():
+        made = Drawing(figsize=(PAGE, 3.2), layout="constrained")
+        panels = made.subplots(1, len(layers), sharey=True, squeeze=False)[0]
+        for axes, chosen in zip(panels, layers, strict=True):
+            here = [result for result in results if result.edit.layers == chosen]
+            for i, result in enumerate(here):
+                rule = rules.index(result.edit.select)
+                line = STYLES[strengths.index(result.edit.strength) % len(STYLES)]
+                _line(axes, result, rule, line, APART * (i - (len(here) - 1) / 2))
+            axes.axhline(0, color="black", lw=0.6)
+            axes.set_xlim(0, 1.03)
+            axes.set_xlabel("rate (share of the dimensions masked)")
+            axes.set_title(plain(_named(chosen)), loc="left")
+        better = "higher" if first.higher_is_better else "lower"
+        panels[0].set_ylabel(f"change, {first.unit}\n({better} is better)")
+        for i, rule in enumerate(rules):
+            panels[0].plot([], [], f"C{i}", marker=GRID_MARKERS[i % len(GRID_MARKERS)], label=rule)
+        for i, strength in enumerate(strengths):
+            line = STYLES[i % len(STYLES)]
+            panels[0].plot([], [], "black", ls=line, label=f"strength {strength:g}")
+        made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+        made.suptitle(
+            plain(f"{first.run.subject}, {first.task}, {first.n} items, {first.base.value:.4g} "
+                  f"{first.unit} without an edit; bars: 95 % over items, paired"), fontsize=8,
+        )  # fmt: skip
+    return made
+
+
+def _check_same(results: Sequence[Evaluation]) -> None:
+    if not results:
+        raise ResultError("there is no evaluation to draw.")
+    for what, values in (
+        ("tasks", {r.task for r in results}),
+        ("models", {r.run.weights for r in results}),
+        ("sets of items", {(r.n, r.weight, r.base.value) for r in results}),
+        ("kinds of edit", {r.edit.name for r in results}),
+    ):
+        if len(values) > 1:
+            raise ResultError(f"these evaluations are of {len(values)} {what}; draw them apart.")
+
+
+def _line(axes: Axes, result: Evaluation, rule: int, line: str, aside: float) -> None:
+    doses = sorted((result.edited, *result.dose), key=lambda c: c.edit.rate)
+    rates, colour = [c.edit.rate + aside for c in doses], f"C{rule}"
+    axes.plot(rates, [_grid_delta(c) for c in doses], color=colour, ls=line,
+              marker=GRID_MARKERS[rule % len(GRID_MARKERS)])  # fmt: skip
+    for x, c in zip(rates, doses, strict=True):
+        if c.delta is not None and c.delta.interval is not None:
+            axes.vlines(x, *c.delta.interval, color=colour, lw=0.8, alpha=0.7)
+
+
+def _grid_delta(condition: ConditionScore) -> float:
+    return condition.delta.value if condition.delta else 0.0
+
+
+def _named(layers: str | tuple[int, ...]) -> str:
+    if isinstance(layers, str):
+        return {"after": "all layers after the ME Layer", "next": "the next layer alone"}[layers]
+    return f"layers {', '.join(map(str, layers))} (from 0)"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from melens.figures.styles import PAGE, Drawing, figure, plain
+from melens.figures.draw import PAGE, Drawing, figure, plain
 from melens.results.long_context import Cell, LongCondition, LongContext
 
 COLOURS = "cividis"

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import PAGE, Drawing, figure, plain
+from melens.figures.draw import PAGE, Drawing, figure, plain
 from melens.results.patch import Axis, PatchGrid
 
 LONGEST = 14

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.styles import ME_COLOUR, PAGE, Drawing, figure, plain
-from melens.figures.token_curves import gaps
+from melens.figures.draw import ME_COLOUR, PAGE, Drawing, figure, plain
+from melens.figures.profile import gaps
 from melens.results.collapse import Collapse
 
 NAMES = {

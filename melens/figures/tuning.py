@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from melens.figures.styles import ME_COLOUR, PAGE, Drawing, figure, plain
+from melens.figures.draw import ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.results.tune import Confirmed, Trial, Tuning
 
 COLOURS = {"gamma": "C0", "activation": "C2", "product": "C3", "bottom": "C4",

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from melens.errors import ResultError
-from melens.reporting.markdown import markdown_body
+from melens.reporting.writing import markdown_body
 from melens.results.check import CheckReport
 from melens.store import PAGE, read_limited, write_atomically
 

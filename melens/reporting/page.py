@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import json
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -10,16 +13,293 @@ import jinja2
 from markupsafe import Markup
 
 from melens.figures.attention_view import BOOT, PANEL_STYLE, bundle, content_policy
-from melens.reporting.embedded import pieces
-from melens.reporting.findings import finding_views, rule_table
-from melens.reporting.glossary import GLOSSARY
-from melens.reporting.origin import origin_facts, policy_table, recommendation_view, stage_table
-from melens.reporting.parts import VERDICTS, canonical, key_facts, report_parts
-from melens.reporting.pictures import picture_uri
-from melens.reporting.sections import Picture
-from melens.reporting.source import Linked, Source
-from melens.reporting.text import attribute_text, page_text
-from melens.results.check import CheckReport
+from melens.reporting.sections import SECTIONS, Block, Fact, Picture, Table, View, other
+from melens.reporting.source import (
+    GLOSSARY,
+    Linked,
+    Source,
+    anchor,
+    attribute_text,
+    page_text,
+    picture_uri,
+    step,
+)
+from melens.results.check import CheckReport, Finding
+
+VERDICTS = {
+    "pass": "✓ Pass: within the policy",
+    "findings": "✗ Findings: not within the policy",
+    "incomplete": "? Incomplete: a stage failed",
+}
+
+
+@dataclass
+class Part:
+    """One section of the page: a heading and one block a result."""
+
+    id: str
+    title: str
+    lead: str
+    blocks: list[Block]
+
+
+def canonical(report: CheckReport) -> CheckReport:
+    """The report as it is read back from its file: with its keys in the file's order."""
+    return CheckReport.from_json(report.to_json())
+
+
+def report_parts(report: CheckReport, source: Source) -> list[Part]:
+    """Sections in the registry's order, then whatever has none of its own."""
+    views = [
+        View(source, name, report.result(name), index)
+        for index, name in enumerate(sorted(report.results))
+    ]
+    parts = []
+    for kind in SECTIONS.values():
+        mine = [view for view in views if type(view.result) is kind.kind]
+        if mine:
+            blocks = [kind.make(view) for view in mine]
+            parts.append(Part(kind.id, kind.title, kind.lead, blocks))
+    known = {kind.kind for kind in SECTIONS.values()}
+    if rest := [other(view) for view in views if type(view.result) not in known]:
+        parts.append(Part("more", "More results", "", rest))
+    return parts
+
+
+def _counts(report: CheckReport) -> list[Fact]:
+    """How many findings of each severity, the gravest first."""
+    return [
+        Fact(f"{severity} findings", str(sum(f.severity == severity for f in report.findings)))
+        for severity in ("critical", "warning", "info")
+    ]
+
+
+def key_facts(report: CheckReport, parts: list[Part]) -> list[Fact]:
+    """The few numbers for the top: what each section offers, and how many findings there are."""
+    offered = [fact for part in parts for block in part.blocks for fact in block.tiles]
+    return offered + _counts(report)
+
+
+SIGNS = {"critical": "✗", "warning": "▲", "info": "●"}
+"""Beside the word, so that no colour has to say it."""
+
+
+@dataclass(frozen=True)
+class FindingView:
+    """One finding, its numbers with their addresses."""
+
+    id: str
+    severity: str
+    sign: str
+    title: str
+    facts: list[Fact]
+    unit: str
+    source: Linked
+    why: str
+    advice: str
+
+
+def finding_views(report: CheckReport, source: Source) -> list[FindingView]:
+    """In the report's order, the gravest first."""
+    return [
+        FindingView(
+            found.id, found.severity, SIGNS[found.severity], found.title,
+            _facts(found, f"/findings/{i}", source), found.unit or "none",
+            source.link(found.source, found.source), found.why, found.advice,
+        )
+        for i, found in enumerate(report.findings)
+    ]  # fmt: skip
+
+
+def _facts(found: Finding, at: str, source: Source) -> list[Fact]:
+    made = [
+        Fact("Measured", source.number(f"{at}/value")),
+        Fact("Policy's threshold", source.number(f"{at}/threshold")),
+    ]
+    return made + [
+        Fact(name.replace("_", " "), source.number(f"{at}/evidence{step(name)}"))
+        for name in found.evidence
+    ]
+
+
+def rule_table(report: CheckReport, source: Source) -> Table:
+    """Every rule, found or not."""
+    rows = []
+    for i, rule in enumerate(report.rules):
+        at = f"/rules/{i}"
+        rows.append([
+            rule.id, rule.title, rule.status,
+            "" if rule.value is None else source.number(f"{at}/value"),
+            "" if rule.threshold is None else source.number(f"{at}/threshold"),
+            rule.unit, rule.reason or "",
+        ])  # fmt: skip
+    columns = ("rule", "looks for", "outcome", "measured", "threshold", "unit", "why not")
+    return Table(f"All {len(rows)} rules of the check", columns, rows, folded=True)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The recommendation and its numbers."""
+
+    text: str
+    facts: list[Fact]
+
+
+def origin_facts(report: CheckReport, source: Source) -> list[Fact]:
+    """Model, machine, versions and settings."""
+    names = ("model", "model_revision", "weights", "dtype", "device", "seed", "git", "created")
+    made = [Fact(name.replace("_", " "), source.number(f"/run/{name}")) for name in names]
+    for group in ("versions", "settings"):
+        for name in sorted(getattr(report.run, group)):
+            made.append(Fact(name, source.number(f"/run/{group}{step(name)}")))
+    return made
+
+
+def stage_table(report: CheckReport, source: Source) -> Table:
+    """One row a stage."""
+    rows = [
+        [stage.name, stage.status, source.number(f"/stages/{i}/seconds"), stage.reason or ""]
+        for i, stage in enumerate(report.stages)
+    ]
+    return Table("Stages", ("stage", "outcome", "seconds", "why not"), rows)
+
+
+def policy_table(report: CheckReport, source: Source) -> Table:
+    """The policy's own numbers, rule by rule."""
+    rows = []
+    for rule, values in report.policy.rules.items():
+        for name in values:
+            at = f"/policy/rules{step(rule)}{step(name)}"
+            rows.append([rule, name.replace("_", " "), source.number(at)])
+    fail = f"a finding counts from severity “{report.policy.fail_on}” on"
+    return Table(
+        f"Policy {report.policy.name}: {fail}", ("rule", "setting", "value"), rows, folded=True
+    )
+
+
+def recommendation_view(report: CheckReport, source: Source) -> Advice | None:
+    """What to do about the massive activation; None unless doses were tried."""
+    found = report.recommendation
+    if found is None:
+        return None
+    facts = [Fact("What to do", found.action), Fact("Edit", found.edit or "none")]
+    if found.delta is not None:
+        facts.append(
+            Fact("Loss change (nats a token)", source.number("/recommendation/delta", "signed"))
+        )
+        facts.append(Fact("Its interval", source.interval("/recommendation/interval")))
+    facts.append(Fact("Conditions tried", source.number("/recommendation/tried")))
+    if found.source is not None:
+        facts.append(Fact("Read from", source.link(found.source, found.source)))
+    return Advice(found.text, facts)
+
+
+LINE = 160
+"""Characters that an object or list may have to stand on one line."""
+HEAD = 12
+"""Entries of a cut list that stay besides the linked ones."""
+LIST = 60
+"""A list is cut only from this length on."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One part of the report: its pointer, its HTML, and whether lists in it were cut."""
+
+    pointer: str
+    html: Markup
+    cut: bool
+
+
+def pieces(data: dict[str, Any], taken: set[str], most: int) -> list[Piece]:
+    """The report itself, then result by result; all of it, unless that makes too large a page.
+
+    Args:    taken: pointers that get an id.
+             most: characters of JSON; beyond, the long lists of the largest results are cut to
+                 what is linked.
+    """
+    parts: dict[str, Any] = {"": {key: data[key] for key in data if key != "results"}}
+    parts |= {f"/results{step(key)}": value for key, value in data["results"].items()}
+    sizes = {pointer: len(_json(value)) for pointer, value in parts.items()}
+    made = []
+    for pointer, value in parts.items():
+        cut = bool(pointer) and _over(pointer, sizes, most)
+        made.append(Piece(pointer, Markup(_Writer(taken, cut).write(value, pointer)), cut))
+    return made
+
+
+def _over(pointer: str, sizes: dict[str, int], most: int) -> bool:
+    """Whether this part is one of the largest, which together make the page too large."""
+    total = sum(sizes.values())
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        if total <= most:
+            return False
+        if name == pointer:
+            return True
+        total -= sizes[name]
+    return False
+
+
+class _Writer:
+    """Escaped JSON text; each linked place in a span with its id."""
+
+    def __init__(self, taken: set[str], cut: bool):
+        self.taken, self.cut = taken, cut
+        self.above = {
+            pointer[:i] for pointer in taken for i, letter in enumerate(pointer) if letter == "/"
+        }
+
+    def write(self, value: Any, pointer: str, indent: str = "") -> str:
+        text = self._value(value, pointer, indent)
+        if pointer in self.taken:
+            return f'<span id="{anchor(pointer)}">{text}</span>'
+        return text
+
+    def _value(self, value: Any, pointer: str, indent: str) -> str:
+        if not isinstance(value, dict | list) or not value:
+            return _escaped(value)
+        whole = _json(value)
+        plain = all(not isinstance(part, dict | list) for part in _parts(value))
+        one_line = len(whole) <= LINE or (plain and isinstance(value, list))
+        long = self.cut and isinstance(value, list) and len(value) > LIST
+        if one_line and not long and pointer not in self.above:
+            return html.escape(whole, quote=False)
+        inner = "" if one_line else f"{indent} "
+        written = self._entries(value, pointer, inner, long)
+        start, end = "{}" if isinstance(value, dict) else "[]"
+        if one_line:
+            return f"{start}{', '.join(written)}{end}"
+        body = f",\n{inner}".join(written)
+        return f"{start}\n{inner}{body}\n{indent}{end}"
+
+    def _entries(self, value: Any, pointer: str, indent: str, long: bool) -> list[str]:
+        if isinstance(value, dict):
+            return [
+                f"{_escaped(key)}: {self.write(value[key], pointer + step(key), indent)}"
+                for key in sorted(value)
+            ]
+        places = [f"{pointer}/{i}" for i in range(len(value))]
+        kept = [
+            i for i, place in enumerate(places)
+            if not long or i < HEAD or place in self.taken or place in self.above
+        ]  # fmt: skip
+        written = [self.write(value[i], places[i], indent) for i in kept]
+        if left := len(value) - len(kept):
+            written.append(_escaped(f"... {left} of {len(value)} entries: see report.json"))
+        return written
+
+
+def _parts(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _escaped(value: Any) -> str:
+    return html.escape(_json(value), quote=False)
+
 
 LARGEST = 4_700_000
 """Characters of a page; one may be three bytes, so the file stays below 5 MB."""

@@ -1,13 +1,119 @@
-"""write_report(): the three files of a check."""
+"""The files of a check: markdown, the JSON schema, and all three written."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from melens.reporting.markdown import markdown_report
-from melens.reporting.page import html_page
+from pydantic.json_schema import models_json_schema
+
+from melens.reporting.page import SIGNS, VERDICTS, canonical, html_page, key_facts, report_parts
+from melens.reporting.sections import SECTIONS
+from melens.reporting.source import Source, code_span, markdown_text, number_text
+from melens.results.base import Result
 from melens.results.check import CheckReport
 from melens.store import write_atomically
+
+
+def markdown_report(report: CheckReport) -> str:
+    """The whole file: the verdict, key numbers, findings and how it was made."""
+    title = f"# melens check: {markdown_text(report.model)}"
+    return f"{title}\n\n{markdown_body(report, level=2)}"
+
+
+def markdown_body(report: CheckReport, *, level: int) -> str:
+    """The same below a heading of the caller's; ``level`` is that of its own headings."""
+    report, mark = canonical(report), "#" * level
+    source = Source(report.to_dict())
+    facts = key_facts(report, report_parts(report, source))
+    pieces = [
+        f"**{VERDICTS[report.verdict]}.** {markdown_text(report.answer)}",
+        _table(("number", "value"), [(fact.label, str(fact.value)) for fact in facts]),
+        f"{mark} Findings",
+        _findings(report),
+        *_recommendation(report, mark),
+        f"{mark} How this was made",
+        _origin(report),
+    ]
+    return "\n\n".join(pieces) + "\n"
+
+
+def _findings(report: CheckReport) -> str:
+    if not report.findings:
+        return "Nothing was found that the policy has a word on."
+    rows = []
+    for found in report.findings:
+        rows.append((
+            f"{SIGNS[found.severity]} {found.severity}", f"{found.title} ({found.id})",
+            number_text(found.value), number_text(found.threshold), found.unit or "none",
+            found.why, found.advice,
+        ))  # fmt: skip
+    columns = ("severity", "finding", "measured", "threshold", "in units of", "why it matters",
+               "what to do")  # fmt: skip
+    return _table(columns, rows)
+
+
+def _recommendation(report: CheckReport, mark: str) -> list[str]:
+    found = report.recommendation
+    if found is None:
+        return []
+    text = f"{found.text} Conditions tried: {found.tried}"
+    if found.interval is not None:
+        text += "; the interval is as wide as that many ask for"
+    text = markdown_text(f"{text}.")  # which holds the change and its interval already
+    return [f"{mark} Recommendation", text]
+
+
+def _origin(report: CheckReport) -> str:
+    run = report.run
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items()))
+    facts = f"{versions}; {run.dtype} on {run.device}; seed {run.seed}; weights {run.weights}"
+    policy = f"budget {report.budget}, policy {report.policy.name}"
+    missed = [
+        f"- Stage {markdown_text(stage.name)} {stage.status}: {markdown_text(stage.reason or '')}"
+        for stage in report.stages
+        if stage.status == "failed"
+    ]
+    lines = [
+        f"- Command: {code_span(run.command)}",
+        f"- {markdown_text(policy)}",
+        f"- {markdown_text(facts)}",
+        f"- {markdown_text(run.created)}",
+        "- Layers count from 0, at the block output.",
+        *missed,
+    ]
+    return "\n".join(lines)
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(map(markdown_text, row))} |" for row in rows]
+    return "\n".join(lines)
+
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a saved check; docs/report.schema.json is this.
+
+    An embedded result is held to the schema of its kind where the page has a section for it.
+    """
+    kinds: list[type[Result]] = [part.kind for part in SECTIONS.values()]
+    made, shared = models_json_schema(
+        [(kind, "serialization") for kind in (CheckReport, *kinds)], ref_template="#/$defs/{model}"
+    )
+    definitions = shared["$defs"]
+    top = definitions.pop(made[CheckReport, "serialization"]["$ref"].rsplit("/", 1)[1])
+    names = [kind.schema_id for kind in kinds]
+    unlisted = {
+        "type": "object",
+        "properties": {"schema": {"type": "string", "not": {"enum": names}}},
+        "required": ["schema"],
+    }
+    held = [made[kind, "serialization"] for kind in kinds]
+    top["properties"]["results"]["additionalProperties"] = {"oneOf": [*held, unlisted]}
+    return {"$schema": DIALECT, **top, "title": "melens check report", "$defs": definitions}
 
 
 def write_report(report: CheckReport, folder: Path) -> list[Path]:

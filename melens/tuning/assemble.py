@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melens.evaluating.conditions import Condition, Plan, conditions
+from melens.evaluating.edits import Condition, Plan, conditions
 from melens.evaluating.forced import Forced
 from melens.framing import bos_first
 from melens.inputs import Inputs

@@ -10,7 +10,7 @@ from typing import Any
 
 from melens import __version__, locating
 from melens.errors import InterventionError, MetricError
-from melens.evaluating.conditions import (
+from melens.evaluating.edits import (
     BASE,
     Condition,
     check_held,

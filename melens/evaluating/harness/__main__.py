@@ -21,9 +21,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from melens.errors import COULD_NOT_RUN, MelensError, ModelNotFoundError
-from melens.evaluating.harness.data import OFFLINE_TASKS, data_folder, items
-from melens.evaluating.harness.punkt import require_punkt
-from melens.evaluating.harness.rows import GENERATION_TASKS
+from melens.evaluating.harness.data import (
+    GENERATION_TASKS,
+    OFFLINE_TASKS,
+    data_folder,
+    items,
+    require_punkt,
+)
 from melens.evaluating.harness.settings import read_settings
 from melens.network import pass_on
 

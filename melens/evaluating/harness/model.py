@@ -14,8 +14,7 @@ from melens.batches import Batch
 from melens.chat import render
 from melens.errors import InterventionError, MissingPackageError
 from melens.evaluating.edits import applied
-from melens.evaluating.harness.cache import keep_apart, model_key
-from melens.evaluating.harness.settings import PLAIN, Wanted, read_settings
+from melens.evaluating.harness.settings import PLAIN, Wanted, keep_apart, model_key, read_settings
 from melens.framing import prompt_ids
 from melens.inputs import Inputs
 from melens.measuring.located import check_same_model

@@ -15,19 +15,21 @@ from pydantic import ValidationError
 
 from melens.chat import has_template, render
 from melens.errors import OutputError, PromptError, ResultError
-from melens.evaluating.harness.cache import key_of, model_key
 from melens.evaluating.harness.data import (
+    GENERATION_TASKS,
     ITEM,
     OFFLINE_TASKS,
     Doc,
+    GenerationSettings,
+    ItemRow,
     data_file,
     file_key,
     gold_of,
     items,
+    require_lm_eval,
+    require_punkt,
 )
-from melens.evaluating.harness.punkt import require_lm_eval, require_punkt
-from melens.evaluating.harness.rows import GENERATION_TASKS, GenerationSettings, ItemRow
-from melens.evaluating.harness.settings import PLAIN
+from melens.evaluating.harness.settings import PLAIN, key_of, model_key
 from melens.framing import frame_of, require_known
 from melens.results import MELayer
 from melens.results.edit import Edit
@@ -158,8 +160,7 @@ def _answers(
     """Rows of the items that are left, a batch at a time; ``fresh`` if these are all items."""
     from lm_eval.tasks import TaskManager
 
-    from melens.evaluating.conditions import check_held
-    from melens.evaluating.edits import applied, where_held
+    from melens.evaluating.edits import applied, check_held, where_held
     from melens.evaluating.harness.model import Generator
     from melens.interventions.massive import with_firsts
 

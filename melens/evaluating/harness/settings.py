@@ -1,17 +1,22 @@
-"""What stands in lm-eval's ``--model_args``, checked before any weights are read."""
+"""What stands in --model_args, checked before any weights are read; and what keeps caches apart."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from melens.errors import InterventionError, UnknownNameError
+from melens.evaluating.edits import located_facts
 from melens.formatting import brief
+from melens.models.origin import SAMPLES_PER_TENSOR
 from melens.results import MELayer, load_located
 from melens.results.edit import Edit
 
@@ -110,3 +115,55 @@ def _located(path: Any, edit: Edit) -> MELayer | None:
     if edit.name == "none":
         raise InterventionError("located belongs to an edit; name one, e.g. mask_rate=0.5.")
     return load_located(str(path))
+
+
+WRAPPED = "_original_component."
+"""What bridging puts between the names of a module and its own parameters."""
+
+
+@torch.no_grad()
+def weights_key(model: Any) -> str:
+    """Short hash of a transformers model's weights.
+
+    Bridging the model later does not change it, but where the bridge splits fused queries, keys and
+    values (GPT-2, NeoX, Phi-3): there a bridged model counts as another one.
+
+    Args:    model: a transformers model; its bridge's ``original_model``.
+    """
+    digest = hashlib.sha256()
+    values = {name.replace(WRAPPED, ""): value for name, value in model.named_parameters()}
+    for name, value in sorted(values.items()):
+        flat = value.detach().flatten()
+        step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(flat[::step].cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def key_of(**facts: Any) -> str:
+    """Short hash of facts in JSON."""
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_key(model: Any, tokenizer: Any, edit: Edit, me_layer: MELayer | None) -> str:
+    """Short hash of weights, dtype, chat template and edit."""
+    return key_of(
+        weights=weights_key(model), dtype=str(next(model.parameters()).dtype),
+        chat_template=getattr(tokenizer, "chat_template", None),
+        edit=edit.model_dump(mode="json"),
+        located=None if edit.name == "none" else located_facts(me_layer),
+    )  # fmt: skip
+
+
+def keep_apart(database: Any, key: str) -> None:
+    """Give one model under one edit a table of its own in lm-eval's cache file.
+
+    lm-eval keys a cached answer by the request alone, so that a masked model would be given the
+    answers of the base. Every read and write of the file is done in the table it names.
+    """
+    from sqlitedict import SqliteDict
+
+    table = f"melens-{key}"
+    SqliteDict(database.filename, tablename=table).close()  # makes the table
+    database.tablename = table

@@ -9,8 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from melens.registry import Registry
-from melens.reporting.source import Linked, Source
-from melens.reporting.text import token_html
+from melens.reporting.source import Linked, Source, token_html
 from melens.results.base import Result
 
 Shown = Linked | Markup | str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from melens.reporting.sections.base import Block, Fact, Picture, Shown, Table, View, section
-from melens.reporting.text import number_text
+from melens.reporting.source import number_text
 from melens.results.evaluation import Evaluation
 from melens.results.isolate import Isolation
 from melens.results.super_weights import SuperWeights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from melens.errors import ResultError
 from melens.figures import FIGURES
 from melens.reporting.sections.base import Block, Picture, Table, View
-from melens.reporting.text import number_text
+from melens.reporting.source import number_text
 
 MOST_ROWS = 40
 

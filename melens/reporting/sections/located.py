@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from melens.reporting.sections.base import Block, Fact, Picture, Table, View, section
-from melens.reporting.text import number_text
+from melens.reporting.source import number_text
 from melens.results.describe import TokenPortrait
 from melens.results.known import KnownCheck
 from melens.results.locate import MELayer

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from melens.figures.attention_view import heads_panel
 from melens.figures.ranks import NAMES
 from melens.reporting.sections.base import Block, Fact, Panel, Picture, Table, View, section
-from melens.reporting.text import number_text
+from melens.reporting.source import number_text
 from melens.results.attention import AttentionMaps, HeadMap
 from melens.results.cache_norms import CacheNorms
 from melens.results.collapse import Collapse

@@ -1,0 +1,169 @@
+"""Attention sinks by layer and head, with and without an edit; attention of chosen heads."""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+
+from melens.errors import ResultError
+from melens.figures.draw import (
+    COLUMN,
+    LAYER_LABEL,
+    ME_COLOUR,
+    PAGE,
+    Drawing,
+    figure,
+    house_style,
+    mark_me_layer,
+    plain,
+)
+from melens.figures.profile import gaps
+from melens.results.attention import AttentionMaps
+from melens.results.sinks import Sinks
+
+
+@figure(Sinks, "map")
+def draw_map(result: Sinks) -> Figure:
+    """Attention to the first token, layers down, heads across; layers without attention blank."""
+    heads = 1 + max(head.head for head in result.heads)
+    alphas = [[math.nan] * heads for _ in range(result.n_layers)]
+    for head in result.heads:
+        alphas[head.layer][head.head] = head.alpha
+    height = min(8.0, 1.1 + 0.11 * result.n_layers)
+    made = Drawing(figsize=(COLUMN, height), layout="constrained")
+    axes = made.add_subplot()
+    image = axes.imshow(alphas, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer (from 0)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if result.me_layer is not None:
+        axes.axhline(result.me_layer + 0.5, color=ME_COLOUR, lw=1.0)
+        axes.set_title(f"line: output of the ME Layer ({result.me_layer})", loc="left")
+    made.colorbar(image, label=f"attention to the first token (T = {result.t})")
+    made.suptitle(plain(result.run.subject), fontsize=8)
+    return made
+
+
+@figure(Sinks, "curves")
+def draw_curves(result: Sinks) -> Figure:
+    """Sink rates and mean attention to the first token by layer."""
+    made = Drawing(figsize=(PAGE, 2.8), layout="constrained")
+    axes = made.add_subplot()
+    layers = range(result.n_layers)
+    for eps, curve in result.sink_rate.items():
+        axes.plot(layers, gaps(curve), marker="o", label=f"sink rate, eps {eps}")
+    attention = gaps(result.attention_to_token)
+    axes.plot(layers, attention, ls="--", color="black", label="mean attention")
+    axes.axhline(result.uniform, ls=":", color="black", lw=0.8, label="uniform attention")
+    axes.set_ylim(0, 1.03)
+    axes.set_ylabel("first token")
+    axes.set_xlabel(LAYER_LABEL)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(plain(f"{result.run.subject}, T = {result.t}"), loc="left")
+    made.legend(loc="outside lower center", ncols=5)
+    mark_me_layer(axes, result.me_layer)
+    return made
+
+
+Map = list[list[float]]
+
+
+def draw_sink_change(before: Sinks, after: Sinks, *, edit: str = "with the edit") -> Figure:
+    """Attention to the first token by layer and head: before, after, after - before.
+
+    Args:    before, after: ``melens.sinks`` of one model on the same texts, the second measured
+             inside the edit. edit: its name, for the middle map.
+    Raises:  ResultError: of other weights, texts or T.
+    """
+    _check_same(before, after)
+    maps = [_alphas(result) for result in (before, after)]
+    apart = [
+        [b - a for a, b in zip(*rows, strict=True)] for rows in zip(maps[0], maps[1], strict=True)
+    ]
+    with house_style():
+        made = Drawing(
+            figsize=(PAGE, min(6.0, 1.4 + 0.075 * before.n_layers)), layout="constrained"
+        )
+        left, middle, right = made.subplots(1, 3, sharey=True)
+        for axes, alphas, title in ((left, maps[0], "no edit"), (middle, maps[1], edit)):
+            image: AxesImage = _show(axes, alphas, title, colours="cividis", low=0.0, high=1.0)
+        made.colorbar(image, ax=(left, middle), label="attention to the first token", pad=0.02)
+        most = max((abs(x) for row in apart for x in row if not math.isnan(x)), default=0) or 1e-3
+        image = _show(right, apart, "difference", colours="PuOr", low=-most, high=most)
+        made.colorbar(image, ax=right, label="change of attention", pad=0.04)
+        left.set_ylabel("layer (from 0)")
+        for axes in (left, middle, right):
+            axes.set_xlabel("head")
+            if before.me_layer is not None:
+                axes.axhline(before.me_layer + 0.5, color=ME_COLOUR, lw=1.0)
+        about = f"T = {before.t}, {before.sequences} texts"
+        if before.me_layer is not None:
+            about += f"; line: output of the ME Layer ({before.me_layer})"
+        made.suptitle(plain(f"{before.run.subject}, {about}"), fontsize=8)
+    return made
+
+
+def _check_same(before: Sinks, after: Sinks) -> None:
+    for what, one, other in (
+        ("weights", before.run.weights, after.run.weights),
+        ("texts", before.run.settings.get("ids"), after.run.settings.get("ids")),
+        ("T", before.t, after.t),
+    ):
+        if one != other:
+            raise ResultError(f"sinks of other {what} ({one} and {other}) cannot be compared.")
+
+
+def _alphas(result: Sinks) -> Map:
+    """[layer][head]; NaN where a layer has no attention."""
+    heads = 1 + max(head.head for head in result.heads)
+    made = [[math.nan] * heads for _ in range(result.n_layers)]
+    for head in result.heads:
+        made[head.layer][head.head] = head.alpha
+    return made
+
+
+def _show(
+    axes: Axes, values: Map, title: str, *, colours: str, low: float, high: float
+) -> AxesImage:
+    axes.set_title(plain(title), loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower")
+
+
+COLUMNS = 4
+MAX_PANELS = 24
+GAMMA = 0.4
+"""Colours go with attention to this power, so that small weights show."""
+
+
+@figure(AttentionMaps, "panels")
+def draw_panels(result: AttentionMaps) -> Figure:
+    """Queries down, keys across; massive tokens' columns are ticked; the first MAX_PANELS heads."""
+    shown = result.heads[:MAX_PANELS]
+    columns = min(COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    made = Drawing(figsize=(PAGE, 0.6 + rows * 0.98 * PAGE / COLUMNS), layout="constrained")
+    grid = made.subplots(rows, columns, squeeze=False)
+    n = len(result.tokens)
+    image = None
+    for axes, head in zip(grid.flat, shown, strict=False):
+        square = [[*row, *([float("nan")] * (n - len(row)))] for row in head.rows]
+        image = axes.imshow(square, cmap="cividis", norm=PowerNorm(GAMMA, vmin=0, vmax=1))
+        axes.set_title(f"layer {head.layer}, head {head.head}", loc="left")
+        axes.set_xticks(result.massive_positions)
+        axes.set_yticks([0, n - 1])
+    for axes in grid.flat[len(shown) :]:
+        axes.set_axis_off()
+    assert image is not None
+    made.colorbar(image, ax=grid, label=f"attention (colour ~ its power {GAMMA})", shrink=0.8)
+    part = f", {len(shown)} of {len(result.heads)} heads" if len(shown) < len(result.heads) else ""
+    title = f"{result.run.subject}: queries down, keys across (from 0){part}"
+    made.suptitle(plain(title), fontsize=8)
+    return made
