@@ -77,3 +77,8 @@ def brief(value: Any, longest: int = 60) -> str:
     """
     text = printable(_Brief(longest).repr(value))
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def within(interval: tuple[float, float] | None, spec: str) -> str:
+    """An interval in brackets, to stand behind its number; nothing where there is none."""
+    return "" if interval is None else f" ({interval[0]:{spec}} to {interval[1]:{spec}})"

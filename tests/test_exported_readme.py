@@ -47,7 +47,7 @@ def test_the_readme_warns_and_its_lines_put_the_edit_in_force(folder, monkeypatc
 
 
 def test_export_says_it_aloud_and_a_second_export_replaces_it(folder, capsys, plain):
-    from melens.cli.edit_job import show_export
+    from melens.cli.commands.export import show_export
 
     show_export(folder, as_json=False)
     said = capsys.readouterr().err

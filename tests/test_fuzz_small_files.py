@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from planted_report import SAVED
 
 from melens.checking.policy import read_policy
-from melens.cli.mask_options import read_edit_file
+from melens.cli.options import read_edit_file
 from melens.errors import BAD_INPUT, MelensError, PolicyError, ResultError
 from melens.item_rows import Rows
 from melens.patching.checkpoint import Cells

@@ -11,7 +11,7 @@ import torch
 from planted import plant
 
 from melens.cli.app import main
-from melens.cli.mask_options import edit_of, layers_from
+from melens.cli.options import edit_of, layers_from
 from melens.errors import InterventionError, ResultError
 from melens.interventions import wemask
 from melens.results.edit import Edit

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from melens.checking.findings import RULES, View
-from melens.cli.all_tables import TABLES
+from melens.cli.tables import TABLES
 from melens.figures import draw
 from melens.results import SuperWeights, load_result
 

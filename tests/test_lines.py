@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from melens.batches import prompts, read_lines, read_text
-from melens.cli.edit_job import prompts_of
+from melens.cli.commands.export import prompts_of
 from melens.errors import MelensError, PromptError
 from melens.evaluating.harness.data import items
 from melens.evaluating.scoring import read_prompts

@@ -9,7 +9,7 @@ import pytest
 from planted import batch, plant
 
 from melens.batches import Batch
-from melens.cli.all_tables import TABLES
+from melens.cli.tables import TABLES
 from melens.errors import ResultError, UnknownNameError
 from melens.figures import FIGURES, save_figure
 from melens.locating import locate

@@ -143,7 +143,7 @@ def test_tables_figures_and_repr_of_hostile_results(capsys):
 
 
 def test_hostile_answers_as_json(capsys):
-    from melens.cli.edit_job import show_answers
+    from melens.cli.commands.export import show_answers
 
     row = {"prompt": EVIL, "without": EVIL, "with": EVIL, "first_difference": None}
     show_answers([row], label=EVIL, as_json=True)

@@ -717,7 +717,7 @@ def test_a_scan_is_held_against_published_numbers(saved, capsys, tmp_path):
 
 
 def test_a_sign_that_is_not_known_is_not_said(saved):
-    from melens.cli.scan_table import _candidate
+    from melens.cli.tables.weights import _candidate
 
     one = _layers(saved("llama")[1])[0].loudest[0]
     for cosine, role, said in (

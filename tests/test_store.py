@@ -213,7 +213,7 @@ def test_only_regular_files_of_a_bearable_size_are_read(tmp_path):
 def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
     from melens.batches import prompts
     from melens.checking.policy import read_policy
-    from melens.cli.mask_options import read_edit_file
+    from melens.cli.options import read_edit_file
     from melens.evaluating.scoring import read_prompts
     from melens.evaluating.tasks import Source, read_jsonl
     from melens.item_rows import Rows, head_of

@@ -519,9 +519,9 @@ def test_the_command_writes_its_files_and_takes_them_up(run, folder, tmp_path):
 
 
 def test_the_command_names_what_it_found(run, planted, masked_text, folder, tmp_path):
-    from melens.cli.mask_options import edit_of
-    from melens.cli.tune_command import _save_edit
-    from melens.cli.tune_table import flags
+    from melens.cli.commands.evaluate import _save_edit
+    from melens.cli.options import edit_of
+    from melens.cli.tables.edits import flags
 
     edit = Edit(select="activation", rate=0.25, strength=0.5, layers=(7, 8))
     _save_edit(tmp_path / "edit.json", edit)

@@ -11,6 +11,7 @@ from melens.checking.findings import RULES, Judgement, Rule, Unmeasured, View
 from melens.checking.findings.core import nothing
 from melens.checking.policy import Policy, RulePolicy
 from melens.checking.stages import STAGES
+from melens.formatting import within
 from melens.intervals import LEAST_OF_MANY, weighted_mean
 from melens.results import Evaluation, Finding, Recommendation, RuleOutcome, StageRecord
 from melens.results.check import SEVERITIES
@@ -93,8 +94,7 @@ def recommended(dose: Evaluation) -> Recommendation:
     place = dose.dose.index(best) if best in dose.dose else None
     where = "edited" if place is None else f"dose/{place}"
     said = f"{best.edit.label} changes the loss by {best.delta.value:+.3g} nats a token"
-    said += f" ({interval[0]:+.3g} to {interval[1]:+.3g})" if interval else ""
-    said += f" over {dose.n} texts"
+    said += f"{within(interval, '+.3g')} over {dose.n} texts"
     lower = interval is not None and interval[1] < 0
     equals = [c.name for c in dose.controls if not _below(apart, best.name, c.name, weights, doses)]
     if lower and not dose.controls:

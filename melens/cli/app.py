@@ -12,20 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from melens import __version__
-from melens.cli.cause_commands import isolate
-from melens.cli.check_command import check
-from melens.cli.commands import env, known, locate, models, plot
-from melens.cli.diff_command import diff
-from melens.cli.eval_command import evaluate
-from melens.cli.export_command import export
-from melens.cli.generate_command import generate
-from melens.cli.long_context_command import long_context
-from melens.cli.measure_commands import attention, collapse, describe, sinks
-from melens.cli.patch_command import patch
-from melens.cli.reach_command import reach
-from melens.cli.scan_command import scan
-from melens.cli.super_weights_command import super_weights
-from melens.cli.tune_command import tune
+from melens.cli.commands.check import check
+from melens.cli.commands.diff import diff
+from melens.cli.commands.evaluate import evaluate, tune
+from melens.cli.commands.export import export, generate
+from melens.cli.commands.isolate import isolate, super_weights
+from melens.cli.commands.locate import env, known, locate, models, plot
+from melens.cli.commands.long_context import long_context
+from melens.cli.commands.measure import attention, collapse, describe, sinks
+from melens.cli.commands.patch import patch
+from melens.cli.commands.scan import reach, scan
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
 from melens.formatting import LAYOUT, printable
 from melens.network import pass_on

@@ -103,7 +103,7 @@ def note(text: str) -> None:
 
 def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
-    from melens.cli.all_tables import TABLES
+    from melens.cli.tables import TABLES
 
     settings = result.run.settings if hasattr(result, "run") else {}
     if unknown := settings.get("unknown_texts"):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import within
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
 from melens.results.edit import Edit
@@ -237,7 +238,4 @@ def _apart(found: Delta | None, least: float) -> int:
 
 
 def _delta(found: Delta) -> str:
-    text = f"{found.value:+.4g}"
-    if found.interval is not None:
-        text += f" ({found.interval[0]:+.4g} to {found.interval[1]:+.4g})"
-    return text
+    return f"{found.value:+.4g}{within(found.interval, '+.4g')}"

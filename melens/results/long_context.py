@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import within
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.edit import Edit
@@ -218,10 +219,7 @@ def delta_of(condition: LongCondition, what: str) -> Delta | None:
 
 def shown_delta(delta: Delta) -> str:
     """A difference with its interval."""
-    text = f"{delta.value:+.3g}"
-    if delta.interval is not None:
-        text += f" ({delta.interval[0]:+.3g} to {delta.interval[1]:+.3g})"
-    return text
+    return f"{delta.value:+.3g}{within(delta.interval, '+.3g')}"
 
 
 def _verdict(delta: Delta, controls: Sequence[tuple[str, Delta]], *, higher: bool) -> str:

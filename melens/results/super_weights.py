@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import within
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.known import KnownCheck
@@ -222,12 +223,12 @@ class SuperWeights(Result):
             f"({'no spike left' if self.stopped != 'most' else 'stopped at the most asked for'}, "
             f"pass {self.passes}). Mean loss {self.base_loss:.3f} nats a token; removing the "
             f"costliest, layer {worst.layer} row {worst.row} column {worst.column}, changes it by "
-            f"{worst.loss_delta:+.3g}{_within(worst.interval)} (its whole neuron: "
+            f"{worst.loss_delta:+.3g}{within(worst.interval, '+.3g')} (its whole neuron: "
             f"{worst.neuron_loss_delta:+.3g})"
         )
         if n > 1:
-            text += f", all {n} by {self.together.loss_delta:+.3g}{_within(self.together.interval)}"
-        control = f"{self.control.loss_delta:+.3g}{_within(self.control.interval)}"
+            text += f", all {n} by {self.together.loss_delta:+.3g}{within(self.together.interval, '+.3g')}"
+        control = f"{self.control.loss_delta:+.3g}{within(self.control.interval, '+.3g')}"
         others = "another weight" if n == 1 else f"{n} other weights"
         text += f"; {others} of the nearest size by {control} (layers count from 0)."
         if self.large:
@@ -247,7 +248,3 @@ class SuperWeights(Result):
 
     def _held(self) -> str:
         return f" Published coordinates: {self.known.summary()}" if self.known else ""
-
-
-def _within(interval: Interval | None) -> str:
-    return "" if interval is None else f" ({interval[0]:+.3g} to {interval[1]:+.3g})"

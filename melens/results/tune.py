@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import within
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.edit import Edit
@@ -253,5 +254,4 @@ def _beyond(interval: Interval | None, sign: int, least: float) -> bool:
 
 
 def _within(value: float, interval: Interval | None) -> str:
-    text = f"{value:+.3g}"
-    return text if interval is None else f"{text} ({interval[0]:+.3g} to {interval[1]:+.3g})"
+    return f"{value:+.3g}{within(interval, '+.3g')}"

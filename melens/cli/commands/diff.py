@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from melens.cli import options as opt
-from melens.cli.output import cell, say, table
-from melens.cli.tables import TABLES
 
 
 def diff(
@@ -116,50 +114,3 @@ def _measured(job: Any, texts: Any, like: Any) -> Any:
         return Side.of_model(
             model, texts, batch_size=job.batch_size, seed=job.seed, like=like, progress=tick
         )
-
-
-@TABLES.register("diff")
-def _diff(result: Any) -> None:
-    say(f"A: {_side(result.a)}\nB: {_side(result.b)}\n")
-    table([_layer_row(result, row) for row in result.profile])
-    say("")
-    table([_row(row) for row in result.changes])
-    for line in result.cannot:
-        say(f"Not compared: {line}.")
-    for line in result.notes:
-        say(f"Note: {line}.")
-    say("")
-
-
-def _side(side: Any) -> str:
-    source = "measured now" if side.source == "model" else f"saved, {side.source}"
-    return f"{side.name} ({side.n_layers} layers, {side.dtype}, {source})"
-
-
-def _layer_row(result: Any, row: Any) -> dict[str, Any]:
-    notes = [
-        f"{word} of {name}"
-        for name, side in (("A", result.a), ("B", result.b))
-        for word, layer in (("ME Layer", side.me_layer),)
-        if layer == row.layer
-    ]
-    made = {
-        "layer": row.layer, "max |x| of A": row.max_a, "of B": row.max_b, "B / A": row.ratio,
-        "write share of A": _rounded(row.share_a), "share of B": _rounded(row.share_b),
-    }  # fmt: skip
-    if any(other.cosine is not None for other in result.profile):
-        made["cosine of the token"] = _rounded(row.cosine)
-    return {**made, "": ", ".join(notes)}
-
-
-def _row(row: Any) -> dict[str, Any]:
-    verdict = "-" if row.changed is None else "changed" if row.changed else "same"
-    value = "" if row.value is None else f"{row.measure} {cell(row.value)}"
-    if row.tolerance is not None:
-        value += f" ({'at least' if row.measure == 'cosine' else 'within'} {row.tolerance:g})"
-    return {"": verdict, "what": row.what, "A": cell(row.a), "B": cell(row.b), "measure": value,
-            "note": row.note}  # fmt: skip
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)

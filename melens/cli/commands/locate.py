@@ -55,7 +55,7 @@ def locate(
 
     job = Job.of(locals())
     if stream:
-        from melens.cli.streaming import locate_streamed
+        from melens.cli.job import locate_streamed
 
         result = locate_streamed(job)
     else:

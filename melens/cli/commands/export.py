@@ -1,4 +1,4 @@
-"""What export and generate do: load, find where the edit acts, run or save, show."""
+"""export and generate: load, find where the edit acts, run or save, show."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from melens.cli import options as mask
+from melens.cli import options as opt
 from melens.cli import output
 from melens.cli.job import Job
-from melens.cli.mask_options import edit_of
+from melens.cli.options import edit_of
 from melens.errors import InterventionError, NoTokenError, PromptError
 from melens.formatting import printable
 from melens.lines import lines_of
@@ -250,3 +255,134 @@ def show_export(folder: Path, *, as_json: bool) -> None:
         return
     output.say(record.summary())
     remark(f"wrote {folder}")
+
+
+class ExportFormat(StrEnum):
+    """What is written, as in ``melens.results.export.Format``."""
+
+    hf = "hf"
+    prefix = "prefix"
+    peft = "peft"
+
+
+def export(
+    model: opt.Model,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="A new or empty folder, or an earlier export to replace."),
+    ],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="hf: a model folder with melens.json; prefix: keys and values of the fixed first "
+            "token; peft: the same as a prefix-tuning adapter."
+        ),
+    ] = ExportFormat.hf,
+    edit: mask.EditOption = None,
+    mask_select: mask.MaskSelect = None,
+    mask_rate: mask.MaskRate = None,
+    mask_strength: mask.MaskStrength = None,
+    mask_layers: mask.MaskLayers = None,
+    mask_seed: mask.MaskSeed = None,
+    edit_file: mask.EditFileOption = None,
+    located: opt.Located = None,
+    first_token: Annotated[
+        str | None,
+        typer.Option(
+            help="For prefix and peft, a text of one token (default: BOS where the tokenizer puts "
+            "it first, or what the chat template starts with)."
+        ),
+    ] = None,
+    bos: opt.Bos = None,
+    n_seq: opt.NSeq = None,
+    length: opt.Length = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Save MODEL's edit to be used elsewhere: as a model folder, a prefix, or a PEFT adapter.
+
+    With a fixed first token the mask is a constant edit of that token's keys and values: prefix
+    and peft hold them, need no melens, and cost nothing while decoding. Leave the first token out
+    of a peft adapter's input. The ME Layer is located first, unless --located has it; for prefix
+    and peft on texts that start with the first token, where that is BOS.
+
+    A folder of --format hf has its edit in melens.json: only melens applies it. Loaded by
+    transformers or anything else it is the model without the edit; its README.md says how to load.
+
+    Examples:
+      melens export smollm2-135m --format hf -o runs/masked
+
+      melens export smollm2-135m --format peft --mask-rate 0.5 -o runs/adapter
+
+      melens export smollm2-135m --format prefix --located runs/demo/locate.json -o runs/prefix
+    """
+    from melens.cli.commands.export import EditJob, show_export
+
+    job = EditJob.of(locals(), first_token=first_token)
+    made = job.export(format.value, out)
+    show_export(made, as_json=as_json)
+
+
+def generate(
+    model: opt.Model,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="A prompt; may be given several times; - reads stdin, one a line.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put prompts through the chat template (default: where the tokenizer has one).",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 = greedy; above, both answers are drawn by --seed.")
+    ] = 0.0,
+    edit: mask.EditOption = None,
+    mask_select: mask.MaskSelect = None,
+    mask_rate: mask.MaskRate = None,
+    mask_strength: mask.MaskStrength = None,
+    mask_layers: mask.MaskLayers = None,
+    mask_seed: mask.MaskSeed = None,
+    edit_file: mask.EditFileOption = None,
+    located: opt.Located = None,
+    bos: opt.Bos = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Show MODEL's answers with and without an edit, side by side.
+
+    The ME Layer is located first, unless --located has it, on the bundled texts, with BOS in
+    front where the prompts start with it.
+
+    Examples:
+      melens generate smollm2-135m --prompt "Name three rivers."
+
+      melens generate smollm2-135m -p "2 + 2 =" --no-chat --mask-select activation --mask-rate 0.1
+
+      echo "Name three rivers." | melens generate smollm2-135m --prompt - --json
+    """
+    from melens.cli.commands.export import EditJob, prompts_of, show_answers
+
+    texts = prompts_of(prompt)
+    job = EditJob.of({**locals(), "prompt": None}, chat=chat)
+    rows = job.answers(texts, max_new_tokens=max_new_tokens, temperature=temperature)
+    show_answers(rows, label=job.edit.label, as_json=as_json)

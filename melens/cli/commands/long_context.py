@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from melens.cli import mask_options as mask
+from melens.cli import options as mask
 from melens.cli import options as opt
 from melens.errors import PromptError
 from melens.formatting import brief

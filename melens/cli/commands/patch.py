@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from melens.cli import options as opt
-from melens.cli.output import say, table
-from melens.cli.tables import TABLES, say_rest
 from melens.errors import MetricError, PromptError
 from melens.progress import progress_on
 
@@ -161,24 +159,3 @@ def _texts(texts: list[str] | None, bos: bool | None, model: Any) -> Any:
     from melens import prompts
 
     return prompts(texts, bos=bos, length=getattr(model.cfg, "n_ctx", None))
-
-
-@TABLES.register("patch")
-def _patch(result: Any) -> None:
-    rows = result.strongest()[:LISTED]
-    say(f"{result.metric}: {result.metric_about}")
-    say(f"The {len(rows)} of {len(result.rows())} patched runs that change it most:")
-    empty = {name for name in rows[0] if all(row[name] is None for row in rows)}
-    table(
-        [
-            {
-                name: repr(cell) if name == "token" else cell
-                for name, cell in row.items()
-                if name not in empty
-            }
-            for row in rows
-        ]
-    )
-    for line in result.missing[:MOST_MISSING]:
-        say(line)
-    say_rest(MOST_MISSING, len(result.missing), "reasons why something is not there")

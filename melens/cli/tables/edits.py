@@ -1,0 +1,162 @@
+"""The tables of what edits do: evaluations, long context, a search, a melens.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from melens.cli.output import cell, say, table
+from melens.cli.tables.measures import TABLES
+from melens.formatting import within
+
+NAMES = {"energy": "masked energy"}
+
+
+@TABLES.register("evaluate")
+def _evaluate(result: Any) -> None:
+    better = "higher" if result.higher_is_better else "lower"
+    say(
+        f"{result.task}: {result.unit}, {better} is better; {result.n} items. In brackets 95 % "
+        "bootstrap over items; delta = edited minus base, item by item:"
+    )
+    rows = result.rows()
+    table([_effect(row) for row in rows])
+    say("\nWhat each edit is, and further means over the same items:")
+    table([_beside(row) for row in rows])
+    say(f"\n{result.about}")
+    if result.edited.also_delta:
+        shown = ", ".join(
+            f"{name.replace('_', ' ')} {found.value:+.4g}{within(found.interval, '+.4g')}"
+            for name, found in result.edited.also_delta.items()
+        )
+        say(f"Edited minus base: {shown}.")
+    say("")
+
+
+def _effect(row: dict[str, Any]) -> dict[str, Any]:
+    delta = row["delta"]
+    return {
+        "condition": row["condition"], "role": row["role"],
+        "value": cell(row["value"]), "interval": within(row["interval"], ".4g").strip() or "-",
+        "delta": "-" if delta is None else f"{delta:+.4g}",
+        "paired interval": within(row["delta_interval"], "+.4g").strip() or "-",
+    }  # fmt: skip
+
+
+def _beside(row: dict[str, Any]) -> dict[str, Any]:
+    told = ("role", "value", "interval", "delta", "delta_interval")
+    return {NAMES.get(name, name): value for name, value in row.items() if name not in told}
+
+
+@TABLES.register("long-context")
+def _long_context(result: Any) -> None:
+    say(
+        f"{result.about}\n\nFound, and loss of the answers in nats a token; differences to no edit "
+        "are paired by item, 95 % bootstrap:"
+    )
+    table([_overall(condition) for condition in result.conditions])
+    say("\nFound by length and depth (0 = before the text, 1 = right before the question):")
+    shown = (result.base, result.edited, *result.controls)
+    for length in result.lengths:
+        table([_by_depth(condition, length, result.depths) for condition in shown])
+    if result.texts:
+        say(
+            f"\nLoss of {result.texts} plain texts by position from 0, nats a token, and each "
+            "edit's difference to it:"
+        )
+        table([_bin(result, shown, i) for i in range(len(result.base.bins))])
+    say("")
+
+
+def _overall(condition: Any) -> dict[str, Any]:
+    whole = condition.overall
+    return {
+        "condition": condition.name, "edit": condition.edit.label,
+        "found": f"{whole.found.value:.1%}{_change(whole.found_delta)}",
+        "answer loss": f"{cell(whole.loss.value)}{_change(whole.loss_delta)}",
+        "text loss": condition.text_loss
+        and f"{cell(condition.text_loss.value)}{_change(condition.text_delta)}",
+        "energy": condition.energy,
+    }  # fmt: skip
+
+
+def _by_depth(condition: Any, length: int, depths: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {"length": length, "condition": condition.name}
+    for depth in depths:
+        found = condition.cell(length, depth)
+        made[f"depth {depth:g}"] = f"{found.found} of {found.n}"
+    return made
+
+
+def _bin(result: Any, shown: Any, i: int) -> dict[str, Any]:
+    here = result.base.bins[i]
+    last = here.stop - 1
+    name = f"{here.start}-{last}" if last > here.start else str(here.start)
+    made: dict[str, Any] = {"position": name, "tokens": here.tokens, "base": here.loss.value}
+    for condition in shown[1:]:
+        delta = condition.bins[i].delta
+        made[condition.name] = _change(delta).strip()
+    return made
+
+
+def _change(delta: Any) -> str:
+    return "" if delta is None else f" {delta.value:+.3g}{within(delta.interval, '+.3g')}"
+
+
+LISTED = 12
+
+
+@TABLES.register("tune")
+def _tune(result: Any) -> None:
+    better = "higher" if result.higher_is_better else "lower"
+    say(f"Rule: {result.rule}.")
+    say(
+        f"\nDevelopment, differences to the unedited model in {result.unit} ({better} is better), "
+        "95 % for each alone:"
+    )
+    ranked = sorted(result.trials, key=lambda trial: -result.sign * trial.delta)
+    table([_trial(trial) for trial in ranked[:LISTED]])
+    if len(ranked) > LISTED:
+        say(f"... and {len(ranked) - LISTED} more in the JSON")
+    if result.confirmed:
+        say(f"\nHeld out, {result.confirmed[0].items} other items (unedited {result.base:.4g}):")
+        table([_confirmed(row) for row in result.confirmed])
+    if result.best is not None:
+        say(f"\nTo use it: {flags(result.best)}")
+    say("")
+
+
+def flags(edit: Any) -> str:
+    """The options under which other commands take this mask."""
+    layers = edit.layers if isinstance(edit.layers, str) else ",".join(map(str, edit.layers))
+    return (
+        f"--mask-select {edit.select} --mask-rate {edit.rate:g} --mask-strength "
+        f"{edit.strength:g} --mask-layers {layers}"
+    )
+
+
+def _trial(trial: Any) -> dict[str, Any]:
+    return {
+        "setting": trial.edit.label, "items": trial.items,
+        "difference": f"{trial.delta:+.4g}{within(trial.interval, '+.3g')}",
+        "masked energy": _percent(trial.energy),
+        "stopped": "-" if trial.stopped_after is None else f"rung {trial.stopped_after}",
+        "": "control" if trial.role == "control" else "",
+    }  # fmt: skip
+
+
+def _confirmed(row: Any) -> dict[str, Any]:
+    return {
+        "setting": row.edit.label, "difference": f"{row.delta:+.4g}{within(row.interval, '+.3g')}",
+        "corrected": within(row.corrected, "+.3g").strip(" ()") or "-",
+        "optimism": "-" if row.optimism is None else f"{row.optimism:+.4g}",
+        "masked energy": _percent(row.energy), "": "control" if row.role == "control" else "",
+    }  # fmt: skip
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+@TABLES.register("edit")
+def _edit(result: Any) -> None:
+    table(result.rows())
