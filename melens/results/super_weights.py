@@ -227,7 +227,8 @@ class SuperWeights(Result):
             f"{worst.neuron_loss_delta:+.3g})"
         )
         if n > 1:
-            text += f", all {n} by {self.together.loss_delta:+.3g}{within(self.together.interval, '+.3g')}"
+            cost = f"{self.together.loss_delta:+.3g}{within(self.together.interval, '+.3g')}"
+            text += f", all {n} by {cost}"
         control = f"{self.control.loss_delta:+.3g}{within(self.control.interval, '+.3g')}"
         others = "another weight" if n == 1 else f"{n} other weights"
         text += f"; {others} of the nearest size by {control} (layers count from 0)."
