@@ -28,7 +28,7 @@ from melens.capture import (
     require_this_thread,
 )
 from melens.errors import ContractError, SiteError
-from melens.interventions.now import Now, passing, reads_whole
+from melens.interventions.context import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.origin import origin_of
 from melens.models.recorded import Keeping, Prefix

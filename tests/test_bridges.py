@@ -21,9 +21,9 @@ from melens.errors import MelensError, ModelError
 from melens.interventions import drop_key, ffn_scale
 from melens.locating import locate
 from melens.models import load
-from melens.models.streamed import load_streamed
 from melens.patching import patch
 from melens.scanning import scan
+from melens.streaming.streamed import load_streamed
 
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 64}
 SIZES = {

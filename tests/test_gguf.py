@@ -16,7 +16,7 @@ from melens.models import gguf, load
 from melens.models.gguf_header import read_gguf_header
 from melens.models.gguf_tensors import narrowest
 from melens.models.loading import load_plain
-from melens.models.streamed import load_streamed
+from melens.streaming.streamed import load_streamed
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from melens.interventions import (
     transplant,
     write_block,
 )
-from melens.interventions.now import Now, now_of, watching
+from melens.interventions.context import Now, now_of, watching
 from melens.interventions.tokens import choice_of, meant
 from melens.locating import locate
 from melens.models import FAMILIES, load

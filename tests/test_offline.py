@@ -25,7 +25,7 @@ import melens
 from melens.errors import FetchError, ModelNotFoundError
 from melens.scanning import scan
 from melens.models import load_plain
-from melens.models.streamed import load_streamed
+from melens.streaming.streamed import load_streamed
 for ask in (melens.load, load_plain, scan, load_streamed):
     for name in ("nobody/nothing-here", "smollm2-135m", "gpt2"):
         try:

@@ -10,7 +10,7 @@ import torch
 
 from melens.batches import Batch
 from melens.errors import MetricError, PromptError, ResultError, SiteError, UnknownNameError
-from melens.interventions.now import now_of
+from melens.interventions.context import now_of
 from melens.locating import locate
 from melens.metrics import key_attention
 from melens.models import load
@@ -355,7 +355,7 @@ def test_interventions_outside_act_on_every_run_and_know_their_positions(tiny):
     def first_token(x, hook):
         return torch.where((now_of(tiny).positions == 0)[..., None], 2.0 * x, x)
 
-    from melens.interventions.now import watching
+    from melens.interventions.context import watching
 
     edit = ("blocks.1.hook_mlp_out", first_token)
     with watching(tiny), tiny.hooks(fwd_hooks=[edit]):

@@ -7,7 +7,7 @@ import torch
 
 from melens.batches import Batch
 from melens.errors import ContractError, PromptError, SiteError
-from melens.interventions.now import now_of
+from melens.interventions.context import now_of
 from melens.models import FAMILIES, load
 from melens.resume import Resumable
 

@@ -20,11 +20,11 @@ from melens.locating import locate
 from melens.locating.trajectory import LastRow, trace
 from melens.models import FAMILIES, fingerprint, load
 from melens.models.anatomy import anatomy, resid_post, resid_pre
-from melens.models.hollow import hollow_parameter
-from melens.models.streamed import load_streamed, stream_of
 from melens.results import load_result
 from melens.scanning import reaching, scan
 from melens.scanning.reaching import reach
+from melens.streaming.hollow import hollow_parameter
+from melens.streaming.streamed import load_streamed, stream_of
 
 NAMES = [name for name, _ in FAMILIES.items()]
 
@@ -213,7 +213,7 @@ def test_families_without_a_row_stream_too(name, tmp_path, ids, tokenizer):
 def test_a_hub_id_keeps_its_name(folder, monkeypatch):
     import huggingface_hub
 
-    from melens.models import streamed as module
+    from melens.streaming import streamed as module
 
     monkeypatch.setattr(module, "resolve", lambda name, **options: (name, False))
     asked = []

@@ -148,7 +148,7 @@ def streamed(wanted: Wanted) -> Iterator[Any]:
     """A streamed bridge with its progress bar; at the end says what was read, and tidies up."""
     if wanted.offline:
         go_offline()
-    from melens.models.streamed import load_streamed, stream_of
+    from melens.streaming.streamed import load_streamed, stream_of
 
     keep = None if wanted.folder is None else wanted.folder / KEPT
     bridge = load_streamed(

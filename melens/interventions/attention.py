@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import InterventionError
+from melens.interventions.context import Now
 from melens.interventions.core import (
     Place,
     blend,
@@ -21,7 +22,6 @@ from melens.interventions.core import (
     warn_of,
 )
 from melens.interventions.edited import EditedTokens
-from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.attention import View, attention_sites
 from melens.results.locate import MELayer

@@ -20,9 +20,9 @@ from torch import Tensor
 from melens.capture import check_sites, hooked
 from melens.errors import EditWarning, InterventionError, NoTokenError
 from melens.formatting import brief
+from melens.interventions.context import Now, now_of, watching
 from melens.interventions.edited import EditedTokens
 from melens.interventions.massive import FirstRule, MassiveRule, noting
-from melens.interventions.now import Now, now_of, watching
 from melens.interventions.same_model import require_located_here
 from melens.interventions.tokens import Choice, Tokens, choice_of, meant
 from melens.models.anatomy import check_layer

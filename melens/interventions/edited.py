@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from melens.interventions.context import Now
 from melens.interventions.massive import MassiveRule
-from melens.interventions.now import Now
 from melens.shapes import TokenMask
 
 

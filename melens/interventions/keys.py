@@ -13,9 +13,9 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
+from melens.interventions.context import Now, now_of
 from melens.interventions.core import Place, as_index, before_modules, check_number, intervention
 from melens.interventions.edited import EditedTokens
-from melens.interventions.now import Now, now_of
 from melens.interventions.same_model import require_located_here
 from melens.interventions.tokens import Tokens
 from melens.interventions.wemask import Layers, layers_of

@@ -19,7 +19,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import EverythingSeen, evaluating, hooked
 from melens.errors import InterventionError
-from melens.interventions.now import Now, now_of, watching
+from melens.interventions.context import Now, now_of, watching
 from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
 from melens.models.anatomy import resid_post, resid_pre
 from melens.models.decoder import decoder_of

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
+from melens.interventions.context import Now
 from melens.interventions.core import (
     Place,
     blend,
@@ -20,7 +21,6 @@ from melens.interventions.core import (
     intervention,
 )
 from melens.interventions.edited import EditedTokens
-from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.anatomy import anatomy, resid_post
 from melens.results.locate import MELayer

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from melens.errors import InterventionError
+from melens.interventions.context import Now
 from melens.interventions.massive import FirstRule, IdRule, MassiveRule
-from melens.interventions.now import Now
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 

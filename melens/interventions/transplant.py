@@ -10,9 +10,9 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
+from melens.interventions.context import Now
 from melens.interventions.core import Place, blend, check_number, editing, intervention
 from melens.interventions.edited import EditedTokens
-from melens.interventions.now import Now
 from melens.interventions.tokens import Tokens
 from melens.models.anatomy import norm_gain
 from melens.models.ffn import ffn_input, ffn_of

@@ -14,8 +14,8 @@ from melens.batches import Batch
 from melens.capture import stream
 from melens.errors import InterventionError, SiteError
 from melens.inputs import Inputs
+from melens.interventions.context import Now
 from melens.interventions.core import Editor, Place, editing
-from melens.interventions.now import Now
 from melens.interventions.residual import write_sites
 from melens.isolating.runs import Prefixes, Sizes
 from melens.measuring.located import Located

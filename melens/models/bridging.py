@@ -61,7 +61,7 @@ def require_here(model: nn.Module) -> None:
         raise ModelError(
             f"{len(away)} tensors of this {type(model).__name__} are not in memory, first "
             f"{away[0]} (on the meta device: offloaded, or never loaded); for a model that does "
-            "not fit give its folder to `melens locate --stream` or melens.models.streamed."
+            "not fit give its folder to `melens locate --stream` or melens.streaming.streamed."
         )
 
 

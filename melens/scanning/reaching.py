@@ -20,12 +20,12 @@ from melens.framing import frame_of, known_ids
 from melens.models.anatomy import anatomy, resid_post
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
-from melens.models.streamed import load_streamed, stream_of
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import load_result
 from melens.results.reach import Reach, ReachRow, ReachToken, Why
 from melens.results.scan import LayerCeiling, WeightScan
 from melens.scanning.files import read_folder
+from melens.streaming.streamed import load_streamed, stream_of
 
 SAMPLE = 16
 """Tokens drawn from the vocabulary, where none are given."""

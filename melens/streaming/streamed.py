@@ -21,7 +21,6 @@ from melens.models.contract import check_contract
 from melens.models.decoder import layer_list
 from melens.models.files import check_folder
 from melens.models.gguf import given_names, no_cache
-from melens.models.hollow import Hollow, Slot, build_hollow, hollow_parameter
 from melens.models.loading import (
     CHECKED,
     best_device,
@@ -34,7 +33,8 @@ from melens.models.named import NAMED, on_this_machine
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
 from melens.models.own import OwnAnswer, force_eager, own_answer, probe_ids
 from melens.models.shards import Checkpoint
-from melens.models.tape import Tape
+from melens.streaming.hollow import Hollow, Slot, build_hollow, hollow_parameter
+from melens.streaming.tape import Tape
 
 KEPT_STREAM = "_melens_stream"
 SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
