@@ -14,8 +14,8 @@ from pathlib import Path
 
 import melens
 from melens.figures import save_figure
-from melens.isolating.super_weight_known import with_known
 from melens.isolating.super_weight_search import Search, super_weights
+from melens.published import with_known
 from melens.results.super_weights import SuperWeights
 from melens.store import write_atomically
 

@@ -16,9 +16,8 @@ from melens.chat import chat_ids
 from melens.errors import PromptError
 from melens.formatting import brief
 from melens.framing import cut, frame_of, split_text
-from melens.lines import lines_of
 from melens.shapes import TokenIds, TokenMask
-from melens.store import TEXT, read_limited
+from melens.store import TEXT, lines_of, read_limited
 from melens.token_ids import padded, read_ids, require_no_hole
 
 BUNDLED = "bundled"

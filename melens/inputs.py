@@ -18,7 +18,7 @@ from melens.batches import prompts as make_prompts
 from melens.capture import fit_ids, pad_id_of
 from melens.errors import PromptError
 from melens.framing import bos_first, repeated_rows, unknown_rows
-from melens.interventions.same_model import note_weights
+from melens.interventions.target import note_weights
 from melens.models.anatomy import is_folded
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of

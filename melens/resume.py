@@ -30,8 +30,8 @@ from melens.capture import (
 from melens.errors import ContractError, SiteError
 from melens.interventions.context import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
+from melens.models.decoder import Keeping, Prefix
 from melens.models.origin import origin_of
-from melens.models.recorded import Keeping, Prefix
 from melens.shapes import Resid
 
 CACHES = ("past_key_values", "layer_past")

@@ -1,14 +1,11 @@
-"""Files: the one way in which melens writes them, and the one in which it reads small ones.
-
-Written is all or nothing: a reader, a kill or a power cut never meets half a file. Read are
-regular files only, and never more of them than a limit.
-"""
+"""Files: the one way in which melens writes them, reads small ones, and their lines."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -17,7 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from melens.errors import MelensError, OutputError
 
@@ -239,3 +236,32 @@ def _leftovers(target: Path) -> Iterator[tuple[Path, str]]:
 def _last_change(path: Path) -> float:
     inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
     return max(part.lstat().st_mtime for part in (path, *inside))
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Lines of a text, which end at ``\n`` or ``\r\n``; nothing else ends a line.
+
+    ``str.splitlines`` also cuts at U+2028, U+0085 and more, which JSON has inside its strings.
+    """
+    made = [line.removesuffix("\r") for line in text.split("\n")]
+    return made if made[-1] else made[:-1]
+
+
+def json_object(line: str) -> dict[str, Any] | None:
+    """The object that a line of JSON is; None where it is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def is_text(value: Any) -> bool:
+    r"""Whether a value is Unicode text; JSON can write half a surrogate pair (``\ud800``) too."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from melens.provenance import RunInfo
 from melens.results import AttentionMaps, HeadMap, TokenNorms, load_result
-from melens.results.cache_norms import CacheNorms, CacheRow
 from melens.results.check import (
+    CacheNorms,
+    CacheRow,
     CheckReport,
     Finding,
     PolicyUsed,

@@ -834,7 +834,7 @@ def test_known_smollm2_is_itself_on_any_text(smol, lean, monkeypatch, text, n, s
 
 
 def test_a_published_row_that_a_model_is_too_small_for_is_of_another_model(clean):
-    from melens.knowledge import known
+    from melens.published import known
 
     located = clean.result("locate")
     assert located.n_layers > 2

@@ -67,7 +67,7 @@ def test_cosines_between_inputs_are_the_mean_over_pairs():
     planted = plant("llama", "final-growth", 1)
     assert len(planted.truth.token_ids) > 100
     from melens.inputs import take_in
-    from melens.measuring.rigidity import RESID, Rigidity, observe
+    from melens.measuring.massive_token import RESID, Rigidity, observe
 
     model = load(planted.model)
     inputs = take_in(model, Batch.of(batch(planted)))

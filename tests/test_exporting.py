@@ -21,8 +21,7 @@ from melens.exporting.prefix import fixed_first
 from melens.interventions import wemask
 from melens.models import load
 from melens.results import load_result
-from melens.results.edit import Edit
-from melens.results.export import EditFile
+from melens.results.edit import Edit, EditFile
 
 # PEFT asks transformers for this by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

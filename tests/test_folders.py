@@ -18,7 +18,7 @@ from melens.errors import MelensError, ModelError, ModelNotFoundError, WeightsEr
 from melens.models import fingerprint, load, loading
 from melens.models.dry_load import require_all_there
 from melens.models.files import check_fit, check_folder
-from melens.models.hub import kept_copy
+from melens.models.named import kept_copy
 from melens.models.weight_files import INDEX, SINGLE, is_inside
 from melens.scanning import scan
 from melens.scanning.opening import by_range
@@ -504,7 +504,7 @@ class Repository:
         return (self.folder / name).read_text() if self.has(name) else None
 
     def blob(self, name):
-        from melens.scanning.blobs import FileBlob
+        from melens.scanning.files import FileBlob
 
         return FileBlob(self.folder / name)
 

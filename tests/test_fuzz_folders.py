@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from melens.errors import MelensError
 from melens.models.files import check_folder
-from melens.models.headers import read_header
-from melens.models.weight_files import INDEX, SINGLE, weight_files
+from melens.models.weight_files import INDEX, SINGLE, read_header, weight_files
 
 EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
 MEGABYTES = 600

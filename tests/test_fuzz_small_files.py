@@ -19,7 +19,7 @@ from melens.checking.policy import read_policy
 from melens.cli.options import read_edit_file
 from melens.errors import BAD_INPUT, MelensError, PolicyError, ResultError
 from melens.item_rows import Rows
-from melens.patching.checkpoint import Cells
+from melens.patching.sweep import Cells
 from melens.results import load_result
 
 FUZZ = settings(

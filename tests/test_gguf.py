@@ -451,8 +451,8 @@ def test_the_files_own_name_is_held_against_what_is_known(llama, tmp_path, cache
 
 def test_a_model_object_of_a_gguf_knows_the_files_names(llama, tmp_path, monkeypatch):
     """In check and in `melens known`, whole, streamed and without a copy."""
-    from melens.knowledge import known_by
     from melens.models.origin import origin_of
+    from melens.published import known_by
     from melens.results.known import KnownCheck
 
     _, arch, fields, tensors = llama

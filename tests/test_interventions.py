@@ -21,11 +21,11 @@ from melens.interventions import (
     norm_shuffle,
     qk_orthogonalise,
     residual_set,
-    transplant,
     write_block,
 )
+from melens.interventions import ffn as transplant
 from melens.interventions.context import Now, now_of, watching
-from melens.interventions.tokens import choice_of, meant
+from melens.interventions.target import choice_of, meant
 from melens.locating import locate
 from melens.models import FAMILIES, load
 from melens.models.anatomy import norm_gain, resid_post

@@ -17,7 +17,7 @@ from melens.evaluating.harness.data import items
 from melens.evaluating.scoring import read_prompts
 from melens.evaluating.tasks import Source, read_jsonl
 from melens.inputs import take_in
-from melens.lines import is_text, json_object, lines_of
+from melens.store import is_text, json_object, lines_of
 
 EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
 FUZZ = settings(

@@ -64,7 +64,7 @@ def newline():
 
 def test_a_newline_is_edited_where_it_is_massive_and_nowhere_else(newline):
     from melens.interventions import wemask
-    from melens.interventions.tokens import these
+    from melens.interventions.target import these
 
     model, plain, ids, truth, me = newline
     assert {token.position for token in me.massive} == {0, NEWLINE_AT}

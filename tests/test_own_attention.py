@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from melens.errors import ContractError, ModelError
 from melens.models import FAMILIES, load
-from melens.models.own import own_answer, probe_ids
+from melens.models.contract import own_answer, probe_ids
 from melens.streaming.streamed import load_streamed
 
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 64}

@@ -24,7 +24,7 @@ from melens.patching import (
     patch,
 )
 from melens.patching import sweep as sweep_module
-from melens.patching.sources import other_rows
+from melens.patching.waves import other_rows
 from melens.results.patch import PatchGrid
 
 GENERATOR = torch.Generator().manual_seed(11)

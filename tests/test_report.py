@@ -38,8 +38,8 @@ from melens.reporting.source import (
     page_text,
 )
 from melens.results import load_result
+from melens.results.base import look_up
 from melens.results.check import CheckReport
-from melens.results.pointer import look_up
 
 DOCS = Path(__file__).parent.parent / "docs"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -9,8 +9,8 @@ from planted import batch, plant
 from melens.batches import Batch
 from melens.errors import OutputError, ResultError
 from melens.figures import draw, save_figure
-from melens.knowledge import known, known_models
 from melens.locating import locate
+from melens.published import known, known_models
 from melens.results import KnownCheck, MELayer, load_result
 from melens.store import write_atomically
 

@@ -19,16 +19,15 @@ from melens.errors import (
     ResultError,
     WeightsError,
 )
-from melens.knowledge import published_rows
 from melens.models import FAMILIES
+from melens.published import known_scan, published_rows
 from melens.results import WeightScan, load_result
 from melens.scanning import files, scan
 from melens.scanning import predict as weights
-from melens.scanning.layouts import GGUF, HF
 from melens.scanning.neurons import LOUDEST
 from melens.scanning.opening import by_range, open_checkpoint
+from melens.scanning.plan import GGUF, HF
 from melens.scanning.predict import STANDS_OUT
-from melens.scanning.published import known_scan
 
 AROUND = {
     "gemma2": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
@@ -560,7 +559,7 @@ class Server:
         return path.read_text() if path.exists() else None
 
     def blob(self, file):
-        from melens.scanning.blobs import HttpBlob
+        from melens.scanning.files import HttpBlob
 
         return HttpBlob(file, self, {}, file)
 

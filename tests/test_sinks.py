@@ -12,8 +12,7 @@ from melens.batches import Batch
 from melens.errors import MetricError, PromptError
 from melens.locating import locate
 from melens.measuring import sinks
-from melens.measuring.attention_sinks import spans
-from melens.measuring.patterns import LEAST_QUERIES, PatternSums
+from melens.measuring.attention_sinks import LEAST_QUERIES, PatternSums, spans
 from melens.metrics import attention_entropy, key_attention, uniform_alpha
 from melens.models import load
 

@@ -10,8 +10,7 @@ import torch
 
 from melens.batches import Batch
 from melens.errors import CaptureError, MetricError, ModelError
-from melens.measuring.eigen import EigenQueue
-from melens.measuring.spectra import VARIANTS, Spectra
+from melens.measuring.rank_collapse import VARIANTS, EigenQueue, Spectra
 from melens.metrics import METRICS, SPECTRAL
 from melens.models.attention import View
 
@@ -202,7 +201,7 @@ def test_a_reducer_without_a_batch_has_no_answer():
 
 
 def test_a_full_queue_is_solved_at_once_and_threads_are_put_back(monkeypatch):
-    monkeypatch.setattr("melens.measuring.eigen.FLUSH_BYTES", 8 * 9 * 5)
+    monkeypatch.setattr("melens.measuring.rank_collapse.FLUSH_BYTES", 8 * 9 * 5)
     before, threads, queue, seen = torch.get_num_threads(), 2, EigenQueue(), []
     torch.set_num_threads(threads)
     x = torch.randn(4, 3, 3, generator=generator(10)).double()

@@ -217,7 +217,7 @@ def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
     from melens.evaluating.scoring import read_prompts
     from melens.evaluating.tasks import Source, read_jsonl
     from melens.item_rows import Rows, head_of
-    from melens.patching.checkpoint import Cells
+    from melens.patching.sweep import Cells
     from melens.reporting.card import refuse_bad_card
     from melens.results import load_result
 

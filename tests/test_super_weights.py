@@ -13,9 +13,9 @@ from melens.batches import Batch
 from melens.errors import MetricError, ModelError, ResultError, UnknownNameError
 from melens.figures.causes import draw_spikes
 from melens.isolating.spikes import places_of, removed, stand_ins
-from melens.isolating.super_weight_known import hold_super_weights, with_known
 from melens.isolating.super_weight_search import Search, super_weights
 from melens.models import load
+from melens.published import hold_super_weights, with_known
 from melens.results import load_result
 from melens.results.locate import MassiveToken
 from melens.results.super_weights import SuperWeights

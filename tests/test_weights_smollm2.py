@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from melens.batches import prompts
-from melens.knowledge import known
 from melens.locating import locate
 from melens.models.anatomy import norm_gain
+from melens.published import known
 
 pytestmark = pytest.mark.weights
 TEXT = "My favorite color is Dark Blue."

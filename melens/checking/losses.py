@@ -29,7 +29,7 @@ from melens.models.anatomy import anatomy
 from melens.models.attention import View, attention_sites
 from melens.models.decoder import decoder_of
 from melens.results import Evaluation, MELayer
-from melens.results.cache_norms import CacheNorms, CacheRow
+from melens.results.check import CacheNorms, CacheRow
 from melens.results.edit import Edit
 from melens.results.evaluation import NATS
 

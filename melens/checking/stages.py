@@ -9,11 +9,11 @@ from melens.checking.bench import Bench, Tick
 from melens.checking.losses import cache_norms, dose_losses, edit_losses, eviction_losses
 from melens.errors import WeightsError
 from melens.isolating import isolate, super_weights
-from melens.knowledge import known, known_by
 from melens.locating.search import locate_in
 from melens.measuring import attention, collapse, describe, sinks
 from melens.models.anatomy import anatomy
 from melens.models.origin import origin_of
+from melens.published import known, known_by
 from melens.registry import Registry
 from melens.results import MELayer, Sinks
 from melens.results.base import Result

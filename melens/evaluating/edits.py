@@ -15,7 +15,7 @@ from melens.errors import InterventionError, NoTokenError
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
 from melens.interventions.context import is_edited
 from melens.interventions.massive import MassiveRule, massive_tokens
-from melens.interventions.tokens import Tokens
+from melens.interventions.target import Tokens
 from melens.interventions.wemask import layers_of
 from melens.isolating import mean_coordinates
 from melens.models.decoder import decoder_of

@@ -20,7 +20,7 @@ from melens.errors import PromptError
 from melens.evaluating.edits import Condition, applied, first_layer, where_held
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
-from melens.interventions.tokens import these
+from melens.interventions.target import these
 from melens.results import MELayer
 from melens.resume import Resumable
 from melens.shapes import TokenMask

@@ -12,8 +12,8 @@ from melens.chat import has_template
 from melens.errors import PromptError
 from melens.evaluating.forced import Forced, Foreseen
 from melens.framing import frame_of, head_size, split_text
-from melens.lines import is_text, json_object, lines_of
 from melens.registry import Registry
+from melens.store import is_text, json_object, lines_of
 
 Measured = tuple[float, float]
 """A value and its weight."""

@@ -33,8 +33,7 @@ from melens.exporting.subject import (
 from melens.formatting import brief, clipped
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
-from melens.results.edit import Edit
-from melens.results.export import EditFile, Format, PrefixFacts
+from melens.results.edit import Edit, EditFile, Format, PrefixFacts
 from melens.store import write_folder
 
 README = "README.md"

@@ -27,8 +27,7 @@ from melens.exporting.subject import (
 from melens.framing import frame_of, plain_ids
 from melens.interventions.massive import massive_tokens, with_firsts
 from melens.results import MELayer
-from melens.results.edit import Edit
-from melens.results.export import PrefixFacts
+from melens.results.edit import Edit, PrefixFacts
 from melens.token_ids import require_no_hole
 
 PREFIX_FILE = "prefix.safetensors"

@@ -12,12 +12,10 @@ from melens.capture import EachPass, enter_kept, exit_kept
 from melens.errors import ResultError
 from melens.evaluating.edits import applied
 from melens.exporting.subject import check_probe, read_edit
-from melens.interventions.core import warn_of
-from melens.interventions.edited import EditedTokens
-from melens.interventions.same_model import note_weights
+from melens.interventions.core import EditedTokens, warn_of
+from melens.interventions.target import note_weights
 from melens.results import MELayer
-from melens.results.edit import Edit
-from melens.results.export import EditFile
+from melens.results.edit import Edit, EditFile
 
 
 class _ClosedError(Exception):

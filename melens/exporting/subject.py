@@ -14,7 +14,7 @@ from melens.models.loading import load, load_plain
 from melens.models.origin import Origin, fingerprint, origin_of
 from melens.results import MELayer
 from melens.results.base import load_result
-from melens.results.export import EditFile, Probe
+from melens.results.edit import EditFile, Probe
 from melens.store import write_atomically
 
 MELENS_JSON = "melens.json"

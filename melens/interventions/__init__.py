@@ -9,9 +9,8 @@ a KV cache a position means the same token. Edits nest, act downstream only and 
 errors too; one that never took place is an error. Each yields a record of the tokens it edited.
 """
 
-from melens.interventions.attention import qk_orthogonalise
-from melens.interventions.core import INTERVENTIONS, Intervention, intervention
-from melens.interventions.edited import EditedTokens
+from melens.interventions.attention import drop_key, qk_orthogonalise
+from melens.interventions.core import INTERVENTIONS, EditedTokens, Intervention, intervention
 from melens.interventions.ffn import (
     ffn_ablate_neurons,
     ffn_cap,
@@ -19,11 +18,10 @@ from melens.interventions.ffn import (
     ffn_rms_normalise,
     ffn_scale,
     ffn_zero_weights,
+    transplant,
 )
-from melens.interventions.keys import drop_key
 from melens.interventions.norm import norm_flatten, norm_ones, norm_scale_dims, norm_shuffle
 from melens.interventions.residual import residual_set, write_block
-from melens.interventions.transplant import transplant
 from melens.interventions.wemask import MaskRecord, check_mask, wemask
 
 __all__ = [

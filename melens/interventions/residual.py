@@ -13,6 +13,7 @@ from melens.errors import InterventionError
 from melens.formatting import brief
 from melens.interventions.context import Now
 from melens.interventions.core import (
+    EditedTokens,
     Place,
     blend,
     check_indices,
@@ -20,8 +21,7 @@ from melens.interventions.core import (
     editing,
     intervention,
 )
-from melens.interventions.edited import EditedTokens
-from melens.interventions.tokens import Tokens
+from melens.interventions.target import Tokens
 from melens.models.anatomy import anatomy, resid_post
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask

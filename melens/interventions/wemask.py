@@ -14,15 +14,15 @@ from torch import Tensor
 from melens.errors import InterventionError
 from melens.formatting import brief
 from melens.interventions.core import (
+    EditedTokens,
     Place,
+    Span,
     as_index,
     check_number,
     editing_inputs,
     intervention,
 )
-from melens.interventions.edited import EditedTokens, Span
-from melens.interventions.same_model import require_located_here
-from melens.interventions.tokens import Tokens
+from melens.interventions.target import Tokens, require_located_here
 from melens.models.decoder import Decoder, decoder_of
 from melens.results.locate import MELayer
 

@@ -26,7 +26,7 @@ from melens.interventions import (
     norm_shuffle,
     write_block,
 )
-from melens.interventions.tokens import Choice, these
+from melens.interventions.target import Choice, these
 from melens.item_rows import ItemRow, Rows
 from melens.measuring.located import Located
 from melens.metrics import sequence_loss

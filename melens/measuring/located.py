@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from melens.capture import stream
+from melens.capture import Reducer, stream
 from melens.errors import ResultError
 from melens.inputs import Inputs
-from melens.interventions.same_model import require_weights
+from melens.interventions.target import require_weights
 from melens.locating.profile import LayerProfile
 from melens.locating.search import locate_in
 from melens.locating.thresholds import last_body_layer
@@ -125,3 +125,9 @@ def _run_and_mark(inputs: Inputs, n_layers: int, dim: int | None) -> list[Tensor
         done += len(batch)
         marks.append(made)
     return marks
+
+
+def run_once(inputs: Inputs, *plans: Mapping[str, Reducer], progress: Progress) -> None:
+    """One pass over the inputs that feeds the taps of every plan; their hooks must differ."""
+    taps = {hook: reducer for plan in plans for hook, reducer in plan.items()}
+    stream(inputs.model, inputs.batches, taps, progress=inputs.ticker(progress))

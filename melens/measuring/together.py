@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from melens.inputs import Source, take_in
 from melens.measuring.attention_sinks import T_PAPER, SinkPlan, check_attention, check_t
-from melens.measuring.located import Progress, settle
+from melens.measuring.located import Progress, run_once, settle
 from melens.measuring.massive_token import FIRST_TOKENS, portray
-from melens.measuring.one_pass import run_once
 from melens.measuring.rank_collapse import RankPlan
 from melens.models.attention import attention_sites
 from melens.results import Collapse, MELayer, Sinks, TokenPortrait

@@ -12,7 +12,7 @@ from torch import nn
 
 from melens.errors import ModelError, WeightsError
 from melens.framing import frame_of
-from melens.models.own import OwnAnswer, failing, force_eager, own_answer
+from melens.models.contract import OwnAnswer, failing, force_eager, own_answer
 
 PARALLEL = ("DataParallel", "DistributedDataParallel")
 HALF_WRAPPED = " Bridging changes an object in place; load yours again before you use it."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from melens.models.weight_files import read_json
 
 PATIENCE = 5.0
 """Seconds that looking for a setting may take; the error is said in any case."""
+
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+
 TOKENIZER_FILES = (TOKENIZER, SETTINGS, "vocab.json", "tokenizer.model")
+
 VOCABULARIES = (TOKENIZER, "*vocab*", "*.model", "*.tiktoken", "tekken.json")
+
 JSON_FILES = (TOKENIZER, SETTINGS, "vocab.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -126,3 +130,23 @@ def _with_tokenizer_setting(folder: Path, error: Exception, read: Callable[[Path
             return read(copy)
 
         return with_setting(error, read_json(folder / SETTINGS), attempt)
+
+
+WRAPPERS = {
+    "_orig_mod.": ("torch.compile", "model._orig_mod.save_pretrained(folder)"),
+    "module.": ("data parallelism", "model.module.save_pretrained(folder)"),
+    "_fsdp_wrapped_module.": ("FSDP", "the full state dict"),
+    "base_model.model.": ("PEFT", "model.merge_and_unload().save_pretrained(folder)"),
+}
+
+
+def what_to_do(names: Iterable[str]) -> str:
+    """For a checkpoint that lacks a tensor: strip the wrapper's prefix, or fetch it again."""
+    known = list(names)
+    for prefix, (maker, instead) in WRAPPERS.items():
+        if known and sum(name.startswith(prefix) for name in known) > len(known) / 2:
+            return (
+                f"its names begin with '{prefix}', as a model saved inside {maker} has them: save "
+                f"what is inside ({instead}), or strip that prefix from the names in the files."
+            )
+    return "fetch it again."

@@ -1,6 +1,4 @@
-"""A checkpoint held against its config before anything is built: transformers loads it without
-values (on the meta device), and says what it would miss, not use, or find in another shape.
-"""  # noqa: D205
+"""A checkpoint held against its config before anything is built."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from typing import Any
 import torch
 
 from melens.errors import MelensError, ModelError, WeightsError
-from melens.models.complaints import with_setting
-from melens.models.prefixes import what_to_do
+from melens.models.complaints import what_to_do, with_setting
 
 COUNTS = re.compile(r"layer|expert|block|label|depth")
 """Settings that a config or a model's constructor may loop over."""

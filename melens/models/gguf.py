@@ -19,8 +19,7 @@ from torch import Tensor
 
 from melens.errors import FetchError, ModelError, WeightsError
 from melens.models.cache import building, cache_dir
-from melens.models.gguf_fields import config_of
-from melens.models.gguf_header import GGUFHeader, read_gguf_header
+from melens.models.gguf_header import GGUFHeader, config_of, read_gguf_header
 from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, tensors_of
 from melens.models.weight_files import INDEX, read_json, weight_files
 from melens.network import is_set

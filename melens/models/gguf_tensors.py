@@ -19,14 +19,15 @@ from torch import Tensor
 
 from melens.errors import WeightsError
 from melens.models.dry_load import require_all_there
-from melens.models.gguf_fields import (
+from melens.models.gguf_header import (
+    GGUFHeader,
+    GGUFTensor,
     architecture_of,
     config_of,
     foreign,
     require_blocks,
     require_fields,
 )
-from melens.models.gguf_header import GGUFHeader, GGUFTensor
 
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -19,7 +19,7 @@ from melens.models.bridging import (
     unwrapped,
 )
 from melens.models.complaints import broken_json, first_line, no_tokenizer
-from melens.models.contract import check_contract
+from melens.models.contract import OwnAnswer, check_contract
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.dry_load import require_all_there
 from melens.models.files import check_config, check_folder, require_no_adapter
@@ -30,10 +30,8 @@ from melens.models.gguf import (
     read_gguf_tokenizer,
     read_gguf_whole,
 )
-from melens.models.hub import kept_copy
-from melens.models.named import NAMED, fetch
+from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.origin import Origin, remember
-from melens.models.own import OwnAnswer
 from melens.network import is_offline, pass_on
 
 CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""The named models: real weights that come as ordinary packages of the package index."""
+"""The named models, which come as packages of the index; and what the hub's cache holds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from melens.errors import FetchError, LicenceError, ModelError, WeightsError
-from melens.models.cache import cache_dir, fetch_package, package_dir, require_sha256, workspace
+from melens.errors import FetchError, LicenceError, ModelError, ModelNotFoundError, WeightsError
+from melens.models.cache import (
+    cache_dir,
+    fetch_package,
+    package_dir,
+    require_sha256,
+    workspace,
+)
 from melens.models.gguf import convert_gguf, is_whole, no_cache
+from melens.models.weight_files import read_json, weight_files
 from melens.network import is_offline
 from melens.progress import remark
 from melens.registry import Registry
@@ -186,3 +193,28 @@ def _accepted() -> list[str]:
         with contextlib.suppress(ValueError):  # a torn record accepts nothing
             words += json.loads(record.read_text("utf-8"))
     return words
+
+
+def kept_copy(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub id, if all its weights are there: the cache may hold a config alone.
+
+    Raises:  ModelNotFoundError: a name that the hub cannot have.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    try:
+        read = read_json(folder / "config.json")
+        chosen = weight_files(folder, read) if isinstance(read, dict) else None
+    except ModelError:  # nothing but the config, or a config or index that is damaged
+        return None
+    if chosen is None:
+        return None
+    return folder if all(file.is_file() for file in chosen.files) else None

@@ -1,4 +1,4 @@
-"""What a sweep patches, in which mode and along which axes."""
+"""What a sweep patches and what is put in, in which mode and along which axes."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""patch(): put one run's activations into another, everywhere, and see what they bring along."""
+"""patch(): put one run's activations into another, everywhere; finished cells stay on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,175 @@ import torch
 from melens.batches import Batch
 from melens.batches import prompts as make_prompts
 from melens.capture import evaluating
-from melens.errors import MetricError, ModelError, PromptError
+from melens.errors import MetricError, ModelError, PromptError, ResultError
 from melens.inputs import Inputs, Source, take_in
 from melens.measuring.located import check_same_model
 from melens.models.loading import adopt
-from melens.patching.budget import LEAST_TOKENS, fits, tokens_at_once
-from melens.patching.checkpoint import Cells
-from melens.patching.choices import Sweep, cells_of
-from melens.patching.gather import fields_of
+from melens.patching.choices import Sweep, cells_of, columns_of
 from melens.patching.metrics import Own, PatchMetric, metric_of
 from melens.patching.readouts import Readout
-from melens.patching.sites import places_of
-from melens.patching.sources import (
+from melens.patching.sites import Place, places_of
+from melens.patching.waves import (
+    LEAST_TOKENS,
+    Cell,
     Values,
+    changes,
+    fits,
     mean_values,
+    plan_waves,
     resampled_values,
+    run_wave,
+    tokens_at_once,
     values_of,
     written,
 )
-from melens.patching.waves import Cell, changes, plan_waves, run_wave
-from melens.results.patch import PatchGrid
+from melens.results.base import schema_of
+from melens.results.patch import Axis, Nested, PatchGrid
 from melens.resume import Resumable
+from melens.store import ROWS, read_text, write_atomically
+
+SCHEMA = "melens/patch-cells/1"
+SECONDS = 3.0
+"""Between two savings: what a power cut may cost."""
+
+
+class Cells:
+    """Values of finished cells by key, one a row of the batch; on disk if there is a path."""
+
+    def __init__(self, path: Path | None, inputs: str) -> None:
+        """Go on from ``path`` if it is there.
+
+        Args:    inputs: fingerprint of everything the numbers depend on.
+        Raises:  ResultError: the file is of other inputs, or no checkpoint.
+        """
+        self.path, self.inputs = path, inputs
+        self.done: dict[str, list[float]] = {}
+        self._saved = time.monotonic()
+        self._dirty = False
+        if path is not None and path.exists():
+            self.done = self._read(path)
+
+    def add(self, found: dict[str, list[float]]) -> None:
+        """Take in a finished wave; saves every few seconds."""
+        self.done.update(found)
+        self._dirty = True
+        if time.monotonic() - self._saved > SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is not on disk yet."""
+        if self.path is None or not self._dirty:
+            return
+        data = {"schema": SCHEMA, "inputs": self.inputs, "cells": self.done}
+        write_atomically(self.path, json.dumps(data, sort_keys=True, allow_nan=False))
+        self._saved, self._dirty = time.monotonic(), False
+
+    def _read(self, path: Path) -> dict[str, list[float]]:
+        text = read_text(path, ROWS, error=ResultError, what="the checkpoint")
+        if schema_of(text, str(path)) != SCHEMA:
+            raise ResultError(f"{path} is no patching checkpoint; choose another path.")
+        data = json.loads(text)
+        if data.get("inputs") != self.inputs:
+            raise ResultError(
+                f"the checkpoint {path} is of another sweep (other weights, tokens, sites, metric "
+                "or mode); delete it to start anew, or choose another path."
+            )
+        cells = data.get("cells")
+        if not isinstance(cells, dict) or not all(map(_is_values, cells.values())):
+            raise ResultError(f"the checkpoint {path} is damaged; delete it to start anew.")
+        return cells
+
+
+def _is_values(found: object) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        for value in found
+    )
+
+
+def fields_of(
+    choice: Sweep,
+    metric: PatchMetric,
+    places: Mapping[str, Sequence[Place]],
+    inputs: Sequence[Inputs],
+    cells: Sequence[Cell],
+    done: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """A PatchGrid's fields but for the unpatched values and the record of the run.
+
+    Args:    inputs: the clean run's and the corrupted one's.
+             done: values of every cell, one a sequence.
+    """
+    axes = {site: _axes(choice, site, found, inputs) for site, found in places.items()}
+    at = {(c.place.site, c.place.layer, c.position, c.head): done[c.key] for c in cells}
+    rows = inputs[0].total
+
+    def values(row: int | None) -> dict[str, Nested]:
+        return {site: _nest(site, shape, at, row) for site, shape in axes.items()}
+
+    return {
+        "mode": choice.mode,
+        "metric": metric.name,
+        "metric_about": metric.about,
+        "sites": tuple(places),
+        "axes": axes,
+        "values": values(None),
+        "sequences": rows,
+        "by_sequence": tuple(values(row) for row in range(rows)) if rows > 1 else (),
+    }
+
+
+def _axes(
+    choice: Sweep, site: str, places: Sequence[Place], inputs: Sequence[Inputs]
+) -> tuple[Axis, ...]:
+    layers = tuple(place.layer for place in places)
+    heads = tuple(range(places[0].heads or 0))
+    made = {
+        "layer": Axis(name="layer", index=layers, label=tuple(map(str, layers))),
+        "position": Axis(
+            name="position",
+            index=columns_of(choice, inputs[0].batches[0]),
+            label=_tokens(choice, inputs),
+        ),
+        "head": Axis(name="head", index=heads, label=tuple(map(str, heads))),
+    }
+    return tuple(made[name] for name in choice.axes(site))
+
+
+def _tokens(choice: Sweep, inputs: Sequence[Inputs]) -> tuple[str, ...]:
+    """Of the first sequence that has the position; both where clean and corrupted differ, clean
+    first; dots where other sequences hold another token.
+    """  # noqa: D205
+    columns = columns_of(choice, inputs[0].batches[0])
+    clean, corrupted = ([_token(found, column) for column in columns] for found in inputs)
+    return tuple(a if a == b else f"{a} | {b}" for a, b in zip(clean, corrupted, strict=True))
+
+
+def _token(found: Inputs, column: int) -> str:
+    batch = found.batches[0]
+    here = batch.ids[:, column][batch.mask[:, column]].tolist()
+    return found.decode(here[0]) + (" ..." if len(set(here)) > 1 else "")
+
+
+def _nest(
+    site: str,
+    axes: Sequence[Axis],
+    at: Mapping[tuple[str, int, int | None, int | None], Sequence[float]],
+    row: int | None,
+) -> Any:
+    names = [axis.name for axis in axes]
+
+    def value(chosen: Mapping[str, int]) -> float:
+        found = at[(site, chosen["layer"], chosen.get("position"), chosen.get("head"))]
+        return float(math.fsum(found) / len(found)) if row is None else float(found[row])
+
+    def nest(chosen: dict[str, int], depth: int) -> Any:
+        if depth == len(axes):
+            return value(chosen)
+        return tuple(nest({**chosen, names[depth]: i}, depth + 1) for i in axes[depth].index)
+
+    return nest({}, 0)
+
 
 Progress = Callable[[int, int], None] | None
 LONG = 1 << 20

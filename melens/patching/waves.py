@@ -1,25 +1,86 @@
-"""Waves: many patched runs resumed together, each joining at the layer where it is patched.
-
-All runs of a wave start at the same position. Runs that are patched at layer l join the wave there
-with the unpatched residual, so no layer is run that the patch cannot change, and no position
-before the patch.
-"""
+"""Waves: many patched runs resumed together, as many as memory holds."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from melens.capture import hooked
+from melens.batches import Batch
+from melens.capture import hooked, stream
+from melens.errors import CaptureError, PromptError
+from melens.models.anatomy import resid_pre
 from melens.patching.readouts import Readout
 from melens.patching.sites import Place
-from melens.patching.sources import write_into
 from melens.resume import Resumable
+from melens.shapes import TokenMask
+
+CPU_TOKENS = 1024
+"""Measured on two cores: from 64 to 2,048 tokens a matrix product runs at one speed; larger waves
+leave the cache.
+"""
+GPU_TOKENS = 65536
+LEAST_TOKENS = 128
+"""Below it a block spends its time on calls and on reading weights."""
+SHARE = 0.3
+"""Of the free memory: others run too, and the estimate is rough."""
+UNKNOWN_BYTES = 2**31
+
+
+def tokens_at_once(run: Resumable) -> int:
+    """Tokens a wave may have."""
+    device = run.batch.ids.device
+    fits = int(SHARE * free_bytes(device) / bytes_per_token(run))
+    return max(1, min(fits, CPU_TOKENS if device.type == "cpu" else GPU_TOKENS))
+
+
+def bytes_per_token(run: Resumable) -> int:
+    """A block's largest tensors at one moment, per token that it runs."""
+    cfg, width = run.model.cfg, run.batch.ids.shape[1]
+    hidden = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
+    heads = cfg.n_heads * cfg.d_head
+    # scores and pattern, and the whole sequences' keys and values that a one-token suffix sees
+    attention = 3 * cfg.n_heads * width + 4 * heads * width
+    return 4 * (8 * cfg.d_model + 4 * hidden + attention)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device; 2 GB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return UNKNOWN_BYTES
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return UNKNOWN_BYTES
+
+
+def fits(task: Callable[[], None]) -> bool:
+    """Do ``task``; False where memory ran out. Anything else is raised."""
+    try:
+        task()
+    except (MemoryError, torch.OutOfMemoryError):
+        pass
+    except RuntimeError as error:
+        if "alloc" not in str(error) or "memory" not in str(error):
+            raise
+    else:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return False
 
 
 @dataclass(frozen=True)
@@ -145,3 +206,96 @@ def _edits(
 def _write(cell: Cell, view: Tensor, value: Tensor, start: int) -> None:
     columns = torch.tensor(cell.columns, device=view.device)
     write_into(view, value[:, columns].to(view.dtype), columns - start, cell.head)
+
+
+Values = Mapping[Place, Tensor]
+"""Place -> ``[batch, pos, d]`` or ``[batch, pos, head, d]``: what is written there."""
+
+
+@dataclass
+class Whole:
+    """Reducer: one batch's tensor as it is."""
+
+    kept: Tensor | None = None
+
+    def update(self, x: Tensor, batch: Batch) -> None:
+        """Keep the tensor of the one batch there is."""
+        self.kept = x.detach().clone()
+
+    def result(self) -> Tensor:
+        """The kept tensor."""
+        if self.kept is None:
+            raise CaptureError("Whole saw no batch; pass it to stream() first.")
+        return self.kept
+
+
+def values_of(model: Any, batch: Batch, places: Sequence[Place]) -> dict[Place, Tensor]:
+    """Every place's value in a run over ``batch``; one forward pass."""
+    hooks = {place.hook for place in places}
+    hooks |= {resid_pre(place.layer) for place in places if place.middle}
+    taps = {hook: Whole() for hook in sorted(hooks)}
+    stream(model, batch, taps)
+    made = {}
+    for place in places:
+        made[place] = place.view(taps[place.hook].result())
+        if place.middle:
+            made[place] = made[place] + taps[resid_pre(place.layer)].result()
+    return made
+
+
+def mean_values(values: Values, mask: TokenMask) -> dict[Place, Tensor]:
+    """Every token's value replaced by the mean over real tokens and sequences, per channel."""
+
+    def mean(x: Tensor) -> Tensor:
+        return x[mask.to(x.device)].float().mean(0).to(x.dtype).expand_as(x)
+
+    return {place: mean(x) for place, x in values.items()}
+
+
+def resampled_values(values: Values, batch: Batch, *, seed: int) -> dict[Place, Tensor]:
+    """Every sequence's values replaced by those of another one, at the same positions.
+
+    Raises:  PromptError: fewer than two sequences, or sequences of different lengths.
+    """
+    rows = len(batch)
+    if rows < 2:
+        raise PromptError(
+            "resample ablation takes another sequence's activations and got 1 sequence; give at "
+            "least 2, or use mode='mean'."
+        )
+    if not (batch.mask == batch.mask[:1]).all():
+        raise PromptError(
+            "resample ablation needs sequences of one length: padding has no activation to lend."
+        )
+    order = other_rows(rows, seed=seed)
+    return {place: x[order.to(x.device)] for place, x in values.items()}
+
+
+def other_rows(rows: int, *, seed: int) -> Tensor:
+    """A seeded permutation of the rows without fixed points: one random cycle through all."""
+    cycle = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    order = torch.empty_like(cycle)
+    order[cycle] = cycle.roll(-1)
+    return order
+
+
+def written(values: Values, stream_at: Callable[[int], Tensor]) -> dict[Place, Tensor]:
+    """What to write at each place so that it holds its value.
+
+    The stream after attention cannot be set directly: attention is made to write what is missing.
+    """
+
+    def write(place: Place, x: Tensor) -> Tensor:
+        if not place.middle:
+            return x
+        return (x.float() - stream_at(place.layer).float()).to(x.dtype)
+
+    return {place: write(place, x) for place, x in values.items()}
+
+
+def write_into(view: Tensor, value: Tensor, columns: Tensor, head: int | None) -> None:
+    """Put ``value`` into ``view`` in place, both ``[batch, columns, (head,) d]``."""
+    if head is None:
+        view.index_copy_(1, columns, value)
+    else:
+        view[:, :, head].index_copy_(1, columns, value[:, :, head])

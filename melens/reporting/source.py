@@ -16,8 +16,7 @@ from melens.figures import draw
 from melens.figures.attention_view import marked, shown
 from melens.figures.draw import house_style
 from melens.formatting import printable
-from melens.results.base import Result
-from melens.results.pointer import look_up
+from melens.results.base import Result, look_up
 
 _RIGHT = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff"
 """Blocks of scripts that run from right to left."""

@@ -2,8 +2,8 @@
 
 from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
 from melens.results.base import Result, load_result
-from melens.results.cache_norms import CacheNorms
 from melens.results.check import (
+    CacheNorms,
     CheckReport,
     Finding,
     PolicyUsed,
@@ -15,9 +15,8 @@ from melens.results.check import (
 from melens.results.collapse import Collapse, CollapseRow
 from melens.results.describe import TokenPortrait
 from melens.results.diff import Difference
-from melens.results.edit import Edit
+from melens.results.edit import Edit, EditFile
 from melens.results.evaluation import Evaluation
-from melens.results.export import EditFile
 from melens.results.isolate import Isolation
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import (

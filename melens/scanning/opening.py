@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
-from melens.models.files import (
-    ADAPTER,
-    check_config,
-    check_fit,
-    check_folder,
-    require_no_adapter,
-)
-from melens.models.hub import kept_copy
-from melens.models.named import NAMED, fetch
+from melens.models.files import ADAPTER, check_config, check_fit, check_folder, require_no_adapter
+from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.weight_files import INDEX, SINGLE, main_file, weight_map
 from melens.network import is_offline, pass_on
-from melens.scanning.blobs import HttpBlob
-from melens.scanning.files import Checkpoint, from_blobs, read_folder, read_gguf
+from melens.scanning.files import Checkpoint, HttpBlob, from_blobs, read_folder, read_gguf
 
 
 def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:

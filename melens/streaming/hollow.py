@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from melens.errors import ModelError, WeightsError
-from melens.models.complaints import first_line
+from melens.models.complaints import first_line, what_to_do
 from melens.models.decoder import layer_list
-from melens.models.prefixes import what_to_do
 from melens.models.shards import Checkpoint
 
 EXPERTS = {

@@ -17,7 +17,7 @@ from melens.capture import EverythingSeen
 from melens.errors import FetchError, ModelError
 from melens.models.bridging import bridge_module
 from melens.models.complaints import TOKENIZER_FILES, first_line
-from melens.models.contract import check_contract
+from melens.models.contract import OwnAnswer, check_contract, force_eager, own_answer, probe_ids
 from melens.models.decoder import layer_list
 from melens.models.files import check_folder
 from melens.models.gguf import given_names, no_cache
@@ -31,7 +31,6 @@ from melens.models.loading import (
 )
 from melens.models.named import NAMED, on_this_machine
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
-from melens.models.own import OwnAnswer, force_eager, own_answer, probe_ids
 from melens.models.shards import Checkpoint
 from melens.streaming.hollow import Hollow, Slot, build_hollow, hollow_parameter
 from melens.streaming.tape import Tape

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from melens.checking.findings.core import Card, Judgement, Unmeasured, View, nothing, rule
 from melens.checking.trimming import compact_collapse
-from melens.knowledge import LEAST_TEXTS
+from melens.published import LEAST_TEXTS
 from melens.results import Collapse, CollapseRow, KnownCheck, MELayer
 
 SITES = ("q", "k")

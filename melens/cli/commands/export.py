@@ -19,8 +19,8 @@ from melens.cli.job import Job
 from melens.cli.options import edit_of
 from melens.errors import InterventionError, NoTokenError, PromptError
 from melens.formatting import printable
-from melens.lines import lines_of
 from melens.progress import remark
+from melens.store import lines_of
 
 ON_PLAIN = ("none", "wemask", "drop-key")
 """Edits that a transformers model can have without a bridge, which decodes slower."""
@@ -258,7 +258,7 @@ def show_export(folder: Path, *, as_json: bool) -> None:
 
 
 class ExportFormat(StrEnum):
-    """What is written, as in ``melens.results.export.Format``."""
+    """What is written, as in ``melens.results.edit.Format``."""
 
     hf = "hf"
     prefix = "prefix"

@@ -124,14 +124,14 @@ def super_weights(
 
     job = Job.of(locals())
     if known is not None:
-        from melens.isolating.super_weight_known import check_known
+        from melens.published import check_known
 
         check_known(known)
     loaded, texts = job.load()
     found = job.locate(loaded, texts)
-    from melens.isolating.super_weight_known import with_known
     from melens.isolating.super_weight_search import Search
     from melens.isolating.super_weight_search import super_weights as measure
+    from melens.published import with_known
 
     search = Search(most=most, seed=seed)
     with job.bar() as tick:

@@ -77,7 +77,7 @@ def known(
 
     Example:  melens known smollm2-135m runs/demo/locate.json
     """
-    from melens import knowledge
+    from melens import published
     from melens.cli import output
     from melens.results import WeightScan, load_result
     from melens.results.check import located_of
@@ -89,12 +89,12 @@ def known(
 
         names = (Path(model).name, *given_names(Path(model).expanduser()))
     if isinstance(found, WeightScan):
-        from melens.scanning.published import known_scan
+        from melens.published import known_scan
 
-        made = knowledge.known_by(names, lambda name: known_scan(name, found))
+        made = published.known_by(names, lambda name: known_scan(name, found))
     else:
         located = located_of(found, str(result))
-        made = knowledge.known_by(names, lambda name: knowledge.known(name, located))
+        made = published.known_by(names, lambda name: published.known(name, located))
     output.show(made, as_json=as_json)
 
 

@@ -12,11 +12,10 @@ from typing import Any
 from melens.batches import read_text
 from melens.errors import MissingPackageError, OutputError, PromptError
 from melens.evaluating.scoring import extract_answer, is_refusal, read_prompts, same_answer
-from melens.lines import is_text, json_object, lines_of
 from melens.models.cache import building, cache_dir
 from melens.registry import Registry
 from melens.results.base import Part
-from melens.store import TEXT, read_limited
+from melens.store import TEXT, is_text, json_object, lines_of, read_limited
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from melens.reporting.sections.base import (
     Shown,
     Table,
     View,
+    other,
     section,
 )
-from melens.reporting.sections.fallback import other
 
 MODULES = (located, spread, causes)
 """Imported for what they register."""

@@ -8,8 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from melens.errors import ResultError
+from melens.figures import FIGURES
 from melens.registry import Registry
-from melens.reporting.source import Linked, Source, token_html
+from melens.reporting.source import Linked, Source, number_text, token_html
 from melens.results.base import Result
 
 Shown = Linked | Markup | str
@@ -136,3 +138,29 @@ def section(
         return make
 
     return add
+
+
+MOST_ROWS = 40
+
+
+def other(view: View) -> Block:
+    """What every result can say about itself."""
+    made = view.block()
+    if type(view.result) in FIGURES:
+        made.pictures = [Picture(view.result, None, view.result.summary(), "")]
+    try:
+        rows = view.result.shown()
+    except ResultError:
+        return made
+    if rows:
+        columns = tuple(rows[0])
+        cells = [[_cell(row.get(name)) for name in columns] for row in rows[:MOST_ROWS]]
+        some = f"{len(cells)} of {len(rows)} rows" if len(rows) > len(cells) else "All rows"
+        made.tables = [Table(some, columns, cells, folded=True)]
+    return made
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(number_text(part) for part in value)
+    return "" if value is None else number_text(value)

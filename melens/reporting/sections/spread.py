@@ -11,7 +11,7 @@ from melens.figures.ranks import NAMES
 from melens.reporting.sections.base import Block, Fact, Panel, Picture, Table, View, section
 from melens.reporting.source import number_text
 from melens.results.attention import AttentionMaps, HeadMap
-from melens.results.cache_norms import CacheNorms
+from melens.results.check import CacheNorms
 from melens.results.collapse import Collapse
 from melens.results.sinks import SINK_EPS, Sinks
 

@@ -1,4 +1,4 @@
-"""A result held against published numbers; the numbers and their sources ship with melens."""
+"""Results held against published numbers; the numbers and their sources ship with melens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from melens.errors import ResultError
 from melens.registry import Registry
 from melens.results.base import Result
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import MELayer
+from melens.results.scan import WeightScan
+from melens.results.super_weights import SuperWeights
 
 LEAST_TEXTS = 4
 """Texts without BOS from which on a missing massive token speaks against the model."""
@@ -207,3 +209,142 @@ def _show(value: Any) -> str:
     if value is None:
         return "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+ORDER = ("match", "mismatch", "unknown")
+
+
+def known_scan(model: str, scan: WeightScan) -> KnownCheck:
+    """Hold a scan's predicted layers, dimensions and entries against what was published.
+
+    A published number that the scan does not predict is a mismatch: weights do not depend on how
+    a text begins. Sizes are left out, a ceiling is none.
+
+    Args:    model: a row's name (``org/name``, or its last part, or a named model).
+    Returns: of several rows on record for a model, the one that fits best.
+    """  # fmt: skip
+    checks = [_check_scan(row, model, scan) for row in published_rows(model)]
+    if not checks:
+        names = [name.rsplit("/", 1)[-1] for name in known_models()]
+        close = difflib.get_close_matches(model.rsplit("/", 1)[-1], names, n=1)
+        return KnownCheck(
+            model=model, verdict="unknown", comparisons=(), source=None,
+            meant=close[0] if close else None,
+        )  # fmt: skip
+    return min(
+        checks,
+        key=lambda check: (
+            ORDER.index(check.verdict),
+            sum(row.verdict == "mismatch" for row in check.comparisons),
+        ),
+    )
+
+
+def _check_scan(row: dict[str, Any], model: str, scan: WeightScan) -> KnownCheck:
+    made = []
+    if "me_layer" in row or row.get("steps"):
+        layer = row["me_layer"] if "me_layer" in row else row["steps"][0]
+        made.append(_compare_scan("ME Layer", layer, scan.me_layer, fits=layer == scan.me_layer))
+    for dim in map(int, row.get("dims", {})):
+        fits = dim in scan.dims
+        told = "foretold" if fits else "not foretold"
+        made.append(_compare_scan(f"dimension {dim}", "massive", told, fits=fits))
+    if "erase_layer" in row:
+        layer = row["erase_layer"]
+        made.append(
+            _compare_scan("erase layer", layer, scan.erase_layer, fits=layer == scan.erase_layer)
+        )
+    entries = {found.at for found in scan.candidates}
+    for layer, dim, neuron in row.get("super_weights", ()):
+        fits = (layer, dim, neuron) in entries
+        made.append(_compare_scan(
+            f"down_proj entry, layer {layer}, row {dim}, column {neuron}", "super weight",
+            "a candidate" if fits else "no candidate", fits=fits,
+        ))  # fmt: skip
+    bad = any(item.verdict == "mismatch" for item in made)
+    verdict = "mismatch" if bad else "match" if made else "unknown"
+    return KnownCheck(
+        model=model, verdict=verdict, comparisons=tuple(made), source=row["source"]
+    )  # fmt: skip
+
+
+def _compare_scan(what: str, published: Any, predicted: Any, *, fits: bool) -> Comparison:
+    return Comparison(
+        what=what, published="none" if published is None else str(published),
+        measured="none" if predicted is None else str(predicted),
+        verdict="match" if fits else "mismatch", place=True,
+    )  # fmt: skip
+
+
+CONVENTION = (
+    "(layer, row, column): 0-based block, row = residual dimension, column = neuron, as in the "
+    "checkpoint's down_proj.weight[row, column]."
+)
+
+
+def check_known(model: str) -> None:
+    """Refuse a name without published super weights.
+
+    Raises:  ResultError: naming those that have them.
+    """
+    if not any(row.get("super_weights") for row in published_rows(model)):
+        names = [
+            name
+            for name, rows in known_models().items()
+            if any(row.get("super_weights") for row in rows)
+        ]
+        raise ResultError(
+            f"no super weights of {model!r} are on record; known: {', '.join(names)}."
+        )
+
+
+def hold_super_weights(model: str, result: SuperWeights) -> KnownCheck:
+    """Hold found super weights against the published coordinates of ``model``.
+
+    Args:    model: a row's name (``org/name``, or its last part, or a named model).
+    Returns: a published coordinate that was found is a ``match``, one that was not a ``mismatch``,
+             and a found one that is not on record ``unknown``; ``unknown`` as a whole where no
+             coordinates are on record.
+    """  # fmt: skip
+    rows = [row for row in published_rows(model) if row.get("super_weights")]
+    if not rows:
+        return KnownCheck(
+            model=model, verdict="unknown", comparisons=(), source=None, convention=CONVENTION
+        )
+    published = [tuple(at) for row in rows for at in row["super_weights"]]
+    found = {weight.at: f"found in pass {weight.found_in}" for weight in result.super_weights}
+    made = [
+        _compare_weight(
+            at, "yes", found.get(at, "not found"), "match" if at in found else "mismatch"
+        )
+        for at in dict.fromkeys(published)
+    ]
+    made += [
+        _compare_weight(at, "not on record", found[at], "unknown")
+        for at in found
+        if at not in published
+    ]
+    missed = any(row.verdict == "mismatch" for row in made)
+    return KnownCheck(
+        model=model,
+        verdict="mismatch" if missed else "match",
+        comparisons=tuple(made),
+        source="; ".join(dict.fromkeys(row["source"] for row in rows)),
+        convention=CONVENTION,
+    )
+
+
+def with_known(result: SuperWeights, model: str) -> SuperWeights:
+    """The same result with that comparison in it."""
+    return result.model_copy(update={"known": hold_super_weights(model, result)})
+
+
+def _compare_weight(
+    at: tuple[int, ...],
+    published: str,
+    measured: str,
+    verdict: Literal["match", "mismatch", "unknown"],
+) -> Comparison:
+    return Comparison(
+        what=f"super weight {at}", published=published, measured=measured, verdict=verdict
+    )
