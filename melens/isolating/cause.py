@@ -14,7 +14,7 @@ from melens.isolating.cells import joined
 from melens.isolating.edited import MOST_SHARE, Edited, Subject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
 from melens.isolating.path import has_part, ordinary_tokens, share_at, sufficiency
-from melens.isolating.runs import Finished, Texts
+from melens.isolating.runs import Finished, Texts, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
 from melens.measuring.located import Progress, settle_primary
 from melens.models.anatomy import check_layer, require_unfolded

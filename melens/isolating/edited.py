@@ -23,6 +23,7 @@ from melens.isolating.path import Branch, branch_of, has_part, sizes_of
 from melens.isolating.runs import (
     Change,
     Finished,
+    LayerEdit,
     Outcome,
     Prefixes,
     ablate,

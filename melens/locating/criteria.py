@@ -17,6 +17,7 @@ from melens.locating.thresholds import (
     last_body_layer,
 )
 from melens.locating.trajectory import Path
+from melens.metrics.magnitude import NORM_RATIO
 from melens.registry import Registry
 
 

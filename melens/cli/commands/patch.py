@@ -12,8 +12,6 @@ from melens.errors import MetricError, PromptError
 from melens.progress import progress_on
 
 CHECKPOINT = "patch.cells.json"
-LISTED = 12
-MOST_MISSING = 4
 
 
 class Metric(StrEnum):

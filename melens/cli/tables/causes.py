@@ -9,6 +9,11 @@ from melens.cli.tables.measures import TABLES, say_rest
 from melens.formatting import within
 from melens.results.isolate import cells
 
+LISTED = 12
+
+MOST_MISSING = 4
+
+
 MOST_NEURONS = 4
 """Neurons a layer that the table lists; the JSON has more."""
 
