@@ -28,7 +28,7 @@ test-gemma: $(VENV)/.test
 
 # Needs a browser: apt-get install chromium chromium-driver
 test-browser: $(VENV)/.test
-	$(BIN)/python -m pytest -m browser tests/test_attention_view.py tests/test_report_browser.py
+	$(BIN)/python -m pytest -m browser tests/figures/test_attention_view.py tests/reporting/test_report_browser.py
 
 # Runs every notebook as it is; its source in percent format is kept beside it.
 notebooks: $(VENV)/.test

@@ -4,10 +4,10 @@
     python experiments/11_foresee.py --seeds 1                # half a minute
     python experiments/11_foresee.py --real smollm2-135m,gemma3-270m   # their saved results too
 
-Planted models (tests/planted.py) of seeds that nothing else uses, those of four kinds with a late
-eraser too, each scanned from its saved files and located by running it; the scan's constants were
-chosen on the two real models alone. Two baselines: the largest |entry| of any down projection, and
-the largest ratio of a down projection column's maximum to its mean.
+Planted models (tests/support/planted.py) of seeds that nothing else uses, four kinds of them with
+a late eraser too, each scanned from its saved files and located by running it; the scan's
+constants were chosen on the two real models alone. Two baselines: the largest |entry| of any down
+projection, and the largest ratio of a down projection column's maximum to its mean.
 Writes runs/11_foresee/{study.json, cases.jsonl, figure.png}.
 """
 
@@ -183,8 +183,8 @@ def _planted(cfg: Config) -> list[Case]:
 
 def _of_seed(seed: int) -> list[Case]:
     torch.set_num_threads(1)
-    if str(ROOT / "tests") not in sys.path:
-        sys.path.insert(0, str(ROOT / "tests"))
+    if str(ROOT / "tests" / "support") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tests" / "support"))
     from planted import ERASABLE, FAMILIES, KINDS
 
     kinds = [(kind, False) for kind in KINDS] + [(kind, True) for kind in ERASABLE]

@@ -14,7 +14,7 @@ from melens.published import known, known_models
 from melens.results import KnownCheck, MELayer, load_result
 from melens.store import write_atomically
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

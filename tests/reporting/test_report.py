@@ -41,7 +41,7 @@ from melens.results import load_result
 from melens.results.base import look_up
 from melens.results.check import CheckReport
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 

@@ -19,7 +19,7 @@ from melens.results.check import (
     StageRecord,
 )
 
-SAVED = Path(__file__).parent.parent / "docs" / "results"
+SAVED = Path(__file__).parents[2] / "docs" / "results"
 FILES = {
     "locate": "locate", "describe": "describe", "collapse": "collapse", "sinks": "sinks",
     "isolate": "isolate", "super_weights": "super-weights",

@@ -11,7 +11,7 @@ import pytest
 
 from melens.network import LIBRARIES, go_offline, is_offline, pass_on
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROBE = """
 import os, socket, sys
 asked = []

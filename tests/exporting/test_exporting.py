@@ -31,7 +31,7 @@ MASK = {"rate": 0.5, "select": "product", "layers": (1, 2)}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "gpt2", "phi3"]
 FIRST = 1
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 LENGTHS = (11, 6, 9)
 
 

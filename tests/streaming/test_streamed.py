@@ -486,7 +486,7 @@ def test_the_full_size_fits_the_disk_it_promises():
 
 
 def benchmark(name):
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -11,7 +11,7 @@ from melens.cli.tables import TABLES
 from melens.figures import draw
 from melens.results import SuperWeights, load_result
 
-DOCS = Path(__file__).parent.parent / "docs" / "results"
+DOCS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.fixture(scope="module")

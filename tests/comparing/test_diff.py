@@ -23,7 +23,7 @@ from melens.results import Difference, MELayer, load_result
 from melens.results.check import CheckReport
 from melens.results.diff import SideRow
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 PLANTED = plant("llama", "single", 1)
 TRUTH = PLANTED.truth
 TEXTS = [Batch.of(batch(PLANTED))]

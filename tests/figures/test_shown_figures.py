@@ -16,7 +16,7 @@ from planted_report import SAVED
 from melens.figures.draw import FIGURES, Drawing
 from melens.results import load_result
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RUN = """
 import json, sys
 import nbformat
