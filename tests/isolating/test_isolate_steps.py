@@ -9,8 +9,7 @@ import pytest
 from planted import batch, plant
 
 from melens.batches import Batch
-from melens.cli import cause_tables  # noqa: F401 - it registers its tables
-from melens.cli.tables.measures import TABLES
+from melens.cli.tables import TABLES
 from melens.errors import ResultError
 from melens.isolating import isolate
 from melens.isolating.cause import How, isolate_with, steps_of
