@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,40 @@ def test_shapes_are_checked_where_they_are_written():
         if re.search(r"^from (jaxtyping|melens.shapes)", path.read_text("utf-8"), re.M):
             exempt = name.startswith(("melens.capture", "melens.models.", "melens.shapes"))
             assert name.startswith(checked) != exempt, name
+
+
+def test_the_files_that_contributing_names_exist():
+    text = (SRC.parent / "CONTRIBUTING.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| W")]
+    assert len(rows) >= 10
+    for row in rows:
+        named = re.findall(r"`((?:melens|tests)/[\w./]*)`", row)
+        assert named, row
+        for name in named:
+            assert (SRC.parent / name).exists(), name
+
+
+def test_there_is_no_cycle_inside_a_package_either():
+    """Imports at the top of a module, parent packages included, as Python runs them."""
+    graph = {_dotted(path): set(_opened(path)) for path in FILES}
+    known = set(graph)
+    order = graphlib.TopologicalSorter({name: there & known for name, there in graph.items()})
+    order.prepare()
+
+
+def _dotted(path: Path) -> str:
+    parts = ("melens", *path.relative_to(SRC).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def _opened(path: Path) -> Iterator[str]:
+    """Modules that a module needs before it is ready, itself and its own packages left out."""
+    here = _dotted(path)
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for name in (node.module, *(f"{node.module}.{n.name}" for n in node.names)):
+                parts = name.split(".")
+                for size in range(2, len(parts) + 1):
+                    there = ".".join(parts[:size])
+                    if not f"{here}.".startswith(f"{there}."):
+                        yield there
