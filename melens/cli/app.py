@@ -19,7 +19,7 @@ from melens.cli.commands.export import export, generate
 from melens.cli.commands.isolate import isolate, super_weights
 from melens.cli.commands.locate import env, known, locate, models, plot
 from melens.cli.commands.long_context import long_context
-from melens.cli.commands.measure import attention, collapse, describe, sinks
+from melens.cli.commands.measure import attention, collapse, describe, metric, sinks
 from melens.cli.commands.patch import patch
 from melens.cli.commands.scan import reach, scan
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
@@ -76,6 +76,7 @@ app.command()(locate)
 app.command()(scan)
 app.command()(describe)
 app.command()(collapse)
+app.command()(metric)
 app.command()(sinks)
 app.command()(attention)
 app.command()(isolate)

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from melens.figures.draw import ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.figures.profile import gaps
 from melens.results.collapse import Collapse
+from melens.results.metric import MetricProfile
 
 NAMES = {
     "resid_post": "residual (block output)", "ln1": "attention input (after its norm)",
@@ -80,3 +81,21 @@ def _panel(axes: Axes, result: Collapse, site: str, definition: str) -> None:
     axes.set_title(NAMES[site], loc="left")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+@figure(MetricProfile, "layers")
+def draw_metric(result: MetricProfile) -> Figure:
+    """A metric by layer: its mean over sequences, and the range of single ones."""
+    made = Drawing(figsize=(PAGE, 2.2), layout="constrained")
+    axes = made.subplots()
+    rows = result.rows()
+    layers = [row["layer"] for row in rows]
+    axes.fill_between(
+        layers, [row["least"] for row in rows], [row["largest"] for row in rows], alpha=0.2, lw=0
+    )
+    axes.plot(layers, [row["mean"] for row in rows], marker=".")
+    axes.set_xlabel("layer (from 0, block output)")
+    axes.set_ylabel(f"{result.metric} ({result.unit})")
+    axes.set_title(f"{result.run.subject}: {result.metric} of the residual", loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return made

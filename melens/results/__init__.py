@@ -32,6 +32,7 @@ from melens.results.locate import (
     Writer,
 )
 from melens.results.long_context import LongContext
+from melens.results.metric import MetricProfile
 from melens.results.patch import Axis, PatchGrid
 from melens.results.reach import Reach
 from melens.results.scan import Candidate, LayerCeiling, WeightScan
@@ -65,6 +66,7 @@ __all__ = [
     "LongContext",
     "MELayer",
     "MassiveToken",
+    "MetricProfile",
     "PatchGrid",
     "PolicyUsed",
     "Reach",

@@ -1,4 +1,4 @@
-"""describe, collapse, sinks and attention."""
+"""describe, collapse, metric, sinks and attention."""
 
 from __future__ import annotations
 
@@ -91,6 +91,46 @@ def collapse(
 
     with job.bar() as tick:
         result = measure(loaded, found, texts, batch_size=batch_size, progress=tick)
+    job.finish(result)
+
+
+def metric(
+    model: opt.Model,
+    name: Annotated[str, typer.Argument(help="A metric, e.g. effective_rank or max_magnitude.")],
+    text: opt.Text = None,
+    lines: opt.Lines = False,
+    prompt: opt.Prompt = None,
+    bos: opt.Bos = None,
+    chat: opt.Chat = False,
+    n_seq: opt.NSeq = None,
+    length: opt.Length = None,
+    out: opt.Out = None,
+    as_json: opt.Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.DtypeOption = None,
+    batch_size: opt.BatchSize = 4,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    offline: opt.Offline = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure one metric of MODEL's residual at every layer, sequence by sequence.
+
+    Examples:
+      melens metric smollm2-135m effective_rank
+
+      melens metric smollm2-135m heaviest_norm_ratio --bos --out runs/metric
+    """
+    from melens.cli.job import Job
+    from melens.metrics import METRICS
+
+    METRICS[name]
+    job = Job.of(locals())
+    loaded, texts = job.load()
+    from melens.measuring import metric_by_layer
+
+    with job.bar() as tick:
+        result = metric_by_layer(loaded, name, texts, batch_size=batch_size, progress=tick)
     job.finish(result)
 
 

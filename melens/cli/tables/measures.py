@@ -198,3 +198,9 @@ def _locate_row(result: Any, row: Any) -> dict[str, Any]:
         "write share": None if row.write_share is None else round(row.write_share, 4),
         "": ", ".join(notes),
     }  # fmt: skip
+
+
+@TABLES.register("metric")
+def _metric(result: Any) -> None:
+    table(result.rows())
+    say("")
