@@ -195,7 +195,7 @@ def run_pages(*pages):
 
 def test_the_code_of_the_pages_runs():
     shown = run_pages(
-        "extend/metric.md", "extend/family.md", "extend/reducer.md", "extend/intervention.md",
+        "extend/family.md", "extend/reducer.md", "extend/intervention.md",
         "extend/figure.md", "check.md",
     )  # fmt: skip
     assert "blocks.0.hook_resid_post" in shown
@@ -204,7 +204,7 @@ def test_the_code_of_the_pages_runs():
 
 @pytest.mark.weights
 def test_the_code_that_needs_weights_runs():
-    shown = run_pages("index.md", "extend/task.md")
+    shown = run_pages("index.md", "extend/task.md", "extend/metric.md")
     assert "ME Layer 11 of 30" in shown
     assert "capitals, 4 items" in shown
 
