@@ -19,8 +19,8 @@ from melens.evaluating.edits import (
     conditions,
 )
 from melens.evaluating.forced import Forced, Runner
-from melens.evaluating.scores import Bench as Trial
-from melens.evaluating.scores import Card, Settings, assembled, held_facts
+from melens.evaluating.scores import Settings, TaskCard, assembled, held_facts
+from melens.evaluating.scores import Trial as Trial
 from melens.evaluating.tasks import token_loss
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
@@ -183,5 +183,5 @@ def text_losses(
         done += len(batch)
         tick(done, len(items))
     about = ABOUT if not start else LATE.format(start=start)
-    card = Card("perplexity", NATS, higher_is_better=False, about=about)
+    card = TaskCard("perplexity", NATS, higher_is_better=False, about=about)
     return assembled(trial, card, found, [item.id for item in items])

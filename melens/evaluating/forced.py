@@ -85,7 +85,7 @@ class MassiveIn:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ForcedOutcome:
     """A batch of items under every condition, items as given."""
 
     items: tuple[Forced, ...]
@@ -115,13 +115,13 @@ class Runner:
         self.batch_tokens = batch_tokens
         self._checked = False
 
-    def run(self, items: Sequence[Forced]) -> Iterator[Outcome]:
+    def run(self, items: Sequence[Forced]) -> Iterator[ForcedOutcome]:
         """Batches of items of like length, longest first (what does not fit fails at once)."""
         for chosen in self.batches(items):
             yield self.outcome(chosen, self.conditions)
 
     @torch.no_grad()
-    def outcome(self, items: Sequence[Forced], conditions: Sequence[Condition]) -> Outcome:
+    def outcome(self, items: Sequence[Forced], conditions: Sequence[Condition]) -> ForcedOutcome:
         """One batch under some of the conditions; the unedited run comes first, always."""
         batch = Batch.pad([list(item.ids) for item in items])
         batch = fit_ids(self.model, batch)
@@ -141,7 +141,7 @@ class Runner:
         for row, item in enumerate(items):
             for name, foreseen in self._foresee(clean, item, row, finals).items():
                 found[name].append(foreseen)
-        return Outcome(tuple(items), {k: tuple(v) for k, v in found.items()}, energy, massive)
+        return ForcedOutcome(tuple(items), {k: tuple(v) for k, v in found.items()}, energy, massive)
 
     def _massive(self, clean: Resumable) -> tuple[TokenMask | None, tuple[MassiveIn | None, ...]]:
         """The massive tokens of the unedited run: what every condition of the batch edits."""

@@ -26,9 +26,9 @@ from melens.evaluating.edits import (
     check_unedited,
     conditions,
 )
-from melens.evaluating.forced import Forced, Foreseen, Outcome, Runner
+from melens.evaluating.forced import Forced, ForcedOutcome, Foreseen, Runner
 from melens.evaluating.haystack import Haystack, bins, haystacks, plain_texts
-from melens.evaluating.scores import Bench, Progress, Settings
+from melens.evaluating.scores import Progress, Settings, Trial
 from melens.framing import bos_first, require_known
 from melens.inputs import Inputs
 from melens.intervals import paired_difference, weighted_mean
@@ -40,7 +40,7 @@ from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Delta, Score
 from melens.results.long_context import (
-    Cell,
+    LengthCell,
     LengthRetrieval,
     LongCondition,
     LongContext,
@@ -121,7 +121,7 @@ def long_context(
     me_layer = me_layer or locating.locate(bridge, prompts(bos=haystack.bos, chat=haystack.chat))
     chosen = conditions(bridge, edit, me_layer, settings.plan or light_plan(edit))
     common = Settings(seed=settings.seed, batch_tokens=settings.batch_tokens, items=settings.items)
-    job = _Job(Bench(inputs, chosen, me_layer, common), haystack, hidden, plain)
+    job = _LongJob(Trial(inputs, chosen, me_layer, common), haystack, hidden, plain)
     rows = Rows(settings.items, job.facts())
     job.run(rows, progress)
     return job.assembled(rows)
@@ -148,10 +148,10 @@ def items_of(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _LongJob:
     """Items under their conditions."""
 
-    bench: Bench
+    bench: Trial
     haystack: Haystack
     hidden: tuple[Forced, ...]
     plain: tuple[Forced, ...]
@@ -302,9 +302,9 @@ def _columns(rows: Sequence[ItemRow], what: str | None) -> tuple[torch.Tensor, t
     return both[:, 0], both[:, 1]
 
 
-def _cell(length: int, depth: float, rows: Sequence[ItemRow]) -> Cell:
+def _cell(length: int, depth: float, rows: Sequence[ItemRow]) -> LengthCell:
     losses, weights = _columns(rows, "loss")
-    return Cell(
+    return LengthCell(
         length=length, depth=depth, n=len(rows), found=round(sum(row.value for row in rows)),
         loss=weighted_mean(losses, weights).value,
     )  # fmt: skip
@@ -315,7 +315,7 @@ def _hash(items: Sequence[Forced]) -> str:
     return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 
-def _rows_of(outcome: Outcome) -> list[ItemRow]:
+def _rows_of(outcome: ForcedOutcome) -> list[ItemRow]:
     made = []
     for name, found in outcome.found.items():
         for item, foreseen in zip(outcome.items, found, strict=True):

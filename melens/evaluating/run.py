@@ -10,15 +10,15 @@ from torch import Tensor
 from melens import locating
 from melens.errors import MetricError, PromptError
 from melens.evaluating.edits import check_edit, check_held, check_unedited, conditions
-from melens.evaluating.forced import Foreseen, Outcome, Runner
+from melens.evaluating.forced import ForcedOutcome, Foreseen, Runner
 from melens.evaluating.generated import generated
 from melens.evaluating.harness.data import GENERATION_TASKS
 from melens.evaluating.scores import (
     ENERGY,
-    Bench,
-    Card,
     Progress,
     Settings,
+    TaskCard,
+    Trial,
     assembled,
     held_facts,
     score_of,
@@ -85,7 +85,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
         _check_context(bridge, made)
     me_layer = me_layer or locating.locate(bridge, alike(bridge.tokenizer, task, source))
     chosen = conditions(bridge, edit, me_layer, settings.plan)
-    bench = Bench(inputs, chosen, me_layer, settings)
+    bench = Trial(inputs, chosen, me_layer, settings)
     if made is None:
         return generated(bench, GENERATION_TASKS[task], source, progress)
     return _forced(bench, made, source, progress)
@@ -103,7 +103,7 @@ def _check_context(model: Any, task: ForcedTask) -> None:
 
 
 def _forced(
-    bench: Bench, task: ForcedTask, source: Source, progress: Progress | None
+    bench: Trial, task: ForcedTask, source: Source, progress: Progress | None
 ) -> Evaluation:
     """Every item that an earlier run did not finish, then the result from the rows alone."""
     items, settings = task.items, bench.settings
@@ -125,7 +125,7 @@ def _forced(
         if progress is not None:
             progress(done, len(items))
     data = source.data and source.data.name
-    card = Card(
+    card = TaskCard(
         task.name, task.unit, task.higher_is_better, task.about,
         {
             "data": data, "bos": source.bos, "chat": source.chat, **task.facts,
@@ -135,7 +135,7 @@ def _forced(
     return assembled(bench, card, rows, [item.id for item in items])
 
 
-def _rows_of(task: ForcedTask, outcome: Outcome) -> list[ItemRow]:
+def _rows_of(task: ForcedTask, outcome: ForcedOutcome) -> list[ItemRow]:
     made = []
     for name, found in outcome.found.items():
         for item, foreseen, plain, massive in zip(

@@ -40,7 +40,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Card:
+class TaskCard:
     """What a task is, to be said in the result."""
 
     name: str
@@ -52,7 +52,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Trial:
     """A model and all that it is tried under."""
 
     inputs: Inputs
@@ -107,7 +107,7 @@ def _range(values: Iterable[float | None]) -> tuple[float, float] | None:
     return (found[0], found[-1]) if found else None
 
 
-def assembled(bench: Bench, card: Card, rows: Rows, order: Sequence[str]) -> Evaluation:
+def assembled(bench: Trial, card: TaskCard, rows: Rows, order: Sequence[str]) -> Evaluation:
     """The result, from finished rows alone.
 
     Args:    order: ids of the items, in the order of the data.

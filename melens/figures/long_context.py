@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from melens.figures.draw import PAGE, Drawing, figure, plain
-from melens.results.long_context import Cell, LongCondition, LongContext
+from melens.results.long_context import LengthCell, LongCondition, LongContext
 
 COLOURS = "cividis"
 """Even in lightness, and told apart by colour-blind readers."""
@@ -64,7 +64,9 @@ def _shown(result: LongContext) -> tuple[LongCondition, ...]:
     return (result.base, result.edited, *result.controls)
 
 
-def _maps(result: LongContext, value: Callable[[Cell], float], top: float, label: str) -> Figure:
+def _maps(
+    result: LongContext, value: Callable[[LengthCell], float], top: float, label: str
+) -> Figure:
     shown = _shown(result)
     across = 2 if len(shown) in (2, 4) else ACROSS
     down = -(-len(shown) // across)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from melens.errors import InterventionError, ResultError, SiteError
 from melens.inputs import Inputs, Source, take_in
 from melens.isolating.cells import joined
-from melens.isolating.edited import MOST_SHARE, Edited, Subject
+from melens.isolating.edited import MOST_SHARE, Edited, LocatedSubject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
 from melens.isolating.path import has_part, ordinary_tokens, share_at, sufficiency
 from melens.isolating.runs import Finished, Texts, check_ffn_edit, drop
@@ -86,7 +86,7 @@ def isolate_with(model: Any, me_layer: MELayer | None, prompts: Source, how: How
     located = settle_primary(inputs, me_layer)
     _require_emergence(located.me_layer)
     finished = Finished(how.keep, _facts(inputs, located.me_layer, how))
-    subject = Subject(inputs, located, how.ffn_edit, finished, how.progress)
+    subject = LocatedSubject(inputs, located, how.ffn_edit, finished, how.progress)
     asked = steps_of(located.me_layer) if how.layer is None else [how.layer]
     result = _Run(subject, asked).result()
     finished.remove()
@@ -135,7 +135,7 @@ def _require_emergence(found: MELayer) -> None:
 class _Run:
     """One isolation: everything that is measured, in order."""
 
-    def __init__(self, subject: Subject, layers: Sequence[int]) -> None:
+    def __init__(self, subject: LocatedSubject, layers: Sequence[int]) -> None:
         """Choose what is done.
 
         Raises:  SiteError, InterventionError: the first layer has not what is to be edited.

@@ -14,17 +14,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.intervals import bootstrap, mean_interval
-from melens.isolating.runs import Outcome
+from melens.isolating.runs import EditOutcome
 from melens.results.isolate import Cell, Factorial, Interaction
 
 Groups = Tensor
 """Index of every sequence's distinct input; -1 without a massive token."""
 
 
-def joined(batches: Sequence[Sequence[Outcome]]) -> list[Outcome]:
+def joined(batches: Sequence[Sequence[EditOutcome]]) -> list[EditOutcome]:
     """Outcomes of every change over all sequences, from one list a batch."""
     return [
-        Outcome(
+        EditOutcome(
             torch.cat([one.coordinate for one in each]),
             torch.cat([one.sink_rate for one in each]),
             torch.cat([one.loss for one in each]),
@@ -33,7 +33,7 @@ def joined(batches: Sequence[Sequence[Outcome]]) -> list[Outcome]:
     ]
 
 
-def cell_of(found: Outcome, base: Outcome, groups: Groups) -> Cell:
+def cell_of(found: EditOutcome, base: EditOutcome, groups: Groups) -> Cell:
     """One cell; coordinate and sinks over the sequences that hold a massive token."""
     has = groups >= 0
     coordinates = _by_input(found, groups), _by_input(base, groups)
@@ -50,7 +50,9 @@ def cell_of(found: Outcome, base: Outcome, groups: Groups) -> Cell:
     )
 
 
-def factorial_of(cells: Sequence[Outcome], groups: Groups, norm: str, ffn_edit: str) -> Factorial:
+def factorial_of(
+    cells: Sequence[EditOutcome], groups: Groups, norm: str, ffn_edit: str
+) -> Factorial:
     """The 2 x 2 from its four outcomes: kept, flat norm, edited FFN, both."""
     base, flat, edited, both = (cell_of(one, cells[0], groups) for one in cells)
     return Factorial(
@@ -59,7 +61,9 @@ def factorial_of(cells: Sequence[Outcome], groups: Groups, norm: str, ffn_edit: 
     )  # fmt: skip
 
 
-def _interaction(outcomes: Sequence[Outcome], cells: Sequence[Cell], groups: Groups) -> Interaction:
+def _interaction(
+    outcomes: Sequence[EditOutcome], cells: Sequence[Cell], groups: Groups
+) -> Interaction:
     base, flat, edited, both = cells
     inputs = [_by_input(one, groups) for one in outcomes]
     logs = bool(torch.stack([row.mean() for row in inputs]).all())
@@ -93,7 +97,7 @@ def _logarithmic(*inputs: Tensor) -> Tensor:
     return _beyond(*(row.mean(-1).abs().log() for row in inputs))
 
 
-def _by_input(outcome: Outcome, groups: Groups) -> Float[Tensor, " input"]:
+def _by_input(outcome: EditOutcome, groups: Groups) -> Float[Tensor, " input"]:
     """Coordinates, one a distinct input."""
     return torch.stack(
         [outcome.coordinate[groups == i].mean() for i in groups[groups >= 0].unique().tolist()]

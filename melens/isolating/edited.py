@@ -21,11 +21,11 @@ from melens.isolating.neurons import (
 )
 from melens.isolating.path import Branch, branch_of, has_part, sizes_of
 from melens.isolating.runs import (
-    Change,
+    EditOutcome,
     Finished,
     LayerEdit,
-    Outcome,
     Prefixes,
+    RunChange,
     ablate,
     all_ones,
     ffn_edit,
@@ -43,7 +43,7 @@ MOST_SHARE = 0.9
 
 
 @dataclass
-class Subject:
+class LocatedSubject:
     """A located massive token, ready to be edited at any layer."""
 
     inputs: Inputs
@@ -82,7 +82,7 @@ class Subject:
     def left(self, layer: int, *chosen: LayerEdit) -> float:
         """Share of the coordinate that edits of one layer leave."""
         self.tick()
-        return self.prefixes.left(Change(layer, chosen))
+        return self.prefixes.left(RunChange(layer, chosen))
 
     def can_edit(self, layer: int) -> bool:
         """Whether a block has what the chosen FFN edit changes."""
@@ -124,7 +124,7 @@ LIKE = 32
 class Edited:
     """The edits of one layer, chosen at once and then measured."""
 
-    def __init__(self, subject: Subject, layer: int) -> None:
+    def __init__(self, subject: LocatedSubject, layer: int) -> None:
         """Choose the edits.
 
         Raises:  SiteError: the block has no norm around its FFN. InterventionError: it has not
@@ -145,23 +145,23 @@ class Edited:
         edited = subject.ffn_change(layer, self.neurons)
         me = subject.me.me_layer
         assert me is not None
-        self.main = [Change(me + 1), Change(layer, (flat,)), Change(layer, (edited,)),
-                     Change(layer, (flat, edited))]  # fmt: skip
-        self.shuffled = Change(layer, (shuffle(layer, self.norms[0], 0),))
+        self.main = [RunChange(me + 1), RunChange(layer, (flat,)), RunChange(layer, (edited,)),
+                     RunChange(layer, (flat, edited))]  # fmt: skip
+        self.shuffled = RunChange(layer, (shuffle(layer, self.norms[0], 0),))
         self.random = self._random_neurons()
         self.around = self._around()
         self.steps = 1 + len(self.norms) * (3 + DRAWS) + len(self.random)
         """Runs of the massive token alone, and one pass over the texts."""
 
     @property
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[RunChange]:
         """All that the texts are run under."""
         return [
             *self.main, *self.random[:1], self.shuffled,
             *(change for row in self.around.values() for change in row.values()),
         ]  # fmt: skip
 
-    def result(self, found: Mapping[str, Outcome]) -> EditedLayer:
+    def result(self, found: Mapping[str, EditOutcome]) -> EditedLayer:
         """Measure on the massive token, and put it together with what the texts showed.
 
         Args:    found: outcomes of ``changes`` by name.
@@ -207,15 +207,15 @@ class Edited:
         assert found is not None
         return found.top(MOST_SHARE) if layer == self.layer else found.strongest(len(self.neurons))
 
-    def _around(self) -> dict[int, dict[str, Change]]:
+    def _around(self) -> dict[int, dict[str, RunChange]]:
         """The same edits at every other layer that can have them."""
         subject, norm = self.subject, self.norms[0]
-        made: dict[int, dict[str, Change]] = {}
+        made: dict[int, dict[str, RunChange]] = {}
         for n in (n for n in range(len(subject.blocks)) if n != self.layer):
             if norm in subject.blocks[n].norms:
-                made.setdefault(n, {})["flat"] = Change(n, (flatten(n, norm),))
+                made.setdefault(n, {})["flat"] = RunChange(n, (flatten(n, norm),))
             if subject.can_edit(n):
-                change = Change(n, (subject.ffn_change(n, self._neurons(n)),))
+                change = RunChange(n, (subject.ffn_change(n, self._neurons(n)),))
                 made.setdefault(n, {})["edited"] = change
         return made
 
@@ -228,7 +228,7 @@ class Edited:
             made.append(NormEdit(norm=norm, flat=flat, half=half, ones=ones, shuffled=shuffled))
         return tuple(made)
 
-    def _random_neurons(self) -> list[Change]:
+    def _random_neurons(self) -> list[RunChange]:
         """As many other neurons, of like norm in the down projection."""
         found = self.subject.written[self.layer]
         if found is None or not self.neurons:
@@ -249,7 +249,7 @@ class Edited:
         for seed in range(DRAWS):
             order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
             chosen = pool[order[: len(self.neurons)]].tolist()
-            changes.append(Change(self.layer, (ablate(self.layer, chosen),)))
+            changes.append(RunChange(self.layer, (ablate(self.layer, chosen),)))
         return changes
 
     def _direction(self, branch: Branch) -> Any:

@@ -11,7 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from melens.isolating.runs import Change, Prefixes, ablate
+from melens.isolating.runs import Prefixes, RunChange, ablate
 from melens.models.anatomy import anatomy, norm_gain
 from melens.models.ffn import FFN, ffn_input, ffn_of
 from melens.results.isolate import Decomposition, Direction, Gains, Neuron
@@ -108,7 +108,7 @@ def neuron_rows(found: Written, neurons: Sequence[int], prefixes: Prefixes) -> l
             up=found.up[n].item(),
             product=found.product[n].item(),
             weight=found.ffn.down[n, prefixes.dim].item(),
-            left=prefixes.left(Change(layer, (ablate(layer, [n]),))),
+            left=prefixes.left(RunChange(layer, (ablate(layer, [n]),))),
         )
         for n in neurons
     ]

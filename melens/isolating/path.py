@@ -29,7 +29,7 @@ ROWS_A_SEQUENCE = 64
 
 
 @dataclass
-class Norms:
+class BranchNorms:
     """Reducer: norm of the massive tokens, and the median norm of the others, by sequence."""
 
     heavy: Sequence[Tensor]
@@ -86,7 +86,7 @@ class Branch:
 def branch_of(inputs: Inputs, located: Located, layer: int) -> Branch:
     """One pass: norms at every site of a block's FFN branch, and ordinary FFN inputs."""
     sites = _sites(inputs.model, layer)
-    taps: dict[str, Any] = {hook: Norms(located.heavy) for hook in sites.values()}
+    taps: dict[str, Any] = {hook: BranchNorms(located.heavy) for hook in sites.values()}
     others = Others(located.heavy) if "product" in sites else None
     if others is not None:
         taps[_unused_input(inputs.model, layer, taps)] = others
@@ -108,8 +108,8 @@ def sizes_of(inputs: Inputs, located: Located) -> dict[int, Sizes]:
         if block.ffn_write is not None:
             ffn = _ffn(inputs.model, block.layer)
             hooks[block.layer] = block.ffn_write, ffn
-            taps[block.ffn_write] = Norms(located.heavy)
-            taps |= {ffn.product: Norms(located.heavy)} if ffn is not None else {}
+            taps[block.ffn_write] = BranchNorms(located.heavy)
+            taps |= {ffn.product: BranchNorms(located.heavy)} if ffn is not None else {}
     stream(inputs.model, inputs.batches, taps)
 
     def rms(ffn: FFN | None) -> float:

@@ -47,7 +47,7 @@ class LayerEdit:
 
 
 @dataclass(frozen=True)
-class Change:
+class RunChange:
     """Edits of one layer, entered together; none = the model as it is."""
 
     layer: int
@@ -60,7 +60,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EditOutcome:
     """One change's effect, ``[sequence]`` each; the coordinate is NaN without a massive token."""
 
     coordinate: Float[Tensor, " sequence"]
@@ -99,19 +99,23 @@ class Finished:
             self.rows.add([ItemRow(TOKEN, name, value, 1.0)])
         return self.rows.found[TOKEN, name].value
 
-    def outcome(self, batch: int, change: Change) -> Outcome | None:
+    def outcome(self, batch: int, change: RunChange) -> EditOutcome | None:
         """What a batch of texts showed under a change; None where that is not known yet."""
         found = self.rows.found.get((f"batch {batch}", change.name))
-        return None if found is None else Outcome(**{k: _tensor(v) for k, v in found.about.items()})
+        return (
+            None
+            if found is None
+            else EditOutcome(**{k: _tensor(v) for k, v in found.about.items()})
+        )
 
-    def add_outcome(self, batch: int, change: Change, found: Outcome) -> None:
+    def add_outcome(self, batch: int, change: RunChange, found: EditOutcome) -> None:
         """Keep what a batch of texts showed."""
         if not torch.isfinite(found.loss).all():
             raise MetricError(
                 f"under '{change.name}' a text's loss is not finite; load the model in float32 or "
                 "bfloat16."
             )
-        about = {name: _listed(getattr(found, name)) for name in Outcome.__dataclass_fields__}
+        about = {name: _listed(getattr(found, name)) for name in EditOutcome.__dataclass_fields__}
         row = ItemRow(
             f"batch {batch}", change.name, found.loss.mean().item(), float(len(found.loss)),
             about=about,
@@ -153,7 +157,7 @@ class Marked:
         """Column of each sequence's first massive token; -1 without one."""
         return torch.where(self.marks.any(1), self.marks.int().argmax(1), -1)
 
-    def final(self, change: Change, upto: int, hooks: Sequence[tuple[str, Any]]) -> Tensor:
+    def final(self, change: RunChange, upto: int, hooks: Sequence[tuple[str, Any]]) -> Tensor:
         """The residual that enters layer ``upto`` under a change; ``hooks`` only read."""
         runner = self.runner
         with ExitStack() as stack:
@@ -175,15 +179,15 @@ class Texts:
     clean: dict[int, Float[Tensor, "batch head"]] = field(default_factory=dict)
 
     def outcomes(
-        self, changes: Sequence[Change], tick: Callable[[int], None]
-    ) -> Iterator[list[Outcome]]:
+        self, changes: Sequence[RunChange], tick: Callable[[int], None]
+    ) -> Iterator[list[EditOutcome]]:
         """The outcomes of every change, one list a batch; ``tick`` counts changes done."""
         for number in range(len(self.inputs.batches)):
             yield self._of_batch(number, changes, tick)
 
     def _of_batch(
-        self, number: int, changes: Sequence[Change], tick: Callable[[int], None]
-    ) -> list[Outcome]:
+        self, number: int, changes: Sequence[RunChange], tick: Callable[[int], None]
+    ) -> list[EditOutcome]:
         self.clean.clear()
         marked: Marked | None = None
         found = []
@@ -203,10 +207,10 @@ class Texts:
         assert me.me_layer is not None
         runner = Resumable(self.inputs.model, self.inputs.batches[number])
         marked = Marked(runner, self.located.heavy[number], me)
-        self._outcome(marked, Change(me.me_layer + 1))
+        self._outcome(marked, RunChange(me.me_layer + 1))
         return marked
 
-    def _outcome(self, marked: Marked, change: Change) -> Outcome:
+    def _outcome(self, marked: Marked, change: RunChange) -> EditOutcome:
         """A change at layer l leaves the layers before as they were in the clean run."""
         me, runner = marked.me_layer, marked.runner
         assert me.me_layer is not None
@@ -232,7 +236,7 @@ class Texts:
         rows = torch.arange(len(first))
         coordinate = peak[0][rows, first.clamp_min(0), self.dim].float().cpu()
         loss = torch.cat([_loss(runner, final, i) for i in range(len(final))])
-        return Outcome(
+        return EditOutcome(
             coordinate.masked_fill(first.cpu() < 0, torch.nan).double(),
             _sink_rate(alphas, first).double(),
             loss.cpu().double(),
@@ -311,13 +315,13 @@ class Prefixes:
         for i, (_, marked) in enumerate(chosen):
             marks[i, : len(marked)] = torch.tensor(marked)
         self.marked = Marked(Resumable(inputs.model, self.batch), marks, me)
-        self.clean = self.coordinates(Change(self.peak + 1))
+        self.clean = self.coordinates(RunChange(self.peak + 1))
 
-    def coordinates(self, change: Change) -> Float[Tensor, " prefix"]:
+    def coordinates(self, change: RunChange) -> Float[Tensor, " prefix"]:
         """Massive coordinates at the peak under a change."""
         upto = max(self.peak + 1, change.layer)
         if change.layer > self.peak:  # nothing after the peak reaches it
-            change = Change(self.peak + 1)
+            change = RunChange(self.peak + 1)
             upto = self.peak + 1
         final = self.marked.final(change, upto, [])
         return self.at_token(final)[:, self.dim].double().cpu()
@@ -326,7 +330,7 @@ class Prefixes:
         """Rows of the massive tokens: the last real position of every prefix."""
         return x[torch.arange(len(x)), self.batch.positions.argmax(1)]
 
-    def left(self, change: Change) -> float:
+    def left(self, change: RunChange) -> float:
         """Share of the coordinate that a change leaves: mean over mean."""
         return self.finished.number(
             change.name, lambda: (self.coordinates(change).mean() / self.clean.mean()).item()

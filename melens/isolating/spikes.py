@@ -26,7 +26,7 @@ from melens.shapes import Resid, TokenMask
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightPlace:
     """One layer whose neurons can be told apart."""
 
     ffn: FFN
@@ -66,7 +66,7 @@ class Seen:
     spikes: Mapping[Site, Spike]
 
 
-def places_of(model: Any) -> tuple[dict[int, Place], tuple[str, ...]]:
+def places_of(model: Any) -> tuple[dict[int, WeightPlace], tuple[str, ...]]:
     """Layers with an FFN of single neurons, and a line for those without.
 
     Raises:  ModelError: no layer has one.
@@ -78,7 +78,9 @@ def places_of(model: Any) -> tuple[dict[int, Place], tuple[str, ...]]:
         except SiteError as error:
             reasons[block.layer] = str(error)
             continue
-        found[block.layer] = Place(ffn, block.ffn_write if "ln2_post" in block.norms else None)
+        found[block.layer] = WeightPlace(
+            ffn, block.ffn_write if "ln2_post" in block.norms else None
+        )
     if not found:
         raise ModelError(
             "no layer of this model has an FFN with neurons of its own (a Mixture of Experts, or "
@@ -95,7 +97,7 @@ class SpikeTap:
              them.
     """  # fmt: skip
 
-    def __init__(self, place: Place, removed: Collection[tuple[int, int]], *, medians: bool):
+    def __init__(self, place: WeightPlace, removed: Collection[tuple[int, int]], *, medians: bool):
         self.place, self.removed, self.with_medians = place, removed, medians
         self.rows_done = 0
         self._held: dict[str, Tensor] = {}
@@ -260,7 +262,7 @@ class Damages:
         )
 
 
-def stand_ins(places: Mapping[int, Place], weights: Sequence[At], *, seed: int) -> list[At]:
+def stand_ins(places: Mapping[int, WeightPlace], weights: Sequence[At], *, seed: int) -> list[At]:
     """For every weight another of the same matrix: the nearest |value|, no shared row or column.
 
     One of the CONTROL_POOL nearest, drawn at random.
@@ -283,7 +285,7 @@ def stand_ins(places: Mapping[int, Place], weights: Sequence[At], *, seed: int) 
     return made
 
 
-def value_of(places: Mapping[int, Place], at: At) -> float:
+def value_of(places: Mapping[int, WeightPlace], at: At) -> float:
     """The entry itself."""
     layer, row, column = at
     return float(places[layer].ffn.down[column, row])

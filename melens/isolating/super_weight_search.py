@@ -13,10 +13,10 @@ from melens.inputs import Inputs, Source, take_in
 from melens.isolating.spikes import (
     At,
     Damages,
-    Place,
     Seen,
     Spike,
     SpikeTap,
+    WeightPlace,
     places_of,
     removed,
     stand_ins,
@@ -170,7 +170,7 @@ class _Hunt:
     """Pass after pass, each without the weights that the earlier ones found."""
 
     def __init__(
-        self, inputs: Inputs, places: Mapping[int, Place], search: Search, ticks: _Ticks
+        self, inputs: Inputs, places: Mapping[int, WeightPlace], search: Search, ticks: _Ticks
     ) -> None:
         self.inputs, self.places, self.search, self.ticks = inputs, places, search, ticks
         self.found: list[_Found] = []
@@ -330,7 +330,7 @@ def _role(spike: Spike, me_layer: MELayer) -> Role:
     return "writes" if abs(spike.residual + added) > abs(spike.residual) else "erases"
 
 
-def _rule(search: Search, places: Mapping[int, Place]) -> str:
+def _rule(search: Search, places: Mapping[int, WeightPlace]) -> str:
     text = (
         f"the FFN's product and its output at one token each at least {search.against_layers:g} x "
         f"the other layers' largest (median) and {search.against_median:g} x the layer's own "

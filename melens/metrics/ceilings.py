@@ -27,7 +27,7 @@ FLOORS = {
 """How deep each covered activation dips below zero, rounded up: -min over t of act(t)."""
 
 
-class Reach(NamedTuple):
+class CeilingReach(NamedTuple):
     """The largest and the smallest value that each neuron's activation can take, as sizes."""
 
     positive: Neurons
@@ -51,7 +51,7 @@ class Moments(NamedTuple):
     """w . u."""
 
 
-def gated_reach(rows: Moments, radius_squared: int) -> Reach:
+def gated_reach(rows: Moments, radius_squared: int) -> CeilingReach:
     """Range of act(w . z) * (u . z) over the sphere |z|^2 = ``radius_squared``.
 
     Let c be the cosine of w and u. The product (w . z)(u . z) is the quadratic form of the
@@ -74,10 +74,12 @@ def gated_reach(rows: Moments, radius_squared: int) -> Reach:
     """  # fmt: skip
     sizes = (rows.first * rows.second).clamp(min=0).sqrt()
     cross = torch.minimum(torch.maximum(rows.cross, -sizes), sizes)
-    return Reach(radius_squared * (sizes + cross) / 2, radius_squared * (sizes - cross) / 2)
+    return CeilingReach(radius_squared * (sizes + cross) / 2, radius_squared * (sizes - cross) / 2)
 
 
-def plain_reach(squared: Neurons, offset: Neurons, radius_squared: int, floor: float) -> Reach:
+def plain_reach(
+    squared: Neurons, offset: Neurons, radius_squared: int, floor: float
+) -> CeilingReach:
     """Range of act(w . z + b) over the sphere: t lies in b +- r|w|, both ends taken (z = +- r w/|w|).
 
     act(t) <= max(t, 0) gives the positive end, the smaller of ``floor`` and -t the negative one.
@@ -89,7 +91,7 @@ def plain_reach(squared: Neurons, offset: Neurons, radius_squared: int, floor: f
     """  # noqa: E501
     sizes = (radius_squared * squared.clamp(min=0)).sqrt()
     below = (sizes - offset).clamp(min=0)
-    return Reach((sizes + offset).clamp(min=0), below.clamp(max=floor))
+    return CeilingReach((sizes + offset).clamp(min=0), below.clamp(max=floor))
 
 
 def on_mean_zero(rows: Moments, sums: tuple[Neurons, Neurons], d: int) -> Moments:

@@ -11,8 +11,8 @@ from melens.batches import Batch
 from melens.errors import PromptError, SiteError
 from melens.formatting import brief
 from melens.interventions.core import as_index
-from melens.patching.sites import BY_HEAD, SITES, Place
-from melens.patching.waves import Cell
+from melens.patching.sites import BY_HEAD, SITES, PatchPlace
+from melens.patching.waves import PatchCell
 from melens.registry import Registry
 
 MODES: Registry[str] = Registry("patching mode")
@@ -103,7 +103,9 @@ def _listed(given: Any) -> list[Any]:
     return list(given)
 
 
-def cells_of(choice: Sweep, places: Mapping[str, Sequence[Place]], batch: Batch) -> list[Cell]:
+def cells_of(
+    choice: Sweep, places: Mapping[str, Sequence[PatchPlace]], batch: Batch
+) -> list[PatchCell]:
     """Every patched run of a sweep, site by site.
 
     Raises:  SiteError: a position that the batch does not have.
@@ -115,9 +117,9 @@ def cells_of(choice: Sweep, places: Mapping[str, Sequence[Place]], batch: Batch)
         for place in found:
             heads = range(place.heads or 0) if "head" in axes else (None,)
             if "position" in axes:
-                cells += [Cell(place, (c,), c, head) for c in columns for head in heads]
+                cells += [PatchCell(place, (c,), c, head) for c in columns for head in heads]
             else:
-                cells += [Cell(place, columns, None, head) for head in heads]
+                cells += [PatchCell(place, columns, None, head) for head in heads]
     return cells
 
 

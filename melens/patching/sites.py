@@ -18,7 +18,7 @@ BY_HEAD = ("layer", "position", "head")
 
 
 @dataclass(frozen=True)
-class Place:
+class PatchPlace:
     """One site of one layer."""
 
     site: str
@@ -51,7 +51,7 @@ class Site:
     """A kind of place, with the axes that a sweep over it has by default."""
 
     axes: tuple[str, ...]
-    find: Callable[[Any, int], Place | str]
+    find: Callable[[Any, int], PatchPlace | str]
     """(model, layer) -> the place, or the reason why there is none."""
 
 
@@ -60,8 +60,8 @@ SITES: Registry[Site] = Registry("site")
 
 def _site(
     name: str, axes: tuple[str, ...] = BY_POSITION
-) -> Callable[[Callable[[Any, int], Place | str]], Callable[[Any, int], Place | str]]:
-    def add(find: Callable[[Any, int], Place | str]) -> Callable[[Any, int], Place | str]:
+) -> Callable[[Callable[[Any, int], PatchPlace | str]], Callable[[Any, int], PatchPlace | str]]:
+    def add(find: Callable[[Any, int], PatchPlace | str]) -> Callable[[Any, int], PatchPlace | str]:
         SITES.add(name, Site(axes, find))
         return find
 
@@ -69,53 +69,53 @@ def _site(
 
 
 @_site("resid_pre")
-def _pre(model: Any, layer: int) -> Place | str:
-    return Place("resid_pre", layer, resid_pre(layer), enters=layer)
+def _pre(model: Any, layer: int) -> PatchPlace | str:
+    return PatchPlace("resid_pre", layer, resid_pre(layer), enters=layer)
 
 
 @_site("resid_mid")
-def _mid(model: Any, layer: int) -> Place | str:
+def _mid(model: Any, layer: int) -> PatchPlace | str:
     writes = anatomy(model).blocks[layer].mixer_writes
     parallel = getattr(model.cfg, "parallel_attn_mlp", False)
     if parallel or len(writes) != 1 or f"blocks.{layer}.hook_resid_mid" not in model.hook_dict:
         return "attention and FFN write in parallel, so there is no stream between them"
-    return Place("resid_mid", layer, writes[0], middle=True)
+    return PatchPlace("resid_mid", layer, writes[0], middle=True)
 
 
 @_site("resid_post")
-def _post(model: Any, layer: int) -> Place | str:
-    return Place("resid_post", layer, resid_post(layer), enters=layer + 1)
+def _post(model: Any, layer: int) -> PatchPlace | str:
+    return PatchPlace("resid_post", layer, resid_post(layer), enters=layer + 1)
 
 
 @_site("attn_out")
-def _attention(model: Any, layer: int) -> Place | str:
+def _attention(model: Any, layer: int) -> PatchPlace | str:
     writes = anatomy(model).blocks[layer].mixer_writes
     if len(writes) != 1:
         return f"the block has {len(writes)} token mixers"
-    return Place("attn_out", layer, writes[0])
+    return PatchPlace("attn_out", layer, writes[0])
 
 
 @_site("mlp_out")
-def _ffn(model: Any, layer: int) -> Place | str:
+def _ffn(model: Any, layer: int) -> PatchPlace | str:
     write = anatomy(model).blocks[layer].ffn_write
-    return Place("mlp_out", layer, write) if write else "the block has no FFN"
+    return PatchPlace("mlp_out", layer, write) if write else "the block has no FFN"
 
 
 def _norm(name: str) -> None:
     @_site(name)
-    def find(model: Any, layer: int) -> Place | str:
+    def find(model: Any, layer: int) -> PatchPlace | str:
         hook = f"blocks.{layer}.{name}.hook_out"
-        return Place(name, layer, hook) if hook in model.hook_dict else "there is no such norm"
+        return PatchPlace(name, layer, hook) if hook in model.hook_dict else "there is no such norm"
 
 
 def _projection(name: str) -> None:
     @_site(name, BY_HEAD)
-    def find(model: Any, layer: int) -> Place | str:
+    def find(model: Any, layer: int) -> PatchPlace | str:
         found = attention_sites(model)
         view = next((view for view in found.layer(layer) if view.site == name), None)
         if view is None:
             return "; ".join(line for line in found.missing if line.startswith(f"{name}:"))
-        return Place(name, layer, view.hook, layout=view.layout, heads=view.heads)
+        return PatchPlace(name, layer, view.hook, layout=view.layout, heads=view.heads)
 
 
 _norm("ln1")
@@ -123,13 +123,13 @@ _norm("ln2")
 
 
 @_site("z", BY_HEAD)
-def _heads(model: Any, layer: int) -> Place | str:
+def _heads(model: Any, layer: int) -> PatchPlace | str:
     hook = f"blocks.{layer}.attn.hook_z"
     if hook not in model.hook_dict:
         if anatomy(model).blocks[layer].unread:
             return "it has no hook, so it cannot be read here"
         return "the layer has no attention"
-    return Place("z", layer, hook, "batch pos head d", heads=model.cfg.n_heads)
+    return PatchPlace("z", layer, hook, "batch pos head d", heads=model.cfg.n_heads)
 
 
 for _name in ("q", "k", "v"):
@@ -138,7 +138,7 @@ for _name in ("q", "k", "v"):
 
 def places_of(
     model: Any, site: str, layers: Sequence[int] | None
-) -> tuple[list[Place], tuple[str, ...]]:
+) -> tuple[list[PatchPlace], tuple[str, ...]]:
     """A site in the layers asked for (None = every layer that has it), and why others lack it.
 
     Raises:  UnknownNameError: no such site. SiteError: no such layer, or a layer without the site.
@@ -148,11 +148,12 @@ def places_of(
         check_layer(model, layer)
     found = {layer: find(model, layer) for layer in layers or range(model.cfg.n_layers)}
     lacking = {layer: reason for layer, reason in found.items() if isinstance(reason, str)}
-    places = [place for place in found.values() if isinstance(place, Place)]
+    places = [place for place in found.values() if isinstance(place, PatchPlace)]
     if lacking and (layers is not None or not places):
         layer, reason = next(iter(lacking.items()))
+        there = [n for n, s in SITES.items() if isinstance(s.find(model, layer), PatchPlace)]
         raise SiteError(
-            f"'{site}' cannot be patched at layer {layer}: {reason}. Sites there: "
-            f"{', '.join(n for n, s in SITES.items() if isinstance(s.find(model, layer), Place))}."
+            f"'{site}' cannot be patched at layer {layer}: {reason}. "
+            f"Sites there: {', '.join(there)}."
         )
     return places, tuple(f"{site}, layer {layer}: {why}" for layer, why in lacking.items())

@@ -22,10 +22,10 @@ from melens.models.loading import adopt
 from melens.patching.choices import Sweep, cells_of, columns_of
 from melens.patching.metrics import Own, PatchMetric, metric_of
 from melens.patching.readouts import Readout
-from melens.patching.sites import Place, places_of
+from melens.patching.sites import PatchPlace, places_of
 from melens.patching.waves import (
     LEAST_TOKENS,
-    Cell,
+    PatchCell,
     Values,
     changes,
     fits,
@@ -104,9 +104,9 @@ def _is_values(found: object) -> bool:
 def fields_of(
     choice: Sweep,
     metric: PatchMetric,
-    places: Mapping[str, Sequence[Place]],
+    places: Mapping[str, Sequence[PatchPlace]],
     inputs: Sequence[Inputs],
-    cells: Sequence[Cell],
+    cells: Sequence[PatchCell],
     done: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """A PatchGrid's fields but for the unpatched values and the record of the run.
@@ -134,7 +134,7 @@ def fields_of(
 
 
 def _axes(
-    choice: Sweep, site: str, places: Sequence[Place], inputs: Sequence[Inputs]
+    choice: Sweep, site: str, places: Sequence[PatchPlace], inputs: Sequence[Inputs]
 ) -> tuple[Axis, ...]:
     layers = tuple(place.layer for place in places)
     heads = tuple(range(places[0].heads or 0))
@@ -343,7 +343,7 @@ def _run_all(prepared: _Prepared, cells: Cells, progress: Progress) -> None:
         progress(len(prepared.cells), len(prepared.cells))
 
 
-def _run_one(prepared: _Prepared, cells: Cells, wave: Sequence[Cell]) -> None:
+def _run_one(prepared: _Prepared, cells: Cells, wave: Sequence[PatchCell]) -> None:
     found = run_wave(wave, prepared.run, prepared.source, prepared.readout)
     real = prepared.run.batch.mask.tolist()
     for cell in wave:
@@ -356,7 +356,7 @@ def _run_one(prepared: _Prepared, cells: Cells, wave: Sequence[Cell]) -> None:
     cells.add(found)
 
 
-def _halved(most: int, wave: Sequence[Cell], prepared: _Prepared) -> int:
+def _halved(most: int, wave: Sequence[PatchCell], prepared: _Prepared) -> int:
     tokens = prepared.run.batch.ids.numel()
     if len(wave) == 1:
         raise _TooLarge(

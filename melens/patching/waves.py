@@ -17,7 +17,7 @@ from melens.capture import hooked, stream
 from melens.errors import CaptureError, PromptError
 from melens.models.anatomy import resid_pre
 from melens.patching.readouts import Readout
-from melens.patching.sites import Place
+from melens.patching.sites import PatchPlace
 from melens.resume import Resumable
 from melens.shapes import TokenMask
 
@@ -84,10 +84,10 @@ def fits(task: Callable[[], None]) -> bool:
 
 
 @dataclass(frozen=True)
-class Cell:
+class PatchCell:
     """One patched run: a place, the columns patched there, and a head (None = all)."""
 
-    place: Place
+    place: PatchPlace
     columns: tuple[int, ...]
     position: int | None
     """The column swept, None where all of ``columns`` are patched together."""
@@ -105,7 +105,7 @@ class Cell:
         return " ".join([self.place.site, *("-" if axis is None else str(axis) for axis in axes)])
 
 
-def changes(cell: Cell, readout: Readout, *, differs_from: int) -> bool:
+def changes(cell: PatchCell, readout: Readout, *, differs_from: int) -> bool:
     """Whether the metric can feel the patch: not behind its positions or layers, and not where
     both runs are one because no token before ``differs_from`` differs.
     """  # noqa: D205
@@ -113,18 +113,20 @@ def changes(cell: Cell, readout: Readout, *, differs_from: int) -> bool:
     return felt and max(cell.columns) >= differs_from
 
 
-def plan_waves(cells: Sequence[Cell], run: Resumable, *, most: int, least: int) -> list[list[Cell]]:
+def plan_waves(
+    cells: Sequence[PatchCell], run: Resumable, *, most: int, least: int
+) -> list[list[PatchCell]]:
     """Cells in groups that share a start, each of at most ``most`` tokens (at least one cell).
 
     Late positions leave short suffixes; they are taken together with the next ones until a group
     has ``least`` tokens, so that matrix products stay large.
     """
     rows, width = run.batch.ids.shape
-    by_start: dict[int, list[Cell]] = defaultdict(list)
+    by_start: dict[int, list[PatchCell]] = defaultdict(list)
     for cell in cells:
         by_start[cell.start if run.suffixes else 0].append(cell)
-    waves: list[list[Cell]] = []
-    group: list[Cell] = []
+    waves: list[list[PatchCell]] = []
+    group: list[PatchCell] = []
     tokens = 0
     for start in sorted(by_start):
         tokens = tokens or rows * (width - start)
@@ -135,23 +137,23 @@ def plan_waves(cells: Sequence[Cell], run: Resumable, *, most: int, least: int) 
     return waves + _pieces(group, max(1, most // tokens) if group else 1)
 
 
-def _pieces(group: Sequence[Cell], size: int) -> list[list[Cell]]:
+def _pieces(group: Sequence[PatchCell], size: int) -> list[list[PatchCell]]:
     """Near layers together: a wave begins at its first one."""
     ordered = sorted(group, key=lambda cell: cell.place.joins)
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def run_wave(
-    wave: Sequence[Cell], run: Resumable, source: Mapping[Place, Tensor], readout: Readout
+    wave: Sequence[PatchCell], run: Resumable, source: Mapping[PatchPlace, Tensor], readout: Readout
 ) -> dict[str, list[float]]:
     """Run one wave; per cell its key and the metric of every row of the batch."""
     start = min(cell.start for cell in wave) if run.suffixes else 0
-    joining: dict[int, list[Cell]] = defaultdict(list)
+    joining: dict[int, list[PatchCell]] = defaultdict(list)
     for cell in wave:
         joining[cell.place.joins].append(cell)
     rows = len(run.batch)
     resid = run.resid_pre(0)[:0, start:]
-    done: list[Cell] = []
+    done: list[PatchCell] = []
     notes: dict[Any, Tensor] = {}
     readout.begin(start)
     for layer in range(min(joining), readout.stop + 1):
@@ -169,7 +171,7 @@ def run_wave(
 
 
 def _entering(
-    cells: Sequence[Cell], run: Resumable, source: Mapping[Place, Tensor], start: int
+    cells: Sequence[PatchCell], run: Resumable, source: Mapping[PatchPlace, Tensor], start: int
 ) -> Tensor:
     """The unpatched stream for each cell, patched where its place is the stream itself."""
     clean = run.resid_pre(cells[0].place.joins)[:, start:]
@@ -181,15 +183,15 @@ def _entering(
 
 
 def _edits(
-    cells: Sequence[Cell], source: Mapping[Place, Tensor], before: int, start: int
+    cells: Sequence[PatchCell], source: Mapping[PatchPlace, Tensor], before: int, start: int
 ) -> list[tuple[str, Callable[..., Any]]]:
     """One editing hook a site; it touches the rows of its own cells, which follow ``before``."""
-    by_hook: dict[str, list[tuple[int, Cell]]] = defaultdict(list)
+    by_hook: dict[str, list[tuple[int, PatchCell]]] = defaultdict(list)
     for i, cell in enumerate(cells):
         if cell.place.enters is None:
             by_hook[cell.place.hook].append((i, cell))
 
-    def editing(mine: Sequence[tuple[int, Cell]]) -> Callable[..., Tensor]:
+    def editing(mine: Sequence[tuple[int, PatchCell]]) -> Callable[..., Tensor]:
         def edit(x: Tensor, hook: object) -> Tensor:
             x = x.clone()
             for i, cell in mine:
@@ -203,12 +205,12 @@ def _edits(
     return [(hook, editing(mine)) for hook, mine in by_hook.items()]
 
 
-def _write(cell: Cell, view: Tensor, value: Tensor, start: int) -> None:
+def _write(cell: PatchCell, view: Tensor, value: Tensor, start: int) -> None:
     columns = torch.tensor(cell.columns, device=view.device)
     write_into(view, value[:, columns].to(view.dtype), columns - start, cell.head)
 
 
-Values = Mapping[Place, Tensor]
+Values = Mapping[PatchPlace, Tensor]
 """Place -> ``[batch, pos, d]`` or ``[batch, pos, head, d]``: what is written there."""
 
 
@@ -229,7 +231,7 @@ class Whole:
         return self.kept
 
 
-def values_of(model: Any, batch: Batch, places: Sequence[Place]) -> dict[Place, Tensor]:
+def values_of(model: Any, batch: Batch, places: Sequence[PatchPlace]) -> dict[PatchPlace, Tensor]:
     """Every place's value in a run over ``batch``; one forward pass."""
     hooks = {place.hook for place in places}
     hooks |= {resid_pre(place.layer) for place in places if place.middle}
@@ -243,7 +245,7 @@ def values_of(model: Any, batch: Batch, places: Sequence[Place]) -> dict[Place, 
     return made
 
 
-def mean_values(values: Values, mask: TokenMask) -> dict[Place, Tensor]:
+def mean_values(values: Values, mask: TokenMask) -> dict[PatchPlace, Tensor]:
     """Every token's value replaced by the mean over real tokens and sequences, per channel."""
 
     def mean(x: Tensor) -> Tensor:
@@ -252,7 +254,7 @@ def mean_values(values: Values, mask: TokenMask) -> dict[Place, Tensor]:
     return {place: mean(x) for place, x in values.items()}
 
 
-def resampled_values(values: Values, batch: Batch, *, seed: int) -> dict[Place, Tensor]:
+def resampled_values(values: Values, batch: Batch, *, seed: int) -> dict[PatchPlace, Tensor]:
     """Every sequence's values replaced by those of another one, at the same positions.
 
     Raises:  PromptError: fewer than two sequences, or sequences of different lengths.
@@ -279,13 +281,13 @@ def other_rows(rows: int, *, seed: int) -> Tensor:
     return order
 
 
-def written(values: Values, stream_at: Callable[[int], Tensor]) -> dict[Place, Tensor]:
+def written(values: Values, stream_at: Callable[[int], Tensor]) -> dict[PatchPlace, Tensor]:
     """What to write at each place so that it holds its value.
 
     The stream after attention cannot be set directly: attention is made to write what is missing.
     """
 
-    def write(place: Place, x: Tensor) -> Tensor:
+    def write(place: PatchPlace, x: Tensor) -> Tensor:
         if not place.middle:
             return x
         return (x.float() - stream_at(place.layer).float()).to(x.dtype)

@@ -13,11 +13,11 @@ import jinja2
 from markupsafe import Markup
 
 from melens.figures.attention_view import BOOT, PANEL_STYLE, bundle, content_policy
-from melens.reporting.sections import SECTIONS, Block, Fact, Picture, Table, View, other
+from melens.reporting.sections import SECTIONS, Fact, PageBlock, PageView, Picture, Table, other
 from melens.reporting.source import (
     GLOSSARY,
+    Addressed,
     Linked,
-    Source,
     anchor,
     attribute_text,
     page_text,
@@ -34,13 +34,13 @@ VERDICTS = {
 
 
 @dataclass
-class Part:
+class PagePart:
     """One section of the page: a heading and one block a result."""
 
     id: str
     title: str
     lead: str
-    blocks: list[Block]
+    blocks: list[PageBlock]
 
 
 def canonical(report: CheckReport) -> CheckReport:
@@ -48,10 +48,10 @@ def canonical(report: CheckReport) -> CheckReport:
     return CheckReport.from_json(report.to_json())
 
 
-def report_parts(report: CheckReport, source: Source) -> list[Part]:
+def report_parts(report: CheckReport, source: Addressed) -> list[PagePart]:
     """Sections in the registry's order, then whatever has none of its own."""
     views = [
-        View(source, name, report.result(name), index)
+        PageView(source, name, report.result(name), index)
         for index, name in enumerate(sorted(report.results))
     ]
     parts = []
@@ -59,10 +59,10 @@ def report_parts(report: CheckReport, source: Source) -> list[Part]:
         mine = [view for view in views if type(view.result) is kind.kind]
         if mine:
             blocks = [kind.make(view) for view in mine]
-            parts.append(Part(kind.id, kind.title, kind.lead, blocks))
+            parts.append(PagePart(kind.id, kind.title, kind.lead, blocks))
     known = {kind.kind for kind in SECTIONS.values()}
     if rest := [other(view) for view in views if type(view.result) not in known]:
-        parts.append(Part("more", "More results", "", rest))
+        parts.append(PagePart("more", "More results", "", rest))
     return parts
 
 
@@ -74,7 +74,7 @@ def _counts(report: CheckReport) -> list[Fact]:
     ]
 
 
-def key_facts(report: CheckReport, parts: list[Part]) -> list[Fact]:
+def key_facts(report: CheckReport, parts: list[PagePart]) -> list[Fact]:
     """The few numbers for the top: what each section offers, and how many findings there are."""
     offered = [fact for part in parts for block in part.blocks for fact in block.tiles]
     return offered + _counts(report)
@@ -99,7 +99,7 @@ class FindingView:
     advice: str
 
 
-def finding_views(report: CheckReport, source: Source) -> list[FindingView]:
+def finding_views(report: CheckReport, source: Addressed) -> list[FindingView]:
     """In the report's order, the gravest first."""
     return [
         FindingView(
@@ -111,7 +111,7 @@ def finding_views(report: CheckReport, source: Source) -> list[FindingView]:
     ]  # fmt: skip
 
 
-def _facts(found: Finding, at: str, source: Source) -> list[Fact]:
+def _facts(found: Finding, at: str, source: Addressed) -> list[Fact]:
     made = [
         Fact("Measured", source.number(f"{at}/value")),
         Fact("Policy's threshold", source.number(f"{at}/threshold")),
@@ -122,7 +122,7 @@ def _facts(found: Finding, at: str, source: Source) -> list[Fact]:
     ]
 
 
-def rule_table(report: CheckReport, source: Source) -> Table:
+def rule_table(report: CheckReport, source: Addressed) -> Table:
     """Every rule, found or not."""
     rows = []
     for i, rule in enumerate(report.rules):
@@ -145,7 +145,7 @@ class Advice:
     facts: list[Fact]
 
 
-def origin_facts(report: CheckReport, source: Source) -> list[Fact]:
+def origin_facts(report: CheckReport, source: Addressed) -> list[Fact]:
     """Model, machine, versions and settings."""
     names = ("model", "model_revision", "weights", "dtype", "device", "seed", "git", "created")
     made = [Fact(name.replace("_", " "), source.number(f"/run/{name}")) for name in names]
@@ -155,7 +155,7 @@ def origin_facts(report: CheckReport, source: Source) -> list[Fact]:
     return made
 
 
-def stage_table(report: CheckReport, source: Source) -> Table:
+def stage_table(report: CheckReport, source: Addressed) -> Table:
     """One row a stage."""
     rows = [
         [stage.name, stage.status, source.number(f"/stages/{i}/seconds"), stage.reason or ""]
@@ -164,7 +164,7 @@ def stage_table(report: CheckReport, source: Source) -> Table:
     return Table("Stages", ("stage", "outcome", "seconds", "why not"), rows)
 
 
-def policy_table(report: CheckReport, source: Source) -> Table:
+def policy_table(report: CheckReport, source: Addressed) -> Table:
     """The policy's own numbers, rule by rule."""
     rows = []
     for rule, values in report.policy.rules.items():
@@ -177,7 +177,7 @@ def policy_table(report: CheckReport, source: Source) -> Table:
     )
 
 
-def recommendation_view(report: CheckReport, source: Source) -> Advice | None:
+def recommendation_view(report: CheckReport, source: Addressed) -> Advice | None:
     """What to do about the massive activation; None unless doses were tried."""
     found = report.recommendation
     if found is None:
@@ -203,7 +203,7 @@ LIST = 60
 
 
 @dataclass(frozen=True)
-class Piece:
+class PagePiece:
     """One part of the report: its pointer, its HTML, and whether lists in it were cut."""
 
     pointer: str
@@ -211,7 +211,7 @@ class Piece:
     cut: bool
 
 
-def pieces(data: dict[str, Any], taken: set[str], most: int) -> list[Piece]:
+def pieces(data: dict[str, Any], taken: set[str], most: int) -> list[PagePiece]:
     """The report itself, then result by result; all of it, unless that makes too large a page.
 
     Args:    taken: pointers that get an id.
@@ -224,7 +224,7 @@ def pieces(data: dict[str, Any], taken: set[str], most: int) -> list[Piece]:
     made = []
     for pointer, value in parts.items():
         cut = bool(pointer) and _over(pointer, sizes, most)
-        made.append(Piece(pointer, Markup(_Writer(taken, cut).write(value, pointer)), cut))
+        made.append(PagePiece(pointer, Markup(_Writer(taken, cut).write(value, pointer)), cut))
     return made
 
 
@@ -313,7 +313,7 @@ def html_page(report: CheckReport) -> str:
     Raises:  OutputError: circuitsvis is missing though heads are to be drawn.
     """
     report = canonical(report)
-    source = Source(report.to_dict())
+    source = Addressed(report.to_dict())
     parts = report_parts(report, source)
     blocks = [block for part in parts for block in part.blocks]
     panels = any(block.panels for block in blocks)

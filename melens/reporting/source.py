@@ -108,7 +108,7 @@ class Linked:
         return self.text
 
 
-class Source:
+class Addressed:
     """A report as plain JSON, and the pointers that were taken from it."""
 
     def __init__(self, data: dict[str, Any]):

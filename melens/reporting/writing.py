@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from melens.reporting.page import SIGNS, VERDICTS, canonical, html_page, key_facts, report_parts
 from melens.reporting.sections import SECTIONS
-from melens.reporting.source import Source, code_span, markdown_text, number_text
+from melens.reporting.source import Addressed, code_span, markdown_text, number_text
 from melens.results.base import Result
 from melens.results.check import CheckReport
 from melens.store import write_atomically
@@ -24,7 +24,7 @@ def markdown_report(report: CheckReport) -> str:
 def markdown_body(report: CheckReport, *, level: int) -> str:
     """The same below a heading of the caller's; ``level`` is that of its own headings."""
     report, mark = canonical(report), "#" * level
-    source = Source(report.to_dict())
+    source = Addressed(report.to_dict())
     facts = key_facts(report, report_parts(report, source))
     pieces = [
         f"**{VERDICTS[report.verdict]}.** {markdown_text(report.answer)}",

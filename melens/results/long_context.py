@@ -37,7 +37,7 @@ class LengthRetrieval(Retrieval):
     length: int
 
 
-class Cell(Part):
+class LengthCell(Part):
     """The items of one length and depth."""
 
     length: int
@@ -70,7 +70,7 @@ class LongCondition(Part):
     edit: Edit
     overall: Retrieval
     by_length: tuple[LengthRetrieval, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[LengthCell, ...]
     """Lengths outermost, then depths."""
     text_loss: Score | None
     """Mean over all scored tokens of the plain texts; None where none were run."""
@@ -80,7 +80,7 @@ class LongCondition(Part):
     energy: float | None = None
     """Masked share of the token's squared norm at the attention input, 0 to 1; masks only."""
 
-    def cell(self, length: int, depth: float) -> Cell:
+    def cell(self, length: int, depth: float) -> LengthCell:
         """The cell of a length and depth.
 
         Raises:  KeyError: there is none.

@@ -13,8 +13,8 @@ from torch import Tensor
 from melens.errors import WeightsError
 from melens.metrics.ceilings import (
     FLOORS,
+    CeilingReach,
     Moments,
-    Reach,
     alone_after_norm,
     best_input,
     gated_reach,
@@ -56,7 +56,7 @@ class Norms:
 class Read(NamedTuple):
     """What one FFN's gate and up say of each neuron."""
 
-    reach: Reach
+    reach: CeilingReach
     cosine: Float[Tensor, " neuron"] | None
 
 

@@ -17,7 +17,7 @@ from melens.evaluating.edits import (
     check_unedited,
     located_facts,
 )
-from melens.evaluating.forced import TOKENS, Forced, Outcome, Runner
+from melens.evaluating.forced import TOKENS, Forced, ForcedOutcome, Runner
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.measuring.located import check_same_model
@@ -57,7 +57,7 @@ PROBED = 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """How a search is run."""
 
     confirm: int = 3
@@ -88,7 +88,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     *,
     me_layer: MELayer | None = None,
     space: Space | None = None,
-    settings: Settings | None = None,
+    settings: SearchSettings | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Search for a setting of the mask that betters a model, and say whether there is one.
@@ -126,7 +126,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
              items that a setting has seen are kept for the next rung, and rungs grow with the
              items instead of dividing the budget evenly.
     """
-    settings, space = settings or Settings(), space or Space()
+    settings, space = settings or SearchSettings(), space or Space()
     budget = Budget(DEFAULT_EVALUATIONS) if budget is None else budget
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     _check_resumable(metric, settings)
@@ -152,7 +152,7 @@ def _located(bridge: Any, texts: Any, metric: Any) -> MELayer:
     return locating.locate(bridge, alike_items(bridge.tokenizer, texts, metric))
 
 
-def _check_resumable(metric: Any, settings: Settings) -> None:
+def _check_resumable(metric: Any, settings: SearchSettings) -> None:
     objective = objective_of(metric)
     if settings.items is not None and objective is not None and objective.name is None:
         raise MetricError(
@@ -169,7 +169,7 @@ def _check_rates(model: Any, space: Space) -> None:
         )
 
 
-def _plan(space: Space, halves: Halves, settings: Settings, budget: int) -> tuple[Race, int]:
+def _plan(space: Space, halves: Halves, settings: SearchSettings, budget: int) -> tuple[Race, int]:
     """The race, and the evaluations put aside for the confirmation."""
     keep = min(settings.confirm, len(space.candidates()))
     reserved = (keep + CONTROLS) * len(halves.held_out)
@@ -185,7 +185,7 @@ class _Search:
     objective: Objective
     halves: Halves
     space: Space
-    settings: Settings
+    settings: SearchSettings
     budget: Budget
     progress: Progress | None
     started: float = field(default_factory=monotonic)
@@ -309,7 +309,7 @@ class _Search:
             yield queue[:count]
             queue = queue[count:]
 
-    def _rows_of(self, outcome: Outcome) -> list[ItemRow]:
+    def _rows_of(self, outcome: ForcedOutcome) -> list[ItemRow]:
         made = []
         for name, foreseen in outcome.found.items():
             for item, found in zip(outcome.items, foreseen, strict=True):

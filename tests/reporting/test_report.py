@@ -27,10 +27,10 @@ from melens.reporting import (
 )
 from melens.reporting import page as report_page
 from melens.reporting.card import END, START
-from melens.reporting.sections.base import View
+from melens.reporting.sections.base import PageView
 from melens.reporting.source import (
     GLOSSARY,
-    Source,
+    Addressed,
     anchor,
     code_span,
     markdown_text,
@@ -104,7 +104,7 @@ def test_every_number_leads_to_its_place_and_says_what_stands_there(which):
     ids = page(which).ids()
     links = [element for element in page(which).all("a") if element.get("class") == "n"]
     assert len(links) > 300
-    source = Source(made(which).to_dict())
+    source = Addressed(made(which).to_dict())
     for link in links:
         name = link["href"].removeprefix("#")
         assert name in ids, name
@@ -276,8 +276,8 @@ def test_confidence_names_what_it_is_about():
     )
     said = {}
     for result in (none, load_result(PUBLISHED)):
-        source = Source({"results": {"locate": result.to_dict()}})
-        facts = emergence(View(source, "locate", result)).facts
+        source = Addressed({"results": {"locate": result.to_dict()}})
+        facts = emergence(PageView(source, "locate", result)).facts
         said[result.verdict] = [fact.label for fact in facts if "onfidence" in fact.label]
     assert said.pop("none") == ["Confidence that there is none"]
     assert list(said.values()) == [["Confidence that one layer explains it"]]
@@ -370,7 +370,7 @@ def test_page_text_names_what_cannot_be_seen():
 
 
 def test_pointers_escape_and_refuse():
-    source = Source({"a/b": {"c~d": [1.5]}})
+    source = Addressed({"a/b": {"c~d": [1.5]}})
     assert source.at("/a~1b/c~0d/0") == 1.5
     assert anchor("/a b/é") == "json/a%20b/%C3%A9"
     assert look_up(source.data, "") == source.data

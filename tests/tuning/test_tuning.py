@@ -25,7 +25,7 @@ from melens.intervals import weighted_mean
 from melens.locating import locate
 from melens.models import load
 from melens.results import Edit, Tuning
-from melens.tuning import Budget, Objective, Settings, Space, search, tune
+from melens.tuning import Budget, Objective, SearchSettings, Space, search, tune
 from melens.tuning.items import read_once, split
 from melens.tuning.space import Race, race_of, rungs_from
 
@@ -76,7 +76,13 @@ def plain_text(planted):
 def searched(planted, texts, budget=BUDGET, *, metric="loss", space=SMALL, **settings):
     model, me_layer = planted
     return tune(
-        model, texts, metric, budget, me_layer=me_layer, space=space, settings=Settings(**settings)
+        model,
+        texts,
+        metric,
+        budget,
+        me_layer=me_layer,
+        space=space,
+        settings=SearchSettings(**settings),
     )
 
 

@@ -10,7 +10,7 @@ from melens.interventions import residual_set
 from melens.isolating import edited as edits
 from melens.isolating import isolate, mean_coordinates
 from melens.isolating.neurons import written_at
-from melens.isolating.runs import Change, Prefixes
+from melens.isolating.runs import Prefixes, RunChange
 from melens.locating import locate
 from melens.measuring.located import settle
 
@@ -64,8 +64,10 @@ def test_layer_2_of_smollm2_is_no_cause_of_the_peak(smol):
     me = locate(smol, texts)
     inputs = take_in(smol, texts)
     prefixes = Prefixes(inputs, settle(inputs, me), 507)
-    assert prefixes.left(Change(2, (edits.flatten(2, "ln2"),))) == pytest.approx(0.9046, abs=0.02)
-    assert prefixes.left(Change(2, (edits.ablate(2, [90]),))) == pytest.approx(1.0194, abs=0.02)
+    assert prefixes.left(RunChange(2, (edits.flatten(2, "ln2"),))) == pytest.approx(
+        0.9046, abs=0.02
+    )
+    assert prefixes.left(RunChange(2, (edits.ablate(2, [90]),))) == pytest.approx(1.0194, abs=0.02)
     means = mean_coordinates(smol, me, texts)
     assert means[507] == pytest.approx(24926, rel=0.002)
     with residual_set(smol, me, dims=list(means), values=list(means.values())):
@@ -82,7 +84,7 @@ def test_the_cause_in_gemma(gemma):
     prefixes = Prefixes(inputs, settle(inputs, me), 163)
     assert prefixes.clean.mean().item() == pytest.approx(102014, rel=0.002)
     for layer, left in NECESSITY_G.items():
-        change = Change(layer, (edits.drop(layer, "ffn"),))
+        change = RunChange(layer, (edits.drop(layer, "ffn"),))
         assert prefixes.left(change) == pytest.approx(left, abs=0.02)
     for edit, left in (
         (edits.flatten(3, "ln2"), 0.66),
@@ -91,8 +93,8 @@ def test_the_cause_in_gemma(gemma):
         (edits.shuffle(3, "ln2", 0), 0.459),
         (edits.ablate(3, [1414]), 0.2039),
     ):
-        assert prefixes.left(Change(3, (edit,))) == pytest.approx(left, abs=0.02)
-    assert prefixes.left(Change(8, (edits.ablate(8, [188]),))) > 0.85
+        assert prefixes.left(RunChange(3, (edit,))) == pytest.approx(left, abs=0.02)
+    assert prefixes.left(RunChange(8, (edits.ablate(8, [188]),))) > 0.85
     for layer, (neuron, share) in SHARES_G.items():
         found = written_at(gemma, layer, prefixes)
         assert found.strongest(1) == [neuron]

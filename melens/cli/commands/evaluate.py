@@ -119,13 +119,13 @@ def evaluate(
         {**asked, **dict.fromkeys(("text", "prompt", "n_seq")), "chat": False, "length": None}
     )
     loaded, _ = job.load()
-    from melens.evaluating import Settings
+    from melens.evaluating import SearchSettings
     from melens.evaluating.run import evaluate as measure
     from melens.evaluating.tasks import alike
 
     if job.out is not None and force:
         _start_anew(job.out)
-    settings = Settings(
+    settings = SearchSettings(
         plan, seed, batch_tokens=batch_tokens, batch_size=batch_size, max_new_tokens=max_new_tokens,
         items=job.out and job.out / "items.jsonl",
     )  # fmt: skip
@@ -324,7 +324,7 @@ def tune(
 
     job = Job.of({**locals(), "prompt": None, "text": None, "chat": False, "n_seq": None,
                   "length": None, "batch_size": 4})  # fmt: skip
-    from melens.tuning import Budget, Settings, Space
+    from melens.tuning import Budget, SearchSettings, Space
     from melens.tuning import tune as search
     from melens.tuning.items import alike_items, check_enough
 
@@ -332,13 +332,13 @@ def tune(
     spent = Budget(seconds=seconds) if seconds is not None else budget
     kept = None if job.out is None else job.out / ROWS
     metric, texts = _what(task, data, n=n, length=length, bos=bos)
-    check_enough(texts, metric, Settings.held_out)
+    check_enough(texts, metric, SearchSettings.held_out)
     loaded, _ = job.load()
     found = job.locate(loaded, alike_items(loaded.tokenizer, texts, metric))
     with job.bar("evaluations") as tick:
         result = search(
             loaded, texts, metric, spent, me_layer=found, space=space, progress=tick,
-            settings=Settings(confirm=confirm, seed=seed, items=kept),
+            settings=SearchSettings(confirm=confirm, seed=seed, items=kept),
         )  # fmt: skip
     job.finish(result, same_texts=False)
     if job.out is not None:

@@ -14,7 +14,7 @@ from melens.progress import progress_on
 CHECKPOINT = "patch.cells.json"
 
 
-class Metric(StrEnum):
+class PatchMetricName(StrEnum):
     """What patched runs are judged by."""
 
     logit_difference = "logit_difference"
@@ -33,7 +33,7 @@ class Mode(StrEnum):
     resample = "resample"
 
 
-LOCATED = (Metric.massive_coordinate, Metric.sink_rate)
+LOCATED = (PatchMetricName.massive_coordinate, PatchMetricName.sink_rate)
 
 
 def patch(
@@ -50,7 +50,9 @@ def patch(
             "repeat for several (default: resid_pre)."
         ),
     ] = None,
-    metric: Annotated[Metric, typer.Option(help="What every patched run measures.")] = Metric.kl,
+    metric: Annotated[
+        PatchMetricName, typer.Option(help="What every patched run measures.")
+    ] = PatchMetricName.kl,
     answer: Annotated[str | None, typer.Option(help="Right token, for logit_difference.")] = None,
     wrong: Annotated[str | None, typer.Option(help="Wrong token, for logit_difference.")] = None,
     mode: Annotated[
@@ -122,24 +124,24 @@ def patch(
         kept.unlink(missing_ok=True)
 
 
-def _check(metric: Metric, answer: str | None, wrong: str | None) -> None:
+def _check(metric: PatchMetricName, answer: str | None, wrong: str | None) -> None:
     """Refuse options that do not go together, before torch loads."""
     given = [name for name, value in (("--answer", answer), ("--wrong", wrong)) if value]
-    if metric is Metric.logit_difference and len(given) < 2:
+    if metric is PatchMetricName.logit_difference and len(given) < 2:
         raise MetricError("logit_difference needs both --answer and --wrong, one token each.")
-    if metric is not Metric.logit_difference and given:
+    if metric is not PatchMetricName.logit_difference and given:
         raise MetricError(
             f"{given[0]} is for logit_difference; drop it, or add --metric logit_difference."
         )
 
 
-def _metric(metric: Metric, answer: str | None, wrong: str | None, located: Any) -> Any:
+def _metric(metric: PatchMetricName, answer: str | None, wrong: str | None, located: Any) -> Any:
     from melens.patching import METRICS_OF_PATCH
 
     kind = METRICS_OF_PATCH[metric.value]
     if metric in LOCATED:
         return kind(located)
-    return kind(answer, wrong) if metric is Metric.logit_difference else kind()
+    return kind(answer, wrong) if metric is PatchMetricName.logit_difference else kind()
 
 
 def _me_layer(job: Any, model: Any) -> Any:

@@ -3,14 +3,14 @@
 from melens.reporting.sections import located, spread, causes  # isort: skip
 from melens.reporting.sections.base import (
     SECTIONS,
-    Block,
     Fact,
+    PageBlock,
+    PageView,
     Panel,
     Picture,
     Section,
     Shown,
     Table,
-    View,
     other,
     section,
 )
@@ -18,5 +18,17 @@ from melens.reporting.sections.base import (
 MODULES = (located, spread, causes)
 """Imported for what they register."""
 
-__all__ = ["MODULES", "SECTIONS", "Block", "Fact", "Panel", "Picture", "Section", "Shown", "Table",
-           "View", "other", "section"]  # fmt: skip
+__all__ = [
+    "MODULES",
+    "SECTIONS",
+    "Fact",
+    "PageBlock",
+    "PageView",
+    "Panel",
+    "Picture",
+    "Section",
+    "Shown",
+    "Table",
+    "other",
+    "section",
+]  # fmt: skip

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from melens.errors import ResultError
 from melens.figures import FIGURES
 from melens.registry import Registry
-from melens.reporting.source import Linked, Source, number_text, token_html
+from melens.reporting.source import Addressed, Linked, number_text, token_html
 from melens.results.base import Result
 
 Shown = Linked | Markup | str
@@ -58,7 +58,7 @@ class Panel:
 
 
 @dataclass
-class Block:
+class PageBlock:
     """What the page says about one result."""
 
     name: str
@@ -74,10 +74,10 @@ class Block:
 
 
 @dataclass(frozen=True)
-class View:
+class PageView:
     """One result about to be shown: its numbers by address."""
 
-    source: Source
+    source: Addressed
     name: str
     result: Any
     index: int = 0
@@ -108,9 +108,9 @@ class View:
         """A token of the model's."""
         return token_html(text)
 
-    def block(self) -> Block:
+    def block(self) -> PageBlock:
         """A block that starts with the result's own sentence."""
-        return Block(self.name, self.result.summary())
+        return PageBlock(self.name, self.result.summary())
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Section:
     lead: str
     """What the section is about, for someone new to it."""
     kind: type[Result]
-    make: Callable[[View], Block]
+    make: Callable[[PageView], PageBlock]
 
 
 SECTIONS: Registry[Section] = Registry("section")
@@ -130,10 +130,10 @@ SECTIONS: Registry[Section] = Registry("section")
 
 def section(
     id: str, title: str, lead: str, kind: type[Result]
-) -> Callable[[Callable[[View], Block]], Callable[[View], Block]]:
+) -> Callable[[Callable[[PageView], PageBlock]], Callable[[PageView], PageBlock]]:
     """Register what a kind of result looks like; sections appear in this order."""
 
-    def add(make: Callable[[View], Block]) -> Callable[[View], Block]:
+    def add(make: Callable[[PageView], PageBlock]) -> Callable[[PageView], PageBlock]:
         SECTIONS.register(id)(Section(id, title, lead, kind, make))
         return make
 
@@ -143,7 +143,7 @@ def section(
 MOST_ROWS = 40
 
 
-def other(view: View) -> Block:
+def other(view: PageView) -> PageBlock:
     """What every result can say about itself."""
     made = view.block()
     if type(view.result) in FIGURES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from melens.reporting.sections.base import Block, Fact, Picture, Shown, Table, View, section
+from melens.reporting.sections.base import Fact, PageBlock, PageView, Picture, Shown, Table, section
 from melens.reporting.source import number_text
 from melens.results.evaluation import Evaluation
 from melens.results.isolate import Isolation
@@ -20,7 +20,7 @@ CELLS = {
     "massive token only.",
     Isolation,
 )  # fmt: skip
-def isolation(view: View) -> Block:
+def isolation(view: PageView) -> PageBlock:
     """The 2 x 2, its neurons and the same edits elsewhere."""
     result: Isolation = view.result
     made = view.block()
@@ -65,7 +65,7 @@ def _layers_alt(result: Isolation) -> str:
     return f"{text} The other writes leave more. Layers count from 0."
 
 
-def _cells(view: View, place: str, where: str) -> Table:
+def _cells(view: PageView, place: str, where: str) -> Table:
     rows = []
     for key, name in CELLS.items():
         at = f"{place}/factorial/{key}"
@@ -81,7 +81,7 @@ def _cells(view: View, place: str, where: str) -> Table:
     )  # fmt: skip
 
 
-def _neurons(view: View) -> Table:
+def _neurons(view: PageView) -> Table:
     rows = []
     for i, neuron in enumerate(view.result.neurons):
         at = f"/neurons/{i}"
@@ -103,7 +103,7 @@ def _neurons(view: View) -> Table:
     "model pays the loss below; only where that is more than the control is it a super weight.",
     SuperWeights,
 )  # fmt: skip
-def super_weights(view: View) -> Block:
+def super_weights(view: PageView) -> PageBlock:
     """One row a weight, all together, and a control of the nearest size."""
     result: SuperWeights = view.result
     made = view.block()
@@ -126,7 +126,7 @@ def super_weights(view: View) -> Block:
     return made
 
 
-def _weights(view: View) -> Table:
+def _weights(view: PageView) -> Table:
     rows: list[list[Shown]] = []
     for i, weight in enumerate(view.result.super_weights):
         at = f"/super_weights/{i}"
@@ -156,7 +156,7 @@ def _weights(view: View) -> Table:
     "an edit that does no more than its control has shown nothing.",
     Evaluation,
 )  # fmt: skip
-def edits(view: View) -> Block:
+def edits(view: PageView) -> PageBlock:
     """Every condition of one evaluation."""
     result: Evaluation = view.result
     made = view.block()
@@ -174,7 +174,7 @@ def edits(view: View) -> Block:
     return made
 
 
-def _conditions(view: View) -> Table:
+def _conditions(view: PageView) -> Table:
     result: Evaluation = view.result
     places = ["/base", "/edited"]
     for group in ("dose", "controls", "rivals"):

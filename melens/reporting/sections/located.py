@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from melens.reporting.sections.base import Block, Fact, Picture, Table, View, section
+from melens.reporting.sections.base import Fact, PageBlock, PageView, Picture, Table, section
 from melens.reporting.source import number_text
 from melens.results.describe import TokenPortrait
 from melens.results.known import KnownCheck
@@ -18,7 +18,7 @@ LAYER = "layer (from 0)"
     "counted from 0, at the block output.",
     MELayer,
 )  # fmt: skip
-def emergence(view: View) -> Block:
+def emergence(view: PageView) -> PageBlock:
     """The profile by layer, the verdict and the numbers behind it."""
     result: MELayer = view.result
     made = view.block()
@@ -79,7 +79,7 @@ def _profile_alt(result: MELayer) -> str:
     )
 
 
-def _layers(view: View) -> Table:
+def _layers(view: PageView) -> Table:
     columns = ("max", "median", "token_median", "norm_ratio", "position", "dim")
     rows = []
     for i, row in enumerate(view.result.profile):
@@ -98,7 +98,7 @@ def _layers(view: View) -> Table:
     "a text become it.",
     TokenPortrait,
 )  # fmt: skip
-def portrait(view: View) -> Block:
+def portrait(view: PageView) -> PageBlock:
     """The token table, its energy and what happens to other first tokens."""
     result: TokenPortrait = view.result
     made = view.block()
@@ -126,7 +126,7 @@ def _curves_alt(result: TokenPortrait) -> str:
     return f"{text}last; it is above 0.99 at {len(steady)} of {result.n_layers} layers."
 
 
-def _tokens(view: View) -> Table:
+def _tokens(view: PageView) -> Table:
     rows = []
     for i, entry in enumerate(view.result.massive):
         keys = ("token_id", "position", "dim", "value")
@@ -139,7 +139,7 @@ def _tokens(view: View) -> Table:
     )
 
 
-def _conditions(view: View) -> Table:
+def _conditions(view: PageView) -> Table:
     rows = []
     for i, condition in enumerate(view.result.conditions):
         keys = ("first_tokens", "massive", "median_value")
@@ -157,7 +157,7 @@ def _conditions(view: View) -> Table:
 MOST_FIRST = 24
 
 
-def _first_tokens(view: View) -> Table:
+def _first_tokens(view: PageView) -> Table:
     tried = view.result.first_tokens
     rows = []
     for i, row in enumerate(tried[:MOST_FIRST]):
@@ -180,7 +180,7 @@ def _first_tokens(view: View) -> Table:
     "wrongly.",
     KnownCheck,
 )  # fmt: skip
-def published(view: View) -> Block:
+def published(view: PageView) -> PageBlock:
     """One row a published number."""
     made = view.block()
     rows = [

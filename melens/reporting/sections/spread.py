@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from melens.figures.attention_view import heads_panel
 from melens.figures.ranks import NAMES
-from melens.reporting.sections.base import Block, Fact, Panel, Picture, Table, View, section
+from melens.reporting.sections.base import Fact, PageBlock, PageView, Panel, Picture, Table, section
 from melens.reporting.source import number_text
 from melens.results.attention import AttentionMaps, HeadMap
 from melens.results.check import CacheNorms
@@ -29,7 +29,7 @@ WORST = 3
     "dashed line leaves that token out: what still collapses then is a real loss.",
     Collapse,
 )  # fmt: skip
-def rank(view: View) -> Block:
+def rank(view: PageView) -> PageBlock:
     """Effective rank by layer and site."""
     result: Collapse = view.result
     made = view.block()
@@ -52,7 +52,7 @@ def _rank_alt(result: Collapse) -> str:
     return " ".join(parts)
 
 
-def _ranks(view: View) -> Table:
+def _ranks(view: PageView) -> Table:
     """The sites without heads, whose numbers stand in the JSON as they are."""
     found: dict[tuple[int, str], int] = {}
     for i, row in enumerate(view.result.rows_):
@@ -78,7 +78,7 @@ def _ranks(view: View) -> Table:
     "a cache or a window takes the sink away.",
     Sinks,
 )  # fmt: skip
-def sink(view: View) -> Block:
+def sink(view: PageView) -> PageBlock:
     """The map of heads, rates by layer and the tokens that draw attention."""
     result: Sinks = view.result
     made = view.block()
@@ -123,7 +123,7 @@ def _sinks_alt(result: Sinks) -> str:
     )
 
 
-def _sink_tokens(view: View) -> Table:
+def _sink_tokens(view: PageView) -> Table:
     names = tuple(view.result.overall)
     rows = [
         [view.token(token.token), *view.numbers(f"/tokens/{i}", "position", "count"),
@@ -135,7 +135,7 @@ def _sink_tokens(view: View) -> Table:
     return Table("What each massive token draws", columns, rows)
 
 
-def _sink_layers(view: View) -> Table:
+def _sink_layers(view: PageView) -> Table:
     names = tuple(view.result.sink_rate)
     rows = [
         [str(layer),
@@ -153,7 +153,7 @@ def _sink_layers(view: View) -> Table:
     "that of the massive token's largest entry to another token's.",
     CacheNorms,
 )  # fmt: skip
-def cached(view: View) -> Block:
+def cached(view: PageView) -> PageBlock:
     """Keys and values of the massive token beside the others', the worst first."""
     result: CacheNorms = view.result
     made = view.block()
@@ -181,7 +181,7 @@ def cached(view: View) -> Block:
     "Enter on it, to enlarge it. The table below says the same in numbers.",
     AttentionMaps,
 )  # fmt: skip
-def heads(view: View) -> Block:
+def heads(view: PageView) -> PageBlock:
     """An interactive panel a layer, and a table for whoever cannot see it."""
     maps: AttentionMaps = view.result
     made = view.block()
@@ -215,7 +215,7 @@ def telling(maps: AttentionMaps) -> list[int]:
     return sorted([*order[: most - len(ends)], *ends])
 
 
-def _head_table(view: View, kept: list[int]) -> Table:
+def _head_table(view: PageView, kept: list[int]) -> Table:
     rows = []
     for i, row in enumerate(view.result.rows()):
         if i in kept:
