@@ -119,13 +119,13 @@ def evaluate(
         {**asked, **dict.fromkeys(("text", "prompt", "n_seq")), "chat": False, "length": None}
     )
     loaded, _ = job.load()
-    from melens.evaluating import SearchSettings
+    from melens.evaluating import Settings
     from melens.evaluating.run import evaluate as measure
     from melens.evaluating.tasks import alike
 
     if job.out is not None and force:
         _start_anew(job.out)
-    settings = SearchSettings(
+    settings = Settings(
         plan, seed, batch_tokens=batch_tokens, batch_size=batch_size, max_new_tokens=max_new_tokens,
         items=job.out and job.out / "items.jsonl",
     )  # fmt: skip
