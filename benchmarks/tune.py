@@ -25,12 +25,15 @@ TOLERANCE = 1e-4
 
 def settings_of(rates: list[float]) -> list[Any]:
     """The wave, the unedited model first."""
-    from melens.evaluating.edits import BASE, Condition
+    from melens.evaluating.edits import BASE, EditCondition
     from melens.tuning import Space
 
     space = Space(rates=rates, strengths=(1.0,))
     edits = [*space.candidates(), *space.controls()]
-    return [Condition("base", "base", BASE), *(Condition(e.label, "edited", e) for e in edits)]
+    return [
+        EditCondition("base", "base", BASE),
+        *(EditCondition(e.label, "edited", e) for e in edits),
+    ]
 
 
 def plain_losses(model: Any, me_layer: Any, wave: list[Any], ids: torch.Tensor) -> torch.Tensor:

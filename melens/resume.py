@@ -30,7 +30,7 @@ from melens.capture import (
 from melens.errors import ContractError, SiteError
 from melens.interventions.context import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
-from melens.models.decoder import Keeping, Prefix
+from melens.models.decoder import Keeping, RecordedPrefix
 from melens.models.origin import origin_of
 from melens.shapes import Resid
 
@@ -128,7 +128,7 @@ class Resumable:
         }
         if start:
             cache = next(name for name in CACHES if name in self._names[layer])
-            named[cache] = Prefix(self._pairs[layer], start, copies)
+            named[cache] = RecordedPrefix(self._pairs[layer], start, copies)
         out = self.model.blocks[layer](resid, **named)
         return out[0] if isinstance(out, tuple) else out
 

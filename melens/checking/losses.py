@@ -13,7 +13,7 @@ from melens.checking.bench import Bench, Tick
 from melens.errors import PromptError, SiteError
 from melens.evaluating.edits import (
     BASE,
-    Condition,
+    EditCondition,
     check_held,
     check_unedited,
     conditions,
@@ -26,7 +26,7 @@ from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.measuring.located import Progress, settle
 from melens.models.anatomy import anatomy
-from melens.models.attention import View, attention_sites
+from melens.models.attention import HeadView, attention_sites
 from melens.models.decoder import decoder_of
 from melens.results import Evaluation, MELayer
 from melens.results.check import CacheNorms, CacheRow
@@ -40,7 +40,7 @@ KEYS = ("rot_k", "k_norm", "k")
 class _Largest:
     """Reducer: a token's largest |entry| by head, massive tokens apart from the others."""
 
-    def __init__(self, view: View, heavy: Sequence[Tensor]) -> None:
+    def __init__(self, view: HeadView, heavy: Sequence[Tensor]) -> None:
         self.view, self.heavy, self.seen = view, heavy, 0
         self.token: list[Tensor] = []
         self.others: list[Tensor] = []
@@ -113,9 +113,9 @@ def edit_losses(bench: Bench, tick: Tick) -> Evaluation:
     """The massive coordinate zeroed, and as many random ones instead."""
     zero = Edit(name="zero")
     made = [
-        Condition("base", "base", BASE),
-        Condition("edited", "edited", zero),
-        Condition("random dims, seed 0", "control", zero.changed(select="random", seed=0)),
+        EditCondition("base", "base", BASE),
+        EditCondition("edited", "edited", zero),
+        EditCondition("random dims, seed 0", "control", zero.changed(select="random", seed=0)),
     ]
     return text_losses(bench, made, tick)
 
@@ -138,8 +138,8 @@ def eviction_losses(bench: Bench, tick: Tick) -> Evaluation:
             f"the shortest text has {2 * start} tokens; half of it is too little to evict from."
         )
     made = [
-        Condition("base", "base", BASE),
-        Condition("edited", "edited", Edit(name="drop-key", layers=layers, start=start)),
+        EditCondition("base", "base", BASE),
+        EditCondition("edited", "edited", Edit(name="drop-key", layers=layers, start=start)),
     ]
     return text_losses(bench, made, tick, start=start)
 
@@ -156,7 +156,7 @@ def dose_losses(bench: Bench, tick: Tick) -> Evaluation:
 
 
 def text_losses(
-    bench: Bench, tried: Sequence[Condition], tick: Tick, *, start: int = 0
+    bench: Bench, tried: Sequence[EditCondition], tick: Tick, *, start: int = 0
 ) -> Evaluation:
     """Every text under every condition, scored on tokens that positions from ``start`` foresee.
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from melens.checking.bench import Bench
-from melens.checking.findings import View
+from melens.checking.findings import Measured
 from melens.checking.keeping import Keeper
 from melens.checking.policy import Policy, read_policy
-from melens.checking.stages import Stage, stages_of
+from melens.checking.stages import CheckStage, stages_of
 from melens.checking.trimming import compact
 from melens.checking.verdict import answered, judged, recommended
 from melens.errors import MelensError, OutputError
@@ -62,7 +62,7 @@ def check(
     work, done, records = sum(stage.work for stage in wanted), 0.0, []
     for stage in wanted:
 
-        def tick(n: int, total: int, stage: Stage = stage, before: float = done) -> None:
+        def tick(n: int, total: int, stage: CheckStage = stage, before: float = done) -> None:
             if progress is not None:
                 share = (before + stage.work * min(1.0, n / max(total, 1))) / work
                 progress(stage.name, round(WHOLE * share), WHOLE)
@@ -78,7 +78,7 @@ def check(
 
 
 def _run(
-    stage: Stage, bench: Bench, keeper: Keeper, tick: Callable[[int, int], None]
+    stage: CheckStage, bench: Bench, keeper: Keeper, tick: Callable[[int, int], None]
 ) -> StageRecord:
     """One stage: taken up from an earlier run, skipped, or measured now and kept."""
     if stage.token and (why := stage.unneeded(bench.located)):
@@ -109,7 +109,7 @@ def _line(error: BaseException) -> str:
 def _report(bench: Bench, policy: Policy, records: list[StageRecord]) -> CheckReport:
     run = bench.run_info()
     results: dict[str, Result] = bench.results
-    outcomes, findings = judged(View(results, run), policy, records)
+    outcomes, findings = judged(Measured(results, run), policy, records)
     verdict, answer = answered(run.subject, policy, findings, outcomes, records)
     dose = results.get("dose")
     return CheckReport(

@@ -26,7 +26,7 @@ MOST_LAYERS, MOST_HEADS = 3, 4
 
 
 @dataclass(frozen=True)
-class Stage:
+class CheckStage:
     """One measurement of a check."""
 
     name: str
@@ -46,10 +46,10 @@ class Stage:
         return f"the model {what}, so there is nothing to measure"
 
 
-STAGES: Registry[Stage] = Registry("stage")
+STAGES: Registry[CheckStage] = Registry("stage")
 
 
-def stages_of(budget: str) -> tuple[Stage, ...]:
+def stages_of(budget: str) -> tuple[CheckStage, ...]:
     """What a budget runs, in order.
 
     Raises:  UnknownNameError: no such budget.
@@ -63,7 +63,7 @@ def stages_of(budget: str) -> tuple[Stage, ...]:
 
 def _add(name: str, budget: Budget, work: float, *, token: bool = False) -> Callable[..., None]:
     def register(make: Callable[[Bench, Tick], Result]) -> None:
-        STAGES.add(name, Stage(name, budget, work, make, token))
+        STAGES.add(name, CheckStage(name, budget, work, make, token))
 
     return register
 

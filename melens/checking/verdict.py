@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from melens.checking.findings import RULES, Judgement, Rule, Unmeasured, View
+from melens.checking.findings import RULES, Judgement, Measured, Rule, Unmeasured
 from melens.checking.findings.core import nothing
 from melens.checking.policy import Policy, RulePolicy
 from melens.checking.stages import STAGES
@@ -18,7 +18,7 @@ from melens.results.check import SEVERITIES
 
 
 def judged(
-    view: View, policy: Policy, stages: Sequence[StageRecord]
+    view: Measured, policy: Policy, stages: Sequence[StageRecord]
 ) -> tuple[tuple[RuleOutcome, ...], tuple[Finding, ...]]:
     """Every rule's outcome in the registry's order, and what was found, the gravest first."""
     why_not = {stage.name: stage for stage in stages if stage.status != "done"}
@@ -34,7 +34,7 @@ def judged(
 
 
 def _answer(
-    one: Rule, says: RulePolicy, view: View, why_not: Mapping[str, StageRecord]
+    one: Rule, says: RulePolicy, view: Measured, why_not: Mapping[str, StageRecord]
 ) -> Judgement | Unmeasured | None:
     """None where the policy turned the rule off."""
     if says.severity == "off":

@@ -160,7 +160,7 @@ EDITED_BY = "residual/1"
 
 
 @dataclass(frozen=True)
-class Condition:
+class EditCondition:
     """One column of an evaluation."""
 
     name: str
@@ -183,7 +183,7 @@ class Plan:
 
 def conditions(
     model: Any, edit: Edit, me_layer: MELayer | None, plan: Plan | None = None
-) -> tuple[Condition, ...]:
+) -> tuple[EditCondition, ...]:
     """Every condition, base first and the edit second; equal ones only once.
 
     Raises:  InterventionError, SiteError: an edit that changes nothing, or that this model cannot
@@ -191,14 +191,14 @@ def conditions(
     """
     check_edit(edit)
     plan = plan or Plan()
-    made = [Condition("base", "base", BASE), Condition("edited", "edited", edit)]
+    made = [EditCondition("base", "base", BASE), EditCondition("edited", "edited", edit)]
     made += _doses(edit, plan)
     made += _other_layers(model, edit, me_layer)
     made += _random_dims(edit, plan)
     for name in plan.rivals:
         settings = {"layers": edit.layers} if name in LAYERED and edit.name in LAYERED else {}
-        made.append(Condition(name, "rival", Edit.model_validate({"name": name, **settings})))
-    kept: dict[Edit, Condition] = {}
+        made.append(EditCondition(name, "rival", Edit.model_validate({"name": name, **settings})))
+    kept: dict[Edit, EditCondition] = {}
     for condition in made:
         kept.setdefault(condition.edit, condition)
     taken = names(tuple(kept.values()))
@@ -270,21 +270,21 @@ def located_facts(me_layer: MELayer | None) -> list[Any] | None:
     return [EDITED_BY, me_layer.me_layer, me_layer.peak_layer, tokens, tried, texts]
 
 
-def _doses(edit: Edit, plan: Plan) -> list[Condition]:
+def _doses(edit: Edit, plan: Plan) -> list[EditCondition]:
     if edit.name in RATED:
         return [
-            Condition(f"rate {rate:g}", "dose", edit.changed(rate=rate))
+            EditCondition(f"rate {rate:g}", "dose", edit.changed(rate=rate))
             for rate in plan.rates
             if rate != edit.rate
         ]
     return [
-        Condition(f"strength {strength:g}", "dose", edit.changed(strength=strength))
+        EditCondition(f"strength {strength:g}", "dose", edit.changed(strength=strength))
         for strength in plan.strengths
         if strength != edit.strength
     ]
 
 
-def _other_layers(model: Any, edit: Edit, me_layer: MELayer | None) -> list[Condition]:
+def _other_layers(model: Any, edit: Edit, me_layer: MELayer | None) -> list[EditCondition]:
     """The same edit where the massive activation is not there yet, or at one other layer."""
     if edit.name not in LAYERED:
         return [] if me_layer is None else _elsewhere(edit, me_layer)
@@ -296,10 +296,10 @@ def _other_layers(model: Any, edit: Edit, me_layer: MELayer | None) -> list[Cond
     # As many as the edit has, where there are so many; from the middle, away from both ends.
     spare = max(0, len(others) - len(taken))
     others = others[spare // 2 :][: len(taken)]
-    return [Condition("other layers", "control", edit.changed(layers=others))] if others else []
+    return [EditCondition("other layers", "control", edit.changed(layers=others))] if others else []
 
 
-def _elsewhere(edit: Edit, me_layer: MELayer) -> list[Condition]:
+def _elsewhere(edit: Edit, me_layer: MELayer) -> list[EditCondition]:
     """An edit of the ME Layer, made half-way to it and half-way after it instead."""
     at = me_layer.me_layer
     if at is None or at < 0:
@@ -308,18 +308,20 @@ def _elsewhere(edit: Edit, me_layer: MELayer) -> list[Condition]:
     last = peak + 1
     picked = {at // 2, (at + last) // 2} - {at}
     return [
-        Condition(f"at layer {layer}", "control", edit.changed(layers=(layer,)))
+        EditCondition(f"at layer {layer}", "control", edit.changed(layers=(layer,)))
         for layer in sorted(picked)
         if layer < me_layer.n_layers
     ]
 
 
-def _random_dims(edit: Edit, plan: Plan) -> list[Condition]:
+def _random_dims(edit: Edit, plan: Plan) -> list[EditCondition]:
     """As many dimensions, drawn at random; of edits that have dimensions."""
     if edit.name not in (*RATED, "zero", "mean"):
         return []
     return [
-        Condition(f"random dims, seed {seed}", "control", edit.changed(select="random", seed=seed))
+        EditCondition(
+            f"random dims, seed {seed}", "control", edit.changed(select="random", seed=seed)
+        )
         for seed in plan.seeds
         if not (edit.select == "random" and edit.seed == seed)
     ]
@@ -345,6 +347,6 @@ def first_layer(model: Any, edit: Edit, me_layer: MELayer | None) -> int:
     return me_layer.me_layer
 
 
-def names(found: Sequence[Condition]) -> list[str]:
+def names(found: Sequence[EditCondition]) -> list[str]:
     """Names of the conditions, in order."""
     return [condition.name for condition in found]

@@ -17,7 +17,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import evaluating, fit_ids
 from melens.errors import PromptError
-from melens.evaluating.edits import Condition, applied, first_layer, where_held
+from melens.evaluating.edits import EditCondition, applied, first_layer, where_held
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
 from melens.interventions.target import these
@@ -103,7 +103,7 @@ class Runner:
     def __init__(
         self,
         model: Any,
-        conditions: Sequence[Condition],
+        conditions: Sequence[EditCondition],
         me_layer: MELayer | None,
         *,
         batch_tokens: int = TOKENS,
@@ -121,7 +121,9 @@ class Runner:
             yield self.outcome(chosen, self.conditions)
 
     @torch.no_grad()
-    def outcome(self, items: Sequence[Forced], conditions: Sequence[Condition]) -> ForcedOutcome:
+    def outcome(
+        self, items: Sequence[Forced], conditions: Sequence[EditCondition]
+    ) -> ForcedOutcome:
         """One batch under some of the conditions; the unedited run comes first, always."""
         batch = Batch.pad([list(item.ids) for item in items])
         batch = fit_ids(self.model, batch)
@@ -153,7 +155,7 @@ class Runner:
         rows = zip(marks, sizes.unbind(1), strict=True)
         return marks, tuple(MassiveIn.of(row, both, rule.median_norm) for row, both in rows)
 
-    def _entered(self, condition: Condition, tokens: Any) -> Any:
+    def _entered(self, condition: EditCondition, tokens: Any) -> Any:
         if condition.edit.name == "none":
             return nullcontext()
         return applied(self.model, condition.edit, self.me_layer, tokens=tokens)

@@ -13,10 +13,10 @@ from melens.batches import Batch
 from melens.capture import evaluating
 from melens.chat import task_prompt_ids, template_key
 from melens.errors import ResultError
-from melens.evaluating.edits import Condition, applied, where_held
+from melens.evaluating.edits import EditCondition, applied, where_held
 from melens.evaluating.forced import MassiveIn
+from melens.evaluating.harness.data import AnswerRow as Answer
 from melens.evaluating.harness.data import GenerationSettings, GenerationTask, file_key, items
-from melens.evaluating.harness.data import ItemRow as Answer
 from melens.evaluating.harness.run import run_task
 from melens.evaluating.scores import ENERGY, Progress, TaskCard, Trial, assembled, held_facts
 from melens.evaluating.sources import data_folder
@@ -86,7 +86,7 @@ class _Generation:
         self.bench, self.task, self.count = bench, task, count
         self.folder, self.part = folder, part
 
-    def rows(self, condition: Condition, step: int, progress: Progress | None) -> list[ItemRow]:
+    def rows(self, condition: EditCondition, step: int, progress: Progress | None) -> list[ItemRow]:
         """One condition's rows, with the masked energy where the edit is a mask."""
         settings = self.bench.settings
         total = self.count * len(self.bench.conditions)
@@ -136,7 +136,7 @@ def row_of(
 
 
 @torch.no_grad()
-def masked_energy(bench: Trial, condition: Condition, prompts: Sequence[str]) -> float | None:
+def masked_energy(bench: Trial, condition: EditCondition, prompts: Sequence[str]) -> float | None:
     """Mean masked share of the massive token's energy over prompts; None for other edits."""
     if condition.edit.name != "wemask" or not prompts:
         return None

@@ -19,7 +19,7 @@ from melens import locating
 from melens.batches import prompts
 from melens.errors import PromptError
 from melens.evaluating.edits import (
-    Condition,
+    EditCondition,
     Plan,
     check_edit,
     check_held,
@@ -229,7 +229,7 @@ class _LongJob:
         )  # fmt: skip
 
     def _condition(
-        self, condition: Condition, found: dict[str, ItemRow], base: dict[str, ItemRow]
+        self, condition: EditCondition, found: dict[str, ItemRow], base: dict[str, ItemRow]
     ) -> LongCondition:
         pair = _Pair(found, None if condition.role == "base" else base, self.bench.settings.seed)
         lengths = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from melens.errors import ResultError
-from melens.evaluating.edits import Condition, Plan, located_facts
+from melens.evaluating.edits import EditCondition, Plan, located_facts
 from melens.evaluating.forced import MassiveIn
 from melens.inputs import Inputs
 from melens.intervals import paired_difference, weighted_mean
@@ -57,7 +57,7 @@ class Trial:
 
     inputs: Inputs
     """The model and the fingerprint of its weights; no batches."""
-    conditions: tuple[Condition, ...]
+    conditions: tuple[EditCondition, ...]
     me_layer: MELayer
     settings: Settings
 
@@ -162,7 +162,7 @@ def _with_margin(
 
 
 def score_of(
-    condition: Condition, rows: Sequence[ItemRow], base: Sequence[ItemRow], seed: int
+    condition: EditCondition, rows: Sequence[ItemRow], base: Sequence[ItemRow], seed: int
 ) -> ConditionScore:
     """One condition's mean and its paired difference to the base; rows in the same order.
 
@@ -192,7 +192,7 @@ def score_of(
 
 
 def _further(
-    condition: Condition, rows: Sequence[ItemRow], base: Sequence[ItemRow], seed: int
+    condition: EditCondition, rows: Sequence[ItemRow], base: Sequence[ItemRow], seed: int
 ) -> tuple[dict[str, float], dict[str, Delta]]:
     """Means of all further measures over the items that have them, and their differences."""
     also, apart = {}, {}

@@ -28,7 +28,7 @@ from melens.interventions.core import (
 )
 from melens.interventions.target import Tokens, require_located_here
 from melens.interventions.wemask import Layers, layers_of
-from melens.models.attention import View, attention_sites
+from melens.models.attention import HeadView, attention_sites
 from melens.models.decoder import decoder_of
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
@@ -90,7 +90,7 @@ def qk_orthogonalise(
 class _Projection:
     """The edit of one site; remembers each row's direction from the chunk that held the token."""
 
-    def __init__(self, view: View, source: Place, *, itself: bool, strength: float) -> None:
+    def __init__(self, view: HeadView, source: Place, *, itself: bool, strength: float) -> None:
         self.view, self.source, self.itself, self.strength = view, source, itself, strength
         self.directions: Tensor | None = None
         self.found = False

@@ -26,7 +26,7 @@ from melens.shapes import TokenMask
 
 
 @dataclass
-class Span:
+class LayerSpan:
     """Least, mean and largest of what was seen so far."""
 
     count: int = 0
@@ -70,8 +70,8 @@ class EditedTokens:
     """Edited, but not massive in their pass."""
     missed: int = 0
     """Massive in a pass, but not known to be so where the edit acts (before the ME Layer)."""
-    coordinate: Span = field(default_factory=Span)
-    norm_ratio: Span = field(default_factory=Span)
+    coordinate: LayerSpan = field(default_factory=LayerSpan)
+    norm_ratio: LayerSpan = field(default_factory=LayerSpan)
 
     def take(self, chosen: TokenMask, now: Now, rule: MassiveRule | None) -> None:
         """Take in one pass; ``rule`` is None where nothing can be known of the sizes yet."""

@@ -15,8 +15,8 @@ from melens.errors import InterventionError
 from melens.formatting import brief
 from melens.interventions.core import (
     EditedTokens,
+    LayerSpan,
     Place,
-    Span,
     as_index,
     check_number,
     editing_inputs,
@@ -44,7 +44,7 @@ class MaskRecord:
     """How many tokens, in how many rows, and how massive they were."""
     dims: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Layer -> masked dimensions; for rules that read the activation those of the last token."""
-    _shares: dict[int, Span] = field(default_factory=dict, repr=False)
+    _shares: dict[int, LayerSpan] = field(default_factory=dict, repr=False)
 
     @property
     def energy(self) -> dict[int, float]:
@@ -64,7 +64,7 @@ class MaskRecord:
         self.dims[layer] = tuple(torch.nonzero(chosen[-1])[:, 0].tolist())
         size = rows.detach().square()
         share = (size * chosen).sum(-1) / size.sum(-1).clamp_min(torch.finfo(size.dtype).tiny)
-        self._shares.setdefault(layer, Span()).take(share.mean())
+        self._shares.setdefault(layer, LayerSpan()).take(share.mean())
 
 
 @intervention(

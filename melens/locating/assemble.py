@@ -13,7 +13,7 @@ from melens.framing import repeated_rows, unknown_rows
 from melens.locating.criteria import (
     CRITERIA,
     Evidence,
-    Span,
+    StageSpan,
     counted_shares,
     cumulative_layer,
     spans,
@@ -78,7 +78,7 @@ def _size(entry: Entry) -> float:
     return abs(entry.value)
 
 
-def shape_of(counted: Tensor, stages: Sequence[Span], peak: int) -> Verdict:
+def shape_of(counted: Tensor, stages: Sequence[StageSpan], peak: int) -> Verdict:
     """How a massive token emerged.
 
     Args:    counted: write shares from the first counted layer to the peak.
@@ -316,7 +316,7 @@ def _nearest_miss(layer: int, near: Nearest, decode: Decode) -> NearestMiss:
     )  # fmt: skip
 
 
-def _stage(path: Path, ratios: list[float], span: Span) -> Stage:
+def _stage(path: Path, ratios: list[float], span: StageSpan) -> Stage:
     """A stage's main step: the largest increase along its own peak direction."""
     end = path.resid[span.peak + 1]
     along = path.resid @ end / end.norm()

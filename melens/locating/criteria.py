@@ -22,7 +22,7 @@ from melens.registry import Registry
 
 
 @dataclass(frozen=True)
-class Span:
+class StageSpan:
     """One stage: first layer, layer of its largest norm, layer that erased it (or None)."""
 
     start: int
@@ -30,7 +30,7 @@ class Span:
     erased_at: int | None
 
 
-def spans(path: Path, ratios: Tensor) -> list[Span]:
+def spans(path: Path, ratios: Tensor) -> list[StageSpan]:
     """The token's stages, in order. Growth that begins in the final window is not a stage.
 
     Args:    ratios: norm over the median token norm, by step (embedding first).
@@ -38,21 +38,21 @@ def spans(path: Path, ratios: Tensor) -> list[Span]:
     norms = path.norms[1:].tolist()
     last = last_body_layer(path.n_layers)
     heavy = (ratios[1 : last + 2] >= NORM_RATIO).tolist()
-    found: list[Span] = []
+    found: list[StageSpan] = []
     start, peak = 0, 0
     for layer, norm in enumerate(norms):
         if norm > norms[peak] and layer <= last:
             peak = layer
         elif norm < ERASED_LEFT * norms[peak]:
             if _is_stage(found, start, peak, heavy[start : layer + 1]):
-                found.append(Span(start, peak, layer))
+                found.append(StageSpan(start, peak, layer))
             start = peak = layer
     if _is_stage(found, start, peak, heavy[start:]):
-        found.append(Span(start, peak, None))
+        found.append(StageSpan(start, peak, None))
     return found
 
 
-def _is_stage(before: list[Span], start: int, peak: int, heavy: list[bool]) -> bool:
+def _is_stage(before: list[StageSpan], start: int, peak: int, heavy: list[bool]) -> bool:
     """A heavy stretch; after an erasure it must have grown again, or it is what was left over."""
     return any(heavy) and (not before or peak > start)
 

@@ -19,7 +19,7 @@ from melens.errors import CaptureError, ModelError
 from melens.inputs import Inputs, Source, take_in
 from melens.measuring.located import Located, Progress, run_once, settle
 from melens.metrics.spectrum import SPECTRAL
-from melens.models.attention import AttentionSites, View, attention_sites
+from melens.models.attention import AttentionSites, HeadView, attention_sites
 from melens.results import Collapse, MELayer
 from melens.results.collapse import CollapseRow
 
@@ -92,7 +92,7 @@ class Spectra:
     float64 and their eigenvalues, the squared singular values, are all that is used.
     """
 
-    view: View
+    view: HeadView
     heavy: Sequence[Tensor]
     """[batch, pos] marks of massive rows, batch by batch in the order they come."""
     queue: EigenQueue = field(default_factory=EigenQueue)

@@ -35,7 +35,7 @@ QUERY_SITES = frozenset({"q", "q_norm", "rot_q"})
 
 
 @dataclass(frozen=True)
-class View:
+class HeadView:
     """One site of one layer, and how its tensors are laid out."""
 
     site: str
@@ -56,12 +56,12 @@ class View:
 class AttentionSites:
     """Everything that can be read, and what cannot with the reason."""
 
-    views: tuple[View, ...]
+    views: tuple[HeadView, ...]
     patterns: dict[int, str]
     """Layer -> hook of its attention pattern; a layer that mixes in another way has none."""
     missing: tuple[str, ...]
 
-    def layer(self, layer: int) -> tuple[View, ...]:
+    def layer(self, layer: int) -> tuple[HeadView, ...]:
         """Views of one layer."""
         return tuple(view for view in self.views if view.layer == layer)
 
@@ -101,7 +101,7 @@ def _look(model: Any) -> AttentionSites:
         forward(model, Batch.of(ids))
     views, missing = [], []
     for layer, block in enumerate(parts.blocks):
-        views.append(View("resid_post", layer, resid_post(layer), "batch pos d", None))
+        views.append(HeadView("resid_post", layer, resid_post(layer), "batch pos d", None))
         for site in HOOKS:
             name = f"blocks.{layer}.{HOOKS[site]}"
             if (found := _view(model, site, layer, name, shapes.get(name), length)) is not None:
@@ -121,11 +121,11 @@ def _telling_length(model: Any) -> int:
 
 def _view(
     model: Any, site: str, layer: int, name: str, shape: tuple[int, ...] | None, length: int
-) -> View | None:
+) -> HeadView | None:
     if shape is None:
         return None
     if site == "ln1":
-        return View(site, layer, name, "batch pos d", None)
+        return HeadView(site, layer, name, "batch pos d", None)
     expected = model.cfg.n_heads
     if site not in QUERY_SITES:
         expected = getattr(model.cfg, "n_key_value_heads", None) or expected
@@ -134,7 +134,7 @@ def _view(
     else:
         at = 1 if shape[1] == length else 2
         heads, layout = shape[3 - at], "batch pos head d" if at == 1 else "batch head pos d"
-    return View(site, layer, name, layout, heads) if heads == expected else None
+    return HeadView(site, layer, name, layout, heads) if heads == expected else None
 
 
 def _reason(block: Any, name: str, known: Any, shapes: dict[str, tuple[int, ...]]) -> str:

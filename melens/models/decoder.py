@@ -171,7 +171,7 @@ class Keeping:
         return 0
 
 
-class Prefix:
+class RecordedPrefix:
     """A cache that puts recorded keys and values before new ones, and changes nothing."""
 
     def __init__(self, pair: tuple[Tensor, Tensor], start: int, copies: int) -> None:

@@ -27,7 +27,7 @@ from melens.metrics.ceilings import (
 from melens.results.base import Part
 from melens.results.scan import Candidate, LayerCeiling, Needs
 from melens.scanning.files import Checkpoint
-from melens.scanning.plan import FfnPlan, LayerPlan, Matrix, Plan
+from melens.scanning.plan import CheckpointPlan, FfnPlan, LayerPlan, Matrix
 
 LOUDEST = 8
 """Neurons of a layer that are kept with all their particulars, at most."""
@@ -72,7 +72,7 @@ class Columns(NamedTuple):
 
 
 @torch.no_grad()
-def scan_layer(files: Checkpoint, plan: Plan, layer: LayerPlan, device: str) -> LayerScan:
+def scan_layer(files: Checkpoint, plan: CheckpointPlan, layer: LayerPlan, device: str) -> LayerScan:
     """Every neuron's ceiling in one layer, and the particulars of the loudest.
 
     Raises:  WeightsError: NaN or Inf, or a file that ends early; names the tensor.
@@ -123,7 +123,7 @@ def _row(
     )  # fmt: skip
 
 
-def _norms(files: Checkpoint, plan: Plan, layer: LayerPlan) -> Norms:
+def _norms(files: Checkpoint, plan: CheckpointPlan, layer: LayerPlan) -> Norms:
     d, offset = plan.d_model, plan.layout.offset
     gain = torch.ones(d) if layer.norm is None else files.vector(layer.norm, d) + offset
     bias = None if layer.norm_bias is None else files.vector(layer.norm_bias, d)
@@ -135,7 +135,7 @@ class _Ffn:
     """One FFN's neurons; ``ceilings`` in float64 on the CPU."""
 
     def __init__(
-        self, files: Checkpoint, plan: Plan, ffn: FfnPlan, norms: Norms, device: str
+        self, files: Checkpoint, plan: CheckpointPlan, ffn: FfnPlan, norms: Norms, device: str
     ) -> None:
         self.files, self.plan, self.ffn, self.norms, self.device = files, plan, ffn, norms, device
         self.read = self._read_in()

@@ -183,7 +183,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckpointPlan:
     """A model's FFNs, and what holds for all of them."""
 
     layout: Layout
@@ -196,7 +196,7 @@ class Plan:
     """First layer that the files hold beyond those that the config counts, if there is one."""
 
 
-def plan_of(files: Checkpoint) -> Plan:
+def plan_of(files: Checkpoint) -> CheckpointPlan:
     """Find every layer's FFN by name and shape; reads no weights.
 
     Raises:  ModelError: a family without a layout, an activation without a bound, or quantised
@@ -213,7 +213,7 @@ def plan_of(files: Checkpoint) -> Plan:
     layers = tuple(_layer(files, layout, layer, d_model, facts) for layer in range(n_layers))
     more = tuple(prefix.format(l=n_layers) for prefix in layout.blocks)
     beyond = n_layers if any(name.startswith(more) for name in files.tensors) else None
-    return Plan(layout, d_model, act, float(facts["route"]), layers, beyond)
+    return CheckpointPlan(layout, d_model, act, float(facts["route"]), layers, beyond)
 
 
 def _facts_hf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:

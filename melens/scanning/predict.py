@@ -18,7 +18,7 @@ from melens.results.scan import Candidate, Role, WeightScan
 from melens.scanning.files import Checkpoint
 from melens.scanning.neurons import LayerScan, scan_layer
 from melens.scanning.opening import open_checkpoint
-from melens.scanning.plan import Plan, plan_of
+from melens.scanning.plan import CheckpointPlan, plan_of
 from melens.store import RESULT, read_limited, write_atomically
 
 STANDS_OUT = 15.0
@@ -292,7 +292,9 @@ def scan(
         files.close()
 
 
-def _result(files: Checkpoint, plan: Plan, layers: dict[int, LayerScan], device: str) -> WeightScan:
+def _result(
+    files: Checkpoint, plan: CheckpointPlan, layers: dict[int, LayerScan], device: str
+) -> WeightScan:
     scans = [layers[layer.layer] for layer in plan.layers]
     profile = tuple(found.row for found in scans)
     said = predict(scans)

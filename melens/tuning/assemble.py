@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melens.evaluating.edits import Condition, Plan, conditions
+from melens.evaluating.edits import EditCondition, Plan, conditions
 from melens.evaluating.forced import Forced
 from melens.framing import bos_first
 from melens.inputs import Inputs
@@ -77,38 +77,38 @@ class Ledger:
 class Found:
     """How far a race has come."""
 
-    entered: list[Condition]
+    entered: list[EditCondition]
     seen: tuple[Forced, ...] = ()
     """Development items that the settings still running have seen."""
     shown: dict[str, tuple[Forced, ...]] = field(default_factory=dict)
     """Setting -> the items it was run on."""
     stopped: dict[str, int] = field(default_factory=dict)
     """Setting -> the rung, from 1, after which it was stopped."""
-    alive: list[Condition] = field(default_factory=list)
-    confirmed: Sequence[Condition] = ()
-    others: Sequence[Condition] = ()
+    alive: list[EditCondition] = field(default_factory=list)
+    confirmed: Sequence[EditCondition] = ()
+    others: Sequence[EditCondition] = ()
     held: tuple[Forced, ...] = ()
     race: Race | None = None
     planned: int = 0
     reserved: int = 0
 
-    def show(self, settings: Sequence[Condition], items: Sequence[Forced]) -> None:
+    def show(self, settings: Sequence[EditCondition], items: Sequence[Forced]) -> None:
         """Note that settings were run on more items."""
         self.seen = (*self.seen, *items)
         self.alive = list(settings)
         for condition in settings:
             self.shown[condition.name] = self.seen
 
-    def stop(self, settings: Sequence[Condition], *, after: int) -> None:
+    def stop(self, settings: Sequence[EditCondition], *, after: int) -> None:
         """Note that settings lost."""
         self.stopped.update({condition.name: after for condition in settings})
 
-    def ranked(self, ledger: Ledger, role: str) -> list[Condition]:
+    def ranked(self, ledger: Ledger, role: str) -> list[EditCondition]:
         """Settings of a role still running, best first; equals in the space's order."""
         running = [condition for condition in self.alive if condition.role == role]
         return sorted(running, key=lambda c: -ledger.gain(c.name, self.seen))
 
-    def best(self, ledger: Ledger, count: tuple[int, int]) -> list[Condition]:
+    def best(self, ledger: Ledger, count: tuple[int, int]) -> list[EditCondition]:
         """The best candidates and controls, in the order they entered."""
         kept = [*self.ranked(ledger, "edited")[: count[0]],
                 *self.ranked(ledger, "control")[: count[1]]]  # fmt: skip
@@ -116,11 +116,11 @@ class Found:
 
 
 def made_controls(
-    model: Any, best: Condition, raced: Sequence[Condition], me_layer: MELayer, seed: int
-) -> list[Condition]:
+    model: Any, best: EditCondition, raced: Sequence[EditCondition], me_layer: MELayer, seed: int
+) -> list[EditCondition]:
     """Controls to confirm: the best random dims of the race, and the best candidate's own two."""
     own = conditions(model, best.edit, me_layer, Plan(rates=(), strengths=(), seeds=(seed,)))
-    made = [*raced, *(Condition(c.edit.label, "control", c.edit) for c in own
+    made = [*raced, *(EditCondition(c.edit.label, "control", c.edit) for c in own
                       if c.role == "control")]  # fmt: skip
     return list({condition.edit: condition for condition in made}.values())
 
@@ -157,7 +157,7 @@ def _about(model: Any, items: Sequence[Forced]) -> dict[str, Any]:
     return {**counts, **start}
 
 
-def _trial(condition: Condition, ledger: Ledger, found: Found) -> Trial:
+def _trial(condition: EditCondition, ledger: Ledger, found: Found) -> Trial:
     name, items = condition.name, found.shown[condition.name]
     delta = ledger.paired(name, items)
     return Trial(
@@ -167,7 +167,7 @@ def _trial(condition: Condition, ledger: Ledger, found: Found) -> Trial:
     )  # fmt: skip
 
 
-def _confirmed(condition: Condition, ledger: Ledger, found: Found) -> Confirmed:
+def _confirmed(condition: EditCondition, ledger: Ledger, found: Found) -> Confirmed:
     name, held = condition.name, found.held
     delta = ledger.paired(name, held)
     development = None
@@ -225,5 +225,5 @@ def _rule(found: Found) -> str:
     )
 
 
-def _role(condition: Condition) -> Any:
+def _role(condition: EditCondition) -> Any:
     return "control" if condition.role == "control" else "candidate"

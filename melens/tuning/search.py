@@ -12,7 +12,7 @@ from melens import __version__, locating
 from melens.errors import InterventionError, MetricError
 from melens.evaluating.edits import (
     BASE,
-    Condition,
+    EditCondition,
     check_held,
     check_unedited,
     located_facts,
@@ -49,7 +49,7 @@ from melens.tuning.space import (
     race_of,
 )
 
-UNEDITED = Condition("base", "base", BASE)
+UNEDITED = EditCondition("base", "base", BASE)
 KEPT_BYTES = 2**28
 """Final residuals of one batch under all settings of a wave, float32."""
 PROBED = 4
@@ -256,7 +256,7 @@ class _Search:
         self.runner.outcome([item], [UNEDITED, *probed])
         return max(monotonic() - start, 1e-6) / len(probed)
 
-    def _raced(self, race: Race, entered: list[Condition], deadline: float | None) -> Found:
+    def _raced(self, race: Race, entered: list[EditCondition], deadline: float | None) -> Found:
         """Run the rungs; losers stop, and a clock that runs out stops all."""
         found, alive = Found(entered), entered
         ledger = Ledger(self.rows, self.objective, self.settings.seed)
@@ -275,7 +275,7 @@ class _Search:
     def _wave(
         self,
         items: Sequence[Forced],
-        conditions: Sequence[Condition],
+        conditions: Sequence[EditCondition],
         name: str,
         deadline: float | None,
     ) -> tuple[Forced, ...]:
@@ -348,8 +348,8 @@ class _Search:
         }  # fmt: skip
 
 
-def _condition(edit: Any, role: Any) -> Condition:
-    return Condition(edit.label, role, edit)
+def _condition(edit: Any, role: Any) -> EditCondition:
+    return EditCondition(edit.label, role, edit)
 
 
 def _at(item: Forced) -> list[int]:

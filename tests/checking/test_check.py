@@ -27,7 +27,7 @@ from planted_faults import (
 from melens import store
 from melens.batches import Batch
 from melens.checking import BUDGETS, RULES, STAGES, check, junit_xml, read_policy, stages, trimming
-from melens.checking.findings import Unmeasured, View
+from melens.checking.findings import Measured, Unmeasured
 from melens.checking.verdict import recommended
 from melens.cli.app import main
 from melens.errors import OutputError, PolicyError, ResultError, UnknownNameError, WeightsError
@@ -285,7 +285,7 @@ def test_known_layer(lean):
 
 def view_of(results, **settings):
     run = plant_run()
-    return View(results, run.model_copy(update={"settings": {**run.settings, **settings}}))
+    return Measured(results, run.model_copy(update={"settings": {**run.settings, **settings}}))
 
 
 def answer(rule, view, threshold=None):
@@ -313,11 +313,11 @@ def test_a_size_or_a_stage_that_differs_is_no_finding():
 
 
 def test_int8_claims_half_of_the_entries_only_from_one_on(small):
-    view = View({"locate": small().result("locate")}, plant_run())
+    view = Measured({"locate": small().result("locate")}, plant_run())
     value = answer("int8-per-tensor", view).value
     located = view.results["locate"]
     rows = [row.model_copy(update={"median": row.median * value * 2}) for row in located.profile]
-    low = View({"locate": located.model_copy(update={"profile": tuple(rows)})}, plant_run())
+    low = Measured({"locate": located.model_copy(update={"profile": tuple(rows)})}, plant_run())
     found = answer("int8-per-tensor", low, threshold=0.1)
     assert found.found
     assert found.value == pytest.approx(0.5)

@@ -20,11 +20,11 @@ from melens.errors import (
     UnknownNameError,
 )
 from melens.evaluating import Settings, Source, evaluate
-from melens.evaluating.edits import BASE, RIVALS, Condition, Plan, applied, conditions
+from melens.evaluating.edits import BASE, RIVALS, EditCondition, Plan, applied, conditions
 from melens.evaluating.forced import Forced, Runner
 from melens.evaluating.generated import row_of
 from melens.evaluating.harness.data import GENERATION_TASKS
-from melens.evaluating.harness.data import ItemRow as Answer
+from melens.evaluating.harness.data import AnswerRow as Answer
 from melens.evaluating.scores import score_of
 from melens.evaluating.tasks import FORCED_TASKS
 from melens.figures import FIGURES, save_figure
@@ -126,8 +126,8 @@ def test_a_resumed_run_is_a_whole_run_under_the_edit(model, three):
         Edit(select="random", rate=0.5, strength=0.7, layers=tuple(load_layers(model))),
         Edit(name="drop-key", layers=(last,)),
     ]
-    kept = [Condition("base", "base", BASE)]
-    kept += [Condition(f"e{i}", "edited", edit) for i, edit in enumerate(edits)]
+    kept = [EditCondition("base", "base", BASE)]
+    kept += [EditCondition(f"e{i}", "edited", edit) for i, edit in enumerate(edits)]
     outcome = Runner(model, kept, None).outcome(three, kept)
     changed = dict.fromkeys((c.name for c in kept), 0.0)
     for condition in kept:
@@ -151,7 +151,7 @@ def load_layers(model):
 
 
 def test_company_and_padding_change_nothing(model, three):
-    kept = (Condition("base", "base", BASE), Condition("edited", "edited", MASK))
+    kept = (EditCondition("base", "base", BASE), EditCondition("edited", "edited", MASK))
     together = Runner(model, kept, None).outcome(three, kept)
     for i, one in enumerate(three):
         alone = Runner(model, kept, None).outcome([one], kept)
@@ -162,7 +162,7 @@ def test_company_and_padding_change_nothing(model, three):
 
 
 def test_batches_hold_every_item_once_and_no_more_than_their_tokens(model, three):
-    batches = list(Runner(model, (Condition("base", "base", BASE),), None,
+    batches = list(Runner(model, (EditCondition("base", "base", BASE),), None,
                           batch_tokens=20).batches(three))  # fmt: skip
     assert sorted(one.id for batch in batches for one in batch) == ["0", "1", "2"]
     assert [len(batch) for batch in batches] == [1, 2]
@@ -421,10 +421,10 @@ def result_of(held, deltas, *, higher=False):
     """A result with given differences: the edit's, then each control's."""
     old = held(plan=Plan(rates=(), seeds=()))
     base = [float(i % 7) for i in range(40)]
-    made = [scored(Condition("base", "base", BASE), base, base)]
+    made = [scored(EditCondition("base", "base", BASE), base, base)]
     for i, delta in enumerate(deltas):
         role = "control" if i else "edited"
-        condition = Condition(f"c{i}" if i else "edited", role, old.edit.changed(seed=i))
+        condition = EditCondition(f"c{i}" if i else "edited", role, old.edit.changed(seed=i))
         noise = [x + delta + 0.1 * math.sin(17 * j) for j, x in enumerate(base)]
         made.append(scored(condition, noise, base))
     return Evaluation.model_validate({
@@ -538,7 +538,7 @@ def test_harmful_prompts_stand_beside_the_refusals_of_harmless_ones():
             answer("2", refused_safe=0.0)]  # fmt: skip
     rows = [[row_of(a, name, task) for a in answers]
             for name, answers in (("edited", edited), ("base", base))]  # fmt: skip
-    found = score_of(Condition("edited", "edited", MASK), rows[0], rows[1], 0)
+    found = score_of(EditCondition("edited", "edited", MASK), rows[0], rows[1], 0)
     assert (found.value, found.delta.value) == (0.5, 0.5)
     assert found.also == {"refused_unsafe": 0.0}
     assert found.also_delta["refused_unsafe"].value == -1.0
@@ -548,7 +548,7 @@ def test_harmful_prompts_stand_beside_the_refusals_of_harmless_ones():
 
 def test_items_that_do_not_count_do_not_widen_the_interval():
     values = [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]
-    condition = Condition("base", "base", BASE)
+    condition = EditCondition("base", "base", BASE)
     counted = [ItemRow(str(i), "base", x, 1.0) for i, x in enumerate(values)]
     more = [ItemRow(f"u{i}", "base", 0.0, 0.0) for i in range(30)]
     alone, together = (score_of(condition, rows, rows, 0) for rows in (counted, counted + more))

@@ -12,7 +12,7 @@ from melens.batches import Batch
 from melens.errors import InterventionError, MetricError, ResultError
 from melens.evaluating.edits import (
     BASE,
-    Condition,
+    EditCondition,
     Plan,
     check_held,
     check_unedited,
@@ -87,7 +87,7 @@ def test_items_without_the_token_stay_as_they_are_whatever_the_batches(made, tok
     items = [*items_of(texts)[:3], *items_of(texts, first=plain)[3:]]
     items = [Forced(f"{i}", one.ids, one.scored, {}) for i, one in enumerate(items)]
     edit = Edit(select="activation", rate=0.5)
-    tried = (Condition("base", "base", BASE), Condition("edited", "edited", edit))
+    tried = (EditCondition("base", "base", BASE), EditCondition("edited", "edited", edit))
     found = {"base": {}, "edited": {}}
     for outcome in Runner(model, tried, first_only, batch_tokens=tokens).run(items):
         for name, kept in outcome.found.items():
@@ -102,7 +102,7 @@ def test_items_without_the_token_stay_as_they_are_whatever_the_batches(made, tok
 
 def test_logits_in_pieces_are_those_of_the_whole(made, monkeypatch):
     model, me, texts = made
-    tried = (Condition("base", "base", BASE), Condition("edited", "edited", Edit()))
+    tried = (EditCondition("base", "base", BASE), EditCondition("edited", "edited", Edit()))
     assert AT_ONCE >= 19
     whole = next(Runner(model, tried, me).run(items_of(texts)))
     monkeypatch.setattr("melens.evaluating.forced.AT_ONCE", 4)

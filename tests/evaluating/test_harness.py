@@ -318,10 +318,10 @@ def test_every_task_scores_its_items(plain, chat_tokenizer, data, tmp_path):
 
 
 def test_means_weigh_judgements_and_skip_items_without_the_score():
-    from melens.evaluating.harness.data import ItemRow, mean_score
+    from melens.evaluating.harness.data import AnswerRow, mean_score
 
     def row(scores, counts):
-        return ItemRow(
+        return AnswerRow(
             task="t", condition="none", key="k", item="1", prompt="", answer="", gold=None,
             scores=scores, counts=counts, metric="a",
         )  # fmt: skip

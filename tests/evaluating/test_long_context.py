@@ -15,7 +15,7 @@ from planted import plant
 
 from melens.cli.app import main
 from melens.errors import InterventionError, PromptError, ResultError
-from melens.evaluating.edits import BASE, Condition
+from melens.evaluating.edits import BASE, EditCondition
 from melens.evaluating.forced import Forced, Foreseen, Runner
 from melens.evaluating.haystack import (
     Filler,
@@ -306,7 +306,7 @@ def test_found_is_what_greedy_decoding_gives(model, letters):
             name = f"{i}-{len(items)}"
             items.append(Forced(name, (*ids, *answer), scored, {"task": "passkey"}))
             wanted.append(float(answer == made))
-    runner = Runner(model, [Condition("base", "base", BASE)], None, batch_tokens=10_000)
+    runner = Runner(model, [EditCondition("base", "base", BASE)], None, batch_tokens=10_000)
     outcome = runner.outcome(items, runner.conditions)
     found = [score_of(i, f)[0] for i, f in zip(items, outcome.found["base"], strict=True)]
     assert found == wanted
@@ -493,7 +493,7 @@ def test_a_real_model_finds_a_near_passkey_and_no_other(smol):
         assert PASSKEY.findall(item.about["prompt"]) == [item.about["answer"]]
     scored = sum(first.scored)
     other = replace(first, id="other", ids=(*first.ids[:-scored], *second.ids[-scored:]))
-    runner = Runner(smol, [Condition("base", "base", BASE)], None)
+    runner = Runner(smol, [EditCondition("base", "base", BASE)], None)
     outcome = runner.outcome((first, other), runner.conditions)
     found = [score_of(i, f)[0] for i, f in zip(outcome.items, outcome.found["base"], strict=True)]
     assert found == [1.0, 0.0]

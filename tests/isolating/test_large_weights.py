@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from melens.checking.findings import RULES, View
+from melens.checking.findings import RULES, Measured
 from melens.cli.tables import TABLES
 from melens.figures import draw
 from melens.results import SuperWeights, load_result
@@ -71,10 +71,10 @@ def test_none_is_super_where_none_hurts(found):
     made = costing(found, (-0.02, (-0.04, -0.01)), (0.2, (-0.1, 0.5)))
     assert made.supers == ()
     assert "no super weight, 2 large weights" in made.summary()
-    judged = RULES["super-weight"].judge(View({"super_weights": made}, made.run), 0.1)
+    judged = RULES["super-weight"].judge(Measured({"super_weights": made}, made.run), 0.1)
     assert not judged.found  # 0.2 > 0.1, but it may be nothing
     worse = costing(found, (-0.02, (-0.04, -0.01)), (0.2, (0.1, 0.3)))
-    judged = RULES["super-weight"].judge(View({"super_weights": worse}, worse.run), 0.1)
+    judged = RULES["super-weight"].judge(Measured({"super_weights": worse}, worse.run), 0.1)
     assert judged.found
     assert judged.value == 0.2
 

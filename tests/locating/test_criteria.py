@@ -13,7 +13,7 @@ from melens.locating.assemble import _writer, agreement, final_growth, shape_of,
 from melens.locating.criteria import (
     CRITERIA,
     Evidence,
-    Span,
+    StageSpan,
     counted_from,
     counted_shares,
     cumulative_layer,
@@ -99,7 +99,7 @@ def test_verdicts(writes, verdict):
 def test_an_erased_stage_counts_only_towards_itself():
     made = path(BACK)
     ratios = evidence(made).norm_ratios(made)
-    assert spans(made, ratios) == [Span(0, 1, 3), Span(3, 5, None)]
+    assert spans(made, ratios) == [StageSpan(0, 1, 3), StageSpan(3, 5, None)]
     assert counted_from(made, ratios) == 4
 
 
@@ -117,7 +117,7 @@ def test_growth_in_the_final_window_is_neither_peak_nor_stage():
     made = path([0, 0, 500, 0, 0, 0, 0, 0, 0, 9000], dims=[1] * 9 + [2])
     assert last_body_layer(10) == 8
     assert made.peak == 2
-    assert spans(made, evidence(made).norm_ratios(made)) == [Span(0, 2, None)]
+    assert spans(made, evidence(made).norm_ratios(made)) == [StageSpan(0, 2, None)]
 
 
 def test_shares_of_all_writes_and_the_embedding_sum_to_one():
@@ -172,14 +172,14 @@ def test_agreement_counts_the_criteria_that_answer():
     ],
 )
 def test_the_boundaries_between_shapes(shares, verdict):
-    assert shape_of(torch.tensor(shares), [Span(0, 3, None)], 3) == verdict
+    assert shape_of(torch.tensor(shares), [StageSpan(0, 3, None)], 3) == verdict
 
 
 def test_what_an_erasure_leaves_is_no_stage():
     made = path([0, 5000, 0, -3000, 0, -1500, 0, -450, 0, 0])
-    assert spans(made, evidence(made).norm_ratios(made)) == [Span(0, 1, 3)]
+    assert spans(made, evidence(made).norm_ratios(made)) == [StageSpan(0, 1, 3)]
     late = path([0, 5000, 0, 0, -4999.5, 0, 0, 0, 0, 60])
-    assert spans(late, evidence(late).norm_ratios(late)) == [Span(0, 1, 4)]
+    assert spans(late, evidence(late).norm_ratios(late)) == [StageSpan(0, 1, 4)]
 
 
 def test_the_main_step_is_counted_after_an_erasure_too():

@@ -12,7 +12,7 @@ from melens.batches import Batch
 from melens.errors import CaptureError, MetricError, ModelError
 from melens.measuring.rank_collapse import VARIANTS, EigenQueue, Spectra
 from melens.metrics import METRICS, SPECTRAL
-from melens.models.attention import View
+from melens.models.attention import HeadView
 
 NAMES = list(SPECTRAL)
 
@@ -130,11 +130,11 @@ def all_at_once(x, mask, heavy, view):
 
 
 LAYOUTS = {
-    "tokens first, short": (View("q", 0, "", "batch pos head d", 3), (6, 9, 3, 16)),
-    "tokens first, long": (View("q", 0, "", "batch pos head d", 3), (6, 21, 3, 8)),
-    "heads first": (View("q_norm", 0, "", "batch head pos d", 2), (6, 2, 13, 8)),
-    "heads in one axis": (View("k_norm", 0, "", "batch pos (head d)", 2), (6, 11, 16)),
-    "no heads": (View("ln1", 0, "", "batch pos d", None), (6, 14, 10)),
+    "tokens first, short": (HeadView("q", 0, "", "batch pos head d", 3), (6, 9, 3, 16)),
+    "tokens first, long": (HeadView("q", 0, "", "batch pos head d", 3), (6, 21, 3, 8)),
+    "heads first": (HeadView("q_norm", 0, "", "batch head pos d", 2), (6, 2, 13, 8)),
+    "heads in one axis": (HeadView("k_norm", 0, "", "batch pos (head d)", 2), (6, 11, 16)),
+    "no heads": (HeadView("ln1", 0, "", "batch pos d", None), (6, 14, 10)),
 }
 
 
@@ -160,7 +160,7 @@ def test_streaming_equals_all_at_once(layout, side):
 
 
 def test_rows_that_are_equal_have_no_centred_spectrum():
-    view = View("ln1", 0, "", "batch pos d", None)
+    view = HeadView("ln1", 0, "", "batch pos d", None)
     x = torch.randn(1, 1, 6, generator=generator(8)).expand(2, 9, 6)
     x = x + 1e-9 * torch.randn(2, 9, 6, generator=generator(9)).double()  # rounding, not rows
     mask = torch.ones(2, 9, dtype=torch.bool)
@@ -171,7 +171,7 @@ def test_rows_that_are_equal_have_no_centred_spectrum():
 
 
 def test_activations_that_are_not_finite_are_refused_but_padding_may_be():
-    view = View("ln1", 0, "blocks.0.ln1.hook_out", "batch pos d", None)
+    view = HeadView("ln1", 0, "blocks.0.ln1.hook_out", "batch pos d", None)
     x = torch.randn(1, 5, 6, generator=generator(8))
     x[0, 4] = torch.nan
     mask = torch.tensor([[True, True, True, True, False]])
@@ -182,7 +182,7 @@ def test_activations_that_are_not_finite_are_refused_but_padding_may_be():
 
 
 def test_memory_does_not_grow_with_sequences():
-    view = View("q", 0, "", "batch pos head d", 3)
+    view = HeadView("q", 0, "", "batch pos head d", 3)
     x = torch.randn(2, 9, 3, 4, generator=generator(9))
     batch = Batch.of(torch.ones(2, 9, dtype=torch.long))
     reducer = Spectra(view, [torch.zeros(2, 9, dtype=torch.bool)] * 50)
@@ -197,7 +197,7 @@ def test_memory_does_not_grow_with_sequences():
 
 def test_a_reducer_without_a_batch_has_no_answer():
     with pytest.raises(CaptureError, match="saw no batch"):
-        Spectra(View("ln1", 0, "", "batch pos d", None), []).result()
+        Spectra(HeadView("ln1", 0, "", "batch pos d", None), []).result()
 
 
 def test_a_full_queue_is_solved_at_once_and_threads_are_put_back(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from melens.batches import prompts
-from melens.evaluating.edits import BASE, Condition
+from melens.evaluating.edits import BASE, EditCondition
 from melens.evaluating.forced import Forced, Runner
 from melens.interventions import wemask
 from melens.locating import locate
@@ -31,7 +31,9 @@ def changes(smol, me, rows, *edits):
     items = [
         Forced(str(i), tuple(r), (False, *[True] * (len(r) - 1)), {}) for i, r in enumerate(rows)
     ]
-    tried = [Condition("base", "base", BASE)] + [Condition(e.label, "dose", e) for e in edits]
+    tried = [EditCondition("base", "base", BASE)] + [
+        EditCondition(e.label, "dose", e) for e in edits
+    ]
     sums = dict.fromkeys([c.name for c in tried], 0.0)
     for outcome in Runner(smol, tried, me).run(items):
         for name, found in outcome.found.items():

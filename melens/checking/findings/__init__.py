@@ -1,9 +1,17 @@
 """The rules, in the order in which a report lists them; the modules register them."""
 
 from melens.checking.findings import numbers, starts, causes, structure  # noqa: I001 (their order)
-from melens.checking.findings.core import RULES, Card, Judgement, Rule, Unmeasured, View, rule
+from melens.checking.findings.core import (
+    RULES,
+    RuleCard,
+    Judgement,
+    Rule,
+    Unmeasured,
+    Measured,
+    rule,
+)
 
 MODULES = (numbers, starts, causes, structure)
 """Imported for what they register."""
 
-__all__ = ["MODULES", "RULES", "Card", "Judgement", "Rule", "Unmeasured", "View", "rule"]
+__all__ = ["MODULES", "RULES", "Judgement", "Measured", "Rule", "RuleCard", "Unmeasured", "rule"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from melens.checking.findings.core import Card, Judgement, View, nothing, rule
+from melens.checking.findings.core import Judgement, Measured, RuleCard, nothing, rule
 from melens.results import Evaluation, MELayer, SuperWeights
 
 NATS = "nats a token"
 
 
 @rule(
-    Card(
+    RuleCard(
         id="super-weight",
         looks_for="a single weight whose loss ruins the model",
         unit=f"loss that zeroing one weight adds, {NATS}",
@@ -21,7 +21,7 @@ NATS = "nats a token"
         advice="Leave the named weight out of pruning, and keep it in 16 bits when quantising.",
     )
 )
-def super_weight(view: View, threshold: float) -> Judgement:
+def super_weight(view: Measured, threshold: float) -> Judgement:
     """The costliest weight that makes a spike, removed alone (Yu et al.).
 
     One whose removal costs no more than its control's is a large weight, and no finding.
@@ -45,7 +45,7 @@ def super_weight(view: View, threshold: float) -> Judgement:
 
 
 @rule(
-    Card(
+    RuleCard(
         id="one-token",
         looks_for="dependence on one coordinate of one token",
         unit=f"loss that zeroing the massive coordinate adds, {NATS}",
@@ -57,7 +57,7 @@ def super_weight(view: View, threshold: float) -> Judgement:
         "measure the loss with them before the model is served.",
     )
 )
-def one_token(view: View, threshold: float) -> Judgement:
+def one_token(view: Measured, threshold: float) -> Judgement:
     """The massive coordinate after the ME Layer set to 0 (Sun et al.)."""
     edits = view.held("edits", Evaluation)
     said = f"zeroing the massive coordinate after layer {edits.me_layer} (counted from 0)"
@@ -69,7 +69,7 @@ def one_token(view: View, threshold: float) -> Judgement:
 
 
 @rule(
-    Card(
+    RuleCard(
         id="kv-eviction",
         looks_for="a cache eviction that would hit the sink",
         unit=f"loss that evicting the massive token's key and value adds, {NATS}",
@@ -82,7 +82,7 @@ def one_token(view: View, threshold: float) -> Judgement:
         "evicted.",
     )
 )
-def kv_eviction(view: View, threshold: float) -> Judgement:
+def kv_eviction(view: Measured, threshold: float) -> Judgement:
     """The massive token's key and value hidden in all layers, from the middle of the texts on."""
     found = view.held("eviction", Evaluation)
     start = found.edited.edit.start

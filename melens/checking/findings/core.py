@@ -16,7 +16,7 @@ R = TypeVar("R", bound=Result)
 
 
 @dataclass(frozen=True)
-class View:
+class Measured:
     """What rules may look at."""
 
     results: Mapping[str, Result]
@@ -62,12 +62,12 @@ class Unmeasured:
     reason: str
 
 
-Judge = Callable[[View, float], Judgement | Unmeasured]
+Judge = Callable[[Measured, float], Judgement | Unmeasured]
 """(measurements, threshold) -> answer."""
 
 
 @dataclass(frozen=True)
-class Card:
+class RuleCard:
     """What is said of a rule whatever it finds."""
 
     id: str
@@ -87,14 +87,14 @@ class Card:
 class Rule:
     """A card and its judge."""
 
-    card: Card
+    card: RuleCard
     judge: Judge
 
 
 RULES: Registry[Rule] = Registry("rule")
 
 
-def rule(card: Card) -> Callable[[Judge], Judge]:
+def rule(card: RuleCard) -> Callable[[Judge], Judge]:
     """Register a judge under its card's id."""
 
     def add(judge: Judge) -> Judge:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from melens.checking.findings.core import Card, Judgement, View, nothing, rule
+from melens.checking.findings.core import Judgement, Measured, RuleCard, nothing, rule
 from melens.results import CacheNorms, MELayer, SuperWeights
 
 FLOAT16_MAX = 65504.0
@@ -11,7 +11,7 @@ INT8_STEPS = 127
 
 
 @rule(
-    Card(
+    RuleCard(
         id="float16-range",
         looks_for="activations that float16 cannot hold",
         unit="largest |x|, residual units",
@@ -21,7 +21,7 @@ INT8_STEPS = 127
         advice="Serve the model in bfloat16 or float32; do not cast it to float16.",
     )
 )
-def float16_range(view: View, threshold: float) -> Judgement:
+def float16_range(view: Measured, threshold: float) -> Judgement:
     """Largest |x| at a block's output; inside the FFN as well, where that was read."""
     profile = view.held("locate", MELayer).profile
     found = [
@@ -44,7 +44,7 @@ def float16_range(view: View, threshold: float) -> Judgement:
 
 
 @rule(
-    Card(
+    RuleCard(
         id="int8-per-tensor",
         looks_for="a residual stream whose ordinary entries one int8 scale rounds to zero",
         unit="half an int8 step over the median |x| of the residual",
@@ -57,7 +57,7 @@ def float16_range(view: View, threshold: float) -> Judgement:
         advice="Give every token of the residual a scale of its own, or keep it in 16 bits.",
     )
 )
-def int8_per_tensor(view: View, threshold: float) -> Judgement:
+def int8_per_tensor(view: Measured, threshold: float) -> Judgement:
     """Half a step of an absmax scale against the median entry, at every block's output."""
     located = view.held("locate", MELayer)
     found = [
@@ -88,7 +88,7 @@ def int8_per_tensor(view: View, threshold: float) -> Judgement:
     )  # fmt: skip
 
 
-def _product(view: View) -> dict[str, float | int | str | None]:
+def _product(view: Measured) -> dict[str, float | int | str | None]:
     """The same ratio at what the down projections read, where that was measured."""
     spikes = view.results.get("super_weights")
     rows = spikes.profile if isinstance(spikes, SuperWeights) else ()
@@ -104,7 +104,7 @@ def _product(view: View) -> dict[str, float | int | str | None]:
 
 
 @rule(
-    Card(
+    RuleCard(
         id="kv-quantisation",
         looks_for="a massive token's key or value that widens a quantised cache's steps",
         unit="times the others' largest |entry|",
@@ -115,7 +115,7 @@ def _product(view: View) -> dict[str, float | int | str | None]:
         "of its own.",
     )
 )
-def kv_quantisation(view: View, threshold: float) -> Judgement:
+def kv_quantisation(view: Measured, threshold: float) -> Judgement:
     """The worst head of any layer, keys and values alike."""
     norms = view.held("cache_norms", CacheNorms)
     if norms.worst is None:

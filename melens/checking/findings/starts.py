@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from melens.checking.findings.core import Card, Judgement, Unmeasured, View, nothing, rule
+from melens.checking.findings.core import Judgement, Measured, RuleCard, Unmeasured, nothing, rule
 from melens.results import MELayer, Sinks, TokenPortrait
 from melens.results.describe import Condition
 from melens.results.sinks import SINK_EPS, SINK_RATE
@@ -17,7 +17,7 @@ EPS = str(SINK_EPS)
 
 
 @rule(
-    Card(
+    RuleCard(
         id="sink-needs-bos",
         highest=1.0,
         looks_for="a massive first token that is there with BOS only",
@@ -29,7 +29,7 @@ EPS = str(SINK_EPS)
         advice="Put BOS before every text, and let a test of the serving stack fail without it.",
     )
 )
-def sink_needs_bos(view: View, threshold: float) -> Judgement | Unmeasured:
+def sink_needs_bos(view: Measured, threshold: float) -> Judgement | Unmeasured:
     """First tokens of the texts, tried alone at position 0, against BOS."""
     found = _lost(view, NO_BOS, threshold)
     if not isinstance(found, Judgement) or not found.found:
@@ -46,7 +46,7 @@ def sink_needs_bos(view: View, threshold: float) -> Judgement | Unmeasured:
 
 
 @rule(
-    Card(
+    RuleCard(
         id="chat-first-token",
         highest=1.0,
         looks_for="a chat template whose first token is not massive where BOS is",
@@ -57,7 +57,7 @@ def sink_needs_bos(view: View, threshold: float) -> Judgement | Unmeasured:
         advice="Let the chat template begin with BOS, or evaluate the model in the template only.",
     )
 )
-def chat_first_token(view: View, threshold: float) -> Judgement | Unmeasured:
+def chat_first_token(view: Measured, threshold: float) -> Judgement | Unmeasured:
     """The template's first token, tried alone at position 0, against BOS."""
     found = _lost(view, CHAT, threshold)
     if not isinstance(found, Judgement) or not found.found:
@@ -69,7 +69,7 @@ def chat_first_token(view: View, threshold: float) -> Judgement | Unmeasured:
     )  # fmt: skip
 
 
-def _lost(view: View, name: str, threshold: float) -> Judgement | Unmeasured:
+def _lost(view: Measured, name: str, threshold: float) -> Judgement | Unmeasured:
     """How many of the first tokens of one kind are not massive, where BOS is."""
     portrait = view.held("describe", TokenPortrait)
     tried = {row.name: (i, row) for i, row in enumerate(portrait.conditions)}
@@ -101,7 +101,7 @@ def _first(portrait: TokenPortrait, name: str) -> dict[str, Any]:
 
 
 @rule(
-    Card(
+    RuleCard(
         id="sink-heads",
         highest=1.0,
         looks_for="attention sinks on the first token",
@@ -112,7 +112,7 @@ def _first(portrait: TokenPortrait, name: str) -> dict[str, Any]:
         advice="Keep the first tokens' keys and values in the cache, whatever else is dropped.",
     )
 )
-def sink_heads(view: View, threshold: float) -> Judgement | Unmeasured:
+def sink_heads(view: Measured, threshold: float) -> Judgement | Unmeasured:
     """Sink^eps of the first token over all layers (Gu et al.)."""
     found = view.held("sinks", Sinks)
     if EPS not in found.overall:
@@ -126,7 +126,7 @@ def sink_heads(view: View, threshold: float) -> Judgement | Unmeasured:
 
 
 @rule(
-    Card(
+    RuleCard(
         id="sink-window",
         highest=1.0,
         looks_for="a sliding window that leaves the sink behind",
@@ -137,7 +137,7 @@ def sink_heads(view: View, threshold: float) -> Judgement | Unmeasured:
         advice="Evaluate at lengths beyond the window, or keep the first tokens visible in it.",
     )
 )
-def sink_window(view: View, threshold: float) -> Judgement | Unmeasured:
+def sink_window(view: Measured, threshold: float) -> Judgement | Unmeasured:
     """The config's window against its context, where layers with a window have sinks."""
     window, context = (view.run.settings.get(name) for name in ("sliding_window", "context"))
     if not isinstance(window, int):

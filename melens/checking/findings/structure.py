@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from melens.checking.findings.core import Card, Judgement, Unmeasured, View, nothing, rule
+from melens.checking.findings.core import Judgement, Measured, RuleCard, Unmeasured, nothing, rule
 from melens.checking.trimming import compact_collapse
 from melens.published import LEAST_TEXTS
 from melens.results import Collapse, CollapseRow, KnownCheck, MELayer
@@ -13,7 +13,7 @@ SITES = ("q", "k")
 
 
 @rule(
-    Card(
+    RuleCard(
         id="rank-collapse",
         highest=1.0,
         looks_for="queries or keys that one token collapses",
@@ -26,7 +26,7 @@ SITES = ("q", "k")
         "token (melens eval) shows whether the model is better without.",
     )
 )
-def rank_collapse(view: View, threshold: float) -> Judgement | Unmeasured:
+def rank_collapse(view: Measured, threshold: float) -> Judgement | Unmeasured:
     """The layer after the ME Layer where queries or keys lose most, heads averaged."""
     found = view.held("collapse", Collapse)
     if found.me_layer is None:
@@ -68,7 +68,7 @@ def _lowest(rows: Sequence[CollapseRow], layer: int, site: str) -> tuple[int, in
 
 
 @rule(
-    Card(
+    RuleCard(
         id="known-layer",
         looks_for="an ME Layer or massive dimensions other than those published of this model",
         unit="published layers and dimensions that do not fit",
@@ -80,7 +80,7 @@ def _lowest(rows: Sequence[CollapseRow], layer: int, site: str) -> tuple[int, in
         "diff shows what moved.",
     )
 )
-def known_layer(view: View, threshold: float) -> Judgement | Unmeasured:
+def known_layer(view: Measured, threshold: float) -> Judgement | Unmeasured:
     """The located ME Layer and massive dimensions against the published ones.
 
     Sizes, stages and the erase layer are shown beside it and never counted: they depend on the
@@ -111,7 +111,7 @@ def known_layer(view: View, threshold: float) -> Judgement | Unmeasured:
     )  # fmt: skip
 
 
-def _texts_say_little(view: View) -> bool:
+def _texts_say_little(view: Measured) -> bool:
     """Whether nothing is massive in texts of one token, where nothing tells the first apart."""
     located, varied = view.results.get("locate"), view.run.settings.get("varied_texts")
     if not isinstance(located, MELayer) or located.me_layer is not None:

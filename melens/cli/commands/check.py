@@ -16,7 +16,7 @@ FOUND = 1
 EXIT_CODES = {"pass": 0, "findings": FOUND, "incomplete": COULD_NOT_RUN}
 
 
-class Budget(StrEnum):
+class BudgetName(StrEnum):
     """How much is measured."""
 
     quick = "quick"
@@ -31,12 +31,12 @@ def check(
         typer.Option(help="default, strict or research, or a .toml file of your own."),
     ] = "default",
     budget: Annotated[
-        Budget,
+        BudgetName,
         typer.Option(
             help="quick: locate, describe, collapse, sinks, cache; standard: isolation, super "
             "weights and what edits cost too; full: the mask's doses and a recommendation too."
         ),
-    ] = Budget.quick,
+    ] = BudgetName.quick,
     junit: Annotated[
         Path | None, typer.Option(help="Write the rules as JUnit test cases to this file.")
     ] = None,

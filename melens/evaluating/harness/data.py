@@ -85,7 +85,7 @@ class GenerationSettings:
     """Called with (items done, items) after each batch."""
 
 
-class ItemRow(Part):
+class AnswerRow(Part):
     """One answer of one model under one edit, with its scores."""
 
     task: str
@@ -108,7 +108,7 @@ class ItemRow(Part):
     """The task's primary metric."""
 
 
-def mean_score(rows: Iterable[ItemRow], metric: str) -> float | None:
+def mean_score(rows: Iterable[AnswerRow], metric: str) -> float | None:
     """Mean of a metric over the items that have it, weighted by ``counts``; None without any."""
     found = [
         (row.scores[metric], row.counts.get(metric, 1)) for row in rows if metric in row.scores

@@ -14,7 +14,13 @@ from melens.batches import Batch
 from melens.chat import render
 from melens.errors import InterventionError, MissingPackageError
 from melens.evaluating.edits import applied
-from melens.evaluating.harness.settings import PLAIN, Wanted, keep_apart, model_key, read_settings
+from melens.evaluating.harness.settings import (
+    PLAIN,
+    ModelArguments,
+    keep_apart,
+    model_key,
+    read_settings,
+)
 from melens.framing import prompt_ids
 from melens.inputs import Inputs
 from melens.measuring.located import check_same_model
@@ -171,7 +177,7 @@ def _on_this_machine(loading: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in loading.items() if not (absent and name == "device")}
 
 
-def _loaded(name: str, wanted: Wanted) -> tuple[Any, Any, Any, MELayer | None]:
+def _loaded(name: str, wanted: ModelArguments) -> tuple[Any, Any, Any, MELayer | None]:
     """What is edited, the transformers model in it, its tokenizer, and the ME Layer."""
     from melens.locating import locate
     from melens.models.loading import load, load_plain

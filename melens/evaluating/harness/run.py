@@ -19,9 +19,9 @@ from melens.evaluating.harness.data import (
     GENERATION_TASKS,
     ITEM,
     OFFLINE_TASKS,
+    AnswerRow,
     Doc,
     GenerationSettings,
-    ItemRow,
     data_file,
     file_key,
     gold_of,
@@ -49,7 +49,7 @@ def run_task(
     edit: Edit,
     me_layer: MELayer | None,
     settings: GenerationSettings,
-) -> list[ItemRow]:
+) -> list[AnswerRow]:
     """Generate and score a task's items under one edit; items that are saved already are read.
 
     Zero-shot, greedy, in the model's chat template if its tokenizer has one. After each batch the
@@ -156,7 +156,7 @@ def _run_key(
 
 def _answers(
     models: _Models, job: _Job, left: Sequence[int], *, fresh: bool
-) -> Iterable[list[ItemRow]]:
+) -> Iterable[list[AnswerRow]]:
     """Rows of the items that are left, a batch at a time; ``fresh`` if these are all items."""
     from lm_eval.tasks import TaskManager
 
@@ -237,7 +237,7 @@ def _check_prompts(lm: Any, rows: Sequence[Sequence[int]], job: _Job) -> None:
         )
 
 
-def _row(theirs: Any, job: _Job, request: Any, answer: str) -> ItemRow:
+def _row(theirs: Any, job: _Job, request: Any, answer: str) -> AnswerRow:
     doc: Doc = request.doc
     found = theirs.process_results(doc, [answer])
     scores, counts = {}, {}
@@ -246,14 +246,14 @@ def _row(theirs: Any, job: _Job, request: Any, answer: str) -> ItemRow:
         scores[metric] = sum(value) / len(value) if several else float(value)
         if several:
             counts[metric] = len(value)
-    return ItemRow(
+    return AnswerRow(
         task=job.task, condition=job.condition, key=job.key, item=doc[ITEM],
         prompt=request.args[0], answer=answer, gold=gold_of(job.task, doc), scores=scores,
         counts=counts, metric=GENERATION_TASKS[job.task].primary,
     )  # fmt: skip
 
 
-def _read(path: Path, key: str, condition: str) -> dict[str, ItemRow]:
+def _read(path: Path, key: str, condition: str) -> dict[str, AnswerRow]:
     """Finished rows of one condition by item; a line that a kill cut off is dropped.
 
     Raises:  ResultError: a whole line that is no row.
@@ -267,10 +267,10 @@ def _read(path: Path, key: str, condition: str) -> dict[str, ItemRow]:
     whole = raw[: raw.rfind(b"\n") + 1]
     if whole != raw:
         write_atomically(path, whole)
-    kept: dict[str, ItemRow] = {}
+    kept: dict[str, AnswerRow] = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
-            row = ItemRow.model_validate_json(line)
+            row = AnswerRow.model_validate_json(line)
         except ValidationError:
             raise ResultError(
                 f"{path}, line {number}, is no row of answers; name another file."
@@ -280,7 +280,7 @@ def _read(path: Path, key: str, condition: str) -> dict[str, ItemRow]:
     return kept
 
 
-def _append(path: Path, rows: Sequence[ItemRow]) -> None:
+def _append(path: Path, rows: Sequence[AnswerRow]) -> None:
     """On disk when this returns."""
     text = "".join(json.dumps(row.model_dump(), allow_nan=False) + "\n" for row in rows)
     try:

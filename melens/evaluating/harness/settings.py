@@ -32,7 +32,7 @@ PLAIN = ("none", "wemask", "drop-key")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelArguments:
     """A model under an edit, as asked for."""
 
     edit: Edit
@@ -43,7 +43,7 @@ class Wanted:
     passed_on: dict[str, Any] = field(default_factory=dict)
 
 
-def read_settings(given: Mapping[str, Any]) -> Wanted:
+def read_settings(given: Mapping[str, Any]) -> ModelArguments:
     """Sort and check every model argument but ``pretrained``.
 
     ``edit`` is wemask where a ``mask_...`` is given and none where nothing is. ``mask_select,
@@ -59,7 +59,7 @@ def read_settings(given: Mapping[str, Any]) -> Wanted:
     edit = _edit(str(given.get("edit", "wemask" if masks else "none")), masks)
     me_layer = _located(given.get("located"), edit)
     named = edit.name in PLAIN and isinstance(edit.layers, tuple)
-    return Wanted(
+    return ModelArguments(
         edit, me_layer, locate=edit.name != "none" and me_layer is None and not named,
         loading={name: given[name] for name in LOADING if given.get(name) is not None},
         passed_on={name: given[name] for name in PASSED_ON if name in given},
