@@ -170,3 +170,16 @@ def _opened(path: Path) -> Iterator[str]:
                     there = ".".join(parts[:size])
                     if not f"{here}.".startswith(f"{there}."):
                         yield there
+
+
+TWICE = {"Checkpoint", "Stored"}
+"""The two readers of checkpoints, which are to be one."""
+
+
+def test_no_class_name_means_two_things():
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(_dotted(path))
+    assert {name for name, where in homes.items() if len(where) > 1} == TWICE

@@ -20,7 +20,7 @@ from melens.evaluating.edits import (
 )
 from melens.evaluating.forced import Forced, Runner
 from melens.evaluating.scores import Settings, TaskCard, assembled, held_facts
-from melens.evaluating.scores import Trial as Trial
+from melens.evaluating.scores import Setup as Trial
 from melens.evaluating.tasks import token_loss
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows

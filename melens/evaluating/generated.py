@@ -18,7 +18,7 @@ from melens.evaluating.forced import MassiveIn
 from melens.evaluating.harness.data import AnswerRow as Answer
 from melens.evaluating.harness.data import GenerationSettings, GenerationTask, file_key, items
 from melens.evaluating.harness.run import run_task
-from melens.evaluating.scores import ENERGY, Progress, TaskCard, Trial, assembled, held_facts
+from melens.evaluating.scores import ENERGY, Progress, Setup, TaskCard, assembled, held_facts
 from melens.evaluating.sources import data_folder
 from melens.evaluating.tasks import Source
 from melens.framing import bos_first
@@ -32,7 +32,7 @@ PROBES = 4
 
 
 def generated(
-    bench: Trial, task: GenerationTask, source: Source, progress: Progress | None
+    bench: Setup, task: GenerationTask, source: Source, progress: Progress | None
 ) -> Evaluation:
     """Generate under every condition in turn, what an earlier run finished left out.
 
@@ -81,7 +81,7 @@ class _Generation:
     """One task, condition by condition."""
 
     def __init__(
-        self, bench: Trial, task: GenerationTask, folder: Path, part: Path, count: int
+        self, bench: Setup, task: GenerationTask, folder: Path, part: Path, count: int
     ) -> None:
         self.bench, self.task, self.count = bench, task, count
         self.folder, self.part = folder, part
@@ -136,7 +136,7 @@ def row_of(
 
 
 @torch.no_grad()
-def masked_energy(bench: Trial, condition: EditCondition, prompts: Sequence[str]) -> float | None:
+def masked_energy(bench: Setup, condition: EditCondition, prompts: Sequence[str]) -> float | None:
     """Mean masked share of the massive token's energy over prompts; None for other edits."""
     if condition.edit.name != "wemask" or not prompts:
         return None
@@ -150,7 +150,7 @@ def masked_energy(bench: Trial, condition: EditCondition, prompts: Sequence[str]
     return record.mean_energy if isinstance(record, MaskRecord) else None
 
 
-def massive_in(bench: Trial, prompts: Sequence[str]) -> list[MassiveIn | None]:
+def massive_in(bench: Setup, prompts: Sequence[str]) -> list[MassiveIn | None]:
     """The massive tokens of every prompt, one unedited pass each, up to the ME Layer."""
     if bench.me_layer is None:
         return [None] * len(prompts)
@@ -160,5 +160,5 @@ def massive_in(bench: Trial, prompts: Sequence[str]) -> list[MassiveIn | None]:
     return [MassiveIn.of(marks[0], sizes[:, 0], median) for marks, sizes in found]
 
 
-def _ids_of(bench: Trial, prompts: Sequence[str]) -> list[list[int]]:
+def _ids_of(bench: Setup, prompts: Sequence[str]) -> list[list[int]]:
     return [task_prompt_ids(bench.model.tokenizer, text) for text in prompts]

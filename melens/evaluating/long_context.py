@@ -28,7 +28,7 @@ from melens.evaluating.edits import (
 )
 from melens.evaluating.forced import Forced, ForcedOutcome, Foreseen, Runner
 from melens.evaluating.haystack import Haystack, bins, haystacks, plain_texts
-from melens.evaluating.scores import Progress, Settings, Trial
+from melens.evaluating.scores import Progress, Settings, Setup
 from melens.framing import bos_first, require_known
 from melens.inputs import Inputs
 from melens.intervals import paired_difference, weighted_mean
@@ -121,7 +121,7 @@ def long_context(
     me_layer = me_layer or locating.locate(bridge, prompts(bos=haystack.bos, chat=haystack.chat))
     chosen = conditions(bridge, edit, me_layer, settings.plan or light_plan(edit))
     common = Settings(seed=settings.seed, batch_tokens=settings.batch_tokens, items=settings.items)
-    job = _LongJob(Trial(inputs, chosen, me_layer, common), haystack, hidden, plain)
+    job = _LongJob(Setup(inputs, chosen, me_layer, common), haystack, hidden, plain)
     rows = Rows(settings.items, job.facts())
     job.run(rows, progress)
     return job.assembled(rows)
@@ -151,7 +151,7 @@ def items_of(
 class _LongJob:
     """Items under their conditions."""
 
-    bench: Trial
+    bench: Setup
     haystack: Haystack
     hidden: tuple[Forced, ...]
     plain: tuple[Forced, ...]

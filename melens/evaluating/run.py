@@ -17,8 +17,8 @@ from melens.evaluating.scores import (
     ENERGY,
     Progress,
     Settings,
+    Setup,
     TaskCard,
-    Trial,
     assembled,
     held_facts,
     score_of,
@@ -85,7 +85,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
         _check_context(bridge, made)
     me_layer = me_layer or locating.locate(bridge, alike(bridge.tokenizer, task, source))
     chosen = conditions(bridge, edit, me_layer, settings.plan)
-    bench = Trial(inputs, chosen, me_layer, settings)
+    bench = Setup(inputs, chosen, me_layer, settings)
     if made is None:
         return generated(bench, GENERATION_TASKS[task], source, progress)
     return _forced(bench, made, source, progress)
@@ -103,7 +103,7 @@ def _check_context(model: Any, task: ForcedTask) -> None:
 
 
 def _forced(
-    bench: Trial, task: ForcedTask, source: Source, progress: Progress | None
+    bench: Setup, task: ForcedTask, source: Source, progress: Progress | None
 ) -> Evaluation:
     """Every item that an earlier run did not finish, then the result from the rows alone."""
     items, settings = task.items, bench.settings

@@ -52,7 +52,7 @@ class TaskCard:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Setup:
     """A model and all that it is tried under."""
 
     inputs: Inputs
@@ -107,7 +107,7 @@ def _range(values: Iterable[float | None]) -> tuple[float, float] | None:
     return (found[0], found[-1]) if found else None
 
 
-def assembled(bench: Trial, card: TaskCard, rows: Rows, order: Sequence[str]) -> Evaluation:
+def assembled(bench: Setup, card: TaskCard, rows: Rows, order: Sequence[str]) -> Evaluation:
     """The result, from finished rows alone.
 
     Args:    order: ids of the items, in the order of the data.

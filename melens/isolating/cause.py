@@ -14,7 +14,7 @@ from melens.isolating.cells import joined
 from melens.isolating.edited import MOST_SHARE, Edited, LocatedSubject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
 from melens.isolating.path import has_part, ordinary_tokens, share_at, sufficiency
-from melens.isolating.runs import Finished, Texts, check_ffn_edit, drop
+from melens.isolating.runs import EditedTexts, Finished, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
 from melens.measuring.located import Progress, settle_primary
 from melens.models.anatomy import check_layer, require_unfolded
@@ -162,7 +162,7 @@ class _Run:
         """Measure, and put it together."""
         subject, first = self.subject, self.edited[0]
         necessity, (enough, ordinary) = self._necessity(), self._sufficiency()
-        texts = Texts(subject.inputs, subject.located, subject.dim, subject.finished)
+        texts = EditedTexts(subject.inputs, subject.located, subject.dim, subject.finished)
         found = joined(list(texts.outcomes(self.changes, subject.tick)))
         by_name = {c.name: outcome for c, outcome in zip(self.changes, found, strict=True)}
         here, *others = (edited.result(by_name) for edited in self.edited)

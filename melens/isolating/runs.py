@@ -169,7 +169,7 @@ class Marked:
 
 
 @dataclass
-class Texts:
+class EditedTexts:
     """Runs changes over all texts, batch by batch: one batch's clean run in memory."""
 
     inputs: Inputs

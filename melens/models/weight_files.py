@@ -30,7 +30,7 @@ BITS = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file."""
 
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Entry:
     end: int
 
 
-def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> dict[str, Entry]:
+def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> dict[str, TensorEntry]:
     """Every tensor by name, in the order of the header.
 
     Args:    read: (start, length) -> that many bytes of the file.
@@ -75,7 +75,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _entry(item: dict[str, Any], data: int) -> Entry:
+def _entry(item: dict[str, Any], data: int) -> TensorEntry:
     """One tensor; ``data`` is where the numbers begin."""
     shape, dtype, (begin, end) = item["shape"], item["dtype"], item["data_offsets"]
     whole = [*shape, begin, end]
@@ -87,10 +87,10 @@ def _entry(item: dict[str, Any], data: int) -> Entry:
         raise ValueError("no such size")
     if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * (end - begin):
         raise ValueError("another length than its shape")
-    return Entry(tuple(shape), dtype, data + begin, data + end)
+    return TensorEntry(tuple(shape), dtype, data + begin, data + end)
 
 
-def _require_cover(found: dict[str, Entry], span: tuple[int, int], name: str) -> None:
+def _require_cover(found: dict[str, TensorEntry], span: tuple[int, int], name: str) -> None:
     """Each byte of the data belongs to one tensor, as the format demands.
 
     Raises:  WeightsError: naming the tensors.
@@ -145,7 +145,7 @@ class WeightFiles:
             f"not read: {', '.join(self.left[:SHOWN])}{more}."
         )
 
-    def tables(self) -> dict[Path, dict[str, Entry]]:
+    def tables(self) -> dict[Path, dict[str, TensorEntry]]:
         """Every file's tensors, from its header.
 
         Raises:  WeightsError: a file that is missing, cut or corrupt, one tensor in two files, or
@@ -238,7 +238,7 @@ def require_placed(
             )
 
 
-def file_table(path: Path) -> dict[str, Entry]:
+def file_table(path: Path) -> dict[str, TensorEntry]:
     """A local file's tensors.
 
     Raises:  WeightsError: it is missing, cut or corrupt.

@@ -20,7 +20,7 @@ from melens.inputs import take_in
 from melens.intervals import mean_interval
 from melens.isolating import isolate
 from melens.isolating.neurons import direction_of, written_at
-from melens.isolating.runs import Prefixes, RunChange, Texts
+from melens.isolating.runs import EditedTexts, Prefixes, RunChange
 from melens.locating import locate
 from melens.measuring.located import settle
 from melens.metrics import next_token_loss, sequence_loss
@@ -150,7 +150,7 @@ def test_a_change_after_the_peak_leaves_the_coordinate_and_the_base_its_sinks():
     _, model, texts, me, _ = isolated("neuron", 0)
     inputs = take_in(model, texts)
     located = settle(inputs, me)
-    runs = Texts(inputs, located, me.massive[0].dim)
+    runs = EditedTexts(inputs, located, me.massive[0].dim)
     base, late = RunChange(me.me_layer + 1), RunChange(me.n_layers - 1)
     ((first, second),) = list(runs.outcomes([base, late], lambda done: None))
     torch.testing.assert_close(first.coordinate, second.coordinate)
