@@ -19,8 +19,7 @@ from melens.evaluating.edits import (
     conditions,
 )
 from melens.evaluating.forced import Forced, Runner
-from melens.evaluating.scores import Settings, TaskCard, assembled, held_facts
-from melens.evaluating.scores import Setup as Trial
+from melens.evaluating.scores import Settings, Setup, TaskCard, assembled, held_facts
 from melens.evaluating.tasks import token_loss
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
@@ -169,7 +168,7 @@ def text_losses(
         Forced(str(i), tuple(row), tuple(at > start for at in range(len(row))), {})
         for i, row in enumerate(rows)
     ]
-    trial = Trial(bench.inputs, tuple(tried), bench.located, Settings())
+    trial = Setup(bench.inputs, tuple(tried), bench.located, Settings())
     found = Rows(None, trial.facts(items=[list(item.ids) for item in items]))
     runner = Runner(bench.model, tried, bench.located)
     done = 0
