@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +37,60 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def task_prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+def in_template(tokenizer: Any, chat: bool | None) -> bool:
+    """Whether a text goes through the template: as asked, else (None) where there is one."""
+    return has_template(tokenizer) if chat is None else chat
+
+
+def task_prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> list[int]:
     """Ids of a prompt as a task that generates wrote it: rendered, where there is a template.
 
     A rendered text begins as its template says, without what the tokenizer puts before other
     texts: so does transformers' ``apply_chat_template``, and so do :func:`chat_ids`.
+
+    Args:    chat: as :func:`in_template`.
     """
-    return prompt_ids(tokenizer, prompt, add=not has_template(tokenizer))
+    return prompt_ids(tokenizer, prompt, add=not in_template(tokenizer, chat))
 
 
-def template_key(tokenizer: Any) -> str:
+def template_key(tokenizer: Any, *, chat: bool | None = None) -> str:
     """Tells apart what :func:`task_prompt_ids` depends on, beside the tokenizer's vocabulary."""
-    said = repr(getattr(tokenizer, "chat_template", None))
-    # answers that an earlier melens wrote had the prefix before a rendered prompt
-    said += " alone" * bool(has_template(tokenizer) and frame_of(tokenizer).prefix)
+    used = in_template(tokenizer, chat)
+    said = repr(getattr(tokenizer, "chat_template", None) if used else None)
+    said += " alone" * (used and loses_prefix(tokenizer))
     return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def loses_prefix(tokenizer: Any) -> bool:
+    """Whether a rendered text goes without a prefix that an earlier melens put before it: where
+    the template begins with BOS itself, nothing was put.
+
+    Raises:  PromptError: as :func:`render`.
+    """  # noqa: D205
+    if not frame_of(tokenizer).prefix:
+        return False
+    start = getattr(tokenizer, "bos_token", None)
+    return not (start and chat_texts(tokenizer, ["a"])[0].startswith(start))
+
+
+def chat_opening(tokenizer: Any) -> str:
+    """What every rendered text begins with, whoever speaks first; its first line, as a template
+    may write a date behind it. Empty where there is no such thing.
+    """  # noqa: D205
+    if not has_template(tokenizer):
+        return ""
+    user = [{"role": "user", "content": text} for text in ("a", "Hello there")]
+    chats = [user[:1], user[1:]]
+    try:
+        made = render(tokenizer, chats)
+    except PromptError:  # it is said where a chat is asked for
+        return ""
+    with suppress(PromptError):  # many templates take no system's turn
+        made += render(tokenizer, [[{"role": "system", "content": "Be brief."}, *user[:1]]])
+    columns = zip(*made, strict=False)
+    same = "".join(at[0] for at in itertools.takewhile(lambda at: len(set(at)) == 1, columns))
+    found = re.match(r"\s*[^\n]*", same)
+    return found[0] if found and found[0].strip() else ""
 
 
 def template_of(tokenizer: Any) -> str:

@@ -179,8 +179,8 @@ def unknown_rows(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[bool]:
 def repeated_rows(rows: Sequence[Sequence[int]]) -> list[bool]:
     """Whether a few ids, over and over, fill more than half of a sequence.
 
-    The median of such a sequence is theirs: where they are massive, it is massive too, and no
-    token stands out from it.
+    The median of such a sequence is theirs. That is normal of a table, of digits or of bytes; where
+    the ids are massive the median is too, and no token stands out from it.
     """
     return [_filled(row) > len(row) / 2 for row in rows]
 

@@ -17,7 +17,7 @@ from melens.batches import Batch, Prompts, strings_of
 from melens.batches import prompts as make_prompts
 from melens.capture import fit_ids, pad_id_of
 from melens.errors import PromptError
-from melens.framing import bos_first, repeated_rows, unknown_rows
+from melens.framing import bos_first, unknown_rows
 from melens.interventions.target import note_weights
 from melens.models.anatomy import is_folded
 from melens.models.loading import adopt
@@ -190,7 +190,7 @@ def _check_lengths(batches: Sequence[Batch], source: Any, *, limit: int | None, 
 def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
     tokenizer = getattr(model, "tokenizer", None)
     made = source if isinstance(source, Prompts) else Prompts(())
-    unknown, repeated = sum(unknown_rows(ids, tokenizer)), sum(repeated_rows(ids))
+    unknown = sum(unknown_rows(ids, tokenizer))
     return {
         "sequences": len(ids),
         "tokens": sum(map(len, ids)),
@@ -201,5 +201,4 @@ def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str
         "chat": made.chat,
         "folded_norms": is_folded(model),
         **({"unknown_texts": unknown} if unknown else {}),
-        **({"repeated_texts": repeated} if repeated else {}),
     }

@@ -23,26 +23,43 @@ HUSHED = threading.Event()
 """Set while a command runs with --quiet: no notes and no progress. Errors are still told."""
 
 
+BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Environment variables that other libraries look at."""
+_SAID: set[str] = set()
+
+
 def hush() -> None:
     """From here on say nothing but errors; other libraries' bars are off too."""
     HUSHED.set()
     if sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
-        os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+        os.environ.update(dict.fromkeys(BARS, "1"))
 
 
 @contextmanager
 def one_command() -> Iterator[None]:
     """What one command was told to keep silent about, the next one says again."""
+    before = {name: os.environ.get(name) for name in BARS}
     try:
         yield
     finally:
         HUSHED.clear()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def remark(text: str) -> None:
     """What ends nothing, said as :func:`tell` does; silent with --quiet."""
     if not HUSHED.is_set():
         tell(text)
+
+
+def say_once(text: str) -> None:
+    """A note on stderr, once a process: one command opens a folder several times."""
+    if text not in _SAID and not HUSHED.is_set():
+        _SAID.add(text)
+        remark(f"note: {text}")
 
 
 def tell(text: str) -> None:

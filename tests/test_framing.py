@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 
 import pytest
@@ -162,11 +163,39 @@ def test_located_and_generated_texts_of_a_chat_task_begin_alike(tokenizer, make_
     rows = alike(made, "gsm8k", Source()).token_rows(made)
     assert {row[0] for row in rows} == {5}
     lm = Generator(make_tiny("llama"), made, batch_size=2)
-    assert lm.tok_encode(prompt) == [1, *wanted]  # a text that nobody rendered
+    assert lm.tok_encode(prompt) == wanted  # as from lm-eval's own cache of requests
     assert lm.tok_encode(lm.apply_chat_template(chat)) == wanted
     assert lm.tok_batch_encode([prompt])[0].tolist() == [wanted]
+    assert lm.tok_encode(f"{prompt} w9") == [*wanted, 9]
+    for text in ("w9 w8", f"w6 {TEXT}"):  # of a task without chats, and of a rolling one
+        assert lm.tok_encode(text)[0] == 1
+        assert lm.tok_encode(text, add_special_tokens=False)[0] != 1
+    assert task_prompt_ids(made, TEXT, chat=False) == [1, *BODY]
     bare = framed(tokenizer, "BOS and EOS")
     assert task_prompt_ids(bare, TEXT) == [1, *BODY]
+
+
+def test_how_a_template_begins_and_when_kept_answers_are_of_it(tokenizer):
+    from melens.chat import chat_opening, loses_prefix, template_key
+
+    made = framed(tokenizer, "BOS and EOS")
+    bare = template_key(made)
+    turns = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
+    for template, opening, alone in (
+        (turns, "<|", True),
+        ("{{ bos_token }}" + turns, "<s><|", False),
+        ("[x]\n{{ strftime_now('%f') }}{{ messages[0].content }}", "[x]", True),
+        ("{{ messages[0].content }}", "", True),
+        ("{{ raise_exception('never') }}", "", None),
+    ):
+        made.chat_template = template
+        assert chat_opening(made) == opening
+        assert template_key(made, chat=False) == bare
+        if alone is None:
+            continue
+        assert loses_prefix(made) == alone
+        as_before = hashlib.sha256(repr(template).encode()).hexdigest()[:16]
+        assert (template_key(made) == as_before) == (not alone)
 
 
 def test_without_a_tokenizer_nothing_is_said_of_bos(make_tiny):
@@ -269,8 +298,6 @@ def test_every_sentence_says_how_texts_began(tiny):
 
 
 def test_a_forced_bos_that_is_not_massive_is_said():
-    from planted import BOS_ID, plant
-
     made = plant("llama", "single", 0)
     model = load(made.model)
     ids = torch.randint(6, 120, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -301,19 +328,36 @@ def test_how_texts_begin_is_said_in_one_way(start, said):
     assert _about({"sequences": 3, "bos_first": start, "ids": "a"}) == f"3 sequences, {said}, ids a"
 
 
-def test_repeated_texts_are_no_evidence_that_nothing_stands_out(tiny):
+def test_repeated_texts_are_no_evidence_only_where_they_are_large(tiny, capsys):
+    from melens.cli.output import show
+
     varied, again = [5, 6, 7, 8, 9, 10, 11, 12], [7, 8] * 8
     rows = [[7] * 4, again, varied, [7, 7, 7, 8, 9], [5, 6, 7, 8]]
     assert repeated_rows(rows) == [True, True, False, True, False]
-    one, both, alone = (locate(tiny, rows) for rows in ([varied], [varied, again], [again]))
+    table = locate(tiny, [again])  # small numbers, as of a table or of digits
+    assert table.verdict == "none"
+    assert table.confidence > 0
+    assert table.nearest is not None
+    assert "repeated_texts" not in table.run.settings
+    large = load(plant("llama", "single", 0).model)
+    one, both, alone = (
+        locate(large, rows) for rows in ([varied], [varied, [BOS_ID] * 16], [[BOS_ID] * 16])
+    )
     assert (one.verdict, both.verdict, alone.verdict) == ("none",) * 3
-    assert "repeated_texts" not in one.run.settings
+    counts = [found.run.settings.get("repeated_texts") for found in (one, both, alone)]
+    assert counts == [None, 1, 1]
+    assert both.nearest is not None
     assert one.nearest is not None
-    assert both.nearest == one.nearest
+    assert (both.nearest.token_id, both.nearest.dim) == (one.nearest.token_id, one.nearest.dim)
     assert one.confidence > both.confidence > 0 == alone.confidence
     assert alone.nearest is None
     assert "1 of 2 texts repeat a few tokens" in both.summary()
+    assert "give texts of varied words" not in both.summary()  # the sentence is of the varied text
+    last = max(alone.profile[:-1], key=lambda row: row.max)
     assert "no massive token can be told from these texts" in alone.summary()
+    assert f"|x| reaches {last.max:,.0f} in dimension {last.dim}" in alone.summary()
+    show(both, as_json=True)
+    assert "1 of 2 texts repeat a few tokens" in capsys.readouterr().err
 
 
 def test_a_massive_token_in_a_repeated_text_is_found_as_before():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from melens import progress
-from melens.progress import Lines, hush, one_command, progress_on, remark
+from melens.progress import Lines, hush, one_command, progress_on, remark, say_once
 
 ALIVE = re.compile(r"melens: 3 of 12 rows, 25 %, \d+ s so far, about \d+ s left\n")
 
@@ -69,6 +70,21 @@ def test_a_short_job_says_nothing_and_quiet_never_does(fast, monkeypatch, capsys
     remark("the next command's")
     assert capsys.readouterr().err == "melens: the next command's\n"
     assert threading.active_count() == before
+
+
+def test_a_quiet_command_leaves_nothing_behind(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    with one_command():
+        hush()
+        assert os.environ["TQDM_DISABLE"] == os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+        say_once("which weights are read, for this test")
+    assert os.environ["TQDM_DISABLE"] == "0"
+    assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+    for _ in range(2):
+        say_once("which weights are read, for this test")
+    assert sys.stderr.getvalue() == "melens: note: which weights are read, for this test\n"
 
 
 def test_another_part_of_the_work_is_said_at_once(capsys):

@@ -191,10 +191,9 @@ def test_a_padding_id_outside_the_vocabulary_never_reaches_the_model(tiny, make_
     assert rows_of([batch]) == ROWS
 
 
-@pytest.mark.parametrize("take", ["Batch.of", "encoding", "an edited pass", "a prefix"])
-def test_padding_inside_a_text_is_refused_wherever_a_mask_comes_in(take, tiny):
+@pytest.mark.parametrize("take", ["Batch.of", "encoding", "a prefix"])
+def test_padding_inside_a_text_is_refused_wherever_texts_come_in(take, tiny):
     from melens.exporting import for_generate
-    from melens.interventions import wemask
 
     ids = torch.tensor([ROWS[0], ROWS[0]])
 
@@ -204,12 +203,22 @@ def test_padding_inside_a_text_is_refused_wherever_a_mask_comes_in(take, tiny):
             return Batch.of(ids, mask.bool())
         if take == "encoding":
             return take_in(tiny, {"input_ids": ids, "attention_mask": mask}, least=1)
-        if take == "a prefix":
-            return for_generate(ids, mask)
-        with wemask(tiny, layers=[1], rate=0.5, tokens="first"):
-            return tiny(ids, attention_mask=mask)
+        return for_generate(ids, mask)
 
     give([1, 1, 1, 0, 0], [0, 0, 1, 1, 1])
     give([1, 1, 1, 1, 1], [0, 1, 1, 1, 0])
     with pytest.raises(PromptError, match="of row 1 has padding before position 3, in the middle"):
         give([1, 1, 1, 1, 1], [1, 0, 0, 1, 1])
+
+
+def test_an_edited_right_padded_batch_is_continued_without_a_cache_as_with_one(make_tiny):
+    """What was generated stands behind the padding, in the middle of the row."""
+    from melens.interventions import wemask
+
+    hf, ids = make_tiny("llama"), torch.tensor([ROWS[0], ROWS[0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    given = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with wemask(hf, layers=[0, 1], rate=1.0, tokens="first") as record:
+        without, cached = (hf.generate(ids, use_cache=on, **given) for on in (False, True))
+    assert torch.equal(without, cached)
+    assert record.edited.tokens == 2 * 4 + 2  # in every whole pass, and in the one prefill

@@ -92,7 +92,10 @@ def _hush(value: bool) -> bool:
 Quiet = Annotated[
     bool,
     typer.Option(
-        "--quiet", "-q", callback=_hush, help="No progress and no notes on stderr, only errors."
+        "--quiet",
+        "-q",
+        callback=_hush,
+        help="No progress and no notes on stderr, only errors and what an edit missed.",
     ),
 ]
 Located = Annotated[

@@ -105,13 +105,8 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence."""
     from melens.cli.tables import TABLES
 
-    settings = result.run.settings if hasattr(result, "run") else {}
-    if unknown := settings.get("unknown_texts"):
-        of = settings.get("sequences")
-        note(
-            f"{unknown} of {of} texts hold nothing but tokens unknown to this tokenizer; they are "
-            "no evidence. Give texts in a language that it knows."
-        )
+    if mute := _no_evidence(result):
+        note(mute)
     if as_json:
         say(result.to_json().rstrip("\n"))
         return
@@ -119,6 +114,20 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     say(result.summary())
     if folder is not None:
         remark(f"wrote {folder}")
+
+
+def _no_evidence(result: Any) -> str:
+    """Which texts show nothing, and what to give instead; empty where each shows something."""
+    settings = result.run.settings if hasattr(result, "run") else {}
+    of, said, instead = settings.get("sequences"), [], []
+    if unknown := settings.get("unknown_texts"):
+        said.append(f"{unknown} of {of} texts hold nothing but tokens unknown to this tokenizer")
+        instead.append("in a language that it knows")
+    if (repeated := settings.get("repeated_texts")) and getattr(result, "verdict", "") == "none":
+        said.append(f"{repeated} of {of} texts repeat a few tokens, from which none can stand out")
+        instead.append("of varied words")
+    ask = f"Give texts {' and '.join(instead)}."
+    return f"{'; '.join(said)}: they are no evidence. {ask}" if said else ""
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:

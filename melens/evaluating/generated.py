@@ -11,7 +11,7 @@ import torch
 
 from melens.batches import Batch
 from melens.capture import evaluating
-from melens.chat import task_prompt_ids, template_key
+from melens.chat import in_template, task_prompt_ids, template_key
 from melens.errors import ResultError
 from melens.evaluating.edits import EditCondition, applied, where_held
 from melens.evaluating.forced import MassiveIn
@@ -42,7 +42,8 @@ def generated(
     order = [str(doc["item_id"]) for doc in items(task.name, folder)[: source.n]]
     length = bench.settings.max_new_tokens or task.max_new_tokens
     data = file_key(folder / task.file)
-    template = template_key(bench.model.tokenizer)
+    tokenizer = bench.model.tokenizer
+    template = template_key(tokenizer, chat=source.chat)
     rows = Rows(
         bench.settings.items,
         bench.facts(task=task.name, items=order, data=data, length=length, template=template),
@@ -50,21 +51,22 @@ def generated(
     with tempfile.TemporaryDirectory() as nowhere:
         path = bench.settings.items
         part = Path(nowhere) / "answers" if path is None else answers_beside(path)
-        job = _Generation(bench, task, folder, part, len(order))
+        job = _Generation(bench, task, folder, part, len(order), source.chat)
         for step, condition in enumerate(bench.conditions):
             if not all(rows.has(item, condition.name) for item in order):
                 rows.add(job.rows(condition, step, progress))
             if progress is not None:
                 progress((step + 1) * len(order), len(bench.conditions) * len(order))
         part.unlink(missing_ok=True)  # all of it is in the rows now
-    chat = "in the chat template" if bench.model.tokenizer.chat_template else "no chat template"
+    used = in_template(tokenizer, source.chat)
+    chat = "in the chat template" if used else "no chat template"
     about = (
         f"{task.about}: answers of at most {length} tokens, greedy, zero shots, {chat}; "
         f"the value is {task.primary}."
     )
     asked = [str(row.about["prompt"]) for row in rows.of(bench.conditions[0].name).values()]
-    tokenizer = bench.model.tokenizer
-    start = bos_first(tokenizer, [task_prompt_ids(tokenizer, prompt) for prompt in asked])
+    ids = [task_prompt_ids(tokenizer, prompt, chat=source.chat) for prompt in asked]
+    start = bos_first(tokenizer, ids)
     card = TaskCard(
         task.name, task.unit, task.higher_is_better, about[0].upper() + about[1:],
         {"data": task.file, "length": length, "bos_first": start},
@@ -81,9 +83,15 @@ class _Generation:
     """One task, condition by condition."""
 
     def __init__(
-        self, bench: Setup, task: GenerationTask, folder: Path, part: Path, count: int
+        self,
+        bench: Setup,
+        task: GenerationTask,
+        folder: Path,
+        part: Path,
+        count: int,
+        chat: bool | None,
     ) -> None:
-        self.bench, self.task, self.count = bench, task, count
+        self.bench, self.task, self.count, self.chat = bench, task, count, chat
         self.folder, self.part = folder, part
 
     def rows(self, condition: EditCondition, step: int, progress: Progress | None) -> list[ItemRow]:
@@ -100,14 +108,15 @@ class _Generation:
             me_layer=self.bench.me_layer,
             settings=GenerationSettings(
                 self.folder, self.part, limit=self.count, batch_size=settings.batch_size,
-                max_new_tokens=settings.max_new_tokens, progress=tell,
+                max_new_tokens=settings.max_new_tokens, chat=self.chat, progress=tell,
             ),
         )  # fmt: skip
-        prompts = [answer.prompt for answer in answers]
-        energy = masked_energy(self.bench, condition, prompts[:PROBES])
+        tokenizer = self.bench.model.tokenizer
+        ids = [task_prompt_ids(tokenizer, answer.prompt, chat=self.chat) for answer in answers]
+        energy = masked_energy(self.bench, condition, ids[:PROBES])
         rows = [row_of(answer, condition.name, self.task, energy) for answer in answers]
         if condition.role == "base":
-            for row, found in zip(rows, massive_in(self.bench, prompts), strict=True):
+            for row, found in zip(rows, massive_in(self.bench, ids), strict=True):
                 row.about.update(held_facts(found))
         return rows
 
@@ -135,13 +144,15 @@ def row_of(
     return ItemRow(answer.item, condition, value, weight, also, about)
 
 
+PromptIds = Sequence[Sequence[int]]
+
+
 @torch.no_grad()
-def masked_energy(bench: Setup, condition: EditCondition, prompts: Sequence[str]) -> float | None:
+def masked_energy(bench: Setup, condition: EditCondition, rows: PromptIds) -> float | None:
     """Mean masked share of the massive token's energy over prompts; None for other edits."""
-    if condition.edit.name != "wemask" or not prompts:
+    if condition.edit.name != "wemask" or not rows:
         return None
     model = bench.model
-    rows = _ids_of(bench, prompts)
     me_layer = bench.me_layer and with_firsts(model, bench.me_layer, [row[0] for row in rows])
     edit = where_held(applied(model, condition.edit, me_layer))
     with edit as record, evaluating(model):
@@ -150,15 +161,11 @@ def masked_energy(bench: Setup, condition: EditCondition, prompts: Sequence[str]
     return record.mean_energy if isinstance(record, MaskRecord) else None
 
 
-def massive_in(bench: Setup, prompts: Sequence[str]) -> list[MassiveIn | None]:
+def massive_in(bench: Setup, rows: PromptIds) -> list[MassiveIn | None]:
     """The massive tokens of every prompt, one unedited pass each, up to the ME Layer."""
     if bench.me_layer is None:
-        return [None] * len(prompts)
+        return [None] * len(rows)
     median = MassiveRule.of(bench.me_layer).median_norm
-    batches = [Batch.pad([ids]) for ids in _ids_of(bench, prompts)]
+    batches = [Batch.pad([ids]) for ids in rows]
     found = massive_tokens(bench.model, bench.me_layer, batches)
     return [MassiveIn.of(marks[0], sizes[:, 0], median) for marks, sizes in found]
-
-
-def _ids_of(bench: Setup, prompts: Sequence[str]) -> list[list[int]]:
-    return [task_prompt_ids(bench.model.tokenizer, text) for text in prompts]

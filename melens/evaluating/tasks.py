@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from melens.batches import Prompts, encode_all, prompts, read_text
-from melens.chat import has_template
+from melens.chat import in_template
 from melens.errors import PromptError
 from melens.evaluating.forced import Forced, Foreseen
 from melens.framing import frame_of, head_size, split_text
@@ -109,8 +109,7 @@ PLAIN_TEXTS = ("perplexity",)
 
 def alike(tokenizer: Any, task: str, source: Source) -> Prompts:
     """The bundled texts with the beginning that a task's items have: where to locate for them."""
-    has = has_template(tokenizer)
-    chat = task not in PLAIN_TEXTS and (has if source.chat is None else source.chat)
+    chat = task not in PLAIN_TEXTS and in_template(tokenizer, source.chat)
     return prompts(bos=None if chat else source.bos, chat=chat)
 
 
@@ -118,7 +117,7 @@ def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:
     """Question and reference answer; the answer's tokens are scored."""
     file, (asked, told) = LIKELIHOOD_FILES[name]
     pairs = [(row[asked], " " + row[told]) for row in read_jsonl(source, file, (asked, told))]
-    chat = has_template(tokenizer) if source.chat is None else source.chat
+    chat = in_template(tokenizer, source.chat)
     asks = [question if chat else f"Question: {question}\nAnswer:" for question, _ in pairs]
     heads = encode_all(tokenizer, asks, bos=None if chat else source.bos, chat=chat)
     items, frame = [], frame_of(tokenizer)

@@ -11,9 +11,8 @@ from melens import models
 from melens.capture import EachPass, enter_kept, exit_kept
 from melens.errors import ResultError
 from melens.evaluating.edits import applied
-from melens.exporting.subject import check_probe, read_edit
+from melens.exporting.subject import accept, read_edit
 from melens.interventions.core import EditedTokens, warn_of
-from melens.interventions.target import note_weights
 from melens.results import MELayer
 from melens.results.edit import Edit, EditFile
 
@@ -105,9 +104,7 @@ def load(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if record is not None:
-        check_probe(bridge.original_model, record.probe, name=f"the edit in {model}")
-        if record.me_layer is not None:  # the probe allows for another dtype
-            note_weights(bridge, record.me_layer.run.weights)
+        accept(bridge, record, name=f"the edit in {model}")
         vars(bridge)[KEPT_EDIT] = OpenEdit(bridge, record.edit, record.me_layer)
     return bridge
 

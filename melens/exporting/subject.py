@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from melens.errors import ModelError, ResultError
+from melens.interventions.target import note_weights, require_located_here, require_room
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.loading import load, load_plain
 from melens.models.origin import Origin, fingerprint, origin_of
@@ -87,8 +88,12 @@ def subject_of(model: Any, me_layer: MELayer | None) -> Subject:
         found = _of_bridge(vars(model).get(KEPT_BRIDGE, model))
     else:
         found = _of_plain(model)
-    if me_layer is not None:
-        _check_located(found, me_layer)
+    if me_layer is not None and hasattr(found.runnable, "hook_dict"):
+        require_located_here(found.runnable, me_layer)
+    elif me_layer is not None:  # a plain model has no fingerprint to compare
+        text, name = found.hf.config.get_text_config(), found.origin.name
+        room = {"n_layers": text.num_hidden_layers, "d_model": text.hidden_size}
+        require_room(me_layer, **room, name=name)
     return found
 
 
@@ -129,6 +134,16 @@ def check_probe(hf: Any, probe: Probe, *, name: str) -> None:
             f"{name} was exported from other weights than these (their logits differ by {off:.1g} "
             "of the largest); export it again."
         )
+
+
+def accept(bridge: Any, record: EditFile, *, name: str) -> None:
+    """Take a model that answers as the exported one did for the one that was located.
+
+    Raises:  ResultError: other weights.
+    """
+    check_probe(bridge.original_model, record.probe, name=name)
+    if record.me_layer is not None:  # the probe allows for another dtype
+        note_weights(bridge, record.me_layer.run.weights)
 
 
 def vocabulary_of(hf: Any) -> int:
@@ -181,18 +196,6 @@ def _folder(hf: Any) -> Path | None:
     """The folder that a transformers model says it was read from, if it is there."""
     path = str(getattr(hf.config, "_name_or_path", "") or "")
     return Path(path) if path and (Path(path) / "config.json").is_file() else None
-
-
-def _check_located(subject: Subject, me_layer: MELayer) -> None:
-    text = subject.hf.config.get_text_config()
-    n_layers, size = text.num_hidden_layers, text.hidden_size
-    wrong = me_layer.n_layers != n_layers or any(t.dim >= size for t in me_layer.massive)
-    if wrong or subject.weights not in (None, me_layer.run.weights):
-        raise ResultError(
-            f"this ME Layer was located on {me_layer.run.model} in {me_layer.run.dtype} (weights "
-            f"{me_layer.run.weights}), the model at hand is {subject.origin.name} (weights "
-            f"{subject.weights}); locate it again."
-        )
 
 
 def plain_to_save(subject: Subject) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ from melens.interventions.core import (
 )
 from melens.interventions.target import Tokens, require_located_here
 from melens.interventions.wemask import Layers, layers_of
+from melens.models.anatomy import residual_dtype
 from melens.models.attention import HeadView, attention_sites
 from melens.models.decoder import decoder_of
 from melens.results.locate import MELayer
@@ -81,7 +82,6 @@ def qk_orthogonalise(
     }
     with place.noted(whole=True), editing(everyone, edits, whole=True):
         yield place.edited
-        place.edited.changed = everyone.edited.changed
     if not all(edit.found for edit in edits.values()):
         raise InterventionError("no forward pass held a token whose direction could be taken.")
     warn_of(place.edited, f"the {' and '.join(of)} of layer {at}")
@@ -108,6 +108,10 @@ class _Projection:
         )
         if not self.itself:
             made[marked] = x[marked]
+        if not self.source.edited.changed:  # as the model will hold it
+            dtype = residual_dtype(self.source.model)
+            same = torch.equal(made[chosen].to(dtype), x[chosen].to(dtype))
+            self.source.edited.changed = not same
         return made[chosen]
 
     def _learn(self, x: Float[Tensor, "b h p d"], marked: TokenMask, now: Now) -> None:
@@ -173,10 +177,11 @@ def drop_key(
             columns = hidden.columns(now)
             if strength == 0 or not columns.any():
                 return None
+            hide = _hidden_from(columns, now.positions >= since)
+            if not hide.any():
+                return None
             place.edited.changed = True
-            mask = kwargs.get(MASK)
-            late = now.positions >= since
-            made = _with_hidden(mask, columns, late, amount, _dtype(args, kwargs))
+            made = _with_hidden(kwargs.get(MASK), hide, amount, _dtype(args, kwargs))
             return args, {**kwargs, MASK: made}
 
         return edit
@@ -217,21 +222,26 @@ def _dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
     return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).dtype
 
 
-def _with_hidden(
-    mask: Any, columns: Tensor, late: Tensor, amount: float, dtype: torch.dtype
-) -> Tensor:
-    """The layer's mask, additive, with the hidden keys' columns lowered for late other queries."""
+def _hidden_from(columns: Tensor, late: Tensor) -> Bool[Tensor, "batch 1 query key"]:
+    """What is hidden from whom: a key from late queries behind it."""
     total, chunk = columns.shape[1], late.shape[1]
+    query = torch.arange(total - chunk, total, device=columns.device)
+    key = torch.arange(total, device=columns.device)
+    return columns[:, None, None, :] & (key[None] < query[:, None]) & late[:, None, :, None]
+
+
+def _with_hidden(mask: Any, hide: Tensor, amount: float, dtype: torch.dtype) -> Tensor:
+    """The layer's mask, additive, lowered where a key is hidden."""
+    chunk, total = hide.shape[2:]
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
         raise InterventionError(
             "drop_key needs eager or sdpa attention (a mask of queries x keys); load the model "
             "with attn_implementation='eager'."
         )
     low = torch.finfo(dtype).min
-    query = torch.arange(total - chunk, total, device=columns.device)
-    key = torch.arange(total, device=columns.device)
-    hide = columns[:, None, None, :] & (key[None] != query[:, None]) & late[:, None, :, None]
     if mask is None:
+        query = torch.arange(total - chunk, total, device=hide.device)
+        key = torch.arange(total, device=hide.device)
         seen = (key[None] <= query[:, None])[None, None]
         mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, low)
     hide, width = hide.to(mask.device), mask.shape[-1]

@@ -20,7 +20,6 @@ from torch import Tensor
 from melens.capture import one_thread, require_this_thread
 from melens.errors import InterventionError
 from melens.shapes import Resid, TokenIds
-from melens.token_ids import require_no_hole
 
 PASTS = ("past_key_values", "past_kv_cache", "cache_params")
 
@@ -182,8 +181,6 @@ def _key_positions(call: dict[str, Any], shown: Tensor, past: int) -> Int[Tensor
             "an edit needs a [batch, tokens] attention_mask that covers the cached tokens too, got "
             f"{tuple(getattr(mask, 'shape', ()))} for {past} cached and {width} new tokens."
         )
-    if not past:  # with a cache, what padded the prompt on the right is in the middle
-        require_no_hole(mask)
     real = mask[:, :seen].bool().expand(rows, -1)
     return (real.long().cumsum(-1) - 1).masked_fill(~real, -1).to(shown.device)
 

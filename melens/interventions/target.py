@@ -22,19 +22,13 @@ _HELD: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 """Weights that a model was found to have: an edit is entered anew for every batch."""
 
 
-def require_weights(me_layer: MELayer, model: Any, weights: str | None) -> None:
-    """Refuse an ME Layer of other weights, or one that the model has no room for.
-
-    Args:    weights: the ``fingerprint`` of the hooked ``model``.
-    Raises:  ResultError: naming both models.
-    """
+def _require_weights(me_layer: MELayer, model: Any, weights: str | None) -> None:
     if me_layer.run.weights != weights:
         raise ResultError(
             f"this ME Layer was located on {me_layer.run.model} in {me_layer.run.dtype} (weights "
             f"{me_layer.run.weights}), the model at hand has weights {weights} in "
             f"{residual_dtype(model)} ({origin_of(model).name}); locate it again."
         )
-    require_room(me_layer, n_layers=model.cfg.n_layers, d_model=model.cfg.d_model)
 
 
 def require_room(
@@ -85,7 +79,7 @@ def require_located_here(model: Any, *given: Any) -> None:
         hooked = model.model if isinstance(model, Decoder) else model
         if me_layer.run.weights not in _HELD.get(hooked, ()):
             weights = fingerprint(hooked)
-            require_weights(me_layer, hooked, weights)
+            _require_weights(me_layer, hooked, weights)
             note_weights(hooked, weights)
         require_room(me_layer, n_layers=hooked.cfg.n_layers, d_model=hooked.cfg.d_model)
 

@@ -110,23 +110,33 @@ def stability(agreeing: int, observations: int) -> float:
     return (agreeing + 1) / (observations + 2)
 
 
+Steps = Sequence[Sequence[SequenceRow]]
+
+
 @dataclass(frozen=True)
 class Texts:
     """What the texts can tell, one flag a sequence."""
 
     first_ids: int
-    """Distinct first tokens of the texts that are not unknown throughout."""
+    """Distinct first tokens of the texts that are evidence for a ``none``."""
     unknown: tuple[bool, ...]
     """Nothing but unknown tokens: no evidence for anything."""
     repeated: tuple[bool, ...]
-    """Mostly a few tokens over and over: no evidence that nothing stands out."""
+    """Others that are mostly a few tokens over and over, and large: no evidence that nothing stands
+    out, for the median may be massive itself."""
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], tokenizer: object) -> Texts:
-        """Look at token ids, padding dropped."""
-        unknown = tuple(unknown_rows(rows, tokenizer))
-        first = {row[0] for row, empty in zip(rows, unknown, strict=True) if not empty}
-        return cls(len(first), unknown, tuple(repeated_rows(rows)))
+    def of(cls, ids: Sequence[Sequence[int]], steps: Steps, tokenizer: object) -> Texts:
+        """Look at token ids, padding dropped, and at the size of what they become."""
+        unknown = tuple(unknown_rows(ids, tokenizer))
+        body = steps[1 : last_body_layer(len(steps) - 1) + 2]
+        repeated = tuple(
+            again and not empty and max(rows[i].max for rows in body) > SUN_ABSOLUTE
+            for i, (again, empty) in enumerate(zip(repeated_rows(ids), unknown, strict=True))
+        )
+        mute = map(any, zip(unknown, repeated, strict=True))
+        first = {row[0] for row, flag in zip(ids, mute, strict=True) if not flag}
+        return cls(len(first), unknown, repeated)
 
     def varied(self, rows: Sequence[SequenceRow]) -> list[SequenceRow]:
         """Rows of the sequences that are not repeated; all where every one is."""
@@ -210,7 +220,6 @@ def mean(values: Sequence[float]) -> float:
     return sum(sorted(values)) / len(values)
 
 
-Steps = Sequence[Sequence[SequenceRow]]
 Decode = Callable[[int], str]
 
 
@@ -283,7 +292,7 @@ def _nothing(
     evidence: Evidence, support: Stability, texts: Texts, decode: Decode
 ) -> dict[str, Any]:
     """A ``none``: sure where no token came near to being massive, in the texts or alone."""
-    if all(texts.repeated):
+    if any(texts.repeated) and not texts.telling(none=True):
         return {"verdict": "none", "confidence": 0.0}
     body = evidence.layers[: last_body_layer(len(evidence.layers)) + 1]
     seen = [(at, row.nearest) for at, rows in enumerate(body) for row in texts.varied(rows)]

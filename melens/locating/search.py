@@ -57,12 +57,13 @@ def locate_in(
 ) -> MELayer:
     """:func:`locate` over inputs that were taken in already."""
     ids = inputs.rows
-    run = inputs.run_info(seed=seed)
     steps = _profile(inputs, progress)
     groups = group_hits(steps)
     probes = sample_first_tokens(ids, groups, count=FIRST_PROBES, seed=seed)
     paths, probed = _trace(inputs.model, groups, probes, ids)
-    texts = Texts.of(ids, getattr(inputs.model, "tokenizer", None))
+    texts = Texts.of(ids, steps, getattr(inputs.model, "tokenizer", None))
+    repeated = sum(texts.repeated)
+    run = inputs.run_info(seed=seed, **({"repeated_texts": repeated} if repeated else {}))
     return assemble(steps, paths, probed, texts=texts, decode=inputs.decode, run=run)
 
 

@@ -1,5 +1,7 @@
 """Named constants of the verdict. Provisional: chosen on two models (docs/definitions.md)."""
 
+from melens.results.locate import last_body_layer as last_body_layer
+
 SPARSE_TOKENS = 4
 """A dimension that is massive on more tokens of a sequence than this ..."""
 SPARSE_SHARE = 0.03
@@ -18,13 +20,5 @@ ERASED_LEFT = 0.5
 ERASE_SHARE = 0.05
 """The erase layer takes away at least this share of the peak; less is drift."""
 DIRECTION_COSINE = 0.99
-FINAL_WINDOW = 0.1
-"""The last tenth of the layers (at least one) prepares the unembedding: growth that appears only
-there is no emergence, because hardly any layer is left to read it."""
 FINAL_FACTOR = 2.0
 """Growth of max |x| from one layer to the next that counts as final-layer growth."""
-
-
-def last_body_layer(n_layers: int) -> int:
-    """The last layer in which emergence may happen; those after it are the final window."""
-    return n_layers - 1 - min(max(1, round(FINAL_WINDOW * n_layers)), n_layers - 1)

@@ -83,7 +83,10 @@ def _chat_start(tokenizer: Any) -> tuple[list[int], tuple[str, ...]]:
 def first_token_row(
     path: Path, sources: tuple[Start, ...], located: MELayer, *, token: str
 ) -> FirstTokenRow:
-    """Is a token massive alone? Held against the texts' own medians, as ``locate`` does it."""
+    """Is a token massive alone? Held against the profile's medians, of all located texts.
+
+    ``locate`` leaves repeated texts out of its own: it has the medians of each text.
+    """
     norms = torch.tensor([1.0, *(row.median_norm for row in located.profile)]).double()
     ratios = path.norms / norms
     massive = massive_alone(path, [row.median for row in located.profile], ratios)

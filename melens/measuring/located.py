@@ -12,7 +12,7 @@ from torch import Tensor
 from melens.capture import Reducer, stream
 from melens.errors import ResultError
 from melens.inputs import Inputs
-from melens.interventions.target import require_weights
+from melens.interventions.target import note_weights, require_located_here
 from melens.locating.profile import LayerProfile
 from melens.locating.search import locate_in
 from melens.locating.thresholds import last_body_layer
@@ -64,6 +64,8 @@ def settle_primary(inputs: Inputs, me_layer: MELayer | None) -> Located:
 def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
     """Refuse what is no ME Layer, or one of another model.
 
+    As for an edit: what was located on the object is good, and what an export's probe accepted.
+
     Raises:  ResultError: naming both.
     """
     if not isinstance(me_layer, MELayer):
@@ -71,7 +73,8 @@ def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
             f"me_layer must be what melens.locate returns, got {type(me_layer).__name__}; read a "
             "saved one with melens.results.load_located(path)."
         )
-    require_weights(me_layer, inputs.model, inputs.weights)
+    note_weights(inputs.model, inputs.weights)
+    require_located_here(inputs.model, me_layer)
 
 
 def mark(inputs: Inputs, me_layer: MELayer, *, dim: int | None = None) -> list[Tensor]:

@@ -16,52 +16,76 @@ from melens.models.weight_files import read_json
 PATIENCE = 5.0
 """Seconds that looking for a setting may take; the error is said in any case."""
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+LARGE = 64 << 20
+"""Bytes of files, or tensors' names, beyond which one attempt alone takes too long."""
+MANY = 4096
 
-TOKENIZER_FILES = (TOKENIZER, SETTINGS, "vocab.json", "tokenizer.model")
+TOKENIZER, SETTINGS, WORDS = "tokenizer.json", "tokenizer_config.json", "vocab.json"
 
 VOCABULARIES = (TOKENIZER, "*vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Files that hold the words of some tokenizer."""
 
-JSON_FILES = (TOKENIZER, SETTINGS, "vocab.json", "special_tokens_map.json", "added_tokens.json")
+BESIDE = (SETTINGS, "special_tokens_map.json", "added_tokens.json")
+"""Files that say more of it."""
+
+JSON_FILES = (TOKENIZER, WORDS, *BESIDE)
 
 
-def first_line(error: Exception) -> str:
-    """A library's complaint on one line, cut short."""
-    said = " ".join(str(error).split())[:240]
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the words of a tokenizer, or says which one it has."""
+    return any(True for kind in (*VOCABULARIES, SETTINGS) for _ in folder.glob(kind))
+
+
+def first_line(error: BaseException, *, named: bool = False) -> str:
+    """A library's complaint on one line, cut short; where it says nothing, its kind and place.
+
+    Args:    named: put its kind in front in any case.
+    """
+    said, kind = " ".join(str(error).split())[:240], type(error).__name__
+    if not said:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        return kind if trace is None else f"{kind} in {trace.tb_frame.f_code.co_name}"
     if isinstance(error, KeyError) and " " not in said:  # whose text is the key alone
-        return f"no entry {said}"
-    return said or type(error).__name__
+        said = f"no entry {said}"
+    return f"{kind}: {said}" if named else said
 
 
 def with_setting(
     error: Exception, settings: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]
 ) -> str:
-    """The complaint, with the setting that it is about: the one without which it is not made.
+    """The complaint, with the setting that it is about: the one without which nothing is wrong.
+
+    Where there is none, the one without which something else is.
 
     Args:    attempt: what failed, given other settings.
     """
-    said = f"{type(error).__name__}: {first_line(error)}"
-    end, found = time.monotonic() + PATIENCE, []
-    for key in settings:
-        if key in str(error):
-            return said
+    said = first_line(error, named=True)
+    end, right, other = time.monotonic() + PATIENCE, [], []
+    if any(key in str(error) for key in settings):
+        return said
     for key in settings:
         if time.monotonic() > end:
             break
         try:
             attempt({name: value for name, value in settings.items() if name != key})
-        except Exception as other:  # anything, as at first
-            same = (type(other), str(other)) == (type(error), str(error))
-            if same or key in str(other):  # or the setting itself is missed now
-                continue
-        found.append(f"{key} = {brief(settings[key], 40)}")
+        except MemoryError:
+            raise
+        except Exception as now:  # anything, as at first
+            same = (type(now), str(now)) == (type(error), str(error))
+            if not same and key not in str(now):  # else the setting itself is missed now
+                other.append(key)
+            continue
+        right.append(key)
+    found = [f"{key} = {brief(settings[key], 40)}" for key in right or other]
     return f"{' or '.join(found)}; {said}" if 0 < len(found) <= 3 else said
 
 
-def no_tokenizer(folder: Path, error: Exception, read: Callable[[Path], Any]) -> ModelError:
+def no_tokenizer(folder: Path, error: Exception, read: Callable[[Path], Any] | None) -> ModelError:
     """Why a folder's tokenizer cannot be read: which of its files, and what to do.
 
-    Args:    error: what ``read`` raised on the folder.
+    Args:    error: what ``read`` raised on the folder; None = it is not to be tried again.
     """
     if not any(True for kind in VOCABULARIES for _ in folder.glob(kind)):
         return ModelError(
@@ -71,8 +95,7 @@ def no_tokenizer(folder: Path, error: Exception, read: Callable[[Path], Any]) ->
     name, said = _broken(folder) or (None, "")
     if name is None:
         name, said = SETTINGS, _with_tokenizer_setting(folder, error, read)
-        others = [n for n in JSON_FILES if n not in (TOKENIZER, SETTINGS, "vocab.json")]
-        here = [n for n in (SETTINGS, *others) if (folder / n).is_file()]
+        here = [n for n in BESIDE if (folder / n).is_file()]
         name = " or ".join(here) if here else TOKENIZER
     return ModelError(
         f"{folder} has no tokenizer that can be read: {name} is not right ({said.rstrip('.')}); "
@@ -116,14 +139,23 @@ def _broken(folder: Path) -> tuple[str, str] | None:
     return None
 
 
-def _with_tokenizer_setting(folder: Path, error: Exception, read: Callable[[Path], Any]) -> str:
-    if not (folder / SETTINGS).is_file():
-        return f"{type(error).__name__}: {first_line(error)}"
+def _with_tokenizer_setting(
+    folder: Path, error: Exception, read: Callable[[Path], Any] | None
+) -> str:
+    said = first_line(error, named=True)
+    if read is None or not (folder / SETTINGS).is_file():
+        return said
+    files = [p for p in folder.iterdir() if p.is_file() and p.suffix != ".safetensors"]
+    if sum(path.stat().st_size for path in files) > LARGE:
+        return said
     with tempfile.TemporaryDirectory() as made:
         copy = Path(made)
-        for path in folder.iterdir():
-            if path.is_file() and path.name != SETTINGS and path.suffix != ".safetensors":
-                (copy / path.name).symlink_to(path.resolve())
+        try:
+            for path in files:
+                if path.name != SETTINGS:
+                    (copy / path.name).symlink_to(path.resolve())
+        except OSError:  # a system or a disk without links
+            return said
 
         def attempt(settings: dict[str, Any]) -> Any:
             (copy / SETTINGS).write_text(json.dumps(settings), "utf-8")

@@ -28,6 +28,7 @@ from melens.models.anatomy import (
     resid_pre,
     residual_dtype,
 )
+from melens.models.complaints import first_line
 from melens.models.decoder import layer_list
 from melens.models.ffn import is_adapted
 from melens.shapes import TokenIds
@@ -150,7 +151,7 @@ def failing(what: str, *, hint: str = "") -> Iterator[None]:
     except FAILS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ModelError(f"{what} ({_reason(error)}).{hint}") from None
+        raise ModelError(f"{what} ({first_line(error, named=True)}).{hint}") from None
 
 
 def force_eager(model: Any) -> None:
@@ -181,18 +182,6 @@ def _miss(own: Tensor, found: Tensor, layer: int) -> float:
     share = HALF_QUANTILE if eps > FLOOR else 1.0
     miss = each.flatten().float().quantile(share).item()
     return miss / max(FLOOR, ROUNDINGS * eps * math.sqrt(layer + 1)) if miss == miss else math.inf
-
-
-def _reason(error: BaseException) -> str:
-    """What a library complains of, on one line; where it says nothing, the line that failed."""
-    said = " ".join(str(error).split())[:240]
-    if said:
-        return f"{type(error).__name__}: {said}"
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = "" if trace is None else f" in {trace.tb_frame.f_code.co_name}"
-    return f"{type(error).__name__}{where}"
 
 
 SUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}

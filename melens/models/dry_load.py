@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from melens.errors import MelensError, ModelError, WeightsError
-from melens.models.complaints import what_to_do, with_setting
+from melens.models.complaints import MANY, what_to_do, with_setting
 
 COUNTS = re.compile(r"layer|expert|block|label|depth")
 """Settings that a config or a model's constructor may loop over."""
@@ -148,7 +148,8 @@ def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, d
     except MelensError:
         raise
     except Exception as error:  # constructors raise whatever a senseless setting leads them to
-        said = with_setting(error, config, lambda other: _attempt(other, shapes, name))
+        settings = config if len(shapes) <= MANY else {}
+        said = with_setting(error, settings, lambda other: _attempt(other, shapes, name))
         raise ModelError(
             f"{name}: its config.json does not make a model ({said[:300]}); mend it, or fetch it "
             "again."

@@ -7,7 +7,8 @@ from typing import Any
 
 from melens.errors import ModelError, ModelNotFoundError
 from melens.models.dry_load import require_bounded, require_loadable, require_sound_numbers
-from melens.models.weight_files import read_json, say_once, weight_files
+from melens.models.weight_files import read_json, weight_files
+from melens.progress import say_once
 
 ADAPTER = "adapter_config.json"
 

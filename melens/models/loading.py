@@ -285,7 +285,8 @@ def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
         raise
     except Exception as error:  # damaged files lead it to anything
         if isinstance(source, Path):
-            raise no_tokenizer(source, error, read) from None
+            again = None if options.get("trust_remote_code") else read  # its code runs once
+            raise no_tokenizer(source, error, again) from None
         raise ModelError(
             f"{source} has no tokenizer that can be read ({first_line(error)}); look at its files "
             "on the hub."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -11,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from melens.errors import ModelError, WeightsError
-from melens.progress import remark
 from melens.store import read_limited
 
 HEADER_LIMIT = 100_000_000
@@ -267,12 +265,6 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         said = getattr(error, "strerror", None) or str(error)[:200]
         raise ModelError(f"cannot read {path}: {said}.") from None
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    """A remark on stderr, once a process: one command opens a folder several times."""
-    remark(f"note: {text}")
 
 
 def _nothing(folder: Path) -> str:

@@ -10,6 +10,14 @@ from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
 
 Verdict = Literal["single", "multi-step", "gradual", "re-emergent", "none"]
+FINAL_WINDOW = 0.1
+"""The last tenth of the layers (at least one) prepares the unembedding: growth that appears only
+there is no emergence, because hardly any layer is left to read it."""
+
+
+def last_body_layer(n_layers: int) -> int:
+    """The last layer in which emergence may happen; those after it are the final window."""
+    return n_layers - 1 - min(max(1, round(FINAL_WINDOW * n_layers)), n_layers - 1)
 
 
 class LayerRow(Part):
@@ -275,12 +283,18 @@ class MELayer(Result):
             return "already in the embedding (-1)"
         return f"written by the {'FFN' if self.writer.ffn >= 0.5 else 'attention'}"
 
+    @property
+    def _mute(self) -> bool:
+        """Whether no text is evidence, and repeated ones hold what might be massive."""
+        told = [self.run.settings.get(f"{kind}_texts") or 0 for kind in ("repeated", "unknown")]
+        return bool(told[0]) and sum(map(int, told)) == self.stability.sequences
+
     def _blind(self) -> str:
-        """Why a text of a few tokens cannot show that there is nothing."""
-        repeated = self.run.settings.get("repeated_texts")
-        if not repeated:
+        """Why texts of a few tokens cannot show that there is nothing."""
+        if not self._mute:
             return ""
-        row = max(self.profile, key=lambda row: row.max)
+        body = self.profile[: last_body_layer(self.n_layers) + 1]
+        row = max(body, key=lambda row: row.max)
         return (
             "; the median of a text that repeats a few tokens is theirs, and none stands out from "
             f"it: |x| reaches {row.max:,.0f} in dimension {row.dim} at layer {row.layer}; give "
@@ -289,7 +303,7 @@ class MELayer(Result):
 
     def _without(self) -> str:
         """What there is instead of a massive token."""
-        if self.run.settings.get("repeated_texts") == self.stability.sequences:
+        if self._mute:
             return "no massive token can be told from these texts"
         if self.criteria.sun_layer is None:
             return "no massive activations"

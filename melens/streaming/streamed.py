@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from melens.capture import EverythingSeen
 from melens.errors import FetchError, ModelError
 from melens.models.bridging import bridge_module
-from melens.models.complaints import TOKENIZER_FILES, first_line
+from melens.models.complaints import first_line, has_tokenizer
 from melens.models.contract import OwnAnswer, check_contract, force_eager, own_answer, probe_ids
 from melens.models.decoder import layer_list
 from melens.models.files import check_folder
@@ -213,6 +213,7 @@ def load_streamed(
     force_eager(hollow.model)
     bridge = bridge_module(hollow.model, tokenizer, name=str(model)).eval()
     stream = BlockStream(bridge, hollow, checkpoint)
+    stream.blocks_read += own is not None  # the first block, for the model's own attention
     vars(bridge)[KEPT_STREAM] = stream
     if known is None:
         known = _check(bridge, stream, own)
@@ -283,7 +284,7 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _tokenizer(folder: Path, *, needed: bool) -> Any:
-    if not needed and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not needed and not has_tokenizer(folder):
         return None
     return read_tokenizer(folder, {"local_files_only": True, "trust_remote_code": False})
 

@@ -219,3 +219,17 @@ def test_bad_input_is_one_line_and_exit_2(folder, capsys, tmp_path):
         assert (code, out) == (2, ""), err
         assert said in err.splitlines()[-1]
         assert "Traceback" not in err
+
+
+def test_a_prompt_that_no_edit_touched_is_said_with_quiet_too(capsys):
+    from melens.cli.app import _edits_said
+    from melens.cli.commands.export import _require_edited
+    from melens.progress import hush, one_command
+
+    rows = [{"prompt": "a", "tokens_edited": 2}, {"prompt": "b", "tokens_edited": 0}]
+    with one_command(), _edits_said():
+        hush()
+        _require_edited(rows, Edit())
+    assert capsys.readouterr().err == (
+        "melens: note: no token was edited in 'b': none of theirs is massive.\n"
+    )

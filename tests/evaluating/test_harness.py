@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 
 import pytest
 
@@ -333,7 +334,7 @@ def test_means_weigh_judgements_and_skip_items_without_the_score():
 
 
 def test_without_a_template_the_prompt_is_bare_and_the_edit_is_in_force(
-    plain, tokenizer, data, tmp_path
+    plain, tokenizer, chat_tokenizer, data, tmp_path
 ):
     """Independent: transformers' own generation under wemask, and without."""
     import torch
@@ -355,6 +356,12 @@ def test_without_a_template_the_prompt_is_bare_and_the_edit_is_in_force(
         assert (rows[0].prompt, rows[0].answer) == ("w9 w10", answer)
         assert rows[0].condition == edit.label
         assert rows[0].scores.keys() == {"refused_safe"}
+        off = replace(settings, chat=False, rows_path=tmp_path / "off")
+        args = {"edit": edit, "me_layer": None}
+        (same,) = run_task(plain, chat_tokenizer, "xstest", settings=off, **args)
+        assert (same.prompt, same.answer) == ("w9 w10", answer)
+    (chat,) = run_task(plain, chat_tokenizer, "xstest", settings=replace(off, chat=None), **args)
+    assert chat.prompt.split() == ["w5", "w9", "w10", "w6", "w7"]  # no answer of the other run
 
 
 def test_bad_input_is_refused_before_anything_is_generated(plain, chat_tokenizer, data, tmp_path):

@@ -18,8 +18,11 @@ from melens.batches import Batch
 from melens.errors import InterventionError, ModelError, OutputError, PromptError, ResultError
 from melens.exporting import export, for_call, for_generate, load_prefix, read_edit
 from melens.exporting.prefix import fixed_first
+from melens.exporting.subject import subject_of
+from melens.inputs import Inputs
 from melens.interventions import wemask
-from melens.models import load
+from melens.measuring.located import check_same_model
+from melens.models import fingerprint, load
 from melens.results import load_result
 from melens.results.edit import Edit, EditFile
 
@@ -262,9 +265,30 @@ def test_a_located_mask_comes_back_in_another_dtype(tokenizer, tmp_path):
     me = locate(load(tmp_path / "base", device="cpu"), [Batch.of(batch(planted))])
     edit = Edit(name="wemask", select="activation", rate=0.5)
     folder = export(tmp_path / "base", edit, me_layer=me, out=tmp_path / "out")
-    kept = exporting.load(folder, device="cpu", dtype="bfloat16").melens_edit
-    assert kept.active
-    kept.close()
+    bridge = exporting.load(folder, device="cpu", dtype="bfloat16")
+    assert bridge.melens_edit.active
+    bridge.melens_edit.close()
+    half = load(folder, device="cpu", dtype="bfloat16")
+    other = Inputs(half, [], {}, fingerprint(half))
+    with pytest.raises(ResultError, match="locate it again"):
+        check_same_model(other, me)
+    with pytest.raises(ResultError, match="locate it again"):
+        subject_of(half, me)
+    for ask in (  # whoever asks: a measurement, an export, a command
+        lambda: check_same_model(Inputs(bridge, [], {}, fingerprint(bridge)), me),
+        lambda: subject_of(bridge, me),
+        lambda: _job(folder).me_layer(half, None),
+        lambda: check_same_model(other, me),
+    ):
+        ask()
+
+
+def _job(folder):
+    from melens.cli.commands.export import EditJob
+    from melens.cli.job import Job
+
+    names = dict.fromkeys(Job.__dataclass_fields__) | {"lines": False, "model": str(folder)}
+    return EditJob(Job(**names), Edit(name="wemask"))
 
 
 def test_a_model_with_an_open_edit_is_collected_in_silence(saved, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from melens.batches import Batch
 from melens.errors import EditWarning, InterventionError, MelensError, SiteError
 from melens.interventions import (
     INTERVENTIONS,
+    drop_key,
     ffn_ablate_neurons,
     ffn_cap,
     ffn_pull_back,
@@ -23,8 +24,8 @@ from melens.interventions import (
     residual_set,
     write_block,
 )
-from melens.interventions import ffn as transplant
 from melens.interventions.context import Now, now_of, watching
+from melens.interventions.ffn import transplant
 from melens.interventions.target import choice_of, meant
 from melens.locating import locate
 from melens.models import FAMILIES, load
@@ -79,6 +80,19 @@ def test_its_neutral_setting_changes_no_bit(name, family, make_tiny, ids):
     assert edited.tokens == len(ids)
     assert not edited.changed
     assert "nothing changed" in edited.summary()
+
+
+def test_whether_anything_changed_is_known_at_once_and_after_an_error(tiny, ids):
+    with pytest.raises(ZeroDivisionError), qk_orthogonalise(tiny, 1, tokens="first") as edited:
+        _run_and_fail(tiny, ids)
+    assert edited.changed
+    with drop_key(tiny, layers=[1], start=ids.shape[1]) as edited:  # no query so late
+        run(tiny, ids)
+    assert edited.tokens == len(ids)
+    assert not edited.changed
+    with drop_key(tiny, layers=[1], tokens=ids.shape[1] - 1) as edited:  # nothing comes later
+        run(tiny, ids)
+    assert not edited.changed
 
 
 @EACH

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from melens.cli.app import _run
+from melens.models import complaints
+from melens.models.complaints import with_setting
 
 TOKENIZER, SETTINGS, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 READS = {CONFIG: ("locate", "locate --stream", "scan"), "generation_config.json": ("locate",)}
@@ -80,3 +83,43 @@ def test_one_line_names_the_file_and_the_setting(name, command, saved, tmp_path,
     assert file in said
     assert re.search(says, said)
     assert "tokenizer=" not in said
+
+
+def test_the_setting_named_is_the_one_without_which_all_is_right():
+    def attempt(settings):
+        if "bad" in settings:
+            raise ValueError("no such thing")
+        if "size" not in settings:
+            raise TypeError("needs more")
+
+    settings = {"size": 3, "bad": "x", "more": 1}
+    assert with_setting(ValueError("no such thing"), settings, attempt) == (
+        "bad = 'x'; ValueError: no such thing"
+    )
+
+    def starved(settings):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        with_setting(ValueError("no such thing"), settings, starved)
+
+
+@pytest.mark.parametrize("why", ["no links", "remote code", "large"])
+def test_a_tokenizers_setting_is_not_looked_for_where_it_cannot_be(
+    why, saved, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    damage(folder / SETTINGS, {"tokenizer_class": 3})
+    tried = []
+
+    def no_link(self, target):
+        raise OSError("no privilege")
+
+    if why == "no links":
+        monkeypatch.setattr(Path, "symlink_to", no_link)
+    if why == "large":
+        monkeypatch.setattr(complaints, "LARGE", 10)
+    read = None if why == "remote code" else tried.append
+    said = str(complaints.no_tokenizer(folder, TypeError("not this"), read))
+    assert "tokenizer_config.json is not right (TypeError: not this)" in said
+    assert not tried

@@ -71,7 +71,7 @@ def evaluate(
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="The chat template, for the likelihood tasks (default: if there is one).",
+            help="The chat template, for all tasks but perplexity (default: if there is one).",
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -197,8 +197,8 @@ def _refuse_early(asked: dict[str, Any], edit: Any) -> Any:
         raise PromptError(f"{task} takes its items whole; drop --length.")
     if asked["max_new_tokens"] is not None and not generates:
         raise PromptError(f"{task} generates nothing; drop --max-new-tokens.")
-    if generates and (asked["bos"] is not None or asked["chat"] is not None):
-        raise PromptError(f"{task} makes its prompts itself; drop --bos and --chat.")
+    if generates and asked["bos"] is not None:
+        raise PromptError(f"{task} makes its prompts itself; drop --bos.")
     if asked["out"] is not None and not asked["force"]:
         check_folder(asked["out"], task, edit)
     return source

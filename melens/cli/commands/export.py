@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,7 +18,7 @@ from melens.cli import options as opt
 from melens.cli import output
 from melens.cli.job import Job
 from melens.cli.options import edit_of
-from melens.errors import InterventionError, NoTokenError, PromptError
+from melens.errors import EditWarning, InterventionError, NoTokenError, PromptError, ResultError
 from melens.formatting import printable
 from melens.progress import remark
 from melens.store import lines_of
@@ -65,14 +66,14 @@ class EditJob:
     ) -> list[dict[str, Any]]:
         """Both answers to each prompt, and how many of their tokens are equal before they part."""
         from melens.batches import encode_all
-        from melens.chat import has_template
+        from melens.chat import in_template
         from melens.evaluating.edits import applied, where_held
         from melens.framing import require_known
         from melens.interventions.massive import with_firsts
 
         loaded, bundled = self.job.load()
         tokenizer = loaded.tokenizer
-        chat = has_template(tokenizer) if self.chat is None else self.chat
+        chat = in_template(tokenizer, self.chat)
         bos = None if chat else self.job.bos
         prompts = encode_all(tokenizer, texts, bos=bos, chat=chat)
         require_known(prompts, loaded.cfg.d_vocab)
@@ -104,19 +105,20 @@ class EditJob:
         """The ME Layer: read, of the model's melens.json, or located; None where none is needed."""
         if self.edit.name == "none":
             return None
-        from melens.exporting.subject import read_edit
-        from melens.models import fingerprint
+        from melens.exporting.subject import accept, read_edit
+        from melens.interventions.target import require_located_here
 
         record = read_edit(self.job.model)
-        known = record.me_layer if record is not None else None
-        if self.job.saved is None and known and known.run.weights == fingerprint(loaded):
-            return known
+        if record is not None and record.format == "hf" and record.me_layer is not None:
+            try:
+                accept(loaded, record, name=f"the edit in {self.job.model}")
+            except ResultError as error:
+                output.note(f"{error} The ME Layer is located anew.")
+            else:
+                if self.job.saved is None:
+                    return record.me_layer
         found = self.job.locate(loaded, texts)
-        if self.job.saved is not None and found.run.weights != fingerprint(loaded):
-            raise InterventionError(
-                f"{self.job.located} was located on {found.run.model} in {found.run.dtype}, not on "
-                "these weights; locate again."
-            )
+        require_located_here(loaded, found)
         return found
 
     def _with_bos(self, texts: Any, tokenizer: Any, firsts: Sequence[int]) -> Any:
@@ -151,7 +153,8 @@ def _require_edited(rows: Sequence[Mapping[str, Any]], edit: Any) -> None:
             "no prompt held a massive token, so nothing was edited; locate on texts that begin as "
             "the prompts do (--bos, --chat)."
         )
-    output.note(f"no token was edited in {', '.join(left)}: none of theirs is massive.")
+    said = f"no token was edited in {', '.join(left)}: none of theirs is massive."
+    warnings.warn(said, EditWarning, stacklevel=3)
 
 
 def prompts_of(given: Sequence[str] | None) -> list[str]:

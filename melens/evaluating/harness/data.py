@@ -81,6 +81,8 @@ class GenerationSettings:
     batch_size: int = 1
     max_new_tokens: int | None = None
     """None = the task's own."""
+    chat: bool | None = None
+    """Whether prompts go through the chat template; None = where there is one."""
     progress: Callable[[int, int], None] | None = None
     """Called with (items done, items) after each batch."""
 

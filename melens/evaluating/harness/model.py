@@ -6,12 +6,13 @@ import copy
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from melens.batches import Batch
-from melens.chat import render
+from melens.chat import chat_opening, render
 from melens.errors import InterventionError, MissingPackageError
 from melens.evaluating.edits import applied
 from melens.evaluating.harness.settings import (
@@ -48,8 +49,22 @@ class Generator(HFLM):
         """``passed_on`` goes to HFLM verbatim."""
         own = _with_padding(tokenizer, model)
         super().__init__(pretrained=model, tokenizer=own, **passed_on)
-        self.in_chat = False
-        """Whether prompts are texts of the chat template, which alone says how they begin."""
+        self._shown = False
+        self.chat: bool | None = None
+        """Whether prompts are texts of the chat template; None = those that begin as it does."""
+
+    @cached_property
+    def _opening(self) -> str:
+        return chat_opening(self.tokenizer)
+
+    def _from_template(self, text: str) -> bool:
+        """Whether a text is one of the template, which alone says how it begins.
+
+        Told by the text itself: lm-eval keeps requests, and one model serves tasks of both kinds.
+        """
+        if self.chat is not None:
+            return self.chat
+        return bool(self._opening) and text.startswith(self._opening)
 
     def tok_encode(
         self,
@@ -62,7 +77,7 @@ class Generator(HFLM):
         text of the chat template.
         """  # noqa: D205
         asked = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        add = not self.in_chat if asked is None else asked
+        add = not self._from_template(string) if asked is None else asked
         ids = prompt_ids(self.tokenizer, string, add=add)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
@@ -93,9 +108,9 @@ class Generator(HFLM):
 
         Raises:  PromptError: it does not.
         """
-        if not self.in_chat:
+        if not self._shown:
             render(self.tokenizer, [chat_history], begin_answer=add_generation_prompt)
-            self.in_chat = True
+            self._shown = True
         return super().apply_chat_template(chat_history, add_generation_prompt)
 
 

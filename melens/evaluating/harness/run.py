@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from melens.chat import has_template, render
+from melens.chat import has_template, in_template, loses_prefix, render
 from melens.errors import OutputError, PromptError, ResultError
 from melens.evaluating.harness.data import (
     GENERATION_TASKS,
@@ -52,7 +52,7 @@ def run_task(
 ) -> list[AnswerRow]:
     """Generate and score a task's items under one edit; items that are saved already are read.
 
-    Zero-shot, greedy, in the model's chat template if its tokenizer has one. After each batch the
+    Zero-shot, greedy, in the model's chat template as ``settings.chat`` says. After each batch the
     rows are on disk: the same call after a kill goes on where it stopped.
 
     Args:    model: a plain transformers model, or a bridge; an edit that needs a bridge bridges a
@@ -143,14 +143,15 @@ def _run_key(
     """Everything an answer depends on; not how many items, nor how many at a time."""
     from lm_eval import __version__
 
-    alone = has_template(tokenizer) and frame_of(tokenizer).prefix
+    chat = in_template(tokenizer, settings.chat)
     return key_of(
         format=FORMAT, lm_eval=__version__, task=task,
         model=model_key(_plain(model), tokenizer, edit, me_layer),
         data=file_key(data_file(task, settings.data)),
         length=settings.max_new_tokens or GENERATION_TASKS[task].max_new_tokens,
         **({"open_end": True} if frame_of(tokenizer).suffix else {}),
-        **({"template_alone": True} if alone else {}),
+        **({"chat": False} if has_template(tokenizer) and not chat else {}),
+        **({"template_alone": True} if chat and loses_prefix(tokenizer) else {}),
     )  # fmt: skip
 
 
@@ -174,6 +175,7 @@ def _answers(
         name = f"melens_{job.task}"
         theirs = manager.load(name)["tasks"][name]
     theirs.set_config("generation_kwargs", {"max_gen_toks": job.length, **NEUTRAL}, update=True)
+    lm.chat = in_template(lm.tokenizer, job.settings.chat)
     asked = _requests(theirs, lm, left)
     prompts = [lm.tok_encode(request.args[0]) for request in asked]
     _check_prompts(lm, prompts, job)
@@ -202,11 +204,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
-    """lm-eval's requests for items, their prompts in the chat template if there is one."""
+    """lm-eval's requests for items, their prompts in the chat template where ``lm.chat``."""
     docs = [theirs.eval_docs[number] for number in numbers]
     options: dict[str, Any] = {"apply_chat_template": False}
     chats: list[Any] = []
-    if has_template(lm.tokenizer):
+    if lm.chat:
 
         def keep(chat: Any, add_generation_prompt: bool = True) -> str:
             chats.append(chat)
@@ -216,7 +218,6 @@ def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
     prompts = [theirs.fewshot_context(doc, num_fewshot=0, **options) for doc in docs]
     if chats:  # all of them at once, apart from this process
         prompts = list(render(lm.tokenizer, chats))
-        lm.in_chat = True
         options["chat_template"] = lm.apply_chat_template
     made = []
     for number, doc, prompt in zip(numbers, docs, prompts, strict=True):
