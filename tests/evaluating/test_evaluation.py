@@ -609,6 +609,17 @@ def test_generated_answers_become_the_same_result_and_go_on(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["items.jsonl"]
 
 
+def test_a_task_that_generates_can_go_without_the_template(answers_data):
+    pytest.importorskip("lm_eval")
+    from melens.cli.commands.evaluate import _refuse_early
+
+    asked = dict.fromkeys(("length", "n", "bos", "max_new_tokens", "out", "force"))
+    asked |= {"task": "gsm8k", "data": answers_data, "chat": False}
+    assert _refuse_early(asked, Edit()).chat is False
+    with pytest.raises(PromptError, match="makes its prompts itself; drop --bos"):
+        _refuse_early({**asked, "bos": True}, Edit())
+
+
 # --- The command.
 
 

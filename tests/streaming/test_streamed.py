@@ -430,7 +430,7 @@ def test_the_commands(folder_of, capsys, tmp_path):
     code, streamed = run(["locate", model, *options, "--stream", "--out", str(out)], capsys)
     assert code == 0
     assert {**json.loads(streamed.out), "run": 0} == {**json.loads(plain.out), "run": 0}
-    assert "7 blocks read of 3 in the model" in streamed.err  # block 0, the contract, the texts
+    assert "10 blocks read of 3 in the model" in streamed.err  # 1, and three passes
     assert sorted(f.name for f in out.iterdir()) == ["locate.json", "profile.png", "profile.svg"]
     code, made = run(["locate", model, *options[:2], "--stream", "-q", "--json"], capsys)
     settings = json.loads(made.out)["run"]["settings"]
