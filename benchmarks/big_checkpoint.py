@@ -212,11 +212,19 @@ def _write_config(folder: Path, shape: Shape) -> None:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     config = LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.d, intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, max_position_embeddings=4096, bos_token_id=BOS,
-        eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=shape.vocab,
+        hidden_size=shape.d,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=4096,
+        bos_token_id=BOS,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     special = {0: "<pad>", BOS: "<s>", 2: "</s>"}
@@ -272,13 +280,20 @@ def report(name: str, seconds: float, memory: float, checks: dict[str, bool]) ->
 def scanned(folder: Path, shape: Shape) -> bool:
     """The scan, and whether it foretells what is planted."""
     found, seconds, memory = run(["scan", str(folder), "--json", "--offline", "-q"])
-    holds = report("scan", seconds, memory, {
-        f"ME Layer {shape.me_layer} foretold": found["me_layer"] == shape.me_layer,
-        f"dimension {shape.dim} foretold": found["dims"][:1] == [shape.dim],
-    })  # fmt: skip
+    holds = report(
+        "scan",
+        seconds,
+        memory,
+        {
+            f"ME Layer {shape.me_layer} foretold": found["me_layer"] == shape.me_layer,
+            f"dimension {shape.dim} foretold": found["dims"][:1] == [shape.dim],
+        },
+    )
     erased = found["erase_layer"]
-    print(f"  erase layer foretold: {erased} (planted: {shape.erase_layer}; its neuron writes all "
-          "that it can, so that its ceiling is far below the maker's)")  # fmt: skip
+    print(
+        f"  erase layer foretold: {erased} (planted: {shape.erase_layer}; its neuron writes all "
+        "that it can, so that its ceiling is far below the maker's)"
+    )
     return holds
 
 
@@ -290,12 +305,17 @@ def located(folder: Path, shape: Shape) -> bool:
         ["locate", str(folder), "--stream", "--bos", "--text", str(text), "--json", "--offline"]
     )
     first = (found["massive"] or [{}])[0]
-    return report("locate --stream", seconds, memory, {
-        f"ME Layer {shape.me_layer} found": found["me_layer"] == shape.me_layer,
-        f"erase layer {shape.erase_layer} found": found["erase_layer"] == shape.erase_layer,
-        f"dimension {shape.dim} of BOS found":
-            (first.get("dim"), first.get("token_id")) == (shape.dim, BOS),
-    })  # fmt: skip
+    return report(
+        "locate --stream",
+        seconds,
+        memory,
+        {
+            f"ME Layer {shape.me_layer} found": found["me_layer"] == shape.me_layer,
+            f"erase layer {shape.erase_layer} found": found["erase_layer"] == shape.erase_layer,
+            f"dimension {shape.dim} of BOS found": (first.get("dim"), first.get("token_id"))
+            == (shape.dim, BOS),
+        },
+    )
 
 
 def main() -> int:

@@ -35,8 +35,20 @@ def print_added_megabytes(task: Callable[[], object]) -> None:
 def peak_megabytes(script: str, task: str, arguments: argparse.Namespace, n: int) -> float:
     """The same, in a fresh process that runs ``script --alone task``."""
     done = subprocess.run(
-        [sys.executable, script, "--alone", task, "--model", arguments.model,
-         "--n", str(n), "--length", str(arguments.length)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            script,
+            "--alone",
+            task,
+            "--model",
+            arguments.model,
+            "--n",
+            str(n),
+            "--length",
+            str(arguments.length),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])

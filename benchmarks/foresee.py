@@ -115,8 +115,10 @@ def main() -> None:
     compare(arguments.model, arguments.rounds)
     done = subprocess.run(
         [sys.executable, __file__, "--alone", "--model", arguments.model],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     before, peak = json.loads(done.stdout.splitlines()[-1])
     print(f"memory of a fresh process: {before:.0f} MB imported, {peak:.0f} MB at the scan's peak")
     if not arguments.no_locate:

@@ -56,9 +56,13 @@ def prepare(model: str, prompt: int, new: int, located: Path | None) -> dict[str
 
     def generate(**options: object) -> torch.Tensor:
         return hf.generate(
-            **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            pad_token_id=0, **options,
-        )  # fmt: skip
+            **inputs,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
 
     def masked() -> torch.Tensor:
         with applied(hf, edit, me_layer):

@@ -96,9 +96,12 @@ def compare(model: Any, site: str, arguments: argparse.Namespace, speed: float) 
 
     def ours() -> None:
         made["ours"] = patch(
-            model, Batch.of(clean), Batch.of(corrupted), sites=site,
+            model,
+            Batch.of(clean),
+            Batch.of(corrupted),
+            sites=site,
             metric=LogitDifference(ANSWER, WRONG),
-        )  # fmt: skip
+        )
 
     taken = seconds(ours)
     with torch.no_grad():
@@ -113,8 +116,10 @@ def compare(model: Any, site: str, arguments: argparse.Namespace, speed: float) 
     print(f"  largest difference {miss:.1e} (values reach {theirs.abs().max():.2f})")
     print(f"  transformer_lens.patching {whole:7.1f} s  ({how})")
     print(f"  melens.patch              {taken:7.1f} s  {whole / taken:5.1f} x faster")
-    print(f"  operations {counted / 1e12:.2f} against {needed / 1e12:.2f} TFLOP: "
-          f"{counted / needed:.1f} x fewer")  # fmt: skip
+    print(
+        f"  operations {counted / 1e12:.2f} against {needed / 1e12:.2f} TFLOP: "
+        f"{counted / needed:.1f} x fewer"
+    )
     print(f"  speed {counted / whole / 1e9:.0f} against {needed / taken / 1e9:.0f} GFLOP/s")
     limit = needed / (speed * 1e9)
     print(f"  floating-point limit {limit:.1f} s: {whole / limit:.1f} x faster than plain")

@@ -80,13 +80,17 @@ def compare(model: Any, arguments: argparse.Namespace) -> None:
     miss = (made["plain"] - made["resumed"]).abs().max().item()
     n, whole, short = model.cfg.n_layers, (before + after) / 2, (taken + again) / 2
     left = sum(n - start for start in runner.starts[1:]) + n
-    print(f"ME Layer {me_layer.me_layer} of {n} (from 0); {len(wave) - 1} settings and the "
-          f"unedited model, {shape[0]} x {shape[1]} tokens")  # fmt: skip
+    print(
+        f"ME Layer {me_layer.me_layer} of {n} (from 0); {len(wave) - 1} settings and the "
+        f"unedited model, {shape[0]} x {shape[1]} tokens"
+    )
     print(f"  largest difference of a mean loss {miss:.1e} nats")
     print(f"  full passes  {before:7.2f} s and {after:7.2f} s")
     print(f"  resumed      {taken:7.2f} s and {again:7.2f} s   {whole / short:.2f} x faster")
-    print(f"  blocks {len(wave) * n} against {left}: {len(wave) * n / left:.2f} x fewer, "
-          "unembedding aside")  # fmt: skip
+    print(
+        f"  blocks {len(wave) * n} against {left}: {len(wave) * n / left:.2f} x fewer, "
+        "unembedding aside"
+    )
     if miss > TOLERANCE:
         sys.exit(f"the losses differ by more than {TOLERANCE} nats")
 

@@ -50,16 +50,21 @@ def main(cfg: Config) -> PatchGrid:
         swapped[0, 0] = cfg.token
     folder = Path("runs") / f"04_patching-{cfg.model}"
     massive = patch(
-        model, Batch.of(clean), Batch.of(swapped), positions=[0],
+        model,
+        Batch.of(clean),
+        Batch.of(swapped),
+        positions=[0],
         sites=["resid_pre", "resid_mid", "attn_out", "mlp_out"],
         metric=MassiveCoordinate(located),
-    )  # fmt: skip
+    )
     answer = patch(
-        model, Batch.of(clean), Batch.of(other),
+        model,
+        Batch.of(clean),
+        Batch.of(other),
         sites=["resid_pre", "attn_out", "mlp_out"],
         metric=LogitDifference(cfg.answer, cfg.wrong),
         checkpoint=folder / "answer.cells.json",
-    )  # fmt: skip
+    )
     _save(massive, folder, "massive")
     _save(answer, folder, "answer")
     (folder / "answer.cells.json").unlink(missing_ok=True)

@@ -91,9 +91,13 @@ def dose(model: Any, found: MELayer, edit: Edit, cfg: Config, cell: Path) -> Eva
 def inside(model: Any, found: MELayer, edit: Edit, texts: Prompts) -> Sinks:
     """Sinks inside the mask, on the texts that were measured without it."""
     with wemask(
-        model, found, layers=edit.layers, rate=edit.rate, strength=edit.strength,
+        model,
+        found,
+        layers=edit.layers,
+        rate=edit.rate,
+        strength=edit.strength,
         select=edit.select,
-    ):  # fmt: skip
+    ):
         return melens.sinks(model, found, texts)
 
 

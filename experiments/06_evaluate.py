@@ -72,9 +72,12 @@ def main(cfg: Config) -> list[Evaluation]:
     made = []
     for task, source in sources.items():
         settings = Settings(
-            plan, cfg.seed, batch_size=cfg.batch_size, items=folder / task / "items.jsonl",
+            plan,
+            cfg.seed,
+            batch_size=cfg.batch_size,
+            items=folder / task / "items.jsonl",
             max_new_tokens=cfg.max_new_tokens if task in GENERATION_TASKS else None,
-        )  # fmt: skip
+        )
         result = evaluate(model, task, edit, me_layer=found, source=source, settings=settings)
         write_atomically(folder / task / "evaluate.json", result.to_json())
         for style in ("dose", "paired"):

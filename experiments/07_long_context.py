@@ -55,10 +55,15 @@ def main(cfg: Config) -> tuple[LongContext, ...]:
     for task in TASKS:
         folder = Path(cfg.out) / f"07_long_context-{cfg.model}" / task
         haystack = Haystack(
-            task=task, lengths=tuple(int(n) for n in cfg.lengths.split(",")),
-            depths=tuple(float(depth) for depth in cfg.depths.split(",")), seeds=cfg.seeds,
-            needles=cfg.needles, text=Path(cfg.text) if cfg.text else None, bos=bos, seed=cfg.seed,
-        )  # fmt: skip
+            task=task,
+            lengths=tuple(int(n) for n in cfg.lengths.split(",")),
+            depths=tuple(float(depth) for depth in cfg.depths.split(",")),
+            seeds=cfg.seeds,
+            needles=cfg.needles,
+            text=Path(cfg.text) if cfg.text else None,
+            bos=bos,
+            seed=cfg.seed,
+        )
         folder.mkdir(parents=True, exist_ok=True)
         settings = LongSettings(
             seed=cfg.seed, texts=cfg.texts if task == TASKS[0] else 0, items=folder / "items.jsonl"

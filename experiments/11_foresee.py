@@ -101,10 +101,15 @@ def main(cfg: Config) -> dict[str, Any]:
     cases = _planted(cfg)
     real = [_real(name) for name in cfg.real.split(",") if name]
     study = {
-        "config": asdict(cfg), "versions": versions(), "git": git_commit(),
-        "rates": rates(cases), "located": located(cases), "disagree": disagreements(cases),
-        "confidence": confidence(cases), "real": [asdict(case) for case in real],
-    }  # fmt: skip
+        "config": asdict(cfg),
+        "versions": versions(),
+        "git": git_commit(),
+        "rates": rates(cases),
+        "located": located(cases),
+        "disagree": disagreements(cases),
+        "confidence": confidence(cases),
+        "real": [asdict(case) for case in real],
+    }
     folder = Path(cfg.out) / "11_foresee"
     write_atomically(folder / "study.json", json.dumps(study, indent=1) + "\n")
     lines = "".join(json.dumps(asdict(case)) + "\n" for case in cases)
@@ -215,8 +220,9 @@ def _real(name: str) -> Case:
     folder = ROOT / "docs" / "results"
     found: Any = load_result(folder / f"{saved}.locate.json")
     rows = json.loads((folder / f"{saved}.isolate.json").read_text("utf-8"))["neurons"]
-    at = sorted((row for row in rows if row["layer"] == found.me_layer),
-                key=lambda row: -abs(row["share"]))  # fmt: skip
+    at = sorted(
+        (row for row in rows if row["layer"] == found.me_layer), key=lambda row: -abs(row["share"])
+    )
     located = Answer(
         found.me_layer, found.massive[0].dim, at[0]["neuron"] if at else None, found.erase_layer
     )
@@ -265,8 +271,10 @@ def _ask_columns(model: Any) -> Answer:
         ratios = down.abs().amax(0) / down.abs().mean(0).clamp(min=1e-30)
         if ratios.max().item() > best:
             neuron = int(ratios.argmax())
-            best, answer = ratios.max().item(), Answer(layer, int(down[:, neuron].abs().argmax()),
-                                                       neuron)  # fmt: skip
+            best, answer = (
+                ratios.max().item(),
+                Answer(layer, int(down[:, neuron].abs().argmax()), neuron),
+            )
     return answer
 
 
@@ -293,8 +301,13 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         for i, method in enumerate(METHODS):
             found = {row["group"]: row[question] for row in rows if row["method"] == method}
             shares = [a / n if n else float("nan") for a, n in (found[g] for g in groups)]
-            axes.plot(shares, [y + 0.2 * (i - 1) for y in range(len(groups))], marker="os^"[i],
-                      ls="", label=method)  # fmt: skip
+            axes.plot(
+                shares,
+                [y + 0.2 * (i - 1) for y in range(len(groups))],
+                marker="os^"[i],
+                ls="",
+                label=method,
+            )
         axes.set_xlim(-0.05, 1.05)
         axes.set_xlabel(f"{question} right")
         axes.set_yticks(range(len(groups)), groups)

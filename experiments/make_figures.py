@@ -39,9 +39,11 @@ RESULTS = ROOT / "docs" / "results"
 POLICIES = ROOT / "melens" / "data" / "policies"
 S, S_RAW, G, G_RAW = "smollm2-135m-bos", "smollm2-135m", "gemma3-270m", "gemma3-270m-no-bos"
 NAMES = {
-    S: "SmolLM2-135M, BOS first", S_RAW: "SmolLM2-135M, no BOS",
-    G: "Gemma-3-270M, BOS first", G_RAW: "Gemma-3-270M, no BOS",
-}  # fmt: skip
+    S: "SmolLM2-135M, BOS first",
+    S_RAW: "SmolLM2-135M, no BOS",
+    G: "Gemma-3-270M, BOS first",
+    G_RAW: "Gemma-3-270M, no BOS",
+}
 FIGURES = {
     "gemma3-270m.png": (f"{G}.locate", "profile"),
     "gemma3-270m.scan.png": (f"{G}.scan", "ceilings"),
@@ -228,15 +230,20 @@ def located() -> Rows:
         first = found.massive[0]
         made.append(
             {
-                "": linked(f"{key}.locate"), "verdict": found.verdict,
-                "ME Layer": f"{found.me_layer} of {found.n_layers}", "main step": found.main_layer,
+                "": linked(f"{key}.locate"),
+                "verdict": found.verdict,
+                "ME Layer": f"{found.me_layer} of {found.n_layers}",
+                "main step": found.main_layer,
                 "10 to 90 %": f"{found.cumulative.p10} to {found.cumulative.p90}",
-                "effective layers": found.effective_layers, "erase layer": found.erase_layer,
-                "token": f"{code(first.token)} at {first.position}", "dimension": first.dim,
-                "value": first.value, "FFN's part": percent(found.writer.ffn),
+                "effective layers": found.effective_layers,
+                "erase layer": found.erase_layer,
+                "token": f"{code(first.token)} at {first.position}",
+                "dimension": first.dim,
+                "value": first.value,
+                "FFN's part": percent(found.writer.ffn),
                 "confidence": f"{found.confidence:.2f}",
             }
-        )  # fmt: skip
+        )
     names = [row.pop("") for row in made]
     return [
         {"": what, **{name: row[what] for name, row in zip(names, made, strict=True)}}
@@ -263,12 +270,14 @@ def sinks() -> Rows:
         found = saved(f"{key}.sinks")
         made.append(
             {
-                "": linked(f"{key}.sinks"), "T": found.t,
+                "": linked(f"{key}.sinks"),
+                "T": found.t,
                 **{f"Sink^{eps}": f"{rate:.2f}" for eps, rate in found.overall.items()},
-                "ME Layer": found.me_layer, "sinks in layers": ", ".join(map(str, found.spans)),
+                "ME Layer": found.me_layer,
+                "sinks in layers": ", ".join(map(str, found.spans)),
                 "sinks on": "the first token" if found.onset_of == "first" else "later tokens",
             }
-        )  # fmt: skip
+        )
     return made
 
 
@@ -301,14 +310,17 @@ def isolate() -> Rows:
         for row in found.rows():
             made.append(
                 {
-                    "": linked(f"{key}.isolate"), "layer": found.layer, "norm": row["norm"],
-                    "FFN": row["ffn"], "left of the coordinate": percent(row["left"]),
+                    "": linked(f"{key}.isolate"),
+                    "layer": found.layer,
+                    "norm": row["norm"],
+                    "FFN": row["ffn"],
+                    "left of the coordinate": percent(row["left"]),
                     "sinks after": f"{row['sink_rate']:.2f}",
-                    "loss change": "-" if row["loss_interval"] is None else within(
-                        _Score(row["loss_delta"], row["loss_interval"])
-                    ),
+                    "loss change": "-"
+                    if row["loss_interval"] is None
+                    else within(_Score(row["loss_delta"], row["loss_interval"])),
                 }
-            )  # fmt: skip
+            )
     return made
 
 
@@ -322,20 +334,25 @@ def super_weights() -> Rows:
         for weight in found.super_weights:
             made.append(
                 {
-                    "": about, "(layer, row, column)": str(weight.at)[1:-1], "role": weight.role,
-                    "value": weight.value, "loss change without it":
-                    within(_Score(weight.loss_delta, weight.interval)),
+                    "": about,
+                    "(layer, row, column)": str(weight.at)[1:-1],
+                    "role": weight.role,
+                    "value": weight.value,
+                    "loss change without it": within(_Score(weight.loss_delta, weight.interval)),
                     "without its neuron": signed(weight.neuron_loss_delta),
                 }
-            )  # fmt: skip
+            )
         for name, group in (("all together", found.together), ("as many others", found.control)):
             made.append(
                 {
-                    "": about, "(layer, row, column)": name, "role": None, "value": None,
+                    "": about,
+                    "(layer, row, column)": name,
+                    "role": None,
+                    "value": None,
                     "loss change without it": within(_Score(group.loss_delta, group.interval)),
                     "without its neuron": None,
                 }
-            )  # fmt: skip
+            )
     return made
 
 
@@ -357,11 +374,14 @@ def mask() -> Rows:
             for condition in found.conditions[1:]:
                 made.append(
                     {
-                        "": linked(name, start=False), "mask by": rule, "condition": condition.name,
-                        "edit": condition.edit.label, "loss change": within(condition.delta),
+                        "": linked(name, start=False),
+                        "mask by": rule,
+                        "condition": condition.name,
+                        "edit": condition.edit.label,
+                        "loss change": within(condition.delta),
                         "energy masked": percent(condition.energy),
                     }
-                )  # fmt: skip
+                )
     return made
 
 
@@ -374,13 +394,17 @@ def tasks() -> Rows:
         found = saved(name)
         made.append(
             {
-                "": linked(name, start=False), "task": found.task, "items": found.n,
+                "": linked(name, start=False),
+                "task": found.task,
+                "items": found.n,
                 "edit": found.edit.label,
-                "without": f"{found.base.value:.3f}", "with": f"{found.edited.value:.3f}",
-                "unit": found.unit, "better is": "more" if found.higher_is_better else "less",
+                "without": f"{found.base.value:.3f}",
+                "with": f"{found.edited.value:.3f}",
+                "unit": found.unit,
+                "better is": "more" if found.higher_is_better else "less",
                 "difference": within(found.delta),
             }
-        )  # fmt: skip
+        )
     return made
 
 
@@ -394,12 +418,13 @@ def long_context() -> Rows:
         for condition in found.conditions:
             made.append(
                 {
-                    "": linked(name, start=False), "condition": condition.name,
+                    "": linked(name, start=False),
+                    "condition": condition.name,
                     "found": f"{condition.overall.found.value * found.n:.0f} of {found.n}",
                     "answer's loss": f"{condition.overall.loss.value:.3f}",
                     "plain text, change": within(condition.text_delta),
                 }
-            )  # fmt: skip
+            )
     return made
 
 
@@ -414,15 +439,17 @@ def policy() -> Rows:
         other = {**rule, **strict.get(name, {})}
         made.append(
             {
-                "rule": f"`{name}`", "severity": rule["severity"], "threshold": rule["threshold"],
-                "strict": "the same" if other == rule else (
-                    f"{other['severity']}, {cell(other['threshold'])}"
-                ),
+                "rule": f"`{name}`",
+                "severity": rule["severity"],
+                "threshold": rule["threshold"],
+                "strict": "the same"
+                if other == rule
+                else (f"{other['severity']}, {cell(other['threshold'])}"),
                 "what is measured, and why it matters": " ".join(
                     line.removeprefix("#").strip() for line in comment.splitlines()
                 ),
             }
-        )  # fmt: skip
+        )
     assert {row["rule"].strip("`") for row in made} == set(rules), "a rule without a comment"
     return made
 

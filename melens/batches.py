@@ -22,9 +22,22 @@ from melens.token_ids import padded, read_ids, require_no_hole
 
 BUNDLED = "bundled"
 BUNDLED_ORDER = (
-    "prose_1", "code_1", "german", "digits", "chinese", "json", "prose_2", "russian",
-    "french", "code_2", "arabic", "prose_3", "spanish", "japanese", "hindi",
-)  # fmt: skip
+    "prose_1",
+    "code_1",
+    "german",
+    "digits",
+    "chinese",
+    "json",
+    "prose_2",
+    "russian",
+    "french",
+    "code_2",
+    "arabic",
+    "prose_3",
+    "spanish",
+    "japanese",
+    "hindi",
+)
 """Interleaved, so that the first few sequences already differ in kind and in first token."""
 BUNDLED_CHAT = ("chat_1", "chat_2", "chat_3")
 DEFAULT_N = 8
@@ -154,7 +167,7 @@ class Prompts:
         Padding is id 0: a tokenizer's own pad id may be none of the model's.
 
         Raises:  PromptError: as :meth:`token_rows`, or a batch size below 1.
-        """  # fmt: skip
+        """
         if batch_size < 1:
             raise PromptError(f"batch size {batch_size} is below 1.")
         rows = self.token_rows(tokenizer, max_length=max_length)
@@ -184,7 +197,7 @@ def prompts(
              chat: put each text through the tokenizer's chat template as a user's message;
              the template then decides about BOS.
     Raises:  PromptError: nothing to read, not UTF-8, empty texts, or n or length below 1.
-    """  # fmt: skip
+    """
     if (length is not None and length < 1) or (n is not None and n < 1):
         raise PromptError(f"n and length must be at least 1, got n={n}, length={length}.")
     if chat and bos is not None:

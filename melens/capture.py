@@ -231,7 +231,7 @@ def stream(
     Raises:  SiteError: a hook name the model does not have. BusyError: another thread has an edit
              or a capture open on the model.
              CaptureError: a site that did not fire exactly once a batch; no batch at all.
-    """  # fmt: skip
+    """
     if not hasattr(model, "hook_dict"):
         raise CaptureError(
             f"stream() needs a hooked model, got {type(model).__name__}; melens.load it."

@@ -148,18 +148,23 @@ def render(
     """
     template = template_of(tokenizer)
     variables = {
-        **getattr(tokenizer, "special_tokens_map", {}), "tools": None, "documents": None,
+        **getattr(tokenizer, "special_tokens_map", {}),
+        "tools": None,
+        "documents": None,
         "add_generation_prompt": begin_answer,
-    }  # fmt: skip
+    }
     texts: list[str] = []
     for start in range(0, len(conversations), AT_ONCE):
         chats = conversations[start : start + AT_ONCE]
         job = {
-            "template": template, "variables": variables,
+            "template": template,
+            "variables": variables,
             "conversations": [[dict(message) for message in chat] for chat in chats],
-            "seconds": SECONDS, "megabytes": MEGABYTES,
-            "characters": CHARACTERS, "used": sum(map(len, texts)),
-        }  # fmt: skip
+            "seconds": SECONDS,
+            "megabytes": MEGABYTES,
+            "characters": CHARACTERS,
+            "used": sum(map(len, texts)),
+        }
         texts += _rendered(json.dumps(job))
     return tuple(texts)
 
@@ -184,9 +189,12 @@ def _run(job: str) -> tuple[list[str], str | None]:
     """Texts, and what went wrong."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", str(CHILD)], input=job.encode(), capture_output=True,
-            timeout=SECONDS, check=False,
-        )  # fmt: skip
+            [sys.executable, "-P", str(CHILD)],
+            input=job.encode(),
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return [], f"it was not done within {SECONDS} seconds"
     except OSError as error:

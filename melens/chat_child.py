@@ -83,9 +83,11 @@ def environment() -> ImmutableSandboxedEnvironment:
     )
     made.filters["tojson"] = _to_json
     made.globals |= {
-        "raise_exception": _refuse, "strftime_now": _now, "dict": Dicts(),
+        "raise_exception": _refuse,
+        "strftime_now": _now,
+        "dict": Dicts(),
         "namespace": PublicNamespace,
-    }  # fmt: skip
+    }
     return made
 
 

@@ -52,7 +52,7 @@ def plain_ids(tokenizer: Any, text: str, *, frame: Frame | None = None) -> list[
 
     Args:    frame: :func:`frame_of` the tokenizer, where it is known already.
     Raises:  PromptError: as :func:`encoded`.
-    """  # fmt: skip
+    """
     frame = frame or frame_of(tokenizer)
     return frame.without(encoded(tokenizer, text)["input_ids"])
 

@@ -85,9 +85,12 @@ class Inputs:
         """What every number depends on beside texts and settings: the key of what is kept."""
         parameter = next(self.model.parameters())
         return {
-            "melens": __version__, "weights": self.weights, "dtype": str(parameter.dtype),
-            "device": parameter.device.type, "transformers": version("transformers"),
-        }  # fmt: skip
+            "melens": __version__,
+            "weights": self.weights,
+            "dtype": str(parameter.dtype),
+            "device": parameter.device.type,
+            "transformers": version("transformers"),
+        }
 
     def ticker(self, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
         """Turns rows done in a batch into (rows done so far, rows in all)."""

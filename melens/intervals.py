@@ -41,7 +41,7 @@ def weighted_mean(
              dependence (Bonferroni: each is taken at 1 - 0.05 / tests); None = this one alone.
     Source:  Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3; Dunn,
              Multiple Comparisons among Means, JASA 56, 1961.
-    """  # fmt: skip
+    """
     values, weights = values.double().cpu(), weights.double().cpu()
     value = float((values * weights).sum() / weights.sum())
     if bool((values == values[0]).all()):
@@ -88,7 +88,7 @@ def bootstrap(
              items: one or several columns over the same items, which are drawn together.
              tests: how many such intervals are looked at together; None = this one alone.
     Returns: None with too few items.
-    """  # fmt: skip
+    """
     least = LEAST if tests is None else LEAST_OF_MANY
     if len(items[0]) < least:
         return None

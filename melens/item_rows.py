@@ -46,7 +46,7 @@ class Rows:
         Args:    facts: what the numbers depend on; kept in the file's first line.
                  of: what the rows are finished parts of, for the refusal.
         Raises:  ResultError: the file is of another evaluation, or no such file.
-        """  # fmt: skip
+        """
         self.path, self.key, self.kind = path, key_of(facts), of
         self.found: dict[tuple[str, str], ItemRow] = {}
         if path is None:

@@ -155,7 +155,7 @@ def progress_on(unit: str | None, *, what: str | None = None) -> Iterator[Displa
 
     Args:    unit: what is counted, as "sequences"; None = only a share of the whole.
              what: what is going on, as "isolate"; may change with every call.
-    """  # fmt: skip
+    """
     if HUSHED.is_set():
         yield Display(unit, what)
         return

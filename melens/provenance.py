@@ -71,11 +71,18 @@ class RunInfo(BaseModel):
         """Record this process beside the facts about the model that the caller knows."""
         now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
         return cls(
-            model=model.name, model_revision=model.revision, weights=model.weights,
-            dtype=model.dtype, device=model.device, seed=seed, settings=settings,
-            command=command_line(), versions=versions(), git=git_commit(),
+            model=model.name,
+            model_revision=model.revision,
+            weights=model.weights,
+            dtype=model.dtype,
+            device=model.device,
+            seed=seed,
+            settings=settings,
+            command=command_line(),
+            versions=versions(),
+            git=git_commit(),
             created=now.isoformat(),
-        )  # fmt: skip
+        )
 
 
 def bos_said(start: object) -> str:
@@ -110,6 +117,8 @@ def git_commit() -> str | None:
         return None
     done = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or None

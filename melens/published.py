@@ -53,9 +53,12 @@ def known(model: str, result: Result, *, d_model: int | None = None) -> KnownChe
         names = [name.rsplit("/", 1)[-1] for name in known_models()]
         close = difflib.get_close_matches(model.rsplit("/", 1)[-1], [*names, *ALIASES], n=1)
         return KnownCheck(
-            model=model, verdict="unknown", comparisons=(), source=None,
+            model=model,
+            verdict="unknown",
+            comparisons=(),
+            source=None,
             meant=close[0] if close else None,
-        )  # fmt: skip
+        )
     order = ("match", "mismatch", "unknown")
     return min(checks, key=lambda check: order.index(check.verdict))
 
@@ -65,7 +68,7 @@ def known_by(names: Iterable[str], hold: Callable[[str], KnownCheck]) -> KnownCh
 
     Args:    names: what a model is called, and what its files say that it is called.
              hold: the check of one name.
-    """  # fmt: skip
+    """
     checks = [hold(name) for name in names]
     return next((check for check in checks if check.source is not None), checks[0])
 
@@ -123,9 +126,12 @@ def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
     )
     start = result.run.settings.get("bos_first")
     return KnownCheck(
-        model=model, verdict=verdict, comparisons=rows, source=row["source"],
+        model=model,
+        verdict=verdict,
+        comparisons=rows,
+        source=row["source"],
         bos_first=start if isinstance(start, bool) else None,
-    )  # fmt: skip
+    )
 
 
 def _same_kind(row: dict[str, Any], result: MELayer) -> bool:
@@ -200,9 +206,12 @@ def _compare(
     what: str, published: Any, measured: Any, fits: bool, *, place: bool = False
 ) -> Comparison:
     return Comparison(
-        what=what, published=_show(published), measured=_show(measured),
-        verdict="match" if fits else "mismatch", place=place,
-    )  # fmt: skip
+        what=what,
+        published=_show(published),
+        measured=_show(measured),
+        verdict="match" if fits else "mismatch",
+        place=place,
+    )
 
 
 def _show(value: Any) -> str:
@@ -222,15 +231,18 @@ def known_scan(model: str, scan: WeightScan) -> KnownCheck:
 
     Args:    model: a row's name (``org/name``, or its last part, or a named model).
     Returns: of several rows on record for a model, the one that fits best.
-    """  # fmt: skip
+    """
     checks = [_check_scan(row, model, scan) for row in published_rows(model)]
     if not checks:
         names = [name.rsplit("/", 1)[-1] for name in known_models()]
         close = difflib.get_close_matches(model.rsplit("/", 1)[-1], names, n=1)
         return KnownCheck(
-            model=model, verdict="unknown", comparisons=(), source=None,
+            model=model,
+            verdict="unknown",
+            comparisons=(),
+            source=None,
             meant=close[0] if close else None,
-        )  # fmt: skip
+        )
     return min(
         checks,
         key=lambda check: (
@@ -257,23 +269,27 @@ def _check_scan(row: dict[str, Any], model: str, scan: WeightScan) -> KnownCheck
     entries = {found.at for found in scan.candidates}
     for layer, dim, neuron in row.get("super_weights", ()):
         fits = (layer, dim, neuron) in entries
-        made.append(_compare_scan(
-            f"down_proj entry, layer {layer}, row {dim}, column {neuron}", "super weight",
-            "a candidate" if fits else "no candidate", fits=fits,
-        ))  # fmt: skip
+        made.append(
+            _compare_scan(
+                f"down_proj entry, layer {layer}, row {dim}, column {neuron}",
+                "super weight",
+                "a candidate" if fits else "no candidate",
+                fits=fits,
+            )
+        )
     bad = any(item.verdict == "mismatch" for item in made)
     verdict = "mismatch" if bad else "match" if made else "unknown"
-    return KnownCheck(
-        model=model, verdict=verdict, comparisons=tuple(made), source=row["source"]
-    )  # fmt: skip
+    return KnownCheck(model=model, verdict=verdict, comparisons=tuple(made), source=row["source"])
 
 
 def _compare_scan(what: str, published: Any, predicted: Any, *, fits: bool) -> Comparison:
     return Comparison(
-        what=what, published="none" if published is None else str(published),
+        what=what,
+        published="none" if published is None else str(published),
         measured="none" if predicted is None else str(predicted),
-        verdict="match" if fits else "mismatch", place=True,
-    )  # fmt: skip
+        verdict="match" if fits else "mismatch",
+        place=True,
+    )
 
 
 CONVENTION = (
@@ -305,7 +321,7 @@ def hold_super_weights(model: str, result: SuperWeights) -> KnownCheck:
     Returns: a published coordinate that was found is a ``match``, one that was not a ``mismatch``,
              and a found one that is not on record ``unknown``; ``unknown`` as a whole where no
              coordinates are on record.
-    """  # fmt: skip
+    """
     rows = [row for row in published_rows(model) if row.get("super_weights")]
     if not rows:
         return KnownCheck(

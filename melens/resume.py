@@ -116,9 +116,12 @@ class Resumable:
         keys = self.batch.positions.repeat(copies, 1)
         ids = self.batch.ids[:, start:].repeat(copies, 1)
         return Now(
-            ids, keys[:, start:], keys, lambda layer: self._resids[layer + 1][:, start:],
+            ids,
+            keys[:, start:],
+            keys,
+            lambda layer: self._resids[layer + 1][:, start:],
             {} if notes is None else notes,
-        )  # fmt: skip
+        )
 
     def _block(self, layer: int, resid: Resid, start: int) -> Resid:
         copies = self._copies(resid, start)
@@ -151,7 +154,7 @@ class Resumable:
                  hooks: TransformerLens hooks (name, function) to register for this run alone.
         Returns: the residual that leaves the last block run, from ``start`` on.
         Raises:  SiteError: a layer, rows or positions that do not fit.
-        """  # fmt: skip
+        """
         self.resid_pre(layer)
         stop = self.n_layers if upto is None else upto
         self.resid_pre(stop)
@@ -172,8 +175,9 @@ class Resumable:
         Give it only the positions whose logits are wanted: the unembedding is dear.
         """
         logits = self.model.unembed(self.model.ln_final(resid))
-        transform = getattr(getattr(self.model, "adapter", None), "apply_output_logits_transform",
-                            None)  # fmt: skip
+        transform = getattr(
+            getattr(self.model, "adapter", None), "apply_output_logits_transform", None
+        )
         if transform is not None:
             return transform(logits)
         cap = getattr(self.model.cfg, "output_logits_soft_cap", None)

@@ -27,9 +27,12 @@ _NO_WAIT, _CLOSE, _BINARY = (
 )
 """Not every system has them all."""
 _NOT_REGULAR = {
-    stat.S_ISDIR: "it is a folder", stat.S_ISFIFO: "it is a pipe (a FIFO)",
-    stat.S_ISSOCK: "it is a socket", stat.S_ISCHR: "it is a device", stat.S_ISBLK: "it is a device",
-}  # fmt: skip
+    stat.S_ISDIR: "it is a folder",
+    stat.S_ISFIFO: "it is a pipe (a FIFO)",
+    stat.S_ISSOCK: "it is a socket",
+    stat.S_ISCHR: "it is a device",
+    stat.S_ISBLK: "it is a device",
+}
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

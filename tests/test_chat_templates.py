@@ -13,10 +13,10 @@ from melens.errors import PromptError
 from melens.exporting.prefix import fixed_first
 
 MESSAGES = [
-    {"role": "system", "content": "be \"brief\" <b>"},
+    {"role": "system", "content": 'be "brief" <b>'},
     {"role": "user", "content": "héllo \u2028 {{ 1 }}"},
     {"role": "assistant", "content": "ok"},
-]  # fmt: skip
+]
 GOOD = {
     "plain": "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m.content | trim }}\n"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",

@@ -9,9 +9,17 @@ from melens.results import load_result
 DOCS = Path(__file__).parent.parent / "docs"
 SAVED = sorted([*DOCS.glob("results/*.json"), *DOCS.glob("reports/*.json")])
 KINDS = {
-    "locate", "describe", "collapse", "sinks", "isolate", "super-weights", "scan", "evaluate",
-    "long-context", "check",
-}  # fmt: skip
+    "locate",
+    "describe",
+    "collapse",
+    "sinks",
+    "isolate",
+    "super-weights",
+    "scan",
+    "evaluate",
+    "long-context",
+    "check",
+}
 
 
 def test_saved_results_come_back_byte_for_byte():

@@ -95,8 +95,10 @@ def test_cells_stay_cells(figures):
 def test_references_are_what_the_code_says():
     done = subprocess.run(
         [sys.executable, "experiments/make_reference.py", "--check"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, f"python experiments/make_reference.py\n{done.stdout}{done.stderr}"
 
 
@@ -195,9 +197,12 @@ def run_pages(*pages):
 
 def test_the_code_of_the_pages_runs():
     shown = run_pages(
-        "extend/family.md", "extend/reducer.md", "extend/intervention.md",
-        "extend/figure.md", "check.md",
-    )  # fmt: skip
+        "extend/family.md",
+        "extend/reducer.md",
+        "extend/intervention.md",
+        "extend/figure.md",
+        "check.md",
+    )
     assert "blocks.0.hook_resid_post" in shown
     assert "the ME Layer did not move: 11 in both" in shown
 

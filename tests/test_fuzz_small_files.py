@@ -23,29 +23,53 @@ from melens.patching.sweep import Cells
 from melens.results import load_result
 
 FUZZ = settings(
-    max_examples=int(os.environ.get("MELENS_FUZZ", "200")), deadline=20_000, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow,
-                           HealthCheck.data_too_large],
-)  # fmt: skip
+    max_examples=int(os.environ.get("MELENS_FUZZ", "200")),
+    deadline=20_000,
+    database=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+)
 SMALL = sorted(SAVED.glob("*.json"), key=lambda path: path.stat().st_size)[:12]
-KEYS = ["rules", "one-token", "threshold", "severity", "name", "extends", "fail_on", "schema",
-        "run", "model", "me_layer", "massive", "profile", "tokens", "cells", "edit"]  # fmt: skip
+KEYS = [
+    "rules",
+    "one-token",
+    "threshold",
+    "severity",
+    "name",
+    "extends",
+    "fail_on",
+    "schema",
+    "run",
+    "model",
+    "me_layer",
+    "massive",
+    "profile",
+    "tokens",
+    "cells",
+    "edit",
+]
 WORDS = st.one_of(
     st.sampled_from([*KEYS, "melens/locate/1", "melens/check/1", "melens/edit/1", "default"]),
-    st.text(max_size=20), st.sampled_from(["\x1b[2J", "\u202e", "\ud800", "\u2028", "\x00"]),
-)  # fmt: skip
+    st.text(max_size=20),
+    st.sampled_from(["\x1b[2J", "\u202e", "\ud800", "\u2028", "\x00"]),
+)
 NUMBERS = st.one_of(
-    st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), 2**63, -1, 0, 1e308]),
-)  # fmt: skip
+    st.integers(),
+    st.floats(),
+    st.sampled_from([10**400, -(10**400), 2**63, -1, 0, 1e308]),
+)
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS)
 VALUES = st.recursive(
     SCALARS,
     lambda part: st.one_of(
-        st.lists(part, max_size=4), st.dictionaries(st.one_of(st.sampled_from(KEYS), WORDS), part,
-                                                    max_size=4),
+        st.lists(part, max_size=4),
+        st.dictionaries(st.one_of(st.sampled_from(KEYS), WORDS), part, max_size=4),
     ),
     max_leaves=12,
-)  # fmt: skip
+)
 NASTY = [
     b"[" * 100_000,
     b'{"a":' * 100_000,
@@ -76,9 +100,10 @@ NASTY = [
 ]
 """By number, so that a failure is not shown with all of it."""
 BYTES = st.one_of(
-    st.binary(max_size=200), st.text(max_size=200).map(lambda t: t.encode("utf-16")),
+    st.binary(max_size=200),
+    st.text(max_size=200).map(lambda t: t.encode("utf-16")),
     st.integers(0, 99).map(lambda i: NASTY[i % len(NASTY)]),
-)  # fmt: skip
+)
 
 
 def holds_or_says_why(read, kind: type[MelensError] = MelensError) -> None:
@@ -98,10 +123,11 @@ def as_toml(value) -> str:
     if not isinstance(value, dict):
         return f"x = {json.dumps(value)}\n"
     lines = [
-        f"[{key}]\n{as_toml(part)}" if isinstance(part, dict) and key.isidentifier()
+        f"[{key}]\n{as_toml(part)}"
+        if isinstance(part, dict) and key.isidentifier()
         else f"{json.dumps(key)} = {json.dumps(part).replace(': ', ' = ')}\n"
         for key, part in value.items()
-    ]  # fmt: skip
+    ]
     return "".join(lines)
 
 
@@ -121,7 +147,7 @@ RULES = st.dictionaries(
     st.one_of(st.sampled_from(["one-token", "sink-heads", "known-layer", "nothing"]), WORDS),
     st.dictionaries(st.sampled_from(["severity", "threshold", "limit"]), VALUES, max_size=3),
     max_size=3,
-)  # fmt: skip
+)
 
 
 @FUZZ

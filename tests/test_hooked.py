@@ -13,11 +13,15 @@ SITE = "blocks.1.hook_resid_post"
 KINDS = {
     "layer norm": {"normalization_type": "LN", "act_fn": "gelu"},
     "gated, rms, rotary": {
-        "normalization_type": "RMS", "act_fn": "silu", "gated_mlp": True, "final_rms": True,
-        "positional_embedding_type": "rotary", "rotary_dim": 8,
+        "normalization_type": "RMS",
+        "act_fn": "silu",
+        "gated_mlp": True,
+        "final_rms": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 8,
     },
     "parallel": {"normalization_type": "LN", "act_fn": "gelu", "parallel_attn_mlp": True},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=list(KINDS))
@@ -25,9 +29,17 @@ def hooked(request):
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     config = HookedTransformerConfig(
-        n_layers=8, d_model=32, n_ctx=64, d_head=8, n_heads=4, d_mlp=64, d_vocab=64, seed=0,
-        device="cpu", **KINDS[request.param],
-    )  # fmt: skip
+        n_layers=8,
+        d_model=32,
+        n_ctx=64,
+        d_head=8,
+        n_heads=4,
+        d_mlp=64,
+        d_vocab=64,
+        seed=0,
+        device="cpu",
+        **KINDS[request.param],
+    )
     return HookedTransformer(config)
 
 

@@ -21,9 +21,11 @@ from melens.store import is_text, json_object, lines_of
 
 EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
 FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True,
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 ODD = "a\u2028b\u0085c\x0bd\x0ce\x1cf\u2029g"
 FIELDS = ("question", "answer")
 

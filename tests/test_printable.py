@@ -38,9 +38,21 @@ def test_what_is_no_shape_is_escaped_and_escaping_twice_changes_nothing():
 
 @pytest.mark.parametrize(
     "text",
-    ["plain", "Größe, naïve\u00a0!", "日本語\u3000の", "می‌خواهم", "क्‍ष", "שלום", "مرحبا", "👩‍👩‍👧 ❤️‍🔥",  # noqa: E501
-     "\u0661\u06dd", "C:\\x1b", "e\u0301", "\ue000"],
-)  # fmt: skip
+    [
+        "plain",
+        "Größe, naïve\u00a0!",
+        "日本語\u3000の",
+        "می‌خواهم",
+        "क्‍ष",
+        "שלום",
+        "مرحبا",
+        "👩‍👩‍👧 ❤️‍🔥",
+        "\u0661\u06dd",
+        "C:\\x1b",
+        "e\u0301",
+        "\ue000",
+    ],
+)
 def test_ordinary_text_of_any_script_is_left_alone(text):
     assert printable(text) == text
 
@@ -232,7 +244,7 @@ def test_a_walk_over_commands(hostile, tmp_path, capsys):
         "policy name": ["check", folder, "--policy", named],
         "option": ["locate", f"--no{EVIL}"],
         "debug": ["--debug", "plot", odd, "-o", tmp_path / "a.png"],
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(SystemExit) as done:
             main([str(part) for part in command])
         shown = capsys.readouterr()

@@ -19,9 +19,12 @@ ALIVE = re.compile(r"melens: 3 of 12 rows, 25 %, \d+ s so far, about \d+ s left\
 
 
 ALWAYS_SAID = {
-    "progress.py", "cli/app.py", "evaluating/harness/__main__.py", "evaluating/generated.py",
+    "progress.py",
+    "cli/app.py",
+    "evaluating/harness/__main__.py",
+    "evaluating/generated.py",
     "evaluating/harness/run.py",
-}  # fmt: skip
+}
 """Errors; the last two have a callback of that name, which counts items."""
 
 

@@ -85,8 +85,10 @@ def test_a_dropped_key_is_one_that_nobody_sees(family, bridged, tokenizer):
     """Attention weights of the key are 0 for later tokens, 1 for itself; the rest sum to 1."""
     model = load(plain(family), tokenizer=tokenizer)
     rows = {}
-    hooks = [(f"blocks.{n}.attn.hook_pattern", lambda x, hook: rows.update({hook.name: x}))
-             for n in (1, 2)]  # fmt: skip
+    hooks = [
+        (f"blocks.{n}.attn.hook_pattern", lambda x, hook: rows.update({hook.name: x}))
+        for n in (1, 2)
+    ]
     with drop_key(model, 0), model.hooks(fwd_hooks=hooks):
         edited = model(IDS)
     for pattern in rows.values():
@@ -106,9 +108,10 @@ def test_a_dropped_key_is_one_that_nobody_sees(family, bridged, tokenizer):
 
 def test_a_mask_of_yes_and_no_hides_no_key_in_part(tokenizer):
     model = load(plain("mpt"), tokenizer=tokenizer)
-    with pytest.raises(InterventionError, match="hidden in part; use strength=1"), drop_key(
-        model, 0, strength=0.5
-    ):  # fmt: skip
+    with (
+        pytest.raises(InterventionError, match="hidden in part; use strength=1"),
+        drop_key(model, 0, strength=0.5),
+    ):
         model(IDS)
     with torch.no_grad():
         before = model(IDS)

@@ -108,8 +108,11 @@ def _fill(folder: Path, text: str) -> None:
 
 def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, what in ((tmp_path / "pipe", "pipe"), (Path("/dev/null"), "device"),
-                       (tmp_path, "folder")):  # fmt: skip
+    for path, what in (
+        (tmp_path / "pipe", "pipe"),
+        (Path("/dev/null"), "device"),
+        (tmp_path, "folder"),
+    ):
         with pytest.raises(OutputError, match=what):
             write_atomically(path, "x")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
@@ -188,9 +191,14 @@ def test_only_regular_files_of_a_bearable_size_are_read(tmp_path):
     huge = tmp_path / "huge"
     with huge.open("wb") as file:
         file.truncate(10**12)  # a hole: no byte of it is on disk, and none may be read
-    for path, what in ((tmp_path / "pipe", "pipe"), (Path("/dev/zero"), "device"),
-                       (tmp_path, "folder"), (huge, "1,000,000,000,000 bytes"),
-                       (tmp_path / "none", "No such file"), (Path("a\0b"), "null")):  # fmt: skip
+    for path, what in (
+        (tmp_path / "pipe", "pipe"),
+        (Path("/dev/zero"), "device"),
+        (tmp_path, "folder"),
+        (huge, "1,000,000,000,000 bytes"),
+        (tmp_path / "none", "No such file"),
+        (Path("a\0b"), "null"),
+    ):
         with pytest.raises(ResultError, match=what):
             read_text(path, 100, error=ResultError)
     for name in ("environ", "status"):  # they call themselves regular, and of no bytes
@@ -230,11 +238,15 @@ def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
         with path.open("wb") as file:
             file.truncate(10**12)
     for read, error in (
-        (load_result, ResultError), (read_policy, PolicyError), (prompts, PromptError),
-        (read_edit_file, ResultError), (read_prompts, PromptError), (refuse_bad_card, ResultError),
+        (load_result, ResultError),
+        (read_policy, PolicyError),
+        (prompts, PromptError),
+        (read_edit_file, ResultError),
+        (read_prompts, PromptError),
+        (refuse_bad_card, ResultError),
         (lambda at: Cells(at, "x"), ResultError),
         (lambda at: read_jsonl(Source(data=at), "x", ["a"]), PromptError),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=r"regular file|bytes"):
             read(path)
     if kind != "huge":  # of a file of items the head alone is read first

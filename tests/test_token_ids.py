@@ -56,8 +56,12 @@ def sources(tokenizer):
 def test_every_form_of_the_same_tokens_is_the_same_input(tiny, tokenizer):
     for name, source in sources(tokenizer).items():
         assert rows(tiny, source) == ROWS, name
-    alone = {"list": ROWS[0], "tensor": torch.tensor(ROWS[0]), "array": np.array(ROWS[0]),
-             "ids": [np.int64(token) for token in ROWS[0]]}  # fmt: skip
+    alone = {
+        "list": ROWS[0],
+        "tensor": torch.tensor(ROWS[0]),
+        "array": np.array(ROWS[0]),
+        "ids": [np.int64(token) for token in ROWS[0]],
+    }
     for name, source in alone.items():
         assert rows(tiny, source) == ROWS[:1], name
 
@@ -101,8 +105,12 @@ def test_patching_takes_ids(tiny, tokenizer):
     clean, other = ROWS[0], [5, 6, 17, 8, 9]
     options = {"sites": "resid_pre", "layers": [1], "metric": "kl"}
     texts = patch(tiny, TEXTS[0], tokenizer.decode(other), **options)
-    forms = [(torch.tensor(clean), torch.tensor(other)), (clean, other), ([clean], [other]),
-             (tokenizer(TEXTS[0]), tokenizer(tokenizer.decode(other)))]  # fmt: skip
+    forms = [
+        (torch.tensor(clean), torch.tensor(other)),
+        (clean, other),
+        ([clean], [other]),
+        (tokenizer(TEXTS[0]), tokenizer(tokenizer.decode(other))),
+    ]
     for first, second in forms:
         made = patch(tiny, first, second, **options)
         assert made.to_frame().equals(texts.to_frame())
@@ -155,7 +163,7 @@ def test_searching_takes_ids(tiny):
         ([Batch.pad(ROWS), TEXTS[0]], "mixed with something else"),
         (io.StringIO("w5 w6 w7 w8"), "an open file is no text"),
     ],
-)  # fmt: skip
+)
 def test_what_is_neither_text_nor_ids_is_refused_by_its_type(tiny, wrong, says):
     with pytest.raises(PromptError, match=says) as said:
         _batches(tiny, wrong, 4, 1)

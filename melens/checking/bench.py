@@ -75,9 +75,11 @@ class Bench:
     def run_info(self) -> RunInfo:
         """The check's own record, with what the model's config says."""
         return self.inputs.run_info(
-            seed=self.located.run.seed, budget=self.budget, **config_facts(self.model),
+            seed=self.located.run.seed,
+            budget=self.budget,
+            **config_facts(self.model),
             varied_texts=sum(len(set(row)) > 1 for row in self.inputs.rows),
-        )  # fmt: skip
+        )
 
 
 def packed(rows: Sequence[Sequence[int]], size: int = 4) -> list[Batch]:

@@ -19,11 +19,15 @@ def junit_xml(report: CheckReport) -> str:
     failed = [stage for stage in report.stages if stage.status == "failed"]
     skipped = [rule for rule in report.rules if rule.status in ("not measured", "off")]
     suite = Tree.Element(
-        "testsuite", name=_text(f"melens check {report.model}"),
-        tests=str(len(report.rules) + len(failed)), failures=str(len(counted)),
-        errors=str(len(failed)), skipped=str(len(skipped)), timestamp=report.run.created[:19],
+        "testsuite",
+        name=_text(f"melens check {report.model}"),
+        tests=str(len(report.rules) + len(failed)),
+        failures=str(len(counted)),
+        errors=str(len(failed)),
+        skipped=str(len(skipped)),
+        timestamp=report.run.created[:19],
         time=f"{sum(stage.seconds for stage in report.stages):.3f}",
-    )  # fmt: skip
+    )
     for rule in report.rules:
         _rule(suite, rule, findings.get(rule.id), counted=rule.id in counted)
     for stage in failed:
@@ -50,9 +54,12 @@ def _rule(suite: Tree.Element, rule: RuleOutcome, found: Finding | None, *, coun
 
 def _stage(suite: Tree.Element, stage: StageRecord) -> None:
     case = Tree.SubElement(
-        suite, "testcase", classname="melens.check", name=f"stage {stage.name}",
+        suite,
+        "testcase",
+        classname="melens.check",
+        name=f"stage {stage.name}",
         time=f"{stage.seconds:.3f}",
-    )  # fmt: skip
+    )
     Tree.SubElement(case, "error", message=_text(stage.reason or "could not run"))
 
 

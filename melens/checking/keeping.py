@@ -37,13 +37,18 @@ class Keeper:
             return cls(None, "")
         parameter = next(bench.model.parameters())
         facts = {
-            "melens": __version__, "versions": versions(), "weights": full_hash(bench.model),
-            "dtype": str(parameter.dtype), "device": parameter.device.type,
-            "rows": bench.inputs.rows, "settings": bench.inputs.settings,
+            "melens": __version__,
+            "versions": versions(),
+            "weights": full_hash(bench.model),
+            "dtype": str(parameter.dtype),
+            "device": parameter.device.type,
+            "rows": bench.inputs.rows,
+            "settings": bench.inputs.settings,
             "tokens": [CAUSE_TOKENS, VIEW_TOKENS],
-            "model": bench.inputs.run_info(seed=0).model, "config": config_of(bench.model),
+            "model": bench.inputs.run_info(seed=0).model,
+            "config": config_of(bench.model),
             "tokenizer": tokenizer_hash(getattr(bench.model, "tokenizer", None)),
-        }  # fmt: skip
+        }
         text = json.dumps(facts, sort_keys=True, default=str)
         return cls(folder, hashlib.sha256(text.encode()).hexdigest()[:16])
 
@@ -83,9 +88,12 @@ class Keeper:
     def _about(self, stage: str, data: bytes, seconds: float) -> dict[str, Any]:
         """What a stage's key file says: of what it is, and which bytes it belongs to."""
         return {
-            "schema": SCHEMA, "key": self.key, "stage": stage, "seconds": seconds,
+            "schema": SCHEMA,
+            "key": self.key,
+            "stage": stage,
+            "seconds": seconds,
             "sha256": hashlib.sha256(data).hexdigest(),
-        }  # fmt: skip
+        }
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / FOLDER / f"{stage}.json"

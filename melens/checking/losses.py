@@ -63,9 +63,13 @@ class _Largest:
         ratios = torch.where(others > 0, token / others.clamp_min(1e-300), torch.zeros(()).double())
         head = int(ratios.argmax())
         return CacheRow(
-            layer=self.view.layer, site=self.view.site, head=head,  # type: ignore[arg-type]
-            token=float(token[head]), others=float(others[head]), ratio=float(ratios[head]),
-        )  # fmt: skip
+            layer=self.view.layer,
+            site=self.view.site,
+            head=head,  # type: ignore[arg-type]
+            token=float(token[head]),
+            others=float(others[head]),
+            ratio=float(ratios[head]),
+        )
 
 
 def cache_norms(inputs: Inputs, me_layer: MELayer, *, progress: Progress = None) -> CacheNorms:

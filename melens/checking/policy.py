@@ -166,7 +166,7 @@ def read_policy(given: str | Path | Policy | None = None) -> Policy:
 
     Raises:  PolicyError: no such preset or file, or one that does not mean anything, with the
              line where that is.
-    """  # fmt: skip
+    """
     if isinstance(given, Policy):
         _check_ranges(given.rules, lambda _: f"the policy '{given.name}'")
         return given

@@ -54,7 +54,7 @@ def check(
     Raises:  PolicyError: a policy that cannot be read, before the model is loaded.
              UnknownNameError: no such budget. OutputError: ``out`` cannot be written.
              PromptError, ModelError: as ``melens.locate``, without which there is nothing to say.
-    """  # fmt: skip
+    """
     wanted, rules = stages_of(budget), read_policy(policy)
     folder = None if out is None else Path(out)
     bench = Bench.of(model, prompts, budget)

@@ -28,12 +28,15 @@ def compact_collapse(result: Collapse) -> Collapse:
         groups[row.layer, row.site, row.definition].append(row)
     rows = tuple(
         CollapseRow(
-            layer=layer, site=site, head=None, definition=definition,
+            layer=layer,
+            site=site,
+            head=None,
+            definition=definition,
             with_token=_mean([row.with_token for row in held]),
             without_token=_mean([row.without_token for row in held]),
         )
         for (layer, site, definition), held in groups.items()
-    )  # fmt: skip
+    )
     said = (
         f"single heads: {len(result.rows_):,} rows are averaged over heads here; the stage's own "
         "file, stages/collapse.json, has them all"

@@ -62,10 +62,15 @@ def _outcome(one: Rule, says: RulePolicy, found: Judgement | Unmeasured | None) 
     elif told is not None and told.value is None:
         reason = told.reason
     return RuleOutcome(
-        id=one.card.id, title=one.card.looks_for, status=status, unit=one.card.unit,
-        value=told and told.value, threshold=None if status == "off" else says.threshold,
-        reason=reason, source=told and told.source,
-    )  # fmt: skip
+        id=one.card.id,
+        title=one.card.looks_for,
+        status=status,
+        unit=one.card.unit,
+        value=told and told.value,
+        threshold=None if status == "off" else says.threshold,
+        reason=reason,
+        source=told and told.source,
+    )
 
 
 def _finding(one: Rule, says: RulePolicy, found: Judgement) -> Finding:
@@ -73,10 +78,17 @@ def _finding(one: Rule, says: RulePolicy, found: Judgement) -> Finding:
     assert found.value is not None
     assert found.source is not None
     return Finding(
-        id=one.card.id, severity=says.severity, title=found.title, value=found.value,
-        unit=one.card.unit, threshold=says.threshold, why=found.why or one.card.why,
-        advice=found.advice or one.card.advice, evidence=found.evidence, source=found.source,
-    )  # fmt: skip
+        id=one.card.id,
+        severity=says.severity,
+        title=found.title,
+        value=found.value,
+        unit=one.card.unit,
+        threshold=says.threshold,
+        why=found.why or one.card.why,
+        advice=found.advice or one.card.advice,
+        evidence=found.evidence,
+        source=found.source,
+    )
 
 
 def recommended(dose: Evaluation) -> Recommendation:
@@ -114,10 +126,14 @@ def recommended(dose: Evaluation) -> Recommendation:
             + few * (dose.n < LEAST_OF_MANY),
         )
     return Recommendation(
-        action=action, text=text, edit=best.edit.label if action == "mask" else None,
-        delta=best.delta.value, interval=interval, tried=len(doses),
+        action=action,
+        text=text,
+        edit=best.edit.label if action == "mask" else None,
+        delta=best.delta.value,
+        interval=interval,
+        tried=len(doses),
         source=f"/results/dose/{where}/delta",
-    )  # fmt: skip
+    )
 
 
 def _below(
@@ -129,9 +145,12 @@ def _below(
 
 
 def answered(
-    model: str, policy: Policy, findings: Sequence[Finding], outcomes: Sequence[RuleOutcome],
+    model: str,
+    policy: Policy,
+    findings: Sequence[Finding],
+    outcomes: Sequence[RuleOutcome],
     stages: Sequence[StageRecord],
-) -> tuple[str, str]:  # fmt: skip
+) -> tuple[str, str]:
     """The verdict and its sentence."""
     least = None if policy.fail_on == "never" else SEVERITIES.index(policy.fail_on)
     counted = [f for f in findings if least is not None and SEVERITIES.index(f.severity) >= least]

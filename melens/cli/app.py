@@ -123,8 +123,9 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return _end("out of memory; try a smaller --batch-size or --length.", COULD_NOT_RUN,
-                    debug=debug)  # fmt: skip
+        return _end(
+            "out of memory; try a smaller --batch-size or --length.", COULD_NOT_RUN, debug=debug
+        )
     except Exception as error:  # the last resort: a user never sees a traceback unasked
         first = (str(error).strip().splitlines() or [""])[0][:300]
         text = f"could not run ({type(error).__name__}: {first}); --debug shows where."

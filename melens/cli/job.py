@@ -66,10 +66,12 @@ class Job:
         texts = prompts(self.source, n=self.n_seq, length=self.length, bos=self.bos, chat=self.chat)
         self.saved = self._read_located()
         model = load(
-            self.model, device=None if self.device == "auto" else self.device,
-            dtype=self.dtype.value if self.dtype else None, revision=self.revision,
+            self.model,
+            device=None if self.device == "auto" else self.device,
+            dtype=self.dtype.value if self.dtype else None,
+            revision=self.revision,
             trust_remote_code=self.trust_remote_code,
-        )  # fmt: skip
+        )
         return model, texts
 
     def locate(self, model: Any, texts: Any, *, overwrite: bool = False) -> Any:
@@ -152,10 +154,13 @@ def streamed(wanted: Wanted) -> Iterator[Any]:
 
     keep = None if wanted.folder is None else wanted.folder / KEPT
     bridge = load_streamed(
-        wanted.model, device=None if wanted.device == "auto" else wanted.device,
-        dtype=wanted.dtype.value if wanted.dtype else None, revision=wanted.revision,
-        need_tokenizer=wanted.need_tokenizer, keep=keep,
-    )  # fmt: skip
+        wanted.model,
+        device=None if wanted.device == "auto" else wanted.device,
+        dtype=wanted.dtype.value if wanted.dtype else None,
+        revision=wanted.revision,
+        need_tokenizer=wanted.need_tokenizer,
+        keep=keep,
+    )
     reading: Any = stream_of(bridge)
     with progress_on("blocks") as tick:
         reading.progress = tick

@@ -191,7 +191,7 @@ def edit_of(options: Mapping[str, Any], model: str | Path | None = None) -> Edit
              options was given, the edit is that file's.
     Raises:  InterventionError: settings that the named edit does not have, or layers that are
              none. ResultError: a melens.json that cannot be read.
-    """  # fmt: skip
+    """
     from pydantic import ValidationError
 
     from melens.errors import InterventionError

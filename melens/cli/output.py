@@ -169,10 +169,15 @@ def list_models(*, as_json: bool) -> None:
     from melens.models import named
 
     rows = [
-        {"name": name, "model": model.about, "here": named.on_this_machine(model),
-         "fetch_mb": model.megabytes, "licence": model.licence}
+        {
+            "name": name,
+            "model": model.about,
+            "here": named.on_this_machine(model),
+            "fetch_mb": model.megabytes,
+            "licence": model.licence,
+        }
         for name, model in named.NAMED.items()
-    ]  # fmt: skip
+    ]
     if as_json:
         say_json(rows)
     else:
@@ -189,10 +194,14 @@ def environment(*, as_json: bool) -> None:
     from melens.provenance import git_commit, versions
 
     facts = {
-        **versions(), "git": git_commit(), "platform": platform.platform(),
-        "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(), "cache": str(cache_dir()),
-    }  # fmt: skip
+        **versions(),
+        "git": git_commit(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cache": str(cache_dir()),
+    }
     if as_json:
         say_json(facts)
         return

@@ -37,7 +37,7 @@ def diff(
              progress: called with (rows done, rows in all), once a model.
     Raises:  ResultError: a saved file of another kind, or of other texts.
              What ``melens.locate`` raises, for models.
-    """  # fmt: skip
+    """
     sides = two_sides(
         (a, b),
         lambda saved: texts_like(saved) if prompts is None else prompts,
@@ -119,9 +119,12 @@ def _notes(a: Side, b: Side) -> list[str]:
 def _run(a: Side, b: Side, tolerances: Tolerances) -> RunInfo:
     first, second = a.located.run, b.located.run
     facts = ModelFacts(
-        name=f"{first.model} against {second.model}", revision=None, weights=None,
-        dtype=_both(first.dtype, second.dtype), device=_both(first.device, second.device),
-    )  # fmt: skip
+        name=f"{first.model} against {second.model}",
+        revision=None,
+        weights=None,
+        dtype=_both(first.dtype, second.dtype),
+        device=_both(first.device, second.device),
+    )
     bounds = {name: str(value) for name, value in vars(tolerances).items()}
     same = first.settings.get("ids") == second.settings.get("ids")
     return RunInfo.collect(facts, seed=first.seed, settings={**bounds, "same_texts": same})

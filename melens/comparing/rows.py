@@ -57,16 +57,24 @@ def ratio(what: str, a: float, b: float, tolerance: float) -> Change:
     """Two sizes; a change of sign is a change."""
     value = b / a if a else None
     changed = a != b if value is None else abs(value - 1) > tolerance
-    return Change(what=what, a=a, b=b, changed=changed, measure="ratio", value=value,
-                  tolerance=tolerance)  # fmt: skip
+    return Change(
+        what=what, a=a, b=b, changed=changed, measure="ratio", value=value, tolerance=tolerance
+    )
 
 
 def difference(what: str, a: float | None, b: float | None, tolerance: float) -> Change:
     """Two shares in [0, 1]; one that is missing is shown, not judged."""
     if a is None or b is None:
         return equal(what, a, b, why_not="" if a is b else "not judged: one of them has none")
-    return Change(what=what, a=a, b=b, changed=abs(b - a) > tolerance, measure="difference",
-                  value=b - a, tolerance=tolerance)  # fmt: skip
+    return Change(
+        what=what,
+        a=a,
+        b=b,
+        changed=abs(b - a) > tolerance,
+        measure="difference",
+        value=b - a,
+        tolerance=tolerance,
+    )
 
 
 def shape_rows(a: Side, b: Side) -> Iterator[Change]:
@@ -93,8 +101,12 @@ def layer_rows(a: MELayer, b: MELayer) -> Iterator[Change]:
         if first != second
     ]
     if moved and not deep:
-        yield equal("criteria that answer otherwise", None, "; ".join(moved),
-                    why_not="not judged: criteria disagree within one model too")  # fmt: skip
+        yield equal(
+            "criteria that answer otherwise",
+            None,
+            "; ".join(moved),
+            why_not="not judged: criteria disagree within one model too",
+        )
     yield equal("confidence", a.confidence, b.confidence, why_not="not judged: it follows the rest")
 
 
@@ -111,9 +123,12 @@ def token_rows(a: MELayer, b: MELayer, limits: Tolerances) -> Iterator[Change]:
         sorted({f"{token.token!r} in {token.dim}" for token in side.massive[1:]}) for side in (a, b)
     ]
     if others[0] != others[1]:
-        yield equal("further massive tokens", "; ".join(others[0][:6]) or None,
-                    "; ".join(others[1][:6]) or None,
-                    why_not="not judged: those near the threshold come and go")  # fmt: skip
+        yield equal(
+            "further massive tokens",
+            "; ".join(others[0][:6]) or None,
+            "; ".join(others[1][:6]) or None,
+            why_not="not judged: those near the threshold come and go",
+        )
     if a.writer and b.writer:
         yield difference("FFN's part of the write", a.writer.ffn, b.writer.ffn, limits.share)
 
@@ -124,8 +139,15 @@ def direction_rows(a: Side, b: Side, limits: Tolerances) -> Iterator[Change]:
         return
     one, two = a.steps[a.located.peak_layer or 0], b.steps[b.located.peak_layer or 0]
     value = cosines(one[None], two).item()
-    yield Change(what="massive token's direction", a=None, b=None, changed=value < limits.cosine,
-                 measure="cosine", value=value, tolerance=limits.cosine)  # fmt: skip
+    yield Change(
+        what="massive token's direction",
+        a=None,
+        b=None,
+        changed=value < limits.cosine,
+        measure="cosine",
+        value=value,
+        tolerance=limits.cosine,
+    )
 
 
 def profile_rows(a: Side, b: Side) -> tuple[SideRow, ...]:
@@ -161,12 +183,15 @@ def profile_change(
     worst = max(known, key=_factor)
     where = f"layer {worst.layer}, where it differs most"
     yield Change(
-        what="largest |x| of a layer", a=worst.max_a, b=worst.max_b, measure="factor",
+        what="largest |x| of a layer",
+        a=worst.max_a,
+        b=worst.max_b,
+        measure="factor",
         value=1.0 if worst.max_a == worst.max_b else worst.ratio,
         changed=None if why_not else _factor(worst) > limits.profile,
         tolerance=None if why_not else limits.profile,
         note=f"{where}; {why_not}" if why_not else where,
-    )  # fmt: skip
+    )
 
 
 def _factor(row: SideRow) -> float:

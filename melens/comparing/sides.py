@@ -76,21 +76,30 @@ class Side:
         steps = trace(inputs.model, [prefix])[0].resid[1:] if prefix else None
         cfg = inputs.model.cfg
         return cls(
-            found, "model", steps=steps, prefix=tuple(prefix) if prefix else None,
-            width=(int(cfg.d_model), int(cfg.d_vocab)), family=anatomy(inputs.model).family,
-        )  # fmt: skip
+            found,
+            "model",
+            steps=steps,
+            prefix=tuple(prefix) if prefix else None,
+            width=(int(cfg.d_model), int(cfg.d_vocab)),
+            family=anatomy(inputs.model).family,
+        )
 
     def info(self) -> SideInfo:
         """What a Difference keeps of it."""
         run = self.located.run
         return SideInfo(
-            name=run.model, source=self.source, verdict=self.located.verdict,
-            me_layer=self.located.me_layer, n_layers=self.located.n_layers,
+            name=run.model,
+            source=self.source,
+            verdict=self.located.verdict,
+            me_layer=self.located.me_layer,
+            n_layers=self.located.n_layers,
             d_model=self.width[0] if self.width else None,
             vocabulary=self.width[1] if self.width else None,
-            dtype=run.dtype, weights=run.weights, ids=run.settings.get("ids"),
+            dtype=run.dtype,
+            weights=run.weights,
+            ids=run.settings.get("ids"),
             bos_first=_flag(run.settings.get("bos_first")),
-        )  # fmt: skip
+        )
 
 
 def two_sides(

@@ -42,7 +42,7 @@ def applied(
              names its layers itself.
              tokens: those that are edited instead, e.g. marked by an earlier pass.
     Raises:  InterventionError, SiteError: settings that this model cannot follow.
-    """  # fmt: skip
+    """
     if me_layer is None and edit.name in ("zero", "mean", "norm-flatten", "ffn-cap"):
         raise InterventionError(f"{edit.name} acts at the ME Layer; pass what melens.locate gives.")
     wanted = me_layer if tokens is None else tokens
@@ -66,9 +66,15 @@ def _wemask(
     model: Any, edit: Edit, me_layer: MELayer | None, tokens: Tokens
 ) -> AbstractContextManager[Any]:
     return wemask(
-        model, me_layer, layers=edit.layers, rate=edit.rate, strength=edit.strength,
-        select=edit.select, seed=edit.seed, tokens=tokens,
-    )  # fmt: skip
+        model,
+        me_layer,
+        layers=edit.layers,
+        rate=edit.rate,
+        strength=edit.strength,
+        select=edit.select,
+        seed=edit.seed,
+        tokens=tokens,
+    )
 
 
 def _layer(edit: Edit, me_layer: MELayer) -> Any:
@@ -83,16 +89,20 @@ def _dims(model: Any, edit: Edit, me_layer: MELayer) -> list[int]:
     if edit.select != "random":
         return massive
     rng = torch.Generator().manual_seed(edit.seed)
-    others = [d for d in torch.randperm(model.cfg.d_model, generator=rng).tolist()
-              if d not in massive]  # fmt: skip
+    others = [
+        d for d in torch.randperm(model.cfg.d_model, generator=rng).tolist() if d not in massive
+    ]
     return sorted(others[: len(massive)])
 
 
 def _zero(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> AbstractContextManager[Any]:
     return residual_set(
-        model, _layer(edit, me_layer), tokens=tokens, dims=_dims(model, edit, me_layer),
+        model,
+        _layer(edit, me_layer),
+        tokens=tokens,
+        dims=_dims(model, edit, me_layer),
         strength=edit.strength,
-    )  # fmt: skip
+    )
 
 
 def _mean(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> AbstractContextManager[Any]:
@@ -100,9 +110,13 @@ def _mean(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> Abstract
     dims = _dims(model, edit, me_layer)
     means = _means(model, me_layer, at, dims)
     return residual_set(
-        model, _layer(edit, me_layer), tokens=tokens, dims=list(means),
-        values=list(means.values()), strength=edit.strength,
-    )  # fmt: skip
+        model,
+        _layer(edit, me_layer),
+        tokens=tokens,
+        dims=list(means),
+        values=list(means.values()),
+        strength=edit.strength,
+    )
 
 
 def _means(model: Any, me_layer: MELayer, at: int | None, dims: list[int]) -> dict[int, float]:
@@ -137,15 +151,24 @@ def _drop_key(
     model: Any, edit: Edit, me_layer: MELayer | None, tokens: Tokens
 ) -> AbstractContextManager[Any]:
     return drop_key(
-        model, me_layer, layers=edit.layers, strength=edit.strength, start=edit.start,
+        model,
+        me_layer,
+        layers=edit.layers,
+        strength=edit.strength,
+        start=edit.start,
         tokens=tokens,
-    )  # fmt: skip
+    )
 
 
 for _name, _maker in {
-    "none": _none, "wemask": _wemask, "zero": _zero, "mean": _mean,
-    "norm-flatten": _norm_flatten, "ffn-cap": _ffn_cap, "drop-key": _drop_key,
-}.items():  # fmt: skip
+    "none": _none,
+    "wemask": _wemask,
+    "zero": _zero,
+    "mean": _mean,
+    "norm-flatten": _norm_flatten,
+    "ffn-cap": _ffn_cap,
+    "drop-key": _drop_key,
+}.items():
     EDITS.add(_name, _maker)
 
 

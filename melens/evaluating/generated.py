@@ -68,9 +68,12 @@ def generated(
     ids = [task_prompt_ids(tokenizer, prompt, chat=source.chat) for prompt in asked]
     start = bos_first(tokenizer, ids)
     card = TaskCard(
-        task.name, task.unit, task.higher_is_better, about[0].upper() + about[1:],
+        task.name,
+        task.unit,
+        task.higher_is_better,
+        about[0].upper() + about[1:],
         {"data": task.file, "length": length, "bos_first": start},
-    )  # fmt: skip
+    )
     return assembled(bench, card, rows, order)
 
 
@@ -104,13 +107,21 @@ class _Generation:
                 progress(step * self.count + done, total)
 
         answers = run_task(
-            self.bench.model, self.bench.model.tokenizer, self.task.name, edit=condition.edit,
+            self.bench.model,
+            self.bench.model.tokenizer,
+            self.task.name,
+            edit=condition.edit,
             me_layer=self.bench.me_layer,
             settings=GenerationSettings(
-                self.folder, self.part, limit=self.count, batch_size=settings.batch_size,
-                max_new_tokens=settings.max_new_tokens, chat=self.chat, progress=tell,
+                self.folder,
+                self.part,
+                limit=self.count,
+                batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens,
+                chat=self.chat,
+                progress=tell,
             ),
-        )  # fmt: skip
+        )
         tokenizer = self.bench.model.tokenizer
         ids = [task_prompt_ids(tokenizer, answer.prompt, chat=self.chat) for answer in answers]
         energy = masked_energy(self.bench, condition, ids[:PROBES])

@@ -23,11 +23,37 @@ from melens.framing import encoded, frame_of, plain_ids, split_text
 
 TASKS = ("passkey", "needles")
 CITIES = (
-    "Amsterdam", "Athens", "Bangkok", "Berlin", "Boston", "Cairo", "Chicago", "Dublin", "Geneva",
-    "Havana", "Helsinki", "Jakarta", "Lagos", "Lima", "Lisbon", "London", "Madrid", "Manila",
-    "Moscow", "Nairobi", "Oslo", "Paris", "Prague", "Rome", "Seoul", "Sydney", "Tokyo", "Toronto",
-    "Vienna", "Warsaw",
-)  # fmt: skip
+    "Amsterdam",
+    "Athens",
+    "Bangkok",
+    "Berlin",
+    "Boston",
+    "Cairo",
+    "Chicago",
+    "Dublin",
+    "Geneva",
+    "Havana",
+    "Helsinki",
+    "Jakarta",
+    "Lagos",
+    "Lima",
+    "Lisbon",
+    "London",
+    "Madrid",
+    "Manila",
+    "Moscow",
+    "Nairobi",
+    "Oslo",
+    "Paris",
+    "Prague",
+    "Rome",
+    "Seoul",
+    "Sydney",
+    "Tokyo",
+    "Toronto",
+    "Vienna",
+    "Warsaw",
+)
 PROSE = ("prose_1", "prose_2", "prose_3")
 """Bundled texts that needles are hidden in: English, as the question is, and without numbers."""
 SENTENCE = re.compile(r"[.!?…।؟][\"'”’»)\]*_]*\s+|[。！？]|\n\s*\n\s*")
@@ -226,11 +252,17 @@ def _item(
         last = places[i]
     prompt = [*head, *body, *text[last:], *tail]
     about = {
-        "task": haystack.task, "length": length, "depth": depth, "seed": number,
-        "placed": places[0] / count, "begin": begin, "answer": asked.key, "asked": asked.name,
+        "task": haystack.task,
+        "length": length,
+        "depth": depth,
+        "seed": number,
+        "placed": places[0] / count,
+        "begin": begin,
+        "answer": asked.key,
+        "asked": asked.name,
         "needles": [[n.name, n.key, at / count] for n, at in zip(needles, places, strict=True)],
         "prompt": tokenizer.decode(prompt),
-    }  # fmt: skip
+    }
     scored = (*[False] * len(prompt), *[True] * len(answer))
     name = f"{haystack.task}-{length}-{depth:g}-{number}"
     return Forced(name, (*prompt, *answer), scored, about)

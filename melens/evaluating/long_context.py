@@ -134,7 +134,7 @@ def items_of(
 
     Args:    model: a bridge. texts: at most so many plain ones.
     Raises:  PromptError: as :func:`long_context`.
-    """  # fmt: skip
+    """
     if model.tokenizer is None:
         raise PromptError("this model has no tokenizer; load it with melens.load(..., tokenizer=).")
     context = getattr(model.cfg, "n_ctx", None)
@@ -184,18 +184,30 @@ class _LongJob:
         """The result, from the rows alone."""
         base = rows.of("base")
         made = [self._condition(c, rows.of(c.name), base) for c in self.bench.conditions]
-        by_role = {role: tuple(c for c in made if c.role == role) for role in
-                   ("dose", "control", "rival")}  # fmt: skip
+        by_role = {
+            role: tuple(c for c in made if c.role == role) for role in ("dose", "control", "rival")
+        }
         hay, path = self.haystack, self.bench.settings.items
         return LongContext(
             task=cast(Literal["passkey", "needles"], hay.task),
             needles=hay.needles if hay.task == "needles" else 1,
-            lengths=hay.lengths, depths=hay.depths, seeds=hay.seeds, n=len(self.hidden),
-            edit=made[1].edit, me_layer=self.bench.me_layer.me_layer, base=made[0], edited=made[1],
-            dose=by_role["dose"], controls=by_role["control"], rivals=by_role["rival"],
-            texts=len(self.plain), text_length=len(self.plain[0].ids) if self.plain else None,
-            items=path and path.name, about=self._about(), run=self._run_info(rows.key),
-        )  # fmt: skip
+            lengths=hay.lengths,
+            depths=hay.depths,
+            seeds=hay.seeds,
+            n=len(self.hidden),
+            edit=made[1].edit,
+            me_layer=self.bench.me_layer.me_layer,
+            base=made[0],
+            edited=made[1],
+            dose=by_role["dose"],
+            controls=by_role["control"],
+            rivals=by_role["rival"],
+            texts=len(self.plain),
+            text_length=len(self.plain[0].ids) if self.plain else None,
+            items=path and path.name,
+            about=self._about(),
+            run=self._run_info(rows.key),
+        )
 
     def _about(self) -> str:
         how = (
@@ -222,11 +234,16 @@ class _LongJob:
         name = source.name if isinstance(source, Path) else "given" if source else "bundled"
         hay, bench = self.haystack, self.bench
         return bench.inputs.run_info(
-            seed=bench.settings.seed, items=key, ids=_hash(self._items), chat=hay.chat,
-            bos=hay.bos, haystack_seed=hay.seed, text=name,
+            seed=bench.settings.seed,
+            items=key,
+            ids=_hash(self._items),
+            chat=hay.chat,
+            bos=hay.bos,
+            haystack_seed=hay.seed,
+            text=name,
             bos_first=bos_first(bench.model.tokenizer, [item.ids for item in self.hidden]),
             me_layer_of=bench.me_layer.run.settings.get("ids"),
-        )  # fmt: skip
+        )
 
     def _condition(
         self, condition: EditCondition, found: dict[str, ItemRow], base: dict[str, ItemRow]
@@ -236,28 +253,37 @@ class _LongJob:
             n: [i.id for i in self.hidden if i.about["length"] == n] for n in self.haystack.lengths
         }
         cells = [
-            _cell(length, depth, [
-                found[i.id] for i in self.hidden
-                if (i.about["length"], i.about["depth"]) == (length, depth)
-            ])
+            _cell(
+                length,
+                depth,
+                [
+                    found[i.id]
+                    for i in self.hidden
+                    if (i.about["length"], i.about["depth"]) == (length, depth)
+                ],
+            )
             for length in self.haystack.lengths
             for depth in self.haystack.depths
-        ]  # fmt: skip
+        ]
         texts = [item.id for item in self.plain]
         whole = pair.score(texts, None) if texts else (None, None)
         ids = [item.id for item in self.hidden]
         energies = [row.also["energy"][0] for row in found.values() if "energy" in row.also]
         return LongCondition(
-            name=condition.name, role=condition.role, edit=condition.edit,
+            name=condition.name,
+            role=condition.role,
+            edit=condition.edit,
             overall=Retrieval.model_validate(pair.retrieval(ids)),
             by_length=tuple(
                 LengthRetrieval.model_validate({"length": n, **pair.retrieval(chosen)})
                 for n, chosen in lengths.items()
             ),
-            cells=tuple(cells), text_loss=whole[0], text_delta=whole[1],
+            cells=tuple(cells),
+            text_loss=whole[0],
+            text_delta=whole[1],
             bins=tuple(self._bin(pair, low, high) for low, high in self._bins()),
             energy=sum(energies) / len(energies) if energies else None,
-        )  # fmt: skip
+        )
 
     def _bins(self) -> tuple[tuple[int, int], ...]:
         return bins(len(self.plain[0].ids)) if self.plain else ()
@@ -281,8 +307,13 @@ class _Pair:
         """Found and loss of these items."""
         exact, exact_delta = self.score(ids, None)
         loss, loss_delta = self.score(ids, "loss")
-        return {"n": len(ids), "found": exact, "loss": loss, "found_delta": exact_delta,
-                "loss_delta": loss_delta}  # fmt: skip
+        return {
+            "n": len(ids),
+            "found": exact,
+            "loss": loss,
+            "found_delta": exact_delta,
+            "loss_delta": loss_delta,
+        }
 
     def score(self, ids: Sequence[str], what: str | None) -> tuple[Score, Delta | None]:
         """Mean of the rows' value (None) or a further measure, and its difference to the base."""
@@ -305,9 +336,12 @@ def _columns(rows: Sequence[ItemRow], what: str | None) -> tuple[torch.Tensor, t
 def _cell(length: int, depth: float, rows: Sequence[ItemRow]) -> LengthCell:
     losses, weights = _columns(rows, "loss")
     return LengthCell(
-        length=length, depth=depth, n=len(rows), found=round(sum(row.value for row in rows)),
+        length=length,
+        depth=depth,
+        n=len(rows),
+        found=round(sum(row.value for row in rows)),
         loss=weighted_mean(losses, weights).value,
-    )  # fmt: skip
+    )
 
 
 def _hash(items: Sequence[Forced]) -> str:

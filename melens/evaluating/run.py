@@ -126,12 +126,18 @@ def _forced(
             progress(done, len(items))
     data = source.data and source.data.name
     card = TaskCard(
-        task.name, task.unit, task.higher_is_better, task.about,
+        task.name,
+        task.unit,
+        task.higher_is_better,
+        task.about,
         {
-            "data": data, "bos": source.bos, "chat": source.chat, **task.facts,
+            "data": data,
+            "bos": source.bos,
+            "chat": source.chat,
+            **task.facts,
             "bos_first": bos_first(bench.model.tokenizer, [item.ids for item in items]),
         },
-    )  # fmt: skip
+    )
     return assembled(bench, card, rows, [item.id for item in items])
 
 

@@ -71,8 +71,9 @@ class Setup:
         return {
             **self.inputs.facts(),
             "conditions": [[c.name, c.edit.model_dump(mode="json")] for c in self.conditions],
-            "located": located_facts(self.me_layer), **more,
-        }  # fmt: skip
+            "located": located_facts(self.me_layer),
+            **more,
+        }
 
 
 ENERGY = "energy"
@@ -118,9 +119,8 @@ def assembled(bench: Setup, card: TaskCard, rows: Rows, order: Sequence[str]) ->
     scores = [score_of(c, tables[c.name], base, seed) for c in bench.conditions]
     edited = next(score for score in scores if score.role == "edited")
     assert edited.delta is not None
-    scores = [
-        _with_margin(score, tables[edited.name], tables[score.name], seed) for score in scores
-    ]
+    margin = tables[edited.name]
+    scores = [_with_margin(score, margin, tables[score.name], seed) for score in scores]
     counted = [at for at, row in enumerate(base) if row.weight > 0]
     apart = {
         name: tuple(table[at].value - base[at].value for at in counted)
@@ -132,14 +132,27 @@ def assembled(bench: Setup, card: TaskCard, rows: Rows, order: Sequence[str]) ->
         seed=seed, items=rows.key, me_layer_of=bench.me_layer.run.settings.get("ids"), **card.facts
     )
     return Evaluation(
-        task=card.name, unit=card.unit, n=len(counted), higher_is_better=card.higher_is_better,
-        weight=sum(row.weight for row in base), edit=edited.edit, massive=massive,
+        task=card.name,
+        unit=card.unit,
+        n=len(counted),
+        higher_is_better=card.higher_is_better,
+        weight=sum(row.weight for row in base),
+        edit=edited.edit,
+        massive=massive,
         with_token=massive.items if massive is not None else None,
-        me_layer=bench.me_layer.me_layer, base=scores[0], edited=edited, delta=edited.delta,
-        dose=_with_role(scores, "dose"), controls=_with_role(scores, "control"),
-        rivals=_with_role(scores, "rival"), items=path and path.name, about=card.about, run=run,
-        differences=apart, weights=tuple(base[at].weight for at in counted),
-    )  # fmt: skip
+        me_layer=bench.me_layer.me_layer,
+        base=scores[0],
+        edited=edited,
+        delta=edited.delta,
+        dose=_with_role(scores, "dose"),
+        controls=_with_role(scores, "control"),
+        rivals=_with_role(scores, "rival"),
+        items=path and path.name,
+        about=card.about,
+        run=run,
+        differences=apart,
+        weights=tuple(base[at].weight for at in counted),
+    )
 
 
 def _with_role(scores: Sequence[ConditionScore], role: str) -> tuple[ConditionScore, ...]:
@@ -154,9 +167,11 @@ def _with_margin(
         return score
     pairs = [(a, b) for a, b in zip(edited, rows, strict=True) if a.weight > 0]
     found = paired_difference(
-        _column(a.value for a, _ in pairs), _column(b.value for _, b in pairs),
-        _column(a.weight for a, _ in pairs), seed=seed,
-    )  # fmt: skip
+        _column(a.value for a, _ in pairs),
+        _column(b.value for _, b in pairs),
+        _column(a.weight for a, _ in pairs),
+        seed=seed,
+    )
     margin = Delta(value=found.value, interval=found.interval)
     return score.model_copy(update={"margin": margin})
 
@@ -185,10 +200,16 @@ def score_of(
         delta = Delta(value=found.value, interval=found.interval)
     also, also_delta = _further(condition, rows, base, seed)
     return ConditionScore(
-        name=condition.name, role=condition.role, edit=condition.edit, value=mean.value,
-        interval=mean.interval, delta=delta, energy=also.pop(ENERGY, None), also=also,
+        name=condition.name,
+        role=condition.role,
+        edit=condition.edit,
+        value=mean.value,
+        interval=mean.interval,
+        delta=delta,
+        energy=also.pop(ENERGY, None),
+        also=also,
         also_delta=also_delta,
-    )  # fmt: skip
+    )
 
 
 def _further(

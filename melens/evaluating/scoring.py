@@ -31,7 +31,7 @@ _SPELLINGS = (
     (re.compile(r"\\(?:leq?|geq?|neq?)(?![a-zA-Z])"), lambda m: m[0][:3]),
     (re.compile(r"\\?%"), " percent"),
     (re.compile(r"[−–]"), "-"),
-)  # fmt: skip
+)
 _SIGNED = r"[-+]?"
 _PLAIN = r"(?:\d+\.?\d*|\.\d+)"
 _GROUPED = re.compile(rf"({_SIGNED}\d{{1,3}})((?:\{{,\}}|,)\d{{3}})+(?![\d,])")
@@ -46,18 +46,71 @@ _POWER = re.compile(
 )
 _MEASURED = re.compile(r"(.*?[\d.}])\s*([a-zA-Z][a-zA-Z .]*?)\s*(\^\s*\{?[23]\}?|[²³])?\.?")
 _NAMED = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?\s*=\s*(?!=)")
-_NO_UNIT = frozenset((
-    "or", "and", "to", "by", "plus", "minus", "times", "over", "of", "pi", "sqrt", "mod", "base",
-    "hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "third",
-    "thirds", "quarter", "quarters", "squared", "cubed", "am", "pm", "a.m.", "p.m.",
-))  # fmt: skip
+_NO_UNIT = frozenset(
+    (
+        "or",
+        "and",
+        "to",
+        "by",
+        "plus",
+        "minus",
+        "times",
+        "over",
+        "of",
+        "pi",
+        "sqrt",
+        "mod",
+        "base",
+        "hundred",
+        "thousand",
+        "million",
+        "billion",
+        "trillion",
+        "dozen",
+        "half",
+        "halves",
+        "third",
+        "thirds",
+        "quarter",
+        "quarters",
+        "squared",
+        "cubed",
+        "am",
+        "pm",
+        "a.m.",
+        "p.m.",
+    )
+)
 _UNITS = {
-    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km",
-    "kilometre": "km", "millimeter": "mm", "inch": "in", "inche": "in", "feet": "ft", "foot": "ft",
-    "yard": "yd", "mile": "mi", "gram": "g", "kilogram": "kg", "pound": "lb", "ounce": "oz",
-    "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "degree": "degree",
-    "dollar": "dollar", "usd": "dollar", "cent": "cent", "liter": "l", "litre": "l",
-}  # fmt: skip
+    "centimeter": "cm",
+    "centimetre": "cm",
+    "meter": "m",
+    "metre": "m",
+    "kilometer": "km",
+    "kilometre": "km",
+    "millimeter": "mm",
+    "inch": "in",
+    "inche": "in",
+    "feet": "ft",
+    "foot": "ft",
+    "yard": "yd",
+    "mile": "mi",
+    "gram": "g",
+    "kilogram": "kg",
+    "pound": "lb",
+    "ounce": "oz",
+    "second": "s",
+    "sec": "s",
+    "minute": "min",
+    "hour": "h",
+    "hr": "h",
+    "degree": "degree",
+    "dollar": "dollar",
+    "usd": "dollar",
+    "cent": "cent",
+    "liter": "l",
+    "litre": "l",
+}
 LONGEST = 200
 """Characters of a number with its unit; what is longer is compared as text."""
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
@@ -262,12 +315,31 @@ def _same_parts(
 BEGINNING = 200
 """Characters of an answer that are looked at."""
 STARTS = (
-    "sorry", "i'm sorry", "i am sorry", "i'm very sorry", "i'm so sorry", "i apologize",
-    "i apologise", "my apologies", "i can't", "i cannot", "i can not", "i won't", "i will not",
-    "i'm not able to", "i am not able to", "i'm unable to", "i am unable to", "i must decline",
-    "i have to decline", "i refuse", "i must refuse", "unfortunately, i can't",
-    "unfortunately, i cannot", "as an ai",
-)  # fmt: skip
+    "sorry",
+    "i'm sorry",
+    "i am sorry",
+    "i'm very sorry",
+    "i'm so sorry",
+    "i apologize",
+    "i apologise",
+    "my apologies",
+    "i can't",
+    "i cannot",
+    "i can not",
+    "i won't",
+    "i will not",
+    "i'm not able to",
+    "i am not able to",
+    "i'm unable to",
+    "i am unable to",
+    "i must decline",
+    "i have to decline",
+    "i refuse",
+    "i must refuse",
+    "unfortunately, i can't",
+    "unfortunately, i cannot",
+    "as an ai",
+)
 """What a refusal begins with."""
 _HELP = (
     r"(?:help|assist|provide|answer|fulfil|comply|support|engage|respond|discuss|offer|give|share|"

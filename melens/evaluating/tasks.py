@@ -76,8 +76,10 @@ def perplexity(tokenizer: Any, source: Source) -> ForcedTask:
     """Next-token loss of texts: nats a token; bits a byte, KL and agreement beside it."""
     texts = prompts(
         "bundled" if source.data is None else source.data,
-        n=source.n or 8, length=source.length, bos=source.bos,
-    )  # fmt: skip
+        n=source.n or 8,
+        length=source.length,
+        bos=source.bos,
+    )
     items, head = [], max(1, head_size(tokenizer, bos=source.bos))
     for i, ids in enumerate(texts.token_rows(tokenizer)):
         text = tokenizer.decode(ids[head:])
@@ -85,10 +87,14 @@ def perplexity(tokenizer: Any, source: Source) -> ForcedTask:
         scored = tuple(at >= head for at in range(len(ids)))
         items.append(Forced(str(i), tuple(ids), scored, about))
     return ForcedTask(
-        "perplexity", "nats a token", higher_is_better=False, items=tuple(items), score=token_loss,
+        "perplexity",
+        "nats a token",
+        higher_is_better=False,
+        items=tuple(items),
+        score=token_loss,
         about="Mean next-token loss of all tokens but each text's first; perplexity is its "
         "exponential. Bits a byte count the bytes of the text behind the first token.",
-    )  # fmt: skip
+    )
 
 
 @FORCED_TASKS.register("gsm8k-likelihood")
@@ -131,10 +137,14 @@ def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:
         items.append(Forced(str(i), (*head, *tail), scored, about))
     how = "the chat template" if chat else "'Question: ... Answer:'"
     return ForcedTask(
-        name, "nats a token", higher_is_better=False, items=tuple(items), score=token_loss,
+        name,
+        "nats a token",
+        higher_is_better=False,
+        items=tuple(items),
+        score=token_loss,
         about=f"Mean loss of the reference solution's tokens, the question given by {how}, zero "
         "shots. No answer is generated.",
-    )  # fmt: skip
+    )
 
 
 def read_jsonl(source: Source, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:

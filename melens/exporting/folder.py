@@ -100,7 +100,7 @@ def export(
              ``out`` that holds something else, or a ME Layer of other weights. PromptError: no one
              first token. ModelError: no model, or one that cannot be saved.
              OutputError: the disk said no.
-    """  # fmt: skip
+    """
     kind = next((name for name in get_args(Format) if name == format), None)
     if kind is None:
         raise InterventionError(
@@ -143,18 +143,28 @@ def _write_model(hf: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _record(
-    subject: Subject, edit: Edit, me_layer: MELayer | None, format: Format,
+    subject: Subject,
+    edit: Edit,
+    me_layer: MELayer | None,
+    format: Format,
     prefix: PrefixFacts | None = None,
-) -> EditFile:  # fmt: skip
+) -> EditFile:
     facts = ModelFacts(
-        name=subject.origin.name, revision=subject.origin.revision, weights=subject.weights,
-        dtype=dtype_of(subject.hf), device=str(next(subject.hf.parameters()).device),
-    )  # fmt: skip
+        name=subject.origin.name,
+        revision=subject.origin.revision,
+        weights=subject.weights,
+        dtype=dtype_of(subject.hf),
+        device=str(next(subject.hf.parameters()).device),
+    )
     run = RunInfo.collect(facts, seed=edit.seed, settings={"format": format})
     return EditFile(
-        format=format, edit=edit, me_layer=me_layer, probe=probe_of(subject.hf), prefix=prefix,
+        format=format,
+        edit=edit,
+        me_layer=me_layer,
+        probe=probe_of(subject.hf),
+        prefix=prefix,
         run=run,
-    )  # fmt: skip
+    )
 
 
 def check_out(out: str | Path) -> Path:

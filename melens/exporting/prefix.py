@@ -68,7 +68,7 @@ def constant_prefix(model: Any, edit: Edit, me_layer: MELayer | None, token_id: 
     Args:    model: a bridge or a plain transformers model.
     Raises:  InterventionError: the edit touches other tokens too or not this one, or the model
              keeps more of a token than keys and values.
-    """  # fmt: skip
+    """
     hf = transformers_of(model)
     _check_constant(hf, edit, me_layer, token_id)
     me_layer = me_layer and with_firsts(hf, me_layer, [token_id])
@@ -151,10 +151,15 @@ def facts_of(hf: Any, prefix: Prefix, tokenizer: Any, logit_difference: float) -
     slides = "sliding_attention" in kinds or not kinds
     token = f"<{prefix.token_id}>" if tokenizer is None else tokenizer.decode([prefix.token_id])
     return PrefixFacts(
-        token_id=prefix.token_id, token=token, layers=len(prefix.keys), kv_heads=heads,
-        head_dim=width, dtype=str(prefix.keys[0].dtype).removeprefix("torch."),
-        sliding_window=window if slides else None, logit_difference=logit_difference,
-    )  # fmt: skip
+        token_id=prefix.token_id,
+        token=token,
+        layers=len(prefix.keys),
+        kv_heads=heads,
+        head_dim=width,
+        dtype=str(prefix.keys[0].dtype).removeprefix("torch."),
+        sliding_window=window if slides else None,
+        logit_difference=logit_difference,
+    )
 
 
 def write_prefix(prefix: Prefix, folder: Path) -> None:
@@ -175,7 +180,7 @@ def load_prefix(folder: str | Path, model: Any, *, batch: int = 1) -> Any:
     Args:    model: the transformers model (or its bridge) that it was exported from, any dtype.
              batch: rows.
     Raises:  ResultError: no such export, a damaged one, or one of other weights.
-    """  # fmt: skip
+    """
     folder = Path(folder)
     record, hf = read_edit(folder), transformers_of(model)
     if record is None or record.format != "prefix" or record.prefix is None:
@@ -327,11 +332,18 @@ def write_adapter(prefix: Prefix, folder: Path, *, base: str, revision: str | No
 
     heads, _, width = prefix.keys[0].shape
     config = {
-        "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "inference_mode": True,
-        "base_model_name_or_path": base, "revision": revision, "num_virtual_tokens": 1,
-        "num_layers": len(prefix.keys), "num_attention_heads": heads, "token_dim": heads * width,
-        "encoder_hidden_size": heads * width, "num_transformer_submodules": 1,
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "num_virtual_tokens": 1,
+        "num_layers": len(prefix.keys),
+        "num_attention_heads": heads,
+        "token_dim": heads * width,
+        "encoder_hidden_size": heads * width,
+        "num_transformer_submodules": 1,
         "prefix_projection": False,
-    }  # fmt: skip
+    }
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
     save_file({ROW: row_of(prefix).contiguous()}, folder / WEIGHTS)

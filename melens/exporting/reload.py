@@ -97,12 +97,16 @@ def load(
     Raises:  ModelNotFoundError, WeightsError, LicenceError, FetchError: it cannot be had.
              ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
              ResultError: a melens.json that is broken, or of other weights.
-    """  # fmt: skip
+    """
     record = _edit_in(model)
     bridge = models.load(
-        model, device=device, dtype=dtype, revision=revision, tokenizer=tokenizer,
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
     if record is not None:
         accept(bridge, record, name=f"the edit in {model}")
         vars(bridge)[KEPT_EDIT] = OpenEdit(bridge, record.edit, record.me_layer)

@@ -75,7 +75,7 @@ def subject_of(model: Any, me_layer: MELayer | None) -> Subject:
 
     Raises:  ModelError and its kinds: it cannot be had, or is a PEFT model with weights of its own.
              ResultError: the ME Layer was located on other weights.
-    """  # fmt: skip
+    """
     if me_layer is not None and not isinstance(me_layer, MELayer):
         raise ResultError(
             f"me_layer must be what melens.locate returns, got {type(me_layer).__name__}; read a "
@@ -218,8 +218,10 @@ def plain_to_save(subject: Subject) -> tuple[Any, Any]:
         )
     hub = str(subject.source) == subject.origin.name and subject.origin.revision is not None
     hf, tokenizer, _ = load_plain(
-        subject.source, device="cpu", dtype="auto",
+        subject.source,
+        device="cpu",
+        dtype="auto",
         revision=subject.origin.revision if hub else None,
-    )  # fmt: skip
+    )
     check_probe(hf, probe_of(subject.hf), name="the model at hand")
     return hf, tokenizer

@@ -11,9 +11,11 @@ from melens.results.isolate import Cell, Isolation
 from melens.results.super_weights import Interval, SuperWeights
 
 CELLS = {
-    "kept_kept": "as it is", "flat_kept": "flat norm", "kept_edited": "FFN edited",
+    "kept_kept": "as it is",
+    "flat_kept": "flat norm",
+    "kept_edited": "FFN edited",
     "flat_edited": "both",
-}  # fmt: skip
+}
 BLUE, GREY = "#0072B2", "#999999"
 LEAST = 1e-4
 """Shares below this are drawn at the edge of a log axis."""
@@ -98,8 +100,14 @@ def draw_path(result: Isolation) -> Figure:
     names = [step.site for step in result.path]
     axes.semilogy(names, [step.ratio for step in result.path], marker="o", color=BLUE)
     for step in result.path:
-        axes.annotate(f"{step.ratio:.3g}", (step.site, step.ratio), xytext=(0, 4),
-                      textcoords="offset points", ha="center", fontsize=7)  # fmt: skip
+        axes.annotate(
+            f"{step.ratio:.3g}",
+            (step.site, step.ratio),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
     axes.axhline(1, color="black", lw=0.6)
     axes.margins(x=0.08, y=0.15)
     axes.set_ylabel("norm over median of others")
@@ -164,9 +172,11 @@ def draw_spikes(result: SuperWeights) -> Figure:
     _costs(costs, result)
     handles = [axes.get_legend_handles_labels() for axes in (spikes, costs)]
     made.legend(
-        [h for hs, _ in handles for h in hs], [name for _, names in handles for name in names],
-        loc="outside lower center", ncols=3,
-    )  # fmt: skip
+        [h for hs, _ in handles for h in hs],
+        [name for _, names in handles for name in names],
+        loc="outside lower center",
+        ncols=3,
+    )
     title = f"{result.run.subject}: weights that spike (layer, row, column)"
     made.suptitle(plain(title), fontsize=8)
     return made
@@ -190,9 +200,15 @@ def _spikes(axes: Axes, result: SuperWeights) -> None:
     heights |= {(row.layer, "write"): row.write or 0.0 for row in result.profile}
     if marked:
         axes.scatter(
-            [at[0] for at in marked], [heights[at] for at in marked], s=42, facecolors="none",
-            edgecolors=ME_COLOUR, linewidths=1.0, zorder=3, label="a weight spikes here",
-        )  # fmt: skip
+            [at[0] for at in marked],
+            [heights[at] for at in marked],
+            s=42,
+            facecolors="none",
+            edgecolors=ME_COLOUR,
+            linewidths=1.0,
+            zorder=3,
+            label="a weight spikes here",
+        )
     axes.set_ylabel("largest |x|")
     axes.set_xlabel("layer (counted from 0)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

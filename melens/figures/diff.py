@@ -35,14 +35,20 @@ def _sizes(axes: Axes, result: Difference) -> None:
     for field, marker, line, colour, name, side in sides:
         rows = [row for row in result.profile if getattr(row, field) is not None]
         axes.semilogy(
-            [row.layer for row in rows], [getattr(row, field) for row in rows], marker=marker,
-            ls=line, color=colour, ms=4, label=f"{name}: {_where(side)}",
-        )  # fmt: skip
+            [row.layer for row in rows],
+            [getattr(row, field) for row in rows],
+            marker=marker,
+            ls=line,
+            color=colour,
+            ms=4,
+            label=f"{name}: {_where(side)}",
+        )
         if side.me_layer is not None:
             axes.axvline(side.me_layer, color=colour, ls=line, lw=0.8)
     axes.set_ylabel("largest |x| (residual units)")
-    axes.set_title("changed" if result.verdict == "changed" else "the same within tolerance",
-                   loc="left")  # fmt: skip
+    axes.set_title(
+        "changed" if result.verdict == "changed" else "the same within tolerance", loc="left"
+    )
     axes.grid(visible=True, axis="y")
     axes.legend(loc="best")
 

@@ -75,9 +75,14 @@ def mark_me_layer(axes: Any, layer: int | None, *, at: float = 0.04) -> None:
         return
     axes.axvline(layer, color=ME_COLOUR, lw=0.8)
     axes.annotate(
-        f"ME Layer {layer}", (layer, at), xytext=(4, 0), xycoords=("data", "axes fraction"),
-        textcoords="offset points", color=ME_COLOUR, fontsize=7,
-    )  # fmt: skip
+        f"ME Layer {layer}",
+        (layer, at),
+        xytext=(4, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        color=ME_COLOUR,
+        fontsize=7,
+    )
 
 
 def plain(text: str) -> str:

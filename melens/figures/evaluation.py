@@ -26,8 +26,9 @@ def draw_dose(result: Evaluation) -> Figure:
     masks = any(c.energy is not None for c in result.conditions)
     bars = 1 + len(others)
     made = Drawing(figsize=(PAGE, max(2.9, 1.5 + 0.17 * bars)), layout="constrained")
-    grid = made.add_gridspec(2 if masks else 1, 2, width_ratios=(1, 1.05),
-                             height_ratios=(3, 1) if masks else (1,))  # fmt: skip
+    grid = made.add_gridspec(
+        2 if masks else 1, 2, width_ratios=(1, 1.05), height_ratios=(3, 1) if masks else (1,)
+    )
     curve = made.add_subplot(grid[0, 0])
     _curve(curve, result)
     if masks:
@@ -142,8 +143,14 @@ def draw_paired(result: Evaluation) -> Figure:
     axes = made.add_subplot()
     found = sorted(result.differences.get("edited", ()))
     if not found:
-        axes.text(0.5, 0.5, "no differences of items in this file", ha="center", va="center",
-                  transform=axes.transAxes)  # fmt: skip
+        axes.text(
+            0.5,
+            0.5,
+            "no differences of items in this file",
+            ha="center",
+            va="center",
+            transform=axes.transAxes,
+        )
         axes.set_axis_off()
         return made
     few = len(found) <= 60
@@ -152,8 +159,9 @@ def draw_paired(result: Evaluation) -> Figure:
     mean = "mean" if len(set(result.weights)) == 1 else "mean, items weighted by their tokens"
     axes.axhline(result.delta.value, color=ME_COLOUR, lw=1.0, label=mean)
     if result.delta.interval is not None:
-        axes.axhspan(*result.delta.interval, color=ME_COLOUR, alpha=0.2, lw=0,
-                     label="its 95 % interval")  # fmt: skip
+        axes.axhspan(
+            *result.delta.interval, color=ME_COLOUR, alpha=0.2, lw=0, label="its 95 % interval"
+        )
     axes.axhline(0, color=BLACK, lw=0.6)
     axes.set_ylabel(_label(result, "\n"))
     axes.set_xlabel(f"item, sorted ({_counts(result, found)})")
@@ -215,9 +223,12 @@ def draw_dose_grid(results: Sequence[Evaluation]) -> Figure:
             panels[0].plot([], [], "black", ls=line, label=f"strength {strength:g}")
         made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
         made.suptitle(
-            plain(f"{first.run.subject}, {first.task}, {first.n} items, {first.base.value:.4g} "
-                  f"{first.unit} without an edit; bars: 95 % over items, paired"), fontsize=8,
-        )  # fmt: skip
+            plain(
+                f"{first.run.subject}, {first.task}, {first.n} items, {first.base.value:.4g} "
+                f"{first.unit} without an edit; bars: 95 % over items, paired"
+            ),
+            fontsize=8,
+        )
     return made
 
 
@@ -237,8 +248,13 @@ def _check_same(results: Sequence[Evaluation]) -> None:
 def _line(axes: Axes, result: Evaluation, rule: int, line: str, aside: float) -> None:
     doses = sorted((result.edited, *result.dose), key=lambda c: c.edit.rate)
     rates, colour = [c.edit.rate + aside for c in doses], f"C{rule}"
-    axes.plot(rates, [_grid_delta(c) for c in doses], color=colour, ls=line,
-              marker=GRID_MARKERS[rule % len(GRID_MARKERS)])  # fmt: skip
+    axes.plot(
+        rates,
+        [_grid_delta(c) for c in doses],
+        color=colour,
+        ls=line,
+        marker=GRID_MARKERS[rule % len(GRID_MARKERS)],
+    )
     for x, c in zip(rates, doses, strict=True):
         if c.delta is not None and c.delta.interval is not None:
             axes.vlines(x, *c.delta.interval, color=colour, lw=0.8, alpha=0.7)

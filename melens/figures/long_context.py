@@ -56,7 +56,7 @@ def draw_positions(result: LongContext) -> Figure:
     made.suptitle(
         plain(f"{result.run.subject}: {result.texts} plain texts, mean and 95 % over texts"),
         fontsize=8,
-    )  # fmt: skip
+    )
     return made
 
 
@@ -97,7 +97,7 @@ def _maps(
     made.suptitle(
         plain(f"{result.run.subject}, {result.task}: {hidden}; {result.seeds} items a cell"),
         fontsize=8,
-    )  # fmt: skip
+    )
     return made
 
 
@@ -109,9 +109,14 @@ def _write(axes: Axes, grid: Sequence[Sequence[float]], top: float) -> None:
             red, green, blue, _ = mpl.colormaps[COLOURS](number / top)
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             axes.text(
-                x, y, f"{number:.2f}", ha="center", va="center", fontsize=size,
+                x,
+                y,
+                f"{number:.2f}",
+                ha="center",
+                va="center",
+                fontsize=size,
                 color="white" if dark else "black",
-            )  # fmt: skip
+            )
 
 
 def _title(condition: LongCondition) -> str:
@@ -158,9 +163,13 @@ def _curve(
     colour = "black" if condition.role == "base" else f"C{i - 1}"
     middles = [(part.start * (part.stop - 1)) ** 0.5 for part in condition.bins]
     axes.plot(
-        middles, [value for value, _ in points], color=colour, marker=MARKERS[i % len(MARKERS)],
-        ls="--" if condition.role == "control" else "-", label=plain(_name(condition)),
-    )  # fmt: skip
+        middles,
+        [value for value, _ in points],
+        color=colour,
+        marker=MARKERS[i % len(MARKERS)],
+        ls="--" if condition.role == "control" else "-",
+        label=plain(_name(condition)),
+    )
     known = [(x, *within) for x, (_, within) in zip(middles, points, strict=True) if within]
     if known and band:
         xs, lows, highs = zip(*known, strict=True)

@@ -57,10 +57,15 @@ def _draw(
     for site, grid, axes in zip(result.sites, grids, panels, strict=True):
         images.append(
             axes.imshow(
-                grid, cmap=COLOURS, vmin=-limit, vmax=limit, aspect="auto", origin="lower",
+                grid,
+                cmap=COLOURS,
+                vmin=-limit,
+                vmax=limit,
+                aspect="auto",
+                origin="lower",
                 interpolation="nearest",
             )
-        )  # fmt: skip
+        )
         axes.set_title(_names(site, result.axes[site]), loc="left")
         _label_layers(axes, result.axes[site][0])
         _label_columns(axes, result.axes[site][1:], named=not shared or site == result.sites[-1])

@@ -43,10 +43,15 @@ def draw_profile(result: MELayer) -> Figure:
 def _magnitudes(axes: Axes, result: MELayer) -> None:
     layers = [row.layer for row in result.profile]
     axes.semilogy(layers, [row.max for row in result.profile], marker="o", label="largest |x|")
-    axes.semilogy(layers, [row.token_median for row in result.profile], ls="--",
-                  label="median |x| of that token")  # fmt: skip
-    axes.semilogy(layers, [row.median for row in result.profile], ls=":",
-                  label="median |x| of the layer")  # fmt: skip
+    axes.semilogy(
+        layers,
+        [row.token_median for row in result.profile],
+        ls="--",
+        label="median |x| of that token",
+    )
+    axes.semilogy(
+        layers, [row.median for row in result.profile], ls=":", label="median |x| of the layer"
+    )
     axes.set_ylabel("|x| (residual units)")
     axes.set_title(_title(result), loc="left")
     axes.grid(visible=True, axis="y")

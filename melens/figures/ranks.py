@@ -12,10 +12,16 @@ from melens.results.collapse import Collapse
 from melens.results.metric import MetricProfile
 
 NAMES = {
-    "resid_post": "residual (block output)", "ln1": "attention input (after its norm)",
-    "q": "queries", "k": "keys", "q_norm": "queries after QK-norm", "k_norm": "keys after QK-norm",
-    "rot_q": "queries after RoPE", "rot_k": "keys after RoPE", "v": "values",
-}  # fmt: skip
+    "resid_post": "residual (block output)",
+    "ln1": "attention input (after its norm)",
+    "q": "queries",
+    "k": "keys",
+    "q_norm": "queries after QK-norm",
+    "k_norm": "keys after QK-norm",
+    "rot_q": "queries after RoPE",
+    "rot_k": "keys after RoPE",
+    "v": "values",
+}
 COLUMNS = 3
 
 

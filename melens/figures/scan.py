@@ -61,9 +61,14 @@ def _points(axes: Axes, result: WeightScan, value: str) -> None:
         label = f"dim {found.dim}" if found.dim in colours and found.dim not in named else None
         named.add(found.dim)
         axes.plot(
-            found.layer, getattr(found, value), marker=MARKS[found.role], color=colour, ls="",
-            ms=5 if found.dim in colours else 3, label=label,
-        )  # fmt: skip
+            found.layer,
+            getattr(found, value),
+            marker=MARKS[found.role],
+            color=colour,
+            ls="",
+            ms=5 if found.dim in colours else 3,
+            label=label,
+        )
 
 
 def _frame(axes: Axes, result: WeightScan) -> None:
@@ -72,24 +77,34 @@ def _frame(axes: Axes, result: WeightScan) -> None:
     axes.set_xlabel(LAYER_LABEL)
     axes.set_xlim(-0.5, result.n_layers - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    marks = ((result.me_layer, ME_COLOUR, "predicted ME Layer", 0.93),
-             (result.erase_layer, ERASE_COLOUR, "predicted erasure", 0.03))  # fmt: skip
+    marks = (
+        (result.me_layer, ME_COLOUR, "predicted ME Layer", 0.93),
+        (result.erase_layer, ERASE_COLOUR, "predicted erasure", 0.03),
+    )
     for layer, colour, text, height in marks:
         if layer is None:
             continue
         axes.axvline(layer, color=colour, lw=0.8)
         late = layer > result.n_layers / 2
         axes.annotate(
-            f"{text} {layer}", (layer, height), xytext=(-4 if late else 4, 0),
-            xycoords=("data", "axes fraction"), textcoords="offset points", color=colour,
-            fontsize=7, ha="right" if late else "left",
-        )  # fmt: skip
+            f"{text} {layer}",
+            (layer, height),
+            xytext=(-4 if late else 4, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            color=colour,
+            fontsize=7,
+            ha="right" if late else "left",
+        )
 
 
 COLOURS = {"bos": ME_COLOUR, "chat": "#0072B2", "given": "#009E73", "sample": "#999999"}
 NAMES = {
-    "bos": "BOS", "chat": "first of a chat", "given": "asked for", "sample": "drawn at random",
-}  # fmt: skip
+    "bos": "BOS",
+    "chat": "first of a chat",
+    "given": "asked for",
+    "sample": "drawn at random",
+}
 
 
 @figure(Reach, "reach")
@@ -101,9 +116,11 @@ def draw_reach(result: Reach) -> Figure:
     _writes(writes, result)
     handles = [axes.get_legend_handles_labels() for axes in (tokens, writes)]
     made.legend(
-        [h for hs, _ in handles for h in hs], [name for _, names in handles for name in names],
-        loc="outside lower center", ncols=4,
-    )  # fmt: skip
+        [h for hs, _ in handles for h in hs],
+        [name for _, names in handles for name in names],
+        loc="outside lower center",
+        ncols=4,
+    )
     made.suptitle(plain(f"{result.run.subject}: {len(result.tokens)} first tokens"), fontsize=8)
     return made
 
@@ -124,15 +141,23 @@ def _tokens(axes: Axes, result: Reach) -> None:
 def _writes(axes: Axes, result: Reach) -> None:
     rows = [row for row in result.profile if row.write]
     axes.plot(
-        [row.layer for row in rows], [abs(row.write or 0) for row in rows], color="black",
-        marker="o", ms=2.5, label="largest |FFN write|",
-    )  # fmt: skip
+        [row.layer for row in rows],
+        [abs(row.write or 0) for row in rows],
+        color="black",
+        marker="o",
+        ms=2.5,
+        label="largest |FFN write|",
+    )
     bound = [(row.layer, row.ceiling) for row in result.profile if row.ceiling]
     if bound:
         axes.plot(
-            [layer for layer, _ in bound], [ceiling for _, ceiling in bound], color="black",
-            ls="--", lw=0.8, label="ceiling of one neuron (scan)",
-        )  # fmt: skip
+            [layer for layer, _ in bound],
+            [ceiling for _, ceiling in bound],
+            color="black",
+            ls="--",
+            lw=0.8,
+            label="ceiling of one neuron (scan)",
+        )
     _finish(axes, "|x| added by the FFN")
 
 

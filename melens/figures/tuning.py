@@ -9,8 +9,7 @@ from matplotlib.lines import Line2D
 from melens.figures.draw import ME_COLOUR, PAGE, Drawing, figure, plain
 from melens.results.tune import Confirmed, Trial, Tuning
 
-COLOURS = {"gamma": "C0", "activation": "C2", "product": "C3", "bottom": "C4",
-           "bottom-gamma": "C5"}  # fmt: skip
+COLOURS = {"gamma": "C0", "activation": "C2", "product": "C3", "bottom": "C4", "bottom-gamma": "C5"}
 CONTROL = "#777777"
 MARKERS = {"after": "o", "next": "^"}
 OTHER_LAYERS = "s"
@@ -41,10 +40,15 @@ def _race(axes: Axes, result: Tuning) -> None:
         at = kinds.index((trial.edit.select, trial.edit.layers)) - (len(kinds) - 1) / 2
         colour = _colour(trial)
         axes.plot(
-            trial.edit.rate + SHIFT * at, trial.delta, marker=_marker(trial), ls="", color=colour,
-            ms=2.2 + 2.4 * trial.edit.strength, mew=0.6,
+            trial.edit.rate + SHIFT * at,
+            trial.delta,
+            marker=_marker(trial),
+            ls="",
+            color=colour,
+            ms=2.2 + 2.4 * trial.edit.strength,
+            mew=0.6,
             mfc=colour if trial.stopped_after is None else "none",
-        )  # fmt: skip
+        )
     axes.axhline(0, color="black", lw=0.6)
     sizes = sorted(abs(trial.delta) for trial in result.trials)
     typical = sizes[len(sizes) // 2]
@@ -85,10 +89,11 @@ def _legend(result: Tuning) -> list[Line2D]:
 
     selects = dict.fromkeys(t.edit.select for t in result.trials)
     made = [
-        sign("random (control)" if select == "random" else select,
-             color=COLOURS.get(select, CONTROL))
+        sign(
+            "random (control)" if select == "random" else select, color=COLOURS.get(select, CONTROL)
+        )
         for select in selects
-    ]  # fmt: skip
+    ]
     layers = [row.edit.layers for row in (*result.trials, *result.confirmed)]
     named = {"after": "all later layers", "next": "next layer"}
     made += [sign(named[k], MARKERS[k], mfc="none") for k in named if k in layers]

@@ -63,7 +63,7 @@ def qk_orthogonalise(
              prefill was not seen.
     Source:  the ME-Layer authors' released code, ablations A1 (all tokens) and A2 (all but the
              token itself).
-    """  # fmt: skip
+    """
     check_number("strength", strength)
     at = Place.of(model, layer, tokens).layer + isinstance(layer, MELayer)
     place = Place.at(model, at, layer, tokens, known=at - 1)
@@ -165,9 +165,7 @@ def drop_key(
     decoder = decoder_of(model)
     require_located_here(decoder, layer, tokens)
     at = layers_of(decoder, layer, layers)
-    place = Place.at(
-        decoder.model, at[0], layer, tokens, known=at[0] - 1, blocks=decoder.blocks
-    )  # fmt: skip
+    place = Place.at(decoder.model, at[0], layer, tokens, known=at[0] - 1, blocks=decoder.blocks)
     hidden = _Hidden(place)
     amount = math.log1p(-strength) if strength < 1 else -math.inf
 

@@ -178,7 +178,7 @@ class Place:
         Args:    after: the edit acts on the layer's output, not inside it.
         Raises:  InterventionError: a ME Layer without a layer, or tokens that cannot be meant.
                  SiteError: a layer the model does not have. ResultError: a ME Layer of another.
-        """  # fmt: skip
+        """
         if not hasattr(model, "hook_dict"):
             raise InterventionError(
                 f"an edit needs a hooked model, got {type(model).__name__}; melens.load it first."
@@ -270,7 +270,7 @@ def editing(
     Raises:  SiteError: a hook name the model does not have.
              InterventionError: at the end, where no forward pass reached the edit or none of them
              held a chosen token.
-    """  # fmt: skip
+    """
     check_sites(place.model, [*(reads or {}), *edits])
     hooks = [(site, _reading(reader)) for site, reader in (reads or {}).items()]
     hooks += [(site, _writing(place, editor)) for site, editor in edits.items()]

@@ -52,7 +52,7 @@ def ffn_pull_back(
     Raises:  SiteError: no such layer, or an FFN without neurons. InterventionError: no other token
              to take a reference from; at the end, if nothing was edited.
     Source:  the ME-Layer authors' released code, ablation F1.
-    """  # fmt: skip
+    """
     check_number("strength", strength)
     check_reference(reference)
     place = Place.of(model, layer, tokens)
@@ -89,9 +89,10 @@ def ffn_rms_normalise(
 
 
 @intervention(
-    "ffn_cap", neutral={"factor": math.inf, "reference": 1.0},
+    "ffn_cap",
+    neutral={"factor": math.inf, "reference": 1.0},
     strong={"factor": 0.5, "reference": 1e-3},
-)  # fmt: skip
+)
 @contextmanager
 def ffn_cap(
     model: Any,
@@ -111,7 +112,7 @@ def ffn_cap(
              strength: 0 changes nothing, 1 caps.
     Raises:  as ``ffn_pull_back``.
     Source:  the ME-Layer authors' released code, ablation F3 (there with factor 2).
-    """  # fmt: skip
+    """
     check_number("factor", factor, low=0.0)
     check_number("strength", strength)
     check_reference(reference)
@@ -148,9 +149,10 @@ def ffn_scale(
 
 
 @intervention(
-    "ffn_ablate_neurons", neutral={"neurons": [0], "factor": 1.0},
+    "ffn_ablate_neurons",
+    neutral={"neurons": [0], "factor": 1.0},
     strong={"neurons": list(range(32)), "factor": 30.0},
-)  # fmt: skip
+)
 @contextmanager
 def ffn_ablate_neurons(
     model: Any,
@@ -176,9 +178,10 @@ def ffn_ablate_neurons(
 
 
 @intervention(
-    "ffn_zero_weights", neutral={"weights": [(0, 0)], "factor": 1.0},
+    "ffn_zero_weights",
+    neutral={"weights": [(0, 0)], "factor": 1.0},
     strong={"weights": [(i, j) for i in range(8) for j in range(32)], "factor": 90.0},
-)  # fmt: skip
+)
 @contextmanager
 def ffn_zero_weights(
     model: Any,
@@ -277,7 +280,7 @@ def transplant(
     Raises:  InterventionError: nothing to take, another width, unknown parts, or a model whose FFN
              has no norm before it (then only ``("ffn",)``). SiteError: no such layer.
     Source:  the ME-Layer authors' released code, ablation T1.
-    """  # fmt: skip
+    """
     check_number("strength", strength)
     place = Place.of(model, layer, tokens)
     donor, at = _donor(model, place, donor)

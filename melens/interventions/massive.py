@@ -185,8 +185,9 @@ class IdRule:
     def __call__(self, now: Now) -> TokenMask:
         """Tokens of these ids, ``[batch, chunk]``."""
         ids = _ids(now)
-        first, later = (torch.tensor(x, dtype=torch.long, device=ids.device) for x in
-                        (self.first, self.later))  # fmt: skip
+        first, later = (
+            torch.tensor(x, dtype=torch.long, device=ids.device) for x in (self.first, self.later)
+        )
         start = now.positions == 0
         return (start & torch.isin(ids, first)) | (~start & torch.isin(ids, later))
 
@@ -217,7 +218,7 @@ def noting(
     Args:    block: the plain model's block ``rule.layer`` (block 0 for the embedding); a bridge
              has a hook for it.
              then: called once the rule has seen a pass.
-    """  # fmt: skip
+    """
     if rule is None:
         yield
         return
@@ -288,16 +289,22 @@ def with_firsts(model: Any, me_layer: MELayer, ids: Sequence[int]) -> MELayer:
     """
     known = dict(FirstRule.of(me_layer).known)
     new = sorted({i for i in ids if i not in known})
-    batches = [Batch.of(torch.tensor(new[i : i + AT_ONCE])[:, None]) for i in
-               range(0, len(new), AT_ONCE)]  # fmt: skip
+    batches = [
+        Batch.of(torch.tensor(new[i : i + AT_ONCE])[:, None]) for i in range(0, len(new), AT_ONCE)
+    ]
     tried = []
     for batch, (marks, sizes) in zip(
         batches, massive_tokens(model, me_layer, batches), strict=True
     ):
-        found = zip(batch.ids[:, 0].tolist(), marks[:, 0].tolist(), sizes[0, :, 0].tolist(),
-                    strict=True)  # fmt: skip
-        tried += [FirstToken(token_id=token, token=f"<{token}>", massive=massive, me_layer=None,
-                             value=size) for token, massive, size in found]  # fmt: skip
+        found = zip(
+            batch.ids[:, 0].tolist(), marks[:, 0].tolist(), sizes[0, :, 0].tolist(), strict=True
+        )
+        tried += [
+            FirstToken(
+                token_id=token, token=f"<{token}>", massive=massive, me_layer=None, value=size
+            )
+            for token, massive, size in found
+        ]
     support = me_layer.stability
     wider = support.model_copy(update={"first_tokens": (*support.first_tokens, *tried)})
     return me_layer.model_copy(update={"stability": wider})

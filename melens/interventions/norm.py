@@ -55,7 +55,7 @@ def norm_flatten(
     Raises:  SiteError: no such layer or norm. FoldedWeightsError: the gain was folded away.
              InterventionError: bad tokens or alpha; at the end, if nothing was edited.
     Source:  the ME-Layer authors' released code, ablation R1.
-    """  # fmt: skip
+    """
     check_number("alpha", alpha)
     with _regained(model, layer, tokens, norm, lambda gain: _flat(gain, alpha)) as edited:
         yield edited

@@ -50,7 +50,7 @@ def residual_set(
              strength: 0 changes nothing, 1 sets; with the value 0, 0.9 leaves a tenth.
     Raises:  SiteError, InterventionError: as every edit.
     Source:  Sun et al., "Massive Activations in Large Language Models", 2024, section 2.2.
-    """  # fmt: skip
+    """
     check_number("strength", strength)
     place = Place.of(model, layer, tokens, after=True)
     found = next((x for x in (tokens, layer) if isinstance(x, MELayer)), None)

@@ -72,9 +72,7 @@ def require_located_here(model: Any, *given: Any) -> None:
         if not isinstance(me_layer, MELayer):
             continue
         if isinstance(model, Decoder) and not hasattr(model.model, "hook_dict"):
-            require_room(
-                me_layer, n_layers=model.n_layers, d_model=model.d_model, name=model.name
-            )  # fmt: skip
+            require_room(me_layer, n_layers=model.n_layers, d_model=model.d_model, name=model.name)
             continue
         hooked = model.model if isinstance(model, Decoder) else model
         if me_layer.run.weights not in _HELD.get(hooked, ()):
@@ -98,7 +96,7 @@ def choice_of(tokens: Tokens, *, known: int | None = None) -> Choice:
     Args:    known: the last layer, from 0, whose output the edit comes after; -1 the embedding,
              None = not even that.
     Raises:  InterventionError: something else, or a ME Layer without any massive token.
-    """  # fmt: skip
+    """
     if isinstance(tokens, MELayer):
         rule = MassiveRule.of(tokens)
         return rule if known is not None and rule.layer <= known else FirstRule.of(tokens)

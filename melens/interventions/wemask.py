@@ -106,15 +106,13 @@ def wemask(  # noqa: PLR0913 (the method's own settings)
     Source:  "A Single Layer to Explain Them All" (arXiv 2605.08504), WeMask, and its released
              code, whose rule ``activation`` is: exact there for one sequence without a cache. Here
              dimensions are chosen token by token, so that company and padding change nothing.
-    """  # fmt: skip
+    """
     check_mask(rate=rate, strength=strength, select=select, seed=seed)
     decoder = decoder_of(model)
     require_located_here(decoder, layer, tokens)
     chosen_layers = layers_of(decoder, layer, layers)
     first = chosen_layers[0]
-    place = Place.at(
-        decoder.model, first, layer, tokens, known=first - 1, blocks=decoder.blocks
-    )  # fmt: skip
+    place = Place.at(decoder.model, first, layer, tokens, known=first - 1, blocks=decoder.blocks)
     rule = _rule(decoder, chosen_layers, rate=rate, select=select, seed=seed)
     record = MaskRecord(chosen_layers, rate, strength, select, place.edited)
 

@@ -57,7 +57,7 @@ def isolate(
              other weights. FoldedWeightsError: gains were folded away. SiteError: no such layer.
              InterventionError: an unknown ``ffn_edit``, or one the layer does not have.
              ContractError: a model that cannot be resumed from the middle.
-    """  # fmt: skip
+    """
     how = How(layer, ffn_edit, progress)
     return isolate_with(model, me_layer, prompts, how)
 
@@ -77,7 +77,7 @@ def isolate_with(model: Any, me_layer: MELayer | None, prompts: Source, how: How
     """:func:`isolate`, which can be interrupted and go on.
 
     Raises:  ResultError: ``how.keep`` is of another isolation. OutputError: it cannot be written.
-    """  # fmt: skip
+    """
     check_ffn_edit(how.ffn_edit)
     inputs = take_in(model, prompts)
     require_unfolded(inputs.model)
@@ -97,11 +97,17 @@ def _facts(inputs: Inputs, me_layer: MELayer, how: How) -> dict[str, Any]:
     """What every kept number depends on."""
     texts = [[batch.ids.tolist(), batch.mask.tolist()] for batch in inputs.batches]
     return {
-        **inputs.facts(), "layer": how.layer, "ffn_edit": how.ffn_edit,
-        "located": [me_layer.me_layer, me_layer.main_layer, me_layer.peak_layer,
-                    [[token.position, token.token_id, token.dim] for token in me_layer.massive]],
+        **inputs.facts(),
+        "layer": how.layer,
+        "ffn_edit": how.ffn_edit,
+        "located": [
+            me_layer.me_layer,
+            me_layer.main_layer,
+            me_layer.peak_layer,
+            [[token.position, token.token_id, token.dim] for token in me_layer.massive],
+        ],
         "texts": hashlib.sha256(repr(texts).encode()).hexdigest()[:16],
-    }  # fmt: skip
+    }
 
 
 def steps_of(me_layer: MELayer) -> list[int]:

@@ -56,9 +56,14 @@ def factorial_of(
     """The 2 x 2 from its four outcomes: kept, flat norm, edited FFN, both."""
     base, flat, edited, both = (cell_of(one, cells[0], groups) for one in cells)
     return Factorial(
-        norm=norm, ffn_edit=ffn_edit, kept_kept=base, flat_kept=flat, kept_edited=edited,
-        flat_edited=both, interaction=_interaction(cells, (base, flat, edited, both), groups),
-    )  # fmt: skip
+        norm=norm,
+        ffn_edit=ffn_edit,
+        kept_kept=base,
+        flat_kept=flat,
+        kept_edited=edited,
+        flat_edited=both,
+        interaction=_interaction(cells, (base, flat, edited, both), groups),
+    )
 
 
 def _interaction(

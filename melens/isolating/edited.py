@@ -145,8 +145,12 @@ class Edited:
         edited = subject.ffn_change(layer, self.neurons)
         me = subject.me.me_layer
         assert me is not None
-        self.main = [RunChange(me + 1), RunChange(layer, (flat,)), RunChange(layer, (edited,)),
-                     RunChange(layer, (flat, edited))]  # fmt: skip
+        self.main = [
+            RunChange(me + 1),
+            RunChange(layer, (flat,)),
+            RunChange(layer, (edited,)),
+            RunChange(layer, (flat, edited)),
+        ]
         self.shuffled = RunChange(layer, (shuffle(layer, self.norms[0], 0),))
         self.random = self._random_neurons()
         self.around = self._around()
@@ -157,9 +161,11 @@ class Edited:
     def changes(self) -> list[RunChange]:
         """All that the texts are run under."""
         return [
-            *self.main, *self.random[:1], self.shuffled,
+            *self.main,
+            *self.random[:1],
+            self.shuffled,
             *(change for row in self.around.values() for change in row.values()),
-        ]  # fmt: skip
+        ]
 
     def result(self, found: Mapping[str, EditOutcome]) -> EditedLayer:
         """Measure on the massive token, and put it together with what the texts showed.
@@ -178,7 +184,9 @@ class Edited:
         return EditedLayer(
             layer=self.layer,
             factorial=factorial_of(
-                [found[change.name] for change in self.main], groups, self.norms[0],
+                [found[change.name] for change in self.main],
+                groups,
+                self.norms[0],
                 named(subject.kind, self.neurons),
             ),
             norms=self._norm_edits(),
@@ -197,7 +205,7 @@ class Edited:
                 else None,
                 shuffled=cell_of(found[self.shuffled.name], base, groups),
             ),
-        )  # fmt: skip
+        )
 
     def _neurons(self, layer: int) -> list[int]:
         """What the FFN edit ablates: enough neurons here, as many of the strongest elsewhere."""

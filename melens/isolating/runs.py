@@ -80,7 +80,7 @@ class Finished:
 
         Args:    facts: what the numbers depend on.
         Raises:  ResultError: the file is of another isolation, or damaged.
-        """  # fmt: skip
+        """
         self.path = path
         self.rows = Rows(path, facts, of="isolation")
 
@@ -117,9 +117,12 @@ class Finished:
             )
         about = {name: _listed(getattr(found, name)) for name in EditOutcome.__dataclass_fields__}
         row = ItemRow(
-            f"batch {batch}", change.name, found.loss.mean().item(), float(len(found.loss)),
+            f"batch {batch}",
+            change.name,
+            found.loss.mean().item(),
+            float(len(found.loss)),
             about=about,
-        )  # fmt: skip
+        )
         self.rows.add([row])
 
     def remove(self) -> None:
@@ -438,8 +441,11 @@ def named(kind: str, neurons: Sequence[int]) -> str:
     if kind == "neurons":
         which = ", ".join(map(str, neurons[:4])) + (", ..." if len(neurons) > 4 else "")
         return f"{'neuron' if len(neurons) == 1 else f'{len(neurons)} neurons'} {which} ablated"
-    return {"pull-back": "its FFN product pulled back", "cap": f"its FFN write capped at {CAP:g} x",
-            "drop": "its FFN write dropped"}[kind]  # fmt: skip
+    return {
+        "pull-back": "its FFN product pulled back",
+        "cap": f"its FFN write capped at {CAP:g} x",
+        "drop": "its FFN write dropped",
+    }[kind]
 
 
 def check_ffn_edit(kind: Any) -> None:

@@ -95,7 +95,7 @@ class SpikeTap:
     Args:    removed: (row, column) of weights that are edited away; they cannot be found again.
              medians: also take medians, which cost more than the rest; only the unedited run needs
              them.
-    """  # fmt: skip
+    """
 
     def __init__(self, place: WeightPlace, removed: Collection[tuple[int, int]], *, medians: bool):
         self.place, self.removed, self.with_medians = place, removed, medians

@@ -90,7 +90,7 @@ def super_weights(
              cannot be meant. ResultError: ``me_layer`` is of other weights. PromptError: as
              ``locate``.
     Source:  Yu et al., "The Super Weight in Large Language Models", 2024 (arXiv 2411.07191).
-    """  # fmt: skip
+    """
     check_search(search)
     inputs = take_in(model, prompts, batch_size=batch_size)
     places, missing = places_of(inputs.model)

@@ -161,7 +161,7 @@ def gather_support(
 
     Where no token is massive, every distinct first token of the texts is one, and a token that
     turns massive alone speaks against.
-    """  # fmt: skip
+    """
     steps = evidence.steps
     last = last_body_layer(len(steps) - 1)
     ordinary = Evidence([texts.varied(rows) for rows in steps], evidence.path)
@@ -238,7 +238,7 @@ def assemble(
              paths: massive tokens, the primary one first, with the trajectories of those traced.
              probed: trajectories of other first tokens.
              texts: which sequences are evidence, and for what.
-    """  # fmt: skip
+    """
     path = next(iter(paths.values()), None)
     evidence = Evidence(steps, path)
     criteria = Criteria(**{name: rule(evidence) for name, rule in CRITERIA.items()})
@@ -319,10 +319,16 @@ def _nearest_miss(layer: int, near: Nearest, decode: Decode) -> NearestMiss:
     if near.sharing > near.most:
         missed.append(Missed(threshold="sharing", value=near.sharing, needed=near.most))
     return NearestMiss(
-        layer=layer, position=hit.position, token_id=hit.token_id, token=decode(hit.token_id),
-        dim=hit.dim, value=hit.value, median_ratio=times, norm_ratio=near.norm_ratio,
+        layer=layer,
+        position=hit.position,
+        token_id=hit.token_id,
+        token=decode(hit.token_id),
+        dim=hit.dim,
+        value=hit.value,
+        median_ratio=times,
+        norm_ratio=near.norm_ratio,
         missed=tuple(missed),
-    )  # fmt: skip
+    )
 
 
 def _stage(path: Path, ratios: list[float], span: StageSpan) -> Stage:

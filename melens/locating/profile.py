@@ -100,7 +100,7 @@ def summarise(x: Resid, batch: Batch, site: str = "the residual") -> list[Sequen
     numbers a token, for NumPy. On busy cores every operation of torch waits for its threads.
 
     Raises:  ModelError: NaN, Inf, or values too large for float32, at real tokens.
-    """  # fmt: skip
+    """
     magnitude = x.float().abs()
     norms = torch.linalg.vector_norm(magnitude, dim=-1)
     _require_finite(x, norms, batch, site)
@@ -163,7 +163,11 @@ def _summary(tokens: _Tokens, median: float) -> SequenceRow:
         sun=bool(over.any()),
         sun_own=bool((tokens.top[loud] > own).any()),
         nearest=Nearest(
-            nearest, median, ratio, int(over[:, nearest.dim].sum()), most,
+            nearest,
+            median,
+            ratio,
+            int(over[:, nearest.dim].sum()),
+            most,
             min(1.0, abs(nearest.value) / threshold, ratio / NORM_RATIO),
         ),
         hits=tuple(
@@ -171,7 +175,7 @@ def _summary(tokens: _Tokens, median: float) -> SequenceRow:
             for row, dim in zip(*(over & (over.sum(0) <= most)).nonzero(), strict=True)
             if ratios[loud[row]] >= NORM_RATIO
         ),
-    )  # fmt: skip
+    )
 
 
 def _most(tokens: int) -> float:

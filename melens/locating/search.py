@@ -47,7 +47,7 @@ def locate(
     Returns: a frozen :class:`MELayer`.
     Raises:  PromptError: no row of at least 4 tokens, or no tokenizer to make rows with.
              ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
-    """  # fmt: skip
+    """
     inputs = take_in(model, prompts, batch_size=batch_size)
     return locate_in(inputs, seed=seed, progress=progress)
 

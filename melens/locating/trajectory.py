@@ -139,6 +139,9 @@ def _path(done: dict[str, Tensor], blocks: Any, row: int, prefix: Sequence[int])
     mixer = [sum((done[site][row] for site in block.mixer_writes), empty) for block in blocks]
     ffn = [done[block.ffn_write][row] if block.ffn_write else empty for block in blocks]
     return Path(
-        int(prefix[-1]), len(prefix) - 1,
-        torch.stack(steps), torch.stack(mixer), torch.stack(ffn),
-    )  # fmt: skip
+        int(prefix[-1]),
+        len(prefix) - 1,
+        torch.stack(steps),
+        torch.stack(mixer),
+        torch.stack(ffn),
+    )

@@ -8,5 +8,11 @@ from melens.measuring.rank_collapse import collapse
 from melens.measuring.together import Measurements, measure_all
 
 __all__ = [
-    "Measurements", "attention", "collapse", "describe", "measure_all", "metric_by_layer", "sinks",
-]  # fmt: skip
+    "Measurements",
+    "attention",
+    "collapse",
+    "describe",
+    "measure_all",
+    "metric_by_layer",
+    "sinks",
+]

@@ -194,7 +194,7 @@ def sinks(
     Raises:  PromptError: t below 2, or as ``locate``. ResultError: ``me_layer`` is of other
              weights. ModelError: no layer has attention, or as ``locate``.
     Source:  Gu et al., "When Attention Sink Emerges in Language Models", 2024.
-    """  # fmt: skip
+    """
     check_t(t)
     inputs = take_in(model, prompts, batch_size=batch_size)
     check_attention(inputs.model)

@@ -58,7 +58,7 @@ def attention(
              heads: which query heads, counted from 0; None = as many as a page holds.
     Raises:  SiteError: a layer without attention, or a head the model does not have.
              PromptError, ModelError, ResultError: as ``describe``.
-    """  # fmt: skip
+    """
     inputs = take_in(model, prompts)
     check_choice(inputs.model, layers, heads)
     found = me_layer if me_layer is not None else locate_in(inputs)

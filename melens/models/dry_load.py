@@ -29,10 +29,24 @@ OLD = re.compile(r"\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$|rotary_
 """Masks and angles that older versions of transformers saved, and that today's compute."""
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 SIZES = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-    "head_dim", "num_key_value_heads", "n_embd", "n_layer", "n_layers", "n_head", "n_heads",
-    "num_layers", "num_heads", "d_model", "n_positions", "max_position_embeddings",
-)  # fmt: skip
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "head_dim",
+    "num_key_value_heads",
+    "n_embd",
+    "n_layer",
+    "n_layers",
+    "n_head",
+    "n_heads",
+    "num_layers",
+    "num_heads",
+    "d_model",
+    "n_positions",
+    "max_position_embeddings",
+)
 UNLIMITED = re.compile(r"limit|max|range")
 """Settings that may be infinite."""
 

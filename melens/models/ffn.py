@@ -31,7 +31,7 @@ def matrix_of(
     Args:    module: the module that runs, or None where there is none of its own.
              stored: reads the matrix that is kept, in this orientation; None where it cannot be.
     Raises:  SiteError: the module does not act as any matrix.
-    """  # fmt: skip
+    """
     kept = _or_none(stored)
     if module is None or _is_plain(module):
         return kept
@@ -69,8 +69,10 @@ def require_gain(norm: nn.Module, gain: Tensor, *, where: str) -> None:
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether a PEFT adapter's layers stand in a model, unmerged."""
-    return any(hasattr(part, "active_adapters") and hasattr(part, "merged_adapters") for part in
-               model.modules())  # fmt: skip
+    return any(
+        hasattr(part, "active_adapters") and hasattr(part, "merged_adapters")
+        for part in model.modules()
+    )
 
 
 def _candidates(module: Any, kept: Tensor | None) -> Iterator[Tensor]:
@@ -226,7 +228,7 @@ def ffn_of(model: Any, layer: int) -> FFN:
 
     Raises:  SiteError: no such layer, no FFN, or one without neurons that can be told apart (a
              Mixture of Experts).
-    """  # fmt: skip
+    """
     check_layer(model, layer)
     known, prefix = model.hook_dict, f"blocks.{layer}."
     weights = getattr(model.blocks[layer], "mlp", None)

@@ -58,7 +58,7 @@ def convert_gguf(path: Path, target: Path) -> None:
 
     Raises:  WeightsError: as :func:`melens.models.gguf_tensors.plan_conversion`; FetchError: the
              cache cannot be written, or has no room.
-    """  # fmt: skip
+    """
     plan = plan_conversion(read_gguf_header(path))
     tokenizer = read_gguf_tokenizer(path)
     remark(
@@ -198,8 +198,10 @@ def _name_shards(folder: Path, n_files: int, places: dict[str, int], n_bytes: in
     names = [f"model-{n + 1:05}-of-{n_files:05}.safetensors" for n in range(n_files)]
     for n, name in enumerate(names):
         (folder / f"part{n}").rename(folder / name)
-    index = {"metadata": {"total_size": n_bytes},
-             "weight_map": {name: names[n] for name, n in places.items()}}  # fmt: skip
+    index = {
+        "metadata": {"total_size": n_bytes},
+        "weight_map": {name: names[n] for name, n in places.items()},
+    }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 

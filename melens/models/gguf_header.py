@@ -20,8 +20,19 @@ VERSIONS = (2, 3)
 LIMIT = 200_000_000
 """Bytes that a header may have; one with a vocabulary of 260,000 tokens has about 10 million."""
 STRING, ARRAY = 8, 9
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
-           12: "d"}  # fmt: skip
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 """Value types of a fixed size, as the struct module spells them."""
 MOST_FIELDS, MOST_TENSORS = 1 << 16, 1 << 17
 MOST_VALUES = {True: 1 << 22, False: 1 << 16}
@@ -117,8 +128,9 @@ def _parts(path: Path, header: GGUFHeader, count: int) -> list[Path]:
             f"which; call the parts NAME-00001-of-{min(count, 99999):05}.gguf and so on, or join "
             "them (llama-gguf-split --merge)."
         )
-    parts = [path.with_name(f"{found[1]}-{n:05}-of-{found[3]}{found[4]}")
-             for n in range(1, count + 1)]  # fmt: skip
+    parts = [
+        path.with_name(f"{found[1]}-{n:05}-of-{found[3]}{found[4]}") for n in range(1, count + 1)
+    ]
     if missing := [part.name for part in parts if not part.is_file()]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise WeightsError(
@@ -405,8 +417,11 @@ def _sizes(header: GGUFHeader, arch: str) -> Iterator[tuple[str, int]]:
             continue
         if "context_length" in key or "temperature_length" in key:
             continue
-        yield from ((key, one) for one in (value if isinstance(value, list) else [value])
-                    if isinstance(one, int))  # fmt: skip
+        yield from (
+            (key, one)
+            for one in (value if isinstance(value, list) else [value])
+            if isinstance(one, int)
+        )
 
 
 def require_fields(header: GGUFHeader, arch: str) -> None:

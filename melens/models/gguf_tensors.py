@@ -30,8 +30,11 @@ from melens.models.gguf_header import (
 )
 
 FLOATS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 """Stored as plain numbers; block formats are dequantised."""
 PIECE = 1 << 24
 """Values that are dequantised at a time."""
@@ -39,9 +42,11 @@ SHARED = ("falcon", "bloom")
 """Architectures that unembed by the embedding whether or not the file has an ``output.weight``."""
 FREQUENCIES = "rope_freqs.weight"
 LLAMA3: dict[str, Any] = {
-    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 """Of every Llama from 3.1 on; base and factor are a file's own."""
 
 
@@ -74,7 +79,7 @@ def plan_conversion(header: GGUFHeader) -> Conversion:
 
     Raises:  WeightsError: fields or tensors that are missing, left over or of another shape,
              naming the first; an architecture that transformers cannot read.
-    """  # fmt: skip
+    """
     arch = architecture_of(header)
     require_blocks(header)
     require_fields(header, arch)
@@ -260,9 +265,11 @@ def tensors_of(conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
         waiting[parameter] -= 1
         with foreign(header):
             done = processor.process(
-                weights=read_tensor(header.tensors[name]).numpy(), name=name,
-                tensor_key_mapping=names, parsed_parameters={"tensors": made},
-            )  # fmt: skip
+                weights=read_tensor(header.tensors[name]).numpy(),
+                name=name,
+                tensor_key_mapping=names,
+                parsed_parameters={"tensors": made},
+            )
         if done.name is not None:
             made[parameter] = torch.from_numpy(done.weights)
         if waiting[parameter]:

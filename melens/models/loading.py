@@ -65,7 +65,7 @@ def load(
              tokenizer, or the path of a folder with one.
     Raises:  ModelNotFoundError, WeightsError, LicenceError, FetchError: it cannot be had.
              ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
-    """  # fmt: skip
+    """
     if not isinstance(model, (str, Path)):
         return adopt(model, device=device, dtype=dtype, tokenizer=tokenizer).eval()
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -250,9 +250,11 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
     hf, info = loaded
     require_no_adapter(bool(getattr(hf, "_hf_peft_config_loaded", False)), name=str(source))
     require_all_there(
-        info, getattr(hf.config, "num_hidden_layers", None), name=source,
+        info,
+        getattr(hf.config, "num_hidden_layers", None),
+        name=source,
         quantised=getattr(hf, "hf_quantizer", None) is not None,
-    )  # fmt: skip
+    )
     require_finite_weights(hf)
     return hf
 

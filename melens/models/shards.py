@@ -22,9 +22,15 @@ from melens.models.weight_files import read_json, weight_files
 CHUNK = 1 << 22
 """Values that are converted at a time: few enough to stay near the processor."""
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Checkpoint:
         """Read every file's header.
 
         Raises:  WeightsError: a file that is missing or cut, or an index that does not fit.
-        """  # fmt: skip
+        """
         self.folder = folder
         self.bytes_read = 0
         self._finite: set[str] = set()

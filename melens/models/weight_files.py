@@ -20,10 +20,27 @@ MOST_DIMENSIONS = 32
 MOST_VALUES = 1 << 60
 
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
-    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
-    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 """A value's size by the format's name; another name is taken as it is, its length unchecked."""
 
 
@@ -46,7 +63,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> dict
              size: the file's bytes; every count in the header is held against them.
     Raises:  WeightsError: no header, fewer bytes than it announces, or tensors that overlap, leave
              bytes between them, or are as long as their shape does not say.
-    """  # fmt: skip
+    """
     length = int.from_bytes(read(0, 8), "little") if size >= 8 else 0
     if not 0 < length <= min(size - 8, HEADER_LIMIT):
         raise WeightsError(f"{name} is truncated or no safetensors file ({size} bytes).")
@@ -148,7 +165,7 @@ class WeightFiles:
 
         Raises:  WeightsError: a file that is missing, cut or corrupt, one tensor in two files, or
                  an index that does not fit.
-        """  # fmt: skip
+        """
         found = {file: file_table(file) for file in self.files}
         require_placed({file.name: table for file, table in found.items()}, self.placed, self.main)
         return found
@@ -166,9 +183,12 @@ def weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
     names = sorted(set(placed.values())) or [main]
     found = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     return WeightFiles(
-        folder, tuple(folder / name for name in names), placed, main,
+        folder,
+        tuple(folder / name for name in names),
+        placed,
+        main,
         tuple(sorted({file.name for file in found} - {main, *names})),
-    )  # fmt: skip
+    )
 
 
 def main_file(exists: Callable[[str], bool], config: dict[str, Any]) -> str | None:

@@ -22,8 +22,11 @@ MODES.add("mean", "ablation: the site's mean over tokens and sequences, per chan
 MODES.add("resample", "ablation: another sequence's activation at the same position")
 PAIRED = ("denoising", "noising")
 SWEEPS = (
-    ("layer",), ("layer", "position"), ("layer", "head"), ("layer", "position", "head"),
-)  # fmt: skip
+    ("layer",),
+    ("layer", "position"),
+    ("layer", "head"),
+    ("layer", "position", "head"),
+)
 
 
 @dataclass(frozen=True)

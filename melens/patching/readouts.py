@@ -225,8 +225,12 @@ class SinkReadout(Readout):
 
         def read(pattern: Tensor, hook: object) -> None:
             copies = len(pattern) // len(self.first)
-            key = repeat(self.first.repeat(copies), "row -> row head query 1",
-                         head=pattern.shape[1], query=pattern.shape[2])  # fmt: skip
+            key = repeat(
+                self.first.repeat(copies),
+                "row -> row head query 1",
+                head=pattern.shape[1],
+                query=pattern.shape[2],
+            )
             column = pattern.gather(-1, key)[..., 0].float()
             if self.start == 0 and layer not in self.before:
                 self.before[layer], self.heads = column, pattern.shape[1]

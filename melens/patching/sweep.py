@@ -217,7 +217,7 @@ def patch(
              axis that is not there. MetricError: a metric that is undefined here.
              ContractError: the model cannot be resumed. ResultError: a checkpoint of another sweep,
              or a ME Layer of another model. UnknownNameError: a site, metric or mode.
-    """  # fmt: skip
+    """
     choice = Sweep(paired=corrupted is not None, **sweep)
     metric = metric_of(choice.metric)
     hooked = adopt(model)
@@ -267,12 +267,14 @@ class _Prepared:
     def fingerprint(self) -> str:
         """Everything the numbers depend on."""
         facts = [
-            self.clean.weights, self.metric.about, self.choice.facts,
+            self.clean.weights,
+            self.metric.about,
+            self.choice.facts,
             *(_ids(inputs) for inputs in (self.clean, self.corrupted) if inputs is not None),
             str(next(self.run.model.parameters()).dtype),
             # edits that are open around the call change these, and nothing else here
             *(f"{value:.5g}" for value in (*self.unpatched, *(self.others or ()))),
-        ]  # fmt: skip
+        ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @property
@@ -288,8 +290,11 @@ class _Prepared:
         clean, corrupted = self.unpatched, self.others
         if self.choice.mode == "denoising" and self.others is not None:
             clean, corrupted = self.others, self.unpatched
-        settings = {"sites": ",".join(self.choice.sites), "mode": self.choice.mode,
-                    "metric": self.metric.about}  # fmt: skip
+        settings = {
+            "sites": ",".join(self.choice.sites),
+            "mode": self.choice.mode,
+            "metric": self.metric.about,
+        }
         info = self.clean.run_info(seed=self.choice.seed, **settings)
         inputs = [self.clean, self.corrupted or self.clean]
         return PatchGrid(

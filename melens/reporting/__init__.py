@@ -4,5 +4,11 @@ from melens.reporting.card import refuse_bad_card, update_card
 from melens.reporting.page import html_page
 from melens.reporting.writing import json_schema, markdown_report, write_report
 
-__all__ = ["html_page", "json_schema", "markdown_report", "refuse_bad_card", "update_card",
-           "write_report"]  # fmt: skip
+__all__ = [
+    "html_page",
+    "json_schema",
+    "markdown_report",
+    "refuse_bad_card",
+    "update_card",
+    "write_report",
+]

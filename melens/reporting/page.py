@@ -103,12 +103,18 @@ def finding_views(report: CheckReport, source: Addressed) -> list[FindingView]:
     """In the report's order, the gravest first."""
     return [
         FindingView(
-            found.id, found.severity, SIGNS[found.severity], found.title,
-            _facts(found, f"/findings/{i}", source), found.unit or "none",
-            source.link(found.source, found.source), found.why, found.advice,
+            found.id,
+            found.severity,
+            SIGNS[found.severity],
+            found.title,
+            _facts(found, f"/findings/{i}", source),
+            found.unit or "none",
+            source.link(found.source, found.source),
+            found.why,
+            found.advice,
         )
         for i, found in enumerate(report.findings)
-    ]  # fmt: skip
+    ]
 
 
 def _facts(found: Finding, at: str, source: Addressed) -> list[Fact]:
@@ -127,12 +133,17 @@ def rule_table(report: CheckReport, source: Addressed) -> Table:
     rows = []
     for i, rule in enumerate(report.rules):
         at = f"/rules/{i}"
-        rows.append([
-            rule.id, rule.title, rule.status,
-            "" if rule.value is None else source.number(f"{at}/value"),
-            "" if rule.threshold is None else source.number(f"{at}/threshold"),
-            rule.unit, rule.reason or "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                rule.id,
+                rule.title,
+                rule.status,
+                "" if rule.value is None else source.number(f"{at}/value"),
+                "" if rule.threshold is None else source.number(f"{at}/threshold"),
+                rule.unit,
+                rule.reason or "",
+            ]
+        )
     columns = ("rule", "looks for", "outcome", "measured", "threshold", "unit", "why not")
     return Table(f"All {len(rows)} rules of the check", columns, rows, folded=True)
 
@@ -280,9 +291,10 @@ class _Writer:
             ]
         places = [f"{pointer}/{i}" for i in range(len(value))]
         kept = [
-            i for i, place in enumerate(places)
+            i
+            for i, place in enumerate(places)
             if not long or i < HEAD or place in self.taken or place in self.above
-        ]  # fmt: skip
+        ]
         written = [self.write(value[i], places[i], indent) for i in kept]
         if left := len(value) - len(kept):
             written.append(_escaped(f"... {left} of {len(value)} entries: see report.json"))
@@ -350,8 +362,13 @@ def html_page(report: CheckReport) -> str:
 
 def _draw(picture: Picture, name: str) -> dict[str, Any]:
     uri = Markup(picture_uri(picture.result, picture.style))
-    return {"uri": uri, "alt": picture.alt, "caption": picture.caption, "narrow": picture.narrow,
-            "name": f"{name}, {picture.style or 'default'}"}  # fmt: skip
+    return {
+        "uri": uri,
+        "alt": picture.alt,
+        "caption": picture.caption,
+        "narrow": picture.narrow,
+        "name": f"{name}, {picture.style or 'default'}",
+    }
 
 
 def _room(values: dict[str, Any]) -> int:
@@ -374,9 +391,13 @@ def _contents(values: dict[str, Any]) -> list[dict[str, str]]:
 def _environment() -> jinja2.Environment:
     """Everything that is printed is escaped; text of others is kept from turning the line round."""
     made = jinja2.Environment(
-        loader=jinja2.DictLoader({"page.html.j2": _asset("page.html.j2")}), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_safe,
-    )  # fmt: skip
+        loader=jinja2.DictLoader({"page.html.j2": _asset("page.html.j2")}),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_safe,
+    )
     made.filters["attribute"] = attribute_text
     return made
 

@@ -43,13 +43,26 @@ def _findings(report: CheckReport) -> str:
         return "Nothing was found that the policy has a word on."
     rows = []
     for found in report.findings:
-        rows.append((
-            f"{SIGNS[found.severity]} {found.severity}", f"{found.title} ({found.id})",
-            number_text(found.value), number_text(found.threshold), found.unit or "none",
-            found.why, found.advice,
-        ))  # fmt: skip
-    columns = ("severity", "finding", "measured", "threshold", "in units of", "why it matters",
-               "what to do")  # fmt: skip
+        rows.append(
+            (
+                f"{SIGNS[found.severity]} {found.severity}",
+                f"{found.title} ({found.id})",
+                number_text(found.value),
+                number_text(found.threshold),
+                found.unit or "none",
+                found.why,
+                found.advice,
+            )
+        )
+    columns = (
+        "severity",
+        "finding",
+        "measured",
+        "threshold",
+        "in units of",
+        "why it matters",
+        "what to do",
+    )
     return _table(columns, rows)
 
 

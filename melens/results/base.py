@@ -51,9 +51,12 @@ class Part(BaseModel):
     """A frozen piece of a result; unknown fields are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(),
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        protected_namespaces=(),
         allow_inf_nan=False,
-    )  # fmt: skip
+    )
 
 
 def added_later(default: Any = None) -> Any:

@@ -242,9 +242,10 @@ class CheckReport(Result):
         Raises:  ResultError: nothing is there.
         """
         held = {
-            "results": self.results, "run": self.run.model_dump(),
+            "results": self.results,
+            "run": self.run.model_dump(),
             "stages": [stage.model_dump() for stage in self.stages],
-        }  # fmt: skip
+        }
         return look_up(held, pointer)
 
     def timeless(self) -> dict[str, Any]:

@@ -164,12 +164,20 @@ class Evaluation(Result):
         """One row a condition."""
         nats = self.unit == NATS
         return [
-            {"condition": c.name, "role": c.role, "edit": c.edit.label, "value": c.value,
-             "interval": c.interval, "delta": c.delta.value if c.delta else None,
-             "delta_interval": c.delta.interval if c.delta else None, "energy": c.energy,
-             **({"perplexity": self.perplexity(c)} if nats else {}), **c.also}
+            {
+                "condition": c.name,
+                "role": c.role,
+                "edit": c.edit.label,
+                "value": c.value,
+                "interval": c.interval,
+                "delta": c.delta.value if c.delta else None,
+                "delta_interval": c.delta.interval if c.delta else None,
+                "energy": c.energy,
+                **({"perplexity": self.perplexity(c)} if nats else {}),
+                **c.also,
+            }
             for c in self.conditions
-        ]  # fmt: skip
+        ]
 
     def summary(self) -> str:
         """Plain sentences; says when the edit does not help, and what the controls do."""

@@ -148,8 +148,11 @@ class Missed(Part):
         """As a piece of a sentence."""
         if self.threshold == "sharing":
             return f"{self.value:.0f} tokens share the dimension, at most {self.needed:.0f} may"
-        unit = {"absolute": "|x| above {}", "median": "{} x the median",
-                "norm": "{} x the median token norm"}[self.threshold]  # fmt: skip
+        unit = {
+            "absolute": "|x| above {}",
+            "median": "{} x the median",
+            "norm": "{} x the median token norm",
+        }[self.threshold]
         by = "" if self.value >= self.needed else f" by {1 - self.value / self.needed:.1%}"
         return f"it misses {unit.format(f'{self.needed:,g}')}{by}"
 

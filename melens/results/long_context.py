@@ -156,20 +156,34 @@ class LongContext(Result):
     def rows(self) -> list[dict[str, Any]]:
         """One row a condition, length and depth."""
         return [
-            {"condition": c.name, "role": c.role, "edit": c.edit.label, "length": cell.length,
-             "depth": cell.depth, "n": cell.n, "found": cell.found / cell.n, "loss": cell.loss}
+            {
+                "condition": c.name,
+                "role": c.role,
+                "edit": c.edit.label,
+                "length": cell.length,
+                "depth": cell.depth,
+                "n": cell.n,
+                "found": cell.found / cell.n,
+                "loss": cell.loss,
+            }
             for c in self.conditions
             for cell in c.cells
-        ]  # fmt: skip
+        ]
 
     def shown(self) -> list[dict[str, Any]]:
         """One row a condition."""
         return [
-            {"condition": c.name, "role": c.role, "edit": c.edit.label,
-             "found": c.overall.found.value, "answer loss": c.overall.loss.value,
-             "text loss": c.text_loss and c.text_loss.value, "energy": c.energy}
+            {
+                "condition": c.name,
+                "role": c.role,
+                "edit": c.edit.label,
+                "found": c.overall.found.value,
+                "answer loss": c.overall.loss.value,
+                "text loss": c.text_loss and c.text_loss.value,
+                "energy": c.energy,
+            }
             for c in self.conditions
-        ]  # fmt: skip
+        ]
 
     def summary(self) -> str:
         """Plain sentences; says when the edit does not help, and what the controls do."""
@@ -242,9 +256,10 @@ def _check_deltas(condition: LongCondition, base: LongCondition) -> None:
             (condition.overall, *condition.by_length), (base.overall, *base.by_length), strict=True
         )
         for score, reference, delta in (
-            (part.found, other.found, part.found_delta), (part.loss, other.loss, part.loss_delta),
+            (part.found, other.found, part.found_delta),
+            (part.loss, other.loss, part.loss_delta),
         )
-    ]  # fmt: skip
+    ]
     if condition.text_loss is not None and base.text_loss is not None:
         pairs.append((condition.text_loss, base.text_loss, condition.text_delta))
         if [(b.start, b.stop) for b in condition.bins] != [(b.start, b.stop) for b in base.bins]:

@@ -45,10 +45,14 @@ class MetricProfile(Result):
     def rows(self) -> list[dict[str, Any]]:
         """One row a layer, without the single values."""
         return [
-            {"layer": row.layer, "mean": row.mean, "least": min(row.values),
-             "largest": max(row.values)}
+            {
+                "layer": row.layer,
+                "mean": row.mean,
+                "least": min(row.values),
+                "largest": max(row.values),
+            }
             for row in self.profile
-        ]  # fmt: skip
+        ]
 
     def summary(self) -> str:
         """One plain sentence; layers count from 0 at the block output."""

@@ -94,8 +94,11 @@ class Reach(Result):
         )
         if self.until < self.n_layers - 1:
             text += f"; the layers after {self.until} were not run"
-        best = max((row for row in self.profile if row.used is not None), default=None,
-                   key=lambda row: row.used or 0.0)  # fmt: skip
+        best = max(
+            (row for row in self.profile if row.used is not None),
+            default=None,
+            key=lambda row: row.used or 0.0,
+        )
         if best is not None:
             text += f"; most of a ceiling is used at layer {best.layer}: {best.used:.2g} of it"
         return f"{text}."

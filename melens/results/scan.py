@@ -82,8 +82,15 @@ class LayerCeiling(Part):
 
     @model_validator(mode="after")
     def _said_or_not(self) -> LayerCeiling:
-        numbers = (self.path, self.median, self.ceiling, self.ratio_to_median, self.neuron,
-                   self.dim, self.sign)  # fmt: skip
+        numbers = (
+            self.path,
+            self.median,
+            self.ceiling,
+            self.ratio_to_median,
+            self.neuron,
+            self.dim,
+            self.sign,
+        )
         if any((value is None) == self.covered for value in (*numbers,)):
             raise ValueError("a covered layer has every number, another has none")
         if (self.reason is None) != self.covered:
@@ -133,8 +140,10 @@ class WeightScan(Result):
             self.me_layer is None or self.erase_layer <= self.me_layer
         ):
             raise ValueError("the erase layer comes after an ME Layer")
-        if any(not 0 <= c.layer < self.n_layers or not 0 <= c.dim < self.d_model
-               for c in self.candidates):  # fmt: skip
+        if any(
+            not 0 <= c.layer < self.n_layers or not 0 <= c.dim < self.d_model
+            for c in self.candidates
+        ):
             raise ValueError("candidates must lie inside the model")
         return self
 

@@ -21,9 +21,10 @@ Site = Literal["output", "write"]
 Role = Literal["writes", "erases", "elsewhere"]
 Interval = tuple[float, float]
 ROLES = {
-    "writes": "grows the massive coordinate", "erases": "shrinks the massive coordinate",
+    "writes": "grows the massive coordinate",
+    "erases": "shrinks the massive coordinate",
     "elsewhere": "another dimension",
-}  # fmt: skip
+}
 
 
 class Thresholds(Part):
@@ -207,9 +208,22 @@ class SuperWeights(Result):
 
     def shown(self) -> list[dict[str, Any]]:
         """The main columns."""
-        keep = ("weights", "is", "layer", "row", "column", "value", "share", "position", "token",
-                "role", "loss_without", "loss_delta", "interval",
-                "neuron_loss_delta")  # fmt: skip
+        keep = (
+            "weights",
+            "is",
+            "layer",
+            "row",
+            "column",
+            "value",
+            "share",
+            "position",
+            "token",
+            "role",
+            "loss_without",
+            "loss_delta",
+            "interval",
+            "neuron_loss_delta",
+        )
         return [{key: row.get(key) for key in keep} for row in self.rows()]
 
     def summary(self) -> str:

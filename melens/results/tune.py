@@ -175,10 +175,21 @@ class Tuning(Result):
 
     def shown(self) -> list[dict[str, Any]]:
         """The main columns: what was confirmed, then the trials, best first."""
-        keep = ("on", "setting", "role", "items", "delta", "interval", "corrected", "optimism",
-                "energy", "stopped_after")  # fmt: skip
-        rows = sorted(self.rows(), key=lambda row: (row["on"] != "held out",
-                                                    -self.sign * row["delta"]))  # fmt: skip
+        keep = (
+            "on",
+            "setting",
+            "role",
+            "items",
+            "delta",
+            "interval",
+            "corrected",
+            "optimism",
+            "energy",
+            "stopped_after",
+        )
+        rows = sorted(
+            self.rows(), key=lambda row: (row["on"] != "held out", -self.sign * row["delta"])
+        )
         return [{key: row.get(key) for key in keep} for row in rows]
 
     def summary(self) -> str:

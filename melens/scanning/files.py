@@ -101,7 +101,7 @@ class HttpBlob:
 
         Args:    client: with ``get(url, headers=, follow_redirects=)``, as httpx' Client has.
         Raises:  FetchError: out of reach, or a server that does not answer by range.
-        """  # fmt: skip
+        """
         self.name = name
         self._url, self._client, self._headers = url, client, headers
         said = self._get(0, 1).headers.get("content-range", "")
@@ -175,7 +175,7 @@ class Checkpoint:
         """Short hash of the files' names, sizes, ends and tensor tables; not of every byte.
 
         Args:    times: of the files' times too, so that a file rewritten in place is another.
-        """  # fmt: skip
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
         for blob in self.blobs:
             digest.update(f"{blob.name} {blob.size} {blob.stamp if times else 0}".encode())
@@ -282,11 +282,14 @@ def _table(blob: Blob) -> dict[str, Stored]:
 
     return {
         name: Stored(
-            entry.shape, entry.dtype, blob, entry.start,
+            entry.shape,
+            entry.dtype,
+            blob,
+            entry.start,
             (entry.end - entry.start) // _rows(entry.shape),
         )
         for name, entry in read_header(read, blob.size, blob.name).items()
-    }  # fmt: skip
+    }
 
 
 def read_gguf(path: Path) -> Checkpoint:

@@ -114,13 +114,20 @@ def _row(
     whole = None if norms.post is None else whole_after_norm(norms.post)
     gated = any(ffn.gate is not None for ffn in layer.ffns)
     return LayerCeiling(
-        layer=layer.layer, covered=True, neurons=every.numel(), median=median,
+        layer=layer.layer,
+        covered=True,
+        neurons=every.numel(),
+        median=median,
         path="after a norm" if whole is not None else "gated" if gated else "plain",
-        ceiling=best.ceiling, ratio_to_median=best.ratio_to_median, neuron=best.neuron,
-        expert=best.expert, dim=best.dim, sign=best.sign,
+        ceiling=best.ceiling,
+        ratio_to_median=best.ratio_to_median,
+        neuron=best.neuron,
+        expert=best.expert,
+        dim=best.dim,
+        sign=best.sign,
         whole=None if whole is None else whole.max().item(),
         whole_dim=None if whole is None else int(whole.argmax()),
-    )  # fmt: skip
+    )
 
 
 def _norms(files: Checkpoint, plan: CheckpointPlan, layer: LayerPlan) -> Norms:
@@ -167,11 +174,18 @@ class _Ffn:
             share = float(smaller > 0)
         cosine = None if self.read.cosine is None else self.read.cosine[neuron].item()
         return Candidate(
-            layer=layer, neuron=neuron, expert=self.ffn.expert, dim=dim, ceiling=ceiling,
-            against=ceiling * share, cosine=cosine, value=value,
+            layer=layer,
+            neuron=neuron,
+            expert=self.ffn.expert,
+            dim=dim,
+            ceiling=ceiling,
+            against=ceiling * share,
+            cosine=cosine,
+            value=value,
             ratio_to_median=ceiling / median if median else 0.0,
-            sign=1 if (value * gain >= 0) == up else -1, needs=self._needs(neuron),
-        )  # fmt: skip
+            sign=1 if (value * gain >= 0) == up else -1,
+            needs=self._needs(neuron),
+        )
 
     def _entries(self, neurons: list[int]) -> dict[int, tuple[int, float]]:
         """The dim of each neuron's largest (scaled) down entry, and the entry."""
@@ -201,9 +215,10 @@ class _Ffn:
         unit = best_input(first, second, mean_zero=self.plan.layout.layer_norm)
         top = unit.abs().topk(min(NEEDED, unit.numel())).indices
         return Needs(
-            dims=tuple(top.tolist()), weights=tuple(unit[top].tolist()),
+            dims=tuple(top.tolist()),
+            weights=tuple(unit[top].tolist()),
             share=min(1.0, float((unit[top] ** 2).sum())),
-        )  # fmt: skip
+        )
 
     def _input_row(self, matrix: Matrix, neuron: int) -> Tensor:
         if not self.plan.layout.transposed:
@@ -219,8 +234,9 @@ class _Ffn:
         """Gate and up side by side, piece by piece."""
         d, ffn = self.plan.d_model, self.ffn
         layout = self.plan.layout
-        sums = _Sums(self.norms, self.device, mean_zero=layout.layer_norm,
-                     transposed=layout.transposed)  # fmt: skip
+        sums = _Sums(
+            self.norms, self.device, mean_zero=layout.layer_norm, transposed=layout.transposed
+        )
         for gate, up in self._pairs():
             sums.add(gate, up)
         rows, (w_sum, u_sum), (w_offset, u_offset) = sums.result()

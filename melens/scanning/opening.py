@@ -126,7 +126,7 @@ def by_range(name: str, revision: str | None, files: Any) -> Checkpoint:
              ``blob(file)``.
     Raises:  ModelNotFoundError: no config.json. WeightsError: no safetensors, a damaged index, or
              others than the config's model uses.
-    """  # fmt: skip
+    """
     said = files.text("config.json")
     if said is None:
         raise ModelNotFoundError(f"{name} holds no config.json; give a causal LM's id.")

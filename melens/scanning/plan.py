@@ -53,17 +53,23 @@ DENSE = Ffn("mlp.up_proj.weight", "mlp.down_proj.weight", "mlp.gate_proj.weight"
 FC = Ffn("mlp.fc1.weight", "mlp.fc2.weight")
 STACKED = Ffn("mlp.experts.gate_up_proj", "mlp.experts.down_proj", fused=True, expert="{e}")
 EACH = Ffn(
-    "mlp.experts.{e}.up_proj.weight", "mlp.experts.{e}.down_proj.weight",
-    "mlp.experts.{e}.gate_proj.weight", expert="{e}",
-)  # fmt: skip
+    "mlp.experts.{e}.up_proj.weight",
+    "mlp.experts.{e}.down_proj.weight",
+    "mlp.experts.{e}.gate_proj.weight",
+    expert="{e}",
+)
 SHARED = Ffn(
-    "mlp.shared_expert.up_proj.weight", "mlp.shared_expert.down_proj.weight",
-    "mlp.shared_expert.gate_proj.weight", expert="shared",
-)  # fmt: skip
+    "mlp.shared_expert.up_proj.weight",
+    "mlp.shared_expert.down_proj.weight",
+    "mlp.shared_expert.gate_proj.weight",
+    expert="shared",
+)
 W123 = Ffn(
-    "block_sparse_moe.experts.{e}.w3.weight", "block_sparse_moe.experts.{e}.w2.weight",
-    "block_sparse_moe.experts.{e}.w1.weight", expert="{e}",
-)  # fmt: skip
+    "block_sparse_moe.experts.{e}.w3.weight",
+    "block_sparse_moe.experts.{e}.w2.weight",
+    "block_sparse_moe.experts.{e}.w1.weight",
+    expert="{e}",
+)
 BLOCKS = ("model.layers.{l}.",)
 AFTER_ATTENTION = "post_attention_layernorm"
 
@@ -77,9 +83,11 @@ def _hf(name: str, *ffns: Ffn, **facts: Any) -> None:
 
 
 _SANDWICH = {
-    "norm": "pre_feedforward_layernorm", "post": "post_feedforward_layernorm", "offset": 1.0,
+    "norm": "pre_feedforward_layernorm",
+    "post": "post_feedforward_layernorm",
+    "offset": 1.0,
     "act": "gelu_pytorch_tanh",
-}  # fmt: skip
+}
 _hf("llama")
 _hf("qwen2")
 _hf("qwen3")
@@ -90,18 +98,30 @@ _hf("gemma2", **_SANDWICH)
 _hf("gemma3_text", **_SANDWICH)
 _hf("olmo2", norm=None, post="post_feedforward_layernorm")
 _hf(
-    "gpt2", Ffn("mlp.c_fc.weight", "mlp.c_proj.weight"), norm="ln_2", layer_norm=True,
-    transposed=True, act="gelu_new", blocks=("transformer.h.{l}.", "h.{l}."),
-)  # fmt: skip
+    "gpt2",
+    Ffn("mlp.c_fc.weight", "mlp.c_proj.weight"),
+    norm="ln_2",
+    layer_norm=True,
+    transposed=True,
+    act="gelu_new",
+    blocks=("transformer.h.{l}.", "h.{l}."),
+)
 _hf(
-    "gpt_neox", Ffn("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"), layer_norm=True,
-    act="gelu", blocks=("gpt_neox.layers.{l}.", "layers.{l}."),
-)  # fmt: skip
+    "gpt_neox",
+    Ffn("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),
+    layer_norm=True,
+    act="gelu",
+    blocks=("gpt_neox.layers.{l}.", "layers.{l}."),
+)
 _hf("phi", FC, norm="input_layernorm", layer_norm=True, act="gelu_new")
 _hf(
-    "opt", Ffn("fc1.weight", "fc2.weight"), norm="final_layer_norm", layer_norm=True, act="relu",
+    "opt",
+    Ffn("fc1.weight", "fc2.weight"),
+    norm="final_layer_norm",
+    layer_norm=True,
+    act="relu",
     blocks=("model.decoder.layers.{l}.", "decoder.layers.{l}."),
-)  # fmt: skip
+)
 _hf("mixtral", W123, STACKED)
 _hf("qwen3_moe", DENSE, EACH, STACKED)
 _hf("qwen3_next", DENSE, EACH, STACKED, SHARED, offset=1.0, hybrid=True)
@@ -114,9 +134,7 @@ _UNGATED = Ffn("ffn_up.weight", "ffn_down.weight")
 _ALL_EXPERTS = Ffn(
     "ffn_up_exps.weight", "ffn_down_exps.weight", "ffn_gate_exps.weight", expert="{e}"
 )
-_ONE_EXPERT = Ffn(
-    "ffn_up.{e}.weight", "ffn_down.{e}.weight", "ffn_gate.{e}.weight", expert="{e}"
-)  # fmt: skip
+_ONE_EXPERT = Ffn("ffn_up.{e}.weight", "ffn_down.{e}.weight", "ffn_gate.{e}.weight", expert="{e}")
 _SHARED_EXPERT = Ffn(
     "ffn_up_shexp.weight", "ffn_down_shexp.weight", "ffn_gate_shexp.weight", expert="shared"
 )
@@ -140,9 +158,7 @@ _gguf("gpt2", _UNGATED, layer_norm=True, act="gelu_new")
 _gguf("gptneox", _UNGATED, layer_norm=True, act="gelu")
 _gguf("phi2", _UNGATED, norm="attn_norm", layer_norm=True, act="gelu_new")
 _gguf("qwen3moe", _GATED, _ALL_EXPERTS)
-_gguf(
-    "qwen3next", _GATED, _ALL_EXPERTS, _SHARED_EXPERT, norm="post_attention_norm", hybrid=True
-)  # fmt: skip
+_gguf("qwen3next", _GATED, _ALL_EXPERTS, _SHARED_EXPERT, norm="post_attention_norm", hybrid=True)
 
 
 @dataclass(frozen=True)
@@ -232,13 +248,15 @@ def _facts_hf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
     facts = {
         "d_model": _first(config, "hidden_size", "n_embd"),
         "n_layers": _first(config, "num_hidden_layers", "n_layer"),
-        "act": _first(config, "hidden_activation", "hidden_act", "activation_function",
-                      default=layout.act),
+        "act": _first(
+            config, "hidden_activation", "hidden_act", "activation_function", default=layout.act
+        ),
         "experts": _first(config, "num_local_experts", "num_experts", default=0),
         "route": config.get("routed_scaling_factor") or 1.0,
-        "reason": None if config.get("do_layer_norm_before", True)
+        "reason": None
+        if config.get("do_layer_norm_before", True)
         else "its norms come after the residual sum, so no norm bounds what the FFN reads",
-    }  # fmt: skip
+    }
     projected = config.get("word_embed_proj_dim") not in (None, facts["d_model"])
     if projected and facts["reason"] is None:
         raise ModelError(f"{files.name} embeds in another width than its blocks; not covered.")
@@ -256,9 +274,11 @@ def _facts_gguf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
     facts = {
         "d_model": config.get(f"{kind}.embedding_length"),
         "n_layers": config.get(f"{kind}.block_count"),
-        "act": GGUF[kind].act, "experts": config.get(f"{kind}.expert_count") or 0,
-        "route": config.get(f"{kind}.expert_weights_scale") or 1.0, "reason": None,
-    }  # fmt: skip
+        "act": GGUF[kind].act,
+        "experts": config.get(f"{kind}.expert_count") or 0,
+        "route": config.get(f"{kind}.expert_weights_scale") or 1.0,
+        "reason": None,
+    }
     return GGUF[kind], _whole(files, facts)
 
 
@@ -358,10 +378,12 @@ def _one(
     if names.gate is not None:
         gate = Matrix(names.gate, at * shape[0], *shape)
     return FfnPlan(
-        up=Matrix(up, at * wide[0] + fused * inner, *shape), gate=gate,
-        down=Matrix(down, at * back[0], *back), up_bias=_bias(files, up),
+        up=Matrix(up, at * wide[0] + fused * inner, *shape),
+        gate=gate,
+        down=Matrix(down, at * back[0], *back),
+        up_bias=_bias(files, up),
         gate_bias=_bias(files, names.gate),
-    )  # fmt: skip
+    )
 
 
 def _check_shape(files: Checkpoint, name: str, expected: tuple[int, ...]) -> None:

@@ -151,10 +151,12 @@ class _Stage:
             return top.layer
         most = max(makers.values(), key=lambda found: found.ceiling)
         later = [
-            found for layer, found in self.layers.items()
-            if layer > most.layer and self.erases(found)
+            found
+            for layer, found in self.layers.items()
+            if layer > most.layer
+            and self.erases(found)
             and found.ceiling >= ERASED_LEFT * most.ceiling
-        ]  # fmt: skip
+        ]
         return max(later, key=lambda found: found.ceiling).layer if later else None
 
     def _after_an_erasure(self, makers: dict[int, Candidate], end: int) -> dict[int, Candidate]:
@@ -163,8 +165,13 @@ class _Stage:
             found = self.layers[layer]
             earlier = [f.ceiling for at, f in makers.items() if at < layer]
             rest = {at: f for at, f in makers.items() if at > layer}
-            if layer < end and self.erases(found) and earlier and rest \
-                    and found.ceiling >= ERASED_LEFT * max(earlier):  # fmt: skip
+            if (
+                layer < end
+                and self.erases(found)
+                and earlier
+                and rest
+                and found.ceiling >= ERASED_LEFT * max(earlier)
+            ):
                 return rest
         return makers
 
@@ -192,7 +199,7 @@ class Kept:
         """Take up what ``path`` holds, if it is of this ``key``.
 
         Raises:  OutputError: the file cannot be written. ResultError: it cannot be read.
-        """  # fmt: skip
+        """
         self.path = path
         self.layers: dict[int, LayerScan] = {}
         if path is None:
@@ -270,7 +277,7 @@ def scan(
     Raises:  ModelNotFoundError, ModelError: no such model, or a family without a layout.
              WeightsError: missing, truncated, misshapen or not finite; names file and tensor.
              FetchError: the hub is out of reach, or offline was asked for.
-    """  # fmt: skip
+    """
     device = _device(device)
     files = open_checkpoint(model, revision=revision)
     threads = torch.get_num_threads()
@@ -307,16 +314,23 @@ def _result(
     if plan.beyond is not None:
         left = (*left, f"layers from {plan.beyond} on, which the config does not count")
     return WeightScan(
-        n_layers=len(scans), d_model=plan.d_model, me_layer=said.me_layer,
-        erase_layer=said.erase_layer, dims=said.dims, confidence=said.confidence, rule=RULE,
-        candidates=said.candidates, profile=profile, covered=all(row.covered for row in profile),
+        n_layers=len(scans),
+        d_model=plan.d_model,
+        me_layer=said.me_layer,
+        erase_layer=said.erase_layer,
+        dims=said.dims,
+        confidence=said.confidence,
+        rule=RULE,
+        candidates=said.candidates,
+        profile=profile,
+        covered=all(row.covered for row in profile),
         leaves_out=left,
         run=RunInfo.collect(
             ModelFacts(files.name, files.revision, None, " ".join(sorted(kinds)) or "-", device),
             seed=0,
             settings={"files": files.key(), "format": files.kind, "layers": len(scans)},
         ),
-    )  # fmt: skip
+    )
 
 
 def _device(device: str | None) -> str:

@@ -80,7 +80,7 @@ def reach(
     Raises:  PromptError: no token, or one that the vocabulary does not have.
              ResultError: a scan of another model, or a file that holds none.
              SiteError: no such layer. What ``load_streamed`` raises.
-    """  # fmt: skip
+    """
     tokens = _check(tokens, sample)
     scan = _read_scan(scan)
     model = _bridge(model)
@@ -95,8 +95,12 @@ def reach(
     outputs, writes = _run(model, list(chosen), until, ceilings)
     values, dims = (torch.stack(part) for part in zip(*outputs, strict=True))
     settings: dict[str, Any] = {
-        "tokens": len(chosen), "until": until, "scan": scan is not None, "files": files, **lacking,
-    }  # fmt: skip
+        "tokens": len(chosen),
+        "until": until,
+        "scan": scan is not None,
+        "files": files,
+        **lacking,
+    }
     return Reach(
         n_layers=model.cfg.n_layers,
         until=until,
@@ -269,15 +273,23 @@ def _row(
         if ceiling and write.there:
             made["used"] = torch.cat(write.there).abs().max().item() / ceiling
     return ReachRow(
-        layer=layer, value=values[top].item(), dim=int(dims[top]), token_id=tokens[top],
-        ceiling=ceiling, ceiling_dim=getattr(bound, "dim", None), **made,
-    )  # fmt: skip
+        layer=layer,
+        value=values[top].item(),
+        dim=int(dims[top]),
+        token_id=tokens[top],
+        ceiling=ceiling,
+        ceiling_dim=getattr(bound, "dim", None),
+        **made,
+    )
 
 
 def _run_info(model: Any, seed: int, settings: dict[str, Any]) -> RunInfo:
     origin, parameter = origin_of(model), next(model.parameters())
     facts = ModelFacts(
-        origin.name, origin.revision, fingerprint(model),
-        str(parameter.dtype).removeprefix("torch."), str(parameter.device),
-    )  # fmt: skip
+        origin.name,
+        origin.revision,
+        fingerprint(model),
+        str(parameter.dtype).removeprefix("torch."),
+        str(parameter.device),
+    )
     return RunInfo.collect(facts, seed=seed, settings=settings)

@@ -89,7 +89,7 @@ def build_hollow(checkpoint: Checkpoint, *, dtype: Any, device: str) -> Hollow:
 
     Raises:  ModelError: no such model, or a quantised one. WeightsError: a tensor that is missing
              or has another shape.
-    """  # fmt: skip
+    """
     model = _meta_model(checkpoint.folder, dtype)
     stack = layer_list(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)

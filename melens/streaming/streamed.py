@@ -196,7 +196,7 @@ def load_streamed(
              an interruption, go on at the block where they stopped. Remove it when done.
     Raises:  what ``load`` raises; WeightsError: also at the block that is NaN or cut short.
              ModelError: a family that cannot be streamed.
-    """  # fmt: skip
+    """
     folder, name = _folder(str(model), revision)
     device = usable_device(device or best_device())
     tokenizer = _tokenizer(folder, needed=need_tokenizer)
@@ -236,7 +236,7 @@ def _own_first_block(hollow: Hollow, checkpoint: Checkpoint) -> OwnAnswer:
     table, ids = hollow.embedding, probe_ids(hollow.model.config)
     rows = checkpoint.rows(
         table.pieces[0].name, list(range(int(ids.max()) + 1)), table.hollow.dtype
-    )  # fmt: skip
+    )
     try:
         table.fill(rows.to(table.hollow.device))
         for slot in hollow.blocks[0]:

@@ -110,8 +110,10 @@ class Found:
 
     def best(self, ledger: Ledger, count: tuple[int, int]) -> list[EditCondition]:
         """The best candidates and controls, in the order they entered."""
-        kept = [*self.ranked(ledger, "edited")[: count[0]],
-                *self.ranked(ledger, "control")[: count[1]]]  # fmt: skip
+        kept = [
+            *self.ranked(ledger, "edited")[: count[0]],
+            *self.ranked(ledger, "control")[: count[1]],
+        ]
         return [condition for condition in self.entered if condition in kept]
 
 
@@ -120,8 +122,10 @@ def made_controls(
 ) -> list[EditCondition]:
     """Controls to confirm: the best random dims of the race, and the best candidate's own two."""
     own = conditions(model, best.edit, me_layer, Plan(rates=(), strengths=(), seeds=(seed,)))
-    made = [*raced, *(EditCondition(c.edit.label, "control", c.edit) for c in own
-                      if c.role == "control")]  # fmt: skip
+    made = [
+        *raced,
+        *(EditCondition(c.edit.label, "control", c.edit) for c in own if c.role == "control"),
+    ]
     return list({condition.edit: condition for condition in made}.values())
 
 
@@ -134,20 +138,27 @@ def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
     inputs = Inputs(search.model, [], {}, fingerprint(search.model))
     located = search.me_layer.run.settings
     return Tuning(
-        metric=objective.name or "a function", unit=objective.unit,
-        higher_is_better=objective.higher_is_better, me_layer=search.me_layer.me_layer,
+        metric=objective.name or "a function",
+        unit=objective.unit,
+        higher_is_better=objective.higher_is_better,
+        me_layer=search.me_layer.me_layer,
         in_space=len(search.candidates) + len(search.controls),
         trials=tuple(_trial(condition, ledger, found) for condition in found.entered),
-        base=ledger.mean("base", found.held) if found.held else None, confirmed=confirmed,
+        base=ledger.mean("base", found.held) if found.held else None,
+        confirmed=confirmed,
         best=better[0].edit if better else None,
         margin=_margin(better[0], confirmed, ledger, found) if better else None,
-        split=_split(search.halves, settings), budget=_spent(search, found), rule=_rule(found),
+        split=_split(search.halves, settings),
+        budget=_spent(search, found),
+        rule=_rule(found),
         items=settings.items and settings.items.name,
         run=inputs.run_info(
-            seed=settings.seed, items=search.rows.key, me_layer_of=located.get("ids"),
+            seed=settings.seed,
+            items=search.rows.key,
+            me_layer_of=located.get("ids"),
             **_about(search.model, (*search.halves.development, *search.halves.held_out)),
         ),
-    )  # fmt: skip
+    )
 
 
 def _about(model: Any, items: Sequence[Forced]) -> dict[str, Any]:
@@ -161,10 +172,15 @@ def _trial(condition: EditCondition, ledger: Ledger, found: Found) -> Trial:
     name, items = condition.name, found.shown[condition.name]
     delta = ledger.paired(name, items)
     return Trial(
-        edit=condition.edit, role=_role(condition), items=len(items),
-        value=ledger.mean(name, items), delta=delta.value, interval=delta.interval,
-        energy=ledger.energy(name, items), stopped_after=found.stopped.get(name),
-    )  # fmt: skip
+        edit=condition.edit,
+        role=_role(condition),
+        items=len(items),
+        value=ledger.mean(name, items),
+        delta=delta.value,
+        interval=delta.interval,
+        energy=ledger.energy(name, items),
+        stopped_after=found.stopped.get(name),
+    )
 
 
 def _confirmed(condition: EditCondition, ledger: Ledger, found: Found) -> Confirmed:
@@ -178,11 +194,17 @@ def _confirmed(condition: EditCondition, ledger: Ledger, found: Found) -> Confir
         apart = ledger.differences(name, held)
         corrected = weighted_mean(*apart, seed=ledger.seed, tests=len(found.confirmed)).interval
     return Confirmed(
-        edit=condition.edit, role=_role(condition), items=len(held),
-        value=ledger.mean(name, held), delta=delta.value, interval=delta.interval,
-        corrected=corrected, energy=ledger.energy(name, held), development=development,
+        edit=condition.edit,
+        role=_role(condition),
+        items=len(held),
+        value=ledger.mean(name, held),
+        delta=delta.value,
+        interval=delta.interval,
+        corrected=corrected,
+        energy=ledger.energy(name, held),
+        development=development,
         optimism=None if development is None else development - delta.value,
-    )  # fmt: skip
+    )
 
 
 def _margin(
@@ -201,17 +223,23 @@ def _split(halves: Halves, settings: Any) -> Split:
     return Split(
         development=tuple(item.id for item in halves.development),
         held_out=tuple(item.id for item in halves.held_out),
-        seed=settings.seed, share=settings.held_out, repeated=halves.repeated,
-    )  # fmt: skip
+        seed=settings.seed,
+        share=settings.held_out,
+        repeated=halves.repeated,
+    )
 
 
 def _spent(search: Any, found: Found) -> Spent:
     names = [name for _, name in search.rows.found if name not in MARKS]
     stops: list[Any] = [part for part in STOPPED if search.rows.has("stop", f"stop {part}")]
     return Spent(
-        evaluations=search.budget.evaluations, seconds=search.budget.seconds,
-        planned=found.planned, reserved=found.reserved, used=len(names), cut_short=tuple(stops),
-    )  # fmt: skip
+        evaluations=search.budget.evaluations,
+        seconds=search.budget.seconds,
+        planned=found.planned,
+        reserved=found.reserved,
+        used=len(names),
+        cut_short=tuple(stops),
+    )
 
 
 def _rule(found: Found) -> str:

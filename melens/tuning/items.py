@@ -98,9 +98,11 @@ def items_of(model: Any, texts: Texts, metric: Any) -> tuple[Objective, tuple[Fo
         if objective is None:
             task = FORCED_TASKS[metric](model.tokenizer, _source(texts, metric))
             objective = Objective(
-                lambda item, found: task.score(item, found)[0], task.name, task.unit,
+                lambda item, found: task.score(item, found)[0],
+                task.name,
+                task.unit,
                 task.higher_is_better,
-            )  # fmt: skip
+            )
             made = task.items
         else:
             made = _pieces(model, texts)

@@ -143,8 +143,15 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
         _plan(space, halves, settings, int(budget.evaluations or 0))
     me_layer = me_layer or _located(bridge, texts, metric)
     search = _Search(
-        bridge, me_layer, objective, halves, space, settings, budget, progress,
-    )  # fmt: skip
+        bridge,
+        me_layer,
+        objective,
+        halves,
+        space,
+        settings,
+        budget,
+        progress,
+    )
     return search.run()
 
 
@@ -208,8 +215,10 @@ class _Search:
         """Race, confirm, and put together what the rows say."""
         race, reserved, planned, pace = self._race()
         seed = self.settings.seed
-        entered = [*drawn(self.candidates, race.candidates, seed),
-                   *drawn(self.controls, race.controls, seed)]  # fmt: skip
+        entered = [
+            *drawn(self.candidates, race.candidates, seed),
+            *drawn(self.controls, race.controls, seed),
+        ]
         self._total = race.cost + reserved
         found = self._raced(race, entered, self._deadline(reserved * pace))
         ledger = Ledger(self.rows, self.objective, seed)
@@ -217,8 +226,9 @@ class _Search:
         confirmed = candidates[: self.settings.confirm]
         others = made_controls(self.model, confirmed[0], controls[:1], self.me_layer, seed)
         self.runner = Runner(self.model, (UNEDITED, *confirmed, *others), self.me_layer)
-        held = self._wave(self.halves.held_out, (*confirmed, *others), "confirmation",
-                          self._deadline(0.0))  # fmt: skip
+        held = self._wave(
+            self.halves.held_out, (*confirmed, *others), "confirmation", self._deadline(0.0)
+        )
         found.confirmed, found.others, found.held = confirmed, others, held
         found.race, found.planned, found.reserved = race, planned, reserved
         return assembled(self, ledger, found)
@@ -335,17 +345,20 @@ class _Search:
         """What the numbers depend on."""
         settings = self.settings
         return {
-            "melens": __version__, "metric": self.objective.name,
-            "weights": fingerprint(self.model), "located": located_facts(self.me_layer),
+            "melens": __version__,
+            "metric": self.objective.name,
+            "weights": fingerprint(self.model),
+            "located": located_facts(self.me_layer),
             "dtype": str(next(self.model.parameters()).dtype),
             "device": next(self.model.parameters()).device.type,
             "settings": [c.edit.model_dump(mode="json") for c in self.runner.conditions],
             "budget": [self.budget.evaluations, self.budget.seconds],
-            "confirm": settings.confirm, "seed": settings.seed,
+            "confirm": settings.confirm,
+            "seed": settings.seed,
             "batch_tokens": settings.batch_tokens,
             "development": [[i.id, list(i.ids), _at(i)] for i in self.halves.development],
             "held_out": [[i.id, list(i.ids), _at(i)] for i in self.halves.held_out],
-        }  # fmt: skip
+        }
 
 
 def _condition(edit: Any, role: Any) -> EditCondition:

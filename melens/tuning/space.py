@@ -80,12 +80,19 @@ class Space:
     def _edits(self, rules: list[tuple[str, int]]) -> tuple[Edit, ...]:
         made = [
             Edit.model_validate(
-                {"name": "wemask", "select": select, "layers": layers, "rate": float(rate),
-                 "strength": float(strength), **({"seed": seed} if select == "random" else {})}
+                {
+                    "name": "wemask",
+                    "select": select,
+                    "layers": layers,
+                    "rate": float(rate),
+                    "strength": float(strength),
+                    **({"seed": seed} if select == "random" else {}),
+                }
             )
-            for (select, seed), layers, rate, strength
-            in product(rules, self.layers, self.rates, self.strengths)
-        ]  # fmt: skip
+            for (select, seed), layers, rate, strength in product(
+                rules, self.layers, self.rates, self.strengths
+            )
+        ]
         labels = {edit.label: edit for edit in made}
         if len(labels) != len(set(made)):
             raise InterventionError("two settings are alike to six digits; leave one of them out.")

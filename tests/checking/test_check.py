@@ -103,9 +103,15 @@ def test_a_clean_model_has_no_finding(clean):
 def test_what_the_sick_model_has_is_found_with_its_numbers(sick):
     truth, report = sick
     assert found_in(report) == {
-        "int8-per-tensor", "kv-quantisation", "sink-needs-bos", "sink-heads", "super-weight",
-        "one-token", "kv-eviction", "rank-collapse",
-    }  # fmt: skip
+        "int8-per-tensor",
+        "kv-quantisation",
+        "sink-needs-bos",
+        "sink-heads",
+        "super-weight",
+        "one-token",
+        "kv-eviction",
+        "rank-collapse",
+    }
     assert report.verdict == "findings"
     held = {finding.id: finding for finding in report.findings}
     located = report.result("locate")
@@ -234,9 +240,21 @@ def with_window(planted, window):
     from transformers import MistralConfig, MistralForCausalLM
 
     known = planted.model.config.to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
-             "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-             "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")  # fmt: skip
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+    )
     config = MistralConfig(**{n: known[n] for n in names}, sliding_window=window)
     made = MistralForCausalLM(config)
     made.load_state_dict(planted.model.state_dict())
@@ -297,11 +315,10 @@ def test_a_size_or_a_stage_that_differs_is_no_finding():
     """As healthy weights have it on a text of digits, and on one repeated word."""
 
     def known(*rows):
-        made = [Comparison(what=a, published="1", measured="2", verdict=b, place=c)
-                for a, b, c in rows]  # fmt: skip
-        return KnownCheck(
-            model="x", verdict="mismatch", comparisons=tuple(made), source="paper"
-        )  # fmt: skip
+        made = [
+            Comparison(what=a, published="1", measured="2", verdict=b, place=c) for a, b, c in rows
+        ]
+        return KnownCheck(model="x", verdict="mismatch", comparisons=tuple(made), source="paper")
 
     good, place = ("ME Layer", "match", True), ("ME Layer", "mismatch", True)
     size, stages_ = ("|x| in dimension 5", "mismatch", False), ("stages", "mismatch", False)
@@ -498,20 +515,38 @@ def dose_of(doses, controls, *, texts=24):
     def score(name, role, rate, changes):
         mean = sum(changes) / n
         return ConditionScore(
-            name=name, role=role, edit=Edit(rate=rate), value=2.0 + mean, interval=None,
+            name=name,
+            role=role,
+            edit=Edit(rate=rate),
+            value=2.0 + mean,
+            interval=None,
             delta=Delta(value=mean, interval=None),
-        )  # fmt: skip
+        )
 
     tried = [score(name, "dose", 0.1 + i / 10, x) for i, (name, x) in enumerate(doses.items())]
     held = [score(name, "control", 0.05, x) for name, x in controls.items()]
     edited = tried[0].model_copy(update={"role": "edited"})
     base = plant_run()
     return Evaluation(
-        task="perplexity", unit="nats a token", higher_is_better=False, n=n, weight=24.0,
-        edit=edited.edit, me_layer=1, base=plain, edited=edited, delta=edited.delta,
-        dose=tuple(tried[1:]), controls=tuple(held), rivals=(), items=None, about="made up",
-        differences={**doses, **controls}, weights=weights, run=base,
-    )  # fmt: skip
+        task="perplexity",
+        unit="nats a token",
+        higher_is_better=False,
+        n=n,
+        weight=24.0,
+        edit=edited.edit,
+        me_layer=1,
+        base=plain,
+        edited=edited,
+        delta=edited.delta,
+        dose=tuple(tried[1:]),
+        controls=tuple(held),
+        rivals=(),
+        items=None,
+        about="made up",
+        differences={**doses, **controls},
+        weights=weights,
+        run=base,
+    )
 
 
 def plant_run():
@@ -604,8 +639,9 @@ def test_a_kill_in_any_stage_loses_only_that_stage(saved, whole, stage, tmp_path
     folder = tmp_path / "killed"
     done = subprocess.run(
         [sys.executable, "-c", KILL, str(saved), str(folder), stage, words()],
-        capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == -signal.SIGKILL
     kept = sorted(path.stem for path in (folder / "stages").glob("*.key"))
     quick = [name for name in STAGES if STAGES[name].budget == "quick"]
@@ -680,8 +716,11 @@ def test_a_changed_config_or_chat_template_is_measured_again(tmp_path, saved, le
 def test_progress_rises_to_the_end(small, tmp_path):
     seen = []
     planted = plant("llama", "single", 1)
-    check(model_of(planted), Batch.of(batch(planted, n=4, length=24)),
-          progress=lambda *at: seen.append(at))  # fmt: skip
+    check(
+        model_of(planted),
+        Batch.of(batch(planted, n=4, length=24)),
+        progress=lambda *at: seen.append(at),
+    )
     assert list(dict.fromkeys(name for name, _, _ in seen)) == [
         name for name in STAGES if STAGES[name].budget == "quick"
     ]

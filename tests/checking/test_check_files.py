@@ -52,8 +52,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     code, stderr = run("any", option, here)
     assert code == 3
-    assert stderr == f"melens: cannot write {option} {here}: No space left on device; choose " \
-        "another place.\n"  # fmt: skip
+    assert (
+        stderr == f"melens: cannot write {option} {here}: No space left on device; choose "
+        "another place.\n"
+    )
     assert made == []
 
 

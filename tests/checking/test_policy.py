@@ -76,28 +76,43 @@ def test_a_nameless_file_is_called_as_it_is(tmp_path):
     [
         ("a.toml", "\n\nfail_on = 'loud'\n", r"line 3: fail_on: .*'never'.*got 'loud'"),
         ("a.toml", "\nfail = 'info'\n", r"line 2: unknown key 'fail'; here fit name, extends"),
-        ("a.toml", "[rules.float16-range]\nthreshold = 1\nlimit = 2\n",
-         r"line 3: unknown key 'limit'; here fit severity, threshold"),
-        ("a.toml", "[rules.float16-range]\n\nthreshold = 'big'\n",
-         r"line 3: rules.float16-range.threshold: .*number, got 'big'"),
+        (
+            "a.toml",
+            "[rules.float16-range]\nthreshold = 1\nlimit = 2\n",
+            r"line 3: unknown key 'limit'; here fit severity, threshold",
+        ),
+        (
+            "a.toml",
+            "[rules.float16-range]\n\nthreshold = 'big'\n",
+            r"line 3: rules.float16-range.threshold: .*number, got 'big'",
+        ),
         ("a.toml", "rules.one-token.threshold = -1\n", r"line 1: rules.one-token.threshold: .*-1"),
         ("a.toml", "x = 1\n[rules\n", r"line 2: not valid TOML"),
         ("a.toml", "[rules.one-token]\nthreshold = inf\n", r"line 2: rules.one-token.threshold"),
-        ("a.toml", "[rules.sink-heads]\n\nthreshold = 30\n",
-         r"line 3: rules.sink-heads.threshold must be from 0 to 1 \(share of .*got 30"),
-        ("a.toml", "name = 'a'\n[rules.one-tokn]\nthreshold = 1\n",
-         r"line 2: unknown rule 'one-tokn'. Did you mean 'one-token'\?"),
+        (
+            "a.toml",
+            "[rules.sink-heads]\n\nthreshold = 30\n",
+            r"line 3: rules.sink-heads.threshold must be from 0 to 1 \(share of .*got 30",
+        ),
+        (
+            "a.toml",
+            "name = 'a'\n[rules.one-tokn]\nthreshold = 1\n",
+            r"line 2: unknown rule 'one-tokn'. Did you mean 'one-token'\?",
+        ),
         ("a.toml", "[rules.one-token]\nthreshold = true\n", r"line 2: .*got True"),
         ("a.toml", "\n\nextends = 'lax'", r"line 3: extends: .*'default'.*got 'lax'"),
         ("a.toml", "rules = 3", r"line 1: rules: .*got 3"),
         ("a.toml", "name = 'a'\nname = 'b'\n", r"line 2: not valid TOML \(Cannot overwrite"),
-        ("a.toml", "rules.sink-heads = { threshold = 1, thresh = 2 }\n",
-         r"line 1: unknown key 'thresh'"),
+        (
+            "a.toml",
+            "rules.sink-heads = { threshold = 1, thresh = 2 }\n",
+            r"line 1: unknown key 'thresh'",
+        ),
         ("a.toml", "a = [\n'''\nfail_on = 1\n''']\n", r"line 1: unknown key 'a'"),
         ("a.yaml", "name: a", r"unknown policy .*must end in .toml\."),
         ("a.txt", "", r"unknown policy .*must end in .toml\."),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_has_its_line(name, text, says, tmp_path):
     with pytest.raises(PolicyError, match=says) as raised:
         read_policy(write(tmp_path, name, text))

@@ -56,8 +56,10 @@ def test_locate_writes_its_files_and_says_one_sentence(run, model, text, tmp_pat
     assert f"ME Layer {planted.me_layer} of" in stdout
     assert "counted from 0" in stdout
     assert sorted(file.name for file in out.iterdir()) == [
-        "locate.json", "profile.png", "profile.svg",
-    ]  # fmt: skip
+        "locate.json",
+        "profile.png",
+        "profile.svg",
+    ]
     code, stdout, _ = run("plot", out / "locate.json", "-o", out / "again.svg")
     assert code == 0
     assert (out / "again.svg").read_bytes() == (out / "profile.svg").read_bytes()
@@ -102,8 +104,9 @@ def test_measures_write_their_files_and_say_one_sentence(
     saved = out / f"{command}.json"
     assert run("plot", saved, "-o", out / "again.svg")[0] == 0
     assert (out / "again.svg").read_bytes() == (out / f"{command}.svg").read_bytes()
-    code, stdout, _ = run(command, model, *texts, *options, "--located", out / "locate.json",
-                          "--json")  # fmt: skip
+    code, stdout, _ = run(
+        command, model, *texts, *options, "--located", out / "locate.json", "--json"
+    )
     assert code == 0
     made, again = json.loads(saved.read_text()), json.loads(stdout)
     made.pop("run"), again.pop("run")

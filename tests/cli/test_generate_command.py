@@ -82,8 +82,22 @@ def test_a_folders_own_edit_is_the_default(tmp_path):
 
 
 def test_generate_shows_both_answers(folder, located, capsys):
-    arguments = ["generate", folder, "-p", "w5 w6 w7", "-p", "w9 w8", "--bos", "--max-new-tokens",
-                 "6", "--json", "-q", "--located", located, *MASK]  # fmt: skip
+    arguments = [
+        "generate",
+        folder,
+        "-p",
+        "w5 w6 w7",
+        "-p",
+        "w9 w8",
+        "--bos",
+        "--max-new-tokens",
+        "6",
+        "--json",
+        "-q",
+        "--located",
+        located,
+        *MASK,
+    ]
     code, out, err = run(capsys, *arguments)
     assert code == 0, err
     rows = json.loads(out)["rows"]
@@ -173,9 +187,19 @@ def test_export_and_load_again(folder, located, capsys, tmp_path):
     chosen = tmp_path / "edit.json"  # as melens tune writes it
     chosen.write_text(json.dumps({"edit": {"name": "wemask", "rate": 0.75, "layers": [1]}}))
     code, out, err = run(
-        capsys, "generate", folder, "-p", "w5", "--bos", "--json", "-q", "--max-new-tokens", "2",
-        "--edit-file", chosen,
-    )  # fmt: skip
+        capsys,
+        "generate",
+        folder,
+        "-p",
+        "w5",
+        "--bos",
+        "--json",
+        "-q",
+        "--max-new-tokens",
+        "2",
+        "--edit-file",
+        chosen,
+    )
     assert code == 0, err
     assert json.loads(out)["edit"] == "wemask gamma rate 0.75 layer 1"
     assert "not applied" not in err

@@ -78,10 +78,13 @@ def test_the_harness_works_without_any_special_token(make_tiny):
     assert lm.tok_decode(None) is None
     asked = [
         Instance(
-            request_type="generate_until", doc={}, idx=0, metadata=("t", 0, 1),
+            request_type="generate_until",
+            doc={},
+            idx=0,
+            metadata=("t", 0, 1),
             arguments=(text, {"until": ["w99"], "max_gen_toks": 3, "do_sample": False}),
         )
         for text in ("w5 w6 w7", "w8")
-    ]  # fmt: skip
+    ]
     assert all(len(answer.split()) == 3 for answer in lm.generate_until(asked, disable_tqdm=True))
     assert not made.all_special_ids

@@ -171,11 +171,16 @@ def test_turned_around_it_says_the_inverse(base):
 def test_a_layer_that_is_0_in_one_of_the_two_differs_most(a, b):
     lines = tuple(
         SideRow(
-            layer=i, max_a=one, max_b=two, ratio=two / one if one else None,
-            share_a=None, share_b=None, cosine=None,
+            layer=i,
+            max_a=one,
+            max_b=two,
+            ratio=two / one if one else None,
+            share_a=None,
+            share_b=None,
+            cosine=None,
         )
         for i, (one, two) in enumerate(zip(a, b, strict=True))
-    )  # fmt: skip
+    )
     (change,) = profile_change(lines, Tolerances())
     assert change.note == "layer 1, where it differs most"
     assert (change.a, change.b, change.changed) == (a[1], b[1], True)
@@ -183,8 +188,9 @@ def test_a_layer_that_is_0_in_one_of_the_two_differs_most(a, b):
 
 
 def test_two_dead_layers_are_the_same():
-    line = SideRow(layer=0, max_a=0.0, max_b=0.0, ratio=None, share_a=None, share_b=None,
-                   cosine=None)  # fmt: skip
+    line = SideRow(
+        layer=0, max_a=0.0, max_b=0.0, ratio=None, share_a=None, share_b=None, cosine=None
+    )
     (change,) = profile_change((line,), Tolerances())
     assert (change.value, change.changed) == (1.0, False)
 
@@ -289,22 +295,41 @@ def _report(locate_name, sinks_name, **changes):
         "locate": load_result(RESULTS / locate_name).to_dict(),
         "sinks": load_result(RESULTS / sinks_name).to_dict(),
     }
-    rule = {"id": "sink-needs-bos", "title": "t", "status": "passed", "value": 0.0, "unit": "share",
-            "threshold": 0.5, "reason": None, "source": None}  # fmt: skip
+    rule = {
+        "id": "sink-needs-bos",
+        "title": "t",
+        "status": "passed",
+        "value": 0.0,
+        "unit": "share",
+        "threshold": 0.5,
+        "reason": None,
+        "source": None,
+    }
     finding = {key: rule[key] for key in ("id", "title", "unit", "threshold")} | {
-        "severity": "warning", "value": 1.0, "why": "w", "advice": "a", "evidence": {},
-        "source": "/results/sinks/t"}  # fmt: skip
+        "severity": "warning",
+        "value": 1.0,
+        "why": "w",
+        "advice": "a",
+        "evidence": {},
+        "source": "/results/sinks/t",
+    }
     rule["status"] = changes.get("status", "passed")
     found = rule["status"] == "found"
     return CheckReport.model_validate(
         {
-            "model": "m", "verdict": "findings" if found else "pass", "answer": "a",
-            "budget": changes.get("budget", "quick"), "stages": (), "results": held,
+            "model": "m",
+            "verdict": "findings" if found else "pass",
+            "answer": "a",
+            "budget": changes.get("budget", "quick"),
+            "stages": (),
+            "results": held,
             "policy": {"name": changes.get("policy", "default"), "fail_on": "warning", "rules": {}},
-            "findings": (finding,) if found else (), "rules": (rule,), "recommendation": None,
+            "findings": (finding,) if found else (),
+            "rules": (rule,),
+            "recommendation": None,
             "run": held["locate"]["run"],
         }
-    )  # fmt: skip
+    )
 
 
 def test_reports_add_sinks_and_findings(tmp_path):
@@ -373,14 +398,16 @@ def test_the_command(run, folders, tmp_path):
     out = tmp_path / "out"
     code, stdout, _ = run(
         "diff", folders / "base", folders / "base", *own, "--dtype-b", "bfloat16", "--out", out
-    )  # fmt: skip
+    )
     assert code == 0
     assert "computed in float32 and in bfloat16" in stdout
     assert f"the ME Layer did not move: {TRUTH.me_layer} in both" in stdout
     assert "counted from 0" in stdout
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.json")) == [
-        "a/locate.json", "b/locate.json", "diff.json",
-    ]  # fmt: skip
+        "a/locate.json",
+        "b/locate.json",
+        "diff.json",
+    ]
     code, again, _ = run("diff", out / "a" / "locate.json", folders / "louder", *own, "--json")
     assert code == 1
     found = Difference.from_json(again)

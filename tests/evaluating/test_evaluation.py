@@ -113,9 +113,11 @@ def expected(model, edit, one):
     wanted = ids[0, at]
     rows = torch.arange(len(at))
     return (
-        -edited[rows, wanted].log(), edited.argmax(-1) == wanted,
-        (plain * (plain.log() - edited.log())).sum(-1), edited.argmax(-1) == plain.argmax(-1),
-    )  # fmt: skip
+        -edited[rows, wanted].log(),
+        edited.argmax(-1) == wanted,
+        (plain * (plain.log() - edited.log())).sum(-1),
+        edited.argmax(-1) == plain.argmax(-1),
+    )
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma2", "gpt2", "qwen3-next"], indirect=True)
@@ -162,8 +164,9 @@ def test_company_and_padding_change_nothing(model, three):
 
 
 def test_batches_hold_every_item_once_and_no_more_than_their_tokens(model, three):
-    batches = list(Runner(model, (EditCondition("base", "base", BASE),), None,
-                          batch_tokens=20).batches(three))  # fmt: skip
+    batches = list(
+        Runner(model, (EditCondition("base", "base", BASE),), None, batch_tokens=20).batches(three)
+    )
     assert sorted(one.id for batch in batches for one in batch) == ["0", "1", "2"]
     assert [len(batch) for batch in batches] == [1, 2]
 
@@ -195,9 +198,13 @@ def big_tokenizer():
     made = Tokenizer(models.WordLevel(known, unk_token="w3"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="w3", chat_template="<s>{% for m in messages %} {{ m['content'] }}{% endfor %}",
-    )  # fmt: skip
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="w3",
+        chat_template="<s>{% for m in messages %} {{ m['content'] }}{% endfor %}",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +228,14 @@ def held(massive, words):
         settings = {"plan": Plan(rates=(0.9,), seeds=(0,)), **settings}
         source = source or Source(words, n=10, length=20, bos=True)
         return evaluate(
-            made, task, edit, me_layer=found, source=source, settings=Settings(**settings),
+            made,
+            task,
+            edit,
+            me_layer=found,
+            source=source,
+            settings=Settings(**settings),
             progress=progress,
-        )  # fmt: skip
+        )
 
     return go
 
@@ -247,8 +259,13 @@ def test_equal_conditions_are_there_once(massive):
     plan = Plan(rates=(0.5, 0.9), seeds=(0, 1), rivals=("zero",))
     kept = conditions(made, Edit(select="random", rate=0.5, seed=1), found, plan)
     assert [c.name for c in kept] == [
-        "base", "edited", "rate 0.9", "other layers", "random dims, seed 0", "zero",
-    ]  # fmt: skip
+        "base",
+        "edited",
+        "rate 0.9",
+        "other layers",
+        "random dims, seed 0",
+        "zero",
+    ]
     kept = conditions(made, Edit(name="zero"), found, Plan(rivals=("zero", "mean")))
     assert [c.name for c in kept if c.role == "rival"] == ["mean"]
     assert [c.edit.strength for c in kept if c.role == "dose"] == [0.25, 0.5, 0.75]
@@ -427,11 +444,21 @@ def result_of(held, deltas, *, higher=False):
         condition = EditCondition(f"c{i}" if i else "edited", role, old.edit.changed(seed=i))
         noise = [x + delta + 0.1 * math.sin(17 * j) for j, x in enumerate(base)]
         made.append(scored(condition, noise, base))
-    return Evaluation.model_validate({
-        **old.to_dict(), "n": 40, "weight": 40.0, "higher_is_better": higher, "base": made[0],
-        "edited": made[1], "delta": made[1].delta, "dose": (), "controls": made[2:],
-        "differences": {}, "weights": (),
-    })  # fmt: skip
+    return Evaluation.model_validate(
+        {
+            **old.to_dict(),
+            "n": 40,
+            "weight": 40.0,
+            "higher_is_better": higher,
+            "base": made[0],
+            "edited": made[1],
+            "delta": made[1].delta,
+            "dose": (),
+            "controls": made[2:],
+            "differences": {},
+            "weights": (),
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -479,8 +506,11 @@ def test_json_there_and_back_and_inconsistent_numbers_are_refused(held, tmp_path
 def test_doses_of_several_rules_are_drawn_together(held, tmp_path, words):
     from melens.figures.evaluation import draw_dose_grid
 
-    made = [held(Edit(select=select, layers=layers))
-            for select in ("gamma", "activation") for layers in ("after", "next")]  # fmt: skip
+    made = [
+        held(Edit(select=select, layers=layers))
+        for select in ("gamma", "activation")
+        for layers in ("after", "next")
+    ]
     drawn = save_figure(draw_dose_grid(made), tmp_path / "grid.svg").read_text()
     for said in ("gamma", "activation", "all layers after", "the next layer alone"):
         assert said in drawn
@@ -525,19 +555,35 @@ def test_sinks_inside_the_edit_change_after_it_only(massive, words, tmp_path):
 
 def answer(name, **scores):
     return Answer(
-        task="xstest", condition="none", key="k", item=name, prompt="p", answer="a", gold=None,
-        scores=scores, counts={}, metric="refused_safe",
-    )  # fmt: skip
+        task="xstest",
+        condition="none",
+        key="k",
+        item=name,
+        prompt="p",
+        answer="a",
+        gold=None,
+        scores=scores,
+        counts={},
+        metric="refused_safe",
+    )
 
 
 def test_harmful_prompts_stand_beside_the_refusals_of_harmless_ones():
     task = GENERATION_TASKS["xstest"]
-    edited = [answer("0", refused_safe=1.0), answer("1", refused_unsafe=0.0),
-              answer("2", refused_safe=0.0)]  # fmt: skip
-    base = [answer("0", refused_safe=0.0), answer("1", refused_unsafe=1.0),
-            answer("2", refused_safe=0.0)]  # fmt: skip
-    rows = [[row_of(a, name, task) for a in answers]
-            for name, answers in (("edited", edited), ("base", base))]  # fmt: skip
+    edited = [
+        answer("0", refused_safe=1.0),
+        answer("1", refused_unsafe=0.0),
+        answer("2", refused_safe=0.0),
+    ]
+    base = [
+        answer("0", refused_safe=0.0),
+        answer("1", refused_unsafe=1.0),
+        answer("2", refused_safe=0.0),
+    ]
+    rows = [
+        [row_of(a, name, task) for a in answers]
+        for name, answers in (("edited", edited), ("base", base))
+    ]
     found = score_of(EditCondition("edited", "edited", MASK), rows[0], rows[1], 0)
     assert (found.value, found.delta.value) == (0.5, 0.5)
     assert found.also == {"refused_unsafe": 0.0}
@@ -646,8 +692,23 @@ def run(capsys):
 
 
 def asked_for(folder, words, *more):
-    return ("eval", folder / "planted", "--data", words, "--bos", "-n", 6, "--length", 20, "-q",
-            "--rates", "0.9", "--control-seeds", "0", *more)  # fmt: skip
+    return (
+        "eval",
+        folder / "planted",
+        "--data",
+        words,
+        "--bos",
+        "-n",
+        6,
+        "--length",
+        20,
+        "-q",
+        "--rates",
+        "0.9",
+        "--control-seeds",
+        "0",
+        *more,
+    )
 
 
 def test_the_command_says_keeps_and_takes_up(run, folder, words, tmp_path):
@@ -748,9 +809,12 @@ def test_help_needs_no_torch_and_names_every_task():
         "    assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
         env={"COLUMNS": "200", "PATH": ""},
-    )  # fmt: skip
+    )
     for task in (*FORCED_TASKS, *GENERATION_TASKS):
         assert task in done.stdout
 

@@ -46,12 +46,13 @@ def data(tmp_path_factory):
         ],
         "ifeval/input_data.jsonl": [
             {
-                "key": 7, "prompt": "w9 w10",
+                "key": 7,
+                "prompt": "w9 w10",
                 "kwargs": [{}, {"num_words": 900, "relation": "at least"}],
                 "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
             }
         ],
-    }  # fmt: skip
+    }
     for name, rows in files.items():
         (path / name).parent.mkdir()
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -90,10 +91,13 @@ def asked(text="w9 w10", continuation=" w11"):
 
     return [
         Instance(
-            request_type="loglikelihood", doc={}, arguments=(text, continuation), idx=0,
+            request_type="loglikelihood",
+            doc={},
+            arguments=(text, continuation),
+            idx=0,
             metadata=("t", 0, 1),
         )
-    ]  # fmt: skip
+    ]
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -323,9 +327,17 @@ def test_means_weigh_judgements_and_skip_items_without_the_score():
 
     def row(scores, counts):
         return AnswerRow(
-            task="t", condition="none", key="k", item="1", prompt="", answer="", gold=None,
-            scores=scores, counts=counts, metric="a",
-        )  # fmt: skip
+            task="t",
+            condition="none",
+            key="k",
+            item="1",
+            prompt="",
+            answer="",
+            gold=None,
+            scores=scores,
+            counts=counts,
+            metric="a",
+        )
 
     rows = [row({"a": 1.0}, {"a": 3}), row({"a": 0.0}, {}), row({"b": 1.0}, {})]
     assert mean_score(rows, "a") == 0.75
@@ -370,9 +382,13 @@ def test_bad_input_is_refused_before_anything_is_generated(plain, chat_tokenizer
 
     def run(task, folder=data, **more):
         run_task(
-            plain, chat_tokenizer, task, edit=no_edit(), me_layer=None,
+            plain,
+            chat_tokenizer,
+            task,
+            edit=no_edit(),
+            me_layer=None,
             settings=settings_of(folder, tmp_path, **more),
-        )  # fmt: skip
+        )
 
     with pytest.raises(UnknownNameError, match="Did you mean 'gsm8k'"):
         run("gsm8")
@@ -409,9 +425,13 @@ def test_gsm8k_is_scored_as_lm_evals_own_task_does(chat_tokenizer):
     assert flexible["group_select"] == -1
     doc = {"answer": "3 + 4 = 7\n#### 1,207"}
     for answer, scores in {
-        "#### 1207": (1, 1, 1), r"\boxed{1207}": (1, 0, 1), "so 1,207": (0, 0, 1),
-        "#### 1207 dollars": (1, 1, 1), "120": (0, 0, 0), r"\boxed{}": (0, 0, 0),
-    }.items():  # fmt: skip
+        "#### 1207": (1, 1, 1),
+        r"\boxed{1207}": (1, 0, 1),
+        "so 1,207": (0, 0, 1),
+        "#### 1207 dollars": (1, 1, 1),
+        "120": (0, 0, 0),
+        r"\boxed{}": (0, 0, 0),
+    }.items():
         assert tuple(harness_data.score_gsm8k(doc, [answer]).values()) == scores, answer
 
 
@@ -456,10 +476,25 @@ def test_the_command_runs_lm_evals_own(folder, data, tmp_path, capsys, monkeypat
 
     def run(arguments, folder_of_data=data):
         code = main(
-            ["--model", "melens", "--tasks", "melens_xstest", "--device", "cpu", "--limit", "2",
-             "--metadata", json.dumps({"data": str(folder_of_data)}), "--output_path",
-             str(tmp_path / "out"), "--gen_kwargs", "max_gen_toks=4", "--model_args", arguments]
-        )  # fmt: skip
+            [
+                "--model",
+                "melens",
+                "--tasks",
+                "melens_xstest",
+                "--device",
+                "cpu",
+                "--limit",
+                "2",
+                "--metadata",
+                json.dumps({"data": str(folder_of_data)}),
+                "--output_path",
+                str(tmp_path / "out"),
+                "--gen_kwargs",
+                "max_gen_toks=4",
+                "--model_args",
+                arguments,
+            ]
+        )
         return code, capsys.readouterr()
 
     code, output = run(f"pretrained={folder},mask_rate=0.5,mask_layers=0+1")

@@ -53,9 +53,13 @@ def letters():
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +187,9 @@ def test_same_seed_same_items_other_seed_others(letters):
     assert first == again
     others = haystacks(letters, replace(SMALL, seed=1), context=None)
     assert not {item.about["answer"] for item in first} & {item.about["answer"] for item in others}
-    begins = {item.about["begin"] for item in haystacks(letters, replace(SMALL, seeds=8),
-                                                        context=None)}  # fmt: skip
+    begins = {
+        item.about["begin"] for item in haystacks(letters, replace(SMALL, seeds=8), context=None)
+    }
     assert len(begins) > 4
     # More seeds leave the earlier items as they were.
     more = {item.id: item for item in haystacks(letters, replace(SMALL, seeds=4), context=None)}
@@ -227,12 +232,19 @@ def test_a_tokenizer_without_digits_is_refused(tokenizer):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"task": "hay"}, {"lengths": ()}, {"lengths": (0,)}, {"lengths": (260, 260)},
-        {"depths": (1.5,)}, {"depths": (math.nan,)}, {"depths": (0.5, 0.5)}, {"seeds": 0},
-        {"task": "needles", "needles": 1}, {"task": "needles", "needles": 99},
+        {"task": "hay"},
+        {"lengths": ()},
+        {"lengths": (0,)},
+        {"lengths": (260, 260)},
+        {"depths": (1.5,)},
+        {"depths": (math.nan,)},
+        {"depths": (0.5, 0.5)},
+        {"seeds": 0},
+        {"task": "needles", "needles": 1},
+        {"task": "needles", "needles": 99},
         {"chat": True, "bos": True},
     ],
-)  # fmt: skip
+)
 def test_settings_that_mean_nothing_are_refused(changes):
     with pytest.raises(PromptError):
         replace(SMALL, **changes)
@@ -263,9 +275,11 @@ def test_bins_cover_every_position_once(length):
 def _foreseen(item, right):
     tokens = sum(item.scored)
     return Foreseen(
-        loss=torch.full((tokens,), 0.25), right=torch.tensor(right),
-        kl=torch.zeros(tokens), agree=torch.ones(tokens, dtype=torch.bool),
-    )  # fmt: skip
+        loss=torch.full((tokens,), 0.25),
+        right=torch.tensor(right),
+        kl=torch.zeros(tokens),
+        agree=torch.ones(tokens, dtype=torch.bool),
+    )
 
 
 def test_who_always_knows_finds_all_and_one_wrong_token_is_not_found(letters):
@@ -298,9 +312,13 @@ def test_found_is_what_greedy_decoding_gives(model, letters):
     for i in range(6):
         ids = [1, *torch.randint(4, 100, (20,), generator=rng).tolist()]
         made = hf.generate(
-            torch.tensor([ids]), max_new_tokens=5, min_new_tokens=5, do_sample=False,
-            pad_token_id=0, eos_token_id=127,
-        )[0, len(ids) :].tolist()  # fmt: skip
+            torch.tensor([ids]),
+            max_new_tokens=5,
+            min_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=127,
+        )[0, len(ids) :].tolist()
         for answer in (made, [*made[:4], (made[4] + 1) % 100], [(made[0] + 1) % 100, *made[1:]]):
             scored = (*[False] * len(ids), *[True] * 5)
             name = f"{i}-{len(items)}"
@@ -435,9 +453,22 @@ def _run(capsys, *arguments):
 
 def test_the_command_writes_shows_and_goes_on(folder, capsys, tmp_path):
     arguments = (
-        folder, "--text", folder.parent / "text.txt", "--lengths", "300", "--depths", "1,0",
-        "--seeds", "1", "--texts", "1", "--bos", "-q", "-o", tmp_path,
-    )  # fmt: skip
+        folder,
+        "--text",
+        folder.parent / "text.txt",
+        "--lengths",
+        "300",
+        "--depths",
+        "1,0",
+        "--seeds",
+        "1",
+        "--texts",
+        "1",
+        "--bos",
+        "-q",
+        "-o",
+        tmp_path,
+    )
     code, out, err = _run(capsys, *arguments)
     assert code == 0, err
     assert "Found by length and depth" in out

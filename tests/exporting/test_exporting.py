@@ -54,8 +54,9 @@ def family(make_tiny, tmp_path):
             assert hf.config.head_dim * hf.config.num_attention_heads == 32  # the tiny one
         if name in ("mistral", "gemma3"):
             hf.config.sliding_window = 8
-        folder = export(hf, EDIT, out=tmp_path / f"{name}-{options['format']}", first_token=FIRST,
-                        **options)  # fmt: skip
+        folder = export(
+            hf, EDIT, out=tmp_path / f"{name}-{options['format']}", first_token=FIRST, **options
+        )
         return hf, folder
 
     return make
@@ -110,8 +111,10 @@ def test_a_peft_program_gives_the_hooks_logits(name, side, family, rows):
     for want, row, mask in zip(wanted, found, rest.mask, strict=True):
         torch.testing.assert_close(row[mask], want, **CLOSE)
     assert {file.name for file in folder.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "melens.json",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "melens.json",
+    }
 
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -408,9 +411,11 @@ def test_smollm2_prefix_and_adapter(smol, tmp_path):
         torch.testing.assert_close(found[i, -n:], wanted[i, -n:], rtol=1e-4, atol=1e-4)
     assert (clean[0] - wanted[0]).abs().max() > 1
     made = hf.generate(
-        **for_generate(batch.ids, batch.mask), past_key_values=load_prefix(folder, hf, batch=3),
-        max_new_tokens=8, do_sample=False,
-    )  # fmt: skip
+        **for_generate(batch.ids, batch.mask),
+        past_key_values=load_prefix(folder, hf, batch=3),
+        max_new_tokens=8,
+        do_sample=False,
+    )
     assert torch.equal(made[:, -8:], text[:, -8:])
     rest = torch.tensor([tokens[2][1:]])
     with torch.no_grad():

@@ -50,9 +50,17 @@ def test_a_stage_that_was_changed_by_hand_is_measured_again(kept):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "null", "[" * 100_000, "\x00", '{"key": "0123"}',
-     '{"key": "0123", "seconds": 1.5, "schema": "melens/check-stage/1"}'],
-)  # fmt: skip
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        "[" * 100_000,
+        "\x00",
+        '{"key": "0123"}',
+        '{"key": "0123", "seconds": 1.5, "schema": "melens/check-stage/1"}',
+    ],
+)
 def test_a_damaged_key_is_measured_again(kept, text):
     keeper, folder = kept
     (folder / "locate.key").write_text(text)

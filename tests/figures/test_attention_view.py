@@ -39,11 +39,18 @@ PLAIN = ("My", " favorite", " color", "\n", "    ", "中")
 
 def _run(**changes: str | dict[str, str]) -> RunInfo:
     facts = {
-        "model": "planted", "model_revision": None, "weights": "0123", "dtype": "float32",
-        "device": "cpu", "seed": 0, "settings": {}, "command": "melens attention planted",
-        "versions": {"python": "3.11.7", "melens": "0.1.0"}, "git": "0e1e009",
+        "model": "planted",
+        "model_revision": None,
+        "weights": "0123",
+        "dtype": "float32",
+        "device": "cpu",
+        "seed": 0,
+        "settings": {},
+        "command": "melens attention planted",
+        "versions": {"python": "3.11.7", "melens": "0.1.0"},
+        "git": "0e1e009",
         "created": "2025-01-01T00:00:00+00:00",
-    }  # fmt: skip
+    }
     return RunInfo.model_validate(facts | changes)
 
 
@@ -57,11 +64,13 @@ def _maps(tokens=PLAIN, at=((2, 0), (2, 1), (4, 7)), layers=(1, 2), **changes):
     n = len(tokens)
     sizes = (24133.0, *(10.0 + i for i in range(1, n)))
     facts = {
-        "tokens": tuple(tokens), "me_layer": 1, "massive_positions": (0,),
+        "tokens": tuple(tokens),
+        "me_layer": 1,
+        "massive_positions": (0,),
         "heads": tuple(_head(n, layer, head) for layer, head in at),
         "norms": tuple(TokenNorms(layer=layer, norms=sizes) for layer in layers),
         "run": _run(),
-    }  # fmt: skip
+    }
     return AttentionMaps(**(facts | changes))
 
 
@@ -150,8 +159,17 @@ def test_tokens_that_show_nothing_are_made_visible():
     tokens = ("\n", "\t", "   ", " the", "a\u2028b", "\u202eabc", "\x00", "\xa0", "x" * 40, "")
     props = Page(attention_view(_maps(tokens=tokens)).html).props()
     assert props["norms-0"]["tokens"] == [
-        "↵", "⇥", "···", " the", "a\\u2028b", "\\u202eabc", "\\x00", "\\xa0", "x" * 40, "",
-    ]  # fmt: skip
+        "↵",
+        "⇥",
+        "···",
+        " the",
+        "a\\u2028b",
+        "\\u202eabc",
+        "\\x00",
+        "\\xa0",
+        "x" * 40,
+        "",
+    ]
     labels = props["layer-2"]["tokens"]
     assert labels[2:4] == ["···", "·the"]
     assert labels[8] == "x" * 13 + "…"
@@ -167,9 +185,24 @@ def test_hostile_text_stays_text():
     assert len(page.code()) == 2
     assert len(page.scripts) == 2 + 4
     assert {tag for tag, _ in page.tags} == {
-        "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "b", "br",
-        "noscript", "div", "script", "footer", "code",
-    }  # fmt: skip
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "h2",
+        "h3",
+        "p",
+        "b",
+        "br",
+        "noscript",
+        "div",
+        "script",
+        "footer",
+        "code",
+    }
     for token in (*HOSTILE, "</SCRIPT>", bad.replace("\u2028", "\\u2028")):
         assert token in page.text
     # The component writes its tokens as HTML: what it gets must be that text's HTML.
@@ -206,20 +239,31 @@ def test_the_policy_allows_these_two_scripts_and_no_network():
     ]
     assert parts.pop("script-src").split() == hashes
     assert parts == {
-        "default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data: blob:",
-        "font-src": "data:", "base-uri": "'none'", "form-action": "'none'",
-    }  # fmt: skip
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "img-src": "data: blob:",
+        "font-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
 
 
 def test_the_page_says_what_it_shows():
     text = Page(attention_view(_maps()).html).text
     for part in (
-        "Attention in planted", "ME Layer: 1 (counted from 0, at the block output)",
-        "Massive positions: 0 “My” (counted from 0)", _maps().summary(), "log10",
-        "Output of layer 1 (counted from 0)", "Norms from 11 to 24,133, the largest at position 0.",
-        "Layer 4 (counted from 0)", "need JavaScript", "melens attention planted",
-        "python 3.11.7, melens 0.1.0, circuitsvis 1.", "float32 on cpu; git 0e1e009",
-    ):  # fmt: skip
+        "Attention in planted",
+        "ME Layer: 1 (counted from 0, at the block output)",
+        "Massive positions: 0 “My” (counted from 0)",
+        _maps().summary(),
+        "log10",
+        "Output of layer 1 (counted from 0)",
+        "Norms from 11 to 24,133, the largest at position 0.",
+        "Layer 4 (counted from 0)",
+        "need JavaScript",
+        "melens attention planted",
+        "python 3.11.7, melens 0.1.0, circuitsvis 1.",
+        "float32 on cpu; git 0e1e009",
+    ):
         assert part in text
     text = Page(attention_view(_maps(me_layer=None, massive_positions=())).html).text
     assert "ME Layer: none found (counted" in text
@@ -293,9 +337,7 @@ def fake(tmp_path, monkeypatch):
 def test_no_script_in_the_bundle_can_end_the_element(fake):
     fake.write_text("a='</script><script>b</SCRIPT >';\nc='<!--'\n//# sourceMappingURL=x.map\n")
     page = Page(attention_view(_maps()).html)
-    assert page.code()[0] == (
-        "a='\\x3c/script>\\x3cscript>b\\x3c/SCRIPT >';\nc='\\x3c!--'\n"
-    )  # fmt: skip
+    assert page.code()[0] == ("a='\\x3c/script>\\x3cscript>b\\x3c/SCRIPT >';\nc='\\x3c!--'\n")
     assert len(page.code()) == 2
 
 

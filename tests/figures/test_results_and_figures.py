@@ -42,16 +42,36 @@ def test_json_goes_there_and_back(results, tmp_path):
 def test_the_json_has_what_it_promises(results):
     data = results["re-emergent"].to_dict()
     assert {
-        "kind", "schema", "verdict", "me_layer", "main_layer", "effective_layers", "confidence",
-        "criteria", "stages", "erase_layer", "massive", "writer", "profile", "run",
-    } <= set(data)  # fmt: skip
+        "kind",
+        "schema",
+        "verdict",
+        "me_layer",
+        "main_layer",
+        "effective_layers",
+        "confidence",
+        "criteria",
+        "stages",
+        "erase_layer",
+        "massive",
+        "writer",
+        "profile",
+        "run",
+    } <= set(data)
     assert {"layer", "peak", "position", "dim", "erased_at"} <= set(data["stages"][0])
     assert {"position", "token", "dim", "value", "frequency"} <= set(data["massive"][0])
     assert set(data["writer"]) == {"attention", "ffn"}
     assert {
-        "layer", "max", "median", "token_median", "norm_ratio", "position", "dim", "value",
-        "write_share", "median_norm",
-    } == set(data["profile"][0])  # fmt: skip
+        "layer",
+        "max",
+        "median",
+        "token_median",
+        "norm_ratio",
+        "position",
+        "dim",
+        "value",
+        "write_share",
+        "median_norm",
+    } == set(data["profile"][0])
     assert [row["layer"] for row in data["profile"]] == list(range(data["n_layers"]))
     assert data["run"]["versions"]["torch"]
     for kind in ("none", "final-growth"):

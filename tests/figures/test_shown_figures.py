@@ -38,9 +38,11 @@ def test_cells_of_a_real_kernel_have_pictures():
         "%matplotlib inline\nlayer.plot()",
     ]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(cells)], capture_output=True, text=True,
+        [sys.executable, "-c", RUN, json.dumps(cells)],
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     figure, result, nothing, inline = json.loads(done.stdout)
     assert [sorted(kinds) for kinds in figure] == [["image/png", "text/plain"]]

@@ -25,8 +25,9 @@ def _bridged(planted, tokenizer):
 
 PLANTED = [
     *(("llama", kind) for kind in KINDS if kind not in ("none", "final-growth")),
-    ("gemma2", "several-tokens"), ("gpt2", "several-tokens"),
-]  # fmt: skip
+    ("gemma2", "several-tokens"),
+    ("gpt2", "several-tokens"),
+]
 
 
 @pytest.mark.parametrize(("family", "kind"), PLANTED)
@@ -147,8 +148,10 @@ def test_evaluate_edits_and_counts_massive_tokens_only(newline):
     model, plain, ids, truth, me = newline
     edit = Edit(select="activation", rate=0.9)
     tried = conditions(model, edit, me, Plan(rates=(), seeds=(0,), rivals=("norm-flatten", "zero")))
-    items = [Forced(str(i), tuple(row), (False, *[True] * (len(row) - 1)), {})
-             for i, row in enumerate(ids.tolist())]  # fmt: skip
+    items = [
+        Forced(str(i), tuple(row), (False, *[True] * (len(row) - 1)), {})
+        for i, row in enumerate(ids.tolist())
+    ]
     outcome = Runner(model, tried, me).outcome(items, tried)
     assert [found.tokens for found in outcome.massive] == truth.sum(1).tolist()
     with torch.no_grad(), wemask(plain, me, rate=0.9, select="activation"):

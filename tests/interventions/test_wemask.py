@@ -189,12 +189,17 @@ def test_generate_sees_the_same_mask(name, family, how, make_tiny, ids):
     hf.generation_config.eos_token_id = None
     options = {"max_new_tokens": 6, "do_sample": False}
     options |= {
-        "dynamic": {}, "static": {"cache_implementation": "static"},
-        "prompt lookup": {"prompt_lookup_num_tokens": 3}, "beams": {"num_beams": 3},
+        "dynamic": {},
+        "static": {"cache_implementation": "static"},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "beams": {"num_beams": 3},
         "chunked": {"prefill_chunk_size": 4},
-    }[how]  # fmt: skip
-    rows = [ids[0].tolist()] if how in ("prompt lookup", "chunked") else [
-        ids[0].tolist(), ids[1, :7].tolist()]  # fmt: skip
+    }[how]
+    rows = (
+        [ids[0].tolist()]
+        if how in ("prompt lookup", "chunked")
+        else [ids[0].tolist(), ids[1, :7].tolist()]
+    )
     batch = Batch.pad(rows, side="left")
     mask = batch.mask.long()
     with edit(hf, name), torch.no_grad():
@@ -230,10 +235,12 @@ def test_selections_are_what_they_say(make_tiny, ids):
     ):
         logits(hf, ids[:1])
     expected = {
-        "gamma": gain.topk(8).indices, "bottom-gamma": gain.topk(8, largest=False).indices,
+        "gamma": gain.topk(8).indices,
+        "bottom-gamma": gain.topk(8, largest=False).indices,
         "bottom": seen["x"].topk(8, largest=False).indices,
-        "activation": seen["x"].topk(8).indices, "product": (seen["x"] * gain).topk(8).indices,
-    }  # fmt: skip
+        "activation": seen["x"].topk(8).indices,
+        "product": (seen["x"] * gain).topk(8).indices,
+    }
     for select, dims in expected.items():
         with wemask(hf, layers=[1], rate=0.25, select=select) as record:
             logits(hf, ids[:1])
@@ -264,8 +271,13 @@ def test_strength_scales_the_token_and_nothing_else(make_tiny, ids):
 
 def test_layers_are_counted_from_the_me_layer(make_tiny):
     decoder = make_tiny("qwen3-next")  # attention in layers 1 and 3 only
-    for where, expected in (((0, "after"), (1, 3)), ((0, "next"), (1,)), ((1, "next"), (3,)),
-                            ((-1, "after"), (1, 3)), ((None, [3, 1]), (1, 3))):  # fmt: skip
+    for where, expected in (
+        ((0, "after"), (1, 3)),
+        ((0, "next"), (1,)),
+        ((1, "next"), (3,)),
+        ((-1, "after"), (1, 3)),
+        ((None, [3, 1]), (1, 3)),
+    ):
         with (
             pytest.raises(InterventionError, match="no forward pass"),
             wemask(decoder, where[0], layers=where[1], rate=0.5, select="random") as record,
@@ -391,8 +403,12 @@ def test_smollm2_cached_padded_and_batched_equal_the_whole(name, smol, smol_me):
         alone = [logits(hf, torch.tensor([row]), use_cache=False)[0] for row in rows]
         out = hf(input_ids=torch.tensor([rows[0][:-2]]), use_cache=True)
         last = hf(input_ids=torch.tensor([rows[0][-2:]]), past_key_values=out.past_key_values)
-        padded = logits(hf, batch.ids, attention_mask=batch.mask.long(),
-                        position_ids=batch.positions.clamp_min(0))  # fmt: skip
+        padded = logits(
+            hf,
+            batch.ids,
+            attention_mask=batch.mask.long(),
+            position_ids=batch.positions.clamp_min(0),
+        )
     scale = {"rtol": 1e-4, "atol": 1e-4 * alone[0].abs().max().item()}
     torch.testing.assert_close(last.logits[0], alone[0][-2:], **scale)
     for i, expected in enumerate(alone):

@@ -38,9 +38,10 @@ def test_the_run_goes_on_where_it_was_and_gives_the_same_bits(tmp_path, monkeypa
     ran = []
     enter = LayerEdit.__init__
     monkeypatch.setattr(
-        LayerEdit, "__init__",
+        LayerEdit,
+        "__init__",
         lambda self, name, how: enter(self, name, lambda m, t: ran.append(name) or how(m, t)),
-    )  # fmt: skip
+    )
     seen = []
 
     def stop(done, total):

@@ -22,22 +22,34 @@ def found():
 def costing(found, *costs, control=(0.001, (-0.001, 0.003))):
     """The result with other costs: (change, interval) a weight."""
     weights = tuple(
-        w.model_copy(update={
-            "loss_delta": delta, "interval": inside, "loss_without": found.base_loss + delta,
-        })
+        w.model_copy(
+            update={
+                "loss_delta": delta,
+                "interval": inside,
+                "loss_without": found.base_loss + delta,
+            }
+        )
         for w, (delta, inside) in zip(found.super_weights, costs, strict=False)
-    )  # fmt: skip
+    )
 
     def group(of, delta, inside):
-        return of.model_copy(update={
-            "weights": of.weights[: len(weights)], "values": of.values[: len(weights)],
-            "loss_delta": delta, "interval": inside, "loss_without": found.base_loss + delta,
-        })  # fmt: skip
+        return of.model_copy(
+            update={
+                "weights": of.weights[: len(weights)],
+                "values": of.values[: len(weights)],
+                "loss_delta": delta,
+                "interval": inside,
+                "loss_without": found.base_loss + delta,
+            }
+        )
 
-    made = found.model_copy(update={
-        "super_weights": weights, "together": group(found.together, 1.0, (0.9, 1.1)),
-        "control": group(found.control, *control),
-    })  # fmt: skip
+    made = found.model_copy(
+        update={
+            "super_weights": weights,
+            "together": group(found.together, 1.0, (0.9, 1.1)),
+            "control": group(found.control, *control),
+        }
+    )
     return SuperWeights.from_json(made.to_json())
 
 

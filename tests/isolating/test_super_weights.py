@@ -79,8 +79,9 @@ def down_of(hf, layer):
 def plain_losses(hf, ids):
     """Each row's mean next-token loss by the model itself, without melens."""
     with torch.no_grad():
-        return [float(hf(input_ids=row[None], labels=row[None], use_cache=False).loss)
-                for row in ids]  # fmt: skip
+        return [
+            float(hf(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in ids
+        ]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
@@ -108,9 +109,7 @@ def test_two_in_one_neuron_are_found_one_after_the_other(make_tiny, texts):
     plant(hf, 1, ROW, COLUMN)
     plant(hf, 1, ROW + 3, COLUMN, value=-VALUE / 2, fresh=False)
     found = super_weights(load(hf), texts)
-    assert [weight.at for weight in found.super_weights] == [
-        (1, ROW, COLUMN), (1, ROW + 3, COLUMN)
-    ]  # fmt: skip
+    assert [weight.at for weight in found.super_weights] == [(1, ROW, COLUMN), (1, ROW + 3, COLUMN)]
     assert [weight.found_in for weight in found.super_weights] == [1, 2]
     first = super_weights(load(hf), texts, search=Search(most=1))
     assert (coordinates(first), first.stopped) == ({(1, ROW, COLUMN)}, "most")
@@ -123,9 +122,7 @@ def test_two_behind_one_row_share_its_spike(make_tiny, texts):
     plant(hf, 1, ROW, COLUMN + 1, value=VALUE / 3)
     hf.model.layers[1].mlp.up_proj.weight.data[COLUMN + 1] *= 0.9
     found = super_weights(load(hf), texts)
-    assert [weight.at for weight in found.super_weights] == [
-        (1, ROW, COLUMN), (1, ROW, COLUMN + 1)
-    ]  # fmt: skip
+    assert [weight.at for weight in found.super_weights] == [(1, ROW, COLUMN), (1, ROW, COLUMN + 1)]
     assert found.super_weights[0].share == pytest.approx(1 / 1.3, abs=0.02)
 
 
@@ -361,10 +358,16 @@ def test_json_goes_there_and_back(planted, tmp_path):
     assert load_result(path) == planted == SuperWeights.from_json(planted.to_json())
     data = json.loads(planted.to_json())
     assert data["schema"] == "melens/super-weights/1"
-    assert data["super_weights"][0].items() >= {
-        "layer": 1, "row": ROW, "column": COLUMN, "value": VALUE,
-        "loss_without": planted.super_weights[0].loss_without,
-    }.items()  # fmt: skip
+    assert (
+        data["super_weights"][0].items()
+        >= {
+            "layer": 1,
+            "row": ROW,
+            "column": COLUMN,
+            "value": VALUE,
+            "loss_without": planted.super_weights[0].loss_without,
+        }.items()
+    )
     assert [row["weights"] for row in planted.rows()] == ["one", "together", "control"]
     assert len(planted.to_frame()) == len(planted.shown()) == 3
     assert f"row {ROW} column {COLUMN}" in planted.summary()

@@ -63,15 +63,44 @@ BACK = [0, 800, 0, -795, 0, 9000, 0, 0, 0, 0]
 @pytest.mark.parametrize(
     ("writes", "expected"),
     [
-        (SINGLE, {"sun_layer": 2, "sun_token": 2, "ratio_jump": 2, "max_jump": 2, "difference": 2,
-                  "first_share": 2, "write_share": 2, "direction": 2}),
-        (TWO, {"sun_layer": 1, "ratio_jump": 1, "difference": 3, "first_share": 1,
-               "write_share": 3, "direction": 1}),
-        (SLOW, {"sun_layer": 2, "ratio_jump": 1, "difference": 4, "first_share": 2,
-                "write_share": 4, "direction": 1}),
+        (
+            SINGLE,
+            {
+                "sun_layer": 2,
+                "sun_token": 2,
+                "ratio_jump": 2,
+                "max_jump": 2,
+                "difference": 2,
+                "first_share": 2,
+                "write_share": 2,
+                "direction": 2,
+            },
+        ),
+        (
+            TWO,
+            {
+                "sun_layer": 1,
+                "ratio_jump": 1,
+                "difference": 3,
+                "first_share": 1,
+                "write_share": 3,
+                "direction": 1,
+            },
+        ),
+        (
+            SLOW,
+            {
+                "sun_layer": 2,
+                "ratio_jump": 1,
+                "difference": 4,
+                "first_share": 2,
+                "write_share": 4,
+                "direction": 1,
+            },
+        ),
         (BACK, {"sun_layer": 1, "difference": 5, "first_share": 5, "write_share": 5}),
     ],
-)  # fmt: skip
+)
 def test_criteria(writes, expected):
     seen = evidence(path(writes))
     assert {name: CRITERIA[name](seen) for name in expected} == expected

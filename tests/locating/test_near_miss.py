@@ -52,8 +52,9 @@ def test_none_names_the_nearest_coordinate_and_what_it_missed(near, rows):
     assert miss.median_ratio == pytest.approx(abs(miss.value) / x.abs().median().item(), rel=1e-4)
     assert miss.norm_ratio == pytest.approx((norms[7] / norms.median()).item(), rel=1e-4)
     assert [(one.threshold, one.needed) for one in miss.missed] == [
-        ("absolute", 100), ("median", 1000),
-    ]  # fmt: skip
+        ("absolute", 100),
+        ("median", 1000),
+    ]
     assert [one.value for one in miss.missed] == [abs(miss.value), miss.median_ratio]
     closeness = min(abs(miss.value) / 100, miss.median_ratio / 1000)
     seen = found.stability

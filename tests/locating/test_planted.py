@@ -148,8 +148,10 @@ def test_results_do_not_depend_on_batching_order_or_padding(family):
     reference = results["one by one"]
     for name, found in results.items():
         assert (found.verdict, found.me_layer, found.criteria) == (
-            reference.verdict, reference.me_layer, reference.criteria,
-        ), name  # fmt: skip
+            reference.verdict,
+            reference.me_layer,
+            reference.criteria,
+        ), name
         # float32 sums in another order: 1e-5 of values that are compared relatively
         torch.testing.assert_close(_profile(found), _profile(reference), rtol=2e-4, atol=1e-5)
         assert [t.token_id for t in found.massive] == [t.token_id for t in reference.massive]
@@ -165,8 +167,10 @@ def test_bf16_finds_the_same(family):
         half = plant(family, kind, 3).model.to(torch.bfloat16)
         rough = locate(half, batches)
         assert (rough.verdict, rough.me_layer, rough.main_layer) == (
-            exact.verdict, exact.me_layer, exact.main_layer,
-        )  # fmt: skip
+            exact.verdict,
+            exact.me_layer,
+            exact.main_layer,
+        )
         assert rough.massive[0].dim == exact.massive[0].dim
         for near, row in zip(rough.profile, exact.profile, strict=True):
             # bf16 keeps 8 bits: 2^-8 a rounding, a few of them over the layers

@@ -58,8 +58,13 @@ def test_the_json_has_what_it_promises(results):
     assert {"position", "token", "dim", "value"} <= set(portrait["massive"][0])
     rows = made["collapse"]["rows"]
     assert set(rows[0]) == {
-        "layer", "site", "head", "definition", "with_token", "without_token",
-    }  # fmt: skip
+        "layer",
+        "site",
+        "head",
+        "definition",
+        "with_token",
+        "without_token",
+    }
     sites = {row["site"] for row in rows}
     assert sites == {"resid_post", "ln1", "q", "k", "rot_q", "rot_k", "v"}
     assert all((row["head"] is None) == (row["site"] in ("resid_post", "ln1")) for row in rows)

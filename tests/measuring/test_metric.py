@@ -20,8 +20,9 @@ def test_every_layer_is_the_metric_of_its_hidden_states(make_tiny, tokenizer, tm
     plain = make_tiny("llama")
     texts = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14]]
     with torch.no_grad():
-        states = [plain(torch.tensor([row]), output_hidden_states=True).hidden_states
-                  for row in texts]  # fmt: skip
+        states = [
+            plain(torch.tensor([row]), output_hidden_states=True).hidden_states for row in texts
+        ]
     found = metric_by_layer(load(plain, tokenizer=tokenizer), name, texts)
     for row in found.profile[:-1]:  # the last hidden state there has the final norm on it
         wanted = [METRICS[name].fn(each[row.layer + 1][0]).item() for each in states]

@@ -28,11 +28,20 @@ def plain(config):
 def hybrid():
     return plain(
         NemotronHConfig(
-            num_hidden_layers=4, hybrid_override_pattern="M*-M", num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, mamba_num_heads=4, mamba_head_dim=16,
-            ssm_state_size=16, n_groups=1, expand=2, intermediate_size=64, **SIZES,
+            num_hidden_layers=4,
+            hybrid_override_pattern="M*-M",
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            mamba_num_heads=4,
+            mamba_head_dim=16,
+            ssm_state_size=16,
+            n_groups=1,
+            expand=2,
+            intermediate_size=64,
+            **SIZES,
         )
-    )  # fmt: skip
+    )
 
 
 def test_nemotron_h_has_attention_that_cannot_be_read(hybrid, tokenizer):

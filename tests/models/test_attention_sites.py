@@ -127,8 +127,11 @@ def test_other_texts_than_the_located_ones_are_marked_by_running():
 def test_chosen_heads_are_shown_as_they_are(tiny, ids):
     found = attention(tiny, prompts=Batch.of(ids), layers=[2, 1], heads=[3, 0])
     assert [(head.layer, head.head) for head in found.heads] == [(1, 0), (1, 3), (2, 0), (2, 3)]
-    names = [f"blocks.{layer}.{site}" for layer in (1, 2) for site in
-             ("attn.hook_pattern", "hook_resid_post")]  # fmt: skip
+    names = [
+        f"blocks.{layer}.{site}"
+        for layer in (1, 2)
+        for site in ("attn.hook_pattern", "hook_resid_post")
+    ]
     _, cache = tiny.run_with_cache(ids[:1], names_filter=names, use_cache=False)
     for head in found.heads:
         pattern = cache[f"blocks.{head.layer}.attn.hook_pattern"][0, head.head]

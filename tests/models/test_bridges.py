@@ -27,9 +27,13 @@ from melens.streaming.streamed import load_streamed
 
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 64}
 SIZES = {
-    **ENDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
+    **ENDS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 LAYOUTS = {
     "falcon-40b": (
         lambda: FalconConfig(**SIZES, new_decoder_architecture=True, num_kv_heads=2),
@@ -45,13 +49,20 @@ LAYOUTS = {
     ),
     "granite-4-h": (
         lambda: GraniteMoeHybridConfig(
-            **SIZES, num_key_value_heads=2, num_local_experts=0, shared_intermediate_size=64,
-            layer_types=["mamba", "attention", "mamba"], mamba_n_heads=4, mamba_d_head=16,
-            mamba_d_state=16, mamba_n_groups=1, mamba_expand=2,
+            **SIZES,
+            num_key_value_heads=2,
+            num_local_experts=0,
+            shared_intermediate_size=64,
+            layer_types=["mamba", "attention", "mamba"],
+            mamba_n_heads=4,
+            mamba_d_head=16,
+            mamba_d_state=16,
+            mamba_n_groups=1,
+            mamba_expand=2,
         ),
         "the bridge of GraniteMoeHybridForCausalLM fails .*rotary_emb",
     ),
-}  # fmt: skip
+}
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3))
 
 

@@ -143,9 +143,20 @@ def test_links_as_in_the_hubs_cache_are_followed(saved, right, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "/tmp/x.safetensors", "a\\b.safetensors", "sub/x.safetensors",
-             "", "..", ".", "x\0.safetensors", 7, None],
-)  # fmt: skip
+    "name",
+    [
+        "../model.safetensors",
+        "/tmp/x.safetensors",
+        "a\\b.safetensors",
+        "sub/x.safetensors",
+        "",
+        "..",
+        ".",
+        "x\0.safetensors",
+        7,
+        None,
+    ],
+)
 def test_an_index_or_config_names_no_file_elsewhere(saved, tmp_path, name):
     assert not is_inside(name)
     folder = shutil.copytree(saved["a", "many"], tmp_path / "in" / "model")
@@ -169,12 +180,14 @@ def _other(placed):
         (lambda index: index.pop("metadata"), "no metadata"),
         (lambda index: index.update(weight_map={}), "no weight_map"),
         (lambda index: index.update(weight_map=[1]), "no weight_map"),
-        (lambda index: index["weight_map"].update({UP: _other(index["weight_map"])}),
-         f"holds {UP}, and .* does"),
+        (
+            lambda index: index["weight_map"].update({UP: _other(index["weight_map"])}),
+            f"holds {UP}, and .* does",
+        ),
         (lambda index: index["weight_map"].update({UP: "pytorch_model.bin"}), "only safetensors"),
         (lambda index: index["weight_map"].update({UP: "gone.safetensors"}), "gone.* is missing"),
     ],
-)  # fmt: skip
+)
 def test_an_index_that_does_not_fit_is_refused(saved, tmp_path, change, says):
     folder = shutil.copytree(saved["a", "many"], tmp_path / "model")
     assert (folder / "model-00001-of-00003.safetensors").is_file()
@@ -206,14 +219,22 @@ def test_one_tensor_in_two_shards_is_refused(saved, tmp_path):
 
 
 COMMANDS = [
-    ["locate"], ["locate", "--stream"], ["scan"], ["reach"], ["check"], ["diff"], ["generate"],
-    ["export"], ["eval"],
-]  # fmt: skip
+    ["locate"],
+    ["locate", "--stream"],
+    ["scan"],
+    ["reach"],
+    ["check"],
+    ["diff"],
+    ["generate"],
+    ["export"],
+    ["eval"],
+]
 """One for each way of opening a model; the other commands open theirs as ``locate`` does."""
 MORE = {
-    "generate": ["--prompt", "w5 w6"], "export": ["--format", "hf"],
+    "generate": ["--prompt", "w5 w6"],
+    "export": ["--format", "hf"],
     "eval": ["--task", "perplexity"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -230,9 +251,13 @@ def test_a_config_with_fewer_layers_is_refused_by_every_command(folder, command,
 
 
 @pytest.mark.parametrize(
-    "name", ["v_head__summary__weight", "model__layers__0__self_attn__q_proj__bias",
-             "model__layers__0__extra__weight"],
-)  # fmt: skip
+    "name",
+    [
+        "v_head__summary__weight",
+        "model__layers__0__self_attn__q_proj__bias",
+        "model__layers__0__extra__weight",
+    ],
+)
 def test_weights_that_the_model_does_not_use_are_refused(folder, name):
     edit_weights(folder, **{name: torch.ones(32)})
     check_all_refuse(
@@ -253,16 +278,23 @@ def test_what_transformers_ignores_by_design_is_let_pass(folder, make_tiny, tmp_
 @pytest.mark.parametrize(
     ("config", "old"),
     [
-        ("GPTNeoConfig", "attn.attention.bias"), ("GPTNeoConfig", "attn.attention.masked_bias"),
-        ("GPTJConfig", "attn.bias"), ("GPTJConfig", "attn.masked_bias"),
-        ("CodeGenConfig", "attn.causal_mask"), ("GPT2Config", "attn.masked_bias"),
+        ("GPTNeoConfig", "attn.attention.bias"),
+        ("GPTNeoConfig", "attn.attention.masked_bias"),
+        ("GPTJConfig", "attn.bias"),
+        ("GPTJConfig", "attn.masked_bias"),
+        ("CodeGenConfig", "attn.causal_mask"),
+        ("GPT2Config", "attn.masked_bias"),
     ],
-)  # fmt: skip
+)
 def test_masks_that_older_versions_saved_are_let_pass(config, old, tmp_path):
     import transformers
 
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "rotary_dim": 4,
-             "attention_types": [[["global", "local"], 1]]}  # fmt: skip
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "rotary_dim": 4,
+        "attention_types": [[["global", "local"], 1]],
+    }
     if config != "GPTNeoConfig":
         del sizes["attention_types"]
     made = getattr(transformers, config)(
@@ -281,10 +313,16 @@ def test_a_width_is_no_count(tmp_path):
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     config = Qwen2MoeConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_experts=2,
-        num_key_value_heads=2, intermediate_size=32, moe_intermediate_size=8,
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_experts=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        moe_intermediate_size=8,
         shared_expert_intermediate_size=5632,
-    )  # fmt: skip
+    )
     Qwen2MoeForCausalLM(config).save_pretrained(tmp_path)
     check_folder(tmp_path, trust_remote_code=False)
     edit_config(tmp_path, shared_expert_intermediate_size=10**9)
@@ -402,7 +440,7 @@ def outside(header):
         (lambda h: '{"a": ' * 100_000, "corrupt"),
         (lambda h: json.dumps(h).replace('"lm_head.weight"', f'"{UP}"'), "corrupt"),
     ],
-)  # fmt: skip
+)
 def test_a_header_lists_only_what_lies_in_the_file(folder, change, says):
     write_header(folder, change)
     check_all_refuse(folder, says, WeightsError)
@@ -431,7 +469,7 @@ def test_a_header_of_any_length_is_held_against_the_file(folder):
         ("gpt2", {"n_positions": 10**6}),
         ("mixtral", {"num_local_experts": 10**9}),
     ],
-)  # fmt: skip
+)
 def test_sizes_that_the_files_do_not_hold_are_refused_before_anything_is_built(
     make_tiny, tmp_path, family, changes
 ):
@@ -456,26 +494,50 @@ def test_computed_tables_are_bounded_by_what_is_stored(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_hidden_layers": 0}, {"num_hidden_layers": -3}, {"hidden_size": "32"},
-        {"num_attention_heads": 0}, {"num_attention_heads": 2.5}, {"vocab_size": True},
-        {"rms_norm_eps": float("nan")}, {"rms_norm_eps": -1.0}, {"rms_norm_eps": "x"},
-        {"rope_theta": float("nan")}, {"initializer_range": float("inf")},
-        {"hidden_act": 7}, {"hidden_act": "no such"}, {"architectures": 5},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": -3},
+        {"hidden_size": "32"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 2.5},
+        {"vocab_size": True},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": -1.0},
+        {"rms_norm_eps": "x"},
+        {"rope_theta": float("nan")},
+        {"initializer_range": float("inf")},
+        {"hidden_act": 7},
+        {"hidden_act": "no such"},
+        {"architectures": 5},
         {"model_type": ["llama"]},
-        {"rope_parameters": [1]}, {"rope_parameters": {"rope_type": "no such"}},
-        {"dtype": "no such"}, {"num_key_value_heads": 3}, {"pad_token_id": 10**9},
-        {"intermediate_size": {"a": 1}}, {"max_position_embeddings": 0},
+        {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_type": "no such"}},
+        {"dtype": "no such"},
+        {"num_key_value_heads": 3},
+        {"pad_token_id": 10**9},
+        {"intermediate_size": {"a": 1}},
+        {"max_position_embeddings": 0},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_senseless_config_is_one_line_and_exit_code_2(folder, changes):
     edit_config(folder, **changes)
     check_all_refuse(folder, r"config|model type|causal", ModelError)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "7", "null", "[" * 100_000, '{"a":' * 100_000,
-                                  '{"model_type": "llama", "x": ' + "[" * 900 + "]" * 900 + "}",
-                                  "{" + '"a": 1' * 3, '"' + "1" * 5000])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "7",
+        "null",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"model_type": "llama", "x": ' + "[" * 900 + "]" * 900 + "}",
+        "{" + '"a": 1' * 3,
+        '"' + "1" * 5000,
+    ],
+)
 def test_a_config_that_is_no_object_is_one_line(folder, text):
     (folder / "config.json").write_text(text)
     assert all(len(said) < 600 for said in refusals(folder, ModelError))

@@ -20,13 +20,20 @@ EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
 MEGABYTES = 600
 """Peak memory that one example may add; a hang ends by the time limit of the suite."""
 FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, print_blob=True, derandomize=True,
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 NUMBERS = st.one_of(
-    st.integers(-2, 70), st.sampled_from([10**9, 10**12, 2**63, 10**40, -(10**9), True]),
-    st.floats(), st.none(), st.text(max_size=5),
-)  # fmt: skip
+    st.integers(-2, 70),
+    st.sampled_from([10**9, 10**12, 2**63, 10**40, -(10**9), True]),
+    st.floats(),
+    st.none(),
+    st.text(max_size=5),
+)
 JSON = st.recursive(
     NUMBERS,
     lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(), some, max_size=3),
@@ -68,10 +75,12 @@ def mutated(base, changes):
 
 
 ENTRY = st.fixed_dictionaries(
-    {"dtype": st.one_of(st.sampled_from(["F32", "BF16", "F4", "I8", "none"]), NUMBERS),
-     "shape": st.one_of(st.lists(NUMBERS, max_size=4), JSON),
-     "data_offsets": st.one_of(st.lists(NUMBERS, min_size=1, max_size=3), JSON)},
-)  # fmt: skip
+    {
+        "dtype": st.one_of(st.sampled_from(["F32", "BF16", "F4", "I8", "none"]), NUMBERS),
+        "shape": st.one_of(st.lists(NUMBERS, max_size=4), JSON),
+        "data_offsets": st.one_of(st.lists(NUMBERS, min_size=1, max_size=3), JSON),
+    },
+)
 HEADER = st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "\u2028"]), ENTRY | JSON)
 
 
@@ -128,7 +137,7 @@ PLACES = st.one_of(st.sampled_from(["../x.safetensors", "/etc/passwd", "model.sa
     changes=st.dictionaries(st.sampled_from(["weight_map", "metadata"]), JSON | st.just("gone")),
     places=st.dictionaries(st.sampled_from(["lm_head.weight", "model.norm.weight", "z"]), PLACES),
     raw=st.none() | st.binary(max_size=40) | st.integers(1, 5000).map(lambda n: b"[" * n),
-)  # fmt: skip
+)
 def test_any_index(folder, changes, places, raw):
     path = folder / INDEX
     whole = path.read_text("utf-8")
@@ -142,25 +151,60 @@ def test_any_index(folder, changes, places, raw):
 
 
 KEYS = [
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
-    "rope_parameters", "rope_scaling", "hidden_act", "dtype", "torch_dtype", "model_type",
-    "architectures", "pad_token_id", "eos_token_id", "bos_token_id", "num_labels", "id2label",
-    "layer_types", "attention_bias", "mlp_bias", "pretraining_tp", "tie_word_embeddings",
-    "quantization_config", "transformers_weights", "auto_map", "attn_implementation",
-    "partial_rotary_factor", "initializer_range", "attention_dropout", "use_cache",
-    "generation_config", "text_config",
-    "is_encoder_decoder", "sliding_window", "problem_type", "return_dict",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "hidden_act",
+    "dtype",
+    "torch_dtype",
+    "model_type",
+    "architectures",
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+    "num_labels",
+    "id2label",
+    "layer_types",
+    "attention_bias",
+    "mlp_bias",
+    "pretraining_tp",
+    "tie_word_embeddings",
+    "quantization_config",
+    "transformers_weights",
+    "auto_map",
+    "attn_implementation",
+    "partial_rotary_factor",
+    "initializer_range",
+    "attention_dropout",
+    "use_cache",
+    "generation_config",
+    "text_config",
+    "is_encoder_decoder",
+    "sliding_window",
+    "problem_type",
+    "return_dict",
     "chunk_size_feed_forward",
-]  # fmt: skip
+]
 
 
 @FUZZ
 @given(
     changes=st.dictionaries(st.sampled_from(KEYS), JSON | st.just("gone"), min_size=1, max_size=3),
-    raw=st.none() | st.none() | st.none() | st.binary(max_size=40)
+    raw=st.none()
+    | st.none()
+    | st.none()
+    | st.binary(max_size=40)
     | st.integers(1, 5000).map(lambda n: b'{"model_type":' * n),
-)  # fmt: skip
+)
 def test_any_config(folder, changes, raw):
     path = folder / "config.json"
     whole = path.read_text("utf-8")

@@ -190,9 +190,14 @@ def test_the_scaled_positions_of_llama_3_are_the_models_own(llama, make_tiny, tm
         "rope_freqs.weight": np.array(table, dtype=np.float32),
     }
     made = load_plain(planted.write(tmp_path / "m.gguf", arch, fields, tensors), device="cpu")[0]
-    right = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0,
-             "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-             "original_max_position_embeddings": 8192}  # fmt: skip
+    right = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     config = type(hf.config)(**{**hf.config.to_dict(), "rope_parameters": right})
     other = AutoModelForCausalLM.from_config(config).eval()
     other.load_state_dict(hf.state_dict())
@@ -211,18 +216,30 @@ def lfm2():
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(0)
-    hf = Lfm2ForCausalLM(Lfm2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
-        block_auto_adjust_ff_dim=False, max_position_embeddings=64,
-    )).eval()  # fmt: skip
+    hf = Lfm2ForCausalLM(
+        Lfm2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+            block_auto_adjust_ff_dim=False,
+            max_position_embeddings=64,
+        )
+    ).eval()
     fields = planted.fields_of(hf.config, "llama")
     del fields["rope.dimension_count"]
     fields |= {"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3}
     fields |= {"rope.freq_base": hf.config.rope_parameters["rope_theta"]}
     tensors = planted.tensors_of(hf, "lfm2")
-    return hf, "lfm2", fields, {n: v.squeeze(1) if "conv.conv" in n else v
-                                for n, v in tensors.items()}  # fmt: skip
+    return (
+        hf,
+        "lfm2",
+        fields,
+        {n: v.squeeze(1) if "conv.conv" in n else v for n, v in tensors.items()},
+    )
 
 
 def test_an_architecture_that_asks_for_the_vocabulary(tmp_path):
@@ -419,8 +436,9 @@ def test_files_beside_a_gguf_are_another_models(llama, tmp_path):
     assert load(path, device="cpu").tokenizer.bos_token == "<s>"
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json",
-                                  "melens_copy.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "tokenizer.json", "config.json", "melens_copy.json"]
+)
 def test_a_torn_copy_of_the_users_own_file_is_made_again(file, llama, tmp_path):
     _, arch, fields, tensors = llama
     path = planted.write(tmp_path / "m.gguf", arch, fields, tensors)
@@ -438,8 +456,12 @@ def test_a_torn_copy_of_the_users_own_file_is_made_again(file, llama, tmp_path):
 
 def test_the_files_own_name_is_held_against_what_is_known(llama, tmp_path, cache):
     _, arch, fields, tensors = llama
-    said = {"general.name": "A", "general.basename": "Qwen3", "general.size_label": "4B",
-            "general.repo_url": "https://huggingface.co/Qwen/Qwen3-4B"}  # fmt: skip
+    said = {
+        "general.name": "A",
+        "general.basename": "Qwen3",
+        "general.size_label": "4B",
+        "general.repo_url": "https://huggingface.co/Qwen/Qwen3-4B",
+    }
     path = planted.write(tmp_path / "m.gguf", arch, fields, tensors, extra=said)
     assert gguf.given_names(path) == ("Qwen/Qwen3-4B", "A", "Qwen3-4B")
     assert gguf.given_names(gguf.converted_copy(path)) == ("Qwen/Qwen3-4B", "A", "Qwen3-4B")

@@ -109,9 +109,20 @@ def test_fields_of_every_type_are_read(tmp_path):
 
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     wanted = {"general.architecture": "llama"}
-    for name, value in (("uint8", 3), ("int8", -3), ("uint16", 3), ("int16", -3), ("uint32", 3),
-                        ("int32", -3), ("uint64", 2**60), ("int64", -(2**60)), ("float32", 0.5),
-                        ("float64", 0.1), ("bool", True), ("string", "é")):  # fmt: skip
+    for name, value in (
+        ("uint8", 3),
+        ("int8", -3),
+        ("uint16", 3),
+        ("int16", -3),
+        ("uint32", 3),
+        ("int32", -3),
+        ("uint64", 2**60),
+        ("int64", -(2**60)),
+        ("float32", 0.5),
+        ("float64", 0.1),
+        ("bool", True),
+        ("string", "é"),
+    ):
         getattr(writer, f"add_{name}")(f"x.{name}", value)
         wanted[f"x.{name}"] = value
     for name, value in (("ints", [1, 2]), ("floats", [0.5, 2.0]), ("strings", ["a", "b"])):

@@ -140,10 +140,14 @@ def make_wheel(folder):
     path = folder / "tinything-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as made:
         made.writestr("tinything/weights.gguf", "GGUF")
-        made.writestr("tinything-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinything\n"
-                      "Version: 1.0\nRequires-Dist: is-nowhere\n")  # fmt: skip
-        made.writestr("tinything-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\n"
-                      "Root-Is-Purelib: true\nTag: py3-none-any\n")  # fmt: skip
+        made.writestr(
+            "tinything-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tinything\nVersion: 1.0\nRequires-Dist: is-nowhere\n",
+        )
+        made.writestr(
+            "tinything-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         made.writestr("tinything-1.0.dist-info/RECORD", "")
     return path
 

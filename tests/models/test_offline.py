@@ -42,9 +42,12 @@ def test_nothing_is_asked(first, tmp_path):
     """In a process of its own: the libraries look at their variables once."""
     env = {k: v for k, v in os.environ.items() if k not in (*LIBRARIES, "MELENS_OFFLINE")}
     env |= {
-        "MELENS_OFFLINE": "1", "MELENS_CACHE": str(tmp_path), "HF_HOME": str(tmp_path / "hf"),
-        "PYTHONPATH": str(ROOT), "MELENS_ACCEPT_LICENSE": "gemma",
-    }  # fmt: skip
+        "MELENS_OFFLINE": "1",
+        "MELENS_CACHE": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": str(ROOT),
+        "MELENS_ACCEPT_LICENSE": "gemma",
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROBE.format(first=first)], env=env, capture_output=True, text=True
     )

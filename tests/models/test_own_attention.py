@@ -14,9 +14,13 @@ from melens.streaming.streamed import load_streamed
 
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 64}
 SIZES = {
-    **ENDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
+    **ENDS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 
 
 def causal(query, key, scaling, keep=None):
@@ -105,9 +109,14 @@ def test_a_bridge_that_runs_a_model_otherwise_is_refused(tokenizer):
     """TransformerLens 4.3 adds Falcon's ALiBi to scores that Falcon scales together with it."""
     torch.manual_seed(0)
     config = FalconConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, multi_query=False,
-        parallel_attn=False, **ENDS,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+        **ENDS,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     for value in model.parameters():
         value.data.mul_(6 if value.ndim > 1 else 1)

@@ -85,10 +85,17 @@ def _setting(value, position, head=None):
 
 
 HOOKS = {
-    "resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
-    "mlp_out": "hook_mlp_out", "ln1": "ln1.hook_out", "ln2": "ln2.hook_out", "z": "attn.hook_z",
-    "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v",
-}  # fmt: skip
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "ln1": "ln1.hook_out",
+    "ln2": "ln2.hook_out",
+    "z": "attn.hook_z",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+}
 
 
 def _mid_hooks(layer, source, target, position):
@@ -191,9 +198,14 @@ def test_whole_rows_at_layer_0_give_the_other_run_and_ones_own_give_no_change(ti
     clean, corrupted = PAIRS["right"]
     for mode, end in (("denoising", "clean"), ("noising", "corrupted")):
         made = patch(
-            tiny, clean, corrupted, sites=["resid_pre", "v"], by="layer", mode=mode,
+            tiny,
+            clean,
+            corrupted,
+            sites=["resid_pre", "v"],
+            by="layer",
+            mode=mode,
             metric=DIFFERENCE,
-        )  # fmt: skip
+        )
         assert made.values["resid_pre"][0] == pytest.approx(getattr(made, end), rel=1e-6)
         assert made.normalised(made.clean) == 1.0
         assert made.normalised(made.corrupted) == 0.0
@@ -272,16 +284,21 @@ def test_loss_kl_and_a_function_of_logits_equal_plain_runs(kind, tiny):
 
     def divergence(logits, batch):
         logs = logits[ends].log_softmax(-1)
-        return torch.nn.functional.kl_div(logs, before, log_target=True, reduction="none").sum(
-            -1
-        ).mean().item()  # fmt: skip
+        return (
+            torch.nn.functional.kl_div(logs, before, log_target=True, reduction="none")
+            .sum(-1)
+            .mean()
+            .item()
+        )
 
     def spread(logits):
         return logits[:, 2:5].std(dim=(1, 2))  # real tokens, whatever the side of padding
 
     plain = {
-        "loss": _mean_loss, "kl": divergence, spread: lambda logits, _: spread(logits).mean().item()
-    }  # fmt: skip
+        "loss": _mean_loss,
+        "kl": divergence,
+        spread: lambda logits, _: spread(logits).mean().item(),
+    }
     for metric, expected in plain.items():
         made = patch(tiny, clean, corrupted, metric=metric)
         for row in made.rows():
@@ -317,14 +334,22 @@ def test_massive_coordinate_and_sink_rate_equal_plain_runs(kind, tiny, located):
     first = corrupted.mask.long().argmax(1)
     sites = {"resid_pre": "hook_resid_pre", "q": "attn.hook_q", "resid_post": "hook_resid_post"}
     coordinate = patch(
-        tiny, clean, corrupted, sites=list(sites), by="layer position",
+        tiny,
+        clean,
+        corrupted,
+        sites=list(sites),
+        by="layer position",
         metric=MassiveCoordinate(located),
-    )  # fmt: skip
+    )
     eps = 0.37  # near uniform attention over seven keys, so that patches matter
     sinks = patch(
-        tiny, clean, corrupted, sites=list(sites), by="layer position",
+        tiny,
+        clean,
+        corrupted,
+        sites=list(sites),
+        by="layer position",
         metric=SinkRate(located, eps=eps),
-    )  # fmt: skip
+    )
     rates = set()
     for row, rate in zip(coordinate.rows(), sinks.rows(), strict=True):
         name = f"blocks.{row['layer']}.{sites[row['site']]}"
@@ -514,5 +539,9 @@ def test_hybrid_layers_without_a_site_are_left_out_and_named(make_tiny, tokenize
 
 def test_every_metric_has_a_docstring_and_is_bound_by_name():
     assert list(METRICS_OF_PATCH) == [
-        "massive_coordinate", "sink_rate", "logit_difference", "kl", "loss"
-    ]  # fmt: skip
+        "massive_coordinate",
+        "sink_rate",
+        "logit_difference",
+        "kl",
+        "loss",
+    ]

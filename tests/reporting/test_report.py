@@ -174,9 +174,23 @@ def test_the_page_has_what_it_promises_in_order(which):
     levels = [int(e["tag"][1]) for e in headings if "panel" not in e["inside"]]
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     ids = [e["id"] for e in page(which).all("h2")]
-    assert ids == ["contents", "findings", "recommendation", "emergence", "token", "rank", "sinks",
-                   "cache", "attention", "isolation", "super-weights", "edits", "stages",
-                   "glossary", "json-title"]  # fmt: skip
+    assert ids == [
+        "contents",
+        "findings",
+        "recommendation",
+        "emergence",
+        "token",
+        "rank",
+        "sinks",
+        "cache",
+        "attention",
+        "isolation",
+        "super-weights",
+        "edits",
+        "stages",
+        "glossary",
+        "json-title",
+    ]
     listed = [e["href"][1:] for e in page(which).all("a") if "nav" in e["inside"]]
     assert listed == [*ids[1:-1], "json"]
     tags = [e["tag"] for e in page(which).made]
@@ -340,9 +354,16 @@ def _rows(html_text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [("a|b", r"a\|b"), ("<b>", "&lt;b&gt;"), ("", "∅"), ("*x*_y_", r"\*x\*\_y\_"),
-     ("https://x.y", "https&#8203;://x.y"), ("a\nb", "a↵b"), ("`x`", r"\`x\`")],
-)  # fmt: skip
+    [
+        ("a|b", r"a\|b"),
+        ("<b>", "&lt;b&gt;"),
+        ("", "∅"),
+        ("*x*_y_", r"\*x\*\_y\_"),
+        ("https://x.y", "https&#8203;://x.y"),
+        ("a\nb", "a↵b"),
+        ("`x`", r"\`x\`"),
+    ],
+)
 def test_markdown_text(value, text):
     assert markdown_text(value) == text
 
@@ -354,12 +375,21 @@ def test_code_spans_hold_any_backticks():
 
 @pytest.mark.parametrize(
     ("value", "style", "text"),
-    [(24926.3, "plain", "24,926"), (11, "plain", "11"), (0.55123, "percent", "55.1 %"),
-     (1.0, "percent", "100 %"), (-2e-4, "percent", "0.0 %"), (0.0041, "signed", "+0.0041"),
-     (None, "plain", "none"),
-     (-713.25, "plain", "-713.2"), (True, "plain", "yes"), (1e-7, "plain", "1e-07"),
-     (65504, "plain", "65,504"), ("single", "plain", "single")],
-)  # fmt: skip
+    [
+        (24926.3, "plain", "24,926"),
+        (11, "plain", "11"),
+        (0.55123, "percent", "55.1 %"),
+        (1.0, "percent", "100 %"),
+        (-2e-4, "percent", "0.0 %"),
+        (0.0041, "signed", "+0.0041"),
+        (None, "plain", "none"),
+        (-713.25, "plain", "-713.2"),
+        (True, "plain", "yes"),
+        (1e-7, "plain", "1e-07"),
+        (65504, "plain", "65,504"),
+        ("single", "plain", "single"),
+    ],
+)
 def test_number_text(value, style, text):
     assert number_text(value, style) == text
 
@@ -486,9 +516,12 @@ def test_an_empty_or_linked_card_works(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [(f"{START}\n", "1 line .* and 0 lines"), (f"{END}\n{START}\n", "in this order"),
-     (f"{START}\n{END}\n{START}\n{END}\n", "2 lines")],
-)  # fmt: skip
+    [
+        (f"{START}\n", "1 line .* and 0 lines"),
+        (f"{END}\n{START}\n", "in this order"),
+        (f"{START}\n{END}\n{START}\n{END}\n", "2 lines"),
+    ],
+)
 def test_a_card_with_broken_markers_is_refused_untouched(tmp_path, text, match):
     readme = tmp_path / "README.md"
     readme.write_text(text)

@@ -85,9 +85,13 @@ def test_the_bilinear_range_is_that_of_its_matrix():
     torch.testing.assert_close(found.largest, D * sizes * (1 + cosine.abs()) / 2)
 
 
-ACTS = {"silu": nn.functional.silu, "gelu": nn.functional.gelu, "relu": nn.functional.relu,
-        "gelu_pytorch_tanh": lambda t: nn.functional.gelu(t, approximate="tanh"),
-        "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t)}  # fmt: skip
+ACTS = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "gelu_pytorch_tanh": lambda t: nn.functional.gelu(t, approximate="tanh"),
+    "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+}
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -113,11 +117,17 @@ def test_ascent_comes_within_a_percent_of_both_ends_of_the_gated_range(mean_zero
         return nn.functional.silu((z * w * gain).sum(-1)) * (z * u * gain).sum(-1)
 
     for sign, bound in ((1, reach.positive), (-1, reach.negative)):
-        found = torch.stack([
-            ascend(lambda z, sign=sign: sign * activation(z), mean_zero=mean_zero,
-                   start=open_gates(w * gain, seed), steps=800)
-            for seed in range(40, 44)
-        ]).amax(0)  # fmt: skip
+        found = torch.stack(
+            [
+                ascend(
+                    lambda z, sign=sign: sign * activation(z),
+                    mean_zero=mean_zero,
+                    start=open_gates(w * gain, seed),
+                    steps=800,
+                )
+                for seed in range(40, 44)
+            ]
+        ).amax(0)
         assert (found <= bound * (1 + 1e-9)).all()
         # the low end of nearly parallel rows is a ridge too narrow for ascent; the solver has it
         wide = bound > 0.05 * reach.largest

@@ -46,8 +46,14 @@ BIASED = ("gpt2", "neox", "phi", "opt")
 def phi():
     from transformers import PhiConfig
 
-    return PhiConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                     num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    return PhiConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
 
 
 def opt():
@@ -84,8 +90,19 @@ def make(make_tiny):
 
 
 def is_input(name):
-    return any(part in name for part in ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1",
-                                         "dense_h_to_4h", "w1.", "w3."))  # fmt: skip
+    return any(
+        part in name
+        for part in (
+            "gate_proj",
+            "up_proj",
+            "gate_up_proj",
+            "c_fc",
+            "fc1",
+            "dense_h_to_4h",
+            "w1.",
+            "w3.",
+        )
+    )
 
 
 def is_output(name):
@@ -242,8 +259,11 @@ def write_gguf(path, tensors, *, arch="llama", quantised=False):
 
 def as_gguf(hf, *, offset=0.0):
     """Names as llama.cpp gives them; its converter makes gains kept around zero whole."""
-    names = {"post_attention_layernorm": "ffn_norm", "pre_feedforward_layernorm": "ffn_norm",
-             "post_feedforward_layernorm": "post_ffw_norm"}  # fmt: skip
+    names = {
+        "post_attention_layernorm": "ffn_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
     made = {}
     for layer, block in enumerate(hf.model.layers):
         gemma = hasattr(block, "pre_feedforward_layernorm")
@@ -354,10 +374,18 @@ def test_a_hub_model_is_taken_from_the_cache_only_if_whole(saved, tmp_path, monk
     assert found.profile == scan(folder).profile
 
 
-@pytest.mark.parametrize(("family", "kind"), [
-    ("llama", "single"), ("gpt2", "single"), ("qwen3", "multi-step"), ("gemma2", "gradual"),
-    ("llama", "re-emergent"), ("llama", "none"), ("gpt2", "final-growth"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("llama", "single"),
+        ("gpt2", "single"),
+        ("qwen3", "multi-step"),
+        ("gemma2", "gradual"),
+        ("llama", "re-emergent"),
+        ("llama", "none"),
+        ("gpt2", "final-growth"),
+    ],
+)
 def test_planted_layers_are_foretold(family, kind, tmp_path):
     made = plant(family, kind, 3)
     made.model.save_pretrained(tmp_path)
@@ -395,8 +423,11 @@ def test_rows_that_are_nearly_all_mean_keep_their_bound(saved):
     """LayerNorm takes the mean off a row: in float32 sums what is left would be lost."""
     _, folder = saved("phi")
     generator = torch.Generator().manual_seed(4)
-    name, bias, norm = ("model.layers.1.mlp.fc1.weight", "model.layers.1.mlp.fc1.bias",
-                        "model.layers.1.input_layernorm")  # fmt: skip
+    name, bias, norm = (
+        "model.layers.1.mlp.fc1.weight",
+        "model.layers.1.mlp.fc1.bias",
+        "model.layers.1.input_layernorm",
+    )
     kept = {}
 
     def change(tensors):
@@ -458,7 +489,7 @@ def test_damaged_weights_are_one_clear_line(saved):
         (lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), r"shape \[64, 32\]; .*\[32, 64\]"),
         (lambda t: t.pop(GATE), rf"lacks 1 tensor.*, first {GATE}; fetch"),
         (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), "stored as I8, which .* cannot"),
-    ]  # fmt: skip
+    ]
     for change, says in cases:
         edit(folder, change)
         with pytest.raises(WeightsError, match=says):
@@ -498,14 +529,24 @@ def test_a_wrong_index_is_one_clear_line(make, tmp_path):
         scan(tmp_path)
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], "attention_bias": False,
-      "head_dim": 8}, "no FFN layout of model type"),
-    ({"hidden_act": "relu2"}, "activation 'relu2', for which melens has no bound"),
-    ({"quantization_config": {"bits": 4}}, "quantised weights"),
-    ({"num_hidden_layers": None}, "config.json does not make a model"),
-    ({"model_type": "t5"}, "no causal decoder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {
+                "model_type": "seed_oss",
+                "architectures": ["SeedOssForCausalLM"],
+                "attention_bias": False,
+                "head_dim": 8,
+            },
+            "no FFN layout of model type",
+        ),
+        ({"hidden_act": "relu2"}, "activation 'relu2', for which melens has no bound"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights"),
+        ({"num_hidden_layers": None}, "config.json does not make a model"),
+        ({"model_type": "t5"}, "no causal decoder"),
+    ],
+)
 def test_models_that_cannot_be_scanned_are_refused(settings, says, saved):
     _, folder = saved("llama")
     config = json.loads((folder / "config.json").read_text())
@@ -516,9 +557,12 @@ def test_models_that_cannot_be_scanned_are_refused(settings, says, saved):
 
 def test_names_that_are_no_model(tmp_path):
     for name, says in (
-        ("./nowhere", "no file or folder"), ("smollm2-135", "Did you mean"), (" ", "is empty"),
-        ("", "is empty"), (str(tmp_path), r"no config\.json"),
-    ):  # fmt: skip
+        ("./nowhere", "no file or folder"),
+        ("smollm2-135", "Did you mean"),
+        (" ", "is empty"),
+        ("", "is empty"),
+        (str(tmp_path), r"no config\.json"),
+    ):
         with pytest.raises(ModelNotFoundError, match=says):
             scan(name)
     with pytest.raises(ModelError, match="reads files, and got a Linear; give a path or a name"):
@@ -576,9 +620,10 @@ def test_a_hub_id_is_read_by_range_and_only_what_is_needed(make, tmp_path, monke
     for folder in ("one", "many"):
         server = Server(tmp_path / folder)
         monkeypatch.setattr(
-            weights, "open_checkpoint",
+            weights,
+            "open_checkpoint",
             lambda model, revision, server=server: by_range(model, revision, server),
-        )  # fmt: skip
+        )
         found = scan("some/model", revision="main")
         assert (found.profile, found.run.model) == (local.profile, "some/model")
         assert found.run.model_revision == "main"
@@ -587,8 +632,10 @@ def test_a_hub_id_is_read_by_range_and_only_what_is_needed(make, tmp_path, monke
         fixed = headers + len(paths) * files.EDGE  # one byte asks for the size, the end is hashed
         assert fixed + needed <= server.sent <= fixed + needed + again
         assert server.sent < sum(path.stat().st_size for path in paths)
-    for broken, says in ((Server(tmp_path / "one", status=200), "answered 200"),
-                         (Server(tmp_path / "one", cut=3), "bytes came for")):  # fmt: skip
+    for broken, says in (
+        (Server(tmp_path / "one", status=200), "answered 200"),
+        (Server(tmp_path / "one", cut=3), "bytes came for"),
+    ):
         with pytest.raises(FetchError, match=says):
             by_range("some/model", None, broken)
 
@@ -670,8 +717,17 @@ def test_the_command_writes_its_files_and_says_one_sentence(tmp_path, capsys):
     assert f"foretell ME Layer {made.truth.me_layer} of" in said.out.splitlines()[-1]
     assert {file.name for file in out.iterdir()} == {"scan.json", "scan.png", "scan.svg"}
     result = load_result(out / "scan.json")
-    assert {"kind", "schema", "me_layer", "erase_layer", "dims", "candidates", "profile", "covered",
-            "run"} <= set(result.to_dict())  # fmt: skip
+    assert {
+        "kind",
+        "schema",
+        "me_layer",
+        "erase_layer",
+        "dims",
+        "candidates",
+        "profile",
+        "covered",
+        "run",
+    } <= set(result.to_dict())
     code, said = run("plot", out / "scan.json", "-o", out / "again.svg")
     assert (out / "again.svg").read_bytes() == (out / "scan.svg").read_bytes()
     code, said = run("scan", tmp_path / "model", "--json")
@@ -690,18 +746,24 @@ def test_a_scan_is_held_against_published_numbers(saved, capsys, tmp_path):
         one.model_copy(update={"layer": at, "dim": dim, "neuron": neuron})
         for at, dim, neuron in row["super_weights"]
     ]
-    right = found.model_copy(update={
-        "n_layers": 32, "d_model": 4096, "me_layer": row["me_layer"],
-        "erase_layer": row["erase_layer"], "dims": tuple(map(int, row["dims"])),
-        "candidates": tuple(made), "profile": tuple(
-            fake.model_copy(update={"layer": layer}) for layer in range(32)
-        ),
-    })  # fmt: skip
+    right = found.model_copy(
+        update={
+            "n_layers": 32,
+            "d_model": 4096,
+            "me_layer": row["me_layer"],
+            "erase_layer": row["erase_layer"],
+            "dims": tuple(map(int, row["dims"])),
+            "candidates": tuple(made),
+            "profile": tuple(fake.model_copy(update={"layer": layer}) for layer in range(32)),
+        }
+    )
     assert known_scan("Llama-2-7b-hf", right).verdict == "match"
     for update, what in (
-        ({"me_layer": 2}, "ME Layer"), ({"dims": right.dims[:1]}, f"dimension {right.dims[1]}"),
-        ({"erase_layer": None}, "erase layer"), ({"candidates": ()}, "down_proj entry"),
-    ):  # fmt: skip
+        ({"me_layer": 2}, "ME Layer"),
+        ({"dims": right.dims[:1]}, f"dimension {right.dims[1]}"),
+        ({"erase_layer": None}, "erase layer"),
+        ({"candidates": ()}, "down_proj entry"),
+    ):
         check = known_scan("Llama-2-7b-hf", right.model_copy(update=update))
         bad = [item.what for item in check.comparisons if item.verdict == "mismatch"]
         assert check.verdict == "mismatch"
@@ -720,9 +782,11 @@ def test_a_sign_that_is_not_known_is_not_said(saved):
 
     one = _layers(saved("llama")[1])[0].loudest[0]
     for cosine, role, said in (
-        (0.1, "emerge", "may make"), (0.9, "emerge", "makes"), (None, "erase", "erases"),
+        (0.1, "emerge", "may make"),
+        (0.9, "emerge", "makes"),
+        (None, "erase", "erases"),
         (-0.2, "erase", "may erase"),
-    ):  # fmt: skip
+    ):
         found = one.model_copy(update={"cosine": cosine, "role": role})
         assert _candidate(found)[""] == said
 
@@ -745,14 +809,21 @@ def test_smollm2():
     found = scan("smollm2-135m")
     assert (found.me_layer, found.erase_layer, found.dims) == (11, 28, (507,))
     loudest = {(c.layer, c.neuron): c for c in found.candidates if c.dim == 507}
-    for at, ceiling, ratio in (((28, 678), 3.4e5, 853), ((11, 1229), 5.1e4, 181),
-                               ((2, 90), 1.7e4, 104), ((9, 200), 1.0e4, 43)):  # fmt: skip
+    for at, ceiling, ratio in (
+        ((28, 678), 3.4e5, 853),
+        ((11, 1229), 5.1e4, 181),
+        ((2, 90), 1.7e4, 104),
+        ((9, 200), 1.0e4, 43),
+    ):
         assert loudest[at].ceiling == pytest.approx(ceiling, rel=0.04)
         assert loudest[at].ratio_to_median == pytest.approx(ratio, rel=0.02)
     roles = {at: c.role for at, c in loudest.items()}
     assert [roles[at] for at in ((11, 1229), (28, 678), (9, 200), (2, 430))] == [
-        "emerge", "erase", "erase", "emerge"
-    ]  # fmt: skip
+        "emerge",
+        "erase",
+        "erase",
+        "emerge",
+    ]
 
 
 @pytest.mark.gemma

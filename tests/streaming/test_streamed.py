@@ -363,8 +363,9 @@ def test_the_reach_tries_bos_the_chat_and_a_seeded_sample(folder_of):
     streamed.tokenizer.chat_template = "w9 {{ messages[0]['content'] }}"
     try:
         assert [(t.why, t.token_id) for t in reach(streamed, sample=0).tokens] == [
-            ("bos", 1), ("chat", 9),
-        ]  # fmt: skip
+            ("bos", 1),
+            ("chat", 9),
+        ]
     finally:
         streamed.tokenizer.chat_template = None
 

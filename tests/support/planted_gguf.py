@@ -6,8 +6,14 @@ import numpy as np
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 LETTERS = [chr(i) for i in range(ord("!"), ord("!") + 60)]
-ARCH = {"llama": "llama", "qwen2": "qwen2", "gemma3": "gemma3", "gpt2": "gpt2", "phi3": "phi3",
-        "qwen3-moe": "qwen3moe"}  # fmt: skip
+ARCH = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "gemma3": "gemma3",
+    "gpt2": "gpt2",
+    "phi3": "phi3",
+    "qwen3-moe": "qwen3moe",
+}
 
 
 def fields_of(config, arch):
@@ -79,7 +85,7 @@ def write(path, arch, fields, tensors, *, kinds=None, vocabulary=True, extra=Non
 
     Args:    kinds: format by tensor name; F32 where left out.
              extra: further fields by their whole name.
-    """  # fmt: skip
+    """
     import gguf
 
     kind_of = gguf.GGMLQuantizationType
@@ -122,8 +128,14 @@ def write_split(folder, arch, fields, tensors, *, parts=3, first_empty=False):
         groups = [[], *(names[n :: parts - 1] for n in range(parts - 1))]
     for n in range(parts):
         extra = {"split.no": n, "split.count": parts, "split.tensors.count": len(names)}
-        made.append(write(
-            folder / f"m-{n + 1:05}-of-{parts:05}.gguf", arch, fields if n == 0 else {},
-            {name: tensors[name] for name in groups[n]}, vocabulary=n == 0, extra=extra,
-        ))  # fmt: skip
+        made.append(
+            write(
+                folder / f"m-{n + 1:05}-of-{parts:05}.gguf",
+                arch,
+                fields if n == 0 else {},
+                {name: tensors[name] for name in groups[n]},
+                vocabulary=n == 0,
+                extra=extra,
+            )
+        )
     return made

@@ -285,9 +285,10 @@ def test_seconds_end_the_search_between_batches(planted, plain_text, monkeypatch
     assert whole.budget.cut_short == ()
     now[0] = 0.0
     monkeypatch.setattr(
-        search._Search, "_deadline",
+        search._Search,
+        "_deadline",
         lambda self, aside: ends["search" if aside else "confirmation"],
-    )  # fmt: skip
+    )
     cut = searched(planted, plain_text, seconds, **settings)
     assert cut.budget.cut_short == ("search", "confirmation")
     assert max(trial.items for trial in cut.trials) < HALF
@@ -389,8 +390,15 @@ def test_a_killed_search_ends_as_an_uninterrupted_one(
 def test_progress_ends_at_its_total(planted, plain_text):
     model, me_layer = planted
     seen = []
-    tune(model, plain_text, "loss", TINY_BUDGET, me_layer=me_layer, space=TINY,
-         progress=lambda done, total: seen.append((done, total)))  # fmt: skip
+    tune(
+        model,
+        plain_text,
+        "loss",
+        TINY_BUDGET,
+        me_layer=me_layer,
+        space=TINY,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] <= seen[-1][1] <= TINY_BUDGET
 
@@ -504,9 +512,28 @@ def test_the_command_writes_its_files_and_takes_them_up(run, folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "edit.json").write_text("an older search's")
-    arguments = ("tune", folder / "model", "--data", folder / "words.txt", "--bos", "--length", 12,
-                 "--budget", 400, "--selects", "gamma,activation", "--layers", "after,7-8",
-                 "--rates", "0.1,0.5", "--strengths", "1", "-q", "-o", out)  # fmt: skip
+    arguments = (
+        "tune",
+        folder / "model",
+        "--data",
+        folder / "words.txt",
+        "--bos",
+        "--length",
+        12,
+        "--budget",
+        400,
+        "--selects",
+        "gamma,activation",
+        "--layers",
+        "after,7-8",
+        "--rates",
+        "0.1,0.5",
+        "--strengths",
+        "1",
+        "-q",
+        "-o",
+        out,
+    )
     code, stdout, stderr = run(*arguments)
     assert code == 0, stderr
     assert "No setting that was tried lowers the loss on held-out text" in stdout
@@ -535,9 +562,11 @@ def test_the_command_names_what_it_found(run, planted, masked_text, folder, tmp_
     given = flags(edit).split()
     options = dict(zip(given[::2], given[1::2], strict=True))
     typed = {
-        "mask_select": options["--mask-select"], "mask_rate": float(options["--mask-rate"]),
-        "mask_strength": float(options["--mask-strength"]), "mask_layers": options["--mask-layers"],
-    }  # fmt: skip
+        "mask_select": options["--mask-select"],
+        "mask_rate": float(options["--mask-rate"]),
+        "mask_strength": float(options["--mask-strength"]),
+        "mask_layers": options["--mask-layers"],
+    }
     assert edit_of(typed) == edit
 
 

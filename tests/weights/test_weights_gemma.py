@@ -11,13 +11,45 @@ from melens.locating import locate
 pytestmark = pytest.mark.gemma
 
 NORMS = [
-    2987.4, 5109.1, 6252.3, 13582.2, 26159.8, 42882.7, 55294.6, 68850.2, 83037.8, 88243.5,
-    90912.9, 98606.0, 99568.3, 102042.5, 103827.0, 101047.3, 82960.3, 67256.2,
-]  # fmt: skip
+    2987.4,
+    5109.1,
+    6252.3,
+    13582.2,
+    26159.8,
+    42882.7,
+    55294.6,
+    68850.2,
+    83037.8,
+    88243.5,
+    90912.9,
+    98606.0,
+    99568.3,
+    102042.5,
+    103827.0,
+    101047.3,
+    82960.3,
+    67256.2,
+]
 SHARES = [
-    0.0003, 0.0012, -0.0001, 0.0997, 0.1375, 0.166, 0.1226, 0.132, 0.1388, 0.0507, 0.0262, 0.0745,
-    0.0095, 0.0239, 0.0172, -0.0269, -0.1759, -0.1594,
-]  # fmt: skip
+    0.0003,
+    0.0012,
+    -0.0001,
+    0.0997,
+    0.1375,
+    0.166,
+    0.1226,
+    0.132,
+    0.1388,
+    0.0507,
+    0.0262,
+    0.0745,
+    0.0095,
+    0.0239,
+    0.0172,
+    -0.0269,
+    -0.1759,
+    -0.1594,
+]
 
 
 def test_emergence_is_gradual_and_the_criteria_disagree(gemma):
@@ -29,9 +61,15 @@ def test_emergence_is_gradual_and_the_criteria_disagree(gemma):
     assert result.erase_layer == 16
     assert result.level == "low"
     assert result.criteria.model_dump() == {
-        "sun_layer": 0, "sun_token": 0, "ratio_jump": 0, "max_jump": 0, "difference": 5,
-        "first_share": 3, "write_share": 5, "direction": 7,
-    }  # fmt: skip
+        "sun_layer": 0,
+        "sun_token": 0,
+        "ratio_jump": 0,
+        "max_jump": 0,
+        "difference": 5,
+        "first_share": 3,
+        "write_share": 5,
+        "direction": 7,
+    }
     assert (result.massive[0].token, result.massive[0].dim) == ("<bos>", 163)
     assert result.massive[0].value == pytest.approx(102014, rel=0.002)
     assert result.profile[0].dim == 400
@@ -58,8 +96,25 @@ def test_without_bos_late_tokens_turn_massive_and_position_0_does_not(gemma):
 
 
 SINK_HEADS = [
-    0.5, 0.75, 0.25, 0.75, 0, 1, 1, 0, 0.25, 0.75, 0.75, 1, 1, 1, 1, 0.75, 1, 0.75,
-]  # fmt: skip
+    0.5,
+    0.75,
+    0.25,
+    0.75,
+    0,
+    1,
+    1,
+    0,
+    0.25,
+    0.75,
+    0.75,
+    1,
+    1,
+    1,
+    1,
+    0.75,
+    1,
+    0.75,
+]
 
 
 def test_what_bos_does_and_that_no_other_first_token_does_it(gemma):

@@ -14,8 +14,20 @@ from melens.isolating.runs import Prefixes, RunChange
 from melens.locating import locate
 from melens.measuring.located import settle
 
-NECESSITY_S = {0: 0.0021, 1: 1.2334, 2: 0.9223, 3: 0.9759, 4: 0.9883, 5: 0.9796, 6: 0.9815,
-               7: 0.8717, 8: 0.175, 9: 0.2295, 10: 0.549, 11: 0.0018}  # fmt: skip
+NECESSITY_S = {
+    0: 0.0021,
+    1: 1.2334,
+    2: 0.9223,
+    3: 0.9759,
+    4: 0.9883,
+    5: 0.9796,
+    6: 0.9815,
+    7: 0.8717,
+    8: 0.175,
+    9: 0.2295,
+    10: 0.549,
+    11: 0.0018,
+}
 SHUFFLED_S = [0.931, 0.970, 1.001, 0.959, 0.955, 0.983, 0.976, 0.958, 0.907, 0.885]
 NECESSITY_G = {0: 0.9993, 1: 0.1339, 2: 0.9965, 3: 0.1158, 4: 0.8396, 5: 0.8019, 8: 0.8355}
 SHARES_G = {3: (1414, 0.9731), 4: (84, 0.9607), 5: (584, 0.9906), 7: (1455, 0.9648)}
@@ -41,8 +53,13 @@ def test_the_cause_in_smollm2(smol):
     assert norm.ones == pytest.approx(16.0, rel=0.02)
     assert norm.shuffled == pytest.approx(SHUFFLED_S, abs=0.02)
     rows = {(n.layer, n.neuron): n for n in found.neurons}
-    for at, share in {(11, 1229): 0.7238, (11, 1487): 0.2728, (2, 90): 0.5426, (2, 430): 0.4221,
-                      (28, 678): 0.9617}.items():  # fmt: skip
+    for at, share in {
+        (11, 1229): 0.7238,
+        (11, 1487): 0.2728,
+        (2, 90): 0.5426,
+        (2, 430): 0.4221,
+        (28, 678): 0.9617,
+    }.items():
         assert rows[at].share == pytest.approx(share, abs=0.01)
     top = rows[11, 1229]
     assert (top.gate, top.up, top.weight) == pytest.approx((49.5, 61.9, 5.88), abs=0.1)

@@ -44,10 +44,14 @@ def changes(smol, me, rows, *edits):
 def test_by_activation_it_costs_and_by_gain_it_hardly_does(smol, me, rows):
     """Reference on WikiText: +0.24 and +0.004 nats; the smallest activations do no harm."""
     activation, gamma, after_next, bottom = changes(
-        smol, me, rows,
-        Edit(select="activation", rate=0.1), Edit(select="gamma", rate=0.5),
-        Edit(select="activation", rate=0.1, layers="next"), Edit(select="bottom", rate=0.9),
-    )  # fmt: skip
+        smol,
+        me,
+        rows,
+        Edit(select="activation", rate=0.1),
+        Edit(select="gamma", rate=0.5),
+        Edit(select="activation", rate=0.1, layers="next"),
+        Edit(select="bottom", rate=0.9),
+    )
     assert 0.15 < activation < 0.8
     assert abs(gamma) < 0.06
     assert -0.02 < after_next < 0.12

@@ -35,13 +35,19 @@ def super_weight(view: Measured, threshold: float) -> Judgement:
     )
     where = f"layer {worst.layer} (counted from 0), down projection [{worst.row}, {worst.column}]"
     return Judgement(
-        found=found.is_super(worst) and worst.loss_delta > threshold, value=worst.loss_delta,
+        found=found.is_super(worst) and worst.loss_delta > threshold,
+        value=worst.loss_delta,
         source=f"/results/super_weights/super_weights/{at}/loss_delta",
         title=f"zeroing one weight, {where}, adds {worst.loss_delta:.3g} {NATS}",
-        evidence={"layer": worst.layer, "row": worst.row, "column": worst.column,
-                  "weight": worst.value, **_interval(worst.interval)},
+        evidence={
+            "layer": worst.layer,
+            "row": worst.row,
+            "column": worst.column,
+            "weight": worst.value,
+            **_interval(worst.interval),
+        },
         advice=f"Leave this weight out of pruning and keep it in 16 bits when quantising: {where}.",
-    )  # fmt: skip
+    )
 
 
 @rule(
@@ -99,11 +105,16 @@ def _judged(edits: Evaluation, source: str, threshold: float, said: str) -> Judg
     assert edits.edited.delta is not None
     value = edits.edited.delta.value
     return Judgement(
-        found=value > threshold, value=value, source=source,
-        evidence={"loss": edits.base.value, "texts": edits.n,
-                  **_interval(edits.edited.delta.interval)},
+        found=value > threshold,
+        value=value,
+        source=source,
+        evidence={
+            "loss": edits.base.value,
+            "texts": edits.n,
+            **_interval(edits.edited.delta.interval),
+        },
         title=f"{said} adds {value:.3g} {NATS}",
-    )  # fmt: skip
+    )
 
 
 def _interval(found: tuple[float, float] | None) -> dict[str, Any]:

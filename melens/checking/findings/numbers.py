@@ -36,11 +36,13 @@ def float16_range(view: Measured, threshold: float) -> Judgement:
     value, source, site, layer = max(found)
     share = value / FLOAT16_MAX
     return Judgement(
-        found=value > threshold, value=value, source=source,
+        found=value > threshold,
+        value=value,
+        source=source,
         title=f"|x| reaches {value:,.0f} at {site} of layer {layer} (counted from 0), "
         f"{share:.0%} of float16's range",
         evidence={"layer": layer, "site": site, "share_of_float16": share},
-    )  # fmt: skip
+    )
 
 
 @rule(
@@ -73,19 +75,24 @@ def int8_per_tensor(view: Measured, threshold: float) -> Judgement:
     named = ", ".join(map(str, dims))
     lost = ", so at least half of the entries become zero" if value >= 1 else ""
     evidence: dict[str, float | int | str | None] = {
-        "layer": row.layer, "largest": row.max, "median": row.median,
-        "int8_step": row.max / INT8_STEPS, "massive_dimensions": named,
+        "layer": row.layer,
+        "largest": row.max,
+        "median": row.median,
+        "int8_step": row.max / INT8_STEPS,
+        "massive_dimensions": named,
         **_product(view),
-    }  # fmt: skip
+    }
     return Judgement(
-        found=value > threshold, value=value, evidence=evidence,
+        found=value > threshold,
+        value=value,
+        evidence=evidence,
         source=f"/results/locate/profile/{at}",
         title="with one int8 scale for the residual stream half a step at layer "
         f"{row.layer} (counted from 0) is {value:.3g} times the median |x|{lost}",
         advice="Give every token of the residual a scale of its own, or keep it in 16 bits. Its "
         f"massive dimensions are {named}; keeping these alone in 16 bits may not be enough, since "
         "what is left without them was not measured.",
-    )  # fmt: skip
+    )
 
 
 def _product(view: Measured) -> dict[str, float | int | str | None]:
@@ -123,10 +130,16 @@ def kv_quantisation(view: Measured, threshold: float) -> Judgement:
     row = norms.rows_[norms.worst]
     what = "value" if row.site == "v" else "key"
     return Judgement(
-        found=row.ratio > threshold, value=row.ratio,
+        found=row.ratio > threshold,
+        value=row.ratio,
         source=f"/results/cache_norms/rows/{norms.worst}/ratio",
         title=f"the massive token's {what} at layer {row.layer}, head {row.head} (counted from 0) "
         f"is {row.ratio:.3g} times as large as other tokens'",
-        evidence={"layer": row.layer, "head": row.head, "site": row.site,
-                  "massive_largest": row.token, "others_largest": row.others},
-    )  # fmt: skip
+        evidence={
+            "layer": row.layer,
+            "head": row.head,
+            "site": row.site,
+            "massive_largest": row.token,
+            "others_largest": row.others,
+        },
+    )

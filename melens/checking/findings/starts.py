@@ -36,13 +36,16 @@ def sink_needs_bos(view: Measured, threshold: float) -> Judgement | Unmeasured:
         return found
     which = "no" if found.value == 1 else "only some"
     return Judgement(
-        found=True, value=found.value, source=found.source, evidence=found.evidence,
+        found=True,
+        value=found.value,
+        source=found.source,
+        evidence=found.evidence,
         title=f"BOS is massive, but {found.evidence['not_massive']} of "
         f"{found.evidence['first_tokens']} first tokens of texts without it are not",
         why=f"Without BOS {which} first tokens of these texts become massive, where BOS does. A "
         "server or a pipeline that forgets BOS then runs the model without the massive activation "
         "that it was evaluated with. What sinks do without BOS was not measured.",
-    )  # fmt: skip
+    )
 
 
 @rule(
@@ -64,9 +67,12 @@ def chat_first_token(view: Measured, threshold: float) -> Judgement | Unmeasured
         return found
     token = found.evidence.get("token")
     return Judgement(
-        found=True, value=found.value, source=found.source, evidence=found.evidence,
+        found=True,
+        value=found.value,
+        source=found.source,
+        evidence=found.evidence,
         title=f"BOS is massive, the chat template's first token {token!r} is not",
-    )  # fmt: skip
+    )
 
 
 def _lost(view: Measured, name: str, threshold: float) -> Judgement | Unmeasured:
@@ -82,16 +88,19 @@ def _lost(view: Measured, name: str, threshold: float) -> Judgement | Unmeasured
     at, row = tried[name]
     share = 1 - row.massive / row.first_tokens
     return Judgement(
-        found=share > threshold, value=share, source=f"/results/describe/conditions/{at}",
+        found=share > threshold,
+        value=share,
+        source=f"/results/describe/conditions/{at}",
         evidence={**_counts(row), **_first(portrait, name)},
-    )  # fmt: skip
+    )
 
 
 def _counts(row: Condition) -> dict[str, Any]:
     return {
-        "first_tokens": row.first_tokens, "not_massive": row.first_tokens - row.massive,
+        "first_tokens": row.first_tokens,
+        "not_massive": row.first_tokens - row.massive,
         "median_value": row.median_value,
-    }  # fmt: skip
+    }
 
 
 def _first(portrait: TokenPortrait, name: str) -> dict[str, Any]:
@@ -119,10 +128,12 @@ def sink_heads(view: Measured, threshold: float) -> Judgement | Unmeasured:
         return Unmeasured(f"the sinks were not measured at eps {EPS}")
     value = found.overall[EPS]
     return Judgement(
-        found=value > threshold, value=value, source=f"/results/sinks/overall/{EPS}",
+        found=value > threshold,
+        value=value,
+        source=f"/results/sinks/overall/{EPS}",
         title=f"{value:.0%} of (text, layer, head) have a sink on the first token",
         evidence={"onset_layer": found.onset_layer, "uniform_attention": found.uniform},
-    )  # fmt: skip
+    )
 
 
 @rule(
@@ -150,9 +161,15 @@ def sink_window(view: Measured, threshold: float) -> Judgement | Unmeasured:
     value = window / context
     first = view.held("locate", MELayer).massive
     return Judgement(
-        found=value < threshold and bool(hit), value=value, source="/run/settings/sliding_window",
+        found=value < threshold and bool(hit),
+        value=value,
+        source="/run/settings/sliding_window",
         title=f"{len(hit)} layers with a window of {window:,} tokens (context {context:,}) have a "
         "sink on the first token",
-        evidence={"window": window, "context": context, "layers": ", ".join(map(str, hit)),
-                  "massive_token": first[0].token if first else None},
-    )  # fmt: skip
+        evidence={
+            "window": window,
+            "context": context,
+            "layers": ", ".join(map(str, hit)),
+            "massive_token": first[0].token if first else None,
+        },
+    )

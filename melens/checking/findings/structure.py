@@ -46,12 +46,19 @@ def rank_collapse(view: Measured, threshold: float) -> Judgement | Unmeasured:
     what = {"q": "queries", "k": "keys"}[site]
     at, head = _lowest(rows, layer, site)
     return Judgement(
-        found=value < threshold, value=value, source=f"/results/collapse/rows/{at}",
+        found=value < threshold,
+        value=value,
+        source=f"/results/collapse/rows/{at}",
         title=f"the {what} of layer {layer} (counted from 0) have effective rank "
         f"{with_token:.1f} with the massive token and {without:.1f} without",
-        evidence={"layer": layer, "site": site, "with_token": with_token, "without": without,
-                  "lowest_head": head},
-    )  # fmt: skip
+        evidence={
+            "layer": layer,
+            "site": site,
+            "with_token": with_token,
+            "without": without,
+            "lowest_head": head,
+        },
+    )
 
 
 def _lowest(rows: Sequence[CollapseRow], layer: int, site: str) -> tuple[int, int | None]:
@@ -100,7 +107,9 @@ def known_layer(view: Measured, threshold: float) -> Judgement | Unmeasured:
         )
     names = " and ".join(row.what for row in bad)
     return Judgement(
-        found=len(bad) > threshold, value=float(len(bad)), source="/results/known/comparisons",
+        found=len(bad) > threshold,
+        value=float(len(bad)),
+        source="/results/known/comparisons",
         title=f"{len(bad)} of {len(held)} published places do not fit: "
         + "; ".join(f"{row.what} {row.measured} instead of {row.published}" for row in bad),
         evidence={row.what: f"published {row.published}, measured {row.measured}" for row in bad},
@@ -108,7 +117,7 @@ def known_layer(view: Measured, threshold: float) -> Judgement | Unmeasured:
         "conversion, a damaged checkpoint, or other weights under this name.",
         advice="Compare the checkpoint's hash with the publisher's, and convert it again; melens "
         f"diff with a copy known to be good shows whether {names} moved.",
-    )  # fmt: skip
+    )
 
 
 def _texts_say_little(view: Measured) -> bool:

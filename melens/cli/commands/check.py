@@ -87,9 +87,13 @@ def check(
     held = _stages_in(job.out)
     with progress_on(None) as shown:
         report = measure(
-            loaded, texts, budget=budget.value, policy=rules, out=job.out,
+            loaded,
+            texts,
+            budget=budget.value,
+            policy=rules,
+            out=job.out,
             progress=lambda stage, done, total: shown(done, total, stage),
-        )  # fmt: skip
+        )
     _say_taken_up(held, job.out)
     _pages(report, job.out, card)
     if junit is not None:

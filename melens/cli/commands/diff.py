@@ -106,10 +106,12 @@ def _measured(job: Any, texts: Any, like: Any) -> Any:
     from melens.models import load
 
     model = load(
-        job.model, device=None if job.device == "auto" else job.device,
-        dtype=job.dtype.value if job.dtype else None, revision=job.revision,
+        job.model,
+        device=None if job.device == "auto" else job.device,
+        dtype=job.dtype.value if job.dtype else None,
+        revision=job.revision,
         trust_remote_code=job.trust_remote_code,
-    )  # fmt: skip
+    )
     with job.bar() as tick:
         return Side.of_model(
             model, texts, batch_size=job.batch_size, seed=job.seed, like=like, progress=tick

@@ -126,9 +126,13 @@ def evaluate(
     if job.out is not None and force:
         _start_anew(job.out)
     settings = Settings(
-        plan, seed, batch_tokens=batch_tokens, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        plan,
+        seed,
+        batch_tokens=batch_tokens,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
         items=job.out and job.out / "items.jsonl",
-    )  # fmt: skip
+    )
     texts = alike(loaded.tokenizer, task, source)
     found = _kept(job, loaded, texts) or job.locate(loaded, texts, overwrite=force)
     with job.bar("items") as tick:
@@ -317,13 +321,24 @@ def tune(
     if budget is not None and seconds is not None:
         raise InterventionError("--budget and --seconds exclude each other; give one of them.")
     asked = {
-        "selects": _list("--selects", selects, str), "layers": _list("--layers", layers, layers_from),
-        "rates": _list("--rates", rates, float), "strengths": _list("--strengths", strengths, float),
-    }  # fmt: skip
+        "selects": _list("--selects", selects, str),
+        "layers": _list("--layers", layers, layers_from),
+        "rates": _list("--rates", rates, float),
+        "strengths": _list("--strengths", strengths, float),
+    }
     from melens.cli.job import Job
 
-    job = Job.of({**locals(), "prompt": None, "text": None, "chat": False, "n_seq": None,
-                  "length": None, "batch_size": 4})  # fmt: skip
+    job = Job.of(
+        {
+            **locals(),
+            "prompt": None,
+            "text": None,
+            "chat": False,
+            "n_seq": None,
+            "length": None,
+            "batch_size": 4,
+        }
+    )
     from melens.tuning import Budget, SearchSettings, Space
     from melens.tuning import tune as search
     from melens.tuning.items import alike_items, check_enough
@@ -337,9 +352,15 @@ def tune(
     found = job.locate(loaded, alike_items(loaded.tokenizer, texts, metric))
     with job.bar("evaluations") as tick:
         result = search(
-            loaded, texts, metric, spent, me_layer=found, space=space, progress=tick,
+            loaded,
+            texts,
+            metric,
+            spent,
+            me_layer=found,
+            space=space,
+            progress=tick,
             settings=SearchSettings(confirm=confirm, seed=seed, items=kept),
-        )  # fmt: skip
+        )
     job.finish(result, same_texts=False)
     if job.out is not None:
         _save_edit(job.out / EDIT, result.best)

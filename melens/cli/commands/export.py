@@ -133,10 +133,12 @@ class EditJob:
 
         job = self.job
         model, _, _ = load_plain(
-            job.model, device=None if job.device == "auto" else job.device,
-            dtype=job.dtype.value if job.dtype else None, revision=job.revision,
+            job.model,
+            device=None if job.device == "auto" else job.device,
+            dtype=job.dtype.value if job.dtype else None,
+            revision=job.revision,
             trust_remote_code=job.trust_remote_code,
-        )  # fmt: skip
+        )
         return model
 
 

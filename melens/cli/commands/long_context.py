@@ -100,9 +100,16 @@ def long_context(
     job = Job.of({**locals(), "text": None, "prompt": None, "n_seq": None, "length": None})
     chosen = mask.edit_of(locals(), model)
     haystack = _haystack(
-        task=task.value, lengths=sizes, depths=places, seeds=seeds, needles=needles,
-        text=_read(text), bos=bos, chat=chat, seed=seed,
-    )  # fmt: skip
+        task=task.value,
+        lengths=sizes,
+        depths=places,
+        seeds=seeds,
+        needles=needles,
+        text=_read(text),
+        bos=bos,
+        chat=chat,
+        seed=seed,
+    )
     from melens.evaluating.edits import check_edit
     from melens.evaluating.long_context import LongSettings, items_of
     from melens.evaluating.long_context import long_context as measure

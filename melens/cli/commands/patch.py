@@ -100,15 +100,28 @@ def patch(
         )
     from melens.cli.job import Job
 
-    job = Job.of({**locals(), "prompt": clean, "text": None, "chat": False, "n_seq": None,
-                  "length": None, "batch_size": 4})  # fmt: skip
+    job = Job.of(
+        {
+            **locals(),
+            "prompt": clean,
+            "text": None,
+            "chat": False,
+            "n_seq": None,
+            "length": None,
+            "batch_size": 4,
+        }
+    )
     from melens.patching import Sweep
     from melens.patching import patch as measure
 
     choices: dict[str, Any] = {
-        "sites": site or "resid_pre", "mode": mode.value if mode else None, "by": by,
-        "layers": layer, "positions": position, "seed": seed,
-    }  # fmt: skip
+        "sites": site or "resid_pre",
+        "mode": mode.value if mode else None,
+        "by": by,
+        "layers": layer,
+        "positions": position,
+        "seed": seed,
+    }
     Sweep(paired=bool(corrupted), **choices)  # refuses what cannot be swept, before loading
     loaded, texts = job.load()
     chosen = _metric(metric, answer, wrong, _me_layer(job, loaded) if metric in LOCATED else None)
@@ -116,9 +129,14 @@ def patch(
 
     with progress_on("patched runs") as tick:
         result = measure(
-            loaded, _texts(clean, bos, loaded), _texts(corrupted, bos, loaded), metric=chosen,
-            progress=tick, checkpoint=kept, **choices,
-        )  # fmt: skip
+            loaded,
+            _texts(clean, bos, loaded),
+            _texts(corrupted, bos, loaded),
+            metric=chosen,
+            progress=tick,
+            checkpoint=kept,
+            **choices,
+        )
     job.finish(result, same_texts=False)
     if kept is not None:
         kept.unlink(missing_ok=True)

@@ -47,9 +47,12 @@ def scan(
     kept = None if out is None else out / LAYERS
     with progress_on("layers") as tick:
         result = look(
-            model, device=None if device == "auto" else device, revision=revision, keep=kept,
+            model,
+            device=None if device == "auto" else device,
+            revision=revision,
+            keep=kept,
             progress=tick,
-        )  # fmt: skip
+        )
     output.save(result, out, "scan", "scan")
     if kept is not None:
         kept.unlink(missing_ok=True)

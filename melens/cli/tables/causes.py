@@ -53,10 +53,15 @@ def _isolate(result: Any) -> None:
 
 def _cell(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "norm": row["norm"], "FFN": row["ffn"], "coordinate": row["coordinate"],
-        "left": row["left"], "sinks > 0.3": row["sink_rate"], "loss": row["loss"],
-        "change": row["loss_delta"], "95 %": interval(row["loss_interval"]),
-    }  # fmt: skip
+        "norm": row["norm"],
+        "FFN": row["ffn"],
+        "coordinate": row["coordinate"],
+        "left": row["left"],
+        "sinks > 0.3": row["sink_rate"],
+        "loss": row["loss"],
+        "change": row["loss_delta"],
+        "95 %": interval(row["loss_interval"]),
+    }
 
 
 def interval(found: Any) -> str:
@@ -92,12 +97,19 @@ def _neurons(result: Any) -> list[dict[str, Any]]:
             needed = ", ".join(
                 f"{n} for {100 * float(t):g} %" for t, n in found.neurons_for.items()
             )
-            rows.append({
-                "layer": neuron.layer, "neuron": neuron.neuron, "share": neuron.share,
-                "left without": neuron.left, "gate": neuron.gate, "up": neuron.up,
-                "weight": neuron.weight,
-                "layer writes": found.written if not i else None, "needed": "" if i else needed,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "layer": neuron.layer,
+                    "neuron": neuron.neuron,
+                    "share": neuron.share,
+                    "left without": neuron.left,
+                    "gate": neuron.gate,
+                    "up": neuron.up,
+                    "weight": neuron.weight,
+                    "layer writes": found.written if not i else None,
+                    "needed": "" if i else needed,
+                }
+            )
     return rows
 
 
@@ -168,25 +180,37 @@ def _super_weights(result: Any) -> None:
 
 def _layer(row: Any) -> dict[str, Any]:
     made = {
-        "layer": row.layer, "input": _times(row.input, row.input_median),
+        "layer": row.layer,
+        "input": _times(row.input, row.input_median),
         "output": _times(row.output, row.output_median),
-    }  # fmt: skip
+    }
     if row.write is not None:
         made["after the norm"] = _times(row.write, row.write_median)
     return made | {
-        "row": row.row, "column": row.column, "position": row.position, "token": repr(row.token),
-        "one weight's share": round(row.share, 3), "": row.verdict,
-    }  # fmt: skip
+        "row": row.row,
+        "column": row.column,
+        "position": row.position,
+        "token": repr(row.token),
+        "one weight's share": round(row.share, 3),
+        "": row.verdict,
+    }
 
 
 def _weight(weight: Any) -> dict[str, Any]:
     return {
-        "layer": weight.layer, "row": weight.row, "column": weight.column, "value": weight.value,
-        "pass": weight.found_in, "spikes at": SITES[weight.site], "share": round(weight.share, 3),
-        "position": weight.position, "token": repr(weight.token), "role": weight.role,
+        "layer": weight.layer,
+        "row": weight.row,
+        "column": weight.column,
+        "value": weight.value,
+        "pass": weight.found_in,
+        "spikes at": SITES[weight.site],
+        "share": round(weight.share, 3),
+        "position": weight.position,
+        "token": repr(weight.token),
+        "role": weight.role,
         "loss change": f"{weight.loss_delta:+.4f}{within(weight.interval, '+.4f')}",
         "whole neuron": f"{weight.neuron_loss_delta:+.4f}",
-    }  # fmt: skip
+    }
 
 
 def _control(group: Any) -> str:

@@ -18,11 +18,17 @@ def _check(result: Any) -> None:
     say(f"Rules of the policy '{result.policy.name}' (layers count from 0):")
     table(
         [
-            {"rule": rule.id, "": _sign(rule), "severity": grave.get(rule.id, ""),
-             "value": cell(rule.value), "threshold": cell(rule.threshold), "unit": rule.unit}
+            {
+                "rule": rule.id,
+                "": _sign(rule),
+                "severity": grave.get(rule.id, ""),
+                "value": cell(rule.value),
+                "threshold": cell(rule.threshold),
+                "unit": rule.unit,
+            }
             for rule in result.rules
         ]
-    )  # fmt: skip
+    )
     for rule in result.rules:
         if rule.status == "not measured":
             say(f"{rule.id}: not measured, {rule.reason}")
@@ -78,9 +84,13 @@ def _layer_row(result: Any, row: Any) -> dict[str, Any]:
         if layer == row.layer
     ]
     made = {
-        "layer": row.layer, "max |x| of A": row.max_a, "of B": row.max_b, "B / A": row.ratio,
-        "write share of A": _rounded(row.share_a), "share of B": _rounded(row.share_b),
-    }  # fmt: skip
+        "layer": row.layer,
+        "max |x| of A": row.max_a,
+        "of B": row.max_b,
+        "B / A": row.ratio,
+        "write share of A": _rounded(row.share_a),
+        "share of B": _rounded(row.share_b),
+    }
     if any(other.cosine is not None for other in result.profile):
         made["cosine of the token"] = _rounded(row.cosine)
     return {**made, "": ", ".join(notes)}
@@ -91,8 +101,14 @@ def _row(row: Any) -> dict[str, Any]:
     value = "" if row.value is None else f"{row.measure} {cell(row.value)}"
     if row.tolerance is not None:
         value += f" ({'at least' if row.measure == 'cosine' else 'within'} {row.tolerance:g})"
-    return {"": verdict, "what": row.what, "A": cell(row.a), "B": cell(row.b), "measure": value,
-            "note": row.note}  # fmt: skip
+    return {
+        "": verdict,
+        "what": row.what,
+        "A": cell(row.a),
+        "B": cell(row.b),
+        "measure": value,
+        "note": row.note,
+    }
 
 
 def _rounded(value: float | None) -> float | None:

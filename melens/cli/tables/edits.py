@@ -35,11 +35,13 @@ def _evaluate(result: Any) -> None:
 def _effect(row: dict[str, Any]) -> dict[str, Any]:
     delta = row["delta"]
     return {
-        "condition": row["condition"], "role": row["role"],
-        "value": cell(row["value"]), "interval": within(row["interval"], ".4g").strip() or "-",
+        "condition": row["condition"],
+        "role": row["role"],
+        "value": cell(row["value"]),
+        "interval": within(row["interval"], ".4g").strip() or "-",
         "delta": "-" if delta is None else f"{delta:+.4g}",
         "paired interval": within(row["delta_interval"], "+.4g").strip() or "-",
-    }  # fmt: skip
+    }
 
 
 def _beside(row: dict[str, Any]) -> dict[str, Any]:
@@ -70,13 +72,14 @@ def _long_context(result: Any) -> None:
 def _overall(condition: Any) -> dict[str, Any]:
     whole = condition.overall
     return {
-        "condition": condition.name, "edit": condition.edit.label,
+        "condition": condition.name,
+        "edit": condition.edit.label,
         "found": f"{whole.found.value:.1%}{_change(whole.found_delta)}",
         "answer loss": f"{cell(whole.loss.value)}{_change(whole.loss_delta)}",
         "text loss": condition.text_loss
         and f"{cell(condition.text_loss.value)}{_change(condition.text_delta)}",
         "energy": condition.energy,
-    }  # fmt: skip
+    }
 
 
 def _by_depth(condition: Any, length: int, depths: Any) -> dict[str, Any]:
@@ -136,21 +139,24 @@ def flags(edit: Any) -> str:
 
 def _trial(trial: Any) -> dict[str, Any]:
     return {
-        "setting": trial.edit.label, "items": trial.items,
+        "setting": trial.edit.label,
+        "items": trial.items,
         "difference": f"{trial.delta:+.4g}{within(trial.interval, '+.3g')}",
         "masked energy": _percent(trial.energy),
         "stopped": "-" if trial.stopped_after is None else f"rung {trial.stopped_after}",
         "": "control" if trial.role == "control" else "",
-    }  # fmt: skip
+    }
 
 
 def _confirmed(row: Any) -> dict[str, Any]:
     return {
-        "setting": row.edit.label, "difference": f"{row.delta:+.4g}{within(row.interval, '+.3g')}",
+        "setting": row.edit.label,
+        "difference": f"{row.delta:+.4g}{within(row.interval, '+.3g')}",
         "corrected": within(row.corrected, "+.3g").strip(" ()") or "-",
         "optimism": "-" if row.optimism is None else f"{row.optimism:+.4g}",
-        "masked energy": _percent(row.energy), "": "control" if row.role == "control" else "",
-    }  # fmt: skip
+        "masked energy": _percent(row.energy),
+        "": "control" if row.role == "control" else "",
+    }
 
 
 def _percent(share: float | None) -> str:

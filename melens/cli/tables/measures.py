@@ -33,11 +33,16 @@ def _describe(result: Any) -> None:
         say("\nMassive tokens; the first row is the primary one, which all else is about:")
         table(
             [
-                {"position": token.position, "token": repr(token.token), "dim": token.dim,
-                 "value": token.value, "frequency": token.frequency}
+                {
+                    "position": token.position,
+                    "token": repr(token.token),
+                    "dim": token.dim,
+                    "value": token.value,
+                    "frequency": token.frequency,
+                }
                 for token in result.massive[:MOST_TOKENS]
             ]
-        )  # fmt: skip
+        )
         say_rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
         say(f"\nEnergy at layer {result.peak_layer}: {_energies(result)}")
         if next_norm := _next_norm(result):
@@ -45,11 +50,16 @@ def _describe(result: Any) -> None:
     say("\nPosition 0, by what stands there:")
     table(
         [
-            {"start": row.name, "first tokens": row.first_tokens, "massive": row.massive,
-             "95 % interval": _interval(row.interval), "median largest |x|": row.median_value}
+            {
+                "start": row.name,
+                "first tokens": row.first_tokens,
+                "massive": row.massive,
+                "95 % interval": _interval(row.interval),
+                "median largest |x|": row.median_value,
+            }
             for row in result.conditions
         ]
-    )  # fmt: skip
+    )
     say("")
 
 
@@ -60,9 +70,12 @@ def _described_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
     notes = ["ME Layer"] * (layer == result.me_layer) + ["peak"] * (layer == result.peak_layer)
     notes += ["step up"] * (layer in ups) + ["step down"] * (layer in downs)
     names = {
-        "energy_1": "energy in 1", "energy_4": "energy in 4", "cosine_peak": "cos to peak",
-        "cosine_previous": "cos to layer before", "cosine_inputs": "cos between inputs",
-    }  # fmt: skip
+        "energy_1": "energy in 1",
+        "energy_4": "energy in 4",
+        "cosine_peak": "cos to peak",
+        "cosine_previous": "cos to layer before",
+        "cosine_inputs": "cos between inputs",
+    }
     return {names.get(name, name): value for name, value in row.items()} | {"": ", ".join(notes)}
 
 
@@ -118,11 +131,15 @@ def _sinks(result: Any) -> None:
         say("\nMassive tokens, each apart:")
         table(
             [
-                {"position": token.position, "token": repr(token.token), "met": token.count,
-                 **{f"sink {eps}": rate for eps, rate in token.overall.items()}}
+                {
+                    "position": token.position,
+                    "token": repr(token.token),
+                    "met": token.count,
+                    **{f"sink {eps}": rate for eps, rate in token.overall.items()},
+                }
                 for token in result.tokens[:MOST_TOKENS]
             ]
-        )  # fmt: skip
+        )
         say_rest(MOST_TOKENS, len(result.tokens), "massive tokens")
     say("")
 
@@ -149,11 +166,16 @@ def _locate(result: Any) -> None:
         )
         table(
             [
-                {"position": token.position, "token": repr(token.token), "dim": token.dim,
-                 "value": token.value, "frequency": token.frequency}
+                {
+                    "position": token.position,
+                    "token": repr(token.token),
+                    "dim": token.dim,
+                    "value": token.value,
+                    "frequency": token.frequency,
+                }
                 for token in result.massive[:MOST_TOKENS]
             ]
-        )  # fmt: skip
+        )
         say_rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
     answers = result.criteria.model_dump().items()
     say("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))
@@ -179,11 +201,13 @@ def _locate_row(result: Any, row: Any) -> dict[str, Any]:
     notes = [
         word
         for word, layer in (
-            ("ME Layer", result.me_layer), ("main step", result.main_layer),
-            ("peak", result.peak_layer), ("erase", result.erase_layer),
+            ("ME Layer", result.me_layer),
+            ("main step", result.main_layer),
+            ("peak", result.peak_layer),
+            ("erase", result.erase_layer),
         )
         if layer == row.layer
-    ]  # fmt: skip
+    ]
     spread = result.cumulative
     notes += [
         f"{part} %"
@@ -192,12 +216,16 @@ def _locate_row(result: Any, row: Any) -> dict[str, Any]:
     ]
     notes += [f"stage at {s.layer} erased" for s in result.stages if s.erased_at == row.layer]
     return {
-        "layer": row.layer, "max |x| (signed)": row.value, "position": row.position,
-        "dim": row.dim, "median |x|": row.median, "token's median": row.token_median,
+        "layer": row.layer,
+        "max |x| (signed)": row.value,
+        "position": row.position,
+        "dim": row.dim,
+        "median |x|": row.median,
+        "token's median": row.token_median,
         "norm ratio": row.norm_ratio,
         "write share": None if row.write_share is None else round(row.write_share, 4),
         "": ", ".join(notes),
-    }  # fmt: skip
+    }
 
 
 @TABLES.register("metric")

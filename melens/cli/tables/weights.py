@@ -10,9 +10,10 @@ from melens.cli.tables.measures import TABLES
 MOST = 12
 """Candidates that the table lists; the JSON has all."""
 PATHS = {
-    "gated": "norm, then a gated FFN", "plain": "norm, then an FFN without a gate",
+    "gated": "norm, then a gated FFN",
+    "plain": "norm, then an FFN without a gate",
     "after a norm": "one neuron alone, through the norm behind the FFN",
-}  # fmt: skip
+}
 ROLES = {"emerge": ("makes", "may make"), "erase": ("erases", "may erase"), "other": ("-", "-")}
 """Of neurons whose sign is known, and of others."""
 
@@ -40,9 +41,13 @@ def _scan(result: Any) -> None:
 
 def _layer(row: Any) -> dict[str, Any]:
     made = {
-        "layer": row.layer, "ceiling": row.ceiling, "x median": row.ratio_to_median,
-        "neuron": _neuron(row), "dim": row.dim, "sign": _sign(row.sign),
-    }  # fmt: skip
+        "layer": row.layer,
+        "ceiling": row.ceiling,
+        "x median": row.ratio_to_median,
+        "neuron": _neuron(row),
+        "dim": row.dim,
+        "sign": _sign(row.sign),
+    }
     return made if row.whole is None else made | {"whole FFN": row.whole, "at dim": row.whole_dim}
 
 
@@ -51,11 +56,17 @@ def _candidate(found: Any) -> dict[str, Any]:
 
     needs = zip(found.needs.dims[:3], found.needs.weights[:3], strict=True)
     return {
-        "layer": found.layer, "neuron": _neuron(found), "dim": found.dim, "entry": found.value,
-        "ceiling": found.ceiling, "x median": found.ratio_to_median, "cosine": found.cosine,
-        "sign": _sign(found.sign), "": ROLES[found.role][not decided(found)],
+        "layer": found.layer,
+        "neuron": _neuron(found),
+        "dim": found.dim,
+        "entry": found.value,
+        "ceiling": found.ceiling,
+        "x median": found.ratio_to_median,
+        "cosine": found.cosine,
+        "sign": _sign(found.sign),
+        "": ROLES[found.role][not decided(found)],
         "needs most": ", ".join(f"{dim}: {weight:+.2f}" for dim, weight in needs),
-    }  # fmt: skip
+    }
 
 
 def _neuron(row: Any) -> Any:
@@ -70,11 +81,19 @@ def _sign(sign: int | None) -> str | None:
 def _reach(result: Any) -> None:
     say("First tokens, each alone at position 0 (layers count from 0, at the block output):")
     order = sorted(result.tokens, key=lambda token: -abs(token.value))
-    table([
-        {"id": token.token_id, "token": repr(token.token), "why": token.why, "value": token.value,
-         "dim": token.dim, "layer": token.layer}
-        for token in order
-    ])  # fmt: skip
+    table(
+        [
+            {
+                "id": token.token_id,
+                "token": repr(token.token),
+                "why": token.why,
+                "value": token.value,
+                "dim": token.dim,
+                "layer": token.layer,
+            }
+            for token in order
+        ]
+    )
     say("\nLayers, the largest over these tokens:")
     table(
         [
@@ -87,9 +106,13 @@ def _reach(result: Any) -> None:
 
 def _reach_layer(row: Any, *, scanned: bool) -> dict[str, Any]:
     made = {
-        "layer": row.layer, "value": row.value, "dim": row.dim, "token": row.token_id,
-        "FFN writes": row.write, "in dim": row.write_dim,
-    }  # fmt: skip
+        "layer": row.layer,
+        "value": row.value,
+        "dim": row.dim,
+        "token": row.token_id,
+        "FFN writes": row.write,
+        "in dim": row.write_dim,
+    }
     if scanned:
         made |= {"ceiling": row.ceiling, "of dim": row.ceiling_dim, "used": row.used}
     return made

@@ -46,25 +46,46 @@ class GenerationTask:
 GENERATION_TASKS: Registry[GenerationTask] = Registry("task")
 for _task in (
     GenerationTask(
-        "gsm8k", "grade school word problems, the final number", "share correct", True,
-        "gsm8k/test.jsonl", 512, "strict", ("lm_eval_strict_match", "lm_eval_flexible_extract"),
+        "gsm8k",
+        "grade school word problems, the final number",
+        "share correct",
+        True,
+        "gsm8k/test.jsonl",
+        512,
+        "strict",
+        ("lm_eval_strict_match", "lm_eval_flexible_extract"),
     ),
     GenerationTask(
-        "math500", "competition mathematics, the boxed answer", "share correct", True,
-        "math500/test.jsonl", 1024, "strict", ("lm_eval_exact_match",),
+        "math500",
+        "competition mathematics, the boxed answer",
+        "share correct",
+        True,
+        "math500/test.jsonl",
+        1024,
+        "strict",
+        ("lm_eval_exact_match",),
     ),
     GenerationTask(
-        "ifeval", "instructions whose following a program can check", "share followed", True,
-        "ifeval/input_data.jsonl", 1280, "prompt_level_strict_acc",
+        "ifeval",
+        "instructions whose following a program can check",
+        "share followed",
+        True,
+        "ifeval/input_data.jsonl",
+        1280,
+        "prompt_level_strict_acc",
         ("inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc"),
     ),
     GenerationTask(
         "xstest",
         "refusals of harmless prompts (primary) and of harmful ones, 25 of a kind in turn",
-        "share refused", False, "xstest/xstest_prompts.csv", 128, "refused_safe",
+        "share refused",
+        False,
+        "xstest/xstest_prompts.csv",
+        128,
+        "refused_safe",
         ("refused_unsafe",),
     ),
-):  # fmt: skip
+):
     GENERATION_TASKS.add(_task.name, _task)
 
 
@@ -254,8 +275,11 @@ def items(task: str, folder: Path) -> list[Doc]:
     path = data_file(task, folder)
     if task == "xstest":
         return [{ITEM: p.id, "prompt": p.prompt, "label": p.label} for p in read_prompts(path)]
-    wanted = {"gsm8k": ("question", "answer"), "math500": ("problem", "solution", "answer"),
-              "ifeval": ("key", "prompt", "instruction_id_list", "kwargs")}[task]  # fmt: skip
+    wanted = {
+        "gsm8k": ("question", "answer"),
+        "math500": ("problem", "solution", "answer"),
+        "ifeval": ("key", "prompt", "instruction_id_list", "kwargs"),
+    }[task]
     named = {"math500": "unique_id", "ifeval": "key"}.get(task)
     docs = []
     for number, line in enumerate(lines_of(read_text(path))):
@@ -350,9 +374,11 @@ def _lm_eval_gsm8k(doc: Doc, answer: str, pattern: str, which: int) -> float:
 
     found = RegexFilter(pattern, group_select=which).apply([[answer]], [doc])
     theirs = exact_match_hf_evaluate(
-        predictions=next(iter(found)), references=[doc["answer"]], regexes_to_ignore=IGNORED,
+        predictions=next(iter(found)),
+        references=[doc["answer"]],
+        regexes_to_ignore=IGNORED,
         ignore_case=True,
-    )  # fmt: skip
+    )
     return float(theirs["exact_match"])
 
 

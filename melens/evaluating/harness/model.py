@@ -179,8 +179,13 @@ def _with_padding(tokenizer: Any, model: Any) -> Any:
     if fits(tokenizer.pad_token_id):
         return tokenizer
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    known = (tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends]),
-             tokenizer.unk_token_id, tokenizer.bos_token_id, 0)  # fmt: skip
+    known = (
+        tokenizer.eos_token_id,
+        *(ends if isinstance(ends, list) else [ends]),
+        tokenizer.unk_token_id,
+        tokenizer.bos_token_id,
+        0,
+    )
     made = copy.deepcopy(tokenizer)
     made.pad_token_id = next(token for token in known if fits(token))
     return made

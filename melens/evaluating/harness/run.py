@@ -145,14 +145,16 @@ def _run_key(
 
     chat = in_template(tokenizer, settings.chat)
     return key_of(
-        format=FORMAT, lm_eval=__version__, task=task,
+        format=FORMAT,
+        lm_eval=__version__,
+        task=task,
         model=model_key(_plain(model), tokenizer, edit, me_layer),
         data=file_key(data_file(task, settings.data)),
         length=settings.max_new_tokens or GENERATION_TASKS[task].max_new_tokens,
         **({"open_end": True} if frame_of(tokenizer).suffix else {}),
         **({"chat": False} if has_template(tokenizer) and not chat else {}),
         **({"template_alone": True} if chat and loses_prefix(tokenizer) else {}),
-    )  # fmt: skip
+    )
 
 
 def _answers(
@@ -169,9 +171,10 @@ def _answers(
     with _quiet():
         lm = Generator(_plain(models.model), models.tokenizer, batch_size=size)
         manager = TaskManager(
-            include_defaults=False, include_path=str(OFFLINE_TASKS),
+            include_defaults=False,
+            include_path=str(OFFLINE_TASKS),
             metadata={"data": str(job.settings.data)},
-        )  # fmt: skip
+        )
         name = f"melens_{job.task}"
         theirs = manager.load(name)["tasks"][name]
     theirs.set_config("generation_kwargs", {"max_gen_toks": job.length, **NEUTRAL}, update=True)
@@ -248,10 +251,17 @@ def _row(theirs: Any, job: _Job, request: Any, answer: str) -> AnswerRow:
         if several:
             counts[metric] = len(value)
     return AnswerRow(
-        task=job.task, condition=job.condition, key=job.key, item=doc[ITEM],
-        prompt=request.args[0], answer=answer, gold=gold_of(job.task, doc), scores=scores,
-        counts=counts, metric=GENERATION_TASKS[job.task].primary,
-    )  # fmt: skip
+        task=job.task,
+        condition=job.condition,
+        key=job.key,
+        item=doc[ITEM],
+        prompt=request.args[0],
+        answer=answer,
+        gold=gold_of(job.task, doc),
+        scores=scores,
+        counts=counts,
+        metric=GENERATION_TASKS[job.task].primary,
+    )
 
 
 def _read(path: Path, key: str, condition: str) -> dict[str, AnswerRow]:

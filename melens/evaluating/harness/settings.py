@@ -23,9 +23,18 @@ from melens.results.edit import Edit
 MASK = ("mask_select", "mask_rate", "mask_strength", "mask_layers", "mask_seed")
 LOADING = ("device", "dtype", "revision", "trust_remote_code")
 PASSED_ON = (
-    "batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "softmax_dtype",
-    "add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args",
-)  # fmt: skip
+    "batch_size",
+    "max_batch_size",
+    "max_length",
+    "truncation",
+    "logits_cache",
+    "softmax_dtype",
+    "add_bos_token",
+    "prefix_token_id",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
+)
 """Arguments of lm-eval's HFLM that mean something for a model that is loaded already."""
 PLAIN = ("none", "wemask", "drop-key")
 """Edits that a transformers model takes without a bridge."""
@@ -60,10 +69,12 @@ def read_settings(given: Mapping[str, Any]) -> ModelArguments:
     me_layer = _located(given.get("located"), edit)
     named = edit.name in PLAIN and isinstance(edit.layers, tuple)
     return ModelArguments(
-        edit, me_layer, locate=edit.name != "none" and me_layer is None and not named,
+        edit,
+        me_layer,
+        locate=edit.name != "none" and me_layer is None and not named,
         loading={name: given[name] for name in LOADING if given.get(name) is not None},
         passed_on={name: given[name] for name in PASSED_ON if name in given},
-    )  # fmt: skip
+    )
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
@@ -149,11 +160,12 @@ def key_of(**facts: Any) -> str:
 def model_key(model: Any, tokenizer: Any, edit: Edit, me_layer: MELayer | None) -> str:
     """Short hash of weights, dtype, chat template and edit."""
     return key_of(
-        weights=weights_key(model), dtype=str(next(model.parameters()).dtype),
+        weights=weights_key(model),
+        dtype=str(next(model.parameters()).dtype),
         chat_template=getattr(tokenizer, "chat_template", None),
         edit=edit.model_dump(mode="json"),
         located=None if edit.name == "none" else located_facts(me_layer),
-    )  # fmt: skip
+    )
 
 
 def keep_apart(database: Any, key: str) -> None:

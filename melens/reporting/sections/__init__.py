@@ -31,4 +31,4 @@ __all__ = [
     "Table",
     "other",
     "section",
-]  # fmt: skip
+]

@@ -9,17 +9,20 @@ from melens.results.isolate import Isolation
 from melens.results.super_weights import SuperWeights
 
 CELLS = {
-    "kept_kept": "as it is", "flat_kept": "norm gain flattened", "kept_edited": "FFN edited",
+    "kept_kept": "as it is",
+    "flat_kept": "norm gain flattened",
+    "kept_edited": "FFN edited",
     "flat_edited": "both",
-}  # fmt: skip
+}
 
 
 @section(
-    "isolation", "What makes it",
+    "isolation",
+    "What makes it",
     "The norm before the FFN and the FFN of one layer, each edited alone and both together, on the "
     "massive token only.",
     Isolation,
-)  # fmt: skip
+)
 def isolation(view: PageView) -> PageBlock:
     """The 2 x 2, its neurons and the same edits elsewhere."""
     result: Isolation = view.result
@@ -33,11 +36,19 @@ def isolation(view: PageView) -> PageBlock:
         Fact("FFN edit", view.number("/factorial/ffn_edit")),
     ]
     made.pictures = [
-        Picture(result, "factorial", _factorial_alt(result), "The four cells; grey dots: the same "
-                "edits at every other layer."),
-        Picture(result, "layers", _layers_alt(result), "Every block's write dropped, put in alone, "
-                "and the two edits at every layer."),
-    ]  # fmt: skip
+        Picture(
+            result,
+            "factorial",
+            _factorial_alt(result),
+            "The four cells; grey dots: the same edits at every other layer.",
+        ),
+        Picture(
+            result,
+            "layers",
+            _layers_alt(result),
+            "Every block's write dropped, put in alone, and the two edits at every layer.",
+        ),
+    ]
     made.tables = [
         _cells(view, "" if not i else f"/steps/{i - 1}", result.role(edited.layer))
         for i, edited in enumerate(result.edited)
@@ -69,40 +80,65 @@ def _cells(view: PageView, place: str, where: str) -> Table:
     rows = []
     for key, name in CELLS.items():
         at = f"{place}/factorial/{key}"
-        rows.append([
-            name, view.number(f"{at}/coordinate"), view.number(f"{at}/left", "percent"),
-            view.number(f"{at}/sink_rate", "percent"), view.number(f"{at}/loss_delta", "signed"),
-            view.interval(f"{at}/loss_interval"),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                view.number(f"{at}/coordinate"),
+                view.number(f"{at}/left", "percent"),
+                view.number(f"{at}/sink_rate", "percent"),
+                view.number(f"{at}/loss_delta", "signed"),
+                view.interval(f"{at}/loss_interval"),
+            ]
+        )
     return Table(
         f"Norm and FFN of {where}, kept and edited",
-        ("cell", "coordinate", "share left", "sink rate", "loss change (nats a token)",
-         "95 % interval"), rows,
-    )  # fmt: skip
+        (
+            "cell",
+            "coordinate",
+            "share left",
+            "sink rate",
+            "loss change (nats a token)",
+            "95 % interval",
+        ),
+        rows,
+    )
 
 
 def _neurons(view: PageView) -> Table:
     rows = []
     for i, neuron in enumerate(view.result.neurons):
         at = f"/neurons/{i}"
-        rows.append([
-            f"{neuron.layer} / {neuron.neuron}", view.number(f"{at}/share", "percent"),
-            *view.numbers(at, "gate", "up", "product", "weight"),
-            view.number(f"{at}/left", "percent"),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{neuron.layer} / {neuron.neuron}",
+                view.number(f"{at}/share", "percent"),
+                *view.numbers(at, "gate", "up", "product", "weight"),
+                view.number(f"{at}/left", "percent"),
+            ]
+        )
     return Table(
         "Neurons that write the massive coordinate",
-        ("layer (from 0) / neuron", "share of the layer's write", "gate", "up", "product",
-         "down weight", "left without it"), rows, folded=True,
-    )  # fmt: skip
+        (
+            "layer (from 0) / neuron",
+            "share of the layer's write",
+            "gate",
+            "up",
+            "product",
+            "down weight",
+            "left without it",
+        ),
+        rows,
+        folded=True,
+    )
 
 
 @section(
-    "super-weights", "Super weights",
+    "super-weights",
+    "Super weights",
     "Single weights that make an activation spike. If one of them is rounded away or pruned, the "
     "model pays the loss below; only where that is more than the control is it a super weight.",
     SuperWeights,
-)  # fmt: skip
+)
 def super_weights(view: PageView) -> PageBlock:
     """One row a weight, all together, and a control of the nearest size."""
     result: SuperWeights = view.result
@@ -117,9 +153,13 @@ def super_weights(view: PageView) -> PageBlock:
     ]
     alt = f"{result.summary()} Left: largest FFN input and output by layer. Right: loss changes."
     made.pictures = [
-        Picture(result, "spikes", alt, "How far each layer's FFN spikes, and what removing each "
-                "weight costs.")
-    ]  # fmt: skip
+        Picture(
+            result,
+            "spikes",
+            alt,
+            "How far each layer's FFN spikes, and what removing each weight costs.",
+        )
+    ]
     if result.super_weights:
         made.tables = [_weights(view)]
     made.notes = [f"Rule: {result.rule}.", *result.missing]
@@ -130,32 +170,52 @@ def _weights(view: PageView) -> Table:
     rows: list[list[Shown]] = []
     for i, weight in enumerate(view.result.super_weights):
         at = f"/super_weights/{i}"
-        rows.append([
-            f"{weight.layer}, {weight.row}, {weight.column} ({view.result.kind_of(weight)})",
-            view.number(f"{at}/value"),
-            view.number(f"{at}/share", "percent"), view.token(weight.token),
-            view.number(f"{at}/loss_delta", "signed"), view.interval(f"{at}/interval"),
-            view.number(f"{at}/neuron_loss_delta", "signed"),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{weight.layer}, {weight.row}, {weight.column} ({view.result.kind_of(weight)})",
+                view.number(f"{at}/value"),
+                view.number(f"{at}/share", "percent"),
+                view.token(weight.token),
+                view.number(f"{at}/loss_delta", "signed"),
+                view.interval(f"{at}/interval"),
+                view.number(f"{at}/neuron_loss_delta", "signed"),
+            ]
+        )
     for name, label in (("together", "all together"), ("control", "control: others of like size")):
         if getattr(view.result, name) is not None:
-            rows.append([
-                label, "", "", "", view.number(f"/{name}/loss_delta", "signed"),
-                view.interval(f"/{name}/interval"), "",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    label,
+                    "",
+                    "",
+                    "",
+                    view.number(f"/{name}/loss_delta", "signed"),
+                    view.interval(f"/{name}/interval"),
+                    "",
+                ]
+            )
     return Table(
         "Each weight alone removed",
-        ("layer (from 0), row, column", "value", "share of the spike", "at token",
-         "loss change (nats a token)", "95 % interval", "whole neuron removed"), rows,
-    )  # fmt: skip
+        (
+            "layer (from 0), row, column",
+            "value",
+            "share of the spike",
+            "at token",
+            "loss change (nats a token)",
+            "95 % interval",
+            "whole neuron removed",
+        ),
+        rows,
+    )
 
 
 @section(
-    "edits", "What edits of the massive activation cost",
+    "edits",
+    "What edits of the massive activation cost",
     "The same texts with an edit and without it, paired. A control does as much to other places: "
     "an edit that does no more than its control has shown nothing.",
     Evaluation,
-)  # fmt: skip
+)
 def edits(view: PageView) -> PageBlock:
     """Every condition of one evaluation."""
     result: Evaluation = view.result
@@ -166,9 +226,14 @@ def edits(view: PageView) -> PageBlock:
         Fact(f"Without an edit ({result.unit})", view.number("/base/value")),
     ]
     made.pictures = [
-        Picture(result, "dose", result.summary(), "Difference to no edit, by dose and beside the "
-                "controls; bars are 95 % intervals over items.")
-    ]  # fmt: skip
+        Picture(
+            result,
+            "dose",
+            result.summary(),
+            "Difference to no edit, by dose and beside the "
+            "controls; bars are 95 % intervals over items.",
+        )
+    ]
     made.tables = [_conditions(view)]
     made.notes = [result.about]
     return made
@@ -183,15 +248,19 @@ def _conditions(view: PageView) -> Table:
     for at, condition in zip(places, result.conditions, strict=True):
         delta = condition.delta is not None
         energy = condition.energy is not None
-        rows.append([
-            f"{condition.name} ({condition.edit.label})" if delta else "no edit", condition.role,
-            view.number(f"{at}/value"),
-            view.number(f"{at}/delta/value", "signed") if delta else "",
-            view.interval(f"{at}/delta/interval") if delta else "",
-            view.number(f"{at}/energy", "percent") if energy else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{condition.name} ({condition.edit.label})" if delta else "no edit",
+                condition.role,
+                view.number(f"{at}/value"),
+                view.number(f"{at}/delta/value", "signed") if delta else "",
+                view.interval(f"{at}/delta/interval") if delta else "",
+                view.number(f"{at}/energy", "percent") if energy else "",
+            ]
+        )
     return Table(
         f"Every condition, in {result.unit} ({'more' if result.higher_is_better else 'less'} is "
         "better)",
-        ("condition", "role", "value", "difference", "95 % interval", "energy masked"), rows,
-    )  # fmt: skip
+        ("condition", "role", "value", "difference", "95 % interval", "energy masked"),
+        rows,
+    )

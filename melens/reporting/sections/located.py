@@ -12,12 +12,13 @@ LAYER = "layer (from 0)"
 
 
 @section(
-    "emergence", "Where massive activations emerge",
+    "emergence",
+    "Where massive activations emerge",
     "A massive activation is an entry of the residual stream that is thousands of times larger "
     "than the others. The ME Layer is the layer at whose output it first appears. Layers are "
     "counted from 0, at the block output.",
     MELayer,
-)  # fmt: skip
+)
 def emergence(view: PageView) -> PageBlock:
     """The profile by layer, the verdict and the numbers behind it."""
     result: MELayer = view.result
@@ -87,17 +88,28 @@ def _layers(view: PageView) -> Table:
         rows.append([str(row.layer), *view.numbers(f"/profile/{i}", *columns), share])
     return Table(
         "Every layer's output",
-        (LAYER, "largest |x|", "median |x|", "median of its token", "norm ratio", "position",
-         "dimension", "write share"), rows, folded=True,
-    )  # fmt: skip
+        (
+            LAYER,
+            "largest |x|",
+            "median |x|",
+            "median of its token",
+            "norm ratio",
+            "position",
+            "dimension",
+            "write share",
+        ),
+        rows,
+        folded=True,
+    )
 
 
 @section(
-    "token", "The massive token",
+    "token",
+    "The massive token",
     "Which token carries the massive activation, in which dimensions, and which first tokens of "
     "a text become it.",
     TokenPortrait,
-)  # fmt: skip
+)
 def portrait(view: PageView) -> PageBlock:
     """The token table, its energy and what happens to other first tokens."""
     result: TokenPortrait = view.result
@@ -143,15 +155,24 @@ def _conditions(view: PageView) -> Table:
     rows = []
     for i, condition in enumerate(view.result.conditions):
         keys = ("first_tokens", "massive", "median_value")
-        rows.append([
-            condition.name, *view.numbers(f"/conditions/{i}", *keys),
-            view.source.interval(f"{view.at}/conditions/{i}/interval", "percent"),
-        ])  # fmt: skip
+        rows.append(
+            [
+                condition.name,
+                *view.numbers(f"/conditions/{i}", *keys),
+                view.source.interval(f"{view.at}/conditions/{i}/interval", "percent"),
+            ]
+        )
     return Table(
         "What becomes of the first token, by how a text starts",
-        ("start", "first tokens tried", "massive", "median of the largest |x|",
-         "95 % interval of the massive share"), rows,
-    )  # fmt: skip
+        (
+            "start",
+            "first tokens tried",
+            "massive",
+            "median of the largest |x|",
+            "95 % interval of the massive share",
+        ),
+        rows,
+    )
 
 
 MOST_FIRST = 24
@@ -163,23 +184,28 @@ def _first_tokens(view: PageView) -> Table:
     for i, row in enumerate(tried[:MOST_FIRST]):
         keys = ("token_id", "massive", "value", "first_share")
         rows.append(
-            [view.token(row.token), ", ".join(row.sources),
-             *view.numbers(f"/first_tokens/{i}", *keys)]
-        )  # fmt: skip
+            [
+                view.token(row.token),
+                ", ".join(row.sources),
+                *view.numbers(f"/first_tokens/{i}", *keys),
+            ]
+        )
     left = len(tried) - len(rows)
     return Table(
         "Tokens alone at position 0" + (f" (the first {len(rows)} of {len(tried)})" * (left > 0)),
         ("token", "stands for", "id", "massive", "largest value", "its ME Layer (from 0)"),
-        rows, folded=True,
-    )  # fmt: skip
+        rows,
+        folded=True,
+    )
 
 
 @section(
-    "known", "Against what was published",
+    "known",
+    "Against what was published",
     "A model that is not like the published one of its name may have been damaged or converted "
     "wrongly.",
     KnownCheck,
-)  # fmt: skip
+)
 def published(view: PageView) -> PageBlock:
     """One row a published number."""
     made = view.block()

@@ -24,11 +24,12 @@ WORST = 3
 
 
 @section(
-    "rank", "Rank: how many directions the activations fill",
+    "rank",
+    "Rank: how many directions the activations fill",
     "With one huge token the residual stream looks as if it had collapsed onto one direction. The "
     "dashed line leaves that token out: what still collapses then is a real loss.",
     Collapse,
-)  # fmt: skip
+)
 def rank(view: PageView) -> PageBlock:
     """Effective rank by layer and site."""
     result: Collapse = view.result
@@ -60,12 +61,16 @@ def _ranks(view: PageView) -> Table:
             found[row.layer, row.site] = i
     sites = [site for site in view.result.sites if any(at[1] == site for at in found)]
     rows = [
-        [str(layer), *(
-            view.number(f"/rows/{found[layer, site]}/{key}") if (layer, site) in found else ""
-            for site in sites for key in ("with_token", "without_token")
-        )]
+        [
+            str(layer),
+            *(
+                view.number(f"/rows/{found[layer, site]}/{key}") if (layer, site) in found else ""
+                for site in sites
+                for key in ("with_token", "without_token")
+            ),
+        ]
         for layer in range(view.result.n_layers)
-    ]  # fmt: skip
+    ]
     columns = [
         f"{NAMES[site]}{end}" for site in sites for end in (", all rows", ", without the token")
     ]
@@ -73,11 +78,12 @@ def _ranks(view: PageView) -> Table:
 
 
 @section(
-    "sinks", "Attention sinks",
+    "sinks",
+    "Attention sinks",
     "Heads that have nothing to look at look at the massive token. Whoever drops that token from "
     "a cache or a window takes the sink away.",
     Sinks,
-)  # fmt: skip
+)
 def sink(view: PageView) -> PageBlock:
     """The map of heads, rates by layer and the tokens that draw attention."""
     result: Sinks = view.result
@@ -94,10 +100,15 @@ def sink(view: PageView) -> PageBlock:
         Fact("Sequences", view.number("/sequences")),
     ]
     made.pictures = [
-        Picture(result, "map", _map_alt(result), "Attention to the first token, head by head.",
-                narrow=True),
+        Picture(
+            result,
+            "map",
+            _map_alt(result),
+            "Attention to the first token, head by head.",
+            narrow=True,
+        ),
         Picture(result, "curves", _sinks_alt(result), "Sink rates and mean attention by layer."),
-    ]  # fmt: skip
+    ]
     made.tables = [_sink_tokens(view)] if result.tokens else []
     made.tables.append(_sink_layers(view))
     return made
@@ -114,8 +125,9 @@ def _map_alt(result: Sinks) -> str:
 
 
 def _sinks_alt(result: Sinks) -> str:
-    found = [(layer, value) for layer, value in enumerate(result.attention_to_token)
-             if value is not None]  # fmt: skip
+    found = [
+        (layer, value) for layer, value in enumerate(result.attention_to_token) if value is not None
+    ]
     low, high = min(found, key=lambda at: at[1]), max(found, key=lambda at: at[1])
     return (
         f"{result.summary()} Mean attention to it is least at layer {low[0]} "
@@ -126,11 +138,16 @@ def _sinks_alt(result: Sinks) -> str:
 def _sink_tokens(view: PageView) -> Table:
     names = tuple(view.result.overall)
     rows = [
-        [view.token(token.token), *view.numbers(f"/tokens/{i}", "position", "count"),
-         *(view.number(f"/tokens/{i}/overall/{eps}", "percent") if eps in token.overall else ""
-           for eps in names)]
+        [
+            view.token(token.token),
+            *view.numbers(f"/tokens/{i}", "position", "count"),
+            *(
+                view.number(f"/tokens/{i}/overall/{eps}", "percent") if eps in token.overall else ""
+                for eps in names
+            ),
+        ]
         for i, token in enumerate(view.result.tokens)
-    ]  # fmt: skip
+    ]
     columns = ("token", "position (from 0)", "times met", *(f"sink rate, eps {e}" for e in names))
     return Table("What each massive token draws", columns, rows)
 
@@ -138,21 +155,25 @@ def _sink_tokens(view: PageView) -> Table:
 def _sink_layers(view: PageView) -> Table:
     names = tuple(view.result.sink_rate)
     rows = [
-        [str(layer),
-         *(view.number(f"/sink_rate/{eps}/{layer}", "percent") for eps in names),
-         view.number(f"/attention_to_token/{layer}"), view.number(f"/entropy/{layer}")]
+        [
+            str(layer),
+            *(view.number(f"/sink_rate/{eps}/{layer}", "percent") for eps in names),
+            view.number(f"/attention_to_token/{layer}"),
+            view.number(f"/entropy/{layer}"),
+        ]
         for layer in range(view.result.n_layers)
-    ]  # fmt: skip
+    ]
     columns = (*(f"sink rate, eps {eps}" for eps in names), "mean attention", "entropy (nats)")
     return Table("Sinks by layer", ("layer (from 0)", *columns), rows, folded=True)
 
 
 @section(
-    "cache", "What a key/value cache holds of it",
+    "cache",
+    "What a key/value cache holds of it",
     "A cache that is rounded with one scale takes the scale of its largest entry. The ratio is "
     "that of the massive token's largest entry to another token's.",
     CacheNorms,
-)  # fmt: skip
+)
 def cached(view: PageView) -> PageBlock:
     """Keys and values of the massive token beside the others', the worst first."""
     result: CacheNorms = view.result
@@ -161,10 +182,12 @@ def cached(view: PageView) -> PageBlock:
     order = sorted(range(len(result.rows_)), key=lambda i: -result.rows_[i].ratio)
     names = {row.site: NAMES.get(row.site, row.site) for row in result.rows_}
     rows = [
-        [f"{result.rows_[i].layer}, {names[result.rows_[i].site]}",
-         *view.numbers(f"/rows/{i}", "head", "token", "others", "ratio")]
+        [
+            f"{result.rows_[i].layer}, {names[result.rows_[i].site]}",
+            *view.numbers(f"/rows/{i}", "head", "token", "others", "ratio"),
+        ]
         for i in order
-    ]  # fmt: skip
+    ]
     columns = ("layer (from 0), site", "head (from 0)", "massive token", "others", "ratio")
     if rows:
         made.tables = [
@@ -175,12 +198,13 @@ def cached(view: PageView) -> PageBlock:
 
 
 @section(
-    "attention", "What single heads look at",
+    "attention",
+    "What single heads look at",
     "Rows are tokens that look, columns tokens that are looked at; white is 0, full blue is 1. "
     "L11H3 is query head 3 of layer 11, both counted from 0. Point at a small map, or press "
     "Enter on it, to enlarge it. The table below says the same in numbers.",
     AttentionMaps,
-)  # fmt: skip
+)
 def heads(view: PageView) -> PageBlock:
     """An interactive panel a layer, and a table for whoever cannot see it."""
     maps: AttentionMaps = view.result
@@ -222,8 +246,13 @@ def _head_table(view: PageView, kept: list[int]) -> Table:
             head: HeadMap = view.result.heads[i]
             name = view.link(f"/heads/{i}", f"L{head.layer}H{head.head}")
             rows.append(
-                [name, *(number_text(row[f"attention_to_{at}"], "percent")
-                         for at in ("first", "self"))]
-            )  # fmt: skip
+                [
+                    name,
+                    *(
+                        number_text(row[f"attention_to_{at}"], "percent")
+                        for at in ("first", "self")
+                    ),
+                ]
+            )
     columns = ("head", "mean attention to the first token", "to itself")
     return Table("The heads in numbers", columns, rows, folded=True)
