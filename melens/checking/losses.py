@@ -64,8 +64,8 @@ class _Largest:
         head = int(ratios.argmax())
         return CacheRow(
             layer=self.view.layer,
-            site=self.view.site,
-            head=head,  # type: ignore[arg-type]
+            site=self.view.site,  # type: ignore[arg-type]
+            head=head,
             token=float(token[head]),
             others=float(others[head]),
             ratio=float(ratios[head]),
