@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from melens.errors import ContractError, ModelError, SiteError
-from melens.interventions import ffn as transplant
 from melens.interventions import ffn_ablate_neurons, ffn_scale, ffn_zero_weights
+from melens.interventions.ffn import transplant
 from melens.models import load
 from melens.models.anatomy import norm_gain
 from melens.models.decoder import decoder_of

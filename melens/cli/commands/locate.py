@@ -109,7 +109,7 @@ def plot(
     """Draw a saved RESULT again, without the model.
 
     Styles: locate: profile. describe: curves, dimensions. collapse: rank, participation, stable,
-    entropy, top1. sinks: map, curves. attention: panels, or a page where the file ends in .html. isolate:
+    entropy, top1. metric: layers. sinks: map, curves. attention: panels, or a page where the file ends in .html. isolate:
     factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. evaluate: dose, paired.
     long-context: found, answer-loss, positions. tune: race. check: profile. diff: profiles. reach: reach. scan: ceilings.
 
