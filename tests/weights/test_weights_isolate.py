@@ -7,8 +7,8 @@ import pytest
 from melens.batches import prompts
 from melens.inputs import take_in
 from melens.interventions import residual_set
-from melens.isolating import edited as edits
 from melens.isolating import isolate, mean_coordinates
+from melens.isolating import runs as edits
 from melens.isolating.neurons import written_at
 from melens.isolating.runs import Prefixes, RunChange
 from melens.locating import locate
