@@ -65,7 +65,7 @@ $(VENV)/.test: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
 .venv-hooked/.test: pyproject.toml constraints-hooked.txt
 	$(PYTHON) -m venv .venv-hooked
 	.venv-hooked/bin/python -m pip install --quiet -c constraints-hooked.txt torch transformer-lens \
-	  transformers gguf typer einops pytest pytest-socket pytest-timeout beartype
+	  transformers gguf scipy typer einops pytest pytest-socket pytest-timeout beartype
 	.venv-hooked/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
