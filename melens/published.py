@@ -256,21 +256,21 @@ def _check_scan(row: dict[str, Any], model: str, scan: WeightScan) -> KnownCheck
     made = []
     if "me_layer" in row or row.get("steps"):
         layer = row["me_layer"] if "me_layer" in row else row["steps"][0]
-        made.append(_compare_scan("ME Layer", layer, scan.me_layer, fits=layer == scan.me_layer))
+        made.append(_compare("ME Layer", layer, scan.me_layer, fits=layer == scan.me_layer))
     for dim in map(int, row.get("dims", {})):
         fits = dim in scan.dims
         told = "foretold" if fits else "not foretold"
-        made.append(_compare_scan(f"dimension {dim}", "massive", told, fits=fits))
+        made.append(_compare(f"dimension {dim}", "massive", told, fits=fits))
     if "erase_layer" in row:
         layer = row["erase_layer"]
         made.append(
-            _compare_scan("erase layer", layer, scan.erase_layer, fits=layer == scan.erase_layer)
+            _compare("erase layer", layer, scan.erase_layer, fits=layer == scan.erase_layer)
         )
     entries = {found.at for found in scan.candidates}
     for layer, dim, neuron in row.get("super_weights", ()):
         fits = (layer, dim, neuron) in entries
         made.append(
-            _compare_scan(
+            _compare(
                 f"down_proj entry, layer {layer}, row {dim}, column {neuron}",
                 "super weight",
                 "a candidate" if fits else "no candidate",
@@ -280,16 +280,6 @@ def _check_scan(row: dict[str, Any], model: str, scan: WeightScan) -> KnownCheck
     bad = any(item.verdict == "mismatch" for item in made)
     verdict = "mismatch" if bad else "match" if made else "unknown"
     return KnownCheck(model=model, verdict=verdict, comparisons=tuple(made), source=row["source"])
-
-
-def _compare_scan(what: str, published: Any, predicted: Any, *, fits: bool) -> Comparison:
-    return Comparison(
-        what=what,
-        published="none" if published is None else str(published),
-        measured="none" if predicted is None else str(predicted),
-        verdict="match" if fits else "mismatch",
-        place=True,
-    )
 
 
 CONVENTION = (

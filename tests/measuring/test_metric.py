@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from melens.batches import Batch
 from melens.cli.app import main
 from melens.errors import UnknownNameError
 from melens.measuring import metric_by_layer
@@ -50,3 +51,12 @@ def test_a_profile_that_no_run_made_is_refused(tiny):
     made["profile"][0]["values"] = [1.0, 2.0]
     with pytest.raises(ValueError, match="one value a sequence"):
         type(metric_by_layer(tiny, "max_magnitude", [[5, 6, 7, 8]])).model_validate(made)
+
+
+def test_padding_side_and_batch_size_change_no_value(tiny):
+    texts = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14]]
+    alone = metric_by_layer(tiny, "effective_rank", texts, batch_size=1)
+    for side in ("left", "right"):
+        padded = metric_by_layer(tiny, "effective_rank", [Batch.pad(texts, side=side)])
+        for row, one in zip(padded.profile, alone.profile, strict=True):
+            assert row.values == pytest.approx(one.values, rel=2e-4)
