@@ -31,7 +31,7 @@ def read_whole(model: str) -> int:
     for blob in files.blobs:
         for start in range(0, blob.size, BUFFER):
             length = min(BUFFER, blob.size - start)
-            blob.read_into(start, buffer[:length])
+            blob.read_into(start, buffer[:length], "a tensor")
             total += length
     files.close()
     return total

@@ -172,14 +172,10 @@ def _opened(path: Path) -> Iterator[str]:
                         yield there
 
 
-TWICE = {"Checkpoint", "Stored"}
-"""The two readers of checkpoints, which are to be one."""
-
-
 def test_no_class_name_means_two_things():
     homes: dict[str, list[str]] = {}
     for path in FILES:
         for node in ast.parse(path.read_text("utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name, []).append(_dotted(path))
-    assert {name for name, where in homes.items() if len(where) > 1} == TWICE
+    assert not [name for name, where in homes.items() if len(where) > 1]

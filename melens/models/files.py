@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import ModelError, ModelNotFoundError
+from melens.models.checkpoint import Checkpoint, read_folder
 from melens.models.dry_load import require_bounded, require_loadable, require_sound_numbers
 from melens.models.weight_files import read_json, weight_files
 from melens.progress import say_once
@@ -13,15 +14,16 @@ from melens.progress import say_once
 ADAPTER = "adapter_config.json"
 
 
-def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a folder that is not a causal LM in whole safetensors files that fit its config.
+def check_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
+    """A folder's tensors; one is refused that is no causal LM in whole safetensors files that fit
+    its config.
 
     Reads the files' headers alone. Says on stderr which weights are taken where there is a choice.
 
     Raises:  ModelNotFoundError: no config.json. ModelError: remote code, not causal, or a config
              that does not make a model. WeightsError: missing, truncated or pickled weights, or
              others than the config's model uses.
-    """
+    """  # noqa: D205
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFoundError(_no_config(folder))
@@ -29,11 +31,11 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
     check_config(config, name=str(folder), trust_remote_code=trust_remote_code)
     require_no_adapter((folder / ADAPTER).is_file(), name=str(folder))
     chosen = weight_files(folder, config)
-    tables = chosen.tables()
-    shapes = {name: entry.shape for table in tables.values() for name, entry in table.items()}
-    check_fit(config, shapes, name=str(folder))
+    found = read_folder(chosen, config)
+    check_fit(config, found.shapes, name=str(folder))
     if chosen.note:
         say_once(chosen.note)
+    return found
 
 
 def check_fit(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], *, name: str) -> None:

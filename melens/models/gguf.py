@@ -19,6 +19,7 @@ from torch import Tensor
 
 from melens.errors import FetchError, ModelError, WeightsError
 from melens.models.cache import building, cache_dir
+from melens.models.checkpoint import read_folder
 from melens.models.gguf_header import GGUFHeader, config_of, read_gguf_header
 from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, tensors_of
 from melens.models.weight_files import INDEX, read_json, weight_files
@@ -123,7 +124,8 @@ def is_whole(folder: Path) -> bool:
     if damaged or not isinstance(sizes, dict):
         return False
     try:
-        weight_files(folder, dict(read_json(folder / "config.json"))).tables()
+        config = dict(read_json(folder / "config.json"))
+        read_folder(weight_files(folder, config), config)
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (ModelError, OSError, ValueError, TypeError):
         return False

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from melens.errors import WeightsError
+from melens.models.checkpoint import of_gguf
 from melens.models.dry_load import require_all_there
 from melens.models.gguf_header import (
     GGUFHeader,
-    GGUFTensor,
     architecture_of,
     config_of,
     foreign,
@@ -29,15 +29,6 @@ from melens.models.gguf_header import (
     require_fields,
 )
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""Stored as plain numbers; block formats are dequantised."""
-PIECE = 1 << 24
-"""Values that are dequantised at a time."""
 SHARED = ("falcon", "bloom")
 """Architectures that unembed by the embedding whether or not the file has an ``output.weight``."""
 FREQUENCIES = "rope_freqs.weight"
@@ -206,10 +197,9 @@ def set_frequencies(header: GGUFHeader, config: Any) -> None:
 
     Raises:  WeightsError: a table of another kind.
     """  # noqa: D205
-    found = header.tensors.get(FREQUENCIES)
-    if found is None:
+    if FREQUENCIES not in header.tensors:
         return
-    table = read_tensor(found).flatten()
+    table = of_gguf(header).whole(FREQUENCIES).flatten()
     if bool((table == 1).all()):
         return
     plain = getattr(config, "rope_parameters", None) or {}
@@ -256,6 +246,7 @@ def tensors_of(conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
         yield from _read_whole(conversion)
         return
     header = conversion.header
+    files = of_gguf(header)
     processor = _processor(conversion.model.config, architecture_of(header))
     names = dict(conversion.given)
     names |= {name.removesuffix(".weight"): given for name, given in conversion.given.items()}
@@ -265,7 +256,7 @@ def tensors_of(conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
         waiting[parameter] -= 1
         with foreign(header):
             done = processor.process(
-                weights=read_tensor(header.tensors[name]).numpy(),
+                weights=files.whole(name).numpy(),
                 name=name,
                 tensor_key_mapping=names,
                 parsed_parameters={"tensors": made},
@@ -292,54 +283,6 @@ def _read_whole(conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
     require_all_there(info, getattr(model.config, "num_hidden_layers", None), name=path.name)
     state = model.state_dict()
     yield from ((name, state[name]) for name in conversion.needed)
-
-
-def read_tensor(tensor: GGUFTensor) -> Tensor:
-    """One tensor in float32.
-
-    Raises:  WeightsError: a format that the gguf package cannot decode, or a file that ends early.
-    """
-    made = torch.empty((tensor.rows, tensor.shape[-1]))
-    row_bytes = tensor.n_bytes // tensor.rows
-    step = max(1, PIECE // tensor.shape[-1])
-    with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.start)
-        for first in range(0, tensor.rows, step):
-            rows = min(step, tensor.rows - first)
-            data = bytearray(file.read(rows * row_bytes))
-            if len(data) < rows * row_bytes:
-                raise WeightsError(f"{tensor.file.name} ends inside {tensor.name}; fetch it again.")
-            found = values(tensor.kind, data, rows, name=f"{tensor.name} in {tensor.file.name}")
-            made[first : first + rows] = found
-    return made.view(tensor.shape)
-
-
-def values(kind: str, data: bytearray | memoryview, rows: int, *, name: str) -> Tensor:
-    """Stored bytes as numbers (row, column): plain ones in their own dtype, blocks in float32.
-
-    Plain numbers share the memory of ``data``.
-
-    Raises:  WeightsError: a format that is neither plain numbers nor one the gguf package decodes.
-    """
-    import numpy as np
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    if kind in FLOATS:
-        return torch.frombuffer(data, dtype=FLOATS[kind]).view(rows, -1)
-    unknown = WeightsError(
-        f"{name} is stored as {kind}, which melens cannot read; it reads {', '.join(FLOATS)} and "
-        "GGUF block formats."
-    )
-    number = getattr(GGMLQuantizationType, kind, None)
-    if number is None:
-        raise unknown
-    try:
-        return torch.from_numpy(
-            dequantize(np.frombuffer(data, dtype=np.uint8).reshape(rows, -1), number)
-        )
-    except NotImplementedError:  # a format that the gguf package names and does not decode
-        raise unknown from None
 
 
 def narrowest(tensor: Tensor) -> Tensor:

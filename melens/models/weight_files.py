@@ -160,16 +160,6 @@ class WeightFiles:
             f"not read: {', '.join(self.left[:SHOWN])}{more}."
         )
 
-    def tables(self) -> dict[Path, dict[str, TensorEntry]]:
-        """Every file's tensors, from its header.
-
-        Raises:  WeightsError: a file that is missing, cut or corrupt, one tensor in two files, or
-                 an index that does not fit.
-        """
-        found = {file: file_table(file) for file in self.files}
-        require_placed({file.name: table for file, table in found.items()}, self.placed, self.main)
-        return found
-
 
 def weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
     """A folder's weights: what the config names, else model.safetensors, else the index's shards.
@@ -254,25 +244,6 @@ def require_placed(
             raise WeightsError(
                 f"{main} says that {file} holds {name}, and {at[name]} does; fetch it again."
             )
-
-
-def file_table(path: Path) -> dict[str, TensorEntry]:
-    """A local file's tensors.
-
-    Raises:  WeightsError: it is missing, cut or corrupt.
-    """
-    if not path.is_file():
-        raise WeightsError(f"{path.name} is missing from {path.parent}; fetch it again.")
-    try:
-        with path.open("rb") as file:
-
-            def read(start: int, length: int) -> bytes:
-                file.seek(start)
-                return file.read(length)
-
-            return read_header(read, path.stat().st_size, path.name)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}.") from None
 
 
 def read_json(path: Path) -> Any:

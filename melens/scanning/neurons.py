@@ -24,9 +24,9 @@ from melens.metrics.ceilings import (
     whole_after_norm,
     with_constant,
 )
+from melens.models.checkpoint import Checkpoint
 from melens.results.base import Part
 from melens.results.scan import Candidate, LayerCeiling, Needs
-from melens.scanning.files import Checkpoint
 from melens.scanning.plan import CheckpointPlan, FfnPlan, LayerPlan, Matrix
 
 LOUDEST = 8

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
+from melens.models.checkpoint import Blob, Checkpoint, read_blobs, read_gguf
 from melens.models.files import ADAPTER, check_config, check_fit, check_folder, require_no_adapter
 from melens.models.named import NAMED, fetch, kept_copy
-from melens.models.weight_files import INDEX, SINGLE, main_file, weight_map
+from melens.models.weight_files import HEADER_LIMIT, INDEX, SINGLE, main_file, weight_map
 from melens.network import is_offline, pass_on
-from melens.scanning.files import Checkpoint, HttpBlob, from_blobs, read_folder, read_gguf
 
 
 def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
@@ -46,20 +46,18 @@ def _local(name: str, path: Path) -> Checkpoint:
     if name in NAMED:
         found = fetch(NAMED[name])
         if found.is_dir():
-            return _folder(found, name)
-        made = read_gguf(found)  # no converted copy is to be kept
-        made.name = name
-        return made
+            return _named(check_folder(found, trust_remote_code=False), name)
+        return _named(read_gguf(found), name)  # no converted copy is to be kept
     if path.is_dir():
-        return _folder(path, path.resolve().name)
+        return _named(check_folder(path, trust_remote_code=False), path.resolve().name)
     if path.suffix.lower() != ".gguf":
         raise ModelError(f"{name} is a file, but no .gguf; give the model's folder instead.")
     return read_gguf(path)
 
 
-def _folder(folder: Path, name: str) -> Checkpoint:
-    check_folder(folder, trust_remote_code=False)
-    return read_folder(folder, name=name)
+def _named(found: Checkpoint, name: str) -> Checkpoint:
+    found.name = name
+    return found
 
 
 def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
@@ -68,19 +66,20 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
     Raises:  FetchError: out of reach, or offline was asked for. WeightsError: no safetensors.
     """
     pass_on()
-    from huggingface_hub import model_info
+    from fsspec.implementations.dirfs import DirFileSystem
+    from huggingface_hub import HfFileSystem, model_info
     from huggingface_hub.errors import HfHubHTTPError
 
     folder = kept_copy(name, revision)
     if folder is not None:
-        found = _folder(folder, name)
+        found = check_folder(folder, trust_remote_code=False)
         found.revision = revision or folder.name
-        return found
+        return _named(found, name)
     if is_offline():
         raise FetchError(f"{name} is no named model and no folder here, and offline was asked for.")
     try:
         commit = model_info(name, revision=revision).sha  # one commit, whatever is pushed meanwhile
-        return by_range(name, commit, _HubFiles(name, commit))
+        return by_range(name, commit, DirFileSystem(f"{name}@{commit}", HfFileSystem()))
     except (HfHubHTTPError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise FetchError(
@@ -88,70 +87,37 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
         ) from None
 
 
-class _HubFiles:
-    """The hub's small files, fetched whole, and its large ones, by range."""
-
-    def __init__(self, name: str, revision: str | None) -> None:
-        self.name, self.revision = name, revision
-
-    def has(self, file: str) -> bool:
-        """Whether the repository has a file of that name."""
-        from huggingface_hub import file_exists
-
-        return file_exists(self.name, file, revision=self.revision)
-
-    def text(self, file: str) -> str | None:
-        """A small file's text; None where the repository has none of that name."""
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            return Path(hf_hub_download(self.name, file, revision=self.revision)).read_text("utf-8")
-        except EntryNotFoundError:
-            return None
-
-    def blob(self, file: str) -> HttpBlob:
-        """A weight file."""
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
-
-        url = hf_hub_url(self.name, file, revision=self.revision)
-        return HttpBlob(url, get_session(), build_hf_headers(), file)
-
-
 def by_range(name: str, revision: str | None, files: Any) -> Checkpoint:
     """A checkpoint whose tensors are read where they lie, on a server.
 
-    Args:    files: ``has(file)``, ``text(file)``, a small file's text or None, and
-             ``blob(file)``.
+    Args:    files: an fsspec file system with the repository as its root.
     Raises:  ModelNotFoundError: no config.json. WeightsError: no safetensors, a damaged index, or
              others than the config's model uses.
     """
-    said = files.text("config.json")
-    if said is None:
+    if not files.isfile("config.json"):
         raise ModelNotFoundError(f"{name} holds no config.json; give a causal LM's id.")
-    config = _object(_json(said), f"{name}: config.json")
+    config = _json(files, "config.json")
+    if not isinstance(config, dict):
+        raise ModelError(f"{name}: config.json is not a JSON object.")
     check_config(config, name=name, trust_remote_code=False)
-    require_no_adapter(files.has(ADAPTER), name=name)
-    main = main_file(files.has, config)
+    require_no_adapter(files.isfile(ADAPTER), name=name)
+    main = main_file(files.isfile, config)
     if main is None:
         raise WeightsError(f"{name} holds no safetensors weights ({SINGLE} or {INDEX}).")
-    placed = weight_map(_json(files.text(main) or ""), main) if main.endswith(".json") else {}
-    blobs = {file: files.blob(file) for file in sorted(set(placed.values())) or [main]}
-    found = from_blobs((name, config), blobs, placed=placed, main=main, revision=revision)
-    check_fit(config, {key: stored.shape for key, stored in found.tensors.items()}, name=name)
+    placed = weight_map(_json(files, main), main) if main.endswith(".json") else {}
+    blobs = {file: _blob(files, file) for file in sorted(set(placed.values())) or [main]}
+    found = read_blobs(blobs, config, name=name, placed=placed, main=main, revision=revision)
+    check_fit(config, found.shapes, name=name)
     return found
 
 
-def _json(text: str) -> Any:
-    """What a text says; None where it is not JSON."""
+def _blob(files: Any, file: str) -> Blob:
+    return Blob(file, files.size(file), lambda: files.open(file, "rb", cache_type="none"))
+
+
+def _json(files: Any, file: str) -> Any:
+    """What a small file says; None where it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(files.cat_file(file, 0, HEADER_LIMIT))
     except (ValueError, RecursionError):
         return None
-
-
-def _object(found: Any, name: str) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise ModelError(f"{name} is not a JSON object.")
-    return found

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from melens.errors import ModelError, WeightsError
 from melens.metrics.ceilings import FLOORS
+from melens.models.checkpoint import Checkpoint
 from melens.models.complaints import what_to_do
 from melens.registry import Registry
-from melens.scanning.files import Checkpoint
 
 
 @dataclass(frozen=True)

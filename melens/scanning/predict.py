@@ -13,9 +13,9 @@ import torch
 from melens import __version__
 from melens.errors import ModelError, OutputError, ResultError
 from melens.locating.thresholds import ERASED_LEFT, FIRST_SHARE, last_body_layer
+from melens.models.checkpoint import Checkpoint
 from melens.provenance import ModelFacts, RunInfo
 from melens.results.scan import Candidate, Role, WeightScan
-from melens.scanning.files import Checkpoint
 from melens.scanning.neurons import LayerScan, scan_layer
 from melens.scanning.opening import open_checkpoint
 from melens.scanning.plan import CheckpointPlan, plan_of

@@ -24,7 +24,6 @@ from melens.provenance import ModelFacts, RunInfo
 from melens.results import load_result
 from melens.results.reach import Reach, ReachRow, ReachToken, Why
 from melens.results.scan import LayerCeiling, WeightScan
-from melens.scanning.files import read_folder
 from melens.streaming.streamed import load_streamed, stream_of
 
 SAMPLE = 16
@@ -149,11 +148,7 @@ def _files_key(model: Any) -> str | None:
     """What a scan of the same files calls them; None for a model that is in memory."""
     if (reading := stream_of(model)) is None:
         return None
-    files = read_folder(reading.checkpoint.folder, name="")
-    try:
-        return files.key()
-    finally:
-        files.close()
+    return reading.checkpoint.key()
 
 
 def _require_same(model: Any, files: str | None, scan: WeightScan) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from melens.errors import ModelError, WeightsError
+from melens.models.checkpoint import Checkpoint
 from melens.models.complaints import first_line, what_to_do
 from melens.models.decoder import layer_list
-from melens.models.shards import Checkpoint
 
 EXPERTS = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -82,7 +82,7 @@ def hollow_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: Any) ->
     return nn.Parameter(value.expand(shape) if shape else value[0], requires_grad=False)
 
 
-def build_hollow(checkpoint: Checkpoint, *, dtype: Any, device: str) -> Hollow:
+def build_hollow(folder: Path, checkpoint: Checkpoint, *, dtype: Any, device: str) -> Hollow:
     """The model that a folder's config asks for, every weight's place in the files checked.
 
     Norms, positions and what else lies outside the blocks is read at once; it is small.
@@ -90,7 +90,7 @@ def build_hollow(checkpoint: Checkpoint, *, dtype: Any, device: str) -> Hollow:
     Raises:  ModelError: no such model, or a quantised one. WeightsError: a tensor that is missing
              or has another shape.
     """
-    model = _meta_model(checkpoint.folder, dtype)
+    model = _meta_model(folder, dtype)
     stack = layer_list(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
     slots: dict[str, Slot] = {}
@@ -155,19 +155,18 @@ def _pieces(
         )
     if not found:
         raise WeightsError(
-            f"{checkpoint.folder} lacks {name}, or keeps it under a name that melens cannot "
+            f"{checkpoint.name} lacks {name}, or keeps it under a name that melens cannot "
             f"stream; check the index, or else: {what_to_do(known)}"
         )
     for piece in found:
         stored, wanted = known.get(piece.name), _shape_of(shape, piece.part)
         if stored is None:
-            raise WeightsError(f"{checkpoint.folder} lacks {piece.name}; fetch it again.")
+            raise WeightsError(f"{checkpoint.name} lacks {piece.name}; fetch it again.")
         if stored.shape != wanted:
             raise WeightsError(
-                f"{piece.name} in {stored.file.name} has shape {list(stored.shape)}; the config "
-                f"asks for {list(wanted)}."
+                f"{stored} has shape {list(stored.shape)}; the config asks for {list(wanted)}."
             )
-        _ = stored.torch_dtype
+        _ = stored.dtype
     return found
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from melens.capture import EverythingSeen
 from melens.errors import FetchError, ModelError
 from melens.models.bridging import bridge_module
+from melens.models.checkpoint import Checkpoint, read_folder
 from melens.models.complaints import first_line, has_tokenizer
 from melens.models.contract import OwnAnswer, check_contract, force_eager, own_answer, probe_ids
 from melens.models.decoder import layer_list
@@ -31,7 +32,7 @@ from melens.models.loading import (
 )
 from melens.models.named import NAMED, on_this_machine
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
-from melens.models.shards import Checkpoint
+from melens.models.weight_files import read_json, weight_files
 from melens.streaming.hollow import Hollow, Slot, build_hollow, hollow_parameter
 from melens.streaming.tape import Tape
 
@@ -147,7 +148,7 @@ class BlockStream:
         """Only the rows of the tokens that came, renumbered from 0."""
         found, places = args[0].unique(return_inverse=True)
         slot = self._hollow.embedding
-        table = self.checkpoint.rows(slot.pieces[0].name, found.tolist(), slot.hollow.dtype)
+        table = self.checkpoint.chosen(slot.pieces[0].name, found.tolist(), slot.hollow.dtype)
         slot.fill(table.to(slot.hollow.device))
         return (places, *args[1:])
 
@@ -200,13 +201,14 @@ def load_streamed(
     folder, name = _folder(str(model), revision)
     device = usable_device(device or best_device())
     tokenizer = _tokenizer(folder, needed=need_tokenizer)
-    checkpoint = Checkpoint(folder)
-    hollow = build_hollow(checkpoint, dtype=chosen_dtype(dtype, device), device=device)
+    config = read_json(folder / "config.json")
+    checkpoint = read_folder(weight_files(folder, config), config)
+    hollow = build_hollow(folder, checkpoint, dtype=chosen_dtype(dtype, device), device=device)
     table: Any = hollow.embedding.module
     table.padding_idx = None  # not all rows are there; it matters to gradients alone
     if device != "cpu":
         hollow.model.to(device)
-    key = f"{checkpoint.identity()}-{hollow.embedding.hollow.dtype}-{device}"
+    key = f"{checkpoint.key(times=True)}-{hollow.embedding.hollow.dtype}-{device}"
     tape = None if keep is None else Tape(keep, key)
     known = tape.weights() if tape else None
     own = _own_first_block(hollow, checkpoint) if known is None else None
@@ -234,7 +236,7 @@ def stream_of(model: Any) -> BlockStream | None:
 def _own_first_block(hollow: Hollow, checkpoint: Checkpoint) -> OwnAnswer:
     """What the first block gives in the model's own attention, before there is a bridge."""
     table, ids = hollow.embedding, probe_ids(hollow.model.config)
-    rows = checkpoint.rows(
+    rows = checkpoint.chosen(
         table.pieces[0].name, list(range(int(ids.max()) + 1)), table.hollow.dtype
     )
     try:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file, save_file
 
 from melens.cli.app import _run
@@ -553,33 +555,20 @@ def test_a_config_or_index_that_is_no_file_is_refused_unread(folder):
     check_all_refuse(folder, r"1,099,511,627,776 bytes, and at most 100,000,000 are", ModelError)
 
 
-class Repository:
-    """A hub's repository: which files it has, and their bytes."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def has(self, name):
-        return (self.folder / name).is_file()
-
-    def text(self, name):
-        return (self.folder / name).read_text() if self.has(name) else None
-
-    def blob(self, name):
-        from melens.scanning.files import FileBlob
-
-        return FileBlob(self.folder / name)
+def repository(folder):
+    """The interface of a hub's repository."""
+    return DirFileSystem(str(folder), LocalFileSystem())
 
 
 def test_a_scan_by_range_follows_the_same_rule(saved, folder, tmp_path):
     both = shutil.copytree(saved["a", "many"], tmp_path / "both")
     shutil.copy(saved["b", "one"] / SINGLE, both / SINGLE)
-    found = by_range("some/model", "main", Repository(both))
+    found = by_range("some/model", "main", repository(both))
     assert [blob.name for blob in found.blobs] == [SINGLE]
     edit_config(folder, num_hidden_layers=2)
     with pytest.raises(WeightsError, match="layers 2 to 2"):
-        by_range("some/model", "main", Repository(folder))
+        by_range("some/model", "main", repository(folder))
     edit_config(folder, num_hidden_layers=3)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds an adapter"):
-        by_range("some/model", "main", Repository(folder))
+        by_range("some/model", "main", repository(folder))

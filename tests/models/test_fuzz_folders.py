@@ -13,6 +13,7 @@ from memory import adds_less_than
 from safetensors.torch import save_file
 
 from melens.errors import MelensError
+from melens.models.checkpoint import read_folder
 from melens.models.files import check_folder
 from melens.models.weight_files import INDEX, SINGLE, read_header, weight_files
 
@@ -145,7 +146,7 @@ def test_any_index(folder, changes, places, raw):
     index["weight_map"].update(places)
     try:
         path.write_bytes(json.dumps(mutated(index, changes)).encode() if raw is None else raw)
-        survives(lambda: weight_files(folder, config).tables())
+        survives(lambda: read_folder(weight_files(folder, config), config))
     finally:
         path.write_text(whole, "utf-8")
 

@@ -180,7 +180,7 @@ def test_damage_is_one_line_that_names_the_tensor(folder, damage, message):
 
 def test_a_file_cut_while_it_runs_is_named(folder, ids):
     streamed = load_streamed(folder, device="cpu")
-    file = stream_of(streamed).checkpoint.tensors["model.layers.2.mlp.down_proj.weight"].file
+    file = stream_of(streamed).checkpoint.tensors["model.layers.2.mlp.down_proj.weight"].blob.path
     file.write_bytes(file.read_bytes()[:600])
     with pytest.raises(WeightsError, match=f"{file.name} ends inside model.layers.2"):
         locate(streamed, [Batch.of(ids)])
