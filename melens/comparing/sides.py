@@ -11,11 +11,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from melens.batches import BUNDLED, Prompts, prompts
-from melens.errors import ModelNotFoundError, ResultError
+from melens.errors import ResultError
 from melens.inputs import Inputs, Source, take_in
 from melens.locating.search import locate_in
 from melens.locating.trajectory import trace
 from melens.models.anatomy import anatomy
+from melens.models.resolve import asked
 from melens.provenance import bos_said
 from melens.results import MELayer, Result, load_result
 from melens.results.check import CheckReport, located_of
@@ -146,7 +147,7 @@ def read_side(source: Any) -> Side | None:
     """A saved side; None where ``source`` is a model.
 
     Raises:  ResultError: a file that cannot be read, or that holds something else.
-             ModelNotFoundError: a path that leads nowhere.
+             ModelNotFoundError, ModelError: it names no model, before the other one is run.
     """
     if isinstance(source, Side):
         return source
@@ -154,7 +155,8 @@ def read_side(source: Any) -> Side | None:
         return Side.of_result(source)
     path = saved_file(source)
     if path is None:
-        require_path(source)
+        if isinstance(source, (str, Path)):
+            asked(source)
         return None
     return Side.of_result(load_result(path), str(path))
 
@@ -179,17 +181,6 @@ def texts_like(
         was = made.get("bos")
         bos = was if bos is None and not chat and isinstance(was, bool) else bos
     return prompts(source, n=n, length=length, bos=bos, chat=chat)
-
-
-def require_path(source: Any) -> None:
-    """Refuse a path that is not there before the other model is run.
-
-    Raises:  ModelNotFoundError: naming it.
-    """
-    name = str(source) if isinstance(source, (str, Path)) else ""
-    looks = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
-    if looks and not Path(name).expanduser().exists():
-        raise ModelNotFoundError(f"there is no file or folder {name}.")
 
 
 def require_same_texts(first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from melens.models.gguf import (
 )
 from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.origin import Origin, remember
+from melens.models.resolve import Asked, asked
 from melens.network import is_offline, pass_on
 
 CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -100,19 +100,18 @@ def _load_hf(
     name: str, tokenizer: Any, *, device: str | None, dtype: Any, options: dict[str, Any]
 ) -> tuple[Any, Any, Origin]:
     revision, trusted = options["revision"], options["trust_remote_code"]
-    source, is_local = resolve(name, revision=revision, trust_remote_code=trusted)
-    if is_local and revision is not None:
-        raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
+    wanted = asked(name, revision=revision)
+    source = source_of(wanted, revision=revision, trust_remote_code=trusted)
     device = usable_device(device or best_device())
-    options = {**options, "local_files_only": is_local or is_offline()}
+    options = {**options, "local_files_only": wanted.is_local or is_offline()}
     tokenizer = tokenizer or read_tokenizer(source, options)
     hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
-    shown = name if name in NAMED or not is_local else Path(name).expanduser().resolve().name
     commit = getattr(hf.config, "_commit_hash", None)
-    if commit is None and not is_local and isinstance(source, Path):
+    if commit is None and not wanted.is_local and isinstance(source, Path):
         commit = source.name  # the hub's cache names its folders by commit
-    also = given_names(source) if is_local else ()
-    return hf.to(device).eval(), tokenizer, Origin(shown, revision=commit or revision, also=also)
+    also = given_names(source) if wanted.is_local else ()
+    origin = Origin(wanted.shown, revision=commit or revision, also=also)
+    return hf.to(device).eval(), tokenizer, origin
 
 
 def adopt(
@@ -171,30 +170,22 @@ def _check_once(model: torch.nn.Module, bridge: Any, own: OwnAnswer | None) -> N
     CHECKED.add(bridge)
 
 
-def resolve(name: str, *, revision: str | None, trust_remote_code: bool) -> tuple[Any, bool]:
-    """Where to load from (a folder, or a hub id) and whether that is local."""
+def source_of(wanted: Asked, *, revision: str | None, trust_remote_code: bool) -> Any:
+    """Where to load from: a folder, a ``.gguf`` file of which no copy is kept, or a hub id."""
     pass_on()
-    if name in NAMED:
+    name, path = wanted.name, wanted.path
+    if wanted.kind == "named":
         found = fetch(NAMED[name])
-        return (found if found.is_file() else _checked(found)), True
-    if not name.strip():
-        raise ModelNotFoundError("the model's name is empty; see: melens models")
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{name} is a file, but no .gguf; give the model's folder instead.")
-        return (path if no_cache() else _checked(converted_copy(path))), True
-    if path.is_dir():
-        return _checked(path, trust_remote_code=trust_remote_code), True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
-        raise ModelNotFoundError(f"there is no file or folder {name}.")
-    if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
-        raise ModelNotFoundError(NAMED.unknown(name))
+        return found if found.is_file() else _checked(found)
+    if wanted.kind == "gguf":
+        return path if no_cache() else _checked(converted_copy(path))
+    if wanted.kind == "folder":
+        return _checked(path, trust_remote_code=trust_remote_code)
     if is_offline():
         # its folder and not its name: given a name the libraries may still ask for other things
-        return _checked(_offline_copy(name, revision), trust_remote_code=trust_remote_code), False
+        return _checked(_offline_copy(name, revision), trust_remote_code=trust_remote_code)
     _check_hub(name, revision=revision, trust_remote_code=trust_remote_code)
-    return name, False
+    return name
 
 
 def _offline_copy(name: str, revision: str | None) -> Path:

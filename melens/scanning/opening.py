@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsErr
 from melens.models.checkpoint import Blob, Checkpoint, read_blobs, read_gguf
 from melens.models.files import ADAPTER, check_config, check_fit, check_folder, require_no_adapter
 from melens.models.named import NAMED, fetch, kept_copy
+from melens.models.resolve import asked
 from melens.models.weight_files import HEADER_LIMIT, INDEX, SINGLE, main_file, weight_map
 from melens.network import is_offline, pass_on
 
@@ -27,32 +27,14 @@ def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
         raise ModelError(
             f"scan() reads files, and got a {type(model).__name__}; give a path or a name."
         )
-    name = str(model)
-    path = Path(name).expanduser()
-    if not name.strip():
-        raise ModelNotFoundError("the model's name is empty; see: melens models")
-    if name in NAMED or path.exists():
-        if revision is not None:
-            raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
-        return _local(name, path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
-        raise ModelNotFoundError(f"there is no file or folder {name}.")
-    if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
-        raise ModelNotFoundError(NAMED.unknown(name))
-    return _on_the_hub(name, revision)
-
-
-def _local(name: str, path: Path) -> Checkpoint:
-    if name in NAMED:
-        found = fetch(NAMED[name])
-        if found.is_dir():
-            return _named(check_folder(found, trust_remote_code=False), name)
-        return _named(read_gguf(found), name)  # no converted copy is to be kept
+    wanted = asked(model, revision=revision)
+    if wanted.kind == "hub":
+        return _on_the_hub(wanted.name, revision)
+    path = fetch(NAMED[wanted.name]) if wanted.kind == "named" else wanted.path
     if path.is_dir():
-        return _named(check_folder(path, trust_remote_code=False), path.resolve().name)
-    if path.suffix.lower() != ".gguf":
-        raise ModelError(f"{name} is a file, but no .gguf; give the model's folder instead.")
-    return read_gguf(path)
+        return _named(check_folder(path, trust_remote_code=False), wanted.shown)
+    found = read_gguf(path)  # read as it is: no converted copy is needed
+    return found if wanted.kind == "gguf" else _named(found, wanted.name)
 
 
 def _named(found: Checkpoint, name: str) -> Checkpoint:

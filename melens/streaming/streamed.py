@@ -27,11 +27,12 @@ from melens.models.loading import (
     best_device,
     chosen_dtype,
     read_tokenizer,
-    resolve,
+    source_of,
     usable_device,
 )
 from melens.models.named import NAMED, on_this_machine
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
+from melens.models.resolve import asked
 from melens.models.weight_files import read_json, weight_files
 from melens.streaming.hollow import Hollow, Slot, build_hollow, hollow_parameter
 from melens.streaming.tape import Tape
@@ -260,25 +261,21 @@ def _check(bridge: Any, stream: BlockStream, own: OwnAnswer | None) -> str:
 
 def _folder(name: str, revision: str | None) -> tuple[Path, str]:
     """Where the files are, and what the model is called in results."""
-    there = on_this_machine(NAMED[name]) == "ready" if name in NAMED else True
-    if no_cache() and (not there or Path(name).expanduser().is_file()):
+    wanted = asked(name, revision=revision)
+    there = wanted.kind != "named" or on_this_machine(NAMED[name]) == "ready"
+    if no_cache() and (not there or wanted.kind == "gguf"):
         raise ModelError(
             f"the blocks of {name} are streamed from its converted copy; drop --no-cache "
             "(MELENS_NO_CACHE), or load it whole."
         )
-    source, is_local = resolve(name, revision=revision, trust_remote_code=False)
-    if is_local:
-        if revision is not None:
-            raise ModelError(f"revision belongs to a hub id; {name} is a local model.")
-        shown = name if name in NAMED else Path(name).expanduser().resolve().name
-        return Path(source).expanduser().resolve(), shown
-    if isinstance(source, Path):  # offline: what the hub's cache here holds
-        return source, name
+    source = source_of(wanted, revision=revision, trust_remote_code=False)
+    if isinstance(source, Path):  # of a hub id: offline, what the hub's cache here holds
+        return (source.resolve() if wanted.is_local else source), wanted.shown
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise FetchError(f"cannot fetch {name}: {first_line(error)}") from None
     check_folder(folder, trust_remote_code=False)
