@@ -23,7 +23,7 @@ BUFFER = 1 << 21
 
 def read_whole(model: str) -> int:
     """Read a model's files from end to end; gives the bytes."""
-    from melens.scanning.opening import open_checkpoint
+    from melens.models.opening import open_checkpoint
 
     files = open_checkpoint(model)
     buffer = memoryview(bytearray(BUFFER))
@@ -39,8 +39,8 @@ def read_whole(model: str) -> int:
 
 def scanned_bytes(model: str) -> int:
     """What a scan reads of them."""
+    from melens.models.opening import open_checkpoint
     from melens.scanning import predict as weights
-    from melens.scanning.opening import open_checkpoint
 
     files = open_checkpoint(model)
     plan = weights.plan_of(files)

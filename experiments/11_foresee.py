@@ -31,10 +31,10 @@ import melens
 from melens.batches import Batch
 from melens.figures import save_figure
 from melens.figures.draw import house_style
+from melens.models.opening import open_checkpoint
 from melens.provenance import git_commit, versions
 from melens.results import load_result
 from melens.scanning import scan
-from melens.scanning.opening import open_checkpoint
 from melens.scanning.plan import plan_of
 from melens.store import write_atomically
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from melens.errors import ContractError, FetchError, ModelError, ModelNotFoundError, WeightsError
+from melens.errors import ContractError, FetchError, ModelError, WeightsError
 from melens.models.bridging import (
     bridge_with_answer,
     give_tokenizer,
@@ -29,6 +29,7 @@ from melens.models.gguf import (
     read_gguf_tokenizer,
     read_gguf_whole,
 )
+from melens.models.hub import OFFLINE, asking_the_hub
 from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.origin import Origin, remember
 from melens.models.resolve import Asked, asked
@@ -192,8 +193,8 @@ def _offline_copy(name: str, revision: str | None) -> Path:
     folder = kept_copy(name, revision)
     if folder is None:
         raise FetchError(
-            f"{name} is no named model and no folder here, and offline was asked for; the hub's "
-            "cache here does not hold it whole."
+            f"{name} is no named model and no folder here, and {OFFLINE}; the hub's cache here "
+            "does not hold it whole."
         )
     return folder
 
@@ -207,15 +208,8 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
     """Look at a hub id's config before its weights are fetched."""
     from transformers.configuration_utils import PretrainedConfig
 
-    try:
+    with asking_the_hub(name):
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-    except (OSError, ValueError) as error:
-        first = first_line(error)
-        if "valid model identifier" in first:
-            raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
-        raise FetchError(
-            f"{name} is no named model and no folder here, and the hub could not be read: {first}"
-        ) from None
     check_config(config, name=name, trust_remote_code=trust_remote_code)
 
 

@@ -14,10 +14,10 @@ from melens import __version__
 from melens.errors import ModelError, OutputError, ResultError
 from melens.locating.thresholds import ERASED_LEFT, FIRST_SHARE, last_body_layer
 from melens.models.checkpoint import Checkpoint
+from melens.models.opening import open_checkpoint
 from melens.provenance import ModelFacts, RunInfo
 from melens.results.scan import Candidate, Role, WeightScan
 from melens.scanning.neurons import LayerScan, scan_layer
-from melens.scanning.opening import open_checkpoint
 from melens.scanning.plan import CheckpointPlan, plan_of
 from melens.store import RESULT, read_limited, write_atomically
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from melens.capture import EverythingSeen
-from melens.errors import FetchError, ModelError
+from melens.errors import ModelError
 from melens.models.bridging import bridge_module
 from melens.models.checkpoint import Checkpoint, read_folder
-from melens.models.complaints import first_line, has_tokenizer
+from melens.models.complaints import has_tokenizer
 from melens.models.contract import OwnAnswer, check_contract, force_eager, own_answer, probe_ids
 from melens.models.decoder import layer_list
 from melens.models.files import check_folder
 from melens.models.gguf import given_names, no_cache
+from melens.models.hub import asking_the_hub
 from melens.models.loading import (
     CHECKED,
     best_device,
@@ -274,10 +275,8 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
-    try:
+    with asking_the_hub(name):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise FetchError(f"cannot fetch {name}: {first_line(error)}") from None
     check_folder(folder, trust_remote_code=False)
     return folder, name
 

@@ -21,9 +21,9 @@ from melens.models import fingerprint, load, loading
 from melens.models.dry_load import require_all_there
 from melens.models.files import check_fit, check_folder
 from melens.models.named import kept_copy
+from melens.models.opening import by_range
 from melens.models.weight_files import INDEX, SINGLE, is_inside
 from melens.scanning import scan
-from melens.scanning.opening import by_range
 from melens.scanning.reaching import reach
 from melens.streaming.streamed import load_streamed
 

@@ -8,8 +8,8 @@ from melens import load
 from melens.comparing.sides import read_side
 from melens.errors import MelensError
 from melens.models import NAMED
+from melens.models.opening import open_checkpoint
 from melens.models.resolve import asked
-from melens.scanning.opening import open_checkpoint
 from melens.streaming.streamed import load_streamed
 
 WAYS = [load, load_streamed, open_checkpoint]

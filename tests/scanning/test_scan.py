@@ -21,12 +21,12 @@ from melens.errors import (
     WeightsError,
 )
 from melens.models import FAMILIES, checkpoint
+from melens.models.opening import by_range, open_checkpoint
 from melens.published import known_scan, published_rows
 from melens.results import WeightScan, load_result
 from melens.scanning import predict as weights
 from melens.scanning import scan
 from melens.scanning.neurons import LOUDEST
-from melens.scanning.opening import by_range, open_checkpoint
 from melens.scanning.plan import GGUF, HF
 from melens.scanning.predict import STANDS_OUT
 
@@ -372,6 +372,36 @@ def test_a_hub_model_is_taken_from_the_cache_only_if_whole(saved, tmp_path, monk
     found = scan("some/model", revision="main")
     assert found.run.model_revision == "beef"
     assert found.profile == scan(folder).profile
+
+
+def test_a_scan_follows_the_hub_as_loading_does(saved, tmp_path, monkeypatch):
+    """The commit that the hub names is looked for in the cache; out of reach, the cache decides."""
+    import huggingface_hub
+
+    _, folder = saved("llama")
+    snapshot = tmp_path / "hub" / "c0ffee"
+    shutil.copytree(folder, snapshot)
+    asked = []
+
+    def kept(name, file, revision=None):
+        asked.append(revision)
+        return str(snapshot / file)
+
+    def unreachable(*args, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", kept)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("MELENS_OFFLINE", raising=False)
+    commit = type("Info", (), {"sha": "beef"})()
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *a, **k: commit)
+    assert scan("some/model").run.model_revision == "beef"
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
+    assert scan("some/model").run.model_revision == "c0ffee"
+    assert asked == ["beef", None]
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(FetchError, match=r"the hub could not be read: no route"):
+        scan("some/model")
 
 
 @pytest.mark.parametrize(

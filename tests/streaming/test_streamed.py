@@ -215,7 +215,7 @@ def test_a_hub_id_keeps_its_name(folder, monkeypatch):
 
     from melens.streaming import streamed as module
 
-    monkeypatch.setattr(module, "resolve", lambda name, **options: (name, False))
+    monkeypatch.setattr(module, "source_of", lambda wanted, **options: wanted.name)
     asked = []
 
     def download(name, **options):

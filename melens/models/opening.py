@@ -9,6 +9,7 @@ from typing import Any
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
 from melens.models.checkpoint import Blob, Checkpoint, read_blobs, read_gguf
 from melens.models.files import ADAPTER, check_config, check_fit, check_folder, require_no_adapter
+from melens.models.hub import OFFLINE, asking_the_hub, hub_commit
 from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.resolve import asked
 from melens.models.weight_files import HEADER_LIMIT, INDEX, SINGLE, main_file, weight_map
@@ -18,8 +19,9 @@ from melens.network import is_offline, pass_on
 def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
     """The tensors of a named model, a folder, a ``.gguf`` file or a hub id.
 
-    The network is used for a hub id that is not in the hub's cache here, and for a named model
-    that was not fetched yet; of a hub id only the tensors that are asked for travel.
+    The network is used for a hub id (which commit it is, then only the tensors that are asked for,
+    where the hub's cache here does not hold that commit), and for a named model that was not
+    fetched yet.
 
     Raises:  ModelNotFoundError, ModelError, WeightsError, FetchError: as ``melens.load`` does.
     """
@@ -43,30 +45,30 @@ def _named(found: Checkpoint, name: str) -> Checkpoint:
 
 
 def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
-    """Whole in the hub's cache, or else read by ranges.
+    """The hub's commit, as ``load`` takes it: from its cache here if it is whole, else by ranges.
 
-    Raises:  FetchError: out of reach, or offline was asked for. WeightsError: no safetensors.
+    Where the hub is out of reach, or offline was asked for, the cache alone decides.
+
+    Raises:  FetchError: out of reach and not in the cache. WeightsError: no safetensors.
     """
     pass_on()
     from fsspec.implementations.dirfs import DirFileSystem
-    from huggingface_hub import HfFileSystem, model_info
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfFileSystem
 
-    folder = kept_copy(name, revision)
+    try:
+        commit = None if is_offline() else hub_commit(name, revision)
+        failure = FetchError(f"{name} is no named model and no folder here, and {OFFLINE}.")
+    except FetchError as error:
+        commit, failure = None, error
+    folder = kept_copy(name, commit or revision)
     if folder is not None:
         found = check_folder(folder, trust_remote_code=False)
-        found.revision = revision or folder.name
+        found.revision = commit or revision or folder.name
         return _named(found, name)
-    if is_offline():
-        raise FetchError(f"{name} is no named model and no folder here, and offline was asked for.")
-    try:
-        commit = model_info(name, revision=revision).sha  # one commit, whatever is pushed meanwhile
+    if commit is None:
+        raise failure
+    with asking_the_hub(name):
         return by_range(name, commit, DirFileSystem(f"{name}@{commit}", HfFileSystem()))
-    except (HfHubHTTPError, OSError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise FetchError(
-            f"{name} is no named model and no folder here, and the hub could not be read: {said}"
-        ) from None
 
 
 def by_range(name: str, revision: str | None, files: Any) -> Checkpoint:
