@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +16,7 @@ from melens.errors import PromptError
 from melens.formatting import brief
 from melens.framing import cut, frame_of, split_text
 from melens.shapes import TokenIds, TokenMask
-from melens.store import TEXT, lines_of, read_limited
+from melens.store import TEXT, decoded, lines_of, read_limited, read_stdin
 from melens.token_ids import padded, read_ids, require_no_hole
 
 BUNDLED = "bundled"
@@ -233,7 +232,7 @@ def _texts(source: Any, *, chat: bool) -> tuple[tuple[str, ...], int]:
 def _whole(source: Path | str) -> str:
     """All of a file, or of stdin (``-``)."""
     if str(source) == "-":
-        return _decode(sys.stdin.buffer.read(), "standard input")
+        return _not_empty(read_stdin(TEXT, error=PromptError), "standard input")
     return read_text(Path(source))
 
 
@@ -285,7 +284,7 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
         said = getattr(error, "strerror", None) or error
         raise PromptError(f"cannot read the text {path}: {said}.") from None
-    return _decode(raw, str(path))
+    return _not_empty(decoded(raw, str(path), error=PromptError), str(path))
 
 
 def encode(tokenizer: Any, text: str, *, bos: bool | None, chat: bool = False) -> list[int]:
@@ -307,13 +306,7 @@ def encode_all(
     return [head + body for head, body in parts]
 
 
-def _decode(raw: bytes, name: str) -> str:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{name} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv."
-        ) from None
+def _not_empty(text: str, name: str) -> str:
     if not text.strip():
         what = "holds nothing but blank lines" if text else "is empty"
         raise PromptError(f"{name} {what}; give at least one character of text.")

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +140,30 @@ def read_text(path: Path, limit: int, *, error: type[MelensError], what: str = "
         raise error(f"cannot read {name}: byte {bad.start} is not UTF-8 text.") from None
     except (OSError, ValueError) as bad:  # ValueError: a NUL inside the name
         raise error(f"cannot read {name}: {getattr(bad, 'strerror', None) or bad}.") from None
+
+
+def read_stdin(limit: int, *, error: type[MelensError]) -> str:
+    """All of standard input, UTF-8.
+
+    Raises:  ``error``: more than ``limit`` bytes, or no UTF-8.
+    """
+    raw = sys.stdin.buffer.read(limit + 1)
+    if len(raw) > limit:
+        raise error(f"standard input has more than {limit:,} bytes, and at most that are read.")
+    return decoded(raw, "standard input", error=error)
+
+
+def decoded(raw: bytes, name: str, *, error: type[MelensError]) -> str:
+    """Bytes as text.
+
+    Raises:  ``error``: no UTF-8.
+    """
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as bad:
+        raise error(
+            f"{name} is not UTF-8 (byte {bad.start}); convert it, e.g. with iconv."
+        ) from None
 
 
 def _require_regular(mode: int, path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from melens.batches import Batch, bundled_texts, prompts, strings_of
+from melens import batches
+from melens.batches import Batch, bundled_texts, prompts, read_lines, strings_of
 from melens.errors import PromptError
 
 WORDS = " ".join(f"w{i}" for i in range(10, 30))
@@ -82,6 +83,15 @@ def test_a_file_name_given_as_text_is_caught(tmp_path, monkeypatch):
 def test_empty_texts_are_refused(text):
     with pytest.raises(PromptError, match="is empty; give at least one character"):
         prompts(text)
+
+
+def test_stdin_is_read_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(batches, "TEXT", 1000)
+    for read in (prompts, read_lines):
+        with Path("/dev/zero").open() as endless, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", endless)
+            with pytest.raises(PromptError, match="more than 1,000 bytes"):
+                read("-")
 
 
 def test_files_and_stdin(tmp_path, monkeypatch, tokenizer):

@@ -128,6 +128,10 @@ def require_all_there(
     _require_all_used(unused, n_layers, name=name, quantised=quantised)
 
 
+def _range(layers: list[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+
+
 def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any, quantised: bool) -> None:
     """Refuse weights that the model does not use: it is not the one that they were trained as.
 
@@ -143,7 +147,7 @@ def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any, quanti
     beyond = sorted(layer for layer in layers if isinstance(n_layers, int) and layer >= n_layers)
     if beyond:
         raise WeightsError(
-            f"{name} holds weights of layers {beyond[0]} to {beyond[-1]}, and its config.json has "
+            f"{name} holds weights of {_range(beyond)}, and its config.json has "
             f"{n_layers} layers (0 to {n_layers - 1}); set that number right, or remove them."
         )
     if quantised:

@@ -24,6 +24,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
              that does not make a model. WeightsError: missing, truncated or pickled weights, or
              others than the config's model uses.
     """  # noqa: D205
+    require_regular_entries(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFoundError(_no_config(folder))
@@ -36,6 +37,18 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
     if chosen.note:
         say_once(chosen.note)
     return found
+
+
+def require_regular_entries(folder: Path) -> None:
+    """Refuse a folder that holds a pipe, a socket or a device: whoever reads it may wait for ever.
+
+    Raises:  ModelError: naming it.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelError(f"{path} is a pipe, a socket or a device, no regular file; remove it.")
 
 
 def check_fit(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], *, name: str) -> None:

@@ -242,7 +242,8 @@ def _facts_hf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
         )
     if config.get("quantization_config"):
         raise ModelError(
-            f"{files.name} holds quantised weights; scan the unquantised model, or a GGUF of it."
+            f"{files.name}: config.json has a quantization_config; scan the unquantised model or a "
+            "GGUF of it, or remove that entry if the weights are plain numbers."
         )
     layout = HF[kind]
     facts = {

@@ -128,7 +128,10 @@ def _meta_model(folder: Path, dtype: Any) -> Any:
     try:
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         if getattr(config, "quantization_config", None):
-            raise ModelError(f"{folder} is quantised; only plain weights can be streamed.")
+            raise ModelError(
+                f"{folder} is quantised (config.json has a quantization_config), and only plain "
+                "weights can be streamed; load it whole."
+            )
         if dtype == "auto":
             dtype = config.dtype or torch.float32
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():

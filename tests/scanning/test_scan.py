@@ -572,7 +572,7 @@ def test_a_wrong_index_is_one_clear_line(make, tmp_path):
             "no FFN layout of model type",
         ),
         ({"hidden_act": "relu2"}, "activation 'relu2', for which melens has no bound"),
-        ({"quantization_config": {"bits": 4}}, "quantised weights"),
+        ({"quantization_config": {"bits": 4}}, "has a quantization_config"),
         ({"num_hidden_layers": None}, "config.json does not make a model"),
         ({"model_type": "t5"}, "no causal decoder"),
     ],

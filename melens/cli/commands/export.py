@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from melens.cli.options import edit_of
 from melens.errors import EditWarning, InterventionError, NoTokenError, PromptError, ResultError
 from melens.formatting import printable
 from melens.progress import remark
-from melens.store import lines_of
+from melens.store import TEXT, lines_of, read_stdin
 
 ON_PLAIN = ("none", "wemask", "drop-key")
 """Edits that a transformers model can have without a bridge, which decodes slower."""
@@ -171,10 +170,7 @@ def prompts_of(given: Sequence[str] | None) -> list[str]:
         if text != "-":
             found.append(text)
             continue
-        try:
-            lines = lines_of(sys.stdin.buffer.read().decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise PromptError("standard input is not UTF-8; convert it, e.g. with iconv.") from None
+        lines = lines_of(read_stdin(TEXT, error=PromptError))
         found += [line for line in lines if line.strip()]
     if not found or not all(text.strip() for text in found):
         raise PromptError("a prompt is empty; give at least one character.")
