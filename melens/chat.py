@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from melens.errors import PromptError
 from melens.framing import frame_of, plain_ids, prompt_ids
+from melens.store import digest
 
 CHILD = Path(__file__).with_name("chat_child.py")
 SECONDS = 10
@@ -24,7 +24,7 @@ AT_ONCE = 256
 MEGABYTES = 512
 CHARACTERS = 64_000_000
 """Most that all texts of one call may become."""
-_FAILED: dict[bytes, str] = {}
+_FAILED: dict[str, str] = {}
 """What went wrong, by the hash of what was asked; the texts themselves are not kept."""
 MOST_FAILED = 256
 WITHOUT = "leave it out (--no-chat of generate and eval, no --chat elsewhere; chat=False in Python)"
@@ -58,7 +58,7 @@ def template_key(tokenizer: Any, *, chat: bool | None = None) -> str:
     used = in_template(tokenizer, chat)
     said = repr(getattr(tokenizer, "chat_template", None) if used else None)
     said += " alone" * (used and loses_prefix(tokenizer))
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    return digest([said])
 
 
 def loses_prefix(tokenizer: Any) -> bool:
@@ -171,7 +171,7 @@ def render(
 
 def _rendered(job: str) -> list[str]:
     """The texts of one child; what failed is remembered, so that a hang costs its limit once."""
-    key = hashlib.sha256(job.encode()).digest()
+    key = digest([job])
     texts, error = ([], _FAILED[key]) if key in _FAILED else _run(job)
     if error is None:
         return texts

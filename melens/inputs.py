@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from melens.models.anatomy import is_folded
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
 from melens.provenance import ModelFacts, RunInfo
+from melens.store import digest
 
 
 @runtime_checkable
@@ -197,7 +197,7 @@ def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str
     return {
         "sequences": len(ids),
         "tokens": sum(map(len, ids)),
-        "ids": hashlib.sha256(repr(sorted(map(list, ids))).encode()).hexdigest()[:16],
+        "ids": digest([repr(sorted(map(list, ids)))]),
         **({} if tokenizer is None else {"bos_first": bos_first(tokenizer, ids)}),
         "length": max(map(len, ids)),
         "bos": made.bos,

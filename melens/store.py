@@ -1,4 +1,6 @@
-"""Files: the one way in which melens writes them, reads small ones, and their lines."""
+"""The one way to keep work: files, folders and rows on disk, and hashes of what they are of."""
+
+# pyright: strict
 
 from __future__ import annotations
 
@@ -13,14 +15,23 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar, cast
 
-from melens.errors import MelensError, OutputError
+from melens.errors import MelensError, OutputError, ResultError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Json = dict[str, Any]
+"""An object of JSON."""
 
 PAGE, RESULT, TEXT, ROWS = 1_000_000, 256_000_000, 256_000_000, 4_000_000_000
 """Bytes that a policy or record, a result, a text and a file of items may have."""
+CHUNK = 1 << 20
+"""Bytes that are hashed at once."""
 ABANDONED = 3600.0
 """Seconds without a change after which a temporary file is a killed command's."""
 _NO_WAIT, _CLOSE, _BINARY = (
@@ -89,6 +100,17 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
     return target
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there.
+
+    Raises:  OutputError: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot remove {path}: {error.strerror or error}.") from None
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -200,7 +222,7 @@ def _beside(target: Path, ending: str) -> Path:
 def _stem(target: Path) -> str:
     """Whose a temporary name is: long names are cut, and their hash tells them apart."""
     name = target.name
-    return f".{name[:40]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    return f".{name[:40]}.{digest([os.fsencode(name)], length=8)}"
 
 
 def _write_new(path: Path, raw: bytes) -> None:
@@ -266,6 +288,42 @@ def _last_change(path: Path) -> float:
     return max(part.lstat().st_mtime for part in (path, *inside))
 
 
+def digest(parts: Iterable[str | bytes | bytearray | memoryview], *, length: int = 16) -> str:
+    """The first hex digits of the sha256 of parts, one behind the other; 64 are all."""
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(part.encode() if isinstance(part, str) else part)
+    return made.hexdigest()[:length]
+
+
+def hash_facts(facts: object) -> str:
+    """Short hash of everything that numbers depend on, as plain values."""
+    return digest([json.dumps(facts, sort_keys=True, default=str)])
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex, however long the file is.
+
+    Raises:  OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return digest(iter(lambda: file.read(CHUNK), b""), length=64)
+
+
+def hash_tensors(labelled: Iterable[tuple[str, Tensor]], *, length: int = 16) -> str:
+    """Hash of tensors and of what is said of each: its name, its shape and its dtype, or more."""
+    pairs = ((label, tensor_bytes(value)) for label, value in labelled)
+    return digest((part for pair in pairs for part in pair), length=length)
+
+
+def tensor_bytes(value: Tensor) -> memoryview:
+    """A tensor's bytes, in the order of its entries, to be hashed."""
+    import torch  # not above: whoever writes a file need not have it loaded
+
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
 def lines_of(text: str) -> list[str]:
     r"""Lines of a text, which end at ``\n`` or ``\r\n``; nothing else ends a line.
 
@@ -275,16 +333,16 @@ def lines_of(text: str) -> list[str]:
     return made if made[-1] else made[:-1]
 
 
-def json_object(line: str) -> dict[str, Any] | None:
-    """The object that a line of JSON is; None where it is none."""
+def json_object(text: str) -> Json | None:
+    """The object that a text of JSON is; None where it is none."""
     try:
-        found = json.loads(line)
+        found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return cast(Json, found) if isinstance(found, dict) else None
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> bool:
     r"""Whether a value is Unicode text; JSON can write half a surrogate pair (``\ud800``) too."""
     if not isinstance(value, str):
         return False
@@ -293,3 +351,152 @@ def is_text(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What is said of a file that cannot be taken up; ``{path}`` and ``{line}`` are filled in."""
+
+    damaged: str
+    foreign: str = ""
+    """It is no file of this kind."""
+    other: str = ""
+    """Its numbers depend on other facts."""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Of what kept work is: its kind, and a key of all facts that its numbers depend on."""
+
+    schema: str
+    key: str
+    facts: Json | None = None
+    """What the key is of, for whoever reads the file."""
+
+    def fits(self, found: Json | None, refusal: Refusal | None, path: Path) -> bool:
+        """Whether what is kept with this head may be taken up; None is no head at all.
+
+        Args:    refusal: None = what does not fit is begun anew.
+        Raises:  ResultError: it does not fit, and there is a refusal.
+        """
+        if found is None:
+            return _refused(refusal and refusal.damaged, path)
+        if found.get("schema") != self.schema:
+            return _refused(refusal and refusal.foreign, path)
+        if found.get("key") != self.key:
+            return _refused(refusal and refusal.other, path)
+        return True
+
+    def line(self) -> str:
+        """The first line of a file of rows."""
+        of = {} if self.facts is None else {"of": self.facts}
+        head = {"schema": self.schema, "key": self.key, **of}
+        return json.dumps(head, sort_keys=True, default=str) + "\n"
+
+
+def _refused(said: str | None, path: Path, line: int = 0) -> bool:
+    if said is not None:
+        raise ResultError(said.format(path=path, line=line))
+    return False
+
+
+Name = TypeVar("Name", bound=Hashable)
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class RowFormat(Generic[Name, Row]):
+    """How rows of one kind are told apart and stand in a file, a line of JSON each."""
+
+    name: Callable[[Row], Name]
+    write: Callable[[Row], str]
+    read: Callable[[str], Row | None]
+    """None for a row that is of something else; raises ValueError where a line is no row."""
+    refusal: Refusal | None
+    """None = a file of something else, or a damaged one, is begun anew."""
+
+
+class KeptRows(Generic[Name, Row]):
+    """Finished rows by name; on disk, each as soon as it is known, if there is a path.
+
+    An earlier run's are taken up. A torn last line, which a kill leaves, costs its one row.
+    """
+
+    def __init__(
+        self, path: Path | None, form: RowFormat[Name, Row], heading: Heading | None
+    ) -> None:
+        """Take up what ``path`` holds, or begin the file.
+
+        Args:    heading: the file's first line; None = it has none, every row says of what it is.
+        Raises:  ResultError: the file cannot be read, or is to be refused. OutputError: it cannot
+                 be written.
+        """
+        self.path, self.form, self.heading = path, form, heading
+        self.found: dict[Name, Row] = {}
+        if path is None or self._take_up(path):
+            return
+        self.found = {}
+        if heading is not None:
+            write_atomically(path, heading.line())
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Keep rows that are not there yet; they are on disk when this returns.
+
+        Raises:  OutputError: the file cannot be written.
+        """
+        new = {name: row for row in rows if (name := self.form.name(row)) not in self.found}
+        self.found.update(new)
+        if self.path is not None and new:
+            _append(self.path, "".join(self.form.write(row) + "\n" for row in new.values()))
+
+    def remove(self) -> None:
+        """The result is there: what led to it is not needed any more."""
+        if self.path is not None:
+            remove_file(self.path)
+
+    def _take_up(self, path: Path) -> bool:
+        """False where the file is to be begun."""
+        try:
+            raw = read_limited(path, ROWS) if path.exists() else b""
+        except OSError as error:
+            raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
+        whole = raw[: raw.rfind(b"\n") + 1]
+        lines = list(enumerate(whole.split(b"\n")[:-1], start=1))
+        if self.heading is not None:
+            if not raw or not self._is_ours(raw.partition(b"\n")[0], len(lines) > 1, path):
+                return False
+            lines = lines[1:]
+        if not all(self._read(line, number, path) for number, line in lines):
+            return False
+        if whole != raw:  # a kill in the middle of a line
+            write_atomically(path, whole)
+        return True
+
+    def _is_ours(self, head: bytes, rows: bool, path: Path) -> bool:
+        assert self.heading is not None
+        found = json_object(head.decode(errors="replace"))
+        if found is not None and found.get("schema") == self.heading.schema and not rows:
+            return False  # nothing is lost where it is begun anew
+        return self.heading.fits(found, self.form.refusal, path)
+
+    def _read(self, line: bytes, number: int, path: Path) -> bool:
+        try:
+            row = self.form.read(line.decode())
+        except (ValueError, RecursionError):
+            refusal = self.form.refusal
+            return _refused(refusal and refusal.damaged, path, number)
+        if row is not None:
+            self.found[self.form.name(row)] = row
+        return True
+
+
+def _append(path: Path, text: str) -> None:
+    """At the end of a file, on disk when this returns."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None

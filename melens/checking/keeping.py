@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,20 @@ import torch
 
 from melens import __version__
 from melens.checking.bench import CAUSE_TOKENS, VIEW_TOKENS, Bench
-from melens.errors import OutputError, ResultError
+from melens.errors import ResultError
 from melens.provenance import versions
 from melens.results.base import Result, load_result
-from melens.store import PAGE, RESULT, read_limited, write_atomically
+from melens.store import (
+    PAGE,
+    RESULT,
+    digest,
+    hash_facts,
+    hash_tensors,
+    json_object,
+    read_limited,
+    remove_file,
+    write_atomically,
+)
 
 SCHEMA = "melens/check-stage/2"
 FOLDER = "stages"
@@ -49,8 +58,7 @@ class Keeper:
             "config": config_of(bench.model),
             "tokenizer": tokenizer_hash(getattr(bench.model, "tokenizer", None)),
         }
-        text = json.dumps(facts, sort_keys=True, default=str)
-        return cls(folder, hashlib.sha256(text.encode()).hexdigest()[:16])
+        return cls(folder, hash_facts(facts))
 
     def read(self, stage: str) -> tuple[Result, float] | None:
         """A finished stage and its seconds; None where there is none, it is damaged, or of
@@ -79,7 +87,7 @@ class Keeper:
         path = self._path(stage)
         if path is None:
             return
-        _remove(path.with_suffix(".key"))
+        remove_file(path.with_suffix(".key"))
         text = result.to_json()
         write_atomically(path, text)
         head = self._about(stage, text.encode(), seconds)
@@ -92,7 +100,7 @@ class Keeper:
             "key": self.key,
             "stage": stage,
             "seconds": seconds,
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": digest([data], length=64),
         }
 
     def _path(self, stage: str) -> Path | None:
@@ -105,11 +113,9 @@ def full_hash(model: Any) -> str:
 
     The fingerprint of a RunInfo samples; a damaged entry between its samples would go unseen.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    weights = sorted(model.state_dict().items())
+    labelled = ((f"{name}{tuple(value.shape)}{value.dtype}", value) for name, value in weights)
+    return hash_tensors(labelled, length=64)
 
 
 def config_of(model: Any) -> dict[str, Any]:
@@ -128,20 +134,11 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
     held = inner.to_str() if inner is not None else sorted(tokenizer.get_vocab().items())
     special = getattr(tokenizer, "special_tokens_map", None)
     flags = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
-    facts = repr([held, special, flags, getattr(tokenizer, "chat_template", None)])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
+    return digest([repr([held, special, flags, getattr(tokenizer, "chat_template", None)])])
 
 
 def _head(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_limited(path, PAGE))
-    except (OSError, ValueError, RecursionError):
+        return json_object(read_limited(path, PAGE).decode()) or {}
+    except (OSError, UnicodeDecodeError):
         return {}
-    return found if isinstance(found, dict) else {}

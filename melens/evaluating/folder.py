@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from melens.errors import OutputError, ResultError
+from melens.errors import ResultError
 from melens.evaluating.generated import answers_beside
 from melens.formatting import clipped
 from melens.item_rows import head_of
 from melens.results.edit import Edit
-from melens.store import open_regular
+from melens.store import open_regular, remove_file
 
 ITEMS, RESULT = "items.jsonl", "evaluate.json"
 
@@ -51,10 +51,7 @@ def start_anew(folder: Path) -> None:
     Raises:  OutputError: a file cannot be removed.
     """
     for path in (folder / ITEMS, folder / RESULT, answers_beside(folder / ITEMS)):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot remove {path}: {error.strerror}.") from None
+        remove_file(path)
 
 
 def _has_rows(path: Path) -> bool:

@@ -26,6 +26,7 @@ from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
 from melens.item_rows import ItemRow, Rows
 from melens.results.evaluation import Evaluation
+from melens.store import remove_file
 
 PROBES = 4
 """Prompts that the masked energy is measured on: it belongs to the massive token, not to them."""
@@ -57,7 +58,7 @@ def generated(
                 rows.add(job.rows(condition, step, progress))
             if progress is not None:
                 progress((step + 1) * len(order), len(bench.conditions) * len(order))
-        part.unlink(missing_ok=True)  # all of it is in the rows now
+        remove_file(part)  # all of it is in the rows now
     used = in_template(tokenizer, source.chat)
     chat = "in the chat template" if used else "no chat template"
     about = (

@@ -7,7 +7,6 @@ greedy answer begins with the right one if and only if no token is wrong. Nothin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +46,7 @@ from melens.results.long_context import (
     PositionBin,
     Retrieval,
 )
+from melens.store import digest
 
 TEXTS = 8
 PER_BIN = 128
@@ -345,8 +345,7 @@ def _cell(length: int, depth: float, rows: Sequence[ItemRow]) -> LengthCell:
 
 
 def _hash(items: Sequence[Forced]) -> str:
-    ids = repr([(item.id, item.ids, item.scored) for item in items])
-    return hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return digest([repr([(item.id, item.ids, item.scored) for item in items])])
 
 
 def _rows_of(outcome: ForcedOutcome) -> list[ItemRow]:

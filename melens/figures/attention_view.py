@@ -7,7 +7,6 @@ ask the internet whether it is there and write tokens into the page unescaped.
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import importlib.util
 import json
@@ -24,7 +23,7 @@ from typing import Any
 from melens.errors import OutputError, ResultError
 from melens.formatting import printable
 from melens.results.attention import MOST_TOKENS, AttentionMaps, HeadMap, TokenNorms, most_heads
-from melens.store import write_atomically
+from melens.store import digest, write_atomically
 
 FRAME_HEIGHT = 800
 """Pixels a notebook cell gives to the page. Fixed, because circuitsvis' maps follow the size of
@@ -289,8 +288,8 @@ def content_policy(*scripts: str) -> str:
 
     Text that becomes HTML by mistake still cannot run.
     """
-    digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
-    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    digests = [bytes.fromhex(digest([script], length=64)) for script in scripts]
+    allowed = " ".join(f"'sha256-{base64.b64encode(made).decode()}'" for made in digests)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
         "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from melens.models.anatomy import check_layer, require_unfolded
 from melens.results import MELayer
 from melens.results.isolate import Isolation, Write
 from melens.resume import Resumable
+from melens.store import digest
 
 TOP_NEURONS = 8
 LAYER_SHARE = 0.05
@@ -106,7 +106,7 @@ def _facts(inputs: Inputs, me_layer: MELayer, how: How) -> dict[str, Any]:
             me_layer.peak_layer,
             [[token.position, token.token_id, token.dim] for token in me_layer.massive],
         ],
-        "texts": hashlib.sha256(repr(texts).encode()).hexdigest()[:16],
+        "texts": digest([repr(texts)]),
     }
 
 

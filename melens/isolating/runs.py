@@ -81,7 +81,6 @@ class Finished:
         Args:    facts: what the numbers depend on.
         Raises:  ResultError: the file is of another isolation, or damaged.
         """
-        self.path = path
         self.rows = Rows(path, facts, of="isolation")
 
     def number(self, name: str, measure: Callable[[], float]) -> float:
@@ -127,8 +126,7 @@ class Finished:
 
     def remove(self) -> None:
         """The result is there: what led to it is not needed any more."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        self.rows.remove()
 
 
 def _listed(x: Tensor) -> list[float | None]:

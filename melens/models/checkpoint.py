@@ -5,10 +5,9 @@ Files are read and not mapped: mapped pages would count as this process's memory
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from melens.errors import FetchError, MelensError, WeightsError
 from melens.models.gguf_header import VOCABULARY, GGUFHeader, read_gguf_header, require_blocks
 from melens.models.origin import Sample, stride_of
 from melens.models.weight_files import WeightFiles, read_header, require_placed
+from melens.store import digest
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Stored as plain numbers; block formats are dequantised."""
@@ -161,15 +161,17 @@ class Checkpoint:
 
         Args:    times: of the files' times too, so that a file rewritten in place is another.
         """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        return digest(self._identity(times=times))
+
+    def _identity(self, *, times: bool) -> Iterator[str | bytearray]:
+        yield json.dumps(self.config, sort_keys=True, default=str)
         for blob in self.blobs:
-            digest.update(f"{blob.name} {blob.size} {blob.stamp if times else 0}".encode())
+            yield f"{blob.name} {blob.size} {blob.stamp if times else 0}"
             edge = bytearray(min(EDGE, blob.size))
             blob.read_into(blob.size - len(edge), memoryview(edge), "its last bytes")
-            digest.update(edge)
+            yield edge
         for name, stored in sorted(self.tensors.items()):
-            digest.update(f"{name}{stored.shape}{stored.kind}{stored.start}".encode())
-        return digest.hexdigest()[:16]
+            yield f"{name}{stored.shape}{stored.kind}{stored.start}"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

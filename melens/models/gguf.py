@@ -6,7 +6,6 @@ the file had them, float32 for what was dequantised.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, t
 from melens.models.weight_files import INDEX, read_json, weight_files
 from melens.network import is_set
 from melens.progress import progress_on, remark
-from melens.store import PAGE, read_limited, write_atomically
+from melens.store import PAGE, digest, read_limited, write_atomically
 
 EDGE = 1 << 20
 """Bytes hashed at each end of a file of the user's own, beside its size and time."""
@@ -234,12 +233,15 @@ def _size(n_bytes: int) -> str:
 
 def _key(header: GGUFHeader) -> str:
     """Tells files apart by sizes, times and ends; not by every byte."""
-    digest = hashlib.sha256(str(METHOD).encode())
-    for path in header.files:
-        stat = path.stat()
-        digest.update(json.dumps([stat.st_size, stat.st_mtime_ns]).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(EDGE))
-            file.seek(max(0, stat.st_size - EDGE))
-            digest.update(file.read(EDGE))
-    return digest.hexdigest()[:12]
+
+    def parts() -> Iterator[str | bytes]:
+        yield str(METHOD)
+        for path in header.files:
+            stat = path.stat()
+            yield json.dumps([stat.st_size, stat.st_mtime_ns])
+            with path.open("rb") as file:
+                yield file.read(EDGE)
+                file.seek(max(0, stat.st_size - EDGE))
+                yield file.read(EDGE)
+
+    return digest(parts(), length=12)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from melens.store import hash_tensors
 
 SAMPLES_PER_TENSOR = 256
 
@@ -76,8 +77,5 @@ def stride_of(count: int) -> int:
 
 def digest_of(samples: Iterable[tuple[str, Sample]]) -> str:
     """The fingerprint of named samples, whatever their order."""
-    digest = hashlib.sha256()
-    for name, made in sorted(samples, key=lambda item: item[0]):
-        digest.update(f"{name}{made.shape}{made.dtype}".encode())
-        digest.update(made.values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    ordered = sorted(samples, key=lambda item: item[0])
+    return hash_tensors((f"{name}{made.shape}{made.dtype}", made.values) for name, made in ordered)

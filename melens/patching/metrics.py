@@ -6,7 +6,6 @@ is a class registered in ``METRICS_OF_PATCH``.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol, cast, runtime_checkable
@@ -30,6 +29,7 @@ from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.sinks import SINK_EPS
 from melens.resume import Resumable
+from melens.store import digest
 
 Token = int | str
 
@@ -195,7 +195,7 @@ class Own:
         """The function's name, and a mark that changes with its code."""
         code = getattr(self.function, "__code__", None)
         mark = repr((code.co_code, code.co_consts, code.co_names)) if code else repr(self.function)
-        return f"{self.name} ({hashlib.sha256(mark.encode()).hexdigest()[:8]})"
+        return f"{self.name} ({digest([mark], length=8)})"
 
     def bind(self, run: Resumable, target: Resumable) -> Readout:
         """Needs all logits of all positions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -37,12 +36,25 @@ from melens.patching.waves import (
     values_of,
     written,
 )
-from melens.results.base import schema_of
 from melens.results.patch import Axis, Nested, PatchGrid
 from melens.resume import Resumable
-from melens.store import ROWS, read_text, write_atomically
+from melens.store import (
+    ROWS,
+    Heading,
+    Refusal,
+    hash_facts,
+    json_object,
+    read_text,
+    write_atomically,
+)
 
 SCHEMA = "melens/patch-cells/1"
+REFUSAL = Refusal(
+    damaged="the checkpoint {path} is damaged; delete it to start anew.",
+    foreign="{path} is no patching checkpoint; choose another path.",
+    other="the checkpoint {path} is of another sweep (other weights, tokens, sites, metric or "
+    "mode); delete it to start anew, or choose another path.",
+)
 SECONDS = 3.0
 """Between two savings: what a power cut may cost."""
 
@@ -56,7 +68,7 @@ class Cells:
         Args:    inputs: fingerprint of everything the numbers depend on.
         Raises:  ResultError: the file is of other inputs, or no checkpoint.
         """
-        self.path, self.inputs = path, inputs
+        self.path, self.heading = path, Heading(SCHEMA, inputs)
         self.done: dict[str, list[float]] = {}
         self._saved = time.monotonic()
         self._dirty = False
@@ -74,23 +86,17 @@ class Cells:
         """Write what is not on disk yet."""
         if self.path is None or not self._dirty:
             return
-        data = {"schema": SCHEMA, "inputs": self.inputs, "cells": self.done}
+        data = {"schema": SCHEMA, "inputs": self.heading.key, "cells": self.done}
         write_atomically(self.path, json.dumps(data, sort_keys=True, allow_nan=False))
         self._saved, self._dirty = time.monotonic(), False
 
     def _read(self, path: Path) -> dict[str, list[float]]:
         text = read_text(path, ROWS, error=ResultError, what="the checkpoint")
-        if schema_of(text, str(path)) != SCHEMA:
-            raise ResultError(f"{path} is no patching checkpoint; choose another path.")
-        data = json.loads(text)
-        if data.get("inputs") != self.inputs:
-            raise ResultError(
-                f"the checkpoint {path} is of another sweep (other weights, tokens, sites, metric "
-                "or mode); delete it to start anew, or choose another path."
-            )
+        data = json_object(text) or {}  # what is no JSON is no checkpoint either
+        self.heading.fits({**data, "key": data.get("inputs")}, REFUSAL, path)
         cells = data.get("cells")
         if not isinstance(cells, dict) or not all(map(_is_values, cells.values())):
-            raise ResultError(f"the checkpoint {path} is damaged; delete it to start anew.")
+            raise ResultError(REFUSAL.damaged.format(path=path))
         return cells
 
 
@@ -275,7 +281,7 @@ class _Prepared:
             # edits that are open around the call change these, and nothing else here
             *(f"{value:.5g}" for value in (*self.unpatched, *(self.others or ()))),
         ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return hash_facts(facts)
 
     @property
     def differs_from(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import torch
 
 from melens import __version__
-from melens.errors import ModelError, OutputError, ResultError
+from melens.errors import ModelError
 from melens.locating.thresholds import ERASED_LEFT, FIRST_SHARE, last_body_layer
 from melens.models.checkpoint import Checkpoint
 from melens.models.opening import open_checkpoint
@@ -19,7 +17,7 @@ from melens.provenance import ModelFacts, RunInfo
 from melens.results.scan import Candidate, Role, WeightScan
 from melens.scanning.neurons import LayerScan, scan_layer
 from melens.scanning.plan import CheckpointPlan, plan_of
-from melens.store import RESULT, read_limited, write_atomically
+from melens.store import Heading, KeptRows, RowFormat
 
 STANDS_OUT = 15.0
 """Times its layer's median neuron. SmolLM2: those on dim 507 have 17 to 853, the other layers'
@@ -188,61 +186,21 @@ def _sign(loud: list[Candidate], dim: int) -> int | None:
 SCHEMA = "melens/scan-layers/1"
 
 
-class Kept:
+def kept_layers(path: Path | None, key: str) -> KeptRows[int, LayerScan]:
     """Finished layers by number; on disk if there is a path.
 
     A file of other weights, or one that is damaged, is begun anew: a scan is cheap, and the
-    user's --out may hold an older model's. A torn last line (a kill) costs its one layer.
+    user's --out may hold an older model's.
+
+    Raises:  OutputError: the file cannot be written. ResultError: it cannot be read.
     """
-
-    def __init__(self, path: Path | None, key: str) -> None:
-        """Take up what ``path`` holds, if it is of this ``key``.
-
-        Raises:  OutputError: the file cannot be written. ResultError: it cannot be read.
-        """
-        self.path = path
-        self.layers: dict[int, LayerScan] = {}
-        if path is None:
-            return
-        if not self._read(path, key):
-            self.layers = {}
-            write_atomically(path, json.dumps({"schema": SCHEMA, "key": key}) + "\n")
-
-    def add(self, found: LayerScan) -> None:
-        """Keep a layer; it is on disk when this returns.
-
-        Raises:  OutputError: the file cannot be written.
-        """
-        self.layers[found.row.layer] = found
-        if self.path is None:
-            return
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(found.model_dump_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
-
-    def _read(self, path: Path, key: str) -> bool:
-        if not path.exists():
-            return False
-        try:
-            text = read_limited(path, RESULT).decode("utf-8", errors="replace")
-        except OSError as error:
-            raise ResultError(f"cannot read {path}: {error.strerror or error}.") from None
-        head, *lines = text.split("\n")
-        try:
-            if json.loads(head) != {"schema": SCHEMA, "key": key}:
-                return False
-            for line in lines[:-1]:
-                found = LayerScan.model_validate_json(line)
-                self.layers[found.row.layer] = found
-        except (ValueError, RecursionError):
-            return False
-        if lines and lines[-1]:  # else the next layer would be written behind the torn part
-            write_atomically(path, text[: -len(lines[-1])])
-        return bool(lines)
+    form = RowFormat(
+        name=lambda found: found.row.layer,
+        write=LayerScan.model_dump_json,
+        read=LayerScan.model_validate_json,
+        refusal=None,
+    )
+    return KeptRows(path, form, Heading(SCHEMA, key))
 
 
 LEAVES_OUT = (
@@ -287,13 +245,13 @@ def scan(
     try:
         plan = plan_of(files)
         key = "" if keep is None else f"{__version__} {files.key(times=True)} {device}"
-        kept = Kept(keep, key)
+        kept = kept_layers(keep, key)
         for layer in plan.layers:
-            if layer.layer not in kept.layers:
-                kept.add(scan_layer(files, plan, layer, device))
+            if layer.layer not in kept.found:
+                kept.add([scan_layer(files, plan, layer, device)])
             if progress is not None:
                 progress(layer.layer + 1, len(plan.layers))
-        return _result(files, plan, kept.layers, device)
+        return _result(files, plan, kept.found, device)
     finally:
         torch.set_num_threads(threads)
         files.close()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from melens.errors import ModelError
 from melens.models.decoder import layer_list
 from melens.provenance import versions
-from melens.store import PAGE, read_limited, write_atomically
+from melens.store import PAGE, digest, hash_facts, read_limited, tensor_bytes, write_atomically
 
 OUT = "out"
 """The block's own output, beside its sites' names."""
@@ -31,8 +30,7 @@ class Tape:
 
     def __init__(self, folder: Path, key: str) -> None:
         """A folder of its own inside ``folder`` for this checkpoint and these versions."""
-        text = json.dumps([key, versions()], sort_keys=True)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = folder / hash_facts([key, versions()])
         self.played = 0
         """Blocks that were taken from disk instead of being run."""
         self._pass = self.folder
@@ -65,7 +63,7 @@ class Tape:
         self._restore()  # an interrupt may have left the last pass unfinished
         if len(module._forward_pre_hooks) > self._own_hooks:  # every edit of melens has one there
             _refuse()
-        self._pass = self.folder / _hash_of((args, sorted(kwargs.items())))
+        self._pass = self.folder / digest(_parts((args, sorted(kwargs.items()))))
         for layer in range(len(self._stack)):
             kept = self._read(layer)
             points = _tapped(self._bridge, layer)
@@ -165,18 +163,13 @@ def _tapped(bridge: Any, layer: int) -> dict[str, Any]:
     return dict(found.values())
 
 
-def _hash_of(value: Any) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()[:16]
-
-
-def _feed(digest: Any, value: Any) -> None:
+def _parts(value: Any) -> Iterator[str | memoryview]:
+    """What tells calls of a model apart."""
     if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        yield f"{value.dtype}{tuple(value.shape)}"
+        yield tensor_bytes(value)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _feed(digest, item)
+            yield from _parts(item)
     else:
-        digest.update(repr(value).encode())
+        yield repr(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from melens.evaluating.scoring import extract_answer, is_refusal, read_prompts, 
 from melens.models.cache import building, cache_dir
 from melens.registry import Registry
 from melens.results.base import Part
-from melens.store import TEXT, is_text, json_object, lines_of, read_limited
+from melens.store import TEXT, digest, is_text, json_object, lines_of, read_limited
 
 
 @dataclass(frozen=True)
@@ -262,7 +261,7 @@ def file_key(path: Path) -> str:
     Raises:  PromptError: it cannot be read, or is too long.
     """
     try:
-        return hashlib.sha256(read_limited(path, TEXT)).hexdigest()[:16]
+        return digest([read_limited(path, TEXT)])
     except OSError as error:
         raise PromptError(f"cannot read {path}: {error.strerror or error}.") from None
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from melens.chat import has_template, in_template, loses_prefix, render
-from melens.errors import OutputError, PromptError, ResultError
+from melens.errors import PromptError
 from melens.evaluating.harness.data import (
     GENERATION_TASKS,
     ITEM,
@@ -29,14 +27,15 @@ from melens.evaluating.harness.data import (
     require_lm_eval,
     require_punkt,
 )
-from melens.evaluating.harness.settings import PLAIN, key_of, model_key
+from melens.evaluating.harness.settings import PLAIN, model_key
 from melens.framing import frame_of, require_known
 from melens.results import MELayer
 from melens.results.edit import Edit
-from melens.store import ROWS, read_limited, write_atomically
+from melens.store import KeptRows, Refusal, RowFormat, hash_facts
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Against a checkpoint's own generation settings, under which greedy would not be greedy."""
+NO_ANSWERS = Refusal("{path}, line {line}, is no row of answers; name another file.")
 FORMAT = 3
 """Of prompts and scores; a change makes earlier rows unfit to be pooled with new ones."""
 
@@ -68,18 +67,17 @@ def run_task(
     check_task(task, settings)
     docs = items(task, settings.data)[: settings.limit]
     key = _run_key(model, tokenizer, task, edit, me_layer, settings)
-    kept = _read(settings.rows_path, key, edit.label)
-    left = [number for number, doc in enumerate(docs) if doc[ITEM] not in kept]
+    kept = _answers_of(settings.rows_path, key, edit.label)
+    left = [number for number, doc in enumerate(docs) if doc[ITEM] not in kept.found]
     tell = settings.progress or (lambda done, total: None)
     tell(len(docs) - len(left), len(docs))
     if left:
         job = _Job(task, edit.label, key, settings)
         models = _Models(model, tokenizer, edit, me_layer)
         for rows in _answers(models, job, left, fresh=len(left) == len(docs)):
-            _append(settings.rows_path, rows)
-            kept.update({row.item: row for row in rows})
-            tell(sum(doc[ITEM] in kept for doc in docs), len(docs))
-    return [kept[doc[ITEM]] for doc in docs]
+            kept.add(rows)
+            tell(sum(doc[ITEM] in kept.found for doc in docs), len(docs))
+    return [kept.found[doc[ITEM]] for doc in docs]
 
 
 def check_task(task: str, settings: GenerationSettings) -> None:
@@ -144,16 +142,18 @@ def _run_key(
     from lm_eval import __version__
 
     chat = in_template(tokenizer, settings.chat)
-    return key_of(
-        format=FORMAT,
-        lm_eval=__version__,
-        task=task,
-        model=model_key(_plain(model), tokenizer, edit, me_layer),
-        data=file_key(data_file(task, settings.data)),
-        length=settings.max_new_tokens or GENERATION_TASKS[task].max_new_tokens,
-        **({"open_end": True} if frame_of(tokenizer).suffix else {}),
-        **({"chat": False} if has_template(tokenizer) and not chat else {}),
-        **({"template_alone": True} if chat and loses_prefix(tokenizer) else {}),
+    return hash_facts(
+        {
+            "format": FORMAT,
+            "lm_eval": __version__,
+            "task": task,
+            "model": model_key(_plain(model), tokenizer, edit, me_layer),
+            "data": file_key(data_file(task, settings.data)),
+            "length": settings.max_new_tokens or GENERATION_TASKS[task].max_new_tokens,
+            **({"open_end": True} if frame_of(tokenizer).suffix else {}),
+            **({"chat": False} if has_template(tokenizer) and not chat else {}),
+            **({"template_alone": True} if chat and loses_prefix(tokenizer) else {}),
+        }
     )
 
 
@@ -264,41 +264,18 @@ def _row(theirs: Any, job: _Job, request: Any, answer: str) -> AnswerRow:
     )
 
 
-def _read(path: Path, key: str, condition: str) -> dict[str, AnswerRow]:
-    """Finished rows of one condition by item; a line that a kill cut off is dropped.
+def _answers_of(path: Path, key: str, condition: str) -> KeptRows[str, AnswerRow]:
+    """Finished rows of one condition by item; rows of others may stand in the same file.
 
     Raises:  ResultError: a whole line that is no row.
     """
-    if not path.exists():
-        return {}
-    try:
-        raw = read_limited(path, ROWS)
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}.") from None
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if whole != raw:
-        write_atomically(path, whole)
-    kept: dict[str, AnswerRow] = {}
-    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
-        try:
-            row = AnswerRow.model_validate_json(line)
-        except ValidationError:
-            raise ResultError(
-                f"{path}, line {number}, is no row of answers; name another file."
-            ) from None
-        if (row.key, row.condition) == (key, condition):
-            kept[row.item] = row
-    return kept
+
+    def read(line: str) -> AnswerRow | None:
+        row = AnswerRow.model_validate_json(line)
+        return row if (row.key, row.condition) == (key, condition) else None
+
+    return KeptRows(path, RowFormat(attrgetter("item"), _line, read, NO_ANSWERS), None)
 
 
-def _append(path: Path, rows: Sequence[AnswerRow]) -> None:
-    """On disk when this returns."""
-    text = "".join(json.dumps(row.model_dump(), allow_nan=False) + "\n" for row in rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
+def _line(row: AnswerRow) -> str:
+    return json.dumps(row.model_dump(), allow_nan=False)

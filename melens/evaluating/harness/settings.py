@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +14,10 @@ from pydantic import ValidationError
 from melens.errors import InterventionError, UnknownNameError
 from melens.evaluating.edits import located_facts
 from melens.formatting import brief
-from melens.models.origin import SAMPLES_PER_TENSOR
+from melens.models.origin import digest_of, sample
 from melens.results import MELayer, load_located
 from melens.results.edit import Edit
+from melens.store import hash_facts
 
 MASK = ("mask_select", "mask_rate", "mask_strength", "mask_layers", "mask_seed")
 LOADING = ("device", "dtype", "revision", "trust_remote_code")
@@ -141,30 +140,20 @@ def weights_key(model: Any) -> str:
 
     Args:    model: a transformers model; its bridge's ``original_model``.
     """
-    digest = hashlib.sha256()
-    values = {name.replace(WRAPPED, ""): value for name, value in model.named_parameters()}
-    for name, value in sorted(values.items()):
-        flat = value.detach().flatten()
-        step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(flat[::step].cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def key_of(**facts: Any) -> str:
-    """Short hash of facts in JSON."""
-    text = json.dumps(facts, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    values = model.named_parameters()
+    return digest_of((name.replace(WRAPPED, ""), sample(value)) for name, value in values)
 
 
 def model_key(model: Any, tokenizer: Any, edit: Edit, me_layer: MELayer | None) -> str:
     """Short hash of weights, dtype, chat template and edit."""
-    return key_of(
-        weights=weights_key(model),
-        dtype=str(next(model.parameters()).dtype),
-        chat_template=getattr(tokenizer, "chat_template", None),
-        edit=edit.model_dump(mode="json"),
-        located=None if edit.name == "none" else located_facts(me_layer),
+    return hash_facts(
+        {
+            "weights": weights_key(model),
+            "dtype": str(next(model.parameters()).dtype),
+            "chat_template": getattr(tokenizer, "chat_template", None),
+            "edit": edit.model_dump(mode="json"),
+            "located": None if edit.name == "none" else located_facts(me_layer),
+        }
     )
 
 
