@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -10,7 +9,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from melens.errors import ResultError
-from melens.registry import Registry
+from melens.registry import Registry, closest
 from melens.results.base import Result
 from melens.results.known import Comparison, KnownCheck
 from melens.results.locate import MELayer
@@ -50,17 +49,20 @@ def known(model: str, result: Result, *, d_model: int | None = None) -> KnownChe
     rows = [row for row in rows if row.get("bos", with_bos) == with_bos] or rows
     checks = [_check(row, model, result) for row in rows]
     if not checks:
-        names = [name.rsplit("/", 1)[-1] for name in known_models()]
-        close = difflib.get_close_matches(model.rsplit("/", 1)[-1], [*names, *ALIASES], n=1)
-        return KnownCheck(
-            model=model,
-            verdict="unknown",
-            comparisons=(),
-            source=None,
-            meant=close[0] if close else None,
-        )
+        return _not_on_record(model, ALIASES)
     order = ("match", "mismatch", "unknown")
     return min(checks, key=lambda check: order.index(check.verdict))
+
+
+def _not_on_record(model: str, also: Iterable[str] = ()) -> KnownCheck:
+    names = [name.rsplit("/", 1)[-1] for name in known_models()]
+    return KnownCheck(
+        model=model,
+        verdict="unknown",
+        comparisons=(),
+        source=None,
+        meant=closest(model.rsplit("/", 1)[-1], [*names, *also]),
+    )
 
 
 def known_by(names: Iterable[str], hold: Callable[[str], KnownCheck]) -> KnownCheck:
@@ -234,15 +236,7 @@ def known_scan(model: str, scan: WeightScan) -> KnownCheck:
     """
     checks = [_check_scan(row, model, scan) for row in published_rows(model)]
     if not checks:
-        names = [name.rsplit("/", 1)[-1] for name in known_models()]
-        close = difflib.get_close_matches(model.rsplit("/", 1)[-1], names, n=1)
-        return KnownCheck(
-            model=model,
-            verdict="unknown",
-            comparisons=(),
-            source=None,
-            meant=close[0] if close else None,
-        )
+        return _not_on_record(model)
     return min(
         checks,
         key=lambda check: (

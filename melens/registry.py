@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from melens.errors import DuplicateNameError, UnknownNameError
@@ -37,13 +37,23 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def unknown(self, name: str) -> str:
         """The message for a name that is not here, with the closest one that is."""
-        name = clipped(name)
-        close = difflib.get_close_matches(name, self._items, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        return f"unknown {self.kind} '{name}'.{hint} Known: {', '.join(self._items) or 'none'}."
+        return unknown_name(self.kind, name, self._items)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)
 
     def __len__(self) -> int:
         return len(self._items)
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one means, if any is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not known, with the closest one that is."""
+    name, known = clipped(name), list(known)
+    close = closest(name, known)
+    hint = "" if close is None else f" Did you mean '{close}'?"
+    return f"unknown {kind} '{name}'.{hint} Known: {', '.join(known) or 'none'}."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from melens.errors import ModelError, ModelNotFoundError
 from melens.models.named import NAMED
+from melens.registry import closest
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,6 @@ def _kind(name: str) -> Asked:
         return Asked(name, "gguf", path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         raise ModelNotFoundError(f"there is no file or folder {name}.")
-    if "/" not in name and difflib.get_close_matches(name, NAMED, n=1):
+    if "/" not in name and closest(name, NAMED):
         raise ModelNotFoundError(NAMED.unknown(name))
     return Asked(name, "hub")

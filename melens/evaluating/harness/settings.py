@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from melens.errors import InterventionError, UnknownNameError
 from melens.evaluating.edits import located_facts
 from melens.formatting import brief
 from melens.models.origin import digest_of, sample
+from melens.registry import unknown_name
 from melens.results import MELayer, load_located
 from melens.results.edit import Edit
 from melens.store import hash_facts
@@ -80,11 +80,8 @@ def _check_names(given: Mapping[str, Any]) -> None:
     known = ("edit", *MASK, "located", *LOADING, *PASSED_ON)
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise UnknownNameError(
-                f"unknown model argument '{name}'.{hint} Known: pretrained, {', '.join(known)}."
-            )
+            said = unknown_name("model argument", name, ["pretrained", *known])
+            raise UnknownNameError(said)
 
 
 def _edit(name: str, masks: dict[str, Any]) -> Edit:
