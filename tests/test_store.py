@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import stat
 import subprocess
@@ -13,7 +15,24 @@ from pathlib import Path
 import pytest
 
 from melens.errors import OutputError, PolicyError, PromptError, ResultError
-from melens.store import ABANDONED, _stem, read_limited, read_text, write_atomically, write_folder
+from melens.store import (
+    ABANDONED,
+    Heading,
+    KeptRows,
+    Refusal,
+    RowFormat,
+    digest,
+    hash_facts,
+    hash_file,
+    hash_tensors,
+    read_limited,
+    read_text,
+    replacing,
+    workspace,
+    write_atomically,
+    write_folder,
+)
+from melens.store.disk import stem_of
 
 SRC = Path(__file__).parent.parent / "melens"
 
@@ -23,12 +42,12 @@ def names(folder: Path) -> list[str]:
 
 
 def test_nothing_writes_files_by_itself():
-    """Replacing, temporary names and the like stand in store.py (and where models are fetched)."""
-    elsewhere = {"store.py", "cache.py"}
+    """Replacing, temporary names, hashing and the like stand in melens/store alone."""
+    words = ("os.replace", '.tmp"', "NamedTemporaryFile", "mkstemp", ".write_bytes(", "hashlib")
     for path in SRC.rglob("*.py"):
         text = path.read_text("utf-8")
-        if path.name not in elsewhere:
-            for word in ("os.replace", '.tmp"', "NamedTemporaryFile", "mkstemp", ".write_bytes("):
+        if path.parent.name != "store":
+            for word in words:
                 assert word not in text, (path, word)
 
 
@@ -64,7 +83,7 @@ def test_the_temporary_name_is_unguessable_and_exclusive(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)  # were it guessed after all
-    (tmp_path / f"{_stem(tmp_path / 'a.json')}.{'0' * 16}.tmp").symlink_to(victim)
+    (tmp_path / f"{stem_of(tmp_path / 'a.json')}.{'0' * 16}.tmp").symlink_to(victim)
     with pytest.raises(OutputError, match=r"cannot write .*a\.json: File exists"):
         write_atomically(tmp_path / "a.json", "y")
     assert victim.read_text() == "mine"
@@ -132,31 +151,116 @@ def test_a_failing_or_interrupted_folder_leaves_what_was_there(tmp_path):
     assert (tmp_path / "out" / "f").read_text() == "old"
 
 
-def test_what_a_kill_left_is_tidied_up(tmp_path):
-    """A process that is killed while it writes; its files go when they are old enough."""
-    code = (
-        "import os, signal, sys; from pathlib import Path; from melens.store import write_folder\n"
-        "def fill(at): (at / 'f').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write_folder(Path(sys.argv[1]), fill)"
+HOLD = """
+import sys, time
+from pathlib import Path
+from melens.store import replacing
+with replacing(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("1")
+    print("here", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_running_one_has_is_not(tmp_path):
+    target = tmp_path / "models" / "x"
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(target)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(SRC.parent)},
+        )
+        for _ in range(2)
+    ]
+    try:
+        for holder in holders:
+            assert holder.stdout.readline() == b"here\n"
+        assert len(names(target.parent)) == 4  # a folder and a lock each
+        holders[0].kill()
+        holders[0].wait()
+        with replacing(target) as folder:
+            assert len(names(target.parent)) == 4  # the running one's, and ours
+            _fill(folder, "1")
+        assert len(names(target.parent)) == 2 + 1
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+    write_folder(target, lambda at: _fill(at, "2"))
+    assert names(target.parent) == ["x"]
+    assert (target / "f").read_text() == "2"
+
+
+@pytest.mark.parametrize("write", [write_atomically, lambda at, _: write_folder(at, Path.stat)])
+def test_what_has_no_lock_is_tidied_up_when_it_is_old_enough(write, tmp_path):
+    target, other = tmp_path / "out", tmp_path / "other"
+    young, old, ours, theirs = (
+        tmp_path / f"{stem_of(whose)}.{digit * 16}.{ending}"
+        for whose, digit, ending in (
+            (target, "0", "tmp"),
+            (target, "1", "tmp"),
+            (target, "2", "old"),
+            (other, "3", "tmp"),
+        )
     )
-    out = tmp_path / "out"
-    killed = subprocess.run(
-        [sys.executable, "-c", code, str(out)], env={**os.environ, "PYTHONPATH": str(SRC.parent)}
-    )
-    assert killed.returncode < 0
-    (left,) = tmp_path.iterdir()
-    other = tmp_path / f"{_stem(tmp_path / 'other')}.{'0' * 16}.tmp"
-    other.write_text("not ours to remove")
-    write_folder(out, lambda at: _fill(at, "1"))
-    assert left.exists()  # it may still be at work
-    for path in (left, left / "f", other):
+    target.mkdir() if write is not write_atomically else target.touch()
+    for path in (young, old, theirs):
+        path.touch()
+    ours.mkdir()
+    _fill(ours, "half")
+    for path in (old, theirs, ours, ours / "f"):
         os.utime(path, (time.time() - 2 * ABANDONED,) * 2)
-    write_folder(out, lambda at: _fill(at, "2"))
-    assert names(tmp_path) == [other.name, "out"]
+    write(target, "x")
+    assert names(tmp_path) == sorted([young.name, theirs.name, "out"])
+
+
+def test_work_is_private_and_what_is_done_is_as_readable_as_other_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "x") as folder:
+            assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+            for name, mode in (("a", 0o600), ("run", 0o700)):
+                (folder / name).write_text("1")
+                (folder / name).chmod(mode)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "x" / "a").stat().st_mode) == 0o640
+    assert (tmp_path / "x" / "run").stat().st_mode & 0o100
+
+
+def test_a_work_folder_cannot_be_guessed_nor_lie_there_already(tmp_path, monkeypatch):
+    with workspace(tmp_path / "x") as one, workspace(tmp_path / "x") as other:
+        assert one != other
+        assert len(one.name) == len(stem_of(tmp_path / "x")) + len(f".{'0' * 16}.tmp")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
+    (tmp_path / f"{stem_of(tmp_path / 'x')}.{'0' * 16}.tmp").symlink_to(elsewhere)
+    with pytest.raises(FileExistsError), replacing(tmp_path / "x"):
+        pass
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_folder_that_another_process_puts_there_meanwhile_is_replaced_too(tmp_path, monkeypatch):
+    target, moved, late = tmp_path / "x", Path.rename, []
+
+    def rename(self, to):
+        if self.name == "new" and not late:  # between our two moves
+            late.append(target)
+            target.mkdir()
+            _fill(target, "theirs")
+        return moved(self, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    write_folder(target, lambda at: _fill(at, "ours"))
+    assert (target / "f").read_text() == "ours"
+    assert names(tmp_path) == ["x"]
 
 
 def test_a_kill_between_the_two_moves_costs_nothing(tmp_path):
-    old = tmp_path / f"{_stem(tmp_path / 'out')}.{'a' * 16}.old"
+    old = tmp_path / f"{stem_of(tmp_path / 'out')}.{'a' * 16}.old"
     old.mkdir()
     _fill(old, "earlier export")
 
@@ -170,7 +274,7 @@ def test_a_kill_between_the_two_moves_costs_nothing(tmp_path):
 
 def test_long_names_that_begin_alike_do_not_touch_each_others_leftovers(tmp_path):
     first, second = (tmp_path / ("n" * 40 + end) for end in "ab")
-    old = tmp_path / f"{_stem(first)}.{'a' * 16}.old"
+    old = tmp_path / f"{stem_of(first)}.{'a' * 16}.old"
     old.mkdir()
     os.utime(old, (time.time() - 2 * ABANDONED,) * 2)
     write_folder(second, lambda at: _fill(at, "1"))
@@ -253,3 +357,84 @@ def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
         for read in (head_of, lambda at: Rows(at, {})):
             with pytest.raises((ResultError, OutputError), match="regular file"):
                 read(path)
+
+
+HEAD = '{"key": "k", "schema": "rows/1"}\n'
+REFUSED = Refusal("{path} damaged at {line}", "{path} foreign", "{path} of another")
+
+
+def kept(path: Path, refusal: Refusal | None = REFUSED) -> dict[str, dict]:
+    """Rows as melens' own are: named by a field, read from JSON."""
+    form = RowFormat(lambda row: row["name"], json.dumps, _row, refusal)
+    rows = KeptRows(path, form, Heading("rows/1", "k"))
+    rows.add([{"name": "new", "x": 3}])
+    return rows.found
+
+
+def _row(line: str) -> dict:
+    row = json.loads(line)
+    if not isinstance(row, dict) or "name" not in row:
+        raise ValueError(line)
+    return row
+
+
+A, B = (json.dumps({"name": name, "x": 1}) + "\n" for name in "ab")
+
+
+@pytest.mark.parametrize(
+    ("held", "found"),
+    [
+        (None, []),
+        (b"", []),
+        (HEAD.encode()[:-1], []),  # nothing is lost where no row is whole
+        (HEAD.replace('k"', 'other"').encode() + A.encode()[:-1], []),
+        ((HEAD + A + B).encode(), ["a", "b"]),
+        ((HEAD + A + B[:9]).encode(), ["a"]),  # a kill in the middle of a line
+        ((HEAD + A + "\u00e9").encode()[:-1], ["a"]),  # or of a character
+    ],
+)
+def test_rows_are_taken_up_and_a_torn_line_costs_itself_alone(held, found, tmp_path):
+    path = tmp_path / "new" / "rows"
+    if held is not None:
+        path.parent.mkdir()
+        path.write_bytes(held)
+    assert list(kept(path)) == [*found, "new"]
+    assert list(kept(path, None)) == [*found, "new"]  # and nothing is written twice
+    lines = path.read_text().splitlines()
+    assert [json.loads(line).get("name") for line in lines] == [None, *found, "new"]
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (b"no head\n", "damaged at 1"),
+        (b'{"schema": "other/1"}\n', "foreign"),
+        ((HEAD.replace('"k"', '"j"') + A).encode(), "of another"),
+        ((HEAD + A + "{}\n" + B).encode(), "damaged at 3"),
+        (HEAD.encode() + b'{"name": "\xff"}\n', "damaged at 2"),
+    ],
+)
+def test_rows_of_something_else_are_refused_or_begun_anew(held, said, tmp_path):
+    path = tmp_path / "rows"
+    path.write_bytes(held)
+    with pytest.raises(ResultError, match=f"rows {said}$"):
+        kept(path)
+    assert path.read_bytes() == held
+    assert list(kept(path, None)) == ["new"]
+    assert path.read_text().startswith(HEAD)
+
+
+def test_hashes_are_sha256_and_never_change(tmp_path):
+    """They stand in results and in names of kept files."""
+    import torch
+
+    whole = hashlib.sha256("aé".encode()).hexdigest()
+    assert digest(["a", "é".encode()], length=64) == whole
+    assert digest([memoryview(b"a"), "é"]) == whole[:16]
+    (tmp_path / "f").write_text("aé", "utf-8")
+    assert hash_file(tmp_path / "f") == whole
+    facts = {"b": [1, 2.5, None], "a": {"ä": Path("x")}}
+    text = r'{"a": {"\u00e4": "x"}, "b": [1, 2.5, null]}'
+    assert hash_facts(facts) == hashlib.sha256(text.encode()).hexdigest()[:16]
+    tensor = torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16).T
+    assert hash_tensors([("w", tensor)]) == digest(["w", b"\x80\x3f\x00\xc0"])

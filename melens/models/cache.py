@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import importlib.util
 import os
-import re
-import secrets
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from melens.errors import FetchError, WeightsError
 from melens.progress import HUSHED
+from melens.store import hash_file, replacing, workspace
 
-CHUNK = 1 << 20
-WORK_LOCK = re.compile(r"\..+\.[0-9a-f]{16}\.lock")
-"""A work folder's lock; the folder has the same name without the end."""
 OLD = 24 * 3600
 """Seconds after which a work folder without a lock, as older versions made them, is left over."""
 
@@ -99,21 +94,12 @@ def _stderr() -> Any:
         return subprocess.DEVNULL
 
 
-def sha256(path: Path) -> str:
-    """The file's sha256, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def require_sha256(path: Path, expected: str) -> None:
     """Refuse a file whose checksum is not the known one.
 
     Raises:  WeightsError: with both checksums' beginnings.
     """
-    found = sha256(path)
+    found = hash_file(path)
     if found != expected:
         raise WeightsError(
             f"{path.name} has sha256 {found[:12]}..., expected {expected[:12]}...; "
@@ -123,86 +109,41 @@ def require_sha256(path: Path, expected: str) -> None:
 
 @contextlib.contextmanager
 def building(target: Path) -> Iterator[Path]:
-    """A folder to build in: put in ``target``'s place when complete, removed when not.
-
-    Two processes may build the same; one of the results stays. It is readable by whoever the
-    user's umask lets read it.
+    """A folder of the cache to build in, as :func:`melens.store.replacing`.
 
     Raises:  FetchError: the cache cannot be written.
     """
-    with workspace(target.parent, target.name) as work:
-        part = work / "new"
-        part.mkdir()
-        yield part
-        _settle(part)
-        with contextlib.suppress(FileNotFoundError):
-            target.replace(work / "old")
-        try:
-            part.replace(target)
-        except OSError:
-            if not target.is_dir():  # else another process has just put the same in its place
-                raise
+    with contextlib.ExitStack() as stack:
+        yield _entered(stack, target, replacing)
 
 
 @contextlib.contextmanager
-def workspace(parent: Path, name: str) -> Iterator[Path]:
+def working(target: Path) -> Iterator[Path]:
     """A private folder beside what is to be made, removed at the end.
-
-    What killed processes left there is removed first; a lock tells them from those that run.
 
     Raises:  FetchError: the cache cannot be written.
     """
-    from filelock import FileLock
+    with contextlib.ExitStack() as stack:
+        yield _entered(stack, target, workspace)
 
-    work = parent / f".{name}.{secrets.token_hex(8)}"
-    lock = FileLock(f"{work}.lock")
+
+Opened = Callable[[Path], contextlib.AbstractContextManager[Path]]
+
+
+def _entered(stack: contextlib.ExitStack, target: Path, opened: Opened) -> Path:
+    _remove_older_versions(target)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()  # before the folder is there: one without a lock's owner is left over
-        remove_leftovers(parent, name)
-        work.mkdir(mode=0o700)
+        return stack.enter_context(opened(target))
     except OSError as error:
-        lock.release()
         raise FetchError(
-            f"cannot write to the cache {parent}: {error.strerror}; set MELENS_CACHE."
+            f"cannot write to the cache {target.parent}: {error.strerror}; set MELENS_CACHE."
         ) from None
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def remove_leftovers(parent: Path, name: str) -> None:
-    """Remove work folders whose process is gone; and old ones of ``name`` that have no lock, as
-    older versions made them.
-    """  # noqa: D205
-    from filelock import FileLock, Timeout
-
-    for path in parent.iterdir():
-        if not WORK_LOCK.fullmatch(path.name):
-            continue
-        lock = FileLock(path)
-        try:
-            lock.acquire(blocking=False)
-        except (Timeout, OSError):  # its process runs, or it is another user's
-            continue
-        shutil.rmtree(path.with_name(path.name.removesuffix(".lock")), ignore_errors=True)
-        lock.release()
-        path.unlink(missing_ok=True)
-    for path in parent.glob(f".{glob.escape(name)}.*"):
+def _remove_older_versions(target: Path) -> None:
+    """Remove old work folders that have no lock, as much older versions made."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
         with contextlib.suppress(OSError):
             old = time.time() - path.stat().st_mtime > OLD
             if old and not path.with_name(path.name + ".lock").exists() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _settle(folder: Path) -> None:
-    """Every file on the disk, with the rights that the user gives new files."""
-    rights = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(rights | (path.stat().st_mode & 0o111))
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

