@@ -22,6 +22,7 @@ from melens.cli.commands.long_context import long_context
 from melens.cli.commands.measure import attention, collapse, describe, metric, sinks
 from melens.cli.commands.patch import patch
 from melens.cli.commands.scan import reach, scan
+from melens.cli.groups import grouped
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
 from melens.formatting import LAYOUT, printable
 from melens.network import pass_on
@@ -72,28 +73,32 @@ def options(
     """Options of every command; :func:`main` takes all but ``version`` out of the arguments."""
 
 
-app.command()(locate)
-app.command()(scan)
-app.command()(describe)
-app.command()(collapse)
-app.command()(metric)
-app.command()(sinks)
-app.command()(attention)
-app.command()(isolate)
-app.command()(super_weights)
-app.command()(patch)
-app.command("eval")(evaluate)
-app.command()(long_context)
-app.command()(export)
-app.command()(generate)
-app.command()(tune)
-app.command()(check)
-app.command()(diff)
-app.command()(reach)
-app.command()(known)
-app.command()(plot)
-app.command()(models)
-app.command()(env)
+COMMANDS = (
+    locate,
+    scan,
+    describe,
+    collapse,
+    metric,
+    sinks,
+    attention,
+    isolate,
+    super_weights,
+    patch,
+    evaluate,
+    long_context,
+    export,
+    generate,
+    tune,
+    check,
+    diff,
+    reach,
+    known,
+    plot,
+    models,
+    env,
+)
+for _command in COMMANDS:
+    app.command("eval" if _command is evaluate else None)(grouped(_command))
 
 
 def main(arguments: list[str] | None = None) -> None:

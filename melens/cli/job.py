@@ -13,10 +13,12 @@ from typing import Any
 import typer
 
 from melens.cli import output
-from melens.cli.options import Dtype
+from melens.cli.options import OutputOptions, RunOptions, TextOptions
 from melens.errors import ResultError
-from melens.network import go_offline
 from melens.progress import Display, progress_on
+
+ALL_BUNDLED = TextOptions()
+NOT_SAVED = OutputOptions()
 
 
 @dataclass
@@ -24,55 +26,50 @@ class Job:
     """One command's shared options, as typed."""
 
     model: str
-    text: Path | None
-    prompt: list[str] | None
-    bos: bool | None
-    chat: bool
-    n_seq: int | None
-    length: int | None
-    out: Path | None
-    as_json: bool
-    device: str
-    dtype: Dtype | None
-    revision: str | None
-    trust_remote_code: bool
-    offline: bool
-    batch_size: int = 4
-    seed: int = 0
+    run: RunOptions
+    texts: TextOptions = ALL_BUNDLED
+    output: OutputOptions = NOT_SAVED
     located: Path | None = None
-    lines: bool = False
     source: Any = None
     """The texts' source, once looked at."""
     saved: Any = None
     """The ME Layer that ``located`` holds."""
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> Job:
-        """From a command's arguments, those of its own left out; refuses before torch loads."""
-        job = cls(**{name: options[name] for name in cls.__dataclass_fields__ if name in options})
-        job.source = output.source(job.text, job.prompt, lines=job.lines)
-        if "edit" not in options and (Path(job.model).expanduser() / "melens.json").is_file():
-            output.note(f"{job.model} has a melens.json; its edit is not applied here.")
-        if job.offline:
-            go_offline()
-        job.out = output.writable(job.out)
+    def of(cls, model: str, run: RunOptions, *, edits: bool = False, **options: Any) -> Job:
+        """From a command's options; refuses before torch loads.
+
+        Args:    edits: whether the command has an edit of its own.
+                 options: the texts, the output, and the file with the ME Layer.
+        """
+        job = cls(model, run, **options)
+        texts = job.texts
+        job.source = output.source(texts.text, texts.prompt, lines=texts.lines)
+        if not edits and (Path(model).expanduser() / "melens.json").is_file():
+            output.note(f"{model} has a melens.json; its edit is not applied here.")
+        output.refuse_unwritable(job.out)
         return job
+
+    @property
+    def out(self) -> Path | None:
+        """The folder for results."""
+        return self.output.out
+
+    def prompts(self, **cut: Any) -> Any:
+        """The texts, cut as typed but for what ``cut`` says."""
+        from melens.batches import prompts
+
+        texts = self.texts
+        typed = {"n": texts.n_seq, "length": texts.length, "bos": texts.bos, "chat": texts.chat}
+        return prompts(self.source, **typed | cut)
 
     def load(self) -> tuple[Any, Any]:
         """The model, and the texts."""
-        from melens.batches import prompts
         from melens.models import load  # not melens.load, which puts a saved edit in force
 
-        texts = prompts(self.source, n=self.n_seq, length=self.length, bos=self.bos, chat=self.chat)
+        texts = self.prompts()
         self.saved = self._read_located()
-        model = load(
-            self.model,
-            device=None if self.device == "auto" else self.device,
-            dtype=self.dtype.value if self.dtype else None,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
-        return model, texts
+        return load(self.model, **self.run.loading()), texts
 
     def locate(self, model: Any, texts: Any, *, overwrite: bool = False) -> Any:
         """The ME Layer: read, or found now; saved beside what comes next, never over an older one
@@ -83,7 +80,13 @@ class Job:
         from melens.locating import locate
 
         with self.bar() as tick:
-            found = locate(model, texts, batch_size=self.batch_size, seed=self.seed, progress=tick)
+            found = locate(
+                model,
+                texts,
+                batch_size=self.run.batch_size,
+                seed=self.run.seed,
+                progress=tick,
+            )
         if overwrite or self.out is None or not (self.out / "locate.json").exists():
             output.save(found, self.out, "locate", "profile")
         return found
@@ -97,7 +100,7 @@ class Job:
         if self.saved is not None and (said := _other_texts(self.saved, result, same_texts)):
             output.note(said)
         output.save(result, self.out, result.kind, result.kind)
-        output.show(result, as_json=self.as_json, folder=self.out)
+        output.show(result, as_json=self.output.as_json, folder=self.out)
 
     def _read_located(self) -> Any:
         if self.located is None:
@@ -132,35 +135,19 @@ SEQUENCES, LENGTH = 2, 64
 """Reference texts of `locate --stream`: the medians need few, and every token is paid for."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What is streamed, and how: options as typed."""
-
-    model: str
-    folder: Path | None
-    device: str
-    dtype: Dtype | None
-    revision: str | None
-    offline: bool = False
-    need_tokenizer: bool = True
-
-
 @contextmanager
-def streamed(wanted: Wanted) -> Iterator[Any]:
+def streamed(
+    model: str, run: RunOptions, folder: Path | None, *, need_tokenizer: bool = True
+) -> Iterator[Any]:
     """A streamed bridge with its progress bar; at the end says what was read, and tidies up."""
-    if wanted.offline:
-        go_offline()
+    if run.trust_remote_code:
+        raise typer.BadParameter("--stream runs no code of the model's own")
     from melens.streaming.streamed import load_streamed, stream_of
 
-    keep = None if wanted.folder is None else wanted.folder / KEPT
-    bridge = load_streamed(
-        wanted.model,
-        device=None if wanted.device == "auto" else wanted.device,
-        dtype=wanted.dtype.value if wanted.dtype else None,
-        revision=wanted.revision,
-        need_tokenizer=wanted.need_tokenizer,
-        keep=keep,
-    )
+    keep = None if folder is None else folder / KEPT
+    how = run.loading()
+    del how["trust_remote_code"]
+    bridge = load_streamed(model, **how, need_tokenizer=need_tokenizer, keep=keep)
     reading: Any = stream_of(bridge)
     with progress_on("blocks") as tick:
         reading.progress = tick
@@ -176,20 +163,16 @@ def streamed(wanted: Wanted) -> Iterator[Any]:
 
 def locate_streamed(job: Job) -> Any:
     """`melens locate --stream`: few texts, one batch, one block in memory at a time."""
-    from melens.batches import prompts
     from melens.locating import locate
 
-    if job.trust_remote_code:
-        raise typer.BadParameter("--stream runs no code of the model's own")
-    n = job.n_seq or (None if job.prompt else SEQUENCES)
-    texts = prompts(job.source, n=n, length=job.length, bos=job.bos, chat=job.chat)
-    wanted = Wanted(job.model, job.out, job.device, job.dtype, job.revision)
-    with streamed(wanted) as model:
-        if job.length is None:
+    length = job.texts.length
+    texts = job.prompts(n=job.texts.n_seq or (None if job.texts.prompt else SEQUENCES))
+    with streamed(job.model, job.run, job.out) as model:
+        if length is None:
             limit = getattr(model.cfg, "n_ctx", None) or LENGTH
             texts = dataclasses.replace(texts, length=min(LENGTH, limit))
         rows = len(texts.token_rows(model.tokenizer))
-        result = locate(model, texts, batch_size=rows, seed=job.seed)
+        result = locate(model, texts, batch_size=rows, seed=job.run.seed)
         output.save(result, job.out, "locate", "profile")
     return result
 

@@ -1,21 +1,91 @@
-"""Options that several commands share: one meaning, one help text; and the Edit that they mean."""
+"""Options that several commands share, in groups: one meaning, one help text, declared once."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melens.cli.groups import without
+from melens.errors import InterventionError, MelensError, ResultError
 from melens.formatting import brief
+from melens.network import go_offline
 from melens.progress import hush
 
 if TYPE_CHECKING:
     from melens.results.edit import Edit
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A named model (see: melens models), a folder, a .gguf file or a Hugging Face id."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Force BOS on or off (default: as the tokenizer does)."),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=4, help="Tokens a sequence at most (default: 128, or the context if shorter)."
+    ),
+]
+Located = Annotated[
+    Path | None,
+    typer.Option(
+        help="This model's locate.json, or a check's report.json (default: locate first)."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The texts that are measured on."""
+
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A UTF-8 file to read instead of the bundled texts; - is stdin."),
+    ] = None
+    lines: Annotated[
+        bool,
+        typer.Option("--lines", help="Take every line of --text as a text (blank ones left out)."),
+    ] = False
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text of your own; may be given several times.")
+    ] = None
+    bos: Bos = None
+    chat: Annotated[bool, typer.Option("--chat", help="Put texts through the chat template.")] = (
+        False
+    )
+    n_seq: Annotated[
+        int | None, typer.Option(min=1, help="Sequences (default: 8, or one a prompt).")
+    ] = None
+    length: Length = None
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where a result goes."""
+
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the figures.")
+    ] = None
+    force: Annotated[
+        bool, typer.Option("--force", help="Start anew in an --out of another evaluation.")
+    ] = False
+    as_json: Json = False
+
+
+Output = Annotated[OutputOptions, without("force")]
+"""Of a command whose --out holds no evaluation."""
 
 
 class Dtype(StrEnum):
@@ -27,83 +97,77 @@ class Dtype(StrEnum):
     auto = "auto"
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A named model (see: melens models), a folder, a .gguf file or a Hugging Face id."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
-Text = Annotated[
-    Path | None,
-    typer.Option(help="A UTF-8 file to read instead of the bundled texts; - is stdin."),
-]
-Lines = Annotated[
-    bool, typer.Option("--lines", help="Take every line of --text as a text (blank ones left out).")
-]
-Prompt = Annotated[
-    list[str] | None, typer.Option(help="A text of your own; may be given several times.")
-]
-Bos = Annotated[
-    bool | None,
-    typer.Option("--bos/--no-bos", help="Force BOS on or off (default: as the tokenizer does)."),
-]
-Chat = Annotated[bool, typer.Option("--chat", help="Put texts through the chat template.")]
-NSeq = Annotated[int | None, typer.Option(min=1, help="Sequences (default: 8, or one a prompt).")]
-Length = Annotated[
-    int | None,
-    typer.Option(
-        min=4, help="Tokens a sequence at most (default: 128, or the context if shorter)."
-    ),
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the figures.")
-]
-Device = Annotated[str, typer.Option(envvar="MELENS_DEVICE", help="auto, cpu, cuda, mps, ...")]
-DtypeOption = Annotated[
-    Dtype | None,
-    typer.Option(
-        "--dtype",
-        envvar="MELENS_DTYPE",
-        help="Default: float32 on the CPU, else the checkpoint's own.",
-    ),
-]
-BatchSize = Annotated[
-    int, typer.Option(min=1, envvar="MELENS_BATCH_SIZE", help="Sequences a forward pass.")
-]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Chooses the tokens that are tried alone.")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the model repository's own code.")
-]
-Offline = Annotated[
-    bool, typer.Option("--offline", help="Never use the network; so does MELENS_OFFLINE=1.")
-]
+def seed_option(help: str) -> Any:
+    """A --seed that chooses something else than the tokens that are tried alone."""
+    return typer.Option(min=0, max=2**63 - 1, help=help)
 
 
-def _hush(value: bool) -> bool:
-    if value:
-        hush()
-    return value
+def _obey(switch: Callable[[], None]) -> Callable[[bool], bool]:
+    """A callback that does what its flag says as soon as it is read."""
+
+    def read(given: bool) -> bool:
+        if given:
+            switch()
+        return given
+
+    return read
 
 
-Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        callback=_hush,
-        help="No progress and no notes on stderr, only errors and what an edit missed.",
-    ),
-]
-Located = Annotated[
-    Path | None,
-    typer.Option(
-        help="This model's locate.json, or a check's report.json (default: locate first)."
-    ),
-]
+@dataclass(frozen=True)
+class RunOptions:
+    """How the model is loaded and run."""
+
+    device: Annotated[
+        str, typer.Option(envvar="MELENS_DEVICE", help="auto, cpu, cuda, mps, ...")
+    ] = "auto"
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            "--dtype",
+            envvar="MELENS_DTYPE",
+            help="Default: float32 on the CPU, else the checkpoint's own.",
+        ),
+    ] = None
+    batch_size: Annotated[
+        int, typer.Option(min=1, envvar="MELENS_BATCH_SIZE", help="Sequences a forward pass.")
+    ] = 4
+    seed: Annotated[int, seed_option("Chooses the tokens that are tried alone.")] = 0
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")
+    ] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model repository's own code.")
+    ] = False
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            callback=_obey(go_offline),
+            help="Never use the network; so does MELENS_OFFLINE=1.",
+        ),
+    ] = False
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            callback=_obey(hush),
+            help="No progress and no notes on stderr, only errors and what an edit missed.",
+        ),
+    ] = False
+
+    def loading(self) -> dict[str, Any]:
+        """What the functions that load a model are told."""
+        return {
+            "device": None if self.device == "auto" else self.device,
+            "dtype": self.dtype.value if self.dtype else None,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+SeededRun = Annotated[RunOptions, without("batch_size")]
+"""Of a command that runs one sequence, or one item, at a time."""
 
 
 class EditKind(StrEnum):
@@ -129,88 +193,98 @@ class SelectKind(StrEnum):
     bottom_gamma = "bottom-gamma"
 
 
-EditOption = Annotated[
-    EditKind | None,
-    typer.Option(
-        "--edit",
-        help="none; wemask: the mask; zero, mean: the massive coordinates after the ME Layer; "
-        "norm-flatten, ffn-cap: at the ME Layer; drop-key: the sink token's key and value. "
-        "Default: wemask, or what MODEL's melens.json says.",
-    ),
-]
-MaskSelect = Annotated[
-    SelectKind | None,
-    typer.Option(
-        "--mask-select",
-        help="Dimensions by largest norm gain (gamma), |activation|, their product, at random, or "
-        "as controls by smallest |activation| (bottom) or gain (bottom-gamma). Default: gamma.",
-    ),
-]
-MaskRate = Annotated[
-    float | None,
-    typer.Option(
-        "--mask-rate", min=0, max=1, help="Share of the dimensions that is masked. Default: 0.5."
-    ),
-]
-MaskStrength = Annotated[
-    float | None,
-    typer.Option(
-        "--mask-strength", min=0, max=1, help="0 = no change, 1 = the whole edit. Default: 1."
-    ),
-]
-MaskLayers = Annotated[
-    str | None,
-    typer.Option(
-        "--mask-layers",
-        help="after = all after the ME Layer, next = the first of them, or layers from 0: "
-        "12-29,31. Default: after.",
-    ),
-]
-MaskSeed = Annotated[
-    int | None,
-    typer.Option("--mask-seed", min=0, max=2**63 - 1, help="For --mask-select random. Default: 0."),
-]
-EditFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--edit-file",
-        help="A JSON file with an edit, instead of these options: the edit.json of melens tune, a "
-        "melens.json, an evaluate.json.",
-    ),
-]
+@dataclass(frozen=True)
+class EditOptions:
+    """An edit of the model: its name and the mask's settings, or the file that says them."""
+
+    edit: Annotated[
+        EditKind | None,
+        typer.Option(
+            "--edit",
+            help="none; wemask: the mask; zero, mean: the massive coordinates after the ME Layer; "
+            "norm-flatten, ffn-cap: at the ME Layer; drop-key: the sink token's key and value. "
+            "Default: wemask, or what MODEL's melens.json says.",
+        ),
+    ] = None
+    mask_select: Annotated[
+        SelectKind | None,
+        typer.Option(
+            "--mask-select",
+            help="Dimensions by largest norm gain (gamma), |activation|, their product, at random, "
+            "or as controls by smallest |activation| (bottom) or gain (bottom-gamma). Default: "
+            "gamma.",
+        ),
+    ] = None
+    mask_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--mask-rate",
+            min=0,
+            max=1,
+            help="Share of the dimensions that is masked. Default: 0.5.",
+        ),
+    ] = None
+    mask_strength: Annotated[
+        float | None,
+        typer.Option(
+            "--mask-strength", min=0, max=1, help="0 = no change, 1 = the whole edit. Default: 1."
+        ),
+    ] = None
+    mask_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--mask-layers",
+            help="after = all after the ME Layer, next = the first of them, or layers from 0: "
+            "12-29,31. Default: after.",
+        ),
+    ] = None
+    mask_seed: Annotated[
+        int | None,
+        typer.Option(
+            "--mask-seed", min=0, max=2**63 - 1, help="For --mask-select random. Default: 0."
+        ),
+    ] = None
+    edit_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--edit-file",
+            help="A JSON file with an edit, instead of these options: the edit.json of melens "
+            "tune, a melens.json, an evaluate.json.",
+        ),
+    ] = None
+
+
 SETTINGS = ("select", "rate", "strength", "layers", "seed")
 MELENS_JSON = "melens.json"
 RUN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
 
-def edit_of(options: Mapping[str, Any], model: str | Path | None = None) -> Edit:
-    """The edit that a command's ``edit`` and ``mask_*`` arguments mean; torch is not loaded.
+def edit_of(options: EditOptions, model: str | Path | None = None) -> Edit:
+    """The edit that these options mean; torch is not loaded.
 
-    Args:    options: the command's arguments by name (``locals()``); others are ignored.
-             model: MODEL as typed; where it is a folder with a melens.json and none of these
+    Args:    model: MODEL as typed; where it is a folder with a melens.json and none of these
              options was given, the edit is that file's.
     Raises:  InterventionError: settings that the named edit does not have, or layers that are
              none. ResultError: a melens.json that cannot be read.
     """
     from pydantic import ValidationError
 
-    from melens.errors import InterventionError
     from melens.results.edit import Edit
 
-    name = options.get("edit")
-    given = {key: options.get(f"mask_{key}") for key in SETTINGS}
+    given = {key: getattr(options, f"mask_{key}") for key in SETTINGS}
     given = {key: value for key, value in given.items() if value is not None}
-    if (file := options.get("edit_file")) is not None:
-        if name is not None or given:
+    if options.edit_file is not None:
+        if options.edit is not None or given:
             raise InterventionError("--edit-file says it all; drop --edit and --mask-*.")
-        return read_edit_file(Path(file))
-    if name is None and not given and (saved := edit_beside(model)) is not None:
+        return read_edit_file(options.edit_file)
+    if options.edit is None and not given and (saved := edit_beside(model)) is not None:
         return saved
     if "layers" in given:
         given["layers"] = layers_from(given["layers"])
+    name = options.edit or EditKind.wemask
     plain = {key: getattr(value, "value", value) for key, value in given.items()}
     try:
-        return Edit.model_validate({"name": str(getattr(name, "value", name) or "wemask"), **plain})
+        return Edit.model_validate({"name": name.value, **plain})
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"--mask-{part}: " for part in first["loc"][:1])
@@ -233,7 +307,6 @@ def read_edit_file(path: Path) -> Edit:
     """
     from pydantic import ValidationError
 
-    from melens.errors import ResultError
     from melens.results.edit import Edit
     from melens.store import RESULT, read_text
 
@@ -249,8 +322,6 @@ def layers_from(text: str) -> str | tuple[int, ...]:
 
     Raises:  InterventionError: anything else.
     """
-    from melens.errors import InterventionError
-
     if text in ("after", "next"):
         return text
     found: set[int] = set()
@@ -264,3 +335,16 @@ def layers_from(text: str) -> str | tuple[int, ...]:
             )
         found |= set(range(first, last + 1))
     return tuple(sorted(found))
+
+
+def values_from(
+    option: str, text: str, read: Callable[[str], Any], fits: str, error: type[MelensError]
+) -> tuple[Any, ...]:
+    """The values between commas, in the order they were typed.
+
+    Raises:  ``error``: what ``read`` makes no value of.
+    """
+    try:
+        return tuple(read(part.strip()) for part in text.split(","))
+    except ValueError:
+        raise error(f"{option} takes {fits}; got {brief(text)}.") from None

@@ -48,10 +48,10 @@ def source(
     return prompt or BUNDLED
 
 
-def writable(folder: Path | None) -> Path | None:
+def refuse_unwritable(folder: Path | None) -> None:
     """Refuse a folder that cannot be written, before any work."""
     if folder is None:
-        return None
+        return
     if folder.is_file():
         raise typer.BadParameter(f"--out {folder} is a file; name a folder.")
     try:
@@ -60,7 +60,6 @@ def writable(folder: Path | None) -> Path | None:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}.") from None
     if not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write into {folder}; choose another --out.")
-    return folder
 
 
 def save(result: Any, folder: Path | None, name: str, figure: str) -> None:

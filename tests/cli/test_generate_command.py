@@ -11,7 +11,7 @@ import torch
 from planted import plant
 
 from melens.cli.app import main
-from melens.cli.options import edit_of, layers_from
+from melens.cli.options import EditKind, EditOptions, edit_of, layers_from
 from melens.errors import InterventionError, ResultError
 from melens.interventions import wemask
 from melens.results.edit import Edit
@@ -57,11 +57,11 @@ def run(capsys, *arguments):
 
 
 def test_options_mean_one_edit():
-    assert edit_of({}) == Edit()
-    assert edit_of({"mask_rate": 0.1, "mask_layers": "12-14,3"}) == Edit(
+    assert edit_of(EditOptions()) == Edit()
+    assert edit_of(EditOptions(mask_rate=0.1, mask_layers="12-14,3")) == Edit(
         rate=0.1, layers=(3, 12, 13, 14)
     )
-    assert edit_of({"edit": "drop-key", "mask_strength": 0.5}) == Edit(
+    assert edit_of(EditOptions(EditKind.drop_key, mask_strength=0.5)) == Edit(
         name="drop-key", strength=0.5
     )
     assert layers_from("next") == "next"
@@ -69,16 +69,16 @@ def test_options_mean_one_edit():
         with pytest.raises(InterventionError, match=r"--mask-layers takes after, next, or layers"):
             layers_from(wrong)
     with pytest.raises(InterventionError, match=r"norm-flatten has no rate"):
-        edit_of({"edit": "norm-flatten", "mask_rate": 0.5})
+        edit_of(EditOptions(EditKind.norm_flatten, mask_rate=0.5))
 
 
 def test_a_folders_own_edit_is_the_default(tmp_path):
     (tmp_path / "melens.json").write_text(json.dumps({"edit": {"name": "wemask", "rate": 0.2}}))
-    assert edit_of({}, tmp_path) == Edit(rate=0.2)
-    assert edit_of({"mask_rate": 0.3}, tmp_path) == Edit(rate=0.3)
+    assert edit_of(EditOptions(), tmp_path) == Edit(rate=0.2)
+    assert edit_of(EditOptions(mask_rate=0.3), tmp_path) == Edit(rate=0.3)
     (tmp_path / "melens.json").write_text("{}")
     with pytest.raises(ResultError, match=r"holds no edit that melens can read"):
-        edit_of({}, tmp_path)
+        edit_of(EditOptions(), tmp_path)
 
 
 def test_generate_shows_both_answers(folder, located, capsys):

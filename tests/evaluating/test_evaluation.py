@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -659,11 +660,11 @@ def test_a_task_that_generates_can_go_without_the_template(answers_data):
     pytest.importorskip("lm_eval")
     from melens.cli.commands.evaluate import _refuse_early
 
-    asked = dict.fromkeys(("length", "n", "bos", "max_new_tokens", "out", "force"))
-    asked |= {"task": "gsm8k", "data": answers_data, "chat": False}
-    assert _refuse_early(asked, Edit()).chat is False
+    given = {"length": None, "max_new_tokens": None}
+    source = Source(answers_data, chat=False)
+    _refuse_early("gsm8k", source, Edit(), **given)
     with pytest.raises(PromptError, match="makes its prompts itself; drop --bos"):
-        _refuse_early({**asked, "bos": True}, Edit())
+        _refuse_early("gsm8k", replace(source, bos=True), Edit(), **given)
 
 
 # --- The command.

@@ -289,9 +289,9 @@ def test_a_located_mask_comes_back_in_another_dtype(tokenizer, tmp_path):
 def _job(folder):
     from melens.cli.commands.export import EditJob
     from melens.cli.job import Job
+    from melens.cli.options import RunOptions
 
-    names = dict.fromkeys(Job.__dataclass_fields__) | {"lines": False, "model": str(folder)}
-    return EditJob(Job(**names), Edit(name="wemask"))
+    return EditJob(Job(str(folder), RunOptions()), Edit(name="wemask"))
 
 
 def test_a_model_with_an_open_edit_is_collected_in_silence(saved, tmp_path, monkeypatch):

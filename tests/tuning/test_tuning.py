@@ -553,7 +553,7 @@ def test_the_command_writes_its_files_and_takes_them_up(run, folder, tmp_path):
 
 def test_the_command_names_what_it_found(run, planted, masked_text, folder, tmp_path):
     from melens.cli.commands.evaluate import _save_edit
-    from melens.cli.options import edit_of
+    from melens.cli.options import EditOptions, SelectKind, edit_of
     from melens.cli.tables.edits import flags
 
     edit = Edit(select="activation", rate=0.25, strength=0.5, layers=(7, 8))
@@ -562,12 +562,12 @@ def test_the_command_names_what_it_found(run, planted, masked_text, folder, tmp_
     given = flags(edit).split()
     options = dict(zip(given[::2], given[1::2], strict=True))
     typed = {
-        "mask_select": options["--mask-select"],
+        "mask_select": SelectKind(options["--mask-select"]),
         "mask_rate": float(options["--mask-rate"]),
         "mask_strength": float(options["--mask-strength"]),
         "mask_layers": options["--mask-layers"],
     }
-    assert edit_of(typed) == edit
+    assert edit_of(EditOptions(**typed)) == edit
 
 
 @pytest.mark.parametrize(

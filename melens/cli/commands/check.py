@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from melens.cli import options as opt
+from melens.cli import output
+from melens.cli.groups import without
+from melens.cli.job import Job
 from melens.errors import COULD_NOT_RUN, OutputError
 from melens.progress import progress_on, remark
 
@@ -26,6 +29,7 @@ class BudgetName(StrEnum):
 
 def check(
     model: opt.Model,
+    *,
     policy: Annotated[
         str,
         typer.Option(help="default, strict or research, or a .toml file of your own."),
@@ -44,21 +48,9 @@ def check(
         Path | None,
         typer.Option(help="A model card (README.md) whose section on this check is updated."),
     ] = None,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: Annotated[opt.RunOptions, without("batch_size", "seed")],
 ) -> None:
     """Check MODEL before it is deployed: one verdict, one page, every number behind it.
 
@@ -73,22 +65,19 @@ def check(
 
       melens check ./my-model --policy policy.toml --card ./my-model/README.md
     """
-    from melens.cli import output
-    from melens.cli.job import Job
-
-    job = Job.of(locals())
+    job = Job.of(model, run, texts=texts, output=out)
     _check_files(junit, card)
     from melens.checking import check as measure
     from melens.checking import junit_xml, read_policy
     from melens.store import write_atomically
 
     rules = read_policy(policy)
-    loaded, texts = job.load()
+    loaded, prompts = job.load()
     held = _stages_in(job.out)
     with progress_on(None) as shown:
         report = measure(
             loaded,
-            texts,
+            prompts,
             budget=budget.value,
             policy=rules,
             out=job.out,
@@ -98,7 +87,7 @@ def check(
     _pages(report, job.out, card)
     if junit is not None:
         write_atomically(junit, junit_xml(report))
-    output.show(report, as_json=as_json, folder=job.out)
+    output.show(report, as_json=out.as_json, folder=job.out)
     raise typer.Exit(EXIT_CODES[report.verdict])
 
 

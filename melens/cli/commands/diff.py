@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from melens.cli import options as opt
+from melens.cli import output
+from melens.cli.job import Job
 
 
 def diff(
@@ -20,6 +22,7 @@ def diff(
     b: Annotated[
         str, typer.Argument(metavar="B", help="The one to hold against it: either kind too.")
     ],
+    *,
     tolerance: Annotated[
         float,
         typer.Option(
@@ -38,23 +41,9 @@ def diff(
         str | None,
         typer.Option("--revision-b", help="Another revision for B (default: --revision)."),
     ] = None,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    batch_size: opt.BatchSize = 4,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: opt.RunOptions,
 ) -> None:
     """Say whether the massive activation of B is that of A, and what changed.
 
@@ -68,21 +57,19 @@ def diff(
 
       melens diff runs/base/report.json runs/quantised/report.json --json
     """
-    from melens.cli import output
-    from melens.cli.job import Job
-
-    first = Job.of({**locals(), "model": a})
-    second = replace(first, model=b, dtype=dtype_b or dtype, revision=revision_b or revision)
+    first = Job.of(a, run, texts=texts, output=out)
+    other = replace(run, dtype=dtype_b or run.dtype, revision=revision_b or run.revision)
+    second = replace(first, model=b, run=other)
     from melens.comparing.differences import compare
     from melens.comparing.rows import Tolerances
 
     sides = _sides(first, second, any_texts=any_texts)
     result = compare(sides[0], sides[1], Tolerances(value=tolerance))
     for name, side in zip(("a", "b"), sides, strict=True):
-        if side.source == "model" and out is not None:
-            output.save(side.located, out / name, "locate", "profile")
-    output.save(result, out, "diff", "diff")
-    output.show(result, as_json=as_json, folder=out)
+        if side.source == "model" and first.out is not None:
+            output.save(side.located, first.out / name, "locate", "profile")
+    output.save(result, first.out, "diff", "diff")
+    output.show(result, as_json=out.as_json, folder=first.out)
     if result.verdict == "changed":
         raise typer.Exit(1)
 
@@ -90,11 +77,16 @@ def diff(
 def _sides(first: Any, second: Any, *, any_texts: bool) -> Any:
     from melens.comparing.sides import texts_like, two_sides
 
-    jobs = first, second
+    jobs, texts = (first, second), first.texts
     return two_sides(
         (first.model, second.model),
         lambda saved: texts_like(
-            saved, first.source, n=first.n_seq, length=first.length, bos=first.bos, chat=first.chat
+            saved,
+            first.source,
+            n=texts.n_seq,
+            length=texts.length,
+            bos=texts.bos,
+            chat=texts.chat,
         ),
         lambda index, texts, like: _measured(jobs[index], texts, like),
         any_texts=any_texts,
@@ -105,14 +97,8 @@ def _measured(job: Any, texts: Any, like: Any) -> Any:
     from melens.comparing.sides import Side
     from melens.models import load
 
-    model = load(
-        job.model,
-        device=None if job.device == "auto" else job.device,
-        dtype=job.dtype.value if job.dtype else None,
-        revision=job.revision,
-        trust_remote_code=job.trust_remote_code,
-    )
+    model, run = load(job.model, **job.run.loading()), job.run
     with job.bar() as tick:
         return Side.of_model(
-            model, texts, batch_size=job.batch_size, seed=job.seed, like=like, progress=tick
+            model, texts, batch_size=run.batch_size, seed=run.seed, like=like, progress=tick
         )

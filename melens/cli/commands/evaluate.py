@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melens.cli import options as mask
 from melens.cli import options as opt
-from melens.cli.options import layers_from
-from melens.errors import InterventionError
+from melens.cli import output
+from melens.cli.groups import without
+from melens.cli.job import Job
+from melens.errors import InterventionError, PromptError
 from melens.formatting import brief
 
 if TYPE_CHECKING:
     from melens.evaluating.edits import Plan
-
+    from melens.evaluating.tasks import Source
 
 RIVALS = "zero,mean,norm-flatten,ffn-cap,drop-key"
 
 
+@dataclass(frozen=True)
+class EvalRun(opt.RunOptions):
+    """Its seed is not of the tokens that are tried alone."""
+
+    seed: Annotated[int, opt.seed_option("Of the bootstrap.")] = 0
+
+
 def evaluate(
     model: opt.Model,
+    *,
     task: Annotated[
         str,
         typer.Option(
@@ -44,13 +54,7 @@ def evaluate(
     length: Annotated[
         int | None, typer.Option(min=4, help="Tokens a text at most, for perplexity. Default: 128.")
     ] = None,
-    edit: mask.EditOption = None,
-    mask_select: mask.MaskSelect = None,
-    mask_rate: mask.MaskRate = None,
-    mask_strength: mask.MaskStrength = None,
-    mask_layers: mask.MaskLayers = None,
-    mask_seed: mask.MaskSeed = None,
-    edit_file: mask.EditFileOption = None,
+    edit: opt.EditOptions,
     rates: Annotated[
         str | None,
         typer.Option(
@@ -83,18 +87,8 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(min=1, envvar="MELENS_BATCH_SIZE", help="Answers generated at a time.")
     ] = 1,
-    out: opt.Out = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Start anew in an --out of another evaluation.")
-    ] = False,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the bootstrap.")] = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    out: opt.OutputOptions,
+    run: Annotated[EvalRun, without("batch_size")],
 ) -> None:
     """Hold an edit of MODEL against the unedited model on one task, item by item.
 
@@ -109,32 +103,33 @@ def evaluate(
 
       melens eval ./my-model --task ifeval --data data -n 50 --rates 0.25 --control-seeds 0
     """
-    from melens.cli.job import Job
-
-    asked = locals()
-    chosen = mask.edit_of(asked, model)
+    chosen = opt.edit_of(edit, model)
     plan = plan_of(rates, control_seeds, rivals, rated=chosen.name == "wemask")
-    source = _refuse_early(asked, chosen)
-    job = Job.of(
-        {**asked, **dict.fromkeys(("text", "prompt", "n_seq")), "chat": False, "length": None}
-    )
+    from melens.evaluating.folder import check_folder, start_anew
+    from melens.evaluating.tasks import Source, alike
+
+    source = Source(data, n, length or 128, bos, chat)
+    _refuse_early(task, source, chosen, length=length, max_new_tokens=max_new_tokens)
+    if out.out is not None and not out.force:
+        check_folder(out.out, task, chosen)
+    framed, run = opt.TextOptions(bos=bos), replace(run, batch_size=batch_size)
+    job = Job.of(model, run, texts=framed, output=out, located=located, edits=True)
     loaded, _ = job.load()
     from melens.evaluating import Settings
     from melens.evaluating.run import evaluate as measure
-    from melens.evaluating.tasks import alike
 
-    if job.out is not None and force:
-        _start_anew(job.out)
+    if job.out is not None and out.force:
+        start_anew(job.out)
     settings = Settings(
         plan,
-        seed,
+        run.seed,
         batch_tokens=batch_tokens,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         items=job.out and job.out / "items.jsonl",
     )
     texts = alike(loaded.tokenizer, task, source)
-    found = _kept(job, loaded, texts) or job.locate(loaded, texts, overwrite=force)
+    found = _kept(job, loaded, texts) or job.locate(loaded, texts, overwrite=out.force)
     with job.bar("items") as tick:
         result = measure(
             loaded, task, chosen, me_layer=found, source=source, settings=settings, progress=tick
@@ -147,7 +142,6 @@ def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -
 
     Raises:  InterventionError: what is none.
     """
-    from melens.errors import InterventionError
     from melens.evaluating.edits import RIVALS as ALL
     from melens.evaluating.edits import Plan
 
@@ -173,45 +167,30 @@ def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -
 
 def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
     """Numbers apart by commas, each once, in order; ``none`` is none of them."""
-    from melens.errors import InterventionError
-
     if text == "none":
         return ()
-    try:
-        return tuple(sorted({kind(part) for part in text.split(",")}))
-    except ValueError:
-        raise InterventionError(f"{option} takes {fits}, or none; got {brief(text)}.") from None
+    found = opt.values_from(option, text, kind, f"{fits}, or none", InterventionError)
+    return tuple(sorted(set(found)))
 
 
-def _refuse_early(asked: dict[str, Any], edit: Any) -> Any:
-    """The task's source; whatever can be refused without the model is."""
-    from melens.errors import PromptError
+def _refuse_early(
+    task: str, source: Source, edit: Any, *, length: int | None, max_new_tokens: int | None
+) -> None:
+    """Whatever can be refused without the model is."""
     from melens.evaluating.edits import check_edit
-    from melens.evaluating.folder import check_folder
     from melens.evaluating.harness.data import GENERATION_TASKS
     from melens.evaluating.sources import check_source
-    from melens.evaluating.tasks import LIKELIHOOD_FILES, Source
+    from melens.evaluating.tasks import LIKELIHOOD_FILES
 
-    task, length = asked["task"], asked["length"]
     check_edit(edit)
-    source = Source(asked["data"], asked["n"], length or 128, asked["bos"], asked["chat"])
     check_source(task, source)
     generates = task in GENERATION_TASKS
     if length is not None and (generates or task in LIKELIHOOD_FILES):
         raise PromptError(f"{task} takes its items whole; drop --length.")
-    if asked["max_new_tokens"] is not None and not generates:
+    if max_new_tokens is not None and not generates:
         raise PromptError(f"{task} generates nothing; drop --max-new-tokens.")
-    if generates and asked["bos"] is not None:
+    if generates and source.bos is not None:
         raise PromptError(f"{task} makes its prompts itself; drop --bos.")
-    if asked["out"] is not None and not asked["force"]:
-        check_folder(asked["out"], task, edit)
-    return source
-
-
-def _start_anew(folder: Path) -> None:
-    from melens.evaluating.folder import start_anew
-
-    start_anew(folder)
 
 
 def _kept(job: Any, model: Any, texts: Any) -> Any:
@@ -235,15 +214,13 @@ def _kept(job: Any, model: Any, texts: Any) -> Any:
 
 def _finish(job: Any, result: Any) -> None:
     """Save the result and its figures, and show it."""
-    from melens.cli import output
-
     output.save(result, job.out, "evaluate", "dose")
     if job.out is not None:
         from melens.figures import save_figure
 
         for kind in ("png", "svg"):
             save_figure(result.plot("paired"), job.out / f"paired.{kind}")
-    output.show(result, as_json=job.as_json, folder=job.out)
+    output.show(result, as_json=job.output.as_json, folder=job.out)
 
 
 ROWS = "tune.items.jsonl"
@@ -251,8 +228,16 @@ EDIT = "edit.json"
 LOSS = "perplexity"
 
 
+@dataclass(frozen=True)
+class TuneRun(opt.RunOptions):
+    """Its seed is not of the tokens that are tried alone."""
+
+    seed: Annotated[int, opt.seed_option("Of the split and of what is drawn.")] = 0
+
+
 def tune(
     model: opt.Model,
+    *,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -294,17 +279,8 @@ def tune(
         int | None, typer.Option("--n", "-n", min=1, help="Items, both halves (default: 64).")
     ] = None,
     length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Of the split and of what is drawn.")
-    ] = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    out: opt.Output,
+    run: Annotated[TuneRun, without("batch_size")],
 ) -> None:
     """Search for a mask that betters MODEL, and confirm it on items that were not searched on.
 
@@ -322,23 +298,11 @@ def tune(
         raise InterventionError("--budget and --seconds exclude each other; give one of them.")
     asked = {
         "selects": _list("--selects", selects, str),
-        "layers": _list("--layers", layers, layers_from),
+        "layers": _list("--layers", layers, opt.layers_from),
         "rates": _list("--rates", rates, float),
         "strengths": _list("--strengths", strengths, float),
     }
-    from melens.cli.job import Job
-
-    job = Job.of(
-        {
-            **locals(),
-            "prompt": None,
-            "text": None,
-            "chat": False,
-            "n_seq": None,
-            "length": None,
-            "batch_size": 4,
-        }
-    )
+    job = Job.of(model, run, texts=opt.TextOptions(bos=bos), output=out, located=located)
     from melens.tuning import Budget, SearchSettings, Space
     from melens.tuning import tune as search
     from melens.tuning.items import alike_items, check_enough
@@ -359,7 +323,7 @@ def tune(
             me_layer=found,
             space=space,
             progress=tick,
-            settings=SearchSettings(confirm=confirm, seed=seed, items=kept),
+            settings=SearchSettings(confirm=confirm, seed=run.seed, items=kept),
         )
     job.finish(result, same_texts=False)
     if job.out is not None:
@@ -368,10 +332,9 @@ def tune(
 
 def _list(option: str, text: str | None, read: Callable[[str], Any]) -> tuple[Any, ...]:
     """Values between commas; none where the option was not given."""
-    try:
-        return () if text is None else tuple(read(part.strip()) for part in text.split(","))
-    except ValueError:
-        raise InterventionError(f"{option} takes numbers with commas, got {brief(text)}.") from None
+    if text is None:
+        return ()
+    return opt.values_from(option, text, read, "numbers with commas", InterventionError)
 
 
 def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:

@@ -12,11 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from melens.cli import options as mask
 from melens.cli import options as opt
 from melens.cli import output
+from melens.cli.groups import without
 from melens.cli.job import Job
-from melens.cli.options import edit_of
 from melens.errors import EditWarning, InterventionError, NoTokenError, PromptError, ResultError
 from melens.formatting import printable
 from melens.progress import remark
@@ -32,20 +31,16 @@ class EditJob:
 
     job: Job
     edit: Any
-    chat: bool | None = None
-    first_token: str | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], **own: Any) -> EditJob:
-        """From a command's arguments; refuses before torch loads."""
-        edit = edit_of(options, options["model"])
-        unused = {"text": None, "prompt": None, "n_seq": None, "length": None, "bos": None}
-        job = Job.of({**unused, **options, "chat": False, "out": None})
-        return cls(job, edit, **own)
+    def of(cls, model: str, run: opt.RunOptions, edit: opt.EditOptions, **options: Any) -> EditJob:
+        """From a command's options; refuses before torch loads."""
+        chosen = opt.edit_of(edit, model)
+        return cls(Job.of(model, run, edits=True, **options), chosen)
 
-    def export(self, format: str, out: Path) -> Path:
+    def export(self, format: str, out: Path, first_token: str | None) -> Path:
         """Write the edit into a folder."""
-        if self.first_token is not None and format == "hf":
+        if first_token is not None and format == "hf":
             raise InterventionError("--first-token belongs to the formats prefix and peft.")
         from melens.exporting.folder import check_out, export
         from melens.exporting.prefix import fixed_first
@@ -53,15 +48,15 @@ class EditJob:
         check_out(out)
         loaded, texts = self.job.load()
         if format != "hf":
-            token = fixed_first(loaded.tokenizer, self.first_token)
+            token = fixed_first(loaded.tokenizer, first_token)
             texts = self._with_bos(texts, loaded.tokenizer, [token])
         found = self.me_layer(loaded, texts)
         return export(
-            loaded, self.edit, format=format, out=out, me_layer=found, first_token=self.first_token
+            loaded, self.edit, format=format, out=out, me_layer=found, first_token=first_token
         )
 
     def answers(
-        self, texts: Sequence[str], *, max_new_tokens: int, temperature: float
+        self, texts: Sequence[str], chat: bool | None, *, max_new_tokens: int, temperature: float
     ) -> list[dict[str, Any]]:
         """Both answers to each prompt, and how many of their tokens are equal before they part."""
         from melens.batches import encode_all
@@ -72,8 +67,8 @@ class EditJob:
 
         loaded, bundled = self.job.load()
         tokenizer = loaded.tokenizer
-        chat = in_template(tokenizer, self.chat)
-        bos = None if chat else self.job.bos
+        chat = in_template(tokenizer, chat)
+        bos = None if chat else self.job.texts.bos
         prompts = encode_all(tokenizer, texts, bos=bos, chat=chat)
         require_known(prompts, loaded.cfg.d_vocab)
         _check_room(prompts, loaded.cfg.n_ctx, max_new_tokens)
@@ -89,7 +84,11 @@ class EditJob:
         rows = []
         with self.job.bar("prompts") as tick:
             for text, ids in zip(texts, prompts, strict=True):
-                draw = {"count": max_new_tokens, "temperature": temperature, "seed": self.job.seed}
+                draw = {
+                    "count": max_new_tokens,
+                    "temperature": temperature,
+                    "seed": self.job.run.seed,
+                }
                 without = _continue(model, tokenizer, ids, draw)
                 with where_held(applied(model, self.edit, found)) as record:
                     edited = _continue(model, tokenizer, ids, draw)
@@ -122,7 +121,7 @@ class EditJob:
 
     def _with_bos(self, texts: Any, tokenizer: Any, firsts: Sequence[int]) -> Any:
         """Texts to locate on, with BOS in front where that is what the model is given."""
-        if self.job.bos is not None or tokenizer.bos_token_id is None:
+        if self.job.texts.bos is not None or tokenizer.bos_token_id is None:
             return texts
         starts = all(token == tokenizer.bos_token_id for token in firsts)
         return dataclasses.replace(texts, bos=True) if starts else texts
@@ -130,15 +129,7 @@ class EditJob:
     def _plain(self) -> Any:
         from melens.models import load_plain
 
-        job = self.job
-        model, _, _ = load_plain(
-            job.model,
-            device=None if job.device == "auto" else job.device,
-            dtype=job.dtype.value if job.dtype else None,
-            revision=job.revision,
-            trust_remote_code=job.trust_remote_code,
-        )
-        return model
+        return load_plain(self.job.model, **self.job.run.loading())[0]
 
 
 def _require_edited(rows: Sequence[Mapping[str, Any]], edit: Any) -> None:
@@ -268,6 +259,7 @@ class ExportFormat(StrEnum):
 
 def export(
     model: opt.Model,
+    *,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="A new or empty folder, or an earlier export to replace."),
@@ -279,13 +271,7 @@ def export(
             "token; peft: the same as a prefix-tuning adapter."
         ),
     ] = ExportFormat.hf,
-    edit: mask.EditOption = None,
-    mask_select: mask.MaskSelect = None,
-    mask_rate: mask.MaskRate = None,
-    mask_strength: mask.MaskStrength = None,
-    mask_layers: mask.MaskLayers = None,
-    mask_seed: mask.MaskSeed = None,
-    edit_file: mask.EditFileOption = None,
+    edit: opt.EditOptions,
     located: opt.Located = None,
     first_token: Annotated[
         str | None,
@@ -294,17 +280,9 @@ def export(
             "it first, or what the chat template starts with)."
         ),
     ] = None,
-    bos: opt.Bos = None,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
+    texts: Annotated[opt.TextOptions, without("text", "lines", "prompt", "chat")],
     as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    run: opt.SeededRun,
 ) -> None:
     """Save MODEL's edit to be used elsewhere: as a model folder, a prefix, or a PEFT adapter.
 
@@ -323,15 +301,14 @@ def export(
 
       melens export smollm2-135m --format prefix --located runs/demo/locate.json -o runs/prefix
     """
-    from melens.cli.commands.export import EditJob, show_export
-
-    job = EditJob.of(locals(), first_token=first_token)
-    made = job.export(format.value, out)
+    job = EditJob.of(model, run, edit, texts=texts, located=located)
+    made = job.export(format.value, out, first_token)
     show_export(made, as_json=as_json)
 
 
 def generate(
     model: opt.Model,
+    *,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -351,23 +328,11 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="0 = greedy; above, both answers are drawn by --seed.")
     ] = 0.0,
-    edit: mask.EditOption = None,
-    mask_select: mask.MaskSelect = None,
-    mask_rate: mask.MaskRate = None,
-    mask_strength: mask.MaskStrength = None,
-    mask_layers: mask.MaskLayers = None,
-    mask_seed: mask.MaskSeed = None,
-    edit_file: mask.EditFileOption = None,
+    edit: opt.EditOptions,
     located: opt.Located = None,
     bos: opt.Bos = None,
     as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    run: opt.SeededRun,
 ) -> None:
     """Show MODEL's answers with and without an edit, side by side.
 
@@ -381,9 +346,7 @@ def generate(
 
       echo "Name three rivers." | melens generate smollm2-135m --prompt - --json
     """
-    from melens.cli.commands.export import EditJob, prompts_of, show_answers
-
-    texts = prompts_of(prompt)
-    job = EditJob.of({**locals(), "prompt": None}, chat=chat)
-    rows = job.answers(texts, max_new_tokens=max_new_tokens, temperature=temperature)
+    given = prompts_of(prompt)
+    job = EditJob.of(model, run, edit, texts=opt.TextOptions(bos=bos), located=located)
+    rows = job.answers(given, chat, max_new_tokens=max_new_tokens, temperature=temperature)
     show_answers(rows, label=job.edit.label, as_json=as_json)

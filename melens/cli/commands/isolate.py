@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from melens.cli import options as opt
+from melens.cli.job import Job
 
 STEPS = "isolate-steps.jsonl"
 """File in --out that finished runs are kept in; removed at the end."""
@@ -24,6 +25,7 @@ class FfnEdit(StrEnum):
 
 def isolate(
     model: opt.Model,
+    *,
     located: opt.Located = None,
     layer: Annotated[
         int | None,
@@ -36,22 +38,9 @@ def isolate(
             "an ordinary token's size; drop: no FFN write."
         ),
     ] = FfnEdit.neurons,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: opt.SeededRun,
 ) -> None:
     """Find which parameters of MODEL's ME Layer make its massive activation.
 
@@ -67,22 +56,21 @@ def isolate(
 
       melens isolate smollm2-135m --bos --layer 2 --ffn-edit drop --n-seq 2 --length 32
     """
-    from melens.cli.job import Job
-
-    job = Job.of(locals())
-    loaded, texts = job.load()
-    found = job.locate(loaded, texts)
+    job = Job.of(model, run, texts=texts, output=out, located=located)
+    loaded, prompts = job.load()
+    found = job.locate(loaded, prompts)
     from melens.isolating.cause import How, isolate_with
 
     keep = None if job.out is None else job.out / STEPS
     with job.bar("steps") as tick:
         how = How(layer, ffn_edit.value, tick, keep)
-        result = isolate_with(loaded, found, texts, how)
+        result = isolate_with(loaded, found, prompts, how)
     job.finish(result)
 
 
 def super_weights(
     model: opt.Model,
+    *,
     located: opt.Located = None,
     most: Annotated[int, typer.Option(min=1, help="Stop after this many weights that spike.")] = 10,
     known: Annotated[
@@ -91,23 +79,9 @@ def super_weights(
             help="A published name to hold the coordinates against, e.g. mistralai/Mistral-7B-v0.1."
         ),
     ] = None,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    batch_size: opt.BatchSize = 4,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: opt.RunOptions,
 ) -> None:
     """Find MODEL's super weights: single down-projection weights behind activation spikes.
 
@@ -120,22 +94,25 @@ def super_weights(
 
       melens super-weights ./Llama-2-7b-hf --known meta-llama/Llama-2-7b-hf --most 4 --json
     """
-    from melens.cli.job import Job
-
-    job = Job.of(locals())
+    job = Job.of(model, run, texts=texts, output=out, located=located)
     if known is not None:
         from melens.published import check_known
 
         check_known(known)
-    loaded, texts = job.load()
-    found = job.locate(loaded, texts)
+    loaded, prompts = job.load()
+    found = job.locate(loaded, prompts)
     from melens.isolating.super_weight_search import Search
     from melens.isolating.super_weight_search import super_weights as measure
     from melens.published import with_known
 
-    search = Search(most=most, seed=seed)
+    search = Search(most=most, seed=run.seed)
     with job.bar() as tick:
         result = measure(
-            loaded, texts, me_layer=found, search=search, batch_size=batch_size, progress=tick
+            loaded,
+            prompts,
+            me_layer=found,
+            search=search,
+            batch_size=run.batch_size,
+            progress=tick,
         )
     job.finish(result if known is None else with_known(result, known))

@@ -9,27 +9,15 @@ from typing import Annotated
 import typer
 
 from melens.cli import options as opt
+from melens.cli import output
+from melens.cli.job import Job, locate_streamed
 
 
 def locate(
     model: opt.Model,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    batch_size: opt.BatchSize = 4,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: opt.RunOptions,
     stream: Annotated[
         bool,
         typer.Option(
@@ -50,17 +38,9 @@ def locate(
 
       melens locate ./Llama-3-8B --stream --out runs/large
     """
-    from melens.cli import output
-    from melens.cli.job import Job
-
-    job = Job.of(locals())
-    if stream:
-        from melens.cli.job import locate_streamed
-
-        result = locate_streamed(job)
-    else:
-        result = job.locate(*job.load(), overwrite=True)
-    output.show(result, as_json=as_json, folder=job.out)
+    job = Job.of(model, run, texts=texts, output=out)
+    result = locate_streamed(job) if stream else job.locate(*job.load(), overwrite=True)
+    output.show(result, as_json=out.as_json, folder=job.out)
 
 
 def known(
@@ -78,7 +58,6 @@ def known(
     Example:  melens known smollm2-135m runs/demo/locate.json
     """
     from melens import published
-    from melens.cli import output
     from melens.results import WeightScan, load_result
     from melens.results.check import located_of
 
@@ -115,7 +94,6 @@ def plot(
 
     Example:  melens plot runs/demo/locate.json -o profile.pdf
     """
-    from melens.cli import output
     from melens.results import load_result
 
     output.show_path(output.draw(load_result(result), out, style), as_json=False)
@@ -146,7 +124,6 @@ def models(
 
       melens models get gemma3-270m --accept-license gemma
     """
-    from melens.cli import output
     from melens.models import named
 
     if accept and action is not Action.get:
@@ -171,6 +148,4 @@ def models(
 
 def env(as_json: opt.Json = False) -> None:
     """Print versions, devices and folders, for a bug report."""
-    from melens.cli import output
-
     output.environment(as_json=as_json)

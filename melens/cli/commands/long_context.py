@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from melens.cli import options as mask
 from melens.cli import options as opt
+from melens.cli.groups import without
+from melens.cli.job import Job
 from melens.errors import PromptError
-from melens.formatting import brief
 
 ITEMS = "items.jsonl"
 
@@ -23,8 +24,16 @@ class LongTask(StrEnum):
     needles = "needles"
 
 
+@dataclass(frozen=True)
+class LongRun(opt.RunOptions):
+    """Its seed is not of the tokens that are tried alone."""
+
+    seed: Annotated[int, opt.seed_option("Draws other numbers and places.")] = 0
+
+
 def long_context(
     model: opt.Model,
+    *,
     task: Annotated[
         LongTask,
         typer.Option(
@@ -54,13 +63,7 @@ def long_context(
             min=0, help="Plain texts, as long as the longest item, for loss by position; 0 = none."
         ),
     ] = 8,
-    edit: mask.EditOption = None,
-    mask_select: mask.MaskSelect = None,
-    mask_rate: mask.MaskRate = None,
-    mask_strength: mask.MaskStrength = None,
-    mask_layers: mask.MaskLayers = None,
-    mask_seed: mask.MaskSeed = None,
-    edit_file: mask.EditFileOption = None,
+    edit: opt.EditOptions,
     located: opt.Located = None,
     bos: opt.Bos = None,
     chat: Annotated[
@@ -69,17 +72,8 @@ def long_context(
             "--chat", help="Put text and question through the chat template, the answer begun."
         ),
     ] = False,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Draws other numbers and places.")
-    ] = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    out: opt.Output,
+    run: Annotated[LongRun, without("batch_size")],
 ) -> None:
     """Find hidden numbers in long texts with MODEL, with an edit and without it.
 
@@ -94,11 +88,10 @@ def long_context(
       melens long-context smollm2-135m --task needles --needles 4 --lengths 256,1024 --chat
       --mask-select activation --mask-rate 0.1 --texts 0
     """
-    from melens.cli.job import Job
-
     sizes, places = _numbers(lengths, int, "--lengths"), _numbers(depths, float, "--depths")
-    job = Job.of({**locals(), "text": None, "prompt": None, "n_seq": None, "length": None})
-    chosen = mask.edit_of(locals(), model)
+    framed = opt.TextOptions(bos=bos, chat=chat)
+    job = Job.of(model, run, texts=framed, output=out, located=located, edits=True)
+    chosen = opt.edit_of(edit, model)
     haystack = _haystack(
         task=task.value,
         lengths=sizes,
@@ -108,7 +101,7 @@ def long_context(
         text=_read(text),
         bos=bos,
         chat=chat,
-        seed=seed,
+        seed=run.seed,
     )
     from melens.evaluating.edits import check_edit
     from melens.evaluating.long_context import LongSettings, items_of
@@ -119,7 +112,7 @@ def long_context(
     items_of(loaded, haystack, texts)  # refuses what does not fit, before locating
     found = job.locate(loaded, prompts)
     items = job.out / ITEMS if job.out is not None else None
-    settings = LongSettings(seed=seed, texts=texts, items=items)
+    settings = LongSettings(seed=run.seed, texts=texts, items=items)
     with job.bar("items") as tick:
         result = measure(
             loaded, chosen, me_layer=found, haystack=haystack, settings=settings, progress=tick
@@ -132,13 +125,9 @@ def _numbers(given: str, kind: type[int] | type[float], option: str) -> tuple[An
 
     Raises:  PromptError: something else.
     """
-    try:
-        return tuple(sorted({kind(part) for part in given.split(",")}))
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise PromptError(
-            f"{option} takes {what} with commas between, got {brief(given)}."
-        ) from None
+    what = "whole numbers" if kind is int else "numbers"
+    fits = f"{what} with commas between"
+    return tuple(sorted(set(opt.values_from(option, given, kind, fits, PromptError))))
 
 
 def _read(text: Path | None) -> str | None:

@@ -7,31 +7,21 @@ from typing import Annotated
 import typer
 
 from melens.cli import options as opt
+from melens.cli import output
+from melens.cli.groups import without
+from melens.cli.job import Job
 
 
 def describe(
     model: opt.Model,
+    *,
     located: opt.Located = None,
     first_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of the vocabulary to try alone at position 0.")
     ] = 64,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    batch_size: opt.BatchSize = 4,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: opt.RunOptions,
 ) -> None:
     """Describe MODEL's massive token: dimensions, energy, steps, rigidity, what sets it off.
 
@@ -40,38 +30,25 @@ def describe(
 
       melens describe smollm2-135m --located runs/demo/locate.json --first-tokens 500
     """
-    from melens.cli.job import Job
-
-    job = Job.of(locals())
-    loaded, texts = job.load()
-    found = job.locate(loaded, texts)
+    job = Job.of(model, run, texts=texts, output=out, located=located)
+    loaded, prompts = job.load()
+    found = job.locate(loaded, prompts)
     from melens.measuring import describe as measure
 
     with job.bar() as tick:
-        result = measure(loaded, found, texts, first_tokens=first_tokens, seed=seed, progress=tick)
+        result = measure(
+            loaded, found, prompts, first_tokens=first_tokens, seed=run.seed, progress=tick
+        )
     job.finish(result)
 
 
 def collapse(
     model: opt.Model,
+    *,
     located: opt.Located = None,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    batch_size: opt.BatchSize = 4,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: opt.RunOptions,
 ) -> None:
     """Measure rank collapse in MODEL: residual, attention input, queries, keys and values.
 
@@ -82,37 +59,22 @@ def collapse(
 
       melens collapse smollm2-135m --located runs/demo/locate.json --json > collapse.json
     """
-    from melens.cli.job import Job
-
-    job = Job.of(locals())
-    loaded, texts = job.load()
-    found = job.locate(loaded, texts)
+    job = Job.of(model, run, texts=texts, output=out, located=located)
+    loaded, prompts = job.load()
+    found = job.locate(loaded, prompts)
     from melens.measuring import collapse as measure
 
     with job.bar() as tick:
-        result = measure(loaded, found, texts, batch_size=batch_size, progress=tick)
+        result = measure(loaded, found, prompts, batch_size=run.batch_size, progress=tick)
     job.finish(result)
 
 
 def metric(
     model: opt.Model,
     name: Annotated[str, typer.Argument(help="A metric, e.g. effective_rank or max_magnitude.")],
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    batch_size: opt.BatchSize = 4,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: Annotated[opt.RunOptions, without("seed")],
 ) -> None:
     """Measure one metric of MODEL's residual at every layer, sequence by sequence.
 
@@ -121,42 +83,28 @@ def metric(
 
       melens metric smollm2-135m heaviest_norm_ratio --bos --out runs/metric
     """
-    from melens.cli.job import Job
     from melens.metrics import METRICS
 
     METRICS[name]
-    job = Job.of(locals())
-    loaded, texts = job.load()
+    job = Job.of(model, run, texts=texts, output=out)
+    loaded, prompts = job.load()
     from melens.measuring import metric_by_layer
 
     with job.bar() as tick:
-        result = metric_by_layer(loaded, name, texts, batch_size=batch_size, progress=tick)
+        result = metric_by_layer(loaded, name, prompts, batch_size=run.batch_size, progress=tick)
     job.finish(result)
 
 
 def sinks(
     model: opt.Model,
+    *,
     located: opt.Located = None,
     t: Annotated[
         int, typer.Option("--t", min=2, help="T: tokens of a sequence that count (paper: 64).")
     ] = 64,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    n_seq: opt.NSeq = None,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    batch_size: opt.BatchSize = 4,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: opt.RunOptions,
 ) -> None:
     """Measure attention sinks in MODEL, by layer, head and key position (Sink^eps of Gu et al.).
 
@@ -165,20 +113,19 @@ def sinks(
 
       melens sinks smollm2-135m --located runs/demo/locate.json --json
     """
-    from melens.cli.job import Job
-
-    job = Job.of(locals())
-    loaded, texts = job.load()
-    found = job.locate(loaded, texts)
+    job = Job.of(model, run, texts=texts, output=out, located=located)
+    loaded, prompts = job.load()
+    found = job.locate(loaded, prompts)
     from melens.measuring import sinks as measure
 
     with job.bar() as tick:
-        result = measure(loaded, found, texts, t=t, batch_size=batch_size, progress=tick)
+        result = measure(loaded, found, prompts, t=t, batch_size=run.batch_size, progress=tick)
     job.finish(result)
 
 
 def attention(
     model: opt.Model,
+    *,
     located: opt.Located = None,
     layer: Annotated[
         list[int] | None,
@@ -188,22 +135,9 @@ def attention(
         list[int] | None,
         typer.Option(help="A query head to show, from 0; may be given several times."),
     ] = None,
-    text: opt.Text = None,
-    lines: opt.Lines = False,
-    prompt: opt.Prompt = None,
-    bos: opt.Bos = None,
-    chat: opt.Chat = False,
-    length: opt.Length = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    batch_size: opt.BatchSize = 4,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    texts: Annotated[opt.TextOptions, without("n_seq")],
+    out: opt.Output,
+    run: opt.RunOptions,
 ) -> None:
     """Show what chosen heads of MODEL attend to: circuitsvis views in one offline HTML file.
 
@@ -215,15 +149,12 @@ def attention(
 
       melens attention smollm2-135m --layer 12 --layer 20 --head 0 --head 3 --out runs/heads
     """
-    from melens.cli import output
-    from melens.cli.job import Job
-
-    job = Job.of({**locals(), "n_seq": None})
-    loaded, texts = job.load()
+    job = Job.of(model, run, texts=texts, output=out, located=located)
+    loaded, prompts = job.load()
     from melens.measuring import attention as measure
     from melens.measuring.maps import check_choice
 
     check_choice(loaded, layer, head)
-    result = measure(loaded, job.locate(loaded, texts), texts, layers=layer, heads=head)
+    result = measure(loaded, job.locate(loaded, prompts), prompts, layers=layer, heads=head)
     job.finish(result)
     output.save_page(result, job.out)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from melens.cli import options as opt
+from melens.cli.job import Job
 from melens.errors import MetricError, PromptError
 from melens.progress import progress_on
 
@@ -38,6 +39,7 @@ LOCATED = (PatchMetricName.massive_coordinate, PatchMetricName.sink_rate)
 
 def patch(
     model: opt.Model,
+    *,
     clean: Annotated[list[str], typer.Option(help="The text to explain; repeat for a batch.")],
     corrupted: Annotated[
         list[str] | None,
@@ -72,15 +74,8 @@ def patch(
     ] = None,
     located: opt.Located = None,
     bos: opt.Bos = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    out: opt.Output,
+    run: opt.SeededRun,
 ) -> None:
     """Patch activations of one text into another run of MODEL, and measure each patched run.
 
@@ -98,19 +93,8 @@ def patch(
         raise MetricError(
             f"--located is for massive_coordinate and sink_rate; {metric.value} needs none."
         )
-    from melens.cli.job import Job
-
-    job = Job.of(
-        {
-            **locals(),
-            "prompt": clean,
-            "text": None,
-            "chat": False,
-            "n_seq": None,
-            "length": None,
-            "batch_size": 4,
-        }
-    )
+    texts = opt.TextOptions(prompt=clean, bos=bos)
+    job = Job.of(model, run, texts=texts, output=out, located=located)
     from melens.patching import Sweep
     from melens.patching import patch as measure
 
@@ -120,10 +104,10 @@ def patch(
         "by": by,
         "layers": layer,
         "positions": position,
-        "seed": seed,
+        "seed": run.seed,
     }
     Sweep(paired=bool(corrupted), **choices)  # refuses what cannot be swept, before loading
-    loaded, texts = job.load()
+    loaded, _ = job.load()
     chosen = _metric(metric, answer, wrong, _me_layer(job, loaded) if metric in LOCATED else None)
     kept = job.out / CHECKPOINT if job.out is not None else None
 
@@ -166,7 +150,7 @@ def _me_layer(job: Any, model: Any) -> Any:
     """Located on the bundled texts, BOS as in the patched ones."""
     from melens import prompts
 
-    return job.locate(model, prompts(bos=job.bos))
+    return job.locate(model, prompts(bos=job.texts.bos))
 
 
 def _texts(texts: list[str] | None, bos: bool | None, model: Any) -> Any:

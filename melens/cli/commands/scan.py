@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from melens.cli import options as opt
-from melens.network import go_offline
+from melens.cli import output
+from melens.cli.groups import without
+from melens.cli.job import read_scan, streamed
 from melens.progress import progress_on
 
 LAYERS = "scan-layers.jsonl"
@@ -17,12 +19,8 @@ LAYERS = "scan-layers.jsonl"
 
 def scan(
     model: opt.Model,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    revision: opt.Revision = None,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    out: opt.Output,
+    run: Annotated[opt.RunOptions, without("dtype", "batch_size", "seed", "trust_remote_code")],
 ) -> None:
     """Predict MODEL's ME Layer from its weights alone: nothing is run, no tokenizer is needed.
 
@@ -37,30 +35,28 @@ def scan(
 
       melens scan ./Llama-3.1-8B --json
     """
-    from melens.cli import output
-
-    if offline:
-        go_offline()
-    out = output.writable(out)
+    folder = out.out
+    output.refuse_unwritable(folder)
     from melens.scanning import scan as look
 
-    kept = None if out is None else out / LAYERS
+    kept = None if folder is None else folder / LAYERS
     with progress_on("layers") as tick:
         result = look(
             model,
-            device=None if device == "auto" else device,
-            revision=revision,
+            device=None if run.device == "auto" else run.device,
+            revision=run.revision,
             keep=kept,
             progress=tick,
         )
-    output.save(result, out, "scan", "scan")
+    output.save(result, folder, "scan", "scan")
     if kept is not None:
         kept.unlink(missing_ok=True)
-    output.show(result, as_json=as_json, folder=out)
+    output.show(result, as_json=out.as_json, folder=folder)
 
 
 def reach(
     model: opt.Model,
+    *,
     scan: Annotated[
         Path | None,
         typer.Option(help="scan.json of this model: gives the ceilings, and the layer to stop at."),
@@ -80,14 +76,8 @@ def reach(
             min=0, help="Last layer to run, from 0 (default: the scan's erase layer, or all)."
         ),
     ] = None,
-    out: opt.Out = None,
-    as_json: opt.Json = False,
-    device: opt.Device = "auto",
-    dtype: opt.DtypeOption = None,
-    seed: opt.Seed = 0,
-    revision: opt.Revision = None,
-    offline: opt.Offline = False,
-    quiet: opt.Quiet = False,
+    out: opt.Output,
+    run: Annotated[opt.RunOptions, without("batch_size", "trust_remote_code")],
 ) -> None:
     """Follow first tokens through MODEL, one block in memory at a time.
 
@@ -99,14 +89,11 @@ def reach(
 
       melens reach ./Llama-3-8B --scan runs/scan/scan.json --token 128000
     """
-    from melens.cli import output
-    from melens.cli.job import Wanted, read_scan, streamed
-
-    scanned, folder = read_scan(scan), output.writable(out)
-    wanted = Wanted(model, folder, device, dtype, revision, offline=offline, need_tokenizer=False)
-    with streamed(wanted) as loaded:
+    scanned, folder = read_scan(scan), out.out
+    output.refuse_unwritable(folder)
+    with streamed(model, run, folder, need_tokenizer=False) as loaded:
         from melens.scanning.reaching import reach as measure
 
-        result = measure(loaded, scanned, tokens=token, sample=sample, seed=seed, until=until)
+        result = measure(loaded, scanned, tokens=token, sample=sample, seed=run.seed, until=until)
         output.save(result, folder, "reach", "reach")
-    output.show(result, as_json=as_json, folder=folder)
+    output.show(result, as_json=out.as_json, folder=folder)
