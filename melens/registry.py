@@ -51,9 +51,15 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The closest known name as a question, a blank before it; nothing where none is close."""
+    close = closest(name, known)
+    return "" if close is None else f" Did you mean '{close}'?"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not known, with the closest one that is."""
     name, known = clipped(name), list(known)
-    close = closest(name, known)
-    hint = "" if close is None else f" Did you mean '{close}'?"
-    return f"unknown {kind} '{name}'.{hint} Known: {', '.join(known) or 'none'}."
+    return (
+        f"unknown {kind} '{name}'.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."
+    )

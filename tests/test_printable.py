@@ -96,10 +96,10 @@ def test_an_error_is_safe_wherever_it_is_shown(kind):
 
 
 def test_commands_print_through_one_module():
-    """`print`, `typer.echo` and bare streams stand in output.py alone."""
+    """`print`, `typer.echo` and bare streams stand in render.py alone."""
     for path in sorted(CLI.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.Call) or path.name == "output.py":
+            if not isinstance(node, ast.Call) or path.name == "render.py":
                 continue
             called = ast.unparse(node.func)
             assert called not in ("print", "typer.secho", "console.print"), path.name

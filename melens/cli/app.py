@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -27,10 +28,14 @@ from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
 from melens.formatting import LAYOUT, printable
 from melens.network import pass_on
 from melens.progress import one_command, tell
+from melens.registry import did_you_mean
 
 INTERRUPTED = 130
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """typer carries a click of its own in newer versions and uses the installed one in older."""
+
+NOT_ONE_OF = re.compile(r"'(.*)' is not one of ('.*')")
+QUOTED = re.compile(r"'([^']*)'")
 
 app = typer.Typer(
     name="melens",
@@ -164,8 +169,14 @@ def _usage(error: Any) -> int:
     hint = f" See: {context.command_path} --help" if context else ""
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
     if message:
-        tell(" ".join(f"{message}.{hint}".split()))
+        tell(" ".join(f"{message}.{_meant(message)}{hint}".split()))
     return BAD_INPUT
+
+
+def _meant(message: str) -> str:
+    """The closest of the values that an option takes, which only typer's own words name."""
+    refused = NOT_ONE_OF.search(message)
+    return did_you_mean(refused[1], QUOTED.findall(refused[2])) if refused else ""
 
 
 def _end(text: str, code: int, *, debug: bool) -> int:

@@ -1,34 +1,20 @@
-"""What commands print and write."""
+"""What commands read, write and show, whatever they measure."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from melens.cli.render import say, show_listings
 from melens.errors import OutputError, PromptError, ResultError
-from melens.formatting import LAYOUT, printable
 from melens.progress import remark
 
 BUNDLED = "bundled"
-
-
-def say(text: str) -> None:
-    """A line on stdout. All that a command prints goes through here, a table or melens.progress."""
-    typer.echo(printable(text, keep=LAYOUT))
-
-
-def say_json(value: Any) -> None:
-    """JSON on stdout, in ASCII: no terminal reads anything else into it."""
-    say(json.dumps(value, indent=1))
 
 
 def source(
@@ -109,7 +95,7 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     if as_json:
         say(result.to_json().rstrip("\n"))
         return
-    TABLES[result.kind](result)
+    show_listings(TABLES[result.kind](result))
     say(result.summary())
     if folder is not None:
         remark(f"wrote {folder}")
@@ -129,80 +115,6 @@ def _no_evidence(result: Any) -> str:
     return f"{'; '.join(said)}: they are no evidence. {ask}" if said else ""
 
 
-def table(rows: Sequence[dict[str, Any]]) -> None:
-    """A plain table; every cell is text on one line, whatever it holds."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for name in rows[0]:
-        number = all(isinstance(row[name], (int, float)) for row in rows)
-        made.add_column(
-            Text(printable(name.replace("_", " "))), justify="right" if number else "left"
-        )
-    for row in rows:
-        made.add_row(*(Text(cell(value)) for value in row.values()))
-    show_made(made, narrowest=120)
-
-
-def show_made(made: Table, *, narrowest: int) -> None:
-    """Print a table of safe cells. A narrow terminal wraps lines; names are never cut."""
-    console = Console(file=sys.stdout, highlight=False)
-    console.width = max(console.width, narrowest)
-    console.print(made)
-
-
-def cell(value: Any) -> str:
-    """A value as a table shows it: four digits, and a dash for nothing."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return printable(str(value))
-
-
 def show_path(path: Path, *, as_json: bool) -> None:
     """Where something is now."""
     say(json.dumps({"path": str(path)}) if as_json else str(path))
-
-
-def list_models(*, as_json: bool) -> None:
-    """The named models, and whether they are on this machine."""
-    from melens.models import named
-
-    rows = [
-        {
-            "name": name,
-            "model": model.about,
-            "here": named.on_this_machine(model),
-            "fetch_mb": model.megabytes,
-            "licence": model.licence,
-        }
-        for name, model in named.NAMED.items()
-    ]
-    if as_json:
-        say_json(rows)
-    else:
-        table(rows)
-
-
-def environment(*, as_json: bool) -> None:
-    """Versions, devices and folders."""
-    import platform
-
-    import torch
-
-    from melens.models.cache import cache_dir
-    from melens.provenance import git_commit, versions
-
-    facts = {
-        **versions(),
-        "git": git_commit(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cache": str(cache_dir()),
-    }
-    if as_json:
-        say_json(facts)
-        return
-    for name, value in facts.items():
-        say(f"{name}: {value}")

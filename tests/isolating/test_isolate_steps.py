@@ -9,6 +9,7 @@ import pytest
 from planted import batch, plant
 
 from melens.batches import Batch
+from melens.cli.render import show_listings
 from melens.cli.tables import TABLES
 from melens.errors import ResultError
 from melens.isolating import isolate
@@ -88,4 +89,4 @@ def _holds_every_step(made, me, found):
     before = Isolation.from_json(json.dumps(old))
     assert before.steps == ()
     assert f"layer {step.layer} (" not in before.summary().split("least is left")[0]
-    TABLES["isolate"](found)
+    show_listings(TABLES["isolate"](found))

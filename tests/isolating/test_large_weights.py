@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from melens.checking.findings import RULES, Measured
+from melens.cli.render import show_listings
 from melens.cli.tables import TABLES
 from melens.figures import draw
 from melens.results import SuperWeights, load_result
@@ -73,7 +74,7 @@ def test_the_name_is_for_those_that_hurt_beyond_the_control(found, capsys):
         None,
         None,
     ]
-    TABLES["super-weights"](made)
+    show_listings(TABLES["super-weights"](made))
     assert sum(line.startswith("large ") for line in capsys.readouterr().out.splitlines()) == 3
     labels = {label.get_text() for label in draw(made).legends[0].get_texts()}
     assert {"super weight removed", "large weight removed"} <= labels

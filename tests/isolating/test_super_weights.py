@@ -420,8 +420,8 @@ def test_the_figure_shows_the_numbers(planted):
 
 def test_the_command_is_thin_and_its_table_is_there(planted, monkeypatch, capsys):
     from melens.cli import output
+    from melens.cli.tables import TABLES
     from melens.cli.tables import causes as super_weights_table
-    from melens.cli.tables.measures import TABLES
 
     assert "super-weights" in TABLES
     output.show(with_known(planted, "smollm2-1.7b"), as_json=False)

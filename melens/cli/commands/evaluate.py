@@ -16,6 +16,7 @@ from melens.cli.groups import without
 from melens.cli.job import Job
 from melens.errors import InterventionError, PromptError
 from melens.formatting import brief
+from melens.registry import did_you_mean
 
 if TYPE_CHECKING:
     from melens.evaluating.edits import Plan
@@ -158,8 +159,10 @@ def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -
     if rivals != "none":
         names = ALL if rivals == "all" else tuple(name.strip() for name in rivals.split(","))
         if unknown := [name for name in names if name not in ALL]:
+            meant = did_you_mean(unknown[0], (*ALL, "all", "none"))
             raise InterventionError(
-                f"unknown rival {brief(unknown[0], 40)}; --rivals takes all, none or {', '.join(ALL)}."
+                f"unknown rival {brief(unknown[0], 40)}; --rivals takes all, none or "
+                f"{', '.join(ALL)}.{meant}"
             )
         made["rivals"] = tuple(dict.fromkeys(names))
     return Plan(**made)

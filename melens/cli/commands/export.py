@@ -16,8 +16,8 @@ from melens.cli import options as opt
 from melens.cli import output
 from melens.cli.groups import without
 from melens.cli.job import Job
+from melens.cli.render import say, say_json, show_answers_beside
 from melens.errors import EditWarning, InterventionError, NoTokenError, PromptError, ResultError
-from melens.formatting import printable
 from melens.progress import remark
 from melens.store import TEXT, lines_of, read_stdin
 
@@ -216,21 +216,15 @@ def _row(text: str, without: list[int], edited: list[int], tokenizer: Any) -> di
 def show_answers(rows: Sequence[dict[str, Any]], *, label: str, as_json: bool) -> None:
     """Answers side by side; ``first_difference`` counts new tokens from 0."""
     if as_json:
-        output.say_json({"edit": label, "rows": list(rows)})
+        say_json({"edit": label, "rows": list(rows)})
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    cells = ("without", "with")
     for row in rows:
-        made = Table(box=None, pad_edge=False, header_style="bold", expand=True)
-        made.add_column("without", ratio=1)
-        made.add_column(Text(printable(f"with {label}")), ratio=1)
-        made.add_row(*(Text(printable(row[name].strip(), keep=output.LAYOUT)) for name in cells))
-        output.say(f"> {row['prompt']}\n")
-        output.show_made(made, narrowest=100)
+        say(f"> {row['prompt']}\n")
+        show_answers_beside(
+            ("without", f"with {label}"), [row[name].strip() for name in ("without", "with")]
+        )
         at = row["first_difference"]
-        output.say("\nthe same answer\n" if at is None else f"\ndiffer from new token {at} on\n")
+        say("\nthe same answer\n" if at is None else f"\ndiffer from new token {at} on\n")
 
 
 def show_export(folder: Path, *, as_json: bool) -> None:
@@ -243,9 +237,9 @@ def show_export(folder: Path, *, as_json: bool) -> None:
     if (folder / README).is_file():
         output.note(f"{WARNING}; {folder / README} has the lines that load it right.")
     if as_json:
-        output.say_json({"path": str(folder), **record.to_dict()})
+        say_json({"path": str(folder), **record.to_dict()})
         return
-    output.say(record.summary())
+    say(record.summary())
     remark(f"wrote {folder}")
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from melens.cli import options as opt
 from melens.cli import output
 from melens.cli.job import Job, locate_streamed
+from melens.cli.listing import Listing
+from melens.cli.render import say, say_json, show_listings
 
 
 def locate(
@@ -131,13 +133,13 @@ def models(
     if action is Action.ls:
         if name is not None:
             raise typer.BadParameter(f"ls takes no name; did you mean: melens models get {name}")
-        output.list_models(as_json=as_json)
+        _list(as_json=as_json)
         return
     if name is None:
         raise typer.BadParameter(f"{action.value} needs the NAME of a model")
     model = named.NAMED[name]
     if action is Action.rm:
-        output.say("removed" if named.forget(model) else "was not here")
+        say("removed" if named.forget(model) else "was not here")
         return
     if accept and accept != model.accept:
         raise typer.BadParameter(f"{name} does not ask for the licence '{accept}'")
@@ -148,4 +150,49 @@ def models(
 
 def env(as_json: opt.Json = False) -> None:
     """Print versions, devices and folders, for a bug report."""
-    output.environment(as_json=as_json)
+    facts = _machine()
+    if as_json:
+        say_json(facts)
+        return
+    for name, value in facts.items():
+        say(f"{name}: {value}")
+
+
+def _list(*, as_json: bool) -> None:
+    """The named models, and whether they are on this machine."""
+    from melens.models import named
+
+    rows = [
+        {
+            "name": name,
+            "model": model.about,
+            "here": named.on_this_machine(model),
+            "fetch_mb": model.megabytes,
+            "licence": model.licence,
+        }
+        for name, model in named.NAMED.items()
+    ]
+    if as_json:
+        say_json(rows)
+    else:
+        show_listings([Listing("", rows)])
+
+
+def _machine() -> dict[str, Any]:
+    """Versions, devices and folders."""
+    import platform
+
+    import torch
+
+    from melens.models.cache import cache_dir
+    from melens.provenance import git_commit, versions
+
+    return {
+        **versions(),
+        "git": git_commit(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cache": str(cache_dir()),
+    }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from melens.cli.output import cell, say, table
-from melens.cli.tables.measures import TABLES, say_rest
+from melens.cli.listing import Listing, cell, rest, table_of
 from melens.formatting import within
 from melens.results.isolate import cells
 
@@ -18,37 +18,44 @@ MOST_NEURONS = 4
 """Neurons a layer that the table lists; the JSON has more."""
 
 
-@TABLES.register("isolate")
-def _isolate(result: Any) -> None:
-    say(
+@table_of("isolate")
+def _isolate(result: Any) -> Iterator[Listing]:
+    yield Listing(
         f"Edits on the massive tokens of {result.sequences_massive} of {result.sequences} "
         f"sequences ({result.observations} distinct up to the token); sinks over layers after "
         f"{result.me_layer}, losses in nats."
     )
     for edited in result.edited:
-        f = edited.factorial
-        say(f"\nNorm ({f.norm}) x FFN ({f.ffn_edit}) at {result.role(edited.layer)}:")
-        table([_cell(row) for row in cells(f)])
-        say(_interaction(f.interaction))
-        say(f"\nGrowth through the FFN branch of layer {edited.layer} (norms):")
-        table([step.model_dump() for step in edited.path])
-        for line in (_direction(edited), *_norms(edited), *_controls(edited)):
-            if line:
-                say(line)
+        yield from _edited_layer(result, edited)
     own = "" if result.ordinary is None else f" (which has {result.ordinary:.1%} by itself)"
-    say(
+    yield Listing(
         "\nShare of the coordinate left without a block's write, and made by that write put into "
-        f"an ordinary token{own}:"
+        f"an ordinary token{own}:",
+        _writes(result),
     )
-    table(_writes(result))
     if result.decompositions:
-        say("\nNeurons (share of their layer's write into the massive dimension):")
         rows = _neurons(result)
-        table(rows)
-        say_rest(len(rows), len(result.neurons), "neurons that were looked at")
+        yield Listing("\nNeurons (share of their layer's write into the massive dimension):", rows)
+        yield from rest(len(rows), len(result.neurons), "neurons that were looked at")
     for line in result.missing:
-        say(f"Not there: {line}")
-    say("")
+        yield Listing(f"Not there: {line}")
+    yield Listing("")
+
+
+def _edited_layer(result: Any, edited: Any) -> Iterator[Listing]:
+    f = edited.factorial
+    yield Listing(
+        f"\nNorm ({f.norm}) x FFN ({f.ffn_edit}) at {result.role(edited.layer)}:",
+        [_cell(row) for row in cells(f)],
+    )
+    yield Listing(_interaction(f.interaction))
+    yield Listing(
+        f"\nGrowth through the FFN branch of layer {edited.layer} (norms):",
+        [step.model_dump() for step in edited.path],
+    )
+    for line in (_direction(edited), *_norms(edited), *_controls(edited)):
+        if line:
+            yield Listing(line)
 
 
 def _cell(row: dict[str, Any]) -> dict[str, Any]:
@@ -155,27 +162,30 @@ def _controls(result: Any) -> list[str]:
 SITES = {"output": "output", "write": "after the norm"}
 
 
-@TABLES.register("super-weights")
-def _super_weights(result: Any) -> None:
-    say("Where the FFN stands out (largest |x|; in brackets, times the layer's median):")
-    table([_layer(row) for row in result.profile])
+@table_of("super-weights")
+def _super_weights(result: Any) -> Iterator[Listing]:
+    yield Listing(
+        "Where the FFN stands out (largest |x|; in brackets, times the layer's median):",
+        [_layer(row) for row in result.profile],
+        optional=("position", "token"),
+    )
     for line in result.missing:
-        say(f"Not looked at: {line}")
-    say(f"\nRule: {result.rule}.")
+        yield Listing(f"Not looked at: {line}")
+    yield Listing(f"\nRule: {result.rule}.")
     if result.super_weights:
-        say(
+        yield Listing(
             f"\nRemoved one at a time; mean loss without any removed {result.base_loss:.4f} nats a "
-            "token, differences paired by sequence, 95 % bootstrap:"
+            "token, differences paired by sequence, 95 % bootstrap:",
+            [{"": result.kind_of(w), **_weight(w)} for w in result.super_weights],
+            optional=("pass", "position", "token"),
         )
-        table([{"": result.kind_of(w), **_weight(w)} for w in result.super_weights])
         for name, group in (("All together", result.together), ("Control", result.control)):
-            say(f"{name}: {group.loss_delta:+.4f}{within(group.interval, '+.4f')}")
-        say(f"Control removed instead: {_control(result.control)}")
+            yield Listing(f"{name}: {group.loss_delta:+.4f}{within(group.interval, '+.4f')}")
+        yield Listing(f"Control removed instead: {_control(result.control)}")
     if result.known is not None and result.known.comparisons:
-        say("\nPublished coordinates:")
-        table(result.known.rows())
-        say(result.known.convention)
-    say("")
+        yield Listing("\nPublished coordinates:", result.known.rows())
+        yield Listing(result.known.convention)
+    yield Listing("")
 
 
 def _layer(row: Any) -> dict[str, Any]:
@@ -222,22 +232,22 @@ def _times(value: float, median: float) -> str:
     return f"{cell(value)} ({value / median:,.0f} x)" if median else f"{cell(value)} (median 0)"
 
 
-@TABLES.register("patch")
-def _patch(result: Any) -> None:
+@table_of("patch")
+def _patch(result: Any) -> Iterator[Listing]:
     rows = result.strongest()[:LISTED]
-    say(f"{result.metric}: {result.metric_about}")
-    say(f"The {len(rows)} of {len(result.rows())} patched runs that change it most:")
+    yield Listing(f"{result.metric}: {result.metric_about}")
     empty = {name for name in rows[0] if all(row[name] is None for row in rows)}
-    table(
+    yield Listing(
+        f"The {len(rows)} of {len(result.rows())} patched runs that change it most:",
         [
             {
-                name: repr(cell) if name == "token" else cell
-                for name, cell in row.items()
+                name: repr(value) if name == "token" else value
+                for name, value in row.items()
                 if name not in empty
             }
             for row in rows
-        ]
+        ],
     )
     for line in result.missing[:MOST_MISSING]:
-        say(line)
-    say_rest(MOST_MISSING, len(result.missing), "reasons why something is not there")
+        yield Listing(line)
+    yield from rest(MOST_MISSING, len(result.missing), "reasons why something is not there")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from melens.cli.output import cell, say, table
-from melens.cli.tables.measures import TABLES
+from melens.cli.listing import Listing, cell, table_of
 
 NOTHING = "nothing"
 """In place of "ok" where a rule passed because there was nothing to measure."""
 SIGNS = {"passed": "ok", "found": "FOUND", "not measured": "-", "off": "off"}
 
 
-@TABLES.register("check")
-def _check(result: Any) -> None:
+@table_of("check")
+def _check(result: Any) -> Iterator[Listing]:
     grave = {finding.id: finding.severity for finding in result.findings}
-    say(f"Rules of the policy '{result.policy.name}' (layers count from 0):")
-    table(
+    yield Listing(
+        f"Rules of the policy '{result.policy.name}' (layers count from 0):",
         [
             {
                 "rule": rule.id,
@@ -27,21 +27,21 @@ def _check(result: Any) -> None:
                 "unit": rule.unit,
             }
             for rule in result.rules
-        ]
+        ],
     )
     for rule in result.rules:
         if rule.status == "not measured":
-            say(f"{rule.id}: not measured, {rule.reason}")
+            yield Listing(f"{rule.id}: not measured, {rule.reason}")
     for finding in result.findings:
-        say(f"\n{finding.severity.upper()} {finding.id}: {finding.title}.")
-        say(f"  Why: {finding.why}")
-        say(f"  What to do: {finding.advice}")
+        yield Listing(f"\n{finding.severity.upper()} {finding.id}: {finding.title}.")
+        yield Listing(f"  Why: {finding.why}")
+        yield Listing(f"  What to do: {finding.advice}")
     for stage in result.stages:
         if stage.status == "failed":
-            say(f"\nStage {stage.name} could not run: {stage.reason}")
+            yield Listing(f"\nStage {stage.name} could not run: {stage.reason}")
     if result.recommendation is not None:
-        say(f"\nRecommendation: {result.recommendation.text}")
-    say("")
+        yield Listing(f"\nRecommendation: {result.recommendation.text}")
+    yield Listing("")
 
 
 def _sign(rule: Any) -> str:
@@ -49,26 +49,27 @@ def _sign(rule: Any) -> str:
     return NOTHING if empty else SIGNS[rule.status]
 
 
-@TABLES.register("cache-norms")
-def _cache_norms(result: Any) -> None:
-    say("Largest |entry| of keys and values, the head where the massive token leads most:")
-    if result.rows():
-        table(result.rows())
+@table_of("cache-norms")
+def _cache_norms(result: Any) -> Iterator[Listing]:
+    yield Listing(
+        "Largest |entry| of keys and values, the head where the massive token leads most:",
+        result.rows(),
+    )
     for line in result.missing:
-        say(f"Not there: {line}.")
+        yield Listing(f"Not there: {line}.")
 
 
-@TABLES.register("diff")
-def _diff(result: Any) -> None:
-    say(f"A: {_side(result.a)}\nB: {_side(result.b)}\n")
-    table([_layer_row(result, row) for row in result.profile])
-    say("")
-    table([_row(row) for row in result.changes])
+@table_of("diff")
+def _diff(result: Any) -> Iterator[Listing]:
+    yield Listing(f"A: {_side(result.a)}\nB: {_side(result.b)}\n")
+    yield Listing("", [_layer_row(result, row) for row in result.profile])
+    yield Listing("")
+    yield Listing("", [_row(row) for row in result.changes])
     for line in result.cannot:
-        say(f"Not compared: {line}.")
+        yield Listing(f"Not compared: {line}.")
     for line in result.notes:
-        say(f"Note: {line}.")
-    say("")
+        yield Listing(f"Note: {line}.")
+    yield Listing("")
 
 
 def _side(side: Any) -> str:

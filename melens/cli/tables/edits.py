@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from melens.cli.output import cell, say, table
-from melens.cli.tables.measures import TABLES
+from melens.cli.listing import Listing, cell, table_of
 from melens.formatting import within
 
 NAMES = {"energy": "masked energy"}
 
 
-@TABLES.register("evaluate")
-def _evaluate(result: Any) -> None:
+@table_of("evaluate")
+def _evaluate(result: Any) -> Iterator[Listing]:
     better = "higher" if result.higher_is_better else "lower"
-    say(
-        f"{result.task}: {result.unit}, {better} is better; {result.n} items. In brackets 95 % "
-        "bootstrap over items; delta = edited minus base, item by item:"
-    )
     rows = result.rows()
-    table([_effect(row) for row in rows])
-    say("\nWhat each edit is, and further means over the same items:")
-    table([_beside(row) for row in rows])
-    say(f"\n{result.about}")
+    yield Listing(
+        f"{result.task}: {result.unit}, {better} is better; {result.n} items. In brackets 95 % "
+        "bootstrap over items; delta = edited minus base, item by item:",
+        [_effect(row) for row in rows],
+    )
+    yield Listing(
+        "\nWhat each edit is, and further means over the same items:",
+        [_beside(row) for row in rows],
+    )
+    yield Listing(f"\n{result.about}")
     if result.edited.also_delta:
         shown = ", ".join(
             f"{name.replace('_', ' ')} {found.value:+.4g}{within(found.interval, '+.4g')}"
             for name, found in result.edited.also_delta.items()
         )
-        say(f"Edited minus base: {shown}.")
-    say("")
+        yield Listing(f"Edited minus base: {shown}.")
+    yield Listing("")
 
 
 def _effect(row: dict[str, Any]) -> dict[str, Any]:
@@ -49,24 +51,26 @@ def _beside(row: dict[str, Any]) -> dict[str, Any]:
     return {NAMES.get(name, name): value for name, value in row.items() if name not in told}
 
 
-@TABLES.register("long-context")
-def _long_context(result: Any) -> None:
-    say(
+@table_of("long-context")
+def _long_context(result: Any) -> Iterator[Listing]:
+    yield Listing(
         f"{result.about}\n\nFound, and loss of the answers in nats a token; differences to no edit "
-        "are paired by item, 95 % bootstrap:"
+        "are paired by item, 95 % bootstrap:",
+        [_overall(condition) for condition in result.conditions],
     )
-    table([_overall(condition) for condition in result.conditions])
-    say("\nFound by length and depth (0 = before the text, 1 = right before the question):")
+    caption = "\nFound by length and depth (0 = before the text, 1 = right before the question):"
     shown = (result.base, result.edited, *result.controls)
     for length in result.lengths:
-        table([_by_depth(condition, length, result.depths) for condition in shown])
+        rows = [_by_depth(condition, length, result.depths) for condition in shown]
+        yield Listing(caption, rows)
+        caption = ""
     if result.texts:
-        say(
+        yield Listing(
             f"\nLoss of {result.texts} plain texts by position from 0, nats a token, and each "
-            "edit's difference to it:"
+            "edit's difference to it:",
+            [_bin(result, shown, i) for i in range(len(result.base.bins))],
         )
-        table([_bin(result, shown, i) for i in range(len(result.base.bins))])
-    say("")
+    yield Listing("")
 
 
 def _overall(condition: Any) -> dict[str, Any]:
@@ -108,24 +112,26 @@ def _change(delta: Any) -> str:
 LISTED = 12
 
 
-@TABLES.register("tune")
-def _tune(result: Any) -> None:
+@table_of("tune")
+def _tune(result: Any) -> Iterator[Listing]:
     better = "higher" if result.higher_is_better else "lower"
-    say(f"Rule: {result.rule}.")
-    say(
-        f"\nDevelopment, differences to the unedited model in {result.unit} ({better} is better), "
-        "95 % for each alone:"
-    )
+    yield Listing(f"Rule: {result.rule}.")
     ranked = sorted(result.trials, key=lambda trial: -result.sign * trial.delta)
-    table([_trial(trial) for trial in ranked[:LISTED]])
+    yield Listing(
+        f"\nDevelopment, differences to the unedited model in {result.unit} ({better} is better), "
+        "95 % for each alone:",
+        [_trial(trial) for trial in ranked[:LISTED]],
+    )
     if len(ranked) > LISTED:
-        say(f"... and {len(ranked) - LISTED} more in the JSON")
+        yield Listing(f"... and {len(ranked) - LISTED} more in the JSON")
     if result.confirmed:
-        say(f"\nHeld out, {result.confirmed[0].items} other items (unedited {result.base:.4g}):")
-        table([_confirmed(row) for row in result.confirmed])
+        yield Listing(
+            f"\nHeld out, {result.confirmed[0].items} other items (unedited {result.base:.4g}):",
+            [_confirmed(row) for row in result.confirmed],
+        )
     if result.best is not None:
-        say(f"\nTo use it: {flags(result.best)}")
-    say("")
+        yield Listing(f"\nTo use it: {flags(result.best)}")
+    yield Listing("")
 
 
 def flags(edit: Any) -> str:
@@ -163,6 +169,6 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-@TABLES.register("edit")
-def _edit(result: Any) -> None:
-    table(result.rows())
+@table_of("edit")
+def _edit(result: Any) -> Iterator[Listing]:
+    yield Listing("", result.rows())

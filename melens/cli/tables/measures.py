@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
-from melens.cli.output import cell, say, table
-from melens.registry import Registry
+from melens.cli.listing import Listing, cell, rest, table_of
 
-TABLES: Registry[Callable[[Any], None]] = Registry("table")
 MOST_TOKENS = 8
 """Massive tokens that a table lists; the JSON has all."""
 
 
-def say_rest(shown: int, total: int, what: str) -> None:
-    """That a table is cut, where it is."""
-    if total > shown:
-        say(f"{shown} of {total} {what}; the JSON has all.")
+@table_of("known")
+def _known(result: Any) -> Iterator[Listing]:
+    if rows := result.rows():
+        yield Listing("", rows)
+        yield Listing(result.convention)
 
 
-@TABLES.register("known")
-def _known(result: Any) -> None:
-    if result.rows():
-        table(result.rows())
-        say(result.convention)
-
-
-@TABLES.register("describe")
-def _describe(result: Any) -> None:
+@table_of("describe")
+def _describe(result: Any) -> Iterator[Listing]:
     if result.massive:
-        table([_described_row(result, row) for row in result.rows()])
-        say("\nMassive tokens; the first row is the primary one, which all else is about:")
-        table(
-            [
-                {
-                    "position": token.position,
-                    "token": repr(token.token),
-                    "dim": token.dim,
-                    "value": token.value,
-                    "frequency": token.frequency,
-                }
-                for token in result.massive[:MOST_TOKENS]
-            ]
-        )
-        say_rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
-        say(f"\nEnergy at layer {result.peak_layer}: {_energies(result)}")
+        yield Listing("", [_described_row(result, row) for row in result.rows()])
+        about = "the first row is the primary one, which all else is about:"
+        yield from _massive(result, f"\nMassive tokens; {about}")
+        yield Listing(f"\nEnergy at layer {result.peak_layer}: {_energies(result)}")
         if next_norm := _next_norm(result):
-            say(next_norm)
-    say("\nPosition 0, by what stands there:")
-    table(
+            yield Listing(next_norm)
+    yield Listing(
+        "\nPosition 0, by what stands there:",
         [
             {
                 "start": row.name,
@@ -58,9 +38,26 @@ def _describe(result: Any) -> None:
                 "median largest |x|": row.median_value,
             }
             for row in result.conditions
-        ]
+        ],
     )
-    say("")
+    yield Listing("")
+
+
+def _massive(result: Any, caption: str) -> Iterator[Listing]:
+    yield Listing(
+        caption,
+        [
+            {
+                "position": token.position,
+                "token": repr(token.token),
+                "dim": token.dim,
+                "value": token.value,
+                "frequency": token.frequency,
+            }
+            for token in result.massive[:MOST_TOKENS]
+        ],
+    )
+    yield from rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
 
 
 def _described_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -103,33 +100,34 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-@TABLES.register("collapse")
-def _collapse(result: Any) -> None:
-    say(
+@table_of("collapse")
+def _collapse(result: Any) -> Iterator[Listing]:
+    yield Listing(
         "Effective rank exp(H(s / sum s)), uncentred, per sequence and averaged; heads averaged; "
-        "in brackets without the massive tokens' rows:"
+        "in brackets without the massive tokens' rows:",
+        result.overview(),
     )
-    table(result.overview())
-    say("\nThe same centred (the mean row taken off):")
-    table(result.overview("effective_rank_centred"))
+    yield Listing(
+        "\nThe same centred (the mean row taken off):", result.overview("effective_rank_centred")
+    )
     for line in result.missing:
-        say(f"Not there: {line}.")
-    say(
+        yield Listing(f"Not there: {line}.")
+    yield Listing(
         f"\n{result.sequences_massive} of {result.sequences} sequences hold a massive token. "
         "Other definitions and single heads: --json, or melens plot --style.\n"
     )
 
 
-@TABLES.register("sinks")
-def _sinks(result: Any) -> None:
-    say(
+@table_of("sinks")
+def _sinks(result: Any) -> Iterator[Listing]:
+    yield Listing(
         f"Sink^eps of the first token (Gu et al.): share of (sequence, head) with alpha > eps, "
-        f"T = {result.t}; uniform attention would give alpha {result.uniform:.3f}:"
+        f"T = {result.t}; uniform attention would give alpha {result.uniform:.3f}:",
+        [_sink_row(result, row) for row in result.rows()],
     )
-    table([_sink_row(result, row) for row in result.rows()])
     if result.tokens:
-        say("\nMassive tokens, each apart:")
-        table(
+        yield Listing(
+            "\nMassive tokens, each apart:",
             [
                 {
                     "position": token.position,
@@ -138,10 +136,10 @@ def _sinks(result: Any) -> None:
                     **{f"sink {eps}": rate for eps, rate in token.overall.items()},
                 }
                 for token in result.tokens[:MOST_TOKENS]
-            ]
+            ],
         )
-        say_rest(MOST_TOKENS, len(result.tokens), "massive tokens")
-    say("")
+        yield from rest(MOST_TOKENS, len(result.tokens), "massive tokens")
+    yield Listing("")
 
 
 def _sink_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -151,37 +149,25 @@ def _sink_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("_", " "): value for name, value in row.items()} | {"": ", ".join(notes)}
 
 
-@TABLES.register("attention")
-def _attention(result: Any) -> None:
-    table(result.rows())
+@table_of("attention")
+def _attention(result: Any) -> Iterator[Listing]:
+    yield Listing("", result.rows())
 
 
-@TABLES.register("locate")
-def _locate(result: Any) -> None:
-    table([_locate_row(result, row) for row in result.profile])
+@table_of("locate")
+def _locate(result: Any) -> Iterator[Listing]:
+    yield Listing("", [_locate_row(result, row) for row in result.profile])
     if result.massive:
-        say(
+        yield from _massive(
+            result,
             "\nMassive tokens, largest entry before the final layers; the first row is the "
-            "primary one, which shares, stages and the sentence below are about:"
+            "primary one, which shares, stages and the sentence below are about:",
         )
-        table(
-            [
-                {
-                    "position": token.position,
-                    "token": repr(token.token),
-                    "dim": token.dim,
-                    "value": token.value,
-                    "frequency": token.frequency,
-                }
-                for token in result.massive[:MOST_TOKENS]
-            ]
-        )
-        say_rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
     answers = result.criteria.model_dump().items()
-    say("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))
-    say(_stability(result))
+    yield Listing("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))
+    yield Listing(_stability(result))
     if growth := result.final_layer_growth:
-        say(
+        yield Listing(
             f"Final-layer growth (not emergence): layer {growth.layer}, x{growth.factor:.3g}, "
             f"dimension {growth.dim}."
         )
@@ -228,7 +214,7 @@ def _locate_row(result: Any, row: Any) -> dict[str, Any]:
     }
 
 
-@TABLES.register("metric")
-def _metric(result: Any) -> None:
-    table(result.rows())
-    say("")
+@table_of("metric")
+def _metric(result: Any) -> Iterator[Listing]:
+    yield Listing("", result.rows())
+    yield Listing("")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from melens.cli.output import say, table
-from melens.cli.tables.measures import TABLES
+from melens.cli.listing import Listing, table_of
 
 MOST = 12
 """Candidates that the table lists; the JSON has all."""
@@ -18,25 +18,28 @@ ROLES = {"emerge": ("makes", "may make"), "erase": ("erases", "may erase"), "oth
 """Of neurons whose sign is known, and of others."""
 
 
-@TABLES.register("scan")
-def _scan(result: Any) -> None:
+@table_of("scan")
+def _scan(result: Any) -> Iterator[Listing]:
     paths = sorted({PATHS[row.path] for row in result.profile if row.path is not None})
-    say(f"The loudest neuron of each layer, by what it could write ({'; '.join(paths)}):")
-    table([_layer(row) for row in result.profile])
+    yield Listing(
+        f"The loudest neuron of each layer, by what it could write ({'; '.join(paths)}):",
+        [_layer(row) for row in result.profile],
+    )
     for row in result.profile:
         if not row.covered:
-            say(f"Layer {row.layer} is not covered: {row.reason}.")
+            yield Listing(f"Layer {row.layer} is not covered: {row.reason}.")
     if result.candidates:
-        say(
-            "\nCandidates; an entry is down_proj.weight[dim, neuron], and its ceiling is what its "
-            "neuron could write through it:"
-        )
         shown = sorted(result.candidates, key=lambda found: -found.ratio_to_median)[:MOST]
-        table([_candidate(found) for found in shown])
+        yield Listing(
+            "\nCandidates; an entry is down_proj.weight[dim, neuron], and its ceiling is what its "
+            "neuron could write through it:",
+            [_candidate(found) for found in shown],
+            optional=("needs most",),
+        )
         if (more := len(result.candidates) - len(shown)) > 0:
-            say(f"({more} more in the JSON.)")
-    say(f"\nRule: {result.rule}.")
-    say(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
+            yield Listing(f"({more} more in the JSON.)")
+    yield Listing(f"\nRule: {result.rule}.")
+    yield Listing(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
 
 
 def _layer(row: Any) -> dict[str, Any]:
@@ -77,11 +80,10 @@ def _sign(sign: int | None) -> str | None:
     return None if sign is None else "+" if sign > 0 else "-"
 
 
-@TABLES.register("reach")
-def _reach(result: Any) -> None:
-    say("First tokens, each alone at position 0 (layers count from 0, at the block output):")
-    order = sorted(result.tokens, key=lambda token: -abs(token.value))
-    table(
+@table_of("reach")
+def _reach(result: Any) -> Iterator[Listing]:
+    yield Listing(
+        "First tokens, each alone at position 0 (layers count from 0, at the block output):",
         [
             {
                 "id": token.token_id,
@@ -91,17 +93,15 @@ def _reach(result: Any) -> None:
                 "dim": token.dim,
                 "layer": token.layer,
             }
-            for token in order
-        ]
+            for token in sorted(result.tokens, key=lambda token: -abs(token.value))
+        ],
     )
-    say("\nLayers, the largest over these tokens:")
-    table(
-        [
-            _reach_layer(row, scanned=any(r.ceiling for r in result.profile))
-            for row in result.profile
-        ]
+    scanned = any(row.ceiling for row in result.profile)
+    yield Listing(
+        "\nLayers, the largest over these tokens:",
+        [_reach_layer(row, scanned=scanned) for row in result.profile],
     )
-    say("")
+    yield Listing("")
 
 
 def _reach_layer(row: Any, *, scanned: bool) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""All that commands print on stdout: lines, JSON, and tables that fit the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from melens.cli.listing import Listing, cell
+from melens.formatting import LAYOUT, printable
+
+GAP = 2
+"""Blanks between two columns."""
+IN_A_FILE = 120
+"""Columns at least where stdout is no terminal: a file or a pipe needs no narrow lines."""
+
+
+def say(text: str) -> None:
+    """A line on stdout."""
+    typer.echo(printable(text, keep=LAYOUT))
+
+
+def say_json(value: Any) -> None:
+    """JSON on stdout, in ASCII: no terminal reads anything else into it."""
+    say(json.dumps(value, indent=1))
+
+
+def show_listings(listings: Iterable[Listing]) -> None:
+    """Print captions and tables, as wide as the terminal is."""
+    for one in listings:
+        if one.caption or not one.rows:
+            say(one.caption)
+        if one.rows:
+            _show_table(one)
+
+
+def show_answers_beside(names: Sequence[str], answers: Sequence[str]) -> None:
+    """Print long texts in columns of the same width."""
+    made = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+    for name in names:
+        made.add_column(Text(printable(name)), ratio=1)
+    made.add_row(*(Text(printable(text, keep=LAYOUT)) for text in answers))
+    _print(made, in_a_file=100)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table, as text."""
+
+    name: str
+    cells: list[str]
+    is_number: bool
+
+    @property
+    def cell_width(self) -> int:
+        """Of the widest cell, or of the longest word in the header where that is wider."""
+        return max(_longest_word(self.name), *map(cell_len, self.cells))
+
+    @property
+    def word_width(self) -> int:
+        """Of the longest word, which nothing may break."""
+        return max(map(_longest_word, (self.name, *self.cells)))
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns of rows that all have the names of the first."""
+    return [
+        Column(
+            printable(name.replace("_", " ")),
+            [cell(row[name]) for row in rows],
+            all(isinstance(row[name], (int, float)) for row in rows),
+        )
+        for name in rows[0]
+    ]
+
+
+def widths_of(columns: Sequence[Column], room: int) -> list[int] | None:
+    """Widths at which no word breaks; None where the room is too small for that.
+
+    Headers fold first: that costs one line, and a folded cell costs one in its row.
+    """
+    room -= GAP * (len(columns) - 1)
+    widths = [max(column.cell_width, cell_len(column.name)) for column in columns]
+    for least in ([c.cell_width for c in columns], [c.word_width for c in columns]):
+        while sum(widths) > room:
+            spare = [i for i, width in enumerate(widths) if width > least[i]]
+            if not spare:
+                break
+            widths[max(spare, key=lambda i: widths[i])] -= 1
+    return widths if sum(widths) <= room else None
+
+
+def fitted(
+    columns: Sequence[Column], room: int, optional: Sequence[str]
+) -> tuple[list[list[Column]], list[str]]:
+    """Columns side by side in tables that fit, and the names of those that are left out.
+
+    Optional columns go before a cell folds. What is still too wide when cells fold goes on in a
+    table below, which repeats the first column.
+    """
+    kept, left_out = list(columns), []
+    for name in optional:
+        needed = sum(column.cell_width + GAP for column in kept) - GAP
+        if needed > room and name in (column.name for column in kept):
+            kept = [column for column in kept if column.name != name]
+            left_out.append(name)
+    first, *others = kept
+    tables = [[first]]
+    for column in others:
+        if len(tables[-1]) > 1 and widths_of([*tables[-1], column], room) is None:
+            tables.append([first])
+        tables[-1].append(column)
+    return tables, left_out
+
+
+def _show_table(listing: Listing) -> None:
+    columns = columns_of(listing.rows)
+    if not _on_a_terminal():
+        _print(_made(columns, None), in_a_file=IN_A_FILE)
+        return
+    room = Console(file=sys.stdout).width
+    tables, left_out = fitted(columns, room, listing.optional)
+    for i, table in enumerate(tables):
+        if i:
+            say("")
+        _print(_made(table, widths_of(table, room)), in_a_file=IN_A_FILE)
+    if left_out:
+        say(f"(No room here for: {', '.join(left_out)}; --json has them.)")
+
+
+def _made(columns: Sequence[Column], widths: list[int] | None) -> Table:
+    """A plain table; every cell is text, whatever it holds."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(
+            Text(column.name),
+            justify="right" if column.is_number else "left",
+            width=None if widths is None else widths[i],
+        )
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        made.add_row(*map(Text, cells))
+    return made
+
+
+def _print(made: Table, *, in_a_file: int) -> None:
+    console = Console(file=sys.stdout, highlight=False)
+    if not _on_a_terminal():
+        console.width = max(console.width, in_a_file)
+    console.print(made)
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)

@@ -1,0 +1,114 @@
+"""Tables as a terminal of any width shows them: no word broken, nothing gone in silence."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from melens.cli.listing import Listing
+from melens.cli.render import columns_of, fitted, show_listings, widths_of
+from melens.cli.tables import TABLES
+from melens.results import load_result
+
+DOCS = Path(__file__).parents[2] / "docs"
+SAVED = sorted([*DOCS.glob("results/*.json"), *DOCS.glob("reports/*.json")])
+BOLD = re.compile(r"\x1b\[[0-9;]*m")
+ROWS = [
+    {"layer": i, "first value": 1234.5 * i, "note": "an ordinary layer", "loss": 0.25 / (i + 1)}
+    for i in range(3)
+]
+
+
+@pytest.fixture
+def on_a_terminal(monkeypatch, capsys):
+    """Listings as a terminal of so many columns gets them."""
+
+    def show(listings, columns):
+        with monkeypatch.context() as patched:
+            patched.setenv("COLUMNS", str(columns))
+            patched.setenv("TERM", "xterm")
+            patched.setattr(sys.stdout, "isatty", lambda: True)
+            show_listings(listings)
+        return BOLD.sub("", capsys.readouterr().out).splitlines()
+
+    return show
+
+
+def _words(listings):
+    for one in listings:
+        for row in one.rows:
+            for column in columns_of([row]):
+                yield from column.name.split()
+                yield from column.cells[0].split()
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_saved_results_fit_and_no_word_breaks(on_a_terminal, columns):
+    kinds = set()
+    for path in SAVED:
+        result = load_result(path)
+        made = TABLES[result.kind](result)
+        assert all(set(one.optional) <= set(one.rows[0]) for one in made if one.rows)
+        tables = [Listing("", one.rows) for one in made if one.rows]
+        lines = on_a_terminal(tables, columns)
+        assert max(map(cell_len, lines)) <= columns, path
+        shown = {word for line in lines for word in line.split()}
+        assert set(_words(tables)) <= shown, path
+        kinds.add(result.kind)
+    assert len(kinds) >= 10
+
+
+def test_headers_fold_before_cells_do():
+    columns = columns_of(ROWS)
+    assert widths_of(columns, 100) == [5, 11, 17, 7]
+    assert widths_of(columns, 40) == [5, 5, 17, 7]
+    assert widths_of(columns, 39) == [5, 5, 16, 7]
+    assert widths_of(columns, 31) == [5, 5, 8, 7]
+    assert widths_of(columns, 30) is None
+
+
+def test_what_is_left_out_is_said(on_a_terminal):
+    listing = Listing("Layers:", ROWS, optional=("note", "loss"))
+    lines = on_a_terminal([listing], 39)
+    assert lines[0] == "Layers:"
+    assert lines[-1] == "(No room here for: note; --json has them.)"
+    assert "ordinary" not in " ".join(lines)
+    assert "No room" not in " ".join(on_a_terminal([listing], 40))
+    assert fitted(columns_of(ROWS), 12, listing.optional)[1] == ["note", "loss"]
+    assert fitted(columns_of(ROWS), 40, listing.optional)[1] == []  # the header folds instead
+
+
+def test_what_is_too_wide_goes_on_below_with_its_first_column(on_a_terminal):
+    lines = [line.rstrip() for line in on_a_terminal([Listing("", ROWS)], 21)]
+    assert lines == [
+        "layer  first value",
+        "    0            0",
+        "    1        1,234",
+        "    2        2,469",
+        "",
+        "layer  note",
+        "    0  an ordinary",
+        "       layer",
+        "    1  an ordinary",
+        "       layer",
+        "    2  an ordinary",
+        "       layer",
+        "",
+        "layer     loss",
+        "    0     0.25",
+        "    1    0.125",
+        "    2  0.08333",
+    ]
+
+
+def test_a_file_gets_wide_tables_whatever_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    show_listings([Listing("", ROWS), Listing("")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["layer", "first", "value", "note", "loss"]
+    assert len(lines) == 5
+    assert lines[-1] == ""
