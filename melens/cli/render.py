@@ -19,6 +19,8 @@ from melens.formatting import LAYOUT, printable
 
 GAP = 2
 """Blanks between two columns."""
+MOST_LINES = 3
+"""Of a cell, about; a column that needs more goes on in a table below."""
 IN_A_FILE = 120
 """Columns at least where stdout is no terminal: a file or a pipe needs no narrow lines."""
 
@@ -65,9 +67,10 @@ class Column:
         return max(_longest_word(self.name), *map(cell_len, self.cells))
 
     @property
-    def word_width(self) -> int:
-        """Of the longest word, which nothing may break."""
-        return max(map(_longest_word, (self.name, *self.cells)))
+    def least_width(self) -> int:
+        """Of the longest word, which nothing may break, or of a cell folded as often as may be."""
+        longest_word = max(map(_longest_word, (self.name, *self.cells)))
+        return max(longest_word, -(-self.cell_width // MOST_LINES))
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -89,7 +92,7 @@ def widths_of(columns: Sequence[Column], room: int) -> list[int] | None:
     """
     room -= GAP * (len(columns) - 1)
     widths = [max(column.cell_width, cell_len(column.name)) for column in columns]
-    for least in ([c.cell_width for c in columns], [c.word_width for c in columns]):
+    for least in ([c.cell_width for c in columns], [c.least_width for c in columns]):
         while sum(widths) > room:
             spare = [i for i, width in enumerate(widths) if width > least[i]]
             if not spare:

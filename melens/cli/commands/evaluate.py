@@ -27,7 +27,7 @@ RIVALS = "zero,mean,norm-flatten,ffn-cap,drop-key"
 
 @dataclass(frozen=True)
 class EvalRun(opt.RunOptions):
-    """Its seed is not of the tokens that are tried alone."""
+    """Its seed is of something else."""
 
     seed: Annotated[int, opt.seed_option("Of the bootstrap.")] = 0
 
@@ -233,7 +233,7 @@ LOSS = "perplexity"
 
 @dataclass(frozen=True)
 class TuneRun(opt.RunOptions):
-    """Its seed is not of the tokens that are tried alone."""
+    """Its seed is of something else."""
 
     seed: Annotated[int, opt.seed_option("Of the split and of what is drawn.")] = 0
 

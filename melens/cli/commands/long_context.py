@@ -26,7 +26,7 @@ class LongTask(StrEnum):
 
 @dataclass(frozen=True)
 class LongRun(opt.RunOptions):
-    """Its seed is not of the tokens that are tried alone."""
+    """Its seed is of something else."""
 
     seed: Annotated[int, opt.seed_option("Draws other numbers and places.")] = 0
 
