@@ -59,8 +59,14 @@ def _group(hint: Any) -> tuple[type | None, tuple[str, ...]]:
     return (kind if isinstance(kind, type) and is_dataclass(kind) else None), tuple(left_out)
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Read once: every command has the same groups, and help is to come at once."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def _options(kind: Any, left_out: tuple[str, ...]) -> list[inspect.Parameter]:
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     offered = {field.name: field.default for field in fields(kind)}
     for name in left_out:
         del offered[name]
