@@ -34,7 +34,7 @@ INTERRUPTED = 130
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """typer carries a click of its own in newer versions and uses the installed one in older."""
 
-NOT_ONE_OF = re.compile(r"'(.*)' is not one of ('.*')")
+NOT_ONE_OF = re.compile(r"'([^']*)' is not one of ('.*')")
 QUOTED = re.compile(r"'([^']*)'")
 
 app = typer.Typer(
