@@ -8,6 +8,8 @@ TORCH ?= cpu
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
+# Many processes start below: what one compiles the next reads.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-gemma test-browser test-hooked notebooks docs check all clean
 
@@ -24,7 +26,7 @@ test: $(VENV)/.test
 # The licence of Gemma must be accepted first: melens models get gemma3-270m --accept-license gemma
 test-gemma: $(VENV)/.test
 	$(BIN)/melens models get gemma3-270m
-	$(BIN)/python -m pytest -m gemma
+	$(BIN)/python -m pytest -m gemma tests/scanning/test_scan.py tests/weights
 
 # Needs a browser: apt-get install chromium chromium-driver
 test-browser: $(VENV)/.test
@@ -36,8 +38,7 @@ notebooks: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= --nbmake --nbmake-timeout=600 notebooks
 
 # The docs as a site in runs/site, warnings as errors.
-docs: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet $(PIN) -e '.[docs]'
+docs: $(VENV)/.docs
 	$(BIN)/zensical build --strict -f mkdocs.yml
 
 # HookedTransformer lives in TransformerLens 3.9, which cannot share an environment with 4.3.
@@ -61,6 +62,12 @@ $(VENV)/.run: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet $(PIN) -e '.[test]'
 	touch $@ $(VENV)/.run
+
+# The extra alone: melens itself is there, and may be running.
+$(VENV)/.docs: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet \
+	  "$$(sed -n 's/^docs = \["\(.*\)"\]$$/\1/p' pyproject.toml)"
+	touch $@
 
 .venv-hooked/.test: pyproject.toml constraints-hooked.txt
 	$(PYTHON) -m venv .venv-hooked

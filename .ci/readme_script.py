@@ -1,4 +1,4 @@
-"""Turn a Markdown file's bash blocks into one script and its python blocks into another."""
+"""Turn a Markdown file's bash blocks into scripts and its python blocks into one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 
 
 def main(source: str, target: str) -> None:
-    """Write TARGET.sh and TARGET.py with the fenced blocks of SOURCE, in order."""
+    """Write TARGET.1.sh, TARGET.2.sh, ... (a bash block each) and TARGET.py, in order."""
     text = Path(source).read_text("utf-8")
-    for language, ending in (("bash", "sh"), ("python", "py")):
-        blocks = re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-        if not blocks:
-            sys.exit(f"{source} shows no {language} block")
-        Path(f"{target}.{ending}").write_text("\n".join(blocks), "utf-8")
+    shell, python = (
+        re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        for language in ("bash", "python")
+    )
+    if not shell or not python:
+        sys.exit(f"{source} shows no bash block or no python block")
+    for number, block in enumerate(shell, 1):
+        Path(f"{target}.{number}.sh").write_text(block, "utf-8")
+    Path(f"{target}.py").write_text("\n".join(python), "utf-8")
 
 
 if __name__ == "__main__":

@@ -60,12 +60,49 @@ def make_tiny(tokenizer):
     return make
 
 
+def _state(bridge):
+    """What a test may have changed for good: weights, hooks, settings."""
+    hf = bridge.original_model
+    return (
+        [(name, p.data_ptr(), p._version, p.requires_grad) for name, p in hf.named_parameters()],
+        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in bridge.modules()],
+        (hf.config.to_dict(), hf.generation_config.to_dict(), str(vars(bridge.cfg))),
+        (bridge.training, hf.training, id(bridge.tokenizer)),
+        str(getattr(bridge.tokenizer, "chat_template", None)),
+    )
+
+
+@pytest.fixture(scope="session")
+def _bridges():
+    return {}
+
+
 @pytest.fixture
-def tiny(make_tiny, tokenizer):
-    """A bridged tiny Llama."""
+def bridged(make_tiny, _bridges):
+    """Tiny models under a bridge, made and checked once a session; one that a test changed goes."""
     from melens.models import load
 
-    return load(make_tiny("llama"), tokenizer=tokenizer)
+    used = set()
+
+    def get(family, *, tokenizer=None, **options):
+        key = (family, id(tokenizer), *sorted(options.items()))
+        if key not in _bridges:
+            bridge = load(make_tiny(family, **options), tokenizer=tokenizer)
+            _bridges[key] = (bridge, _state(bridge))
+        used.add(key)
+        return _bridges[key][0]
+
+    yield get
+    for key in used:
+        bridge, before = _bridges[key]
+        if _state(bridge) != before:
+            del _bridges[key]
+
+
+@pytest.fixture
+def tiny(bridged, tokenizer):
+    """A bridged tiny Llama."""
+    return bridged("llama", tokenizer=tokenizer)
 
 
 @pytest.fixture

@@ -40,8 +40,8 @@ def _add(start, value):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_resumed_runs_equal_full_runs_with_a_hook(family, make_tiny, tokenizer):
-    model = load(make_tiny(family), tokenizer=tokenizer)
+def test_resumed_runs_equal_full_runs_with_a_hook(family, bridged, tokenizer):
+    model = bridged(family, tokenizer=tokenizer)
     for batch in BATCHES.values():
         _check_family(family, model, batch)
 
@@ -74,16 +74,16 @@ def test_gemma2_caps_its_logits(make_tiny, tokenizer):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_bf16_models_resume(family, make_tiny, tokenizer):
-    model = load(make_tiny(family, dtype=torch.bfloat16), tokenizer=tokenizer)
+def test_bf16_models_resume(family, bridged, tokenizer):
+    model = bridged(family, dtype=torch.bfloat16, tokenizer=tokenizer)
     run = Resumable(model, BATCHES["right"])
     assert run.suffixes
     assert run.resid_pre(1).dtype == torch.bfloat16
 
 
-def test_a_sliding_window_that_crops_still_resumes(make_tiny, tokenizer):
+def test_a_sliding_window_that_crops_still_resumes(bridged, tokenizer):
     ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(1))
-    model, batch = load(make_tiny("gemma3"), tokenizer=tokenizer), Batch.of(ids)
+    model, batch = bridged("gemma3", tokenizer=tokenizer), Batch.of(ids)
     run = Resumable(model, batch)  # its window is 16
     made = run.logits(run.run(1, run.resid_pre(1)[:, 30:], start=30))
     assert run.suffixes
@@ -146,8 +146,8 @@ def test_what_does_not_fit_is_refused(tiny):
         Resumable(tiny, Batch.of(torch.full((1, 5), 64)))
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_family(make_tiny, tokenizer):
-    model = load(make_tiny("llama"), tokenizer=tokenizer)
+def test_memory_that_runs_out_is_no_fault_of_the_family(bridged, tokenizer):
+    model = bridged("llama", tokenizer=tokenizer)
     calls = []
 
     def full(module, args):

@@ -140,12 +140,10 @@ def test_a_hostile_model_name_stays_text(results):
 
 def test_every_verdict_draws_and_equal_results_give_equal_bytes(results, tmp_path):
     for kind, result in results.items():
-        for ending in ("svg", "pdf", "png"):
-            first = save_figure(result.plot(), tmp_path / f"{kind}.{ending}").read_bytes()
-            again = save_figure(
-                MELayer.from_json(result.to_json()).plot(), tmp_path / f"again.{ending}"
-            ).read_bytes()
-            assert first == again
+        drawn, same = result.plot(), MELayer.from_json(result.to_json()).plot()
+        for ending in ("svg", "pdf", "png") if kind == "single" else ("svg",):
+            first = save_figure(drawn, tmp_path / f"{kind}.{ending}").read_bytes()
+            assert first == save_figure(same, tmp_path / f"again.{ending}").read_bytes()
     text = (tmp_path / "single.svg").read_text()
     assert f"ME Layer {results['single'].me_layer}" in text
     assert "no massive token" in (tmp_path / "none.svg").read_text()
@@ -248,13 +246,12 @@ def test_saved_checks_are_read_but_have_no_figure(results, tmp_path):
         check.plot()
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "docs/results").glob("*.json")), ids=lambda p: p.name
-)
-def test_the_published_results_can_be_read_and_drawn(path):
-    found = load_result(path)
-    assert found.to_json() == path.read_text("utf-8")
-    assert draw(found).axes
+def test_the_published_results_can_be_drawn():
+    """That they are read and written byte for byte is for test_corpus.py."""
+    paths = sorted((ROOT / "docs/results").glob("*.json"))
+    assert len(paths) >= 38
+    for path in paths:
+        assert draw(load_result(path)).axes, path.name
 
 
 def test_no_document_holds_a_placeholder():

@@ -71,8 +71,8 @@ def test_it_changes_something_and_leaves_no_trace(name, tiny, ids):
 
 @EACH
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3"])
-def test_its_neutral_setting_changes_no_bit(name, family, make_tiny, ids):
-    model = load(make_tiny(family))
+def test_its_neutral_setting_changes_no_bit(name, family, bridged, ids):
+    model = bridged(family)
     clean = run(model, ids)
     with make(model, name, INTERVENTIONS[name].neutral, tokens="first") as record:
         assert torch.equal(run(model, ids), clean)
@@ -96,8 +96,8 @@ def test_whether_anything_changed_is_known_at_once_and_after_an_error(tiny, ids)
 
 
 @EACH
-def test_its_neutral_setting_changes_no_bit_in_bfloat16(name, make_tiny, ids):
-    model = load(make_tiny("llama", dtype=torch.bfloat16))
+def test_its_neutral_setting_changes_no_bit_in_bfloat16(name, bridged, ids):
+    model = bridged("llama", dtype=torch.bfloat16)
     clean = run(model, ids)
     with make(model, name, INTERVENTIONS[name].neutral):
         assert torch.equal(run(model, ids), clean)
@@ -216,9 +216,9 @@ def test_a_reference_needs_other_tokens(make_edit, tiny, ids):
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mixtral", "qwen3-moe")])
-def test_the_ffn_formula_is_the_models_own(family, make_tiny, ids):
+def test_the_ffn_formula_is_the_models_own(family, bridged, ids):
     """product_of and written against what the model's hooks show."""
-    model = load(make_tiny(family))
+    model = bridged(family)
     if family == "qwen3-next":
         with pytest.raises(SiteError, match="Mixture of Experts"):
             ffn_of(model, 1)
@@ -233,8 +233,8 @@ def test_the_ffn_formula_is_the_models_own(family, make_tiny, ids):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "qwen3-next"])
-def test_experts_have_no_neurons_but_their_write_can_be_dropped(family, make_tiny, ids):
-    model = load(make_tiny(family))
+def test_experts_have_no_neurons_but_their_write_can_be_dropped(family, bridged, ids):
+    model = bridged(family)
     with pytest.raises(SiteError, match="write_block"):
         ffn_ablate_neurons(model, 1, neurons=[0]).__enter__()
     clean = run(model, ids)
@@ -253,8 +253,8 @@ def site_of(model, ids, site, edit=None):
 @pytest.mark.parametrize(
     ("family", "norm"), [("llama", "ln2"), ("gemma2", "ln2_post"), ("gpt2", "ln2")]
 )
-def test_a_flat_norm_multiplies_by_the_mean_gain(family, norm, make_tiny, ids):
-    model = load(make_tiny(family))
+def test_a_flat_norm_multiplies_by_the_mean_gain(family, norm, bridged, ids):
+    model = bridged(family)
     gain = norm_gain(model, 1, norm)
     bias = getattr(model.blocks[1].ln2, "bias", None)
     bias = bias.detach() if isinstance(bias, torch.Tensor) and norm == "ln2" else 0.0
@@ -318,8 +318,8 @@ def test_ablated_neurons_equal_zeroed_columns(tiny, ids):
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_transplant_from_itself_changes_nothing_and_from_a_donor_everything(make_tiny, ids):
-    model, donor = load(make_tiny("llama")), load(make_tiny("llama", seed=1))
+def test_a_transplant_from_itself_changes_nothing_and_from_a_donor_everything(bridged, ids):
+    model, donor = bridged("llama"), bridged("llama", seed=1)
     clean = run(model, ids)
     with transplant(model, 1, donor=1, tokens="all"):
         torch.testing.assert_close(run(model, ids), clean, rtol=1e-5, atol=1e-6)
@@ -344,8 +344,8 @@ def test_residual_set_sets_the_stream_itself(tiny, ids):
 
 @pytest.mark.parametrize("part", ["attention", "ffn"])
 @pytest.mark.parametrize("family", ["llama", "neox", "gemma2", "qwen3-next"])
-def test_a_dropped_write_is_missing_from_the_sum(part, family, make_tiny, ids):
-    model = load(make_tiny(family))
+def test_a_dropped_write_is_missing_from_the_sum(part, family, bridged, ids):
+    model = bridged(family)
     from melens.models.anatomy import anatomy
 
     block = anatomy(model).blocks[1]
@@ -370,12 +370,12 @@ def test_orthogonal_queries_have_nothing_left_along_the_token(itself, tiny, ids)
     assert torch.equal(edited[:, 0], clean[:, 0]) != itself
 
 
-def test_generate_sees_absolute_positions(make_tiny, tokenizer, ids):
+def test_generate_sees_absolute_positions(bridged, tokenizer, ids):
     """Cached generation equals decoding without a cache, and a static cache's positions are right.
 
     (Its logits are not compared: TransformerLens 4.3's bridge itself is off by 1e-2 under one.)
     """
-    model = load(make_tiny("llama"), tokenizer=tokenizer)
+    model = bridged("llama", tokenizer=tokenizer)
     hf, seen = model.original_model, []
     greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 64}
     with ffn_scale(model, 1, factor=30.0):

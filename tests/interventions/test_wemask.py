@@ -99,8 +99,8 @@ def test_dropped_keys_agree_on_a_plain_model_and_its_bridge(family, make_tiny, i
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "neox", "phi3"])
-def test_a_dropped_key_gets_no_attention_but_its_own(family, make_tiny, ids):
-    bridge = load(make_tiny(family))
+def test_a_dropped_key_gets_no_attention_but_its_own(family, bridged, ids):
+    bridge = bridged(family)
     sites = [f"blocks.{layer}.attn.hook_pattern" for layer in (0, 1, 2)]
     with torch.no_grad(), drop_key(bridge, 0):
         _, cache = bridge.run_with_cache(ids, names_filter=sites)
@@ -137,9 +137,9 @@ def test_a_key_dropped_from_a_position_on_is_one_that_a_cache_evicted(family, ma
         pass
 
 
-def test_a_weakened_key_gets_its_share_of_the_odds(make_tiny, ids):
+def test_a_weakened_key_gets_its_share_of_the_odds(bridged, ids):
     """softmax over s_k + ln(1 - strength): the odds against any other key fall by that factor."""
-    bridge, site = load(make_tiny("llama")), "blocks.1.attn.hook_pattern"
+    bridge, site = bridged("llama"), "blocks.1.attn.hook_pattern"
     with torch.no_grad():
         clean = bridge.run_with_cache(ids, names_filter=[site])[1][site]
         with drop_key(bridge, layers=[1], strength=0.75):
@@ -149,13 +149,26 @@ def test_a_weakened_key_gets_its_share_of_the_odds(make_tiny, ids):
     )
 
 
-@pytest.mark.parametrize("name", [*EDITS, "drop_key"])
-@pytest.mark.parametrize("family", PLAIN)
-def test_cached_chunked_padded_and_batched_equal_the_whole(name, family, make_tiny, ids):
-    if family == "olmo2" and name in ("gamma", "product", "bottom-gamma"):
+def test_a_rule_by_gain_needs_a_norm_before_attention(make_tiny):
+    hf = make_tiny("olmo2")
+    for name in ("gamma", "product", "bottom-gamma"):
         with pytest.raises(SiteError, match=r"select='activation'|no norm 'ln1'"):
-            edit(make_tiny(family), name).__enter__()
-        return
+            edit(hf, name).__enter__()
+
+
+# Every family under one rule by activation, one by gain and drop_key; every rule in the families
+# whose norms differ (gain of its own, 1 + gain, with bias). The rest of the product adds nothing.
+WHOLE = [
+    (name, family)
+    for family in PLAIN
+    for name in (*EDITS, "drop_key")
+    if name in ("activation", "drop_key", select_for(family))
+    or family in ("llama", "gemma2", "gpt2")
+]
+
+
+@pytest.mark.parametrize(("name", "family"), WHOLE)
+def test_cached_chunked_padded_and_batched_equal_the_whole(name, family, make_tiny, ids):
     hf = make_tiny(family)
     rows = [ids[0].tolist(), ids[1, :8].tolist(), ids[2, :5].tolist()]
     with edit(hf, name):
@@ -180,9 +193,18 @@ def greedy_without_cache(hf, row, steps):
     return row
 
 
-@pytest.mark.parametrize("name", ["activation", "gamma", "drop_key"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mistral", "qwen3"])
-@pytest.mark.parametrize("how", ["dynamic", "static", "prompt lookup", "beams", "chunked"])
+WAYS = ("dynamic", "static", "prompt lookup", "beams", "chunked")
+GENERATING = ("llama", "gemma3", "gpt2", "mistral", "qwen3")
+MASKS = ("activation", "gamma", "drop_key")
+PAIRS = [
+    (MASKS[(i + j) % 3], family, how)
+    for i, family in enumerate(GENERATING)
+    for j, how in enumerate(WAYS)
+]
+"""Each family in each way, each mask with each family and each way: pairwise."""
+
+
+@pytest.mark.parametrize(("name", "family", "how"), PAIRS)
 def test_generate_sees_the_same_mask(name, family, how, make_tiny, ids):
     """Greedy decoding without a cache is the truth; a left-padded batch of unequal prompts."""
     hf = make_tiny(family)
@@ -255,8 +277,8 @@ def test_selections_are_what_they_say(make_tiny, ids):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_strength_scales_the_token_and_nothing_else(make_tiny, ids):
-    bridge = load(make_tiny("llama"))
+def test_strength_scales_the_token_and_nothing_else(bridged, ids):
+    bridge = bridged("llama")
     site = "blocks.1.attn.hook_in"
     with torch.no_grad():
         clean = bridge.run_with_cache(ids, names_filter=[site])[1][site]

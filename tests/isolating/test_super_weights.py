@@ -262,10 +262,10 @@ def test_the_role_is_told_from_the_residual(make_tiny, tokenizer, texts):
         super_weights(other, texts, me_layer=located)
 
 
-def test_experts_are_refused_and_hybrids_say_what_is_missing(make_tiny, texts):
+def test_experts_are_refused_and_hybrids_say_what_is_missing(bridged, texts):
     with pytest.raises(ModelError, match="no layer of this model has an FFN with neurons"):
-        super_weights(load(make_tiny("mixtral")), texts)
-    model = load(make_tiny("llama"))
+        super_weights(bridged("mixtral"), texts)
+    model = bridged("llama")
     places, missing = places_of(model)
     assert (list(places), missing) == ([0, 1, 2], ())
 

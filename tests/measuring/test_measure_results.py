@@ -92,9 +92,14 @@ def test_lists_of_numbers_stay_on_one_line(results):
 def test_every_style_draws_and_equal_results_give_equal_bytes(results, which, kind, tmp_path):
     result = results[which][kind]
     again = type(result).from_json(result.to_json())
-    for style in FIGURES[type(result)]:
-        for ending in ("svg", "pdf"):
-            first = save_figure(result.plot(style), tmp_path / f"a.{ending}").read_bytes()
+    for i, style in enumerate(FIGURES[type(result)]):
+        drawn = result.plot(style)
+        assert drawn.axes
+        if which == "none" and i:  # the same functions as with a token, on less
+            continue
+        endings = ("svg", "pdf") if i == 0 else ("svg",)  # both writers once a kind
+        for ending in endings:
+            first = save_figure(drawn, tmp_path / f"a.{ending}").read_bytes()
             assert first == save_figure(again.plot(style), tmp_path / f"b.{ending}").read_bytes()
     with pytest.raises(UnknownNameError, match=f"unknown style of {kind} 'nonsense'"):
         result.plot("nonsense")

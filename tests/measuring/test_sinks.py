@@ -71,8 +71,8 @@ def gu(patterns, eps, t):
 
 @pytest.mark.parametrize("t", [5, 64])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3-next", "neox"])
-def test_the_cached_patterns_give_the_same_numbers(make_tiny, tokenizer, ids, family, t):
-    model = load(make_tiny(family), tokenizer=tokenizer)
+def test_the_cached_patterns_give_the_same_numbers(bridged, tokenizer, ids, family, t):
+    model = bridged(family, tokenizer=tokenizer)
     found = sinks(model, prompts=Batch.of(ids), t=t)
     names = [name for name in model.hook_dict if name.endswith("attn.hook_pattern")]
     _, cache = model.run_with_cache(ids, names_filter=names, use_cache=False)

@@ -30,8 +30,8 @@ QUERIES = {"q", "q_norm", "rot_q"}
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_every_family_shows_what_it_has_and_says_what_it_lacks(make_tiny, family):
-    model = load(make_tiny(family))
+def test_every_family_shows_what_it_has_and_says_what_it_lacks(bridged, family):
+    model = bridged(family)
     sites = attention_sites(model)
     with_attention = list(sites.patterns)
     shown = {view.site for view in sites.layer(with_attention[0])}
@@ -49,9 +49,9 @@ def test_every_family_shows_what_it_has_and_says_what_it_lacks(make_tiny, family
 
 # phi3 and neox join when TransformerLens fires their hook_rot_q and hook_rot_k
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("phi3", "neox")])
-def test_queries_and_keys_read_by_head_give_the_pattern(make_tiny, family, ids):
+def test_queries_and_keys_read_by_head_give_the_pattern(bridged, family, ids):
     """The layout is right if attention can be made from what was read: softmax(q k^T)."""
-    model = load(make_tiny(family))
+    model = bridged(family)
     sites = attention_sites(model)
     layer = next(iter(sites.patterns))
     views = {view.site: view for view in sites.layer(layer)}
@@ -73,8 +73,8 @@ def test_queries_and_keys_read_by_head_give_the_pattern(make_tiny, family, ids):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-next", "olmo2", "gpt2"])
-def test_collapse_equals_the_metrics_on_stored_activations(make_tiny, family, ids):
-    model = load(make_tiny(family))
+def test_collapse_equals_the_metrics_on_stored_activations(bridged, family, ids):
+    model = bridged(family)
     found = collapse(model, prompts=[Batch.of(ids[:1]), Batch.of(ids[1:])])
     sites = attention_sites(model)
     names = [view.hook for view in sites.views]
@@ -157,7 +157,7 @@ def test_heads_that_are_not_there_are_refused(tiny, ids, options, says):
         attention(tiny, prompts=Batch.of(ids), **options)
 
 
-def test_a_layer_without_attention_cannot_be_shown(make_tiny, ids):
-    model = load(make_tiny("qwen3-next"))
+def test_a_layer_without_attention_cannot_be_shown(bridged, ids):
+    model = bridged("qwen3-next")
     with pytest.raises(SiteError, match=r"layer 0 has no attention; these have: \[1, 3\]"):
         attention(model, prompts=Batch.of(ids), layers=[0])

@@ -138,8 +138,8 @@ FAMILY_SITES = {
 
 
 @pytest.mark.parametrize("family", list(FAMILY_SITES))
-def test_every_cell_equals_a_plain_run_with_a_hook(family, make_tiny, tokenizer):
-    model = load(make_tiny(family), tokenizer=tokenizer)
+def test_every_cell_equals_a_plain_run_with_a_hook(family, bridged, tokenizer):
+    model = bridged(family, tokenizer=tokenizer)
     for kind in PAIRS if family in ("llama", "gpt2") else ("plain",):
         clean, corrupted = PAIRS[kind]
         caches = _cache(model, clean), _cache(model, corrupted)
@@ -505,17 +505,17 @@ def test_what_cannot_be_patched_is_said(tiny, options, error, text):
         patch(tiny, *PAIRS["plain"], **{"metric": DIFFERENCE, **options})
 
 
-def test_pairs_that_do_not_fit_are_refused(tiny, make_tiny, tokenizer):
+def test_pairs_that_do_not_fit_are_refused(tiny, bridged, tokenizer):
     with pytest.raises(PromptError, match=r"clean is \(2, 7\) tokens, corrupted \(2, 6\)"):
         patch(tiny, Batch.of(CLEAN), Batch.of(CORRUPTED[:, :6]), metric="kl")
     with pytest.raises(PromptError, match=r"sequences \[1\] have other lengths"):
         patch(tiny, Batch.of(CLEAN), PAIRS["right"][1], metric="kl")
     with pytest.raises(PromptError, match=r"clean is \(1, 5\) tokens, corrupted \(1, 6\)"):
         patch(tiny, "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6", metric="kl")
-    neox = load(make_tiny("neox"), tokenizer=tokenizer)
+    neox = bridged("neox", tokenizer=tokenizer)
     with pytest.raises(SiteError, match="'resid_mid' cannot be patched at layer 0: attention and"):
         patch(neox, *PAIRS["plain"], sites="resid_mid")
-    olmo = load(make_tiny("olmo2"), tokenizer=tokenizer)
+    olmo = bridged("olmo2", tokenizer=tokenizer)
     with pytest.raises(SiteError, match="'ln1' cannot be patched at layer 0: there is no such"):
         patch(olmo, *PAIRS["plain"], sites="ln1")
     with pytest.raises(MetricError, match="needs a MELayer with a massive token"):
@@ -530,8 +530,8 @@ def test_texts_keep_their_whole_length_and_name_both_tokens(tiny):
     assert all(math.isfinite(row["effect"]) for row in made.rows())
 
 
-def test_hybrid_layers_without_a_site_are_left_out_and_named(make_tiny, tokenizer):
-    model = load(make_tiny("qwen3-next"), tokenizer=tokenizer)
+def test_hybrid_layers_without_a_site_are_left_out_and_named(bridged, tokenizer):
+    model = bridged("qwen3-next", tokenizer=tokenizer)
     made = patch(model, *PAIRS["plain"], sites="z", metric=KL(), by="layer")
     assert made.axes["z"][0].index == (1, 3)
     assert made.missing[0] == "z, layer 0: the layer has no attention"
