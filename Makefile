@@ -21,7 +21,7 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=30
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30
 
 # The licence of Gemma must be accepted first: melens models get gemma3-270m --accept-license gemma
 test-gemma: $(VENV)/.test

@@ -26,6 +26,14 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for commands that tests start
 
 
+SLOW = ("weights", "checking", "isolating", "evaluating", "tuning", "locating", "measuring")
+
+
+def pytest_collection_modifyitems(items):
+    """Folders of slow files first, so that at the end no worker is left alone with one."""
+    items.sort(key=lambda item: item.path.parent.name not in SLOW)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -195,21 +195,21 @@ def run_pages(*pages):
     return done.stdout
 
 
+@pytest.mark.weights
 def test_the_code_of_the_pages_runs():
+    """All in one process: to import and to load costs more than what they do."""
     shown = run_pages(
         "extend/family.md",
         "extend/reducer.md",
         "extend/intervention.md",
         "extend/figure.md",
         "check.md",
+        "index.md",
+        "extend/task.md",
+        "extend/metric.md",
     )
     assert "blocks.0.hook_resid_post" in shown
     assert "the ME Layer did not move: 11 in both" in shown
-
-
-@pytest.mark.weights
-def test_the_code_that_needs_weights_runs():
-    shown = run_pages("index.md", "extend/task.md", "extend/metric.md")
     assert "ME Layer 11 of 30" in shown
     assert "capitals, 4 items" in shown
 

@@ -29,6 +29,8 @@ from melens.models.ffn import ffn_of
 from melens.results import Isolation
 
 SEEDS = (0, 1)
+TICKS = {}
+"""What each of them said of its progress."""
 
 
 @functools.cache
@@ -37,7 +39,9 @@ def isolated(cause, seed):
     model = load(made.model)
     texts = [Batch.of(batch(plant("llama", "single", seed), n=3, length=14, seed=seed))]
     me = locate(model, texts)
-    return made, model, texts, me, isolate(model, me, texts)
+    seen = TICKS[cause, seed] = []
+    found = isolate(model, me, texts, progress=lambda done, total: seen.append((done, total)))
+    return made, model, texts, me, found
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -230,9 +234,8 @@ def test_the_model_is_as_it_was_and_an_interrupt_leaves_nothing(monkeypatch):
 
 
 def test_progress_counts_to_its_total():
-    _, model, texts, me, _ = isolated("both", 1)
-    seen = []
-    isolate(model, me, texts, progress=lambda done, total: seen.append((done, total)))
+    isolated("both", 1)
+    seen = TICKS["both", 1]
     assert seen[-1][0] == seen[-1][1]
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len({total for _, total in seen}) == 1
