@@ -19,7 +19,7 @@ from melens.evaluating.tasks import Source, read_jsonl
 from melens.inputs import take_in
 from melens.store import is_text, json_object, lines_of
 
-EXAMPLES = int(os.environ.get("MELENS_FUZZ", "100"))
+EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,
