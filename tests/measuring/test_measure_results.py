@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+from matplotlib.text import Text
 from planted import batch, plant
 
 from melens.batches import Batch
@@ -37,6 +38,13 @@ def results():
 
 
 KINDS = ("describe", "collapse", "sinks", "attention")
+
+
+def contents(figure):
+    """What is drawn, before it is laid out, which takes most of the time."""
+    lines = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
+    texts = [axes.get_ylabel() for axes in figure.axes]
+    return repr((lines, texts, [text.get_text() for text in figure.findobj(Text)]))
 
 
 def pixels(figure):
@@ -103,6 +111,9 @@ def test_every_style_draws_and_equal_results_give_equal_bytes(results, which, ki
     again = type(result).from_json(result.to_json())
     for i, style in enumerate(FIGURES[type(result)]):
         drawn, same = result.plot(style), again.plot(style)
+        assert contents(drawn) == contents(same)
+        if i and (which == "none" or kind == "collapse"):  # one function draws its five styles
+            continue
         if i:  # the writers are the same for all styles: small pixels tell as much
             assert pixels(drawn) == pixels(same)
             continue
