@@ -13,7 +13,6 @@ from melens.errors import MetricError, PromptError, ResultError, SiteError, Unkn
 from melens.interventions.context import now_of
 from melens.locating import locate
 from melens.metrics import key_attention
-from melens.models import load
 from melens.patching import (
     KL,
     METRICS_OF_PATCH,
