@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,12 @@ SLOW = ("weights", "checking", "isolating", "evaluating", "tuning", "locating", 
 def pytest_collection_modifyitems(items):
     """Folders of slow files first, so that at the end no worker is left alone with one."""
     items.sort(key=lambda item: item.path.parent.name not in SLOW)
+
+
+def pytest_collection_finish():
+    """What was imported stays for good: the garbage collector need not walk over it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
