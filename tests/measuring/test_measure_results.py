@@ -117,7 +117,7 @@ def test_every_style_draws_and_equal_results_give_equal_bytes(results, which, ki
         if i:  # the writers are the same for all styles: small pixels tell as much
             assert pixels(drawn) == pixels(same)
             continue
-        for ending in ("svg", "pdf") if which == "massive" else ("svg",):
+        for ending in ("svg", "pdf") if kind == "describe" else ("svg",):
             first = save_figure(drawn, tmp_path / f"a.{ending}").read_bytes()
             assert first == save_figure(same, tmp_path / f"b.{ending}").read_bytes()
     with pytest.raises(UnknownNameError, match=f"unknown style of {kind} 'nonsense'"):
