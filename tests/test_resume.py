@@ -50,13 +50,15 @@ def _check_family(family, model, batch):
     run = Resumable(model, batch)
     assert run.suffixes == (family not in LINEAR)
     real, rows = batch.mask, len(batch)
+    as_it_is = _logits(model, batch)
     for layer in (0, 1, 2):
         for start in (0, 5) if run.suffixes else (0,):
             clean = run.resid_pre(layer)[:, start:]
             both = run.logits(run.run(layer, torch.cat([clean, clean + 0.3]), start=start))
             site = f"blocks.{layer}.hook_resid_pre"
             for variant, value in zip(both.split(rows), (0.0, 0.3), strict=True):
-                expected = _logits(model, batch, [(site, _add(start, value))])[:, start:]
+                whole = _logits(model, batch, [(site, _add(start, value))]) if value else as_it_is
+                expected = whole[:, start:]
                 torch.testing.assert_close(
                     variant[real[:, start:]], expected[real[:, start:]], rtol=1e-5, atol=1e-6
                 )

@@ -111,12 +111,15 @@ def _mid_hooks(layer, source, target, position):
 
 
 def _plain(model, site, source, target, batch):
-    """{(layer, position, head): logit difference}: one full run a cell."""
-    found = {}
+    """{(layer, position, head): logit difference}: one full run a cell.
+
+    Of every layer; of the positions the ends, the second and one between, of the heads the ends.
+    """
+    found, width = {}, batch.ids.shape[1]
     for layer in range(model.cfg.n_layers):
         name = f"blocks.{layer}.{HOOKS.get(site, 'hook_resid_mid')}"
-        heads = range(source[name].shape[2]) if site in "zqkv" else (None,)
-        for position in range(batch.ids.shape[1]):
+        heads = (0, source[name].shape[2] - 1) if site in "zqkv" else (None,)
+        for position in (0, 1, width // 2, width - 1):
             for head in heads:
                 hooks = [(name, _setting(source[name], position, head))]
                 if site == "resid_mid":
@@ -151,10 +154,10 @@ def test_every_cell_equals_a_plain_run_with_a_hook(family, bridged, tokenizer):
         for site in sites:
             plain = _plain(model, site, *caches, corrupted)
             mine = [row for row in rows if row["site"] == site]
-            assert len(mine) == len(plain)
-            for row in mine:
-                expected = plain[row["layer"], row["position"], row["head"]]
-                assert row["value"] == pytest.approx(expected, rel=1e-5, abs=2e-6), row
+            made_at = {(row["layer"], row["position"], row["head"]): row["value"] for row in mine}
+            assert len(made_at) == len(mine) == math.prod(torch.tensor(made.values[site]).shape)
+            for at, expected in plain.items():
+                assert made_at[at] == pytest.approx(expected, rel=1e-5, abs=2e-6), at
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "attn_out", "mlp_out"])
