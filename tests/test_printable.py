@@ -59,6 +59,7 @@ def test_ordinary_text_of_any_script_is_left_alone(text):
 
 def test_a_joiner_that_joins_no_letters_is_shown():
     assert printable("pass\u200dword \u200c\u0645") == r"pass\u200dword \u200c" + "\u0645"
+    assert printable("\u200c\u0645\u0645") == r"\u200c" + "\u0645\u0645"
 
 
 def test_every_character_there_is():

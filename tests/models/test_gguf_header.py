@@ -76,6 +76,7 @@ DATA = bytes(4096)
         (header([], [info(), info("v", offset=32)]) + DATA, "'w' and 'v' lie on the same bytes"),
         (header(version=1) + DATA, "version 1"),
         (header(version=3 << 24) + DATA, "big-endian"),
+        (header(version=4) + DATA, "version is 4"),
         (header(version=77) + DATA, "version is 77"),
         (header([field("split.count", 2, struct.pack("<H", 60000))]), "does not say which"),
     ],
