@@ -92,6 +92,29 @@ class Inputs:
             "transformers": version("transformers"),
         }
 
+    @classmethod
+    def of(cls, model: Any) -> Inputs:
+        """A model without texts yet, adopted and fingerprinted; what is ready is given back.
+
+        Raises:  ModelError and its kinds: it cannot be loaded or its hooks do not add up.
+        """
+        if isinstance(model, cls):
+            return model
+        hooked = adopt(model)
+        weights = fingerprint(hooked)
+        note_weights(hooked, weights)
+        return cls(hooked, [], {}, weights)
+
+    def over(self, prompts: Source, *, batch_size: int = 4, least: int = MIN_TOKENS) -> Inputs:
+        """The same model over other texts; it is not looked at again.
+
+        Args:    least: tokens that every sequence must have.
+        Raises:  PromptError: as :func:`prepare`.
+        """
+        batches = _batches(self.model, prompts, batch_size, least)
+        settings = _settings(self.model, prompts, rows_of(batches))
+        return Inputs(self.model, batches, settings, self.weights)
+
     def ticker(self, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
         """Turns rows done in a batch into (rows done so far, rows in all)."""
         done = 0
@@ -114,20 +137,22 @@ def rows_of(batches: Sequence[Batch]) -> list[list[int]]:
     ]
 
 
-def take_in(model: Any, prompts: Source, *, batch_size: int = 4, least: int = MIN_TOKENS) -> Inputs:
+def prepare(
+    model: Any, prompts: Source = None, *, batch_size: int = 4, least: int = MIN_TOKENS
+) -> Inputs:
     """Adopt a model and turn texts into batches for it; refuses before any forward pass.
 
-    Args:    least: tokens that every sequence must have.
+    Args:    model: anything ``melens.load`` takes; or ready Inputs, whose model is not checked or
+             fingerprinted again, and whose batches stay as they are where no texts are given.
+             least: tokens that every sequence must have.
 
     Raises:  PromptError: no row of at least 4 tokens, or no tokenizer to make rows with.
              ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
     """
-    hooked = adopt(model)
-    batches = _batches(hooked, prompts, batch_size, least)
-    settings = _settings(hooked, prompts, rows_of(batches))
-    weights = fingerprint(hooked)
-    note_weights(hooked, weights)
-    return Inputs(hooked, batches, settings, weights)
+    ready = Inputs.of(model)
+    if ready.batches and prompts is None:
+        return ready
+    return ready.over(prompts, batch_size=batch_size, least=least)
 
 
 def _batches(model: Any, source: Any, batch_size: int, least: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from melens.errors import MelensError, PromptError
 from melens.evaluating.harness.data import items
 from melens.evaluating.scoring import read_prompts
 from melens.evaluating.tasks import Source, read_jsonl
-from melens.inputs import take_in
+from melens.inputs import prepare
 from melens.store import is_text, json_object, lines_of
 
 EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
@@ -63,9 +63,9 @@ def test_a_line_that_is_too_short_is_named_and_so_is_a_file_of_blank_lines(tmp_p
     path = tmp_path / "texts.txt"
     path.write_text("\nw5 w6 w7 w8\n  \nw5\nw5 w6 w7 w8 w9\n")
     with pytest.raises(PromptError, match=rf"^line 4 of {path} has 1 token\(s\); melens needs"):
-        take_in(tiny, prompts(read_lines(path)))
+        prepare(tiny, prompts(read_lines(path)))
     with pytest.raises(PromptError, match=r"^sequence 1 has 1 token"):
-        take_in(tiny, ["w5 w6 w7 w8", "w5"])
+        prepare(tiny, ["w5 w6 w7 w8", "w5"])
     for raw, says in (("\n  \n", "holds nothing but blank lines"), ("", "is empty")):
         path.write_text(raw)
         for read in (read_lines, read_text):

@@ -13,7 +13,7 @@ from melens import locate, patch
 from melens.batches import Batch, strings_of
 from melens.capture import ChannelMax, stream
 from melens.errors import PromptError
-from melens.inputs import _batches, rows_of, take_in
+from melens.inputs import _batches, prepare, rows_of
 from melens.models import load
 
 TEXTS = ["w5 w6 w7 w8 w9", "w10 w11 w12 w13 w14 w15 w16"]
@@ -21,7 +21,7 @@ ROWS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 16]]
 
 
 def rows(model, source):
-    return take_in(model, source, least=1).rows
+    return prepare(model, source, least=1).rows
 
 
 def sources(tokenizer):
@@ -85,7 +85,7 @@ def test_a_verdict_on_ids_is_the_verdict_on_their_texts(tiny, tokenizer):
 
 
 def test_batches_are_cut_as_texts_are(tiny):
-    inputs = take_in(tiny, torch.arange(5, 45).reshape(10, 4), batch_size=4)
+    inputs = prepare(tiny, torch.arange(5, 45).reshape(10, 4), batch_size=4)
     assert [len(batch) for batch in inputs.batches] == [4, 4, 2]
 
 
@@ -210,7 +210,7 @@ def test_padding_inside_a_text_is_refused_wherever_texts_come_in(take, tiny):
         if take == "Batch.of":
             return Batch.of(ids, mask.bool())
         if take == "encoding":
-            return take_in(tiny, {"input_ids": ids, "attention_mask": mask}, least=1)
+            return prepare(tiny, {"input_ids": ids, "attention_mask": mask}, least=1)
         return for_generate(ids, mask)
 
     give([1, 1, 1, 0, 0], [0, 0, 1, 1, 1])

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from melens.batches import Batch, Prompts
+from melens.batches import Batch
 from melens.batches import prompts as make_prompts
 from melens.errors import ResultError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.provenance import RunInfo
 from melens.results import MELayer
 from melens.results.base import Result
@@ -29,8 +29,6 @@ class Bench:
     """A model on its texts; results are added as stages finish."""
 
     inputs: Inputs
-    texts: Any
-    """What measurements take as ``prompts``: with its BOS and chat policy, where it has one."""
     budget: str
     results: dict[str, Result] = field(default_factory=dict)
 
@@ -42,9 +40,7 @@ class Bench:
         """
         if source is None or isinstance(source, str):
             source = make_prompts("bundled" if source is None else source)
-        inputs = take_in(model, source)
-        texts = source if isinstance(source, Prompts) else inputs.batches
-        return cls(inputs, texts, budget)
+        return cls(prepare(model, source), budget)
 
     @property
     def model(self) -> Any:
@@ -63,14 +59,14 @@ class Bench:
         return found
 
     @cached_property
-    def short(self) -> list[Batch]:
+    def short(self) -> Inputs:
         """The texts' first CAUSE_TOKENS tokens."""
-        return packed([row[:CAUSE_TOKENS] for row in self.inputs.rows])
+        return self.inputs.over(packed([row[:CAUSE_TOKENS] for row in self.inputs.rows]))
 
     @cached_property
-    def first(self) -> list[Batch]:
+    def first(self) -> Inputs:
         """The first text's first VIEW_TOKENS tokens."""
-        return packed([self.inputs.rows[0][:VIEW_TOKENS]])
+        return self.inputs.over(packed([self.inputs.rows[0][:VIEW_TOKENS]]))
 
     def run_info(self) -> RunInfo:
         """The check's own record, with what the model's config says."""

@@ -14,15 +14,15 @@ from melens.errors import PromptError, SiteError
 from melens.evaluating.edits import (
     BASE,
     EditCondition,
-    check_held,
     check_unedited,
     conditions,
 )
-from melens.evaluating.forced import Forced, Runner
+from melens.evaluating.forced import Forced, ItemOutcome
+from melens.evaluating.runner import rows_of_items
 from melens.evaluating.scores import Settings, Setup, TaskCard, assembled, held_facts
 from melens.evaluating.tasks import token_loss
 from melens.inputs import Inputs
-from melens.item_rows import ItemRow, Rows
+from melens.item_rows import ItemRow
 from melens.measuring.located import Progress, settle
 from melens.models.anatomy import anatomy
 from melens.models.attention import HeadView, attention_sites
@@ -166,25 +166,19 @@ def text_losses(
     Raises:  InterventionError: an edit is open on the model, or no text holds a massive token.
     """
     check_unedited(bench.model)
-    rows = bench.inputs.rows
-    check_held(bench.model, bench.located, rows)
     items = [
         Forced(str(i), tuple(row), tuple(at > start for at in range(len(row))), {})
-        for i, row in enumerate(rows)
+        for i, row in enumerate(bench.inputs.rows)
     ]
     trial = Setup(bench.inputs, tuple(tried), bench.located, Settings())
-    found = Rows(None, trial.facts(items=[list(item.ids) for item in items]))
-    runner = Runner(bench.model, tried, bench.located)
-    done = 0
-    for batch in runner.batches(items):
-        outcome = runner.outcome(batch, tried)
-        for name, foreseen in outcome.found.items():
-            for item, one, massive in zip(batch, foreseen, outcome.massive, strict=True):
-                (value, weight), also = token_loss(item, one)
-                about = held_facts(massive) if name == "base" else {}
-                found.add([ItemRow(item.id, name, value, weight, also, about)])
-        done += len(batch)
-        tick(done, len(items))
+    facts = {"items": [list(item.ids) for item in items]}
+    found = rows_of_items(trial, items, _row, facts, tick)
     about = ABOUT if not start else LATE.format(start=start)
     card = TaskCard("perplexity", NATS, higher_is_better=False, about=about)
     return assembled(trial, card, found, [item.id for item in items])
+
+
+def _row(one: ItemOutcome) -> ItemRow:
+    (value, weight), also = token_loss(one.item, one.found)
+    about = held_facts(one.massive) if one.condition == "base" else {}
+    return ItemRow(one.item.id, one.condition, value, weight, also, about)

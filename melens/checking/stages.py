@@ -85,17 +85,17 @@ def _known(bench: Bench, tick: Tick) -> Result:
 
 @_add("describe", "quick", 2.0)
 def _describe(bench: Bench, tick: Tick) -> Result:
-    return describe(bench.model, bench.located, bench.texts, progress=tick)
+    return describe(bench.inputs, bench.located, progress=tick)
 
 
 @_add("collapse", "quick", 17.0)
 def _collapse(bench: Bench, tick: Tick) -> Result:
-    return collapse(bench.model, bench.located, bench.texts, progress=tick)
+    return collapse(bench.inputs, bench.located, progress=tick)
 
 
 @_add("sinks", "quick", 8.0)
 def _sinks(bench: Bench, tick: Tick) -> Result:
-    return sinks(bench.model, bench.located, bench.texts, progress=tick)
+    return sinks(bench.inputs, bench.located, progress=tick)
 
 
 @_add("cache_norms", "quick", 8.0, token=True)
@@ -106,17 +106,17 @@ def _cache_norms(bench: Bench, tick: Tick) -> Result:
 @_add("attention", "quick", 2.0)
 def _attention(bench: Bench, tick: Tick) -> Result:
     layers, heads = telling_heads(bench)
-    return attention(bench.model, bench.located, bench.first, layers=layers, heads=heads)
+    return attention(bench.first, bench.located, layers=layers, heads=heads)
 
 
 @_add("isolate", "standard", 130.0, token=True)
 def _isolate(bench: Bench, tick: Tick) -> Result:
-    return isolate(bench.model, bench.located, bench.short, progress=tick)
+    return isolate(bench.short, bench.located, progress=tick)
 
 
 @_add("super_weights", "standard", 40.0)
 def _super_weights(bench: Bench, tick: Tick) -> Result:
-    return super_weights(bench.model, bench.short, me_layer=bench.located, progress=tick)
+    return super_weights(bench.short, me_layer=bench.located, progress=tick)
 
 
 @_add("edits", "standard", 16.0, token=True)

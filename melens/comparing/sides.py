@@ -12,7 +12,7 @@ from torch import Tensor
 
 from melens.batches import BUNDLED, Prompts, prompts
 from melens.errors import ResultError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.locating.search import locate_in
 from melens.locating.trajectory import trace
 from melens.models.anatomy import anatomy
@@ -69,7 +69,7 @@ class Side:
         Args:    like: a saved side; refused before the forward pass if its texts are others.
         Raises:  what ``melens.locate`` does; ResultError: other texts than ``like``'s.
         """
-        inputs = take_in(model, texts, batch_size=batch_size)
+        inputs = prepare(model, texts, batch_size=batch_size)
         if like is not None:
             require_same_texts(like.located.run.settings, inputs.settings)
         found = locate_in(inputs, seed=seed, progress=progress)

@@ -12,14 +12,15 @@ import torch
 
 from melens.batches import Batch, prompts
 from melens.errors import InterventionError, NoTokenError
+from melens.inputs import Inputs
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
 from melens.interventions.context import is_edited
 from melens.interventions.massive import MassiveRule, massive_tokens
 from melens.interventions.target import Tokens
 from melens.interventions.wemask import layers_of
 from melens.isolating import mean_coordinates
+from melens.measuring.located import check_same_model
 from melens.models.decoder import decoder_of
-from melens.models.origin import fingerprint
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
@@ -27,6 +28,8 @@ from melens.results.edit import LAYERED, RATED, Edit
 Maker = Callable[[Any, Edit, MELayer, Tokens], AbstractContextManager[Any]]
 EDITS: Registry[Maker] = Registry("edit")
 CAP = 2.0
+MEASURED = ("mean",)
+"""Edits that are measured before they are entered: ready Inputs spare them preparing a model."""
 _KEPT_MEANS: weakref.WeakKeyDictionary[Any, dict[Any, dict[int, float]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -37,7 +40,8 @@ def applied(
 ) -> AbstractContextManager[Any]:
     """The edit, ready to be entered; a mask's ``with`` gives its MaskRecord, others EditedTokens.
 
-    Args:    model: a bridge; for none, wemask and drop-key a plain transformers model as well.
+    Args:    model: a bridge or ready Inputs; for none, wemask and drop-key a plain transformers
+             model as well.
              me_layer: whose massive tokens are edited; None = the first token, where the edit
              names its layers itself.
              tokens: those that are edited instead, e.g. marked by an earlier pass.
@@ -46,6 +50,8 @@ def applied(
     if me_layer is None and edit.name in ("zero", "mean", "norm-flatten", "ffn-cap"):
         raise InterventionError(f"{edit.name} acts at the ME Layer; pass what melens.locate gives.")
     wanted = me_layer if tokens is None else tokens
+    if isinstance(model, Inputs) and edit.name not in MEASURED:
+        model = model.model
     return EDITS[edit.name](model, edit, me_layer, wanted)  # type: ignore[arg-type]
 
 
@@ -107,10 +113,11 @@ def _zero(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> Abstract
 
 def _mean(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> AbstractContextManager[Any]:
     at = edit.layers[0] if isinstance(edit.layers, tuple) else None
-    dims = _dims(model, edit, me_layer)
-    means = _means(model, me_layer, at, dims)
+    ready = Inputs.of(model)
+    dims = _dims(ready.model, edit, me_layer)
+    means = _means(ready, me_layer, at, dims)
     return residual_set(
-        model,
+        ready.model,
         _layer(edit, me_layer),
         tokens=tokens,
         dims=list(means),
@@ -119,15 +126,15 @@ def _mean(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> Abstract
     )
 
 
-def _means(model: Any, me_layer: MELayer, at: int | None, dims: list[int]) -> dict[int, float]:
+def _means(ready: Inputs, me_layer: MELayer, at: int | None, dims: list[int]) -> dict[int, float]:
     """Measured once for a model's weights: an edit is entered anew for every batch."""
     located = me_layer.run.settings
-    key = (fingerprint(model), me_layer.me_layer, located.get("ids"), at, tuple(dims))
-    kept = _KEPT_MEANS.setdefault(model, {})
+    key = (ready.weights, me_layer.me_layer, located.get("ids"), at, tuple(dims))
+    kept = _KEPT_MEANS.setdefault(ready.model, {})
     if key not in kept:
         # BOS and chat as they were when the massive tokens were located, so that they are there.
         texts = prompts(bos=_flag(located.get("bos")), chat=bool(located.get("chat")))
-        kept[key] = mean_coordinates(model, me_layer, texts, layer=at, dims=dims)
+        kept[key] = mean_coordinates(ready, me_layer, texts, layer=at, dims=dims)
     return kept[key]
 
 
@@ -261,6 +268,18 @@ def check_unedited(model: Any) -> None:
         raise InterventionError(
             "an edit is open on this model, so nothing here is without one; leave it first."
         )
+
+
+def unedited(model: Any, me_layer: MELayer | None) -> Inputs:
+    """A model made ready, once for a whole call, that no edit is open on.
+
+    Raises:  InterventionError: one is. ResultError: ``me_layer`` is of another model.
+    """
+    ready = Inputs.of(model)
+    check_unedited(ready.model)
+    if me_layer is not None:
+        check_same_model(ready, me_layer)
+    return ready
 
 
 def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> None:

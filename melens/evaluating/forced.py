@@ -18,6 +18,7 @@ from melens.batches import Batch
 from melens.capture import evaluating, fit_ids
 from melens.errors import PromptError
 from melens.evaluating.edits import EditCondition, applied, first_layer, where_held
+from melens.inputs import Inputs
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
 from melens.interventions.target import these
@@ -96,6 +97,29 @@ class ForcedOutcome:
     massive: tuple[MassiveIn | None, ...]
     """One an item: its tokens that the edits change; None without a located ME Layer."""
 
+    def each(self) -> Iterator[ItemOutcome]:
+        """Condition after condition, every item of the batch under it."""
+        plain = self.found["base"]
+        for name, found in self.found.items():
+            for at, item in enumerate(self.items):
+                yield ItemOutcome(
+                    item, name, found[at], plain[at], self.massive[at], self.energy.get(name)
+                )
+
+
+@dataclass(frozen=True)
+class ItemOutcome:
+    """One item under one condition."""
+
+    item: Forced
+    condition: str
+    found: Foreseen
+    plain: Foreseen
+    """The same item unedited."""
+    massive: MassiveIn | None
+    energy: float | None
+    """As in :class:`ForcedOutcome`: of the batch; None where the edit is no mask."""
+
 
 class Runner:
     """Runs items under conditions; checks once that the model can be resumed from the middle."""
@@ -108,10 +132,11 @@ class Runner:
         *,
         batch_tokens: int = TOKENS,
     ) -> None:
-        """Args:  model: a bridge. conditions: the first is the unedited model."""
-        self.model, self.me_layer = model, me_layer
+        """Args:  model: a bridge or ready Inputs. conditions: the first is the unedited model."""
+        self.inputs, self.me_layer = Inputs.of(model), me_layer
+        self.model = self.inputs.model
         self.conditions = tuple(conditions)
-        self.starts = [first_layer(model, c.edit, me_layer) for c in self.conditions]
+        self.starts = [first_layer(self.model, c.edit, me_layer) for c in self.conditions]
         self.batch_tokens = batch_tokens
         self._checked = False
 
@@ -158,7 +183,7 @@ class Runner:
     def _entered(self, condition: EditCondition, tokens: Any) -> Any:
         if condition.edit.name == "none":
             return nullcontext()
-        return applied(self.model, condition.edit, self.me_layer, tokens=tokens)
+        return applied(self.inputs, condition.edit, self.me_layer, tokens=tokens)
 
     def _foresee(
         self, clean: Resumable, item: Forced, row: int, finals: dict[str, Tensor]
@@ -179,11 +204,12 @@ class Runner:
                     made[name].append(_compare(edited, plain, wanted))
         return {name: _joined(parts) for name, parts in made.items()}
 
-    def batches(self, items: Sequence[Forced]) -> Iterator[list[Forced]]:
-        """What :meth:`run` runs together."""
+    def batches(self, items: Sequence[Forced], tokens: int | None = None) -> Iterator[list[Forced]]:
+        """What runs together; ``tokens`` = at most so many, None = the runner's own number."""
+        most = self.batch_tokens if tokens is None else tokens
         queue = sorted(items, key=lambda item: -len(item.ids))
         while queue:
-            count = max(1, self.batch_tokens // len(queue[0].ids))
+            count = max(1, most // len(queue[0].ids))
             yield queue[:count]
             queue = queue[count:]
 

@@ -21,20 +21,14 @@ from melens.evaluating.edits import (
     EditCondition,
     Plan,
     check_edit,
-    check_held,
-    check_unedited,
     conditions,
 )
-from melens.evaluating.forced import Forced, ForcedOutcome, Foreseen, Runner
+from melens.evaluating.forced import Forced, Foreseen
 from melens.evaluating.haystack import Haystack, bins, haystacks, plain_texts
 from melens.evaluating.scores import Progress, Settings, Setup
 from melens.framing import bos_first, require_known
-from melens.inputs import Inputs
 from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
-from melens.measuring.located import check_same_model
-from melens.models.loading import adopt
-from melens.models.origin import fingerprint
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Delta, Score
@@ -112,19 +106,13 @@ def long_context(
     """
     edit, haystack, settings = edit or Edit(), haystack or Haystack(), settings or LongSettings()
     check_edit(edit)
-    bridge = adopt(model)
-    check_unedited(bridge)
-    inputs = Inputs(bridge, [], {}, fingerprint(bridge))
-    if me_layer is not None:
-        check_same_model(inputs, me_layer)
-    hidden, plain = items_of(bridge, haystack, settings.texts)
-    me_layer = me_layer or locating.locate(bridge, prompts(bos=haystack.bos, chat=haystack.chat))
-    chosen = conditions(bridge, edit, me_layer, settings.plan or light_plan(edit))
+    inputs = unedited(model, me_layer)
+    hidden, plain = items_of(inputs.model, haystack, settings.texts)
+    me_layer = me_layer or locating.locate(inputs, prompts(bos=haystack.bos, chat=haystack.chat))
+    chosen = conditions(inputs.model, edit, me_layer, settings.plan or light_plan(edit))
     common = Settings(seed=settings.seed, batch_tokens=settings.batch_tokens, items=settings.items)
     job = _LongJob(Setup(inputs, chosen, me_layer, common), haystack, hidden, plain)
-    rows = Rows(settings.items, job.facts())
-    job.run(rows, progress)
-    return job.assembled(rows)
+    return job.assembled(job.rows(progress))
 
 
 def items_of(
@@ -156,29 +144,14 @@ class _LongJob:
     hidden: tuple[Forced, ...]
     plain: tuple[Forced, ...]
 
-    def facts(self) -> dict[str, Any]:
-        """What the numbers depend on."""
-        return self.bench.facts(task=f"long-context {self.haystack.task}", items=_hash(self._items))
-
     @property
     def _items(self) -> tuple[Forced, ...]:
         return (*self.hidden, *self.plain)
 
-    def run(self, rows: Rows, progress: Progress | None) -> None:
-        """Every item that an earlier run did not finish."""
-        bench = self.bench
-        runner = Runner(
-            bench.model, bench.conditions, bench.me_layer, batch_tokens=bench.settings.batch_tokens
-        )
-        items, done = self._items, 0
-        check_held(bench.model, bench.me_layer, [item.ids for item in items])
-        # Batches are those of the whole list: what is run again after a kill has the same company.
-        for batch in runner.batches(items):
-            if not all(rows.has(item.id, c.name) for item in batch for c in bench.conditions):
-                rows.add(_rows_of(runner.outcome(batch, bench.conditions)))
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(items))
+    def rows(self, progress: Progress | None) -> Rows:
+        """Every item under every condition."""
+        facts = {"task": f"long-context {self.haystack.task}", "items": _hash(self._items)}
+        return rows_of_items(self.bench, self._items, _row, facts, progress)
 
     def assembled(self, rows: Rows) -> LongContext:
         """The result, from the rows alone."""
@@ -348,17 +321,13 @@ def _hash(items: Sequence[Forced]) -> str:
     return digest([repr([(item.id, item.ids, item.scored) for item in items])])
 
 
-def _rows_of(outcome: ForcedOutcome) -> list[ItemRow]:
-    made = []
-    for name, found in outcome.found.items():
-        for item, foreseen in zip(outcome.items, found, strict=True):
-            value, weight, also = score_of(item, foreseen)
-            if name in outcome.energy:
-                also["energy"] = (outcome.energy[name], 1.0)
-            # The prompt of a long item is long: once is enough.
-            about = {k: v for k, v in item.about.items() if name == "base" or k != "prompt"}
-            made.append(ItemRow(item.id, name, value, weight, also, about))
-    return made
+def _row(one: ItemOutcome) -> ItemRow:
+    value, weight, also = score_of(one.item, one.found)
+    if one.energy is not None:
+        also["energy"] = (one.energy, 1.0)
+    # The prompt of a long item is long: once is enough.
+    about = {k: v for k, v in one.item.about.items() if one.condition == "base" or k != "prompt"}
+    return ItemRow(one.item.id, one.condition, value, weight, also, about)
 
 
 def score_of(

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from melens import locating
 from melens.errors import MetricError, PromptError
-from melens.evaluating.edits import check_edit, check_held, check_unedited, conditions
-from melens.evaluating.forced import ForcedOutcome, Foreseen, Runner
+from melens.evaluating.edits import check_edit, conditions, unedited
+from melens.evaluating.forced import Foreseen, ItemOutcome
 from melens.evaluating.generated import generated
 from melens.evaluating.harness.data import GENERATION_TASKS
+from melens.evaluating.runner import rows_of_items
 from melens.evaluating.scores import (
     ENERGY,
     Progress,
@@ -26,11 +27,7 @@ from melens.evaluating.scores import (
 from melens.evaluating.sources import check_source
 from melens.evaluating.tasks import FORCED_TASKS, ForcedTask, Source, alike
 from melens.framing import bos_first, require_known
-from melens.inputs import Inputs
-from melens.item_rows import ItemRow, Rows
-from melens.measuring.located import check_same_model
-from melens.models.loading import adopt
-from melens.models.origin import fingerprint
+from melens.item_rows import ItemRow
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Evaluation
@@ -73,17 +70,14 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     edit = edit or Edit()
     check_edit(edit)
     check_source(task, source)
-    bridge = adopt(model)
-    check_unedited(bridge)
+    inputs = unedited(model, me_layer)
+    bridge = inputs.model
     if bridge.tokenizer is None:
         raise PromptError("this model has no tokenizer; load it with melens.load(..., tokenizer=).")
-    inputs = Inputs(bridge, [], {}, fingerprint(bridge))
-    if me_layer is not None:
-        check_same_model(inputs, me_layer)
     made = None if task in GENERATION_TASKS else FORCED_TASKS[task](bridge.tokenizer, source)
     if made is not None:
         _check_context(bridge, made)
-    me_layer = me_layer or locating.locate(bridge, alike(bridge.tokenizer, task, source))
+    me_layer = me_layer or locating.locate(inputs, alike(bridge.tokenizer, task, source))
     chosen = conditions(bridge, edit, me_layer, settings.plan)
     bench = Setup(inputs, chosen, me_layer, settings)
     if made is None:
@@ -106,24 +100,9 @@ def _forced(
     bench: Setup, task: ForcedTask, source: Source, progress: Progress | None
 ) -> Evaluation:
     """Every item that an earlier run did not finish, then the result from the rows alone."""
-    items, settings = task.items, bench.settings
-    check_held(bench.model, bench.me_layer, [item.ids for item in items])
-    rows = Rows(
-        settings.items,
-        bench.facts(task=task.name, items=[[item.id, list(item.ids)] for item in items]),
-    )
-    runner = Runner(
-        bench.model, bench.conditions, bench.me_layer, batch_tokens=settings.batch_tokens
-    )
-    names = [condition.name for condition in bench.conditions]
-    done = 0
-    # Batches are those of the whole list: what is run again after a kill has the same company.
-    for batch in runner.batches(items):
-        if not all(rows.has(item.id, name) for item in batch for name in names):
-            rows.add(_rows_of(task, runner.outcome(batch, bench.conditions)))
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(items))
+    items = task.items
+    facts = {"task": task.name, "items": [[item.id, list(item.ids)] for item in items]}
+    rows = rows_of_items(bench, items, lambda one: _row(task, one), facts, progress)
     data = source.data and source.data.name
     card = TaskCard(
         task.name,
@@ -141,25 +120,19 @@ def _forced(
     return assembled(bench, card, rows, [item.id for item in items])
 
 
-def _rows_of(task: ForcedTask, outcome: ForcedOutcome) -> list[ItemRow]:
-    made = []
-    for name, found in outcome.found.items():
-        for item, foreseen, plain, massive in zip(
-            outcome.items, found, outcome.found["base"], outcome.massive, strict=True
-        ):
-            (value, weight), also = task.score(item, foreseen)
-            if not math.isfinite(value):
-                raise MetricError(
-                    f"item {item.id} under {name} has a {task.unit} of {value}; load the model in "
-                    "float32 or bfloat16."
-                )
-            if name in outcome.energy:
-                also = {**also, ENERGY: (outcome.energy[name], 1.0)}
-            also = {**also, **token_changes(foreseen, plain)}
-            about = {**item.about, "token_loss": _rounded(foreseen.loss)}
-            about |= held_facts(massive) if name == "base" else {}
-            made.append(ItemRow(item.id, name, value, weight, also, about))
-    return made
+def _row(task: ForcedTask, one: ItemOutcome) -> ItemRow:
+    (value, weight), also = task.score(one.item, one.found)
+    if not math.isfinite(value):
+        raise MetricError(
+            f"item {one.item.id} under {one.condition} has a {task.unit} of {value}; load the "
+            "model in float32 or bfloat16."
+        )
+    if one.energy is not None:
+        also = {**also, ENERGY: (one.energy, 1.0)}
+    also = {**also, **token_changes(one.found, one.plain)}
+    about = {**one.item.about, "token_loss": _rounded(one.found.loss)}
+    about |= held_facts(one.massive) if one.condition == "base" else {}
+    return ItemRow(one.item.id, one.condition, value, weight, also, about)
 
 
 def token_changes(edited: Foreseen, plain: Foreseen) -> dict[str, tuple[float, float]]:

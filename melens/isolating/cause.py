@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from melens.errors import InterventionError, ResultError, SiteError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.isolating.cells import joined
 from melens.isolating.edited import MOST_SHARE, Edited, LocatedSubject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
@@ -79,7 +79,7 @@ def isolate_with(model: Any, me_layer: MELayer | None, prompts: Source, how: How
     Raises:  ResultError: ``how.keep`` is of another isolation. OutputError: it cannot be written.
     """
     check_ffn_edit(how.ffn_edit)
-    inputs = take_in(model, prompts)
+    inputs = prepare(model, prompts)
     require_unfolded(inputs.model)
     if how.layer is not None:
         check_layer(inputs.model, how.layer)

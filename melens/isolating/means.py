@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from melens.errors import ResultError
-from melens.inputs import Source, take_in
+from melens.inputs import Source, prepare
 from melens.isolating.runs import Prefixes
 from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, resid_post
@@ -31,7 +31,7 @@ def mean_coordinates(
     Raises:  ResultError: no massive token in the model or in these texts.
     Source:  Sun et al., "Massive Activations in Large Language Models", 2024, section 2.2.
     """
-    inputs = take_in(model, prompts)
+    inputs = prepare(model, prompts)
     at = me_layer.me_layer if layer is None else layer
     if at is None or at < 0:
         raise ResultError(f"{me_layer.run.model} has no layer that its massive token emerges in.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from melens.capture import stream
 from melens.errors import MetricError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.isolating.spikes import (
     At,
     Damages,
@@ -92,7 +92,7 @@ def super_weights(
     Source:  Yu et al., "The Super Weight in Large Language Models", 2024 (arXiv 2411.07191).
     """
     check_search(search)
-    inputs = take_in(model, prompts, batch_size=batch_size)
+    inputs = prepare(model, prompts, batch_size=batch_size)
     places, missing = places_of(inputs.model)
     if me_layer is not None:
         check_same_model(inputs, me_layer)

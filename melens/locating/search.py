@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from melens.capture import stream
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.locating.assemble import Texts, assemble
 from melens.locating.profile import (
     Group,
@@ -48,7 +48,7 @@ def locate(
     Raises:  PromptError: no row of at least 4 tokens, or no tokenizer to make rows with.
              ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
     """
-    inputs = take_in(model, prompts, batch_size=batch_size)
+    inputs = prepare(model, prompts, batch_size=batch_size)
     return locate_in(inputs, seed=seed, progress=progress)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import Reducer
 from melens.errors import CaptureError, ModelError, PromptError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.measuring.located import Located, Progress, run_once, settle
 from melens.metrics import uniform_alpha
 from melens.metrics.attention import attention_entropy, key_attention
@@ -196,7 +196,7 @@ def sinks(
     Source:  Gu et al., "When Attention Sink Emerges in Language Models", 2024.
     """
     check_t(t)
-    inputs = take_in(model, prompts, batch_size=batch_size)
+    inputs = prepare(model, prompts, batch_size=batch_size)
     check_attention(inputs.model)
     located = settle(inputs, me_layer, progress=progress)
     plan = SinkPlan(inputs, located, t)

@@ -12,7 +12,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import stream
 from melens.errors import CaptureError, SiteError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.locating.search import locate_in
 from melens.measuring.located import check_same_model, mark
 from melens.models.anatomy import anatomy, check_layer, pattern_hook, resid_post
@@ -59,7 +59,7 @@ def attention(
     Raises:  SiteError: a layer without attention, or a head the model does not have.
              PromptError, ModelError, ResultError: as ``describe``.
     """
-    inputs = take_in(model, prompts)
+    inputs = prepare(model, prompts)
     check_choice(inputs.model, layers, heads)
     found = me_layer if me_layer is not None else locate_in(inputs)
     check_same_model(inputs, found)
@@ -73,7 +73,7 @@ def attention(
     taps = {pattern_hook(layer): tap for layer, tap in patterns.items()}
     taps |= {resid_post(layer): tap for layer, tap in resids.items()}
     stream(inputs.model, Batch.of(torch.tensor([row])), taps)
-    (marks,) = mark(take_in(inputs.model, Batch.of(torch.tensor([row]))), found)
+    (marks,) = mark(inputs.over(Batch.of(torch.tensor([row]))), found)
     return AttentionMaps(
         tokens=tuple(map(inputs.decode, row)),
         me_layer=found.me_layer,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from melens.errors import PromptError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.locating.thresholds import ERASE_SHARE, STEP_SHARE
 from melens.locating.trajectory import Path, trace_with
 from melens.measuring.first_tokens import (
@@ -154,7 +154,7 @@ def describe(
     Raises:  ResultError: ``me_layer`` is of other weights. PromptError, ModelError: as ``locate``.
     """
     check_count(first_tokens)
-    inputs = take_in(model, prompts)
+    inputs = prepare(model, prompts)
     located = settle(inputs, me_layer, seed=seed, progress=progress)
     return portray(inputs, located, first_tokens=first_tokens, seed=seed, progress=progress)
 

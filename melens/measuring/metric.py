@@ -9,7 +9,7 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import stream
-from melens.inputs import Source, take_in
+from melens.inputs import Source, prepare
 from melens.measuring.located import Progress
 from melens.metrics import METRICS, Metric
 from melens.models.anatomy import resid_post
@@ -51,7 +51,7 @@ def metric_by_layer(
              PromptError, ModelError: as ``locate``.
     """
     chosen = METRICS[name]
-    inputs = take_in(model, prompts, batch_size=batch_size)
+    inputs = prepare(model, prompts, batch_size=batch_size)
     taps = {resid_post(n): PerSequence(chosen) for n in range(inputs.model.cfg.n_layers)}
     stream(inputs.model, inputs.batches, taps, progress=inputs.ticker(progress))
     made = [tap.result() for tap in taps.values()]

@@ -16,7 +16,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import Reducer
 from melens.errors import CaptureError, ModelError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source, prepare
 from melens.measuring.located import Located, Progress, run_once, settle
 from melens.metrics.spectrum import SPECTRAL
 from melens.models.attention import AttentionSites, HeadView, attention_sites
@@ -235,7 +235,7 @@ def collapse(
              progress: called with (rows done, rows in all).
     Raises:  ResultError: ``me_layer`` is of other weights. PromptError, ModelError: as ``locate``.
     """
-    inputs = take_in(model, prompts, batch_size=batch_size)
+    inputs = prepare(model, prompts, batch_size=batch_size)
     located = settle(inputs, me_layer, progress=progress)
     plan = RankPlan(inputs, located, attention_sites(inputs.model))
     run_once(inputs, plan.taps, progress=progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from melens.inputs import Source, take_in
+from melens.inputs import Source, prepare
 from melens.measuring.attention_sinks import T_PAPER, SinkPlan, check_attention, check_t
 from melens.measuring.located import Progress, run_once, settle
 from melens.measuring.massive_token import FIRST_TOKENS, portray
@@ -36,7 +36,7 @@ def measure_all(
     ME Layer was located with.
     """
     check_t(t)
-    inputs = take_in(model, prompts, batch_size=batch_size)
+    inputs = prepare(model, prompts, batch_size=batch_size)
     check_attention(inputs.model)
     located = settle(inputs, me_layer, progress=progress)
     portrait = portray(inputs, located, first_tokens=FIRST_TOKENS, seed=located.me_layer.run.seed)

@@ -15,9 +15,8 @@ from melens.batches import Batch
 from melens.batches import prompts as make_prompts
 from melens.capture import evaluating
 from melens.errors import MetricError, ModelError, PromptError, ResultError
-from melens.inputs import Inputs, Source, take_in
+from melens.inputs import Inputs, Source
 from melens.measuring.located import check_same_model
-from melens.models.loading import adopt
 from melens.patching.choices import Sweep, cells_of, columns_of
 from melens.patching.metrics import Own, PatchMetric, metric_of
 from melens.patching.readouts import Readout
@@ -226,9 +225,9 @@ def patch(
     """
     choice = Sweep(paired=corrupted is not None, **sweep)
     metric = metric_of(choice.metric)
-    hooked = adopt(model)
-    first = _one_batch(hooked, clean, "clean")
-    second = None if corrupted is None else _one_batch(hooked, corrupted, "corrupted")
+    ready = Inputs.of(model)
+    first = _one_batch(ready, clean, "clean")
+    second = None if corrupted is None else _one_batch(ready, corrupted, "corrupted")
     if second is not None:
         _check_pair(first.batches[0], second.batches[0])
     if checkpoint is not None and isinstance(metric, Own):
@@ -236,7 +235,7 @@ def patch(
             "a function of one's own cannot be told from another after an interrupt; drop "
             "checkpoint, or take one of melens.patching's metrics."
         )
-    with evaluating(hooked):
+    with evaluating(ready.model):
         prepared = _Prepared(first, second, choice, metric)
         cells = Cells(None if checkpoint is None else Path(checkpoint), prepared.fingerprint)
         try:
@@ -382,13 +381,13 @@ class _TooLarge(ModelError):
     exit_code = 3
 
 
-def _one_batch(model: Any, source: Any, name: str) -> Inputs:
+def _one_batch(ready: Inputs, source: Any, name: str) -> Inputs:
     """Texts keep their full length here: the last token is what most metrics look at."""
     texts = [source] if isinstance(source, str) else source
     if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
-        limit = getattr(model.cfg, "n_ctx", None)
+        limit = getattr(ready.model.cfg, "n_ctx", None)
         source = make_prompts(list(texts), length=limit or LONG)
-    inputs = take_in(model, source, batch_size=LONG, least=1)
+    inputs = ready.over(source, batch_size=LONG, least=1)
     if len(inputs.batches) != 1:
         raise PromptError(
             f"{name} makes {len(inputs.batches)} batches; patching runs on one: put the sequences "

@@ -12,10 +12,8 @@ from torch import Tensor
 from melens.evaluating.edits import EditCondition, Plan, conditions
 from melens.evaluating.forced import Forced
 from melens.framing import bos_first
-from melens.inputs import Inputs
 from melens.intervals import Estimate, paired_difference, weighted_mean
 from melens.item_rows import Rows
-from melens.models.origin import fingerprint
 from melens.results import MELayer
 from melens.results.tune import Confirmed, Margin, Spent, Split, Trial, Tuning
 from melens.tuning.items import Halves, Objective
@@ -135,7 +133,6 @@ def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
     confirmed = tuple(_confirmed(condition, ledger, found) for condition in chosen)
     better = [row for row in confirmed if row.found(ledger.sign)]
     settings, objective = search.settings, search.objective
-    inputs = Inputs(search.model, [], {}, fingerprint(search.model))
     located = search.me_layer.run.settings
     return Tuning(
         metric=objective.name or "a function",
@@ -152,7 +149,7 @@ def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
         budget=_spent(search, found),
         rule=_rule(found),
         items=settings.items and settings.items.name,
-        run=inputs.run_info(
+        run=search.inputs.run_info(
             seed=settings.seed,
             items=search.rows.key,
             me_layer_of=located.get("ids"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -14,16 +14,14 @@ from melens.evaluating.edits import (
     BASE,
     EditCondition,
     check_held,
-    check_unedited,
     located_facts,
+    unedited,
 )
-from melens.evaluating.forced import TOKENS, Forced, ForcedOutcome, Runner
+from melens.evaluating.forced import TOKENS, Forced, ItemOutcome, Runner
+from melens.evaluating.runner import ItemLoop
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
-from melens.measuring.located import check_same_model
 from melens.models.decoder import decoder_of
-from melens.models.loading import adopt
-from melens.models.origin import fingerprint
 from melens.results import MELayer
 from melens.results.tune import Tuning
 from melens.tuning.assemble import Found, Ledger, assembled, made_controls
@@ -132,18 +130,16 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     _check_resumable(metric, settings)
     texts = read_once(texts, metric)
     check_enough(texts, metric, settings.held_out)
-    bridge = adopt(model)
-    check_unedited(bridge)
-    if me_layer is not None:
-        check_same_model(Inputs(bridge, [], {}, fingerprint(bridge)), me_layer)
+    inputs = unedited(model, me_layer)
+    bridge = inputs.model
     objective, items = items_of(bridge, texts, metric)
     halves = split(items, share=settings.held_out, seed=settings.seed)
     _check_rates(bridge, space)
     if budget.seconds is None:  # refuses too small a budget before locating
         _plan(space, halves, settings, int(budget.evaluations or 0))
-    me_layer = me_layer or _located(bridge, texts, metric)
+    me_layer = me_layer or locating.locate(inputs, alike_items(bridge.tokenizer, texts, metric))
     search = _Search(
-        bridge,
+        inputs,
         me_layer,
         objective,
         halves,
@@ -153,10 +149,6 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
         progress,
     )
     return search.run()
-
-
-def _located(bridge: Any, texts: Any, metric: Any) -> MELayer:
-    return locating.locate(bridge, alike_items(bridge.tokenizer, texts, metric))
 
 
 def _check_resumable(metric: Any, settings: SearchSettings) -> None:
@@ -187,7 +179,8 @@ def _plan(space: Space, halves: Halves, settings: SearchSettings, budget: int) -
 class _Search:
     """One search; its rows are its only memory, so that a killed one can be taken up."""
 
-    model: Any
+    inputs: Inputs
+    """The model, ready; no batches."""
     me_layer: MELayer
     objective: Objective
     halves: Halves
@@ -198,18 +191,23 @@ class _Search:
     started: float = field(default_factory=monotonic)
     _done: int = 0
     _total: int = 0
-    _ran: bool = False
+
+    @property
+    def model(self) -> Any:
+        """The bridge."""
+        return self.inputs.model
 
     def __post_init__(self) -> None:
         """Check every setting, and take up the file."""
         self.candidates = [_condition(edit, "edited") for edit in self.space.candidates()]
         self.controls = [_condition(edit, "control") for edit in self.space.controls()]
         every = (UNEDITED, *self.candidates, *self.controls)
-        self.runner = Runner(self.model, every, self.me_layer)
+        self.runner = Runner(self.inputs, every, self.me_layer)
         items = [*self.halves.development, *self.halves.held_out]
         check_held(self.model, self.me_layer, [item.ids for item in items])
         self._check_gains()
         self.rows = Rows(self.settings.items, self._facts())
+        self.loop = ItemLoop(self.runner, self.rows, self._row)
 
     def run(self) -> Tuning:
         """Race, confirm, and put together what the rows say."""
@@ -225,7 +223,8 @@ class _Search:
         candidates, controls = found.ranked(ledger, "edited"), found.ranked(ledger, "control")
         confirmed = candidates[: self.settings.confirm]
         others = made_controls(self.model, confirmed[0], controls[:1], self.me_layer, seed)
-        self.runner = Runner(self.model, (UNEDITED, *confirmed, *others), self.me_layer)
+        self.runner = Runner(self.inputs, (UNEDITED, *confirmed, *others), self.me_layer)
+        self.loop = ItemLoop(self.runner, self.rows, self._row)
         held = self._wave(
             self.halves.held_out, (*confirmed, *others), "confirmation", self._deadline(0.0)
         )
@@ -291,43 +290,32 @@ class _Search:
     ) -> tuple[Forced, ...]:
         """Run items under all conditions; the items that are finished under every one.
 
-        Batches depend on the wave alone, not on what an earlier run left of it: floating-point
-        sums of a resumed search are those of an uninterrupted one.
+        Batches depend on the wave alone, as :class:`ItemLoop` says.
         """
         todo = [UNEDITED, *conditions]
-        for chunk in self._chunks(items, len(todo)):
-            if not all(self.rows.has(item.id, c.name) for item in chunk for c in todo):
-                late = deadline is not None and monotonic() > deadline
-                if late and (self._ran or name == "confirmation"):
-                    self.rows.add([ItemRow("stop", f"stop {name}", 0.0, 1.0)])
-                if self.rows.has("stop", f"stop {name}"):
-                    break
-                self.rows.add(self._rows_of(self.runner.outcome(chunk, todo)))
-                self._ran = True
-            self._done += len(chunk) * len(conditions)
+        before = self._done
+
+        def stop() -> bool:
+            late = deadline is not None and monotonic() > deadline
+            if late and (self.loop.ran or name == "confirmation"):
+                self.rows.add([ItemRow("stop", f"stop {name}", 0.0, 1.0)])
+            return self.rows.has("stop", f"stop {name}")
+
+        def progress(done: int, _: int) -> None:
+            self._done = before + done * len(conditions)
             if self.progress is not None:
                 self.progress(self._done, max(self._done, self._total))
+
+        fits = KEPT_BYTES // (4 * self.model.cfg.d_model * len(todo))
+        tokens = min(self.settings.batch_tokens, fits)
+        self.loop.run(items, todo, batch_tokens=tokens, progress=progress, stop=stop)
         return tuple(i for i in items if all(self.rows.has(i.id, c.name) for c in todo))
 
-    def _chunks(self, items: Sequence[Forced], conditions: int) -> Iterator[list[Forced]]:
-        """Items of like length, longest first."""
-        fits = KEPT_BYTES // (4 * self.model.cfg.d_model * conditions)
-        tokens = min(self.settings.batch_tokens, fits)
-        queue = sorted(items, key=lambda item: -len(item.ids))
-        while queue:
-            count = max(1, tokens // len(queue[0].ids))
-            yield queue[:count]
-            queue = queue[count:]
-
-    def _rows_of(self, outcome: ForcedOutcome) -> list[ItemRow]:
-        made = []
-        for name, foreseen in outcome.found.items():
-            for item, found in zip(outcome.items, foreseen, strict=True):
-                value, weight = self.objective(item, found)
-                also = {"energy": (outcome.energy[name], 1.0)} if name in outcome.energy else {}
-                about = dict(item.about) if name == UNEDITED.name else {}
-                made.append(ItemRow(item.id, name, value, weight, also, about))
-        return made
+    def _row(self, one: ItemOutcome) -> ItemRow:
+        value, weight = self.objective(one.item, one.found)
+        also = {} if one.energy is None else {"energy": (one.energy, 1.0)}
+        about = dict(one.item.about) if one.condition == UNEDITED.name else {}
+        return ItemRow(one.item.id, one.condition, value, weight, also, about)
 
     def _deadline(self, aside: float) -> float | None:
         """When to stop, with ``aside`` seconds left for what comes next."""
@@ -347,7 +335,7 @@ class _Search:
         return {
             "melens": __version__,
             "metric": self.objective.name,
-            "weights": fingerprint(self.model),
+            "weights": self.inputs.weights,
             "located": located_facts(self.me_layer),
             "dtype": str(next(self.model.parameters()).dtype),
             "device": next(self.model.parameters()).device.type,

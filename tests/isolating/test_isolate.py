@@ -16,7 +16,7 @@ from melens.batches import Batch
 from melens.errors import InterventionError, MelensError, ResultError, SiteError
 from melens.figures import draw
 from melens.figures.draw import FIGURES
-from melens.inputs import take_in
+from melens.inputs import prepare
 from melens.intervals import mean_interval
 from melens.isolating import isolate
 from melens.isolating.neurons import direction_of, written_at
@@ -152,7 +152,7 @@ def test_padding_and_batching_change_no_number():
 
 def test_a_change_after_the_peak_leaves_the_coordinate_and_the_base_its_sinks():
     _, model, texts, me, _ = isolated("neuron", 0)
-    inputs = take_in(model, texts)
+    inputs = prepare(model, texts)
     located = settle(inputs, me)
     runs = EditedTexts(inputs, located, me.massive[0].dim)
     base, late = RunChange(me.me_layer + 1), RunChange(me.n_layers - 1)
@@ -314,7 +314,7 @@ def test_next_token_losses_against_cross_entropy_and_padding():
 
 def test_contributions_are_what_the_neurons_write():
     made, model, texts, me, _ = isolated("norm", 0)
-    inputs = take_in(model, texts)
+    inputs = prepare(model, texts)
     prefixes = Prefixes(inputs, settle(inputs, me), me.massive[0].dim)
     found = written_at(model, me.me_layer, prefixes)
     assert set(found.top(0.99)) <= set(made.neurons)

@@ -66,11 +66,11 @@ def test_cosines_between_inputs_are_the_mean_over_pairs():
     """Every token of the vocabulary is planted: all first tokens are massive inputs."""
     planted = plant("llama", "final-growth", 1)
     assert len(planted.truth.token_ids) > 100
-    from melens.inputs import take_in
+    from melens.inputs import prepare
     from melens.measuring.massive_token import RESID, Rigidity, observe
 
     model = load(planted.model)
-    inputs = take_in(model, Batch.of(batch(planted)))
+    inputs = prepare(model, Batch.of(batch(planted)))
     rigidity, layers = Rigidity(model.cfg.n_layers, peak=model.cfg.n_layers - 1), {}
     for seen in observe(inputs, [[token] for token in range(10, 16)]):
         rigidity.add(seen)

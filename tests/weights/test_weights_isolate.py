@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from melens.batches import prompts
-from melens.inputs import take_in
+from melens.inputs import prepare
 from melens.interventions import residual_set
 from melens.isolating import isolate, mean_coordinates
 from melens.isolating import runs as edits
@@ -79,7 +79,7 @@ def test_the_cause_in_smollm2(smol):
 def test_layer_2_of_smollm2_is_no_cause_of_the_peak(smol):
     texts = prompts("bundled", bos=True, n=1, length=16)
     me = locate(smol, texts)
-    inputs = take_in(smol, texts)
+    inputs = prepare(smol, texts)
     prefixes = Prefixes(inputs, settle(inputs, me), 507)
     assert prefixes.left(RunChange(2, (edits.flatten(2, "ln2"),))) == pytest.approx(
         0.9046, abs=0.02
@@ -97,7 +97,7 @@ def test_the_cause_in_gemma(gemma):
     """The references were taken at layer 13 (102 014), one before the peak of the norm."""
     texts = prompts("bundled", bos=True, n=1, length=16)
     me = locate(gemma, texts).model_copy(update={"peak_layer": 13})
-    inputs = take_in(gemma, texts)
+    inputs = prepare(gemma, texts)
     prefixes = Prefixes(inputs, settle(inputs, me), 163)
     assert prefixes.clean.mean().item() == pytest.approx(102014, rel=0.002)
     for layer, left in NECESSITY_G.items():

@@ -198,7 +198,7 @@ def _refuse_early(
 
 def _kept(job: Any, model: Any, texts: Any) -> Any:
     """The ME Layer that this evaluation located before it was interrupted, if it is this model's."""
-    from melens.inputs import take_in
+    from melens.inputs import prepare
     from melens.results import MELayer, load_result
 
     if job.saved is not None or job.out is None or not (job.out / "items.jsonl").exists():
@@ -207,7 +207,7 @@ def _kept(job: Any, model: Any, texts: Any) -> Any:
     found = load_result(path) if path.exists() else None
     if not isinstance(found, MELayer):
         return None
-    here = take_in(model, texts)
+    here = prepare(model, texts)
     same = (here.weights, here.settings["ids"]) == (
         found.run.weights,
         found.run.settings.get("ids"),

@@ -25,7 +25,6 @@ from melens.evaluating.harness.settings import (
 from melens.framing import prompt_ids
 from melens.inputs import Inputs
 from melens.measuring.located import check_same_model
-from melens.models import fingerprint
 from melens.results import MELayer
 
 try:
@@ -220,5 +219,5 @@ def _loaded(name: str, wanted: ModelArguments) -> tuple[Any, Any, Any, MELayer |
 def _of_these(bridge: Any, me_layer: MELayer | None) -> MELayer | None:
     """A ME Layer that was read, refused where it is of other weights."""
     if me_layer is not None:
-        check_same_model(Inputs(bridge, [], {}, fingerprint(bridge)), me_layer)
+        check_same_model(Inputs.of(bridge), me_layer)
     return me_layer
