@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -100,7 +101,12 @@ def command_line() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
+    """Versions of Python and of the packages that numbers depend on; read once a process."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -110,8 +116,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def git_commit() -> str | None:
-    """Commit of the checkout that melens runs from; None where it is an installed package."""
+    """Commit of the checkout that melens runs from; None where it is an installed package.
+
+    Asked once a process: the code that runs is that of its start.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

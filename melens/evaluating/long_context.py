@@ -17,14 +17,10 @@ import torch
 from melens import locating
 from melens.batches import prompts
 from melens.errors import PromptError
-from melens.evaluating.edits import (
-    EditCondition,
-    Plan,
-    check_edit,
-    conditions,
-)
-from melens.evaluating.forced import Forced, Foreseen
+from melens.evaluating.edits import EditCondition, Plan, check_edit, conditions, unedited
+from melens.evaluating.forced import Forced, Foreseen, ItemOutcome
 from melens.evaluating.haystack import Haystack, bins, haystacks, plain_texts
+from melens.evaluating.runner import rows_of_items
 from melens.evaluating.scores import Progress, Settings, Setup
 from melens.framing import bos_first, require_known
 from melens.intervals import paired_difference, weighted_mean

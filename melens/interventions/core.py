@@ -273,7 +273,9 @@ def editing(
     """
     check_sites(place.model, [*(reads or {}), *edits])
     hooks = [(site, _reading(reader)) for site, reader in (reads or {}).items()]
-    hooks += [(site, _writing(place, editor)) for site, editor in edits.items()]
+    hooks += [
+        (site, _naming(place.layer, _writing(place, editor))) for site, editor in edits.items()
+    ]
     with place.noted(whole=whole), hooked(place.model, hooks):
         yield place.edited
     _require_effect(place, ", ".join(edits))
@@ -297,7 +299,7 @@ def editing_module(
         return out if edited is None else edited
 
     with place.noted():
-        handle = module.register_forward_hook(write)
+        handle = module.register_forward_hook(_naming(place.layer, write))
         try:
             yield place.edited
         finally:
@@ -353,7 +355,8 @@ def before_modules(
     """
     with place.noted(whole=whole), ExitStack() as stack:
         for layer, module in modules.items():
-            handle = module.register_forward_pre_hook(make(layer), with_kwargs=True)
+            hook = _naming(layer, make(layer))
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield place.edited
     _require_effect(place, f"what attention reads in layers {', '.join(map(str, modules))}")
@@ -389,6 +392,18 @@ def _wanted(place: Place) -> str:
     )
 
 
+def _naming(layer: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, whose errors say at which layer it fired: an edit may have many of them."""
+
+    def call(*given: Any) -> Any:
+        try:
+            return hook(*given)
+        except InterventionError as error:
+            raise type(error)(f"layer {layer}: {error}") from None
+
+    return call
+
+
 def _reading(reader: Reader) -> Callable[..., None]:
     def read(x: Tensor, hook: object) -> None:
         reader(x.detach())
@@ -401,7 +416,7 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
         now = now_of(place.model)
         if tuple(now.positions.shape) != tuple(x.shape[:2]):
             raise InterventionError(
-                f"layer {place.layer} holds {tuple(x.shape[:2])} tokens where the model was given "
+                f"{tuple(x.shape[:2])} tokens are held where the model was given "
                 f"{tuple(now.positions.shape)}; this edit cannot tell them apart."
             )
         chosen, count = place.marked(now)

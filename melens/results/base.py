@@ -86,6 +86,14 @@ class Result(Part):
         found = schema_of(text, "this")
         if found != cls.schema_id:
             raise ResultError(f"expected a result of schema {cls.schema_id}, found {found!r}.")
+        return cls.validated(text)
+
+    @classmethod
+    def validated(cls: type[R], text: str) -> R:
+        """:meth:`from_json` of a text that is known to name this schema.
+
+        Raises:  ResultError: saying where it does not fit.
+        """
         try:
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
@@ -168,6 +176,6 @@ def load_result(path: str | Path) -> Result:
     if found not in kinds:
         raise ResultError(f"{path} has schema {found!r}; this version reads {', '.join(kinds)}.")
     try:
-        return kinds[found].from_json(text)
+        return kinds[found].validated(text)
     except ResultError as error:
         raise ResultError(f"{path}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -218,11 +219,20 @@ class CheckReport(Result):
             held = ", ".join(self.results) or "none"
             raise ResultError(f"this report holds no result '{name}'; it holds {held}.")
         data = self.results[name]
+        if name in self._read and self._read[name][0] is data:
+            return self._read[name][1]
         kinds = {kind.schema_id: kind for kind in Result.__subclasses__()}
         found = data.get("schema")
         if found not in kinds or found == self.schema_id:
             raise ResultError(f"results.{name} has schema {found!r}, which no report can hold.")
-        return kinds[found].from_json(json.dumps(data))
+        made = kinds[found].validated(json.dumps(data))
+        self._read[name] = data, made
+        return made
+
+    @cached_property
+    def _read(self) -> dict[str, tuple[dict[str, Any], Result]]:
+        """Results that were read already, beside the JSON that they were read from."""
+        return {}
 
     def located(self) -> MELayer:
         """The ME Layer that the check located.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
 from contextlib import ExitStack
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from melens.batches import Batch
 from melens.errors import InterventionError, SiteError
-from melens.interventions import drop_key, norm_flatten, wemask
+from melens.interventions import MaskRecord, drop_key, ffn_cap, norm_flatten, wemask
 from melens.interventions.wemask import SELECTS
 from melens.locating import locate
 from melens.models import FAMILIES, load
@@ -442,3 +444,95 @@ def smol_me(smol):
     from melens.batches import prompts
 
     return locate(smol, prompts(n=2, length=32, bos=True))
+
+
+# --- Kept open, and on error.
+
+
+def deep_size(thing, seen):
+    """Bytes of a record and of all that it holds."""
+    if id(thing) in seen:
+        return 0
+    seen.add(id(thing))
+    held = vars(thing) if hasattr(thing, "__dict__") else thing
+    parts = []
+    if isinstance(held, dict):
+        parts = [*held.keys(), *held.values()]
+    elif isinstance(held, (list, tuple, set)):
+        parts = list(held)
+    return sys.getsizeof(thing) + sys.getsizeof(held) + sum(deep_size(p, seen) for p in parts)
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+def test_a_mask_kept_open_over_500_passes_does_not_grow(make_tiny, monkeypatch):
+    """What it says at the end is what the list of all passes says."""
+    hf, listed = make_tiny("llama"), {1: [], 2: []}
+    note = MaskRecord.note
+
+    def keeping(self, layer, rows, chosen):
+        size = rows.square()
+        listed[layer].append(float(((size * chosen).sum(-1) / size.sum(-1)).mean()))
+        note(self, layer, rows, chosen)
+
+    monkeypatch.setattr(MaskRecord, "note", keeping)
+    ids = torch.randint(3, 64, (500, 1, 4), generator=torch.Generator().manual_seed(3))
+    sizes = []
+    with wemask(hf, 0, rate=0.25, select="activation") as record:
+        for number, row in enumerate(ids):
+            logits(hf, row, use_cache=False)
+            if number in (99, 499):
+                sizes.append((deep_size(record, set()), tensors_alive()))
+    assert sizes[0] == sizes[1]
+    assert (record.edited.tokens, record.edited.rows) == (500, 500)
+    assert len(set(listed[1])) > 10
+    assert record.energy == {at: sum(values) / 500 for at, values in listed.items()}
+    spans = {at: (seen.least, seen.most) for at, seen in record._shares.items()}
+    assert spans == {at: (min(values), max(values)) for at, values in listed.items()}
+
+
+@pytest.mark.parametrize("bridged", [False, True])
+def test_an_error_names_the_layer_that_it_is_about(make_tiny, ids, bridged):
+    """Not the first of the edit's layers: the one that was given something else."""
+    hf = make_tiny("llama")
+    model = load(hf) if bridged else hf
+
+    def shorter(module, args, kwargs):
+        name = "hidden_states"
+        return args, {**kwargs, name: kwargs[name][:, :5]}
+
+    def flattened(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": torch.zeros(3, 12)}
+
+    for hook, made, says in (
+        (shorter, wemask(model, layers=(1, 2), rate=0.5), r"^layer 2: \(3, 5\) tokens are held"),
+        (flattened, drop_key(model, layers=(1, 2)), r"^layer 2: drop_key needs eager or sdpa"),
+    ):
+        handle = decoder_of(model).attentions[2].register_forward_pre_hook(hook, with_kwargs=True)
+        with pytest.raises(InterventionError, match=says), made:
+            model(ids)
+        handle.remove()
+
+
+def test_every_error_of_a_hook_names_its_layer(tiny, ids):
+    """Rules of one's own, references that are missing, several nested edits."""
+    with (
+        pytest.raises(InterventionError, match=r"^layer 2: a rule for tokens must give a mask"),
+        wemask(tiny, layers=(2, 1), rate=0.5, tokens="first"),
+        ffn_cap(tiny, 2, tokens=lambda now: now.positions[:, :1]),
+    ):
+        tiny(ids)
+    with (
+        pytest.raises(InterventionError, match=r"^layer 1: this edit takes its reference from"),
+        ffn_cap(tiny, 0, reference=1.0),
+        ffn_cap(tiny, 1),
+    ):
+        tiny(ids[:, :1])
+    with (
+        pytest.raises(SiteError, match=r"layer 7"),
+        wemask(tiny, layers=(1, 7), rate=0.5),
+    ):
+        tiny(ids)
