@@ -59,7 +59,7 @@ def counted(monkeypatch):
 
 
 def test_a_check_prepares_once_for_all_its_stages(model, planted, counted):
-    report = check(model, own_texts(planted.model, n=3, length=16), budget="standard")
+    report = check(model, own_texts(planted.model, n=2, length=8), budget="standard")
     assert [stage.name for stage in report.stages if stage.status != "done"] == []
     assert {"isolate", "super_weights", "eviction"} <= set(report.results)
     assert counted == ONCE
@@ -89,7 +89,7 @@ def test_a_search_that_locates_first_prepares_once(model, planted, counted):
 
 
 def test_an_isolation_that_locates_first_prepares_once(model, planted, counted):
-    isolate(model, prompts=batch(planted, n=2, length=12))
+    isolate(model, prompts=batch(planted, n=1, length=6))
     assert counted == ONCE
 
 
