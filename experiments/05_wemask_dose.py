@@ -22,8 +22,7 @@ from typing import Any
 
 import melens
 from melens.batches import Prompts, prompts
-from melens.evaluating import Settings, Source
-from melens.evaluating.edits import Plan
+from melens.evaluating import Compare, Items, Run
 from melens.evaluating.run import evaluate
 from melens.figures import save_figure
 from melens.figures.evaluation import draw_dose_grid
@@ -76,12 +75,14 @@ def main(cfg: Config) -> list[Evaluation]:
 
 def dose(model: Any, found: MELayer, edit: Edit, cfg: Config, cell: Path) -> Evaluation:
     """Loss over all rates, controls beside it."""
-    source = Source(Path(cfg.data) if cfg.data else None, n=cfg.n, length=cfg.length, bos=True)
-    plan = Plan(
+    items = Items(Path(cfg.data) if cfg.data else None, n=cfg.n, length=cfg.length, bos=True)
+    compare = Compare(
         rates=tuple(map(float, cfg.rates.split(","))), seeds=tuple(map(int, cfg.seeds.split(",")))
     )
-    settings = Settings(plan, cfg.seed, items=cell / "items.jsonl")
-    result = evaluate(model, "perplexity", edit, me_layer=found, source=source, settings=settings)
+    run = Run(cfg.seed, keep=cell / "items.jsonl")
+    result = evaluate(
+        model, "perplexity", edit, me_layer=found, items=items, compare=compare, run=run
+    )
     write_atomically(cell / "evaluate.json", result.to_json())
     for style in ("dose", "paired"):
         save_figure(result.plot(style), cell / f"{style}.png")

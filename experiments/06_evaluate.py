@@ -22,8 +22,7 @@ from pathlib import Path
 
 import melens
 from melens.batches import prompts
-from melens.evaluating import Settings, Source
-from melens.evaluating.edits import Plan
+from melens.evaluating import Compare, Items, Run
 from melens.evaluating.harness.data import GENERATION_TASKS
 from melens.evaluating.run import evaluate
 from melens.evaluating.sources import check_source
@@ -66,19 +65,18 @@ def main(cfg: Config) -> list[Evaluation]:
         found = melens.locate(model, prompts("bundled", bos=True))
         write_atomically(path, found.to_json())
     edit = Edit.model_validate({"select": cfg.select, "layers": cfg.layers, "rate": cfg.rate})
-    plan = Plan(
+    compare = Compare(
         rates=tuple(map(float, cfg.rates.split(","))), seeds=tuple(map(int, cfg.seeds.split(",")))
     )
     made = []
     for task, source in sources.items():
-        settings = Settings(
-            plan,
+        run = Run(
             cfg.seed,
             batch_size=cfg.batch_size,
-            items=folder / task / "items.jsonl",
+            keep=folder / task / "items.jsonl",
             max_new_tokens=cfg.max_new_tokens if task in GENERATION_TASKS else None,
         )
-        result = evaluate(model, task, edit, me_layer=found, source=source, settings=settings)
+        result = evaluate(model, task, edit, me_layer=found, items=source, compare=compare, run=run)
         write_atomically(folder / task / "evaluate.json", result.to_json())
         for style in ("dose", "paired"):
             save_figure(result.plot(style), folder / task / f"{style}.png")
@@ -86,9 +84,9 @@ def main(cfg: Config) -> list[Evaluation]:
     return made
 
 
-def source_of(task: str, cfg: Config) -> Source:
+def source_of(task: str, cfg: Config) -> Items:
     """Where a task's items come from, and how many."""
-    return Source(Path(cfg.data), n=cfg.generated if task in GENERATION_TASKS else cfg.given)
+    return Items(Path(cfg.data), n=cfg.generated if task in GENERATION_TASKS else cfg.given)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import melens
 from melens.evaluating.haystack import TASKS, Haystack
-from melens.evaluating.long_context import LongSettings, long_context
+from melens.evaluating.long_context import long_context
 from melens.figures import save_figure
 from melens.results import Edit, LongContext
+from melens.settings import Run
 from melens.store import write_atomically
 
 
@@ -63,12 +64,11 @@ def main(cfg: Config) -> tuple[LongContext, ...]:
             text=Path(cfg.text) if cfg.text else None,
             bos=bos,
             seed=cfg.seed,
+            plain=cfg.texts if task == TASKS[0] else 0,
         )
         folder.mkdir(parents=True, exist_ok=True)
-        settings = LongSettings(
-            seed=cfg.seed, texts=cfg.texts if task == TASKS[0] else 0, items=folder / "items.jsonl"
-        )
-        result = long_context(model, edit, me_layer=located, haystack=haystack, settings=settings)
+        run = Run(seed=cfg.seed, keep=folder / "items.jsonl")
+        result = long_context(model, edit, me_layer=located, haystack=haystack, run=run)
         write_atomically(folder / "result.json", result.to_json())
         styles = ["found", "answer-loss", *["positions"] * bool(result.texts)]
         for style in styles:

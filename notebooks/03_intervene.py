@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import melens
-from melens.evaluating import Plan, Settings, Source
+from melens.evaluating import Compare, Items
 from melens.exporting import load_prefix
 from melens.models.decoder import decoder_of
 from melens.models.loading import load_plain
@@ -62,18 +62,16 @@ assert int((gain < gain[massive]).sum()) == 0
 # mask in other layers, and as many random dimensions.
 
 # %%
-source = Source(n=6, length=48, bos=True)
-settings = Settings(plan=Plan(rates=(0.9,), seeds=(0,)))
+items = Items(n=6, length=48, bos=True)
+compare = Compare(rates=(0.9,), seeds=(0,))
 edit = Edit(select="gamma", rate=0.5)
-by_gain = melens.evaluate(
-    model, "perplexity", edit, me_layer=layer, source=source, settings=settings
-)
+by_gain = melens.evaluate(model, "perplexity", edit, me_layer=layer, items=items, compare=compare)
 by_gain
 
 # %%
 edit = Edit(select="activation", rate=0.1)
 by_activation = melens.evaluate(
-    model, "perplexity", edit, me_layer=layer, source=source, settings=settings
+    model, "perplexity", edit, me_layer=layer, items=items, compare=compare
 )
 by_activation
 
@@ -89,11 +87,9 @@ assert abs(by_gain.delta.value) < 0.5 * by_activation.delta.value
 
 # %%
 names = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
-settings = Settings(plan=Plan(rates=(), seeds=(), rivals=names))
+compare = Compare(rates=(), seeds=(), rivals=names)
 edit = Edit(select="gamma", rate=0.5)
-rivals = melens.evaluate(
-    model, "perplexity", edit, me_layer=layer, source=source, settings=settings
-)
+rivals = melens.evaluate(model, "perplexity", edit, me_layer=layer, items=items, compare=compare)
 rivals.to_frame()[["condition", "value", "delta", "kl", "agreement"]]
 
 # %%

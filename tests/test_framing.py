@@ -15,7 +15,7 @@ from melens import locate
 from melens.batches import Prompts, encode
 from melens.errors import PromptError
 from melens.evaluating.haystack import Haystack, haystacks, plain_texts
-from melens.evaluating.tasks import Source, gsm8k_likelihood, perplexity
+from melens.evaluating.tasks import gsm8k_likelihood, perplexity
 from melens.exporting.prefix import fixed_first
 from melens.framing import (
     Frame,
@@ -27,6 +27,7 @@ from melens.framing import (
     unknown_rows,
 )
 from melens.models import load
+from melens.settings import Items
 
 TEXT, BODY = "w5 w6 w7", [5, 6, 7]
 FRAMES = {
@@ -99,7 +100,7 @@ def test_only_the_texts_own_tokens_are_scored(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(" ".join(f"w{i}" for i in range(5, 35)))
     for name, (prefix, _) in FRAMES.items():
-        task = perplexity(framed(tokenizer, name), Source(path, n=2, length=10))
+        task = perplexity(framed(tokenizer, name), Items(path, n=2, length=10))
         head = max(1, len(prefix))
         assert all(item.scored == (*[False] * head, *[True] * (10 - head)) for item in task.items)
 
@@ -120,7 +121,7 @@ class Inside:
 def test_a_scored_answer_has_nothing_around_it(tokenizer, tmp_path):
     path = tmp_path / "gsm8k.jsonl"
     path.write_text(json.dumps({"question": "w5 w6", "answer": "w7 w8"}) + "\n")
-    (item,) = gsm8k_likelihood(Inside(tokenizer), Source(path, chat=False)).items
+    (item,) = gsm8k_likelihood(Inside(tokenizer), Items(path, chat=False)).items
     assert [t for t, scored in zip(item.ids, item.scored, strict=True) if scored] == [7, 8]
     assert item.ids[0] == 1
     assert 2 not in item.ids
@@ -160,7 +161,7 @@ def test_located_and_generated_texts_of_a_chat_task_begin_alike(tokenizer, make_
     assert wanted == [5, *BODY, 6]
     (prompt,) = render(made, [chat])
     assert task_prompt_ids(made, prompt) == wanted
-    rows = alike(made, "gsm8k", Source()).token_rows(made)
+    rows = alike(made, "gsm8k", Items()).token_rows(made)
     assert {row[0] for row in rows} == {5}
     lm = Generator(make_tiny("llama"), made, batch_size=2)
     assert lm.tok_encode(prompt) == wanted  # as from lm-eval's own cache of requests

@@ -12,12 +12,11 @@ from planted_faults import own_texts, tokenizer_for
 from melens import inputs
 from melens.batches import Batch
 from melens.checking import check
-from melens.evaluating.edits import Plan
-from melens.evaluating.run import Settings, evaluate
-from melens.evaluating.tasks import Source
+from melens.evaluating import evaluate
 from melens.inputs import Inputs, prepare
 from melens.isolating import isolate
 from melens.models import load, loading, origin
+from melens.settings import Compare, Items, Run
 from melens.tuning import tune
 from melens.tuning.space import Space
 
@@ -69,12 +68,13 @@ def test_an_evaluation_that_locates_first_prepares_once(model, counted, tmp_path
     """Its rival by the mean measures that mean, and is entered anew for every batch."""
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(f"w{i} " + "w7 w9 w11 w13 " * 6 for i in range(20, 24)))
-    plan = Plan(rates=(), strengths=(), seeds=(0,), rivals=("mean",))
+    compare = Compare(rates=(), strengths=(), seeds=(0,), rivals=("mean",))
     result = evaluate(
         model,
         "perplexity",
-        source=Source(path, n=4, length=20, bos=True),
-        settings=Settings(plan=plan, batch_tokens=20),
+        items=Items(path, n=4, length=20, bos=True),
+        compare=compare,
+        run=Run(batch_tokens=20),
     )
     assert [rival.name for rival in result.rivals] == ["mean"]
     assert result.n == 4

@@ -17,7 +17,7 @@ SRC = Path(__file__).parent.parent / "melens"
 ROWS = [
     {"formatting", "intervals"},
     {"errors", "shapes", "provenance", "network", "progress", "chat_child"},
-    {"registry", "store", "framing", "token_ids"},
+    {"registry", "settings", "store", "framing", "token_ids"},
     {"chat"},
     {"metrics", "results", "batches"},
     {"capture", "item_rows"},

@@ -15,8 +15,9 @@ from melens.cli.commands.export import prompts_of
 from melens.errors import MelensError, PromptError
 from melens.evaluating.harness.data import items
 from melens.evaluating.scoring import read_prompts
-from melens.evaluating.tasks import Source, read_jsonl
+from melens.evaluating.tasks import read_jsonl
 from melens.inputs import prepare
+from melens.settings import Items
 from melens.store import is_text, json_object, lines_of
 
 EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
@@ -47,7 +48,7 @@ def test_items_keep_the_separators_in_their_strings(tmp_path):
     path = tmp_path / "gsm8k" / "test.jsonl"
     path.parent.mkdir()
     path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row) + "\n", "utf-8")
-    assert read_jsonl(Source(path), "", FIELDS) == [row, row]
+    assert read_jsonl(Items(path), "", FIELDS) == [row, row]
     assert [doc["question"] for doc in items("gsm8k", tmp_path)] == [ODD, ODD]
 
 
@@ -80,7 +81,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path, tokenizer):
     path = tmp_path / "items.jsonl"
     path.write_text('{"question": "\\ud800", "answer": "a"}\n')
     with pytest.raises(PromptError, match="line 1: no object"):
-        read_jsonl(Source(path), "", FIELDS)
+        read_jsonl(Items(path), "", FIELDS)
     with pytest.raises(PromptError, match="half of a surrogate pair"):
         encode(tokenizer, "w5 \ud800", bos=None)
 
@@ -127,7 +128,7 @@ def test_any_file_of_items_is_read_or_refused(raw, tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(raw)
-        found = calm(lambda path=path: read_jsonl(Source(path), "", FIELDS)) or []
+        found = calm(lambda path=path: read_jsonl(Items(path), "", FIELDS)) or []
         assert all(is_text(row[field]) for row in found for field in FIELDS)
         calm(lambda task=task: items(task, tmp_path))
 

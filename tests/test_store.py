@@ -327,11 +327,12 @@ def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
     from melens.checking.policy import read_policy
     from melens.cli.options import read_edit_file
     from melens.evaluating.scoring import read_prompts
-    from melens.evaluating.tasks import Source, read_jsonl
+    from melens.evaluating.tasks import read_jsonl
     from melens.item_rows import Rows, head_of
     from melens.patching.sweep import Cells
     from melens.reporting.card import refuse_bad_card
     from melens.results import load_result
+    from melens.settings import Items
 
     path = tmp_path / "given.toml"
     if kind == "pipe":
@@ -349,7 +350,7 @@ def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
         (read_prompts, PromptError),
         (refuse_bad_card, ResultError),
         (lambda at: Cells(at, "x"), ResultError),
-        (lambda at: read_jsonl(Source(data=at), "x", ["a"]), PromptError),
+        (lambda at: read_jsonl(Items(data=at), "x", ["a"]), PromptError),
     ):
         with pytest.raises(error, match=r"regular file|bytes"):
             read(path)

@@ -19,7 +19,7 @@ from melens.evaluating.edits import (
 )
 from melens.evaluating.forced import Forced, ItemOutcome
 from melens.evaluating.runner import rows_of_items
-from melens.evaluating.scores import Settings, Setup, TaskCard, assembled, held_facts
+from melens.evaluating.scores import Setup, TaskCard, assembled, held_facts
 from melens.evaluating.tasks import token_loss
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow
@@ -31,6 +31,7 @@ from melens.results import Evaluation, MELayer
 from melens.results.check import CacheNorms, CacheRow
 from melens.results.edit import Edit
 from melens.results.evaluation import NATS
+from melens.settings import Run
 
 KEYS = ("rot_k", "k_norm", "k")
 """Where keys can be read, the closest to what a cache keeps first."""
@@ -170,9 +171,9 @@ def text_losses(
         Forced(str(i), tuple(row), tuple(at > start for at in range(len(row))), {})
         for i, row in enumerate(bench.inputs.rows)
     ]
-    trial = Setup(bench.inputs, tuple(tried), bench.located, Settings())
+    trial = Setup(bench.inputs, tuple(tried), bench.located, Run(progress=tick))
     facts = {"items": [list(item.ids) for item in items]}
-    found = rows_of_items(trial, items, _row, facts, tick)
+    found = rows_of_items(trial, items, _row, facts)
     about = ABOUT if not start else LATE.format(start=start)
     card = TaskCard("perplexity", NATS, higher_is_better=False, about=about)
     return assembled(trial, card, found, [item.id for item in items])

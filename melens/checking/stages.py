@@ -18,6 +18,7 @@ from melens.registry import Registry
 from melens.results import MELayer, Sinks
 from melens.results.base import Result
 from melens.results.check import Budget
+from melens.settings import Run
 
 BUDGETS: tuple[Budget, ...] = ("quick", "standard", "full")
 """From the cheapest; each holds all stages of those before it."""
@@ -111,7 +112,7 @@ def _attention(bench: Bench, tick: Tick) -> Result:
 
 @_add("isolate", "standard", 130.0, token=True)
 def _isolate(bench: Bench, tick: Tick) -> Result:
-    return isolate(bench.short, bench.located, progress=tick)
+    return isolate(bench.short, bench.located, run=Run(progress=tick))
 
 
 @_add("super_weights", "standard", 40.0)

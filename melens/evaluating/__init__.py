@@ -1,7 +1,6 @@
 """What a model can do with an edit and without it, paired by item, with doses and controls."""
 
-from melens.evaluating.edits import Plan
-from melens.evaluating.run import Settings, evaluate
-from melens.evaluating.tasks import Source
+from melens.evaluating.run import evaluate
+from melens.settings import Compare, Items, Run
 
-__all__ = ["Plan", "Settings", "Source", "evaluate"]
+__all__ = ["Compare", "Items", "Run", "evaluate"]

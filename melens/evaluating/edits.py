@@ -24,6 +24,7 @@ from melens.models.decoder import decoder_of
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
+from melens.settings import Compare
 
 Maker = Callable[[Any, Edit, MELayer, Tokens], AbstractContextManager[Any]]
 EDITS: Registry[Maker] = Registry("edit")
@@ -180,9 +181,6 @@ for _name, _maker in {
 
 
 Role = Literal["base", "edited", "dose", "control", "rival"]
-RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
-STRENGTHS = (0.25, 0.5, 0.75)
-CONTROL_SEEDS = (0, 1, 2)
 RIVALS = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
 BASE = Edit(name="none")
 EDITED_BY = "residual/1"
@@ -198,21 +196,8 @@ class EditCondition:
     edit: Edit
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to compare beside base and edit; doses and both controls unless told otherwise."""
-
-    rates: tuple[float, ...] = RATES
-    """Doses of a mask; an edit without a rate takes ``strengths``."""
-    strengths: tuple[float, ...] = STRENGTHS
-    seeds: tuple[int, ...] = CONTROL_SEEDS
-    """Of the random dimensions."""
-    rivals: tuple[str, ...] = ()
-    """Other edits, by name, at full strength."""
-
-
 def conditions(
-    model: Any, edit: Edit, me_layer: MELayer | None, plan: Plan | None = None
+    model: Any, edit: Edit, me_layer: MELayer | None, compare: Compare | None = None
 ) -> tuple[EditCondition, ...]:
     """Every condition, base first and the edit second; equal ones only once.
 
@@ -220,12 +205,12 @@ def conditions(
              follow.
     """
     check_edit(edit)
-    plan = plan or Plan()
+    compare = compare or Compare()
     made = [EditCondition("base", "base", BASE), EditCondition("edited", "edited", edit)]
-    made += _doses(edit, plan)
+    made += _doses(edit, compare)
     made += _other_layers(model, edit, me_layer)
-    made += _random_dims(edit, plan)
-    for name in plan.rivals:
+    made += _random_dims(edit, compare)
+    for name in compare.rivals:
         settings = {"layers": edit.layers} if name in LAYERED and edit.name in LAYERED else {}
         made.append(EditCondition(name, "rival", Edit.model_validate({"name": name, **settings})))
     kept: dict[Edit, EditCondition] = {}
@@ -312,16 +297,16 @@ def located_facts(me_layer: MELayer | None) -> list[Any] | None:
     return [EDITED_BY, me_layer.me_layer, me_layer.peak_layer, tokens, tried, texts]
 
 
-def _doses(edit: Edit, plan: Plan) -> list[EditCondition]:
+def _doses(edit: Edit, compare: Compare) -> list[EditCondition]:
     if edit.name in RATED:
         return [
             EditCondition(f"rate {rate:g}", "dose", edit.changed(rate=rate))
-            for rate in plan.rates
+            for rate in compare.rates
             if rate != edit.rate
         ]
     return [
         EditCondition(f"strength {strength:g}", "dose", edit.changed(strength=strength))
-        for strength in plan.strengths
+        for strength in compare.strengths
         if strength != edit.strength
     ]
 
@@ -356,7 +341,7 @@ def _elsewhere(edit: Edit, me_layer: MELayer) -> list[EditCondition]:
     ]
 
 
-def _random_dims(edit: Edit, plan: Plan) -> list[EditCondition]:
+def _random_dims(edit: Edit, compare: Compare) -> list[EditCondition]:
     """As many dimensions, drawn at random; of edits that have dimensions."""
     if edit.name not in (*RATED, "zero", "mean"):
         return []
@@ -364,7 +349,7 @@ def _random_dims(edit: Edit, plan: Plan) -> list[EditCondition]:
         EditCondition(
             f"random dims, seed {seed}", "control", edit.changed(select="random", seed=seed)
         )
-        for seed in plan.seeds
+        for seed in compare.seeds
         if not (edit.select == "random" and edit.seed == seed)
     ]
 

@@ -18,55 +18,53 @@ from melens.evaluating.forced import MassiveIn
 from melens.evaluating.harness.data import AnswerRow as Answer
 from melens.evaluating.harness.data import GenerationSettings, GenerationTask, file_key, items
 from melens.evaluating.harness.run import run_task
-from melens.evaluating.scores import ENERGY, Progress, Setup, TaskCard, assembled, held_facts
+from melens.evaluating.scores import ENERGY, Setup, TaskCard, assembled, held_facts
 from melens.evaluating.sources import data_folder
-from melens.evaluating.tasks import Source
 from melens.framing import bos_first
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
 from melens.item_rows import ItemRow, Rows
 from melens.results.evaluation import Evaluation
+from melens.settings import Items
 from melens.store import remove_file
 
 PROBES = 4
 """Prompts that the masked energy is measured on: it belongs to the massive token, not to them."""
 
 
-def generated(
-    bench: Setup, task: GenerationTask, source: Source, progress: Progress | None
-) -> Evaluation:
+def generated(bench: Setup, task: GenerationTask, chosen: Items) -> Evaluation:
     """Generate under every condition in turn, what an earlier run finished left out.
 
     Raises:  as ``melens.evaluating.harness.run.run_task``.
     """
-    folder = data_folder(task, source)
-    order = [str(doc["item_id"]) for doc in items(task.name, folder)[: source.n]]
-    length = bench.settings.max_new_tokens or task.max_new_tokens
+    folder = data_folder(task, chosen)
+    order = [str(doc["item_id"]) for doc in items(task.name, folder)[: chosen.n]]
+    length = bench.run.max_new_tokens or task.max_new_tokens
     data = file_key(folder / task.file)
     tokenizer = bench.model.tokenizer
-    template = template_key(tokenizer, chat=source.chat)
+    template = template_key(tokenizer, chat=chosen.chat)
     rows = Rows(
-        bench.settings.items,
+        bench.run.keep,
         bench.facts(task=task.name, items=order, data=data, length=length, template=template),
     )
     with tempfile.TemporaryDirectory() as nowhere:
-        path = bench.settings.items
+        path = bench.run.keep
         part = Path(nowhere) / "answers" if path is None else answers_beside(path)
-        job = _Generation(bench, task, folder, part, len(order), source.chat)
+        job = _Generation(bench, task, folder, part, len(order), chosen.chat)
         for step, condition in enumerate(bench.conditions):
             if not all(rows.has(item, condition.name) for item in order):
-                rows.add(job.rows(condition, step, progress))
-            if progress is not None:
-                progress((step + 1) * len(order), len(bench.conditions) * len(order))
+                rows.add(job.rows(condition, step))
+            if bench.run.progress is not None:
+                bench.run.progress((step + 1) * len(order), len(bench.conditions) * len(order))
         remove_file(part)  # all of it is in the rows now
-    used = in_template(tokenizer, source.chat)
+    used = in_template(tokenizer, chosen.chat)
     chat = "in the chat template" if used else "no chat template"
     about = (
         f"{task.about}: answers of at most {length} tokens, greedy, zero shots, {chat}; "
         f"the value is {task.primary}."
     )
     asked = [str(row.about["prompt"]) for row in rows.of(bench.conditions[0].name).values()]
-    ids = [task_prompt_ids(tokenizer, prompt, chat=source.chat) for prompt in asked]
+    ids = [task_prompt_ids(tokenizer, prompt, chat=chosen.chat) for prompt in asked]
     start = bos_first(tokenizer, ids)
     card = TaskCard(
         task.name,
@@ -98,14 +96,14 @@ class _Generation:
         self.bench, self.task, self.count, self.chat = bench, task, count, chat
         self.folder, self.part = folder, part
 
-    def rows(self, condition: EditCondition, step: int, progress: Progress | None) -> list[ItemRow]:
+    def rows(self, condition: EditCondition, step: int) -> list[ItemRow]:
         """One condition's rows, with the masked energy where the edit is a mask."""
-        settings = self.bench.settings
+        run = self.bench.run
         total = self.count * len(self.bench.conditions)
 
         def tell(done: int, _: int) -> None:
-            if progress is not None:
-                progress(step * self.count + done, total)
+            if run.progress is not None:
+                run.progress(step * self.count + done, total)
 
         answers = run_task(
             self.bench.model,
@@ -117,8 +115,8 @@ class _Generation:
                 self.folder,
                 self.part,
                 limit=self.count,
-                batch_size=settings.batch_size,
-                max_new_tokens=settings.max_new_tokens,
+                batch_size=run.batch_size,
+                max_new_tokens=run.max_new_tokens,
                 chat=self.chat,
                 progress=tell,
             ),

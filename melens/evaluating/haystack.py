@@ -89,6 +89,8 @@ class Haystack:
     """Whether a chat template goes around text and question, the answer begun for the model."""
     seed: int = 0
     """Another one draws other numbers, cities and places in the text."""
+    plain: int = 8
+    """Plain texts, as long as the longest item, for the loss by position; 0 = none."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built for any model.

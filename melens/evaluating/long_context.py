@@ -17,11 +17,11 @@ import torch
 from melens import locating
 from melens.batches import prompts
 from melens.errors import PromptError
-from melens.evaluating.edits import EditCondition, Plan, check_edit, conditions, unedited
+from melens.evaluating.edits import EditCondition, check_edit, conditions, unedited
 from melens.evaluating.forced import Forced, Foreseen, ItemOutcome
 from melens.evaluating.haystack import Haystack, bins, haystacks, plain_texts
 from melens.evaluating.runner import rows_of_items
-from melens.evaluating.scores import Progress, Settings, Setup
+from melens.evaluating.scores import Setup
 from melens.framing import bos_first, require_known
 from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
@@ -36,9 +36,9 @@ from melens.results.long_context import (
     PositionBin,
     Retrieval,
 )
+from melens.settings import Compare, Run
 from melens.store import digest
 
-TEXTS = 8
 PER_BIN = 128
 """Scored positions of a plain text in each of its bins, at most."""
 ABOUT = {
@@ -48,26 +48,12 @@ ABOUT = {
 }
 
 
-@dataclass(frozen=True)
-class LongSettings:
-    """How a long-context evaluation is run."""
+def light_comparison(edit: Edit) -> Compare:
+    """What is compared unless told otherwise, since long runs are dear.
 
-    plan: Plan | None = None
-    """None = one dose below the edit's and one above, one draw of random dimensions: long runs
-    are dear."""
-    seed: int = 0
-    """Of the bootstrap."""
-    batch_tokens: int = 1024
-    """Tokens a forward pass, padding included; a longer item runs alone."""
-    texts: int = TEXTS
-    """Plain texts, as long as the longest item, for the loss by position; 0 = none."""
-    items: Path | None = None
-    """JSON-lines file of every item's scores; an interrupted run goes on from it."""
-
-
-def light_plan(edit: Edit) -> Plan:
-    """Half the edit's dose, half-way from it to the whole, and one draw of random dimensions."""
-    return Plan(rates=_around(edit.rate), strengths=_around(edit.strength), seeds=(0,))
+    Half the edit's dose, half-way from it to the whole, and one draw of random dimensions.
+    """
+    return Compare(rates=_around(edit.rate), strengths=_around(edit.strength), seeds=(0,))
 
 
 def _around(dose: float) -> tuple[float, ...]:
@@ -80,8 +66,8 @@ def long_context(
     *,
     me_layer: MELayer | None = None,
     haystack: Haystack | None = None,
-    settings: LongSettings | None = None,
-    progress: Progress | None = None,
+    compare: Compare | None = None,
+    run: Run | None = None,
 ) -> LongContext:
     """Hold an edit against the unedited model on long texts, item by item.
 
@@ -89,9 +75,9 @@ def long_context(
              edit: None = WeMask by gamma, rate 0.5, all layers after the ME Layer.
              me_layer: what ``melens.locate`` returns; None = located here on the bundled texts,
              with the first token that the items have.
-             haystack: what is hidden where, and in which text.
-             settings: doses, controls, plain texts, file of items.
-             progress: called with (items done, items in all), plain texts included.
+             haystack: what is hidden where, and in which text; plain texts.
+             compare: None = one dose below the edit's and one above, one draw of random dimensions.
+             run: seed, batches, file of items, progress (plain texts included).
     Returns: found and loss by length and depth, loss by position, paired differences with 95 %
              bootstrap intervals over items (over texts for positions).
     Raises:  PromptError: lengths that do not fit the model or the question, a text that cannot be
@@ -100,23 +86,20 @@ def long_context(
              nothing. ResultError: the file of items is of another run, or ``me_layer`` of another
              model.
     """
-    edit, haystack, settings = edit or Edit(), haystack or Haystack(), settings or LongSettings()
+    edit, haystack = edit or Edit(), haystack or Haystack()
     check_edit(edit)
     inputs = unedited(model, me_layer)
-    hidden, plain = items_of(inputs.model, haystack, settings.texts)
+    hidden, plain = items_of(inputs.model, haystack)
     me_layer = me_layer or locating.locate(inputs, prompts(bos=haystack.bos, chat=haystack.chat))
-    chosen = conditions(inputs.model, edit, me_layer, settings.plan or light_plan(edit))
-    common = Settings(seed=settings.seed, batch_tokens=settings.batch_tokens, items=settings.items)
-    job = _LongJob(Setup(inputs, chosen, me_layer, common), haystack, hidden, plain)
-    return job.assembled(job.rows(progress))
+    chosen = conditions(inputs.model, edit, me_layer, compare or light_comparison(edit))
+    job = _LongJob(Setup(inputs, chosen, me_layer, run or Run()), haystack, hidden, plain)
+    return job.assembled(job.rows())
 
 
-def items_of(
-    model: Any, haystack: Haystack, texts: int
-) -> tuple[tuple[Forced, ...], tuple[Forced, ...]]:
+def items_of(model: Any, haystack: Haystack) -> tuple[tuple[Forced, ...], tuple[Forced, ...]]:
     """The haystacks, and the plain texts; no forward pass.
 
-    Args:    model: a bridge. texts: at most so many plain ones.
+    Args:    model: a bridge.
     Raises:  PromptError: as :func:`long_context`.
     """
     if model.tokenizer is None:
@@ -124,9 +107,11 @@ def items_of(
     context = getattr(model.cfg, "n_ctx", None)
     hidden = haystacks(model.tokenizer, haystack, context=context)
     plain: tuple[Forced, ...] = ()
-    if texts:
+    if haystack.plain:
         longest = max(haystack.lengths)
-        plain = plain_texts(model.tokenizer, haystack, length=longest, n=texts, per_bin=PER_BIN)
+        plain = plain_texts(
+            model.tokenizer, haystack, length=longest, n=haystack.plain, per_bin=PER_BIN
+        )
     require_known([item.ids for item in (*hidden, *plain)], model.cfg.d_vocab)
     return hidden, plain
 
@@ -144,10 +129,10 @@ class _LongJob:
     def _items(self) -> tuple[Forced, ...]:
         return (*self.hidden, *self.plain)
 
-    def rows(self, progress: Progress | None) -> Rows:
+    def rows(self) -> Rows:
         """Every item under every condition."""
         facts = {"task": f"long-context {self.haystack.task}", "items": _hash(self._items)}
-        return rows_of_items(self.bench, self._items, _row, facts, progress)
+        return rows_of_items(self.bench, self._items, _row, facts)
 
     def assembled(self, rows: Rows) -> LongContext:
         """The result, from the rows alone."""
@@ -156,7 +141,7 @@ class _LongJob:
         by_role = {
             role: tuple(c for c in made if c.role == role) for role in ("dose", "control", "rival")
         }
-        hay, path = self.haystack, self.bench.settings.items
+        hay, path = self.haystack, self.bench.run.keep
         return LongContext(
             task=cast(Literal["passkey", "needles"], hay.task),
             needles=hay.needles if hay.task == "needles" else 1,
@@ -203,7 +188,7 @@ class _LongJob:
         name = source.name if isinstance(source, Path) else "given" if source else "bundled"
         hay, bench = self.haystack, self.bench
         return bench.inputs.run_info(
-            seed=bench.settings.seed,
+            seed=bench.run.seed,
             items=key,
             ids=_hash(self._items),
             chat=hay.chat,
@@ -217,7 +202,7 @@ class _LongJob:
     def _condition(
         self, condition: EditCondition, found: dict[str, ItemRow], base: dict[str, ItemRow]
     ) -> LongCondition:
-        pair = _Pair(found, None if condition.role == "base" else base, self.bench.settings.seed)
+        pair = _Pair(found, None if condition.role == "base" else base, self.bench.run.seed)
         lengths = {
             n: [i.id for i in self.hidden if i.about["length"] == n] for n in self.haystack.lengths
         }

@@ -16,8 +16,6 @@ from melens.evaluating.harness.data import GENERATION_TASKS
 from melens.evaluating.runner import rows_of_items
 from melens.evaluating.scores import (
     ENERGY,
-    Progress,
-    Settings,
     Setup,
     TaskCard,
     assembled,
@@ -25,14 +23,15 @@ from melens.evaluating.scores import (
     score_of,
 )
 from melens.evaluating.sources import check_source
-from melens.evaluating.tasks import FORCED_TASKS, ForcedTask, Source, alike
+from melens.evaluating.tasks import FORCED_TASKS, ForcedTask, alike
 from melens.framing import bos_first, require_known
 from melens.item_rows import ItemRow
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Evaluation
+from melens.settings import Compare, Items, Run
 
-__all__ = ["Settings", "evaluate", "score_of"]
+__all__ = ["evaluate", "score_of"]
 
 TOKEN_STEP = 0.01
 """Nats by which a token's loss must move to count as better or worse."""
@@ -44,9 +43,9 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     edit: Edit | None = None,
     *,
     me_layer: MELayer | None = None,
-    source: Source | None = None,
-    settings: Settings | None = None,
-    progress: Progress | None = None,
+    items: Items | None = None,
+    compare: Compare | None = None,
+    run: Run | None = None,
 ) -> Evaluation:
     """Hold an edit against the unedited model on one task, item by item.
 
@@ -57,32 +56,31 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
              edit: None = WeMask by gamma, rate 0.5, all layers after the ME Layer.
              me_layer: what ``melens.locate`` returns; None = located here on the bundled texts,
              with the BOS or the chat template of the items.
-             source: where the items come from.
-             settings: doses, controls, rivals, seed, file of items.
-             progress: called with (steps done, steps in all).
+             items: where they come from. compare: doses, controls, rivals.
+             run: seed, batches, file of items, progress.
     Returns: values and paired differences with 95 % bootstrap intervals over items.
     Raises:  UnknownNameError: no such task. PromptError: items that cannot be had.
              InterventionError, SiteError: an edit that changes nothing or that this model cannot
              follow. ResultError: the file of items is of another evaluation, or ``me_layer`` of
              another model. MissingPackageError: a task that generates, without melens[eval].
     """
-    settings, source = settings or Settings(), source or Source()
+    items, run = items or Items(), run or Run()
     edit = edit or Edit()
     check_edit(edit)
-    check_source(task, source)
+    check_source(task, items)
     inputs = unedited(model, me_layer)
     bridge = inputs.model
     if bridge.tokenizer is None:
         raise PromptError("this model has no tokenizer; load it with melens.load(..., tokenizer=).")
-    made = None if task in GENERATION_TASKS else FORCED_TASKS[task](bridge.tokenizer, source)
+    made = None if task in GENERATION_TASKS else FORCED_TASKS[task](bridge.tokenizer, items)
     if made is not None:
         _check_context(bridge, made)
-    me_layer = me_layer or locating.locate(inputs, alike(bridge.tokenizer, task, source))
-    chosen = conditions(bridge, edit, me_layer, settings.plan)
-    bench = Setup(inputs, chosen, me_layer, settings)
+    me_layer = me_layer or locating.locate(inputs, alike(bridge.tokenizer, task, items))
+    chosen = conditions(bridge, edit, me_layer, compare)
+    bench = Setup(inputs, chosen, me_layer, run)
     if made is None:
-        return generated(bench, GENERATION_TASKS[task], source, progress)
-    return _forced(bench, made, source, progress)
+        return generated(bench, GENERATION_TASKS[task], items)
+    return _forced(bench, made, items)
 
 
 def _check_context(model: Any, task: ForcedTask) -> None:
@@ -96,14 +94,12 @@ def _check_context(model: Any, task: ForcedTask) -> None:
         )
 
 
-def _forced(
-    bench: Setup, task: ForcedTask, source: Source, progress: Progress | None
-) -> Evaluation:
+def _forced(bench: Setup, task: ForcedTask, chosen: Items) -> Evaluation:
     """Every item that an earlier run did not finish, then the result from the rows alone."""
     items = task.items
     facts = {"task": task.name, "items": [[item.id, list(item.ids)] for item in items]}
-    rows = rows_of_items(bench, items, lambda one: _row(task, one), facts, progress)
-    data = source.data and source.data.name
+    rows = rows_of_items(bench, items, lambda one: _row(task, one), facts)
+    data = chosen.data and chosen.data.name
     card = TaskCard(
         task.name,
         task.unit,
@@ -111,8 +107,8 @@ def _forced(
         task.about,
         {
             "data": data,
-            "bos": source.bos,
-            "chat": source.chat,
+            "bos": chosen.bos,
+            "chat": chosen.chat,
             **task.facts,
             "bos_first": bos_first(bench.model.tokenizer, [item.ids for item in items]),
         },

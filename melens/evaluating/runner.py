@@ -8,8 +8,9 @@ from typing import Any
 
 from melens.evaluating.edits import EditCondition, check_held
 from melens.evaluating.forced import Forced, ItemOutcome, Runner
-from melens.evaluating.scores import Progress, Setup
+from melens.evaluating.scores import Setup
 from melens.item_rows import ItemRow, Rows
+from melens.settings import Progress
 
 MakeRow = Callable[[ItemOutcome], ItemRow]
 """What is kept of one item under one condition."""
@@ -63,7 +64,6 @@ def rows_of_items(
     items: Sequence[Forced],
     make: MakeRow,
     facts: dict[str, Any],
-    progress: Progress | None = None,
 ) -> Rows:
     """All items under all of a setup's conditions; what its file of items holds is taken up.
 
@@ -72,9 +72,9 @@ def rows_of_items(
              evaluation.
     """
     check_held(bench.model, bench.me_layer, [item.ids for item in items])
-    rows = Rows(bench.settings.items, bench.facts(**facts))
+    rows = Rows(bench.run.keep, bench.facts(**facts))
     runner = Runner(
-        bench.inputs, bench.conditions, bench.me_layer, batch_tokens=bench.settings.batch_tokens
+        bench.inputs, bench.conditions, bench.me_layer, batch_tokens=bench.run.batch_tokens
     )
-    ItemLoop(runner, rows, make).run(items, progress=progress)
+    ItemLoop(runner, rows, make).run(items, progress=bench.run.progress)
     return rows

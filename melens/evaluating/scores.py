@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from melens.errors import ResultError
-from melens.evaluating.edits import EditCondition, Plan, located_facts
+from melens.evaluating.edits import EditCondition, located_facts
 from melens.evaluating.forced import MassiveIn
 from melens.inputs import Inputs
 from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
 from melens.results import MELayer
 from melens.results.evaluation import ConditionScore, Delta, EditedIn, Evaluation
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an evaluation is run."""
-
-    plan: Plan = field(default_factory=Plan)
-    seed: int = 0
-    """Of the bootstrap."""
-    batch_tokens: int = 1024
-    """Tokens a forward pass, padding included; where the answer is given."""
-    batch_size: int = 1
-    """Answers at a time, where they are generated."""
-    max_new_tokens: int | None = None
-    """Limit of a generated answer; None = the task's own."""
-    items: Path | None = None
-    """JSON-lines file of every item's scores; an interrupted run goes on from it."""
+from melens.settings import Run
 
 
 @dataclass(frozen=True)
@@ -59,7 +40,7 @@ class Setup:
     """The model and the fingerprint of its weights; no batches."""
     conditions: tuple[EditCondition, ...]
     me_layer: MELayer
-    settings: Settings
+    run: Run
 
     @property
     def model(self) -> Any:
@@ -115,7 +96,7 @@ def assembled(bench: Setup, card: TaskCard, rows: Rows, order: Sequence[str]) ->
     """
     tables = {c.name: [rows.of(c.name)[item] for item in order] for c in bench.conditions}
     base = tables["base"]
-    seed, path = bench.settings.seed, bench.settings.items
+    seed, path = bench.run.seed, bench.run.keep
     scores = [score_of(c, tables[c.name], base, seed) for c in bench.conditions]
     edited = next(score for score in scores if score.role == "edited")
     assert edited.delta is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from melens.batches import Prompts, encode_all, prompts, read_text
@@ -13,27 +12,12 @@ from melens.errors import PromptError
 from melens.evaluating.forced import Forced, Foreseen
 from melens.framing import frame_of, head_size, split_text
 from melens.registry import Registry
+from melens.settings import Items
 from melens.store import is_text, json_object, lines_of
 
 Measured = tuple[float, float]
 """A value and its weight."""
 LN2 = 0.6931471805599453
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a task's items come from."""
-
-    data: Path | None = None
-    """A file, or a folder that holds the task's own file; None = what is bundled, if anything."""
-    n: int | None = None
-    """Items; None = the task's own number."""
-    length: int = 128
-    """Tokens an item at most, where the task cuts texts."""
-    bos: bool | None = None
-    """None = as the tokenizer does."""
-    chat: bool | None = None
-    """None = the chat template where the task asks a question and the tokenizer has one."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +33,7 @@ class ForcedTask:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Maker = Callable[[Any, Source], ForcedTask]
+Maker = Callable[[Any, Items], ForcedTask]
 FORCED_TASKS: Registry[Maker] = Registry("task")
 LIKELIHOOD_FILES = {
     "gsm8k-likelihood": ("gsm8k/test.jsonl", ("question", "answer")),
@@ -72,15 +56,15 @@ def token_loss(item: Forced, found: Foreseen) -> tuple[Measured, dict[str, Measu
 
 
 @FORCED_TASKS.register("perplexity")
-def perplexity(tokenizer: Any, source: Source) -> ForcedTask:
+def perplexity(tokenizer: Any, chosen: Items) -> ForcedTask:
     """Next-token loss of texts: nats a token; bits a byte, KL and agreement beside it."""
     texts = prompts(
-        "bundled" if source.data is None else source.data,
-        n=source.n or 8,
-        length=source.length,
-        bos=source.bos,
+        "bundled" if chosen.data is None else chosen.data,
+        n=chosen.n or 8,
+        length=chosen.length,
+        bos=chosen.bos,
     )
-    items, head = [], max(1, head_size(tokenizer, bos=source.bos))
+    items, head = [], max(1, head_size(tokenizer, bos=chosen.bos))
     for i, ids in enumerate(texts.token_rows(tokenizer)):
         text = tokenizer.decode(ids[head:])
         about = {"text": tokenizer.decode(ids), "bytes": len(text.encode())}
@@ -98,34 +82,34 @@ def perplexity(tokenizer: Any, source: Source) -> ForcedTask:
 
 
 @FORCED_TASKS.register("gsm8k-likelihood")
-def gsm8k_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
+def gsm8k_likelihood(tokenizer: Any, chosen: Items) -> ForcedTask:
     """Loss of GSM8K's reference solutions, the question given."""
-    return _solutions("gsm8k-likelihood", tokenizer, source)
+    return _solutions("gsm8k-likelihood", tokenizer, chosen)
 
 
 @FORCED_TASKS.register("math500-likelihood")
-def math500_likelihood(tokenizer: Any, source: Source) -> ForcedTask:
+def math500_likelihood(tokenizer: Any, chosen: Items) -> ForcedTask:
     """Loss of MATH-500's reference solutions, the problem given."""
-    return _solutions("math500-likelihood", tokenizer, source)
+    return _solutions("math500-likelihood", tokenizer, chosen)
 
 
 PLAIN_TEXTS = ("perplexity",)
 """Tasks whose texts are no questions, and so never in the chat template."""
 
 
-def alike(tokenizer: Any, task: str, source: Source) -> Prompts:
+def alike(tokenizer: Any, task: str, chosen: Items) -> Prompts:
     """The bundled texts with the beginning that a task's items have: where to locate for them."""
-    chat = task not in PLAIN_TEXTS and in_template(tokenizer, source.chat)
-    return prompts(bos=None if chat else source.bos, chat=chat)
+    chat = task not in PLAIN_TEXTS and in_template(tokenizer, chosen.chat)
+    return prompts(bos=None if chat else chosen.bos, chat=chat)
 
 
-def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:
+def _solutions(name: str, tokenizer: Any, chosen: Items) -> ForcedTask:
     """Question and reference answer; the answer's tokens are scored."""
     file, (asked, told) = LIKELIHOOD_FILES[name]
-    pairs = [(row[asked], " " + row[told]) for row in read_jsonl(source, file, (asked, told))]
-    chat = in_template(tokenizer, source.chat)
+    pairs = [(row[asked], " " + row[told]) for row in read_jsonl(chosen, file, (asked, told))]
+    chat = in_template(tokenizer, chosen.chat)
     asks = [question if chat else f"Question: {question}\nAnswer:" for question, _ in pairs]
-    heads = encode_all(tokenizer, asks, bos=None if chat else source.bos, chat=chat)
+    heads = encode_all(tokenizer, asks, bos=None if chat else chosen.bos, chat=chat)
     items, frame = [], frame_of(tokenizer)
     for i, (head, (_, answer)) in enumerate(zip(heads, pairs, strict=True)):
         if not head:
@@ -147,17 +131,17 @@ def _solutions(name: str, tokenizer: Any, source: Source) -> ForcedTask:
     )
 
 
-def read_jsonl(source: Source, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+def read_jsonl(chosen: Items, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The first rows of a JSON-lines file, all of them objects with these text fields.
 
     Raises:  PromptError: no such file, a line that is no such object, or no line at all.
     """
-    if source.data is None:
+    if chosen.data is None:
         raise PromptError(f"this task has no bundled items; give --data FILE (as {name}).")
-    path = source.data / name if source.data.is_dir() else source.data
+    path = chosen.data / name if chosen.data.is_dir() else chosen.data
     rows = []
     for number, line in enumerate(lines_of(read_text(path)), start=1):
-        if source.n is not None and len(rows) == source.n:
+        if chosen.n is not None and len(rows) == chosen.n:
             break
         if not line.strip():
             continue

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from melens.errors import InterventionError, ResultError, SiteError
@@ -15,11 +13,12 @@ from melens.isolating.neurons import Written, decomposition, neuron_rows
 from melens.isolating.path import has_part, ordinary_tokens, share_at, sufficiency
 from melens.isolating.runs import EditedTexts, Finished, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
-from melens.measuring.located import Progress, settle_primary
+from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, require_unfolded
 from melens.results import MELayer
 from melens.results.isolate import Isolation, Write
 from melens.resume import Resumable
+from melens.settings import Run
 from melens.store import digest
 
 TOP_NEURONS = 8
@@ -35,7 +34,7 @@ def isolate(
     *,
     layer: int | None = None,
     ffn_edit: str = "neurons",
-    progress: Progress = None,
+    run: Run | None = None,
 ) -> Isolation:
     """Find which parameters of the ME Layer make the massive activation.
 
@@ -51,55 +50,37 @@ def isolate(
              layer: the one layer to edit, counted from 0; None = every step of the emergence.
              ffn_edit: ``neurons`` ablates the fewest that make 90 % of the write; ``pull-back``,
              ``cap`` (the released code's F1 and F3), or ``drop`` (no FFN write).
-             progress: called with (steps done, steps in all).
+             run: progress, and a JSON-lines file of finished runs that the same call goes on from;
+             removed at the end.
     Returns: a frozen :class:`Isolation`.
     Raises:  ResultError: no massive token in the model or in these texts, or ``me_layer`` is of
              other weights. FoldedWeightsError: gains were folded away. SiteError: no such layer.
              InterventionError: an unknown ``ffn_edit``, or one the layer does not have.
              ContractError: a model that cannot be resumed from the middle.
     """
-    how = How(layer, ffn_edit, progress)
-    return isolate_with(model, me_layer, prompts, how)
-
-
-@dataclass(frozen=True)
-class How:
-    """How an isolation is done; the fields as in :func:`isolate`."""
-
-    layer: int | None = None
-    ffn_edit: str = "neurons"
-    progress: Progress = None
-    keep: Path | None = None
-    """A JSON-lines file of finished runs: the same call goes on from it. Removed at the end."""
-
-
-def isolate_with(model: Any, me_layer: MELayer | None, prompts: Source, how: How) -> Isolation:
-    """:func:`isolate`, which can be interrupted and go on.
-
-    Raises:  ResultError: ``how.keep`` is of another isolation. OutputError: it cannot be written.
-    """
-    check_ffn_edit(how.ffn_edit)
+    run = run or Run()
+    check_ffn_edit(ffn_edit)
     inputs = prepare(model, prompts)
     require_unfolded(inputs.model)
-    if how.layer is not None:
-        check_layer(inputs.model, how.layer)
+    if layer is not None:
+        check_layer(inputs.model, layer)
     located = settle_primary(inputs, me_layer)
     _require_emergence(located.me_layer)
-    finished = Finished(how.keep, _facts(inputs, located.me_layer, how))
-    subject = LocatedSubject(inputs, located, how.ffn_edit, finished, how.progress)
-    asked = steps_of(located.me_layer) if how.layer is None else [how.layer]
+    finished = Finished(run.keep, _facts(inputs, located.me_layer, layer, ffn_edit))
+    subject = LocatedSubject(inputs, located, ffn_edit, finished, run.progress)
+    asked = steps_of(located.me_layer) if layer is None else [layer]
     result = _Run(subject, asked).result()
     finished.remove()
     return result
 
 
-def _facts(inputs: Inputs, me_layer: MELayer, how: How) -> dict[str, Any]:
+def _facts(inputs: Inputs, me_layer: MELayer, layer: int | None, ffn_edit: str) -> dict[str, Any]:
     """What every kept number depends on."""
     texts = [[batch.ids.tolist(), batch.mask.tolist()] for batch in inputs.batches]
     return {
         **inputs.facts(),
-        "layer": how.layer,
-        "ffn_edit": how.ffn_edit,
+        "layer": layer,
+        "ffn_edit": ffn_edit,
         "located": [
             me_layer.me_layer,
             me_layer.main_layer,

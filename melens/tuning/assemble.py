@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melens.evaluating.edits import EditCondition, Plan, conditions
+from melens.evaluating.edits import EditCondition, conditions
 from melens.evaluating.forced import Forced
 from melens.framing import bos_first
 from melens.intervals import Estimate, paired_difference, weighted_mean
 from melens.item_rows import Rows
 from melens.results import MELayer
 from melens.results.tune import Confirmed, Margin, Spent, Split, Trial, Tuning
-from melens.tuning.items import Halves, Objective
+from melens.settings import Compare
+from melens.tuning.items import Objective
 from melens.tuning.space import ETA, Race
 
 STOPPED = ("search", "confirmation")
@@ -119,7 +120,7 @@ def made_controls(
     model: Any, best: EditCondition, raced: Sequence[EditCondition], me_layer: MELayer, seed: int
 ) -> list[EditCondition]:
     """Controls to confirm: the best random dims of the race, and the best candidate's own two."""
-    own = conditions(model, best.edit, me_layer, Plan(rates=(), strengths=(), seeds=(seed,)))
+    own = conditions(model, best.edit, me_layer, Compare(rates=(), strengths=(), seeds=(seed,)))
     made = [
         *raced,
         *(EditCondition(c.edit.label, "control", c.edit) for c in own if c.role == "control"),
@@ -132,7 +133,7 @@ def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
     chosen = [*found.confirmed, *found.others] if found.held else []
     confirmed = tuple(_confirmed(condition, ledger, found) for condition in chosen)
     better = [row for row in confirmed if row.found(ledger.sign)]
-    settings, objective = search.settings, search.objective
+    run, objective = search.how, search.objective
     located = search.me_layer.run.settings
     return Tuning(
         metric=objective.name or "a function",
@@ -145,12 +146,12 @@ def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
         confirmed=confirmed,
         best=better[0].edit if better else None,
         margin=_margin(better[0], confirmed, ledger, found) if better else None,
-        split=_split(search.halves, settings),
+        split=_split(search),
         budget=_spent(search, found),
         rule=_rule(found),
-        items=settings.items and settings.items.name,
+        items=run.keep and run.keep.name,
         run=search.inputs.run_info(
-            seed=settings.seed,
+            seed=run.seed,
             items=search.rows.key,
             me_layer_of=located.get("ids"),
             **_about(search.model, (*search.halves.development, *search.halves.held_out)),
@@ -216,12 +217,13 @@ def _margin(
     return Margin(control=rival.edit, delta=delta.value, interval=delta.interval)
 
 
-def _split(halves: Halves, settings: Any) -> Split:
+def _split(search: Any) -> Split:
+    halves = search.halves
     return Split(
         development=tuple(item.id for item in halves.development),
         held_out=tuple(item.id for item in halves.held_out),
-        seed=settings.seed,
-        share=settings.held_out,
+        seed=search.how.seed,
+        share=search.budget.held_out,
         repeated=halves.repeated,
     )
 

@@ -18,7 +18,6 @@ from melens.evaluating.tasks import (
     FORCED_TASKS,
     LIKELIHOOD_FILES,
     PLAIN_TEXTS,
-    Source,
     alike,
     read_jsonl,
     token_loss,
@@ -27,6 +26,7 @@ from melens.formatting import brief
 from melens.framing import bos_first, head_size, require_known
 from melens.inputs import Ids, rows_of
 from melens.intervals import LEAST_OF_MANY
+from melens.settings import Items
 
 LOSS = ("loss", "perplexity")
 ITEMS = 64
@@ -36,7 +36,7 @@ LEAST_HELD_OUT = LEAST_OF_MANY
 LEAST_CONTEXT, MOST_HEAD = 16, 8
 """Where no length is given, and before every piece: bounds on how many pieces a text can make."""
 Score = Callable[[Forced, Foreseen], tuple[float, float]]
-Texts = Prompts | Source | str | Path | Sequence[str] | Sequence[Forced] | Ids | None
+Texts = Prompts | Items | str | Path | Sequence[str] | Sequence[Forced] | Ids | None
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def alike_items(tokenizer: Any, texts: Any, metric: Any) -> Prompts:
     if rows:
         return prompts(bos=True if bos_first(tokenizer, rows) else None)
     task = metric if isinstance(metric, str) and metric in FORCED_TASKS else PLAIN_TEXTS[0]
-    return alike(tokenizer, task, texts if isinstance(texts, Source) else Source())
+    return alike(tokenizer, task, texts if isinstance(texts, Items) else Items())
 
 
 def _forced(texts: Any) -> bool:
@@ -140,11 +140,11 @@ def _forced(texts: Any) -> bool:
     )
 
 
-def _source(texts: Any, metric: str) -> Source:
+def _source(texts: Any, metric: str) -> Items:
     if texts is None or isinstance(texts, Path):
-        return Source(data=texts, n=ITEMS)
-    if not isinstance(texts, Source):
-        raise PromptError(f"{metric} takes a file (pathlib.Path) or a Source, not texts.")
+        return Items(data=texts, n=ITEMS)
+    if not isinstance(texts, Items):
+        raise PromptError(f"{metric} takes a file (pathlib.Path) or Items, not texts.")
     return replace(texts, n=texts.n or ITEMS)
 
 
@@ -195,7 +195,7 @@ def _require_enough(count: int, share: float) -> int:
 
 def _cut_texts(texts: Any) -> Prompts:
     """Texts as they will be cut."""
-    if isinstance(texts, Source):
+    if isinstance(texts, Items):
         data = "bundled" if texts.data is None else texts.data
         return prompts(data, n=texts.n or ITEMS, length=texts.length, bos=texts.bos)
     if isinstance(texts, Prompts):

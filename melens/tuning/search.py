@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -17,13 +16,14 @@ from melens.evaluating.edits import (
     located_facts,
     unedited,
 )
-from melens.evaluating.forced import TOKENS, Forced, ItemOutcome, Runner
+from melens.evaluating.forced import Forced, ItemOutcome, Runner
 from melens.evaluating.runner import ItemLoop
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.models.decoder import decoder_of
 from melens.results import MELayer
 from melens.results.tune import Tuning
+from melens.settings import Run
 from melens.tuning.assemble import Found, Ledger, assembled, made_controls
 from melens.tuning.items import (
     Halves,
@@ -40,7 +40,6 @@ from melens.tuning.space import (
     CONTROLS,
     DEFAULT_EVALUATIONS,
     Budget,
-    Progress,
     Race,
     Space,
     drawn,
@@ -54,30 +53,6 @@ PROBED = 4
 """Settings that one item is timed under, where the budget is in seconds."""
 
 
-@dataclass(frozen=True)
-class SearchSettings:
-    """How a search is run."""
-
-    confirm: int = 3
-    """Best settings of the race that are held to the held-out items."""
-    held_out: float = 0.5
-    """Share of the items."""
-    seed: int = 0
-    """Of the split, of the settings drawn where the budget cannot carry all, of the bootstrap."""
-    batch_tokens: int = TOKENS
-    """Tokens a forward pass at most, padding included; fewer where many settings run at once."""
-    items: Path | None = None
-    """JSON-lines file of every score; an interrupted search goes on from it."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.confirm < 1 or self.batch_tokens < 1:
-            raise InterventionError(
-                f"confirm and batch_tokens must be at least 1, got {self.confirm} and "
-                f"{self.batch_tokens}."
-            )
-
-
 def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four things)
     model: Any,
     texts: Texts = None,
@@ -86,8 +61,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     *,
     me_layer: MELayer | None = None,
     space: Space | None = None,
-    settings: SearchSettings | None = None,
-    progress: Progress | None = None,
+    run: Run | None = None,
 ) -> Tuning:
     """Search for a setting of the mask that betters a model, and say whether there is one.
 
@@ -103,7 +77,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     changes. Settings that come to the same dimensions stay apart.
 
     Args:    model: a name, a path, a transformers model or a bridge.
-             texts: None = the bundled texts; a file, texts, Prompts, a Source, or ready items.
+             texts: None = the bundled texts; a file, texts, Prompts, Items, or ready items.
              metric: ``"loss"`` (nats a token), a forced task by name, a function of (Forced,
              Foreseen) giving (value, weight) with lower values better, or an Objective. Pairs are
              weighted by the unedited run's weight.
@@ -112,8 +86,9 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
              exceeded, seconds by one batch at most; locating is not in them.
              me_layer: what ``melens.locate`` returns; None = located here on the bundled texts,
              with the BOS or the chat template of the items.
-             space: what to try. settings: split, seed, number confirmed, resume file.
-             progress: called with (evaluations done, evaluations planned).
+             space: what to try.
+             run: seed (of the split, of the settings drawn where the budget cannot carry all, of
+             the bootstrap), batches, file of every score, progress in evaluations.
     Returns: every trial, what was confirmed, the split, what was spent, the best Edit or None.
     Raises:  PromptError: too few items. InterventionError, SiteError: settings that the model
              cannot follow, or too small a budget. MetricError: a metric that is not finite, or
@@ -124,19 +99,19 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
              items that a setting has seen are kept for the next rung, and rungs grow with the
              items instead of dividing the budget evenly.
     """
-    settings, space = settings or SearchSettings(), space or Space()
+    run, space = run or Run(), space or Space()
     budget = Budget(DEFAULT_EVALUATIONS) if budget is None else budget
     budget = budget if isinstance(budget, Budget) else Budget(budget)
-    _check_resumable(metric, settings)
+    _check_resumable(metric, run)
     texts = read_once(texts, metric)
-    check_enough(texts, metric, settings.held_out)
+    check_enough(texts, metric, budget.held_out)
     inputs = unedited(model, me_layer)
     bridge = inputs.model
     objective, items = items_of(bridge, texts, metric)
-    halves = split(items, share=settings.held_out, seed=settings.seed)
+    halves = split(items, share=budget.held_out, seed=run.seed)
     _check_rates(bridge, space)
     if budget.seconds is None:  # refuses too small a budget before locating
-        _plan(space, halves, settings, int(budget.evaluations or 0))
+        _plan(space, halves, budget, int(budget.evaluations or 0))
     me_layer = me_layer or locating.locate(inputs, alike_items(bridge.tokenizer, texts, metric))
     search = _Search(
         inputs,
@@ -144,16 +119,15 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
         objective,
         halves,
         space,
-        settings,
         budget,
-        progress,
+        run,
     )
     return search.run()
 
 
-def _check_resumable(metric: Any, settings: SearchSettings) -> None:
+def _check_resumable(metric: Any, run: Run) -> None:
     objective = objective_of(metric)
-    if settings.items is not None and objective is not None and objective.name is None:
+    if run.keep is not None and objective is not None and objective.name is None:
         raise MetricError(
             "a search by a function without a name cannot be resumed; pass Objective(function, "
             "name=...), or leave the file of items out."
@@ -168,11 +142,11 @@ def _check_rates(model: Any, space: Space) -> None:
         )
 
 
-def _plan(space: Space, halves: Halves, settings: SearchSettings, budget: int) -> tuple[Race, int]:
+def _plan(space: Space, halves: Halves, budget: Budget, evaluations: int) -> tuple[Race, int]:
     """The race, and the evaluations put aside for the confirmation."""
-    keep = min(settings.confirm, len(space.candidates()))
+    keep = min(budget.confirm, len(space.candidates()))
     reserved = (keep + CONTROLS) * len(halves.held_out)
-    return race_of(space, len(halves.development), budget - reserved, keep), reserved
+    return race_of(space, len(halves.development), evaluations - reserved, keep), reserved
 
 
 @dataclass
@@ -185,9 +159,8 @@ class _Search:
     objective: Objective
     halves: Halves
     space: Space
-    settings: SearchSettings
     budget: Budget
-    progress: Progress | None
+    how: Run
     started: float = field(default_factory=monotonic)
     _done: int = 0
     _total: int = 0
@@ -206,13 +179,13 @@ class _Search:
         items = [*self.halves.development, *self.halves.held_out]
         check_held(self.model, self.me_layer, [item.ids for item in items])
         self._check_gains()
-        self.rows = Rows(self.settings.items, self._facts())
+        self.rows = Rows(self.how.keep, self._facts())
         self.loop = ItemLoop(self.runner, self.rows, self._row)
 
     def run(self) -> Tuning:
         """Race, confirm, and put together what the rows say."""
         race, reserved, planned, pace = self._race()
-        seed = self.settings.seed
+        seed = self.how.seed
         entered = [
             *drawn(self.candidates, race.candidates, seed),
             *drawn(self.controls, race.controls, seed),
@@ -221,7 +194,7 @@ class _Search:
         found = self._raced(race, entered, self._deadline(reserved * pace))
         ledger = Ledger(self.rows, self.objective, seed)
         candidates, controls = found.ranked(ledger, "edited"), found.ranked(ledger, "control")
-        confirmed = candidates[: self.settings.confirm]
+        confirmed = candidates[: self.budget.confirm]
         others = made_controls(self.model, confirmed[0], controls[:1], self.me_layer, seed)
         self.runner = Runner(self.inputs, (UNEDITED, *confirmed, *others), self.me_layer)
         self.loop = ItemLoop(self.runner, self.rows, self._row)
@@ -243,7 +216,7 @@ class _Search:
             pace = self._timed()
             planned = int((self.budget.seconds or 0) / pace)
         try:
-            race, reserved = _plan(self.space, self.halves, self.settings, planned)
+            race, reserved = _plan(self.space, self.halves, self.budget, planned)
         except InterventionError as error:
             if self.budget.seconds is None:
                 raise
@@ -268,7 +241,7 @@ class _Search:
     def _raced(self, race: Race, entered: list[EditCondition], deadline: float | None) -> Found:
         """Run the rungs; losers stop, and a clock that runs out stops all."""
         found, alive = Found(entered), entered
-        ledger = Ledger(self.rows, self.objective, self.settings.seed)
+        ledger = Ledger(self.rows, self.objective, self.how.seed)
         for rung, upto in enumerate(race.rungs):
             new = self.halves.development[len(found.seen) : upto]
             finished = self._wave(new, alive, "search", deadline)
@@ -303,11 +276,11 @@ class _Search:
 
         def progress(done: int, _: int) -> None:
             self._done = before + done * len(conditions)
-            if self.progress is not None:
-                self.progress(self._done, max(self._done, self._total))
+            if self.how.progress is not None:
+                self.how.progress(self._done, max(self._done, self._total))
 
         fits = KEPT_BYTES // (4 * self.model.cfg.d_model * len(todo))
-        tokens = min(self.settings.batch_tokens, fits)
+        tokens = min(self.how.batch_tokens, fits)
         self.loop.run(items, todo, batch_tokens=tokens, progress=progress, stop=stop)
         return tuple(i for i in items if all(self.rows.has(i.id, c.name) for c in todo))
 
@@ -331,7 +304,6 @@ class _Search:
 
     def _facts(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        settings = self.settings
         return {
             "melens": __version__,
             "metric": self.objective.name,
@@ -341,9 +313,9 @@ class _Search:
             "device": next(self.model.parameters()).device.type,
             "settings": [c.edit.model_dump(mode="json") for c in self.runner.conditions],
             "budget": [self.budget.evaluations, self.budget.seconds],
-            "confirm": settings.confirm,
-            "seed": settings.seed,
-            "batch_tokens": settings.batch_tokens,
+            "confirm": self.budget.confirm,
+            "seed": self.how.seed,
+            "batch_tokens": self.how.batch_tokens,
             "development": [[i.id, list(i.ids), _at(i)] for i in self.halves.development],
             "held_out": [[i.id, list(i.ids), _at(i)] for i in self.halves.held_out],
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeVar
@@ -111,15 +111,21 @@ class Budget:
     seconds: float | None = None
     """Wall time from the first forward pass on. It is turned into evaluations by timing one item
     at the start, and watched between batches."""
+    confirm: int = 3
+    """Best settings of the race that are held to the held-out items."""
+    held_out: float = 0.5
+    """Share of the items."""
 
     def __post_init__(self) -> None:
-        """Refuse none, both, or nothing to spend."""
+        """Refuse none, both, or nothing to spend or to confirm."""
         given = [value for value in (self.evaluations, self.seconds) if value is not None]
         if len(given) != 1 or not 0 < given[0] < float("inf"):
             raise InterventionError(
                 "a budget is evaluations or seconds, one of them and over 0; got "
                 f"evaluations={self.evaluations}, seconds={self.seconds}."
             )
+        if self.confirm < 1:
+            raise InterventionError(f"confirm must be at least 1, got {self.confirm}.")
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,3 @@ def drawn(settings: Sequence[T], count: int, seed: int) -> list[T]:
     order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = set(order[:count])
     return [setting for i, setting in enumerate(settings) if i in chosen]
-
-
-Progress = Callable[[int, int], None]
-"""Called with (evaluations done, evaluations planned)."""

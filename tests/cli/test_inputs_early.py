@@ -9,8 +9,8 @@ import torch
 
 from melens.cli.output import source
 from melens.errors import PromptError
-from melens.evaluating.tasks import Source
 from melens.framing import require_known
+from melens.settings import Items
 from melens.tuning import tune
 from melens.tuning.items import check_enough
 
@@ -24,7 +24,7 @@ FAR = "no-such-model"
         ["w5 w6"] * 20,
         "w5 w6 w7 w8",
         torch.arange(5, 45).reshape(10, 4),
-        Source(n=12),
+        Items(n=12),
     ],
 )
 def test_too_few_items_are_refused_before_the_model(texts):

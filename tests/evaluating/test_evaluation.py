@@ -20,8 +20,8 @@ from melens.errors import (
     ResultError,
     UnknownNameError,
 )
-from melens.evaluating import Settings, Source, evaluate
-from melens.evaluating.edits import BASE, RIVALS, EditCondition, Plan, applied, conditions
+from melens.evaluating import evaluate
+from melens.evaluating.edits import BASE, RIVALS, EditCondition, applied, conditions
 from melens.evaluating.forced import Forced, Runner
 from melens.evaluating.generated import row_of
 from melens.evaluating.harness.data import GENERATION_TASKS
@@ -33,6 +33,7 @@ from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
 from melens.models import load
 from melens.results import Edit, Evaluation, load_result
+from melens.settings import Compare, Items, Run
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 """float32; a batch and a sequence alone are summed in another order."""
@@ -222,28 +223,28 @@ def massive(big_tokenizer, words):
 
 @pytest.fixture(scope="module")
 def held(massive, words):
-    """evaluate() of that model on ten short texts, the plan cut short unless given.
+    """evaluate() of that model on ten short texts, compared with little unless told.
 
-    The same call is made once: results are frozen. One that writes items or says its progress is
+    The same call is made once: results are frozen. One that keeps items or says its progress is
     made each time.
     """
     made, found = massive
     kept = {}
 
-    def go(edit=None, *, task="perplexity", progress=None, source=None, **settings):
-        settings = {"plan": Plan(rates=(0.9,), seeds=(0,)), **settings}
-        source = source or Source(words, n=10, length=20, bos=True)
-        key = repr((edit, task, source, settings))
-        if progress is None and "items" not in settings and key in kept:
+    def go(edit=None, *, task="perplexity", items=None, compare=None, **run):
+        compare = compare or Compare(rates=(0.9,), seeds=(0,))
+        items = items or Items(words, n=10, length=20, bos=True)
+        key = repr((edit, task, items, compare, run))
+        if not {"progress", "keep"} & run.keys() and key in kept:
             return kept[key]
         kept[key] = evaluate(
             made,
             task,
             edit,
             me_layer=found,
-            source=source,
-            settings=Settings(**settings),
-            progress=progress,
+            items=items,
+            compare=compare,
+            run=Run(**run),
         )
         return kept[key]
 
@@ -266,8 +267,8 @@ def test_dose_and_both_controls_are_there_unasked(massive):
 
 def test_equal_conditions_are_there_once(massive):
     made, found = massive
-    plan = Plan(rates=(0.5, 0.9), seeds=(0, 1), rivals=("zero",))
-    kept = conditions(made, Edit(select="random", rate=0.5, seed=1), found, plan)
+    compare = Compare(rates=(0.5, 0.9), seeds=(0, 1), rivals=("zero",))
+    kept = conditions(made, Edit(select="random", rate=0.5, seed=1), found, compare)
     assert [c.name for c in kept] == [
         "base",
         "edited",
@@ -276,7 +277,7 @@ def test_equal_conditions_are_there_once(massive):
         "random dims, seed 0",
         "zero",
     ]
-    kept = conditions(made, Edit(name="zero"), found, Plan(rivals=("zero", "mean")))
+    kept = conditions(made, Edit(name="zero"), found, Compare(rivals=("zero", "mean")))
     assert [c.name for c in kept if c.role == "rival"] == ["mean"]
     assert [c.edit.strength for c in kept if c.role == "dose"] == [0.25, 0.5, 0.75]
 
@@ -289,8 +290,8 @@ def test_an_edit_that_changes_nothing_is_refused_before_the_model_loads(edit):
 
 def test_values_are_those_of_whole_passes_over_all_texts(massive, held, words):
     made, found = massive
-    result = held(plan=Plan(rates=(), seeds=(0,), rivals=RIVALS))
-    items = FORCED_TASKS["perplexity"](made.tokenizer, Source(words, 10, 20, True)).items
+    result = held(compare=Compare(rates=(), seeds=(0,), rivals=RIVALS))
+    items = FORCED_TASKS["perplexity"](made.tokenizer, Items(words, 10, 20, True)).items
     for condition in result.conditions:
         losses = []
         for one in items:
@@ -317,7 +318,7 @@ def test_perplexity_is_the_exponential_of_the_mean(held):
 
 def test_a_planted_effect_is_found_and_named_worse(held):
     """Without its massive activation read, this model's loss rises in every text."""
-    made = held(Edit(name="zero"), plan=Plan(strengths=(), seeds=(0, 1)))
+    made = held(Edit(name="zero"), compare=Compare(strengths=(), seeds=(0, 1)))
     assert made.delta.value == pytest.approx(made.edited.value - made.base.value)
     assert made.edited.also["kl"] > 10 * max(
         c.also["kl"] for c in made.controls if "random" in c.name
@@ -341,7 +342,7 @@ def test_names_data_and_counts_are_refused_before_the_model_loads(tmp_path, word
         ("xstest", words, "holds no xstest/xstest_prompts.csv"),
     ):
         with pytest.raises(PromptError, match=says):
-            evaluate("no-such-model", task, source=Source(data))
+            evaluate("no-such-model", task, items=Items(data))
 
 
 @pytest.mark.parametrize("given", ["", "gsm8k", "gsm8k/test.jsonl"])
@@ -351,13 +352,13 @@ def test_a_solution_is_scored_behind_its_question(massive, tmp_path, given):
     line = {"question": "w9 w10", "answer": "w11 w12"}
     (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(line))
     (one,) = FORCED_TASKS["gsm8k-likelihood"](
-        made.tokenizer, Source(tmp_path / "gsm8k/test.jsonl")
+        made.tokenizer, Items(tmp_path / "gsm8k/test.jsonl")
     ).items
     assert one.ids == (1, 9, 10, 11, 12)
     assert one.scored == (False, False, False, True, True)
     from melens.evaluating.sources import data_folder
 
-    assert data_folder(GENERATION_TASKS["gsm8k"], Source(tmp_path / given)) == tmp_path
+    assert data_folder(GENERATION_TASKS["gsm8k"], Items(tmp_path / given)) == tmp_path
 
 
 # --- Rows on disk.
@@ -365,7 +366,7 @@ def test_a_solution_is_scored_behind_its_question(massive, tmp_path, given):
 
 def test_a_killed_run_goes_on_and_gives_the_same_result(held, tmp_path, monkeypatch):
     path = tmp_path / "items.jsonl"
-    whole = held(items=path, batch_tokens=60)
+    whole = held(keep=path, batch_tokens=60)
     lines = path.read_text().splitlines(keepends=True)
     kept = len(lines) // 2
     path.write_text("".join(lines[:kept]) + lines[kept][:40])
@@ -377,7 +378,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_result(held, tmp_path, monkeypa
         return plain(self, items, conditions)
 
     monkeypatch.setattr(Runner, "outcome", outcome)
-    again = held(items=path, batch_tokens=60)
+    again = held(keep=path, batch_tokens=60)
     names = [c.name for c in again.conditions]
     unfinished = {i for i in map(str, range(10)) if any((i, name) not in done for name in names)}
     assert 0 < len(unfinished) < 10
@@ -387,7 +388,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_result(held, tmp_path, monkeypa
     assert without_run(again) == without_run(whole)
     assert sorted(path.read_text().splitlines()) == sorted("".join(lines).splitlines())
     ran.clear()
-    assert without_run(held(items=path, batch_tokens=60)) == without_run(whole)
+    assert without_run(held(keep=path, batch_tokens=60)) == without_run(whole)
     assert not ran
 
 
@@ -396,7 +397,7 @@ def without_run(result):
 
 
 def test_items_hold_the_text_and_the_scores_of_every_condition(held, tmp_path):
-    result = held(items=tmp_path / "items.jsonl")
+    result = held(keep=tmp_path / "items.jsonl")
     head, *rows = map(json.loads, (tmp_path / "items.jsonl").read_text().splitlines())
     assert head["key"] == result.run.settings["items"]
     assert len(rows) == 10 * len(result.conditions)
@@ -408,14 +409,14 @@ def test_items_hold_the_text_and_the_scores_of_every_condition(held, tmp_path):
 
 def test_another_evaluations_or_any_other_file_is_refused_and_left_alone(held, tmp_path):
     path = tmp_path / "items.jsonl"
-    held(items=path)
+    held(keep=path)
     before = path.read_bytes()
     with pytest.raises(ResultError, match="of another evaluation"):
-        held(Edit(rate=0.3), items=path)
+        held(Edit(rate=0.3), keep=path)
     assert path.read_bytes() == before
     path.write_text("my own notes")
     with pytest.raises(ResultError, match=r"damaged|no file of items"):
-        held(items=path)
+        held(keep=path)
     assert path.read_text() == "my own notes"
 
 
@@ -446,7 +447,7 @@ def scored(condition, values, base):
 
 def result_of(held, deltas, *, higher=False):
     """A result with given differences: the edit's, then each control's."""
-    old = held(plan=Plan(rates=(), seeds=()))
+    old = held(compare=Compare(rates=(), seeds=()))
     base = [float(i % 7) for i in range(40)]
     made = [scored(EditCondition("base", "base", BASE), base, base)]
     for i, delta in enumerate(deltas):
@@ -491,7 +492,7 @@ def test_the_sentence_says_what_the_interval_and_the_controls_say(held, deltas, 
 
 
 def test_too_few_items_say_nothing(held, words):
-    assert "too few" in held(source=Source(words, n=3, length=20, bos=True)).summary()
+    assert "too few" in held(items=Items(words, n=3, length=20, bos=True)).summary()
 
 
 def test_json_there_and_back_and_inconsistent_numbers_are_refused(held, tmp_path):
@@ -526,7 +527,7 @@ def test_doses_of_several_rules_are_drawn_together(held, tmp_path, words):
         assert said in drawn
     with pytest.raises(ResultError, match="no evaluation"):
         draw_dose_grid([])
-    fewer = held(source=Source(words, n=6, length=20, bos=True))
+    fewer = held(items=Items(words, n=6, length=20, bos=True))
     with pytest.raises(ResultError, match="2 sets of items"):
         draw_dose_grid([made[0], fewer])
 
@@ -638,8 +639,8 @@ def test_generated_answers_become_the_same_result_and_go_on(
     from melens.evaluating import generated
 
     path = tmp_path / "items.jsonl"
-    settings = {"items": path, "max_new_tokens": 3, "plan": Plan(rates=(), seeds=(0,))}
-    source = Source(answers_data, n=5)
+    settings = {"keep": path, "max_new_tokens": 3, "compare": Compare(rates=(), seeds=(0,))}
+    source = Items(answers_data, n=5)
     asked, plain = [], generated.run_task
 
     def once_then_die(*args, **options):
@@ -650,9 +651,9 @@ def test_generated_answers_become_the_same_result_and_go_on(
 
     monkeypatch.setattr(generated, "run_task", once_then_die)
     with pytest.raises(KeyboardInterrupt):
-        held(task="gsm8k", source=source, **settings)
+        held(task="gsm8k", items=source, **settings)
     seen = []
-    result = held(task="gsm8k", source=source, progress=lambda *at: seen.append(at), **settings)
+    result = held(task="gsm8k", items=source, progress=lambda *at: seen.append(at), **settings)
     assert asked == ["none", Edit().label, Edit().label, *[c.edit.label for c in result.controls]]
     assert seen[-1] == (20, 20)
     assert (result.n, result.unit) == (5, "share correct")
@@ -847,7 +848,7 @@ def test_token_changes_say_what_a_mean_hides():
 
 def test_every_token_s_loss_is_saved_and_averages_to_the_item_s(held, tmp_path):
     path = tmp_path / "items.jsonl"
-    result = held(items=path)
+    result = held(keep=path)
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     for row in rows:
         losses = row["about"]["token_loss"]

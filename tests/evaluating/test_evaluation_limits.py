@@ -13,7 +13,6 @@ from melens.errors import InterventionError, MetricError, ResultError
 from melens.evaluating.edits import (
     BASE,
     EditCondition,
-    Plan,
     check_held,
     check_unedited,
     conditions,
@@ -27,6 +26,7 @@ from melens.interventions import norm_flatten, wemask
 from melens.locating import locate
 from melens.models import load
 from melens.results.edit import Edit
+from melens.settings import Compare
 from melens.tuning import tune
 
 
@@ -147,7 +147,7 @@ def test_other_layers_are_as_many_as_the_edit_has(made):
     for layers in ((n - 1,), (n - 2, n - 1), tuple(range(n // 2, n))):
         control = next(
             c.edit.layers
-            for c in conditions(model, Edit(layers=layers), me, Plan(rates=(), seeds=()))
+            for c in conditions(model, Edit(layers=layers), me, Compare(rates=(), seeds=()))
             if c.name == "other layers"
         )
         assert len(control) == min(len(layers), layers[0])

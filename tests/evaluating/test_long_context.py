@@ -25,10 +25,11 @@ from melens.evaluating.haystack import (
     plain_texts,
     scored_positions,
 )
-from melens.evaluating.long_context import LongSettings, light_plan, long_context, score_of
+from melens.evaluating.long_context import light_comparison, long_context, score_of
 from melens.figures import FIGURES
 from melens.models import load
 from melens.results import Edit, LongContext, load_result
+from melens.settings import Run
 
 TEXT = "\n".join(
     f"Line {word} goes on for a while. It then ends, as lines do.\nAnd {word} comes back!"
@@ -37,7 +38,7 @@ TEXT = "\n".join(
 PASSKEY = re.compile(r"\nThe pass key is (\d{5})\. Remember it: \1 is the pass key\.\n")
 NUMBER = re.compile(r"\nThe special number of (\w+) is (\d{5})\.\n")
 ASKED = re.compile(r"Question: What is the special number of (\w+)\?")
-SMALL = Haystack(lengths=(260, 320), depths=(0.0, 0.5, 1.0), seeds=2, text=TEXT)
+SMALL = Haystack(lengths=(260, 320), depths=(0.0, 0.5, 1.0), seeds=2, text=TEXT, plain=2)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def located(model):
 @pytest.fixture(scope="module")
 def result(model, located):
     haystack = replace(SMALL, bos=True)
-    return long_context(model, me_layer=located, haystack=haystack, settings=LongSettings(texts=2))
+    return long_context(model, me_layer=located, haystack=haystack)
 
 
 KINDS = [
@@ -334,7 +335,7 @@ def test_found_is_what_greedy_decoding_gives(model, letters):
 def test_one_dose_below_one_above_and_both_controls(result, located):
     assert [c.edit.rate for c in result.dose] == [0.25, 0.75]
     assert {c.name for c in result.controls} == {"other layers", "random dims, seed 0"}
-    assert light_plan(Edit(rate=1.0)).rates == (0.5,)
+    assert light_comparison(Edit(rate=1.0)).rates == (0.5,)
     assert result.me_layer == located.me_layer
     assert result.run.settings["bos_first"] is True
     with pytest.raises(InterventionError, match="none"):
@@ -406,12 +407,10 @@ class _Killed(Exception):
 
 def test_a_killed_run_goes_on_and_gives_the_same(result, model, located, tmp_path):
     path, haystack = tmp_path / "items.jsonl", replace(SMALL, bos=True)
-    settings = LongSettings(texts=2, items=path)
 
     def run(progress=None, hay=haystack):
-        return long_context(
-            model, me_layer=located, haystack=hay, settings=settings, progress=progress
-        )
+        run = Run(keep=path, progress=progress)
+        return long_context(model, me_layer=located, haystack=hay, run=run)
 
     def kill(done, total):
         if done >= 6:

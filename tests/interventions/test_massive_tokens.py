@@ -140,14 +140,17 @@ def test_resumed_runs_edit_the_tokens_of_the_full_run(newline):
 
 
 def test_evaluate_edits_and_counts_massive_tokens_only(newline):
-    from melens.evaluating.edits import Plan, conditions
+    from melens.evaluating.edits import conditions
     from melens.evaluating.forced import Forced, Runner
     from melens.interventions import wemask
     from melens.results.edit import Edit
+    from melens.settings import Compare
 
     model, plain, ids, truth, me = newline
     edit = Edit(select="activation", rate=0.9)
-    tried = conditions(model, edit, me, Plan(rates=(), seeds=(0,), rivals=("norm-flatten", "zero")))
+    tried = conditions(
+        model, edit, me, Compare(rates=(), seeds=(0,), rivals=("norm-flatten", "zero"))
+    )
     items = [
         Forced(str(i), tuple(row), (False, *[True] * (len(row) - 1)), {})
         for i, row in enumerate(ids.tolist())

@@ -27,6 +27,7 @@ from melens.metrics import next_token_loss, sequence_loss
 from melens.models import load
 from melens.models.ffn import ffn_of
 from melens.results import Isolation
+from melens.settings import Run
 
 SEEDS = (0, 1)
 TICKS = {}
@@ -40,7 +41,7 @@ def isolated(cause, seed):
     texts = [Batch.of(batch(plant("llama", "single", seed), n=3, length=14, seed=seed))]
     me = locate(model, texts)
     seen = TICKS[cause, seed] = []
-    found = isolate(model, me, texts, progress=lambda done, total: seen.append((done, total)))
+    found = isolate(model, me, texts, run=Run(progress=lambda *at: seen.append(at)))
     return made, model, texts, me, found
 
 
@@ -227,7 +228,7 @@ def test_the_model_is_as_it_was_and_an_interrupt_leaves_nothing(monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        isolate(model, me, texts, progress=stop)
+        isolate(model, me, texts, run=Run(progress=stop))
     assert all(not point.fwd_hooks for point in model.hook_dict.values())
     with torch.no_grad():
         assert torch.equal(model(texts[0].ids, return_type="logits"), clean)

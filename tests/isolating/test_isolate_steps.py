@@ -13,11 +13,12 @@ from melens.cli.render import show_listings
 from melens.cli.tables import TABLES
 from melens.errors import ResultError
 from melens.isolating import isolate
-from melens.isolating.cause import How, isolate_with, steps_of
+from melens.isolating.cause import steps_of
 from melens.isolating.runs import LayerEdit
 from melens.locating import locate
 from melens.models import load
 from melens.results import Isolation
+from melens.settings import Run
 
 
 @functools.cache
@@ -51,15 +52,15 @@ def test_the_run_goes_on_where_it_was_and_gives_the_same_bits(tmp_path, monkeypa
             raise Killed
 
     with pytest.raises(Killed):
-        isolate_with(model, me, texts, How(progress=stop, keep=keep))
+        isolate(model, me, texts, run=Run(keep=keep, progress=stop))
     before, lines = len(ran), len(keep.read_text("utf-8").splitlines()) - 1
     assert lines > 40
     with keep.open("a", encoding="utf-8") as file:
         file.write('{"item": "batch 0", "cond')  # a kill in the middle of a line
     with pytest.raises(ResultError, match="is of another isolation"):
-        isolate_with(model, me, texts, How(ffn_edit="drop", keep=keep))
+        isolate(model, me, texts, ffn_edit="drop", run=Run(keep=keep))
     ran.clear()
-    again = isolate_with(model, me, texts, How(keep=keep))
+    again = isolate(model, me, texts, run=Run(keep=keep))
     rest = len(ran)
     assert rest < 0.5 * before
     assert not keep.exists()

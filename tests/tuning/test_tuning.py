@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from melens.intervals import weighted_mean
 from melens.locating import locate
 from melens.models import load
 from melens.results import Edit, Tuning
-from melens.tuning import Budget, Objective, SearchSettings, Space, search, tune
+from melens.settings import Run
+from melens.tuning import Budget, Objective, Space, search, tune
 from melens.tuning.items import read_once, split
 from melens.tuning.space import Race, race_of, rungs_from
 
@@ -74,15 +76,18 @@ def plain_text(planted):
 
 
 def searched(planted, texts, budget=BUDGET, *, metric="loss", space=SMALL, **settings):
+    """``confirm`` and ``held_out`` are the budget's, what else there is the run's."""
     model, me_layer = planted
+    own = {name: settings.pop(name) for name in ("confirm", "held_out") if name in settings}
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
     return tune(
         model,
         texts,
         metric,
-        budget,
+        replace(budget, **own),
         me_layer=me_layer,
         space=space,
-        settings=SearchSettings(**settings),
+        run=Run(**settings),
     )
 
 
@@ -277,7 +282,7 @@ def test_seconds_end_the_search_between_batches(planted, plain_text, monkeypatch
 
     monkeypatch.setattr(search, "monotonic", clock)
     monkeypatch.setattr(search, "KEPT_BYTES", 4 * 64 * 5 * LENGTH * 2)  # two items a batch
-    settings = {"space": TINY, "items": tmp_path / "cut.jsonl"}
+    settings = {"space": TINY, "keep": tmp_path / "cut.jsonl"}
     seconds = Budget(seconds=60.0)  # one item under four settings takes a second: 4 evaluations
     ends = {"search": 8.0, "confirmation": 12.0}
     whole = searched(planted, plain_text, seconds, space=TINY)
@@ -362,7 +367,7 @@ def test_a_killed_search_ends_as_an_uninterrupted_one(
         ran.append(sorted(item.id for item in items))
         return plain(self, items, conditions)
 
-    settings = {**IN_BATCHES, "items": path}
+    settings = {**IN_BATCHES, "keep": path}
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "outcome", dying)
         with pytest.raises(Killed):
@@ -397,7 +402,7 @@ def test_progress_ends_at_its_total(planted, plain_text):
         TINY_BUDGET,
         me_layer=me_layer,
         space=TINY,
-        progress=lambda done, total: seen.append((done, total)),
+        run=Run(progress=lambda done, total: seen.append((done, total))),
     )
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] <= seen[-1][1] <= TINY_BUDGET
@@ -430,7 +435,7 @@ def test_what_cannot_be_searched_is_refused(planted, plain_text, tmp_path):
     with pytest.raises(UnknownNameError, match="unknown task 'perplex'"):
         searched(planted, plain_text, metric="perplex")
     with pytest.raises(MetricError, match="function without a name cannot be resumed"):
-        searched(planted, plain_text, metric=lambda item, found: (0.0, 1.0), items=tmp_path / "x")
+        searched(planted, plain_text, metric=lambda item, found: (0.0, 1.0), keep=tmp_path / "x")
     with pytest.raises(MetricError, match="is nan with weight"):
         searched(planted, plain_text, metric=lambda item, found: (math.nan, 1.0))
     with pytest.raises(InterventionError, match="two settings are alike"):

@@ -19,8 +19,7 @@ from melens.formatting import brief
 from melens.registry import did_you_mean
 
 if TYPE_CHECKING:
-    from melens.evaluating.edits import Plan
-    from melens.evaluating.tasks import Source
+    from melens.settings import Compare, Items
 
 RIVALS = "zero,mean,norm-flatten,ffn-cap,drop-key"
 
@@ -105,46 +104,46 @@ def evaluate(
       melens eval ./my-model --task ifeval --data data -n 50 --rates 0.25 --control-seeds 0
     """
     chosen = opt.edit_of(edit, model)
-    plan = plan_of(rates, control_seeds, rivals, rated=chosen.name == "wemask")
+    compare = comparison_of(rates, control_seeds, rivals, rated=chosen.name == "wemask")
     from melens.evaluating.folder import check_folder, start_anew
-    from melens.evaluating.tasks import Source, alike
+    from melens.evaluating.tasks import alike
+    from melens.settings import Items, Run
 
-    source = Source(data, n, length or 128, bos, chat)
-    _refuse_early(task, source, chosen, length=length, max_new_tokens=max_new_tokens)
+    items = Items(data, n, length or 128, bos, chat)
+    _refuse_early(task, items, chosen, length=length, max_new_tokens=max_new_tokens)
     if out.out is not None and not out.force:
         check_folder(out.out, task, chosen)
     framed, run = opt.TextOptions(bos=bos), replace(run, batch_size=batch_size)
     job = Job.of(model, run, texts=framed, output=out, located=located, edits=True)
     loaded, _ = job.load()
-    from melens.evaluating import Settings
     from melens.evaluating.run import evaluate as measure
 
     if job.out is not None and out.force:
         start_anew(job.out)
-    settings = Settings(
-        plan,
-        run.seed,
-        batch_tokens=batch_tokens,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        items=job.out and job.out / "items.jsonl",
-    )
-    texts = alike(loaded.tokenizer, task, source)
+    texts = alike(loaded.tokenizer, task, items)
     found = _kept(job, loaded, texts) or job.locate(loaded, texts, overwrite=out.force)
     with job.bar("items") as tick:
+        how = Run(
+            run.seed,
+            batch_tokens,
+            batch_size,
+            max_new_tokens,
+            keep=job.out and job.out / "items.jsonl",
+            progress=tick,
+        )
         result = measure(
-            loaded, task, chosen, me_layer=found, source=source, settings=settings, progress=tick
+            loaded, task, chosen, me_layer=found, items=items, compare=compare, run=how
         )
     _finish(job, result)
 
 
-def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -> Plan:
+def comparison_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -> Compare:
     """Doses, controls and rivals as typed.
 
     Raises:  InterventionError: what is none.
     """
     from melens.evaluating.edits import RIVALS as ALL
-    from melens.evaluating.edits import Plan
+    from melens.settings import Compare
 
     made: dict[str, Any] = {}
     if rates is not None:
@@ -165,7 +164,7 @@ def plan_of(rates: str | None, seeds: str | None, rivals: str, *, rated: bool) -
                 f"{', '.join(ALL)}.{meant}"
             )
         made["rivals"] = tuple(dict.fromkeys(names))
-    return Plan(**made)
+    return Compare(**made)
 
 
 def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
@@ -177,7 +176,7 @@ def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
 
 
 def _refuse_early(
-    task: str, source: Source, edit: Any, *, length: int | None, max_new_tokens: int | None
+    task: str, items: Items, edit: Any, *, length: int | None, max_new_tokens: int | None
 ) -> None:
     """Whatever can be refused without the model is."""
     from melens.evaluating.edits import check_edit
@@ -186,13 +185,13 @@ def _refuse_early(
     from melens.evaluating.tasks import LIKELIHOOD_FILES
 
     check_edit(edit)
-    check_source(task, source)
+    check_source(task, items)
     generates = task in GENERATION_TASKS
     if length is not None and (generates or task in LIKELIHOOD_FILES):
         raise PromptError(f"{task} takes its items whole; drop --length.")
     if max_new_tokens is not None and not generates:
         raise PromptError(f"{task} generates nothing; drop --max-new-tokens.")
-    if generates and source.bos is not None:
+    if generates and items.bos is not None:
         raise PromptError(f"{task} makes its prompts itself; drop --bos.")
 
 
@@ -306,15 +305,18 @@ def tune(
         "strengths": _list("--strengths", strengths, float),
     }
     job = Job.of(model, run, texts=opt.TextOptions(bos=bos), output=out, located=located)
-    from melens.tuning import Budget, SearchSettings, Space
+    from melens.settings import Run
+    from melens.tuning import Budget, Space
     from melens.tuning import tune as search
     from melens.tuning.items import alike_items, check_enough
+    from melens.tuning.space import DEFAULT_EVALUATIONS
 
     space = Space(**{name: values for name, values in asked.items() if values})
-    spent = Budget(seconds=seconds) if seconds is not None else budget
+    evaluations = budget or DEFAULT_EVALUATIONS if seconds is None else None
+    spent = Budget(evaluations, seconds, confirm=confirm)
     kept = None if job.out is None else job.out / ROWS
     metric, texts = _what(task, data, n=n, length=length, bos=bos)
-    check_enough(texts, metric, SearchSettings.held_out)
+    check_enough(texts, metric, spent.held_out)
     loaded, _ = job.load()
     found = job.locate(loaded, alike_items(loaded.tokenizer, texts, metric))
     with job.bar("evaluations") as tick:
@@ -325,8 +327,7 @@ def tune(
             spent,
             me_layer=found,
             space=space,
-            progress=tick,
-            settings=SearchSettings(confirm=confirm, seed=run.seed, items=kept),
+            run=Run(run.seed, keep=kept, progress=tick),
         )
     job.finish(result, same_texts=False)
     if job.out is not None:
@@ -343,7 +344,7 @@ def _list(option: str, text: str | None, read: Callable[[str], Any]) -> tuple[An
 def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:
     """Metric and texts; refuses an unknown task and unreadable texts before the model loads."""
     from melens.batches import prompts
-    from melens.evaluating import Source
+    from melens.settings import Items
     from melens.tuning.items import ITEMS, objective_of
 
     if task == LOSS:
@@ -351,7 +352,7 @@ def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:
         return "loss", prompts("bundled" if data is None else data, **cut)
     objective_of(task)
     given = {name: value for name, value in cut.items() if value is not None}
-    return task, Source(data=data, **given)
+    return task, Items(data=data, **given)
 
 
 def _save_edit(path: Path, best: Any) -> None:

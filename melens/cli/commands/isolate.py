@@ -59,12 +59,13 @@ def isolate(
     job = Job.of(model, run, texts=texts, output=out, located=located)
     loaded, prompts = job.load()
     found = job.locate(loaded, prompts)
-    from melens.isolating.cause import How, isolate_with
+    from melens.isolating import isolate as measure
+    from melens.settings import Run
 
     keep = None if job.out is None else job.out / STEPS
     with job.bar("steps") as tick:
-        how = How(layer, ffn_edit.value, tick, keep)
-        result = isolate_with(loaded, found, prompts, how)
+        how = Run(keep=keep, progress=tick)
+        result = measure(loaded, found, prompts, layer=layer, ffn_edit=ffn_edit.value, run=how)
     job.finish(result)
 
 

@@ -102,21 +102,21 @@ def long_context(
         bos=bos,
         chat=chat,
         seed=run.seed,
+        plain=texts,
     )
     from melens.evaluating.edits import check_edit
-    from melens.evaluating.long_context import LongSettings, items_of
+    from melens.evaluating.long_context import items_of
     from melens.evaluating.long_context import long_context as measure
+    from melens.settings import Run
 
     check_edit(chosen)
     loaded, prompts = job.load()
-    items_of(loaded, haystack, texts)  # refuses what does not fit, before locating
+    items_of(loaded, haystack)  # refuses what does not fit, before locating
     found = job.locate(loaded, prompts)
     items = job.out / ITEMS if job.out is not None else None
-    settings = LongSettings(seed=run.seed, texts=texts, items=items)
     with job.bar("items") as tick:
-        result = measure(
-            loaded, chosen, me_layer=found, haystack=haystack, settings=settings, progress=tick
-        )
+        how = Run(seed=run.seed, keep=items, progress=tick)
+        result = measure(loaded, chosen, me_layer=found, haystack=haystack, run=how)
     job.finish(result, same_texts=False)
 
 
