@@ -671,7 +671,7 @@ def test_a_task_that_generates_can_go_without_the_template(answers_data):
     from melens.cli.commands.evaluate import _refuse_early
 
     given = {"length": None, "max_new_tokens": None}
-    source = Source(answers_data, chat=False)
+    source = Items(answers_data, chat=False)
     _refuse_early("gsm8k", source, Edit(), **given)
     with pytest.raises(PromptError, match="makes its prompts itself; drop --bos"):
         _refuse_early("gsm8k", replace(source, bos=True), Edit(), **given)
