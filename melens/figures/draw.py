@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,55 @@ ME_COLOUR = "#D55E00"
 SCREEN = 110
 """Dots an inch in a notebook."""
 LAYER_LABEL = "layer (counted from 0, at the block output)"
-FIGURES: dict[type[Result], Registry[Callable[[Any], Figure]]] = {}
+_MODULES = {
+    "locate": "profile",
+    "describe": "profile",
+    "collapse": "ranks",
+    "metric": "ranks",
+    "sinks": "sinks",
+    "attention": "sinks",
+    "isolate": "causes",
+    "super-weights": "causes",
+    "patch": "patch_grid",
+    "evaluate": "evaluation",
+    "long-context": "long_context",
+    "tune": "tuning",
+    "check": "profile",
+    "diff": "diff",
+    "reach": "scan",
+    "scan": "scan",
+}
+"""The module that draws a kind of result, imported when one is drawn."""
+
+
+class Figures(Mapping[type[Result], Registry[Callable[[Any], Figure]]]):
+    """The figures of every kind of result by style, the default first; imported when asked for."""
+
+    def __init__(self) -> None:
+        self._styles: dict[type[Result], Registry[Callable[[Any], Figure]]] = {}
+
+    def of(self, kind: type[Result]) -> Registry[Callable[[Any], Figure]]:
+        """The figures of a kind of result by style; empty where it has none."""
+        name = kind.schema_id.split("/")[1]
+        if name in _MODULES:
+            import_module(f"melens.figures.{_MODULES[name]}")
+        return self._styles.setdefault(kind, Registry(f"style of {name}"))
+
+    def __getitem__(self, kind: type[Result]) -> Registry[Callable[[Any], Figure]]:
+        if styles := self.of(kind):
+            return styles
+        raise KeyError(kind)
+
+    def __iter__(self) -> Iterator[type[Result]]:
+        for module in _MODULES.values():
+            import_module(f"melens.figures.{module}")
+        return (kind for kind, styles in self._styles.items() if styles)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+FIGURES = Figures()
 
 
 class Drawing(Figure):
@@ -36,10 +84,8 @@ class Drawing(Figure):
     """
 
     def _repr_png_(self) -> bytes:
-        made = io.BytesIO()
         with house_style():
-            self.savefig(made, format="png", dpi=SCREEN, metadata={})
-        return made.getvalue()
+            return rendered(self, "png", dpi=SCREEN)
 
 
 @contextmanager
@@ -54,8 +100,7 @@ def figure(
     kind: type[Result], style: str
 ) -> Callable[[Callable[[Any], Figure]], Callable[[Any], Figure]]:
     """Register a function of one kind of result under a style's name."""
-    styles = FIGURES.setdefault(kind, Registry(f"style of {kind.schema_id.split('/')[1]}"))
-    return styles.register(style)
+    return FIGURES.of(kind).register(style)
 
 
 def chosen(result: Result, style: str | None) -> Callable[[Any], Figure]:
@@ -63,9 +108,9 @@ def chosen(result: Result, style: str | None) -> Callable[[Any], Figure]:
 
     Raises:  ResultError: a kind without figures. UnknownNameError: a style that it lacks.
     """
-    if type(result) not in FIGURES:
+    styles = FIGURES.of(type(result))
+    if not styles:
         raise ResultError(f"there is no figure for a {type(result).__name__}.")
-    styles = FIGURES[type(result)]
     return styles[style if style is not None else next(iter(styles))]
 
 
@@ -91,6 +136,11 @@ def plain(text: str) -> str:
 
 
 FORMATS = ("png", "svg", "pdf")
+_CANVASES = {
+    "png": ("matplotlib.backends.backend_agg", "FigureCanvasAgg"),
+    "svg": ("matplotlib.backends.backend_svg", "FigureCanvasSVG"),
+    "pdf": ("matplotlib.backends.backend_pdf", "FigureCanvasPdf"),
+}
 _NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
@@ -104,29 +154,49 @@ def draw(result: Result, style: str | None = None) -> Figure:
         return function(result)
 
 
-def save_figure(figure: Figure, path: Path | str) -> Path:
-    """Write a figure atomically; equal figures give equal bytes.
+def rendered(figure: Figure, kind: str, *, dpi: float | None = None) -> bytes:
+    """A figure as the bytes of a file; ``savefig`` would draw it twice for the same bytes.
+
+    Args:    kind: one of FORMATS. dpi: dots an inch of its pixels; None = the style's.
+    """
+    module, name = _CANVASES[kind]
+    canvas, before, made = figure.canvas, figure.dpi, io.BytesIO()
+    try:
+        figure.set_dpi(mpl.rcParams["savefig.dpi"] if dpi is None else dpi)
+        drawn = getattr(import_module(module), name)(figure)
+        getattr(drawn, f"print_{kind}")(made, metadata=_NO_DATE[kind])
+    finally:
+        figure.set_dpi(before)
+        figure.set_canvas(canvas)
+    return made.getvalue()
+
+
+def save_figure(figure: Figure, path: Path | str, *others: Path | str) -> Path:
+    """Write a figure atomically, into several files with one layout; equal figures, equal bytes.
 
     Raises:  ResultError: an ending other than png, svg or pdf.
              OutputError: a folder that cannot be written.
     """
-    path = Path(path)
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in FORMATS:
-        raise ResultError(f"cannot draw into {str(path)!r}; end it in .{', .'.join(FORMATS)}.")
-    made = io.BytesIO()
-    with house_style():
-        figure.savefig(made, format=kind, metadata=_NO_DATE[kind])
-    write_atomically(path, made.getvalue())
-    return path
+    paths = [Path(one) for one in (path, *others)]
+    kinds = [one.suffix.removeprefix(".").lower() for one in paths]
+    for one, kind in zip(paths, kinds, strict=True):
+        if kind not in FORMATS:
+            raise ResultError(f"cannot draw into {str(one)!r}; end it in .{', .'.join(FORMATS)}.")
+    layout = figure.get_layout_engine()
+    try:
+        for one, kind in zip(paths, kinds, strict=True):
+            with house_style():
+                write_atomically(one, rendered(figure, kind))
+            figure.set_layout_engine("none")  # the first file settled it
+    finally:
+        figure.set_layout_engine(layout)
+    return paths[0]
 
 
 def inline(result: Result) -> str:
     """The default figure as an ``<img>`` that carries its own bytes; empty where there is none."""
     if type(result) not in FIGURES:
         return ""
-    made = io.BytesIO()
     with house_style():
-        draw(result).savefig(made, format="png", dpi=SCREEN, metadata=_NO_DATE["png"])
-    data = base64.b64encode(made.getvalue()).decode()
+        data = base64.b64encode(rendered(draw(result), "png", dpi=SCREEN)).decode()
     return f'<img alt="{html.escape(str(result))}" src="data:image/png;base64,{data}">'

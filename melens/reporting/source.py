@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from markupsafe import Markup, escape
 
 from melens.figures import draw
 from melens.figures.attention_view import marked, shown
-from melens.figures.draw import house_style
+from melens.figures.draw import house_style, rendered
 from melens.formatting import printable
 from melens.results.base import Result, look_up
 
@@ -156,10 +155,9 @@ NAME = 48
 
 def picture_uri(result: Result, style: str | None) -> str:
     """The figure as a ``data:`` SVG; letters are drawn as paths, so that no font is needed."""
-    made = io.BytesIO()
     with house_style(), mpl.rc_context({"svg.fonttype": "path"}):
-        draw(_with_plain_name(result), style).savefig(made, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(made.getvalue()).decode()
+        made = rendered(draw(_with_plain_name(result), style), "svg")
+    return "data:image/svg+xml;base64," + base64.b64encode(made).decode()
 
 
 def _with_plain_name(result: Result) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -56,6 +57,7 @@ class Part(BaseModel):
         populate_by_name=True,
         protected_namespaces=(),
         allow_inf_nan=False,
+        defer_build=True,
     )
 
 
@@ -164,6 +166,45 @@ def schema_of(text: str, name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
+_MODULES = {
+    "attention": "attention",
+    "locate": "locate",
+    "cache-norms": "check",
+    "check": "check",
+    "collapse": "collapse",
+    "describe": "describe",
+    "diff": "diff",
+    "edit": "edit",
+    "evaluate": "evaluation",
+    "isolate": "isolate",
+    "known": "known",
+    "long-context": "long_context",
+    "metric": "metric",
+    "patch": "patch",
+    "reach": "reach",
+    "scan": "scan",
+    "sinks": "sinks",
+    "super-weights": "super_weights",
+    "tune": "tune",
+}
+"""The module of each kind of result: a kind is made ready for reading when it is asked for."""
+
+
+def all_kinds() -> dict[str, type[Result]]:
+    """Every kind of result by its schema."""
+    for module in _MODULES.values():
+        import_module(f"melens.results.{module}")
+    return {kind.schema_id: kind for kind in Result.__subclasses__()}
+
+
+def kind_of(schema: str | None) -> type[Result] | None:
+    """The kind of result that a schema names; None where this version reads none of it."""
+    parts = (schema or "").split("/")
+    if len(parts) > 1 and parts[1] in _MODULES:
+        import_module(f"melens.results.{_MODULES[parts[1]]}")
+    return next((kind for kind in Result.__subclasses__() if kind.schema_id == schema), None)
+
+
 def load_result(path: str | Path) -> Result:
     """Read any saved result, whatever its kind.
 
@@ -172,10 +213,11 @@ def load_result(path: str | Path) -> Result:
     path = Path(path)
     text = read_text(path, RESULT, error=ResultError)
     found = schema_of(text, str(path))
-    kinds = {kind.schema_id: kind for kind in Result.__subclasses__()}
-    if found not in kinds:
-        raise ResultError(f"{path} has schema {found!r}; this version reads {', '.join(kinds)}.")
+    kind = kind_of(found)
+    if kind is None:
+        known = ", ".join(sorted(all_kinds()))
+        raise ResultError(f"{path} has schema {found!r}; this version reads {known}.")
     try:
-        return kinds[found].validated(text)
+        return kind.validated(text)
     except ResultError as error:
         raise ResultError(f"{path}: {error}") from None

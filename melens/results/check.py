@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from melens.errors import ResultError
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result, load_result, look_up
+from melens.results.base import Part, Result, kind_of, load_result, look_up
 from melens.results.locate import MELayer
 
 
@@ -221,11 +221,11 @@ class CheckReport(Result):
         data = self.results[name]
         if name in self._read and self._read[name][0] is data:
             return self._read[name][1]
-        kinds = {kind.schema_id: kind for kind in Result.__subclasses__()}
         found = data.get("schema")
-        if found not in kinds or found == self.schema_id:
+        kind = kind_of(found) if isinstance(found, str) else None
+        if kind is None or found == self.schema_id:
             raise ResultError(f"results.{name} has schema {found!r}, which no report can hold.")
-        made = kinds[found].validated(json.dumps(data))
+        made = kind.validated(json.dumps(data))
         self._read[name] = data, made
         return made
 
