@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from melens.errors import FoldedWeightsError, ModelError, SiteError
 from melens.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
 
 BASE = {
     "vocab_size": 64,
@@ -209,6 +210,8 @@ def norm_gain(model: Any, layer: int, norm: str) -> Float[Tensor, " d_model"]:
     Raises:  FoldedWeightsError: the gains were folded away. SiteError: no such norm or layer.
              ModelError: melens has no row for this family, so the gain's offset is unknown.
     """  # noqa: D205
+    from torch import Tensor
+
     check_layer(model, layer)
     require_unfolded(model)
     part = getattr(model.blocks[layer], norm, None)

