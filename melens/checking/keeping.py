@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from melens import __version__
-from melens.checking.bench import CAUSE_TOKENS, VIEW_TOKENS, Bench
 from melens.errors import ResultError
 from melens.provenance import versions
 from melens.results.base import Result, load_result
@@ -25,6 +22,9 @@ from melens.store import (
     remove_file,
     write_atomically,
 )
+
+if TYPE_CHECKING:
+    from melens.checking.bench import Bench
 
 SCHEMA = "melens/check-stage/2"
 FOLDER = "stages"
@@ -42,6 +42,8 @@ class Keeper:
     @classmethod
     def of(cls, folder: Path | None, bench: Bench) -> Keeper:
         """The keeper of one model on one set of texts, in this version of melens."""
+        from melens.checking.bench import CAUSE_TOKENS, VIEW_TOKENS
+
         if folder is None:
             return cls(None, "")
         parameter = next(bench.model.parameters())
@@ -107,7 +109,6 @@ class Keeper:
         return None if self.folder is None else self.folder / FOLDER / f"{stage}.json"
 
 
-@torch.no_grad()
 def full_hash(model: Any) -> str:
     """sha256 over every byte of every weight: one changed entry is another model.
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from melens.checking.bench import Bench
+from melens.checking.again import answered_before, asked_of, remember
+from melens.checking.budgets import CheckStage, stages_of
 from melens.checking.findings import Measured
 from melens.checking.keeping import Keeper
 from melens.checking.policy import Policy, read_policy
-from melens.checking.stages import CheckStage, stages_of
 from melens.checking.trimming import compact
 from melens.checking.verdict import answered, judged, recommended
 from melens.errors import MelensError, OutputError
-from melens.inputs import Source
-from melens.results import CheckReport, Evaluation, StageRecord
+from melens.provenance import ModelFacts, RunInfo
+from melens.results import CheckReport, Evaluation, MELayer, StageRecord
 from melens.results.base import Result
 from melens.store import write_atomically
 
+if TYPE_CHECKING:
+    from melens.checking.bench import Bench
+    from melens.inputs import Source
+
 Progress = Callable[[str, int, int], None]
 """(stage, thousandths of the expected work done, 1000)."""
+Tick = Callable[[int, int], None]
 WHOLE = 1000
 REPORT = "report.json"
 LONGEST_REASON = 300
@@ -55,10 +60,57 @@ def check(
              UnknownNameError: no such budget. OutputError: ``out`` cannot be written.
              PromptError, ModelError: as ``melens.locate``, without which there is nothing to say.
     """
-    wanted, rules = stages_of(budget), read_policy(policy)
-    folder = None if out is None else Path(out)
+    folder, rules = None if out is None else Path(out), read_policy(policy)
+    stages_of(budget)
+    asked = None if folder is None else asked_of(model, prompts)
+    report = take_up(folder, asked, budget=budget, policy=rules, progress=progress)
+    if report is not None:
+        return report
+    from melens.checking.bench import Bench
+
     bench = Bench.of(model, prompts, budget)
     keeper = Keeper.of(folder, bench)
+    records = _through(budget, progress, lambda stage, tick: _run(stage, bench, keeper, tick))
+    report = _report(bench.run_info(), budget, rules, bench.results, records)
+    _write(folder, asked, report)
+    return report
+
+
+def take_up(
+    folder: Path | None,
+    asked: str | None,
+    *,
+    budget: str,
+    policy: Policy,
+    progress: Progress | None = None,
+) -> CheckReport | None:
+    """The report of stages that are all kept, without the model; None where one is missing.
+
+    Args:    asked: as :func:`melens.checking.again.asked_of` says it.
+    """
+    before = None if folder is None or asked is None else answered_before(folder, asked)
+    if before is None:
+        return None
+    keeper, run = before
+    results: dict[str, Result] = {}
+    held = [_held(stage, results, keeper) for stage in stages_of(budget)]
+    records = [record for record in held if record is not None]
+    if len(records) < len(held):
+        return None
+    told = dict(zip((record.name for record in records), records, strict=True))
+    _through(budget, progress, lambda stage, _: told[stage.name])
+    facts = ModelFacts(run.model, run.model_revision, run.weights, run.dtype, run.device)
+    now = RunInfo.collect(facts, seed=run.seed, settings={**run.settings, "budget": budget})
+    report = _report(now, budget, policy, results, records)
+    _write(folder, None, report)
+    return report
+
+
+def _through(
+    budget: str, progress: Progress | None, record: Callable[[CheckStage, Tick], StageRecord]
+) -> list[StageRecord]:
+    """Every stage in order, and how far that is."""
+    wanted = stages_of(budget)
     work, done, records = sum(stage.work for stage in wanted), 0.0, []
     for stage in wanted:
 
@@ -68,27 +120,32 @@ def check(
                 progress(stage.name, round(WHOLE * share), WHOLE)
 
         tick(0, 1)
-        records.append(_run(stage, bench, keeper, tick))
+        records.append(record(stage, tick))
         tick(1, 1)
         done += stage.work
-    report = _report(bench, rules, records)
-    if folder is not None:
-        write_atomically(folder / REPORT, report.to_json())
-    return report
+    return records
 
 
-def _run(
-    stage: CheckStage, bench: Bench, keeper: Keeper, tick: Callable[[int, int], None]
-) -> StageRecord:
-    """One stage: taken up from an earlier run, skipped, or measured now and kept."""
-    if stage.token and (why := stage.unneeded(bench.located)):
+def _held(stage: CheckStage, results: dict[str, Result], keeper: Keeper) -> StageRecord | None:
+    """A stage that has nothing to measure, or was measured in an earlier run."""
+    located = results.get("locate")
+    if isinstance(located, MELayer) and (why := stage.unneeded(located)):
         return StageRecord(name=stage.name, status="skipped", seconds=0.0, reason=why)
-    if (kept := keeper.read(stage.name)) is not None:
-        bench.results[stage.name] = kept[0]
-        return StageRecord(name=stage.name, status="done", seconds=kept[1], reason=None)
+    if (kept := keeper.read(stage.name)) is None:
+        return None
+    results[stage.name] = kept[0]
+    return StageRecord(name=stage.name, status="done", seconds=kept[1], reason=None)
+
+
+def _run(stage: CheckStage, bench: Bench, keeper: Keeper, tick: Tick) -> StageRecord:
+    """One stage: taken up from an earlier run, skipped, or measured now and kept."""
+    from melens.checking.stages import MAKERS
+
+    if (held := _held(stage, bench.results, keeper)) is not None:
+        return held
     start = time.perf_counter()
     try:
-        result = stage.make(bench, tick)
+        result = MAKERS[stage.name](bench, tick)
     except (MelensError, RuntimeError, MemoryError) as error:
         if isinstance(error, OutputError) or stage.name == "locate":
             raise
@@ -100,15 +157,28 @@ def _run(
     return StageRecord(name=stage.name, status="done", seconds=seconds, reason=None)
 
 
+def _write(folder: Path | None, asked: str | None, report: CheckReport) -> None:
+    """The report, and what it answers: the same question again needs no model."""
+    if folder is None:
+        return
+    write_atomically(folder / REPORT, report.to_json())
+    if asked is not None:
+        remember(folder, asked, report.run)
+
+
 def _line(error: BaseException) -> str:
     """An error as one line; a foreign one with its type."""
     said = " ".join(str(error).split())[:LONGEST_REASON] or "no reason given"
     return said if isinstance(error, MelensError) else f"{type(error).__name__}: {said}"
 
 
-def _report(bench: Bench, policy: Policy, records: list[StageRecord]) -> CheckReport:
-    run = bench.run_info()
-    results: dict[str, Result] = bench.results
+def _report(
+    run: RunInfo,
+    budget: str,
+    policy: Policy,
+    results: dict[str, Result],
+    records: list[StageRecord],
+) -> CheckReport:
     outcomes, findings = judged(Measured(results, run), policy, records)
     verdict, answer = answered(run.subject, policy, findings, outcomes, records)
     dose = results.get("dose")
@@ -116,7 +186,7 @@ def _report(bench: Bench, policy: Policy, records: list[StageRecord]) -> CheckRe
         model=run.model,
         verdict=verdict,  # type: ignore[arg-type]
         answer=answer,
-        budget=bench.budget,  # type: ignore[arg-type]
+        budget=budget,  # type: ignore[arg-type]
         policy=policy.used(),
         stages=tuple(records),
         findings=findings,

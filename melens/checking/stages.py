@@ -1,9 +1,8 @@
-"""The stages of a check, in order: what each needs, what it costs, what it measures."""
+"""What each stage of a check measures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from melens.checking.bench import Bench, Tick
 from melens.checking.losses import cache_norms, dose_losses, edit_losses, eviction_losses
@@ -14,62 +13,20 @@ from melens.measuring import attention, collapse, describe, sinks
 from melens.models.anatomy import anatomy
 from melens.models.origin import origin_of
 from melens.published import known, known_by
-from melens.registry import Registry
-from melens.results import MELayer, Sinks
+from melens.results import Sinks
 from melens.results.base import Result
-from melens.results.check import Budget
 from melens.settings import Run
 
-BUDGETS: tuple[Budget, ...] = ("quick", "standard", "full")
-"""From the cheapest; each holds all stages of those before it."""
 MOST_LAYERS, MOST_HEADS = 3, 4
 """Of the attention view: it is a picture, and its page has to stay small."""
+MAKERS: dict[str, Callable[[Bench, Tick], Result]] = {}
 
 
-@dataclass(frozen=True)
-class CheckStage:
-    """One measurement of a check."""
-
-    name: str
-    budget: Budget
-    """The least that runs it."""
-    work: float
-    """Expected share of time beside the others: seconds on SmolLM2-135M, two cores, 8 x 128."""
-    make: Callable[[Bench, Tick], Result]
-    token: bool = False
-    """Whether there is nothing to measure without a block in which a token becomes massive."""
-
-    def unneeded(self, located: MELayer) -> str | None:
-        """Why this stage has nothing to do on a model; None where it has."""
-        if not self.token or (located.me_layer is not None and located.me_layer >= 0):
-            return None
-        what = "has no massive token" if located.me_layer is None else "has it in its embedding"
-        return f"the model {what}, so there is nothing to measure"
+def _makes(stage: str) -> Callable[[Callable[[Bench, Tick], Result]], None]:
+    return lambda make: MAKERS.update({stage: make})
 
 
-STAGES: Registry[CheckStage] = Registry("stage")
-
-
-def stages_of(budget: str) -> tuple[CheckStage, ...]:
-    """What a budget runs, in order.
-
-    Raises:  UnknownNameError: no such budget.
-    """
-    known_budgets: Registry[int] = Registry("budget")
-    for i, name in enumerate(BUDGETS):
-        known_budgets.add(name, i)
-    most = known_budgets[budget]
-    return tuple(stage for stage in STAGES.values() if known_budgets[stage.budget] <= most)
-
-
-def _add(name: str, budget: Budget, work: float, *, token: bool = False) -> Callable[..., None]:
-    def register(make: Callable[[Bench, Tick], Result]) -> None:
-        STAGES.add(name, CheckStage(name, budget, work, make, token))
-
-    return register
-
-
-@_add("locate", "quick", 4.0)
+@_makes("locate")
 def _locate(bench: Bench, tick: Tick) -> Result:
     found = locate_in(bench.inputs, progress=tick)
     if not any(row.max for row in found.profile):
@@ -77,60 +34,60 @@ def _locate(bench: Bench, tick: Tick) -> Result:
     return found
 
 
-@_add("known", "quick", 0.1)
+@_makes("known")
 def _known(bench: Bench, tick: Tick) -> Result:
     names = (bench.located.run.model, *origin_of(bench.model).also)
     width = bench.model.cfg.d_model
     return known_by(names, lambda name: known(name, bench.located, d_model=width))
 
 
-@_add("describe", "quick", 2.0)
+@_makes("describe")
 def _describe(bench: Bench, tick: Tick) -> Result:
     return describe(bench.inputs, bench.located, progress=tick)
 
 
-@_add("collapse", "quick", 17.0)
+@_makes("collapse")
 def _collapse(bench: Bench, tick: Tick) -> Result:
     return collapse(bench.inputs, bench.located, progress=tick)
 
 
-@_add("sinks", "quick", 8.0)
+@_makes("sinks")
 def _sinks(bench: Bench, tick: Tick) -> Result:
     return sinks(bench.inputs, bench.located, progress=tick)
 
 
-@_add("cache_norms", "quick", 8.0, token=True)
+@_makes("cache_norms")
 def _cache_norms(bench: Bench, tick: Tick) -> Result:
     return cache_norms(bench.inputs, bench.located, progress=tick)
 
 
-@_add("attention", "quick", 2.0)
+@_makes("attention")
 def _attention(bench: Bench, tick: Tick) -> Result:
     layers, heads = telling_heads(bench)
     return attention(bench.first, bench.located, layers=layers, heads=heads)
 
 
-@_add("isolate", "standard", 130.0, token=True)
+@_makes("isolate")
 def _isolate(bench: Bench, tick: Tick) -> Result:
     return isolate(bench.short, bench.located, run=Run(progress=tick))
 
 
-@_add("super_weights", "standard", 40.0)
+@_makes("super_weights")
 def _super_weights(bench: Bench, tick: Tick) -> Result:
     return super_weights(bench.short, me_layer=bench.located, progress=tick)
 
 
-@_add("edits", "standard", 16.0, token=True)
+@_makes("edits")
 def _edits(bench: Bench, tick: Tick) -> Result:
     return edit_losses(bench, tick)
 
 
-@_add("eviction", "standard", 6.0, token=True)
+@_makes("eviction")
 def _eviction(bench: Bench, tick: Tick) -> Result:
     return eviction_losses(bench, tick)
 
 
-@_add("dose", "full", 50.0, token=True)
+@_makes("dose")
 def _dose(bench: Bench, tick: Tick) -> Result:
     return dose_losses(bench, tick)
 

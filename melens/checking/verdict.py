@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from melens.checking.budgets import STAGES
 from melens.checking.findings import RULES, Judgement, Measured, Rule, Unmeasured
 from melens.checking.findings.core import nothing
 from melens.checking.policy import Policy, RulePolicy
-from melens.checking.stages import STAGES
 from melens.formatting import within
-from melens.intervals import LEAST_OF_MANY, weighted_mean
 from melens.results import Evaluation, Finding, Recommendation, RuleOutcome, StageRecord
 from melens.results.check import SEVERITIES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def judged(
@@ -97,6 +97,10 @@ def recommended(dose: Evaluation) -> Recommendation:
     Intervals are bootstrapped over texts and as wide as the number of doses tried asks for
     (Bonferroni); differences to controls are paired.
     """
+    import torch
+
+    from melens.intervals import LEAST_OF_MANY, weighted_mean
+
     doses = [dose.edited, *dose.dose]
     best = min(doses, key=lambda score: score.delta.value if score.delta else 0.0)
     assert best.delta is not None
@@ -140,6 +144,8 @@ def _below(
     apart: Mapping[str, Tensor], best: str, control: str, weights: Tensor, doses: Sequence[object]
 ) -> bool:
     """Whether a dose lowers the loss further than a control, text by text."""
+    from melens.intervals import weighted_mean
+
     found = weighted_mean(apart[best] - apart[control], weights, tests=len(doses)).interval
     return found is not None and found[1] < 0
 

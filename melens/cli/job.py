@@ -59,9 +59,17 @@ class Job:
         """The texts, cut as typed but for what ``cut`` says."""
         from melens.batches import prompts
 
+        return prompts(self.source, **self._cut() | cut)
+
+    def choices(self) -> dict[str, Any]:
+        """What was chosen of how model and texts are read, where it is not the default."""
+        chosen = {**self.run.loading(), **self._cut(), "chat": self.texts.chat or None}
+        chosen["trust_remote_code"] = self.run.trust_remote_code or None
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def _cut(self) -> dict[str, Any]:
         texts = self.texts
-        typed = {"n": texts.n_seq, "length": texts.length, "bos": texts.bos, "chat": texts.chat}
-        return prompts(self.source, **typed | cut)
+        return {"n": texts.n_seq, "length": texts.length, "bos": texts.bos, "chat": texts.chat}
 
     def load(self) -> tuple[Any, Any]:
         """The model, and the texts."""

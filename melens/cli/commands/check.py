@@ -69,20 +69,26 @@ def check(
     _check_files(junit, card)
     from melens.checking import check as measure
     from melens.checking import junit_xml, read_policy
+    from melens.checking.again import asked_of, remember
+    from melens.checking.run import take_up
     from melens.store import write_atomically
 
-    rules = read_policy(policy)
-    loaded, prompts = job.load()
-    held = _stages_in(job.out)
-    with progress_on(None) as shown:
-        report = measure(
-            loaded,
-            prompts,
-            budget=budget.value,
-            policy=rules,
-            out=job.out,
-            progress=lambda stage, done, total: shown(done, total, stage),
-        )
+    rules, held = read_policy(policy), _stages_in(job.out)
+    asked = None if job.out is None else asked_of(job.model, job.source, **job.choices())
+    report = take_up(job.out, asked, budget=budget.value, policy=rules)
+    if report is None:
+        loaded, prompts = job.load()
+        with progress_on(None) as shown:
+            report = measure(
+                loaded,
+                prompts,
+                budget=budget.value,
+                policy=rules,
+                out=job.out,
+                progress=lambda stage, done, total: shown(done, total, stage),
+            )
+        if job.out is not None and asked is not None:
+            remember(job.out, asked, report.run)
     _say_taken_up(held, job.out)
     _pages(report, job.out, card)
     if junit is not None:

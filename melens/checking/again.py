@@ -1,0 +1,115 @@
+"""A finished check taken up again: told from files alone, before torch or the model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from melens import __version__
+from melens.checking.keeping import FOLDER, Keeper
+from melens.errors import MelensError
+from melens.provenance import RunInfo, versions
+from melens.store import PAGE, read_limited, write_atomically
+
+SCHEMA = "melens/check-asked/1"
+ASKED = "asked.json"
+CODE = (".py", ".jinja")
+"""What a model may read from folders inside its own."""
+NOTES = (".md", ".html")
+"""What it never reads: a check may write its own into a model's folder."""
+
+
+def asked_of(model: Any, texts: Any, **options: Any) -> str | None:
+    """Short hash of what a check is asked: every byte of model and texts, options and versions.
+
+    Args:    texts: as given, before a tokenizer cuts them. options: of loading and cutting.
+    Returns: None where files do not say all of it: a hub id, a model in memory, standard input.
+    """
+    try:
+        files = _files_of(model)
+        words = _words_of(texts)
+    except (MelensError, OSError):  # what is wrong with either is said when it is loaded
+        return None
+    if files is None or words is None:
+        return None
+    facts = {
+        "melens": __version__,
+        "versions": versions(),
+        "machine": [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")],
+        "model": str(model),
+        "files": {name: _sha256(path) for name, path in files},
+        "texts": words,
+        "options": options,
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def remember(folder: Path, asked: str, run: RunInfo) -> None:
+    """Write down what the stages in a folder answer."""
+    key = _read(folder / FOLDER / "locate.key").get("key")
+    made = {"schema": SCHEMA, "asked": asked, "key": key, "run": run.model_dump()}
+    write_atomically(folder / FOLDER / ASKED, json.dumps(made, sort_keys=True) + "\n")
+
+
+def answered_before(folder: Path, asked: str) -> tuple[Keeper, RunInfo] | None:
+    """The keeper of the stages that answer this, and the run that they are of."""
+    found = _read(folder / FOLDER / ASKED)
+    if (found.get("schema"), found.get("asked")) != (SCHEMA, asked):
+        return None
+    if not isinstance(found.get("key"), str):
+        return None
+    try:
+        return Keeper(folder, found["key"]), RunInfo.model_validate(found.get("run"))
+    except ValueError:
+        return None
+
+
+def _files_of(model: Any) -> list[tuple[str, Path]] | None:
+    """The files that a local model is loaded from."""
+    from melens.models.named import NAMED
+    from melens.models.resolve import asked
+
+    if not isinstance(model, (str, Path)):
+        return None
+    wanted = asked(model)
+    folder = NAMED[wanted.name].converted if wanted.kind == "named" else wanted.path
+    if wanted.kind not in ("named", "folder") or not (folder / "config.json").is_file():
+        return None
+    return [(str(path.relative_to(folder)), path) for path in sorted(_read_by_models(folder))]
+
+
+def _read_by_models(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix not in NOTES:
+            yield path
+        elif path.is_dir():
+            yield from (one for one in path.rglob("*") if one.is_file() and one.suffix in CODE)
+
+
+def _words_of(texts: Any) -> Any:
+    if texts is None or (isinstance(texts, str) and texts != "-"):
+        return texts or "bundled"
+    if isinstance(texts, Path):
+        return {"file": _sha256(texts)}
+    if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+        return list(texts)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_limited(path, PAGE))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
