@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melens.comparing import rows
 from melens.comparing.rows import Tolerances
 from melens.comparing.sides import Side, texts_like, two_sides
-from melens.inputs import Source
 from melens.provenance import ModelFacts, RunInfo
 from melens.results.diff import Difference
+
+if TYPE_CHECKING:
+    from melens.inputs import Source
 
 BASE = Tolerances()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from melens.comparing.sides import Side
 from melens.errors import ResultError
-from melens.metrics import cosines
 from melens.results import MELayer
 from melens.results.check import CheckReport
 from melens.results.diff import Change, SideRow, Value
@@ -235,4 +234,6 @@ def _angles(a: Side, b: Side) -> list[float] | None:
     """Cosine by layer, of one token of one text in two models of one shape."""
     if a.steps is None or b.steps is None or a.prefix != b.prefix or a.steps.shape != b.steps.shape:
         return None
+    from melens.metrics import cosines
+
     return [cosines(one[None], two).item() for one, two in zip(a.steps, b.steps, strict=True)]

@@ -6,21 +6,21 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from melens.batches import BUNDLED, Prompts, prompts
 from melens.errors import ResultError
-from melens.inputs import Inputs, Source, prepare
-from melens.locating.search import locate_in
-from melens.locating.trajectory import trace
 from melens.models.anatomy import anatomy
 from melens.models.resolve import asked
 from melens.provenance import bos_said
 from melens.results import MELayer, Result, load_result
 from melens.results.check import CheckReport, located_of
 from melens.results.diff import SideInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from melens.batches import Prompts
+    from melens.inputs import Inputs, Source
 
 SAVED = ("report.json", "locate.json")
 
@@ -69,6 +69,10 @@ class Side:
         Args:    like: a saved side; refused before the forward pass if its texts are others.
         Raises:  what ``melens.locate`` does; ResultError: other texts than ``like``'s.
         """
+        from melens.inputs import prepare
+        from melens.locating.search import locate_in
+        from melens.locating.trajectory import trace
+
         inputs = prepare(model, texts, batch_size=batch_size)
         if like is not None:
             require_same_texts(like.located.run.settings, inputs.settings)
@@ -120,6 +124,8 @@ def two_sides(
     saved = [read_side(source) for source in sources]
     if saved[0] and saved[1] and not any_texts:
         require_same_texts(saved[0].located.run.settings, saved[1].located.run.settings)
+    if saved[0] and saved[1]:
+        return saved[0], saved[1]
     other = saved[0] or saved[1]
     made, given = [], texts(other)
     for index, side in enumerate(saved):
@@ -163,7 +169,7 @@ def read_side(source: Any) -> Side | None:
 
 def texts_like(
     side: Side | None,
-    source: Any = BUNDLED,
+    source: Any = "bundled",
     *,
     n: int | None = None,
     length: int | None = None,
@@ -174,6 +180,8 @@ def texts_like(
 
     Raises:  PromptError: as ``melens.prompts``.
     """
+    from melens.batches import prompts
+
     if side is not None:
         made = side.located.run.settings
         n, length = n or _count(made.get("sequences")), length or _count(made.get("length"))
