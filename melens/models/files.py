@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from melens.errors import ModelError, ModelNotFoundError
+from melens.errors import MelensError, ModelError, ModelNotFoundError
+from melens.models.cache import cache_dir
 from melens.models.checkpoint import Checkpoint, read_folder
 from melens.models.dry_load import require_bounded, require_loadable, require_sound_numbers
 from melens.models.weight_files import read_json, weight_files
+from melens.network import is_set
 from melens.progress import say_once
+from melens.provenance import versions
+from melens.store import hash_facts
 
 ADAPTER = "adapter_config.json"
+LARGE = 100
+"""Tensors; what passed is written down of models that have as many."""
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
@@ -29,11 +36,15 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
     if not path.is_file():
         raise ModelNotFoundError(_no_config(folder))
     config = read_json(path)
-    check_config(config, name=str(folder), trust_remote_code=trust_remote_code)
+    passed = _passed_before(folder, config, trust_remote_code=trust_remote_code)
+    if not passed:
+        check_config(config, name=str(folder), trust_remote_code=trust_remote_code)
     require_no_adapter((folder / ADAPTER).is_file(), name=str(folder))
     chosen = weight_files(folder, config)
     found = read_folder(chosen, config)
-    check_fit(config, found.shapes, name=str(folder))
+    if not passed:
+        check_fit(config, found.shapes, name=str(folder))
+        _remember(config, found.shapes, trust_remote_code=trust_remote_code)
     if chosen.note:
         say_once(chosen.note)
     return found
@@ -49,6 +60,30 @@ def require_regular_entries(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ModelError(f"{path} is a pipe, a socket or a device, no regular file; remove it.")
+
+
+def _passed_before(folder: Path, config: Any, *, trust_remote_code: bool) -> bool:
+    """Whether this config and tensor table passed already: checking them takes transformers."""
+    try:
+        shapes = read_folder(weight_files(folder, config), config).shapes if config else {}
+    except (MelensError, AttributeError, TypeError):  # said in its turn, after the config's faults
+        return False
+    return _mark(config, shapes, trust_remote_code=trust_remote_code).is_file()
+
+
+def _remember(config: Any, shapes: dict[str, tuple[int, ...]], *, trust_remote_code: bool) -> None:
+    if len(shapes) < LARGE or is_set("MELENS_NO_CACHE"):  # a small one is checked in no time
+        return
+    mark = _mark(config, shapes, trust_remote_code=trust_remote_code)
+    with suppress(OSError):  # a cache that cannot be written: it is checked again next time
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _mark(config: Any, shapes: dict[str, tuple[int, ...]], *, trust_remote_code: bool) -> Path:
+    """The empty file that stands for a check that passed, in these versions of the libraries."""
+    facts = [versions(), config, sorted(shapes.items()), trust_remote_code]
+    return cache_dir() / "checked" / hash_facts(facts)
 
 
 def check_fit(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], *, name: str) -> None:
