@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parent.parent / "melens"
+SAVED = repr(str(SRC.parent / "docs" / "results" / "smollm2-135m.locate.json"))
 ROWS = [
     {"formatting", "intervals"},
     {"errors", "shapes", "provenance", "network", "progress", "chat_child"},
@@ -115,6 +116,9 @@ def test_public_names_are_few_and_no_module_shadows_one():
         "import melens",
         "from melens.cli.app import _run; assert _run(['--help'], debug=False) == 0",
         "from melens.cli.app import _run; assert _run(['locate', '--help'], debug=False) == 0",
+        f"from melens.comparing import diff; assert diff({SAVED}, {SAVED}).verdict",
+        f"from melens.results import load_result; assert load_result({SAVED}).plot()",
+        "import melens.checking; from melens.models.resolve import asked",
     ],
 )
 def test_neither_import_nor_help_loads_torch(code):

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,9 @@ def _words_of(texts: Any) -> Any:
         return texts or "bundled"
     if isinstance(texts, Path):
         return {"file": _sha256(texts)}
+    batches = sys.modules.get("melens.batches")  # there where its Prompts are
+    if batches is not None and isinstance(texts, batches.Prompts):
+        return asdict(texts)
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
         return list(texts)
     return None

@@ -14,10 +14,10 @@ from melens.checking.keeping import Keeper
 from melens.checking.policy import Policy, read_policy
 from melens.checking.trimming import compact
 from melens.checking.verdict import answered, judged, recommended
-from melens.errors import MelensError, OutputError
+from melens.errors import MelensError, OutputError, ResultError
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import CheckReport, Evaluation, MELayer, StageRecord
-from melens.results.base import Result
+from melens.results.base import Result, load_result
 from melens.store import write_atomically
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def take_up(
 ) -> CheckReport | None:
     """The report of stages that are all kept, without the model; None where one is missing.
 
+    Where the folder's own report says the same it is that one, and nothing is written.
+
     Args:    asked: as :func:`melens.checking.again.asked_of` says it.
     """
     before = None if folder is None or asked is None else answered_before(folder, asked)
@@ -102,8 +104,19 @@ def take_up(
     facts = ModelFacts(run.model, run.model_revision, run.weights, run.dtype, run.device)
     now = RunInfo.collect(facts, seed=run.seed, settings={**run.settings, "budget": budget})
     report = _report(now, budget, policy, results, records)
-    _write(folder, None, report)
+    if (same := _written(keeper.folder)) is not None and same.timeless() == report.timeless():
+        return same
+    _write(keeper.folder, None, report)
     return report
+
+
+def _written(folder: Path | None) -> CheckReport | None:
+    """The report that lies in a folder; None where there is none, or a damaged one."""
+    try:
+        found = None if folder is None else load_result(folder / REPORT)
+    except ResultError:
+        return None
+    return found if isinstance(found, CheckReport) else None
 
 
 def _through(

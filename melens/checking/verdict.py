@@ -97,15 +97,12 @@ def recommended(dose: Evaluation) -> Recommendation:
     Intervals are bootstrapped over texts and as wide as the number of doses tried asks for
     (Bonferroni); differences to controls are paired.
     """
-    import torch
-
     from melens.intervals import LEAST_OF_MANY, weighted_mean
 
     doses = [dose.edited, *dose.dose]
     best = min(doses, key=lambda score: score.delta.value if score.delta else 0.0)
     assert best.delta is not None
-    weights = torch.tensor(dose.weights).double()
-    apart = {name: torch.tensor(x).double() for name, x in dose.differences.items()}
+    weights, apart = _apart(dose)
     interval = weighted_mean(apart[best.name], weights, tests=len(doses)).interval
     place = dose.dose.index(best) if best in dose.dose else None
     where = "edited" if place is None else f"dose/{place}"
@@ -138,6 +135,14 @@ def recommended(dose: Evaluation) -> Recommendation:
         tried=len(doses),
         source=f"/results/dose/{where}/delta",
     )
+
+
+def _apart(dose: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights of the texts, and each condition's change of their losses."""
+    import torch
+
+    apart = {name: torch.tensor(x).double() for name, x in dose.differences.items()}
+    return torch.tensor(dose.weights).double(), apart
 
 
 def _below(

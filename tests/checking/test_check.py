@@ -26,7 +26,17 @@ from planted_faults import (
 
 from melens import store
 from melens.batches import Batch
-from melens.checking import BUDGETS, RULES, STAGES, check, junit_xml, read_policy, stages, trimming
+from melens.checking import (
+    BUDGETS,
+    RULES,
+    STAGES,
+    bench,
+    check,
+    junit_xml,
+    read_policy,
+    stages,
+    trimming,
+)
 from melens.checking.findings import Measured, Unmeasured
 from melens.checking.verdict import recommended
 from melens.cli.app import main
@@ -717,6 +727,36 @@ def test_a_changed_config_or_chat_template_is_measured_again(tmp_path, saved, le
     after = check(str(folder), texts, out=tmp_path / "b")
     assert before.result("locate").profile != after.result("locate").profile
     assert after.timeless() == check(str(folder), texts).timeless()
+
+
+def test_a_check_that_is_all_kept_needs_no_model(saved, tmp_path, monkeypatch):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(saved, folder)
+    first = check(str(folder), [words()], out=out)
+    monkeypatch.setattr(bench.Bench, "of", lambda *_: failing("the model is loaded"))
+    seen = []
+    again = check(str(folder), [words()], out=out, progress=lambda *at: seen.append(at))
+    assert again.timeless() == first.timeless()
+    assert seen[-1][1:] == (1000, 1000)
+    strict = check(str(folder), [words()], out=out, policy="strict")
+    assert strict.policy.name == "strict"
+    with pytest.raises(RuntimeError, match="the model is loaded"):
+        check(str(folder), [words(50)], out=out)
+    with pytest.raises(RuntimeError, match="the model is loaded"):
+        check(str(folder), [words()], out=out, budget="standard")
+    kept = out / "stages" / "sinks.json"
+    kept.write_text(kept.read_text("utf-8") + " ", "utf-8")
+    with pytest.raises(RuntimeError, match="the model is loaded"):
+        check(str(folder), [words()], out=out)
+    kept.write_text(kept.read_text("utf-8")[:-1], "utf-8")
+    assert check(str(folder), [words()], out=out).timeless() == first.timeless()
+    with (folder / "model.safetensors").open("r+b") as file:  # one bit of one weight
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(RuntimeError, match="the model is loaded"):
+        check(str(folder), [words()], out=out)
 
 
 def test_progress_rises_to_the_end(small, tmp_path):

@@ -136,10 +136,25 @@ def _pages(report: Any, folder: Path | None, card: Path | None) -> None:
         return
     from melens.reporting import update_card, write_report
 
-    if folder is not None:
+    if folder is not None and not _drawn(report, folder):
         write_report(report, folder)
     if card is not None:
         update_card(card, report)
+
+
+def _drawn(report: Any, folder: Path) -> bool:
+    """Whether the pages that lie there are this report's: drawing them is most of a second run.
+
+    The text, which says when it was made, is written after the page.
+    """
+    from melens.reporting import markdown_report
+
+    try:
+        same = (folder / "report.md").read_text("utf-8") == markdown_report(report)
+        held = (folder / "report.json").read_text("utf-8")
+        return same and (folder / "report.html").is_file() and held == report.to_json()
+    except (OSError, ValueError):
+        return False
 
 
 def _stages_in(folder: Path | None) -> dict[str, int]:
