@@ -202,6 +202,24 @@ def hooked(model: Any, hooks: Hooks) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def work_counted(model: Any) -> Iterator[Callable[[], float]]:
+    """Counts tokens through blocks meanwhile: gives them as tokens through the whole model."""
+    tokens = 0
+
+    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal tokens
+        resid = args[0] if args else kwargs["hidden_states"]
+        tokens += resid.shape[0] * resid.shape[1]
+
+    handles = [block.register_forward_pre_hook(count, with_kwargs=True) for block in model.blocks]
+    try:
+        yield lambda: tokens / len(handles)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class EverythingSeen(Exception):
     """Raised inside the last hook that was needed, to skip the rest of the forward pass."""
 

@@ -191,25 +191,27 @@ class EditedTexts:
     ) -> list[EditOutcome]:
         self.clean.clear()
         marked: Marked | None = None
+        clean: EditOutcome | None = None
         found = []
         for change in changes:
             outcome = self.finished.outcome(number, change)
             if outcome is None:
-                marked = marked or self._marked(number)
-                outcome = self._outcome(marked, change)
+                if marked is None:
+                    marked, clean = self._marked(number)
+                outcome = self._outcome(marked, change) if change.edits else clean
+                assert outcome is not None
                 self.finished.add_outcome(number, change, outcome)
             found.append(outcome)
             tick(1)
         return found
 
-    def _marked(self, number: int) -> Marked:
+    def _marked(self, number: int) -> tuple[Marked, EditOutcome]:
         """One batch's clean run, with its attention: a change leaves that before its layer."""
         me = self.located.me_layer
         assert me.me_layer is not None
         runner = Resumable(self.inputs.model, self.inputs.batches[number])
         marked = Marked(runner, self.located.heavy[number], me)
-        self._outcome(marked, RunChange(me.me_layer + 1))
-        return marked
+        return marked, self._outcome(marked, RunChange(me.me_layer + 1))
 
     def _outcome(self, marked: Marked, change: RunChange) -> EditOutcome:
         """A change at layer l leaves the layers before as they were in the clean run."""

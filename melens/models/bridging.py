@@ -71,10 +71,13 @@ def require_finite_weights(model: nn.Module) -> None:
     Raises:  WeightsError: naming the first such tensor and how many of its values are bad.
     """
     for name, value in model.named_parameters():
-        if not value.is_floating_point():  # quantised
+        if not value.is_floating_point() or not value.numel():  # quantised, or empty
             continue
-        bad = 0 if torch.isfinite(value).all() else int((~torch.isfinite(value)).sum())
-        if bad:
+        small = value.element_size() == 1  # of 8-bit floats no extremes are to be had
+        # one pass over the values, and no copy of them; NaN is an extreme
+        found = value if small else torch.stack(torch.aminmax(value.detach()))
+        if not torch.isfinite(found).all():
+            bad = int((~torch.isfinite(value)).sum())
             raise WeightsError(
                 f"{name} holds {bad} NaN or Inf of {value.numel()} values; the checkpoint is "
                 "damaged, or was saved in a dtype too small for it."

@@ -373,12 +373,12 @@ def _values(stored: Stored, data: memoryview, rows: int) -> Tensor:
 
     Raises:  WeightsError: a format that is neither plain numbers nor one the gguf package decodes.
     """
+    if stored.kind in FLOATS:
+        return torch.frombuffer(data, dtype=FLOATS[stored.kind]).view(rows, -1)
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    if stored.kind in FLOATS:
-        return torch.frombuffer(data, dtype=FLOATS[stored.kind]).view(rows, -1)
     unknown = WeightsError(
         f"{stored} is stored as {stored.kind}, which melens cannot read; it reads "
         f"{', '.join(FLOATS)} and GGUF block formats."

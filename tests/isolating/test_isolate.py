@@ -13,6 +13,7 @@ from planted_causes import CAUSES, plant_cause
 from pydantic import ValidationError
 
 from melens.batches import Batch
+from melens.capture import work_counted
 from melens.errors import InterventionError, MelensError, ResultError, SiteError
 from melens.figures import draw
 from melens.figures.draw import FIGURES
@@ -27,6 +28,7 @@ from melens.metrics import next_token_loss, sequence_loss
 from melens.models import load
 from melens.models.ffn import ffn_of
 from melens.results import Isolation
+from melens.resume import Resumable
 from melens.settings import Run
 
 SEEDS = (0, 1)
@@ -321,3 +323,16 @@ def test_contributions_are_what_the_neurons_write():
     assert set(found.top(0.99)) <= set(made.neurons)
     assert found.summed == pytest.approx(found.made, rel=1e-5)
     assert prefixes.distinct == 1
+
+
+def test_work_is_counted_in_tokens_through_the_whole_model():
+    _, model, texts, _me, _ = isolated("both", 1)
+    runner = Resumable(model, texts[0])
+    with work_counted(model) as tokens:
+        model(texts[0].ids)
+        whole = tokens()
+        runner.run(1, runner.resid_pre(1))
+    assert whole == texts[0].ids.numel()
+    assert tokens() == pytest.approx(whole * (2 - 1 / runner.n_layers))
+    model(texts[0].ids)
+    assert tokens() < 2 * whole  # nothing is counted afterwards

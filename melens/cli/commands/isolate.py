@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from enum import StrEnum
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from melens.cli import options as opt
 from melens.cli.job import Job
+from melens.progress import remark
 
 STEPS = "isolate-steps.jsonl"
 """File in --out that finished runs are kept in; removed at the end."""
@@ -59,14 +61,18 @@ def isolate(
     job = Job.of(model, run, texts=texts, output=out, located=located)
     loaded, prompts = job.load()
     found = job.locate(loaded, prompts)
+    from melens.capture import work_counted
     from melens.isolating import isolate as measure
     from melens.settings import Run
 
-    keep = None if job.out is None else job.out / STEPS
-    with job.bar("steps") as tick:
+    keep, start = None if job.out is None else job.out / STEPS, time.perf_counter()
+    with job.bar("steps") as tick, work_counted(loaded) as tokens:
         how = Run(keep=keep, progress=tick)
         result = measure(loaded, found, prompts, layer=layer, ffn_edit=ffn_edit.value, run=how)
+        passes = tokens() / int(result.run.settings["tokens"] or 1)
     job.finish(result)
+    seconds = time.perf_counter() - start
+    remark(f"that took the blocks of {passes:.1f} forward passes, {seconds:.0f} s")
 
 
 def super_weights(
