@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from melens import __version__
-from melens.checking.keeping import FOLDER, Keeper
+from melens.checking.keeping import FOLDER, Keeper, read_head
 from melens.errors import MelensError
 from melens.provenance import RunInfo, versions
-from melens.store import PAGE, read_limited, write_atomically
+from melens.store import hash_facts, hash_file, write_atomically
 
 SCHEMA = "melens/check-asked/1"
 ASKED = "asked.json"
@@ -44,24 +43,23 @@ def asked_of(model: Any, texts: Any, **options: Any) -> str | None:
         "versions": versions(),
         "machine": [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")],
         "model": str(model),
-        "files": {name: _sha256(path) for name, path in files},
+        "files": {name: hash_file(path) for name, path in files},
         "texts": words,
         "options": options,
     }
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hash_facts(facts)
 
 
 def remember(folder: Path, asked: str, run: RunInfo) -> None:
     """Write down what the stages in a folder answer."""
-    key = _read(folder / FOLDER / "locate.key").get("key")
+    key = read_head(folder / FOLDER / "locate.key").get("key")
     made = {"schema": SCHEMA, "asked": asked, "key": key, "run": run.model_dump()}
     write_atomically(folder / FOLDER / ASKED, json.dumps(made, sort_keys=True) + "\n")
 
 
 def answered_before(folder: Path, asked: str) -> tuple[Keeper, RunInfo] | None:
     """The keeper of the stages that answer this, and the run that they are of."""
-    found = _read(folder / FOLDER / ASKED)
+    found = read_head(folder / FOLDER / ASKED)
     if (found.get("schema"), found.get("asked")) != (SCHEMA, asked):
         return None
     if not isinstance(found.get("key"), str):
@@ -98,23 +96,10 @@ def _words_of(texts: Any) -> Any:
     if texts is None or (isinstance(texts, str) and texts != "-"):
         return texts or "bundled"
     if isinstance(texts, Path):
-        return {"file": _sha256(texts)}
+        return {"file": hash_file(texts)}
     batches = sys.modules.get("melens.batches")  # there where its Prompts are
     if batches is not None and isinstance(texts, batches.Prompts):
         return asdict(texts)
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
         return list(texts)
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_limited(path, PAGE))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

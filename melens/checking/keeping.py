@@ -69,7 +69,7 @@ class Keeper:
         path = self._path(stage)
         if path is None:
             return None
-        head = _head(path.with_suffix(".key"))
+        head = read_head(path.with_suffix(".key"))
         seconds = head.get("seconds")
         if not isinstance(seconds, (int, float)) or not 0 <= seconds < MOST_SECONDS:
             return None
@@ -138,7 +138,8 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
     return digest([repr([held, special, flags, getattr(tokenizer, "chat_template", None)])])
 
 
-def _head(path: Path) -> dict[str, Any]:
+def read_head(path: Path) -> dict[str, Any]:
+    """What a key file says; nothing where there is none, or a damaged one."""
     try:
         return json_object(read_limited(path, PAGE).decode()) or {}
     except (OSError, UnicodeDecodeError):
