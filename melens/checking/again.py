@@ -97,7 +97,7 @@ def _words_of(texts: Any) -> Any:
         return texts or "bundled"
     if isinstance(texts, Path):
         return {"file": hash_file(texts)}
-    batches = sys.modules.get("melens.batches")  # there where its Prompts are
+    batches: Any = sys.modules.get("melens.batches")  # there where its Prompts are
     if batches is not None and isinstance(texts, batches.Prompts):
         return asdict(texts)
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):

@@ -137,7 +137,7 @@ def direction_rows(a: Side, b: Side, limits: Tolerances) -> Iterator[Change]:
     if a.steps is None or b.steps is None or a.steps.shape[1] != b.steps.shape[1]:
         return
     one, two = a.steps[a.located.peak_layer or 0], b.steps[b.located.peak_layer or 0]
-    value = cosines(one[None], two).item()
+    value = _cosine(one, two)
     yield Change(
         what="massive token's direction",
         a=None,
@@ -234,6 +234,10 @@ def _angles(a: Side, b: Side) -> list[float] | None:
     """Cosine by layer, of one token of one text in two models of one shape."""
     if a.steps is None or b.steps is None or a.prefix != b.prefix or a.steps.shape != b.steps.shape:
         return None
-    from melens.metrics import cosines
+    return [_cosine(one, two) for one, two in zip(a.steps, b.steps, strict=True)]
 
-    return [cosines(one[None], two).item() for one, two in zip(a.steps, b.steps, strict=True)]
+
+def _cosine(one: Any, two: Any) -> float:
+    from melens.metrics import cosines  # which loads torch: two saved results need none
+
+    return cosines(one[None], two).item()
