@@ -99,7 +99,8 @@ def _words_of(texts: Any) -> Any:
         return {"file": hash_file(texts)}
     batches: Any = sys.modules.get("melens.batches")  # there where its Prompts are
     if batches is not None and isinstance(texts, batches.Prompts):
-        return asdict(texts)
+        prompts: Any = texts
+        return asdict(prompts)
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
         return list(texts)
     return None

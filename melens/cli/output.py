@@ -56,7 +56,8 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
     from melens.store import write_atomically
 
     write_atomically(folder / f"{name}.json", result.to_json())
-    save_figure(result.plot(), folder / f"{figure}.png", folder / f"{figure}.svg")
+    for kind in ("png", "svg"):  # drawn anew each time: saving settles a figure's layout
+        save_figure(result.plot(), folder / f"{figure}.{kind}")
 
 
 def draw(result: Any, path: Path, style: str | None) -> Path:

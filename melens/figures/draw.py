@@ -171,26 +171,19 @@ def rendered(figure: Figure, kind: str, *, dpi: float | None = None) -> bytes:
     return made.getvalue()
 
 
-def save_figure(figure: Figure, path: Path | str, *others: Path | str) -> Path:
-    """Write a figure atomically, into several files with one layout; equal figures, equal bytes.
+def save_figure(figure: Figure, path: Path | str) -> Path:
+    """Write a figure atomically; equal figures give equal bytes.
 
     Raises:  ResultError: an ending other than png, svg or pdf.
              OutputError: a folder that cannot be written.
     """
-    paths = [Path(one) for one in (path, *others)]
-    kinds = [one.suffix.removeprefix(".").lower() for one in paths]
-    for one, kind in zip(paths, kinds, strict=True):
-        if kind not in FORMATS:
-            raise ResultError(f"cannot draw into {str(one)!r}; end it in .{', .'.join(FORMATS)}.")
-    layout = figure.get_layout_engine()
-    try:
-        for one, kind in zip(paths, kinds, strict=True):
-            with house_style():
-                write_atomically(one, rendered(figure, kind))
-            figure.set_layout_engine("none")  # the first file settled it
-    finally:
-        figure.set_layout_engine(layout)
-    return paths[0]
+    path = Path(path)
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise ResultError(f"cannot draw into {str(path)!r}; end it in .{', .'.join(FORMATS)}.")
+    with house_style():
+        write_atomically(path, rendered(figure, kind))
+    return path
 
 
 def inline(result: Result) -> str:

@@ -220,7 +220,8 @@ def _finish(job: Any, result: Any) -> None:
     if job.out is not None:
         from melens.figures import save_figure
 
-        save_figure(result.plot("paired"), job.out / "paired.png", job.out / "paired.svg")
+        for kind in ("png", "svg"):
+            save_figure(result.plot("paired"), job.out / f"paired.{kind}")
     output.show(result, as_json=job.output.as_json, folder=job.out)
 
 
