@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from melens.chat import chat_ids
 from melens.errors import PromptError
 from melens.formatting import brief
 from melens.framing import cut, frame_of, split_text
+from melens.protocols import Tokenizer
 from melens.shapes import TokenIds, TokenMask
 from melens.store import TEXT, decoded, lines_of, read_limited, read_stdin
 from melens.token_ids import padded, read_ids, require_no_hole
@@ -84,7 +84,7 @@ class Batch:
         return cls.of(ids, mask)
 
     @classmethod
-    def read(cls, source: Any, *, pad_id: int | None = None) -> Batch | None:
+    def read(cls, source: object, *, pad_id: int | None = None) -> Batch | None:
         """The batch of ready ids as :func:`melens.token_ids.read_ids` takes them; None for others.
 
         Raises:  PromptError: ids of another type or shape, or a row without a real token.
@@ -131,7 +131,7 @@ class Prompts:
         """What row of :meth:`token_rows` that is, in words; the texts' beginnings come first."""
         return self.places[row] if row < len(self.places) else f"sequence {row}"
 
-    def token_rows(self, tokenizer: Any, *, max_length: int | None = None) -> list[list[int]]:
+    def token_rows(self, tokenizer: Tokenizer, *, max_length: int | None = None) -> list[list[int]]:
         """Rows of ids: the first piece of every text, then the second ones, until ``n``.
 
         Args:    max_length: the model's context; a longer ``length`` is refused.
@@ -155,7 +155,7 @@ class Prompts:
 
     def pack(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         batch_size: int = 4,
         side: str = "right",
@@ -218,7 +218,7 @@ def prompts(
     return Prompts(texts, n=n, length=length, bos=bos, chat=chat, places=places)
 
 
-def _texts(source: Any, *, chat: bool) -> tuple[tuple[str, ...], int]:
+def _texts(source: object, *, chat: bool) -> tuple[tuple[str, ...], int]:
     """The texts, and how many rows they make where nothing is said."""
     if isinstance(source, str) and source == BUNDLED:
         texts = bundled_texts(chat=chat)
@@ -255,7 +255,7 @@ class FileLines(list[str]):
         self.places = places
 
 
-def strings_of(source: Any) -> tuple[str, ...]:
+def strings_of(source: object) -> tuple[str, ...]:
     """The texts of a list; nothing else is a list of texts.
 
     Raises:  PromptError: naming what was given.
@@ -287,7 +287,7 @@ def read_text(path: Path) -> str:
     return _not_empty(decoded(raw, str(path), error=PromptError), str(path))
 
 
-def encode(tokenizer: Any, text: str, *, bos: bool | None, chat: bool = False) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, *, bos: bool | None, chat: bool = False) -> list[int]:
     """Token ids of one text under the BOS and chat policy of :func:`prompts`.
 
     The text is open at its end: what the tokenizer would put behind it (EOS, [SEP]) is left out.
@@ -296,7 +296,7 @@ def encode(tokenizer: Any, text: str, *, bos: bool | None, chat: bool = False) -
 
 
 def encode_all(
-    tokenizer: Any, texts: Sequence[str], *, bos: bool | None, chat: bool = False
+    tokenizer: Tokenizer, texts: Sequence[str], *, bos: bool | None, chat: bool = False
 ) -> list[list[int]]:
     """:func:`encode` of many texts; the chat template is run once for all of them."""
     if chat:

@@ -6,9 +6,9 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from torch import Tensor
 from melens.batches import Batch, Prompts
 from melens.errors import BusyError, CaptureError, PromptError, SiteError
 from melens.framing import require_known
+from melens.protocols import AnyModel, HookedModel
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -27,7 +30,7 @@ class Reducer(Protocol):
         """Take in ``x`` (read only; never keep it) of the rows of ``batch``."""
         ...
 
-    def result(self) -> Any:
+    def result(self) -> object:
         """What has been gathered; CaptureError before the first batch."""
         ...
 
@@ -72,16 +75,16 @@ class _Use:
         )
 
 
-_USES: weakref.WeakKeyDictionary[Any, _Use] = weakref.WeakKeyDictionary()
+_USES: weakref.WeakKeyDictionary[object, _Use] = weakref.WeakKeyDictionary()
 _USES_LOCK = threading.Lock()
 
 
-def _key(model: Any) -> Any:
+def _key(model: AnyModel) -> AnyModel:
     return getattr(model, "original_model", model)
 
 
 @contextmanager
-def one_thread(model: Any) -> Iterator[None]:
+def one_thread(model: AnyModel) -> Iterator[None]:
     """The model belongs to this thread while this is open; hooks act on whoever runs it.
 
     Nests within one thread. Every edit, capture and resumed run opens it.
@@ -104,7 +107,7 @@ def one_thread(model: Any) -> Iterator[None]:
                 _USES.pop(_key(model), None)
 
 
-def enter_kept(model: Any, context: Any) -> tuple[Any, int]:
+def enter_kept(model: AnyModel, context: AbstractContextManager[T]) -> tuple[T, int]:
     """Enter a context that stays open, without the model being this thread's from then on.
 
     Returns: what the context gives, and what :func:`exit_kept` needs.
@@ -120,7 +123,9 @@ def enter_kept(model: Any, context: Any) -> tuple[Any, int]:
     return found, count
 
 
-def exit_kept(model: Any, context: Any, count: int, error: Exception) -> None:
+def exit_kept(
+    model: AnyModel, context: AbstractContextManager[object], count: int, error: Exception
+) -> None:
     """Leave such a context with an error that it lets pass.
 
     Raises:  BusyError: another thread has the model at this moment.
@@ -134,21 +139,21 @@ def exit_kept(model: Any, context: Any, count: int, error: Exception) -> None:
 class EachPass:
     """Makes every forward pass of a model one thread's own, from its start to its end."""
 
-    def __init__(self, model: Any) -> None:
-        self._running: tuple[threading.Thread, Any] | None = None
+    def __init__(self, model: HookedModel) -> None:
+        self._running: tuple[threading.Thread, AbstractContextManager[None]] | None = None
         outer = _key(model)
         self._handles = [
             outer.register_forward_pre_hook(self._begin, prepend=True),
             outer.register_forward_hook(self._end, always_call=True),
         ]
 
-    def _begin(self, module: Any, *_: Any) -> None:
+    def _begin(self, module: torch.nn.Module, *_: object) -> None:
         self._end()  # an interrupt leaves its pass behind
         mine = one_thread(module)
         mine.__enter__()
         self._running = threading.current_thread(), mine
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, *_: object) -> None:
         running = self._running
         if running is not None and running[0] is threading.current_thread():
             self._running = None
@@ -160,7 +165,7 @@ class EachPass:
             handle.remove()
 
 
-def require_this_thread(model: Any) -> None:
+def require_this_thread(model: AnyModel) -> None:
     """Refuse a forward pass of a thread that the open edits or captures are not of.
 
     Blocks that a backward pass computes again (gradient checkpointing) run in a thread of
@@ -179,19 +184,19 @@ _in_backward: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", la
 """-1 outside a backward pass."""
 
 
-Hooks = Iterable[tuple[str, Callable[..., Any]]]
+Hooks = Iterable[tuple[str, Callable[..., object]]]
 
 
 @contextmanager
-def hooked(model: Any, hooks: Hooks) -> Iterator[None]:
+def hooked(model: HookedModel, hooks: Hooks) -> Iterator[None]:
     """TransformerLens hooks (name, function) of this thread; another's pass through them is
     refused.
 
     Raises:  BusyError: here, or in a pass of another thread that reaches a hook.
     """  # noqa: D205
 
-    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: Any, hook: Any) -> Any:
+    def guarded(function: Callable[..., object]) -> Callable[..., object]:
+        def call(x: Tensor, hook: object) -> object:
             require_this_thread(model)
             return function(x, hook)
 
@@ -226,7 +231,7 @@ class EverythingSeen(Exception):
 
 @torch.no_grad()
 def stream(
-    model: Any,
+    model: HookedModel,
     batches: Iterable[Batch] | Batch | Prompts | Any,
     taps: Mapping[str, Reducer],
     *,
@@ -290,7 +295,7 @@ def stream(
     return count
 
 
-def check_sites(model: Any, sites: Iterable[str]) -> None:
+def check_sites(model: HookedModel, sites: Iterable[str]) -> None:
     """Refuse hook names that the model does not have.
 
     Raises:  SiteError: naming the sites, before any forward pass.
@@ -303,12 +308,12 @@ def check_sites(model: Any, sites: Iterable[str]) -> None:
         )
 
 
-def pad_id_of(model: Any) -> int | None:
+def pad_id_of(model: HookedModel) -> int | None:
     """What the model's tokenizer pads with; None without a tokenizer or a padding token."""
     return getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
 
 
-def fit_ids(model: Any, batch: Batch) -> Batch:
+def fit_ids(model: HookedModel, batch: Batch) -> Batch:
     """The batch with padding that the embedding has a row for.
 
     A padding token that was added to a tokenizer alone has an id after the model's last one.
@@ -325,11 +330,11 @@ def fit_ids(model: Any, batch: Batch) -> Batch:
     return replace(batch, ids=batch.ids.masked_fill(outside, 0))
 
 
-def forward(model: Any, batch: Batch) -> None:
+def forward(model: HookedModel, batch: Batch) -> None:
     """One forward pass without logits; ends where the last needed hook says so."""
     device = next(model.parameters()).device
     here = batch.to(device)
-    options: dict[str, Any] = {"attention_mask": here.mask.long()} if here.padded else {}
+    options: dict[str, object] = {"attention_mask": here.mask.long()} if here.padded else {}
     if hasattr(model, "original_model"):
         options["use_cache"] = False  # keys and values of all layers would outlive their use
     try:
@@ -339,7 +344,7 @@ def forward(model: Any, batch: Batch) -> None:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: AnyModel) -> Iterator[None]:
     """Eval mode inside, every submodule's own mode back outside."""
     training = [module for module in model.modules() if module.training]
     if training:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from melens.errors import PromptError
 from melens.framing import frame_of, plain_ids, prompt_ids
@@ -29,20 +29,20 @@ _FAILED: dict[str, str] = {}
 MOST_FAILED = 256
 WITHOUT = "leave it out (--no-chat of generate and eval, no --chat elsewhere; chat=False in Python)"
 """What to do where a template cannot be used."""
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 
 
-def has_template(tokenizer: Any) -> bool:
+def has_template(tokenizer: Tokenizer | None) -> TypeGuard[Tokenizer]:
     """Whether there is a chat template at all; it is not looked at."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def in_template(tokenizer: Any, chat: bool | None) -> bool:
+def in_template(tokenizer: Tokenizer | None, chat: bool | None) -> bool:
     """Whether a text goes through the template: as asked, else (None) where there is one."""
     return has_template(tokenizer) if chat is None else chat
 
 
-def task_prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> list[int]:
+def task_prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool | None = None) -> list[int]:
     """Ids of a prompt as a task that generates wrote it: rendered, where there is a template.
 
     A rendered text begins as its template says, without what the tokenizer puts before other
@@ -53,7 +53,7 @@ def task_prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None = None) ->
     return prompt_ids(tokenizer, prompt, add=not in_template(tokenizer, chat))
 
 
-def template_key(tokenizer: Any, *, chat: bool | None = None) -> str:
+def template_key(tokenizer: Tokenizer, *, chat: bool | None = None) -> str:
     """Tells apart what :func:`task_prompt_ids` depends on, beside the tokenizer's vocabulary."""
     used = in_template(tokenizer, chat)
     said = repr(getattr(tokenizer, "chat_template", None) if used else None)
@@ -61,7 +61,7 @@ def template_key(tokenizer: Any, *, chat: bool | None = None) -> str:
     return digest([said])
 
 
-def loses_prefix(tokenizer: Any) -> bool:
+def loses_prefix(tokenizer: Tokenizer) -> bool:
     """Whether a rendered text goes without a prefix that an earlier melens put before it: where
     the template begins with BOS itself, nothing was put.
 
@@ -73,7 +73,7 @@ def loses_prefix(tokenizer: Any) -> bool:
     return not (start and chat_texts(tokenizer, ["a"])[0].startswith(start))
 
 
-def chat_opening(tokenizer: Any) -> str:
+def chat_opening(tokenizer: Tokenizer) -> str:
     """What every rendered text begins with, whoever speaks first; its first line, as a template
     may write a date behind it. Empty where there is no such thing.
     """  # noqa: D205
@@ -93,7 +93,7 @@ def chat_opening(tokenizer: Any) -> str:
     return found[0] if found and found[0].strip() else ""
 
 
-def template_of(tokenizer: Any) -> str:
+def template_of(tokenizer: Tokenizer) -> str:
     """The template that plain chats are put in: the only one, or the one named ``default``.
 
     Raises:  PromptError: there is none, or there are several and none is the default.
@@ -113,7 +113,7 @@ def template_of(tokenizer: Any) -> str:
     return found
 
 
-def chat_texts(tokenizer: Any, contents: Sequence[str]) -> tuple[str, ...]:
+def chat_texts(tokenizer: Tokenizer, contents: Sequence[str]) -> tuple[str, ...]:
     """Each text as a user's message in the chat template, the answer begun.
 
     Raises:  PromptError: as :func:`render`.
@@ -121,13 +121,13 @@ def chat_texts(tokenizer: Any, contents: Sequence[str]) -> tuple[str, ...]:
     return render(tokenizer, [[{"role": "user", "content": text}] for text in contents])
 
 
-def chat_ids(tokenizer: Any, contents: Sequence[str]) -> list[list[int]]:
+def chat_ids(tokenizer: Tokenizer, contents: Sequence[str]) -> list[list[int]]:
     """Token ids of :func:`chat_texts`; the template alone says what stands around a text."""
     made, frame = chat_texts(tokenizer, contents), frame_of(tokenizer)
     return [plain_ids(tokenizer, text, frame=frame) for text in made]
 
 
-def chat_start(tokenizer: Any) -> int | None:
+def chat_start(tokenizer: Tokenizer) -> int | None:
     """The first token that the template puts whatever is said; None where it differs.
 
     Raises:  PromptError: as :func:`render`.
@@ -137,7 +137,7 @@ def chat_start(tokenizer: Any) -> int | None:
 
 
 def render(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]], *, begin_answer: bool = True
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, begin_answer: bool = True
 ) -> tuple[str, ...]:
     """Conversations in the tokenizer's chat template, a child process for each AT_ONCE of them.
 

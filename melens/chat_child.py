@@ -20,6 +20,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from melens.protocols import JsonObject
+
 
 class Generation(Extension):
     """``{% generation %}`` marks what a model wrote; it changes nothing of the text."""
@@ -48,18 +50,20 @@ class Dicts:
 class PublicNamespace(Namespace):
     """``namespace`` of a template; its names cannot reach what Python keeps to itself."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # self among args: a template may say self=
+    def __init__(
+        *args: object, **kwargs: object
+    ) -> None:  # self among args: a template may say self=
         values = dict(*args[1:], **kwargs)
         for name in values:
             _check_name(name)
         Namespace.__init__(args[0], values)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
         super().__setitem__(name, value)
 
 
-def _check_name(name: Any) -> None:
+def _check_name(name: object) -> None:
     if str(name).startswith("_"):
         raise SecurityError(f"a namespace takes no name like {name!r}")
 
@@ -68,7 +72,9 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **more: Any) -> str:
+def _to_json(
+    value: object, ensure_ascii: bool = False, indent: int | str | None = None, **more: Any
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 
 
@@ -106,7 +112,7 @@ def limit(seconds: int, megabytes: int) -> None:
             resource.setrlimit(kind, (most, most))
 
 
-def answer(job: dict[str, Any]) -> dict[str, Any]:
+def answer(job: JsonObject) -> JsonObject:
     """``{"texts": [...]}``, or ``{"error": why}``."""
     try:
         template = environment().from_string(job["template"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import reprlib
 import unicodedata
-from typing import Any
 
 LAYOUT = "\n\t"
 """Controls that our own lines are made with; a table's cells hold none."""
@@ -70,7 +69,7 @@ class _Brief(reprlib.Repr):
         return super().repr_int(x, level)
 
 
-def brief(value: Any, longest: int = 60) -> str:
+def brief(value: object, longest: int = 60) -> str:
     """``repr`` of a value from outside for a message: at most ``longest`` characters, safe to show.
 
     A nested value is cut before it is expanded, so that a few bytes cannot become gigabytes.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from melens.errors import PromptError
+from melens.protocols import Encoding, Tokenizer
 
+T = TypeVar("T")
 PROBES = ("a", "0", " the", "\n", "\u4e00")
 """Texts to look at a frame with: the first of which a tokenizer makes any token."""
 MIN_TAIL = 4
@@ -25,14 +27,14 @@ class Frame:
     inside: bool = False
     """Whether they come even where the tokenizer is told to add none."""
 
-    def without(self, row: Sequence[Any]) -> list[Any]:
+    def without(self, row: Sequence[T]) -> list[T]:
         """What belongs to the text itself, of a row that was made without special tokens."""
         if not self.inside:
             return list(row)
         return list(row[len(self.prefix) : len(row) - len(self.suffix)])
 
 
-def encoded(tokenizer: Any, text: str, **options: Any) -> Any:
+def encoded(tokenizer: Tokenizer, text: str, **options: object) -> Encoding:
     """What a tokenizer makes of a text, asked to put nothing around it; it may not obey.
 
     Raises:  PromptError: characters that no text has (half of a surrogate pair).
@@ -47,7 +49,7 @@ def encoded(tokenizer: Any, text: str, **options: Any) -> Any:
         ) from None
 
 
-def plain_ids(tokenizer: Any, text: str, *, frame: Frame | None = None) -> list[int]:
+def plain_ids(tokenizer: Tokenizer, text: str, *, frame: Frame | None = None) -> list[int]:
     """Token ids of a text alone, nothing around it, whatever the tokenizer does of its own accord.
 
     Args:    frame: :func:`frame_of` the tokenizer, where it is known already.
@@ -57,7 +59,7 @@ def plain_ids(tokenizer: Any, text: str, *, frame: Frame | None = None) -> list[
     return frame.without(encoded(tokenizer, text)["input_ids"])
 
 
-def frame_of(tokenizer: Any) -> Frame:
+def frame_of(tokenizer: Tokenizer) -> Frame:
     """What the tokenizer puts around a text, found by asking it."""
     for probe in PROBES:
         plain = list(encoded(tokenizer, probe)["input_ids"])
@@ -72,7 +74,7 @@ def frame_of(tokenizer: Any) -> Frame:
 
 
 def split_text(
-    tokenizer: Any, text: str, *, bos: bool | None, frame: Frame | None = None
+    tokenizer: Tokenizer, text: str, *, bos: bool | None, frame: Frame | None = None
 ) -> tuple[list[int], list[int]]:
     """What stands first in every piece of a text, and the text's own tokens.
 
@@ -100,7 +102,7 @@ def split_text(
     return head, body
 
 
-def head_size(tokenizer: Any, *, bos: bool | None) -> int:
+def head_size(tokenizer: Tokenizer, *, bos: bool | None) -> int:
     """How many tokens stand before every text under a BOS policy of :func:`split_text`."""
     prefix, start = frame_of(tokenizer).prefix, getattr(tokenizer, "bos_token_id", None)
     if bos is False:
@@ -108,7 +110,7 @@ def head_size(tokenizer: Any, *, bos: bool | None) -> int:
     return len(prefix) + (bos is True and prefix[:1] != (start,))
 
 
-def prompt_ids(tokenizer: Any, text: str, *, add: bool | None = None) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, text: str, *, add: bool | None = None) -> list[int]:
     """Ids of a prompt that may begin with BOS as it is written: then nothing is put before it.
 
     Args:    add: whether the tokenizer's prefix is put in front; None = it is.
@@ -133,7 +135,7 @@ def cut(head: list[int], body: list[int], length: int) -> Iterator[list[int]]:
             yield head + body[i : i + step]
 
 
-def bos_first(tokenizer: Any, rows: Sequence[Sequence[int]]) -> bool | None:
+def bos_first(tokenizer: Tokenizer | None, rows: Sequence[Sequence[int]]) -> bool | None:
     """Whether token sequences begin with BOS; None where some do and some do not, or where no
     tokenizer says which token that is.
     """  # noqa: D205
@@ -144,7 +146,7 @@ def bos_first(tokenizer: Any, rows: Sequence[Sequence[int]]) -> bool | None:
     return found.pop() if len(found) == 1 else None
 
 
-def known_ids(tokenizer: Any, size: int) -> list[int]:
+def known_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:
     """The ids that stand for something: embeddings often have rows that no token has.
 
     Args:    tokenizer: None = every id. size: rows of the embedding.
@@ -167,7 +169,7 @@ def require_known(rows: Sequence[Sequence[int]], size: int) -> None:
         )
 
 
-def unknown_rows(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[bool]:
+def unknown_rows(rows: Sequence[Sequence[int]], tokenizer: Tokenizer | None) -> list[bool]:
     """Whether sequences hold nothing but the unknown token, special tokens left aside."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None:
@@ -191,7 +193,7 @@ def _filled(row: Sequence[int]) -> int:
     return sum(count for _, count in ranked if count >= REPEATED_TIMES)
 
 
-def _inside(tokenizer: Any, ids: list[int]) -> Frame:
+def _inside(tokenizer: Tokenizer, ids: list[int]) -> Frame:
     """Special tokens at both ends of a text that came without being asked for."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     special = set(getattr(tokenizer, "all_special_ids", ())) - {unknown}

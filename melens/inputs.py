@@ -21,6 +21,7 @@ from melens.interventions.target import note_weights
 from melens.models.anatomy import is_folded
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
+from melens.protocols import HookedModel, JsonObject, ModelLike
 from melens.provenance import ModelFacts, RunInfo
 from melens.store import digest
 
@@ -29,10 +30,10 @@ from melens.store import digest
 class HasArray(Protocol):
     """A tensor, or an array of numpy's."""
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __array__(self, *args: object, **kwargs: object) -> object: ...
 
 
-Ids = HasArray | Mapping[str, Any] | Sequence[Any]
+Ids = HasArray | Mapping[str, object] | Sequence[object]
 """Token ids, as ``model.to_tokens`` and tokenizers give them (an attention_mask counts)."""
 Source = Prompts | str | Path | Iterable[str] | Iterable[Batch] | Batch | Ids | None
 """What a measurement takes as texts; None = the bundled ones."""
@@ -44,9 +45,9 @@ MIN_TOKENS = 4
 class Inputs:
     """A model whose hooks were checked, and the token batches to run it over."""
 
-    model: Any
+    model: HookedModel
     batches: list[Batch]
-    settings: dict[str, Any]
+    settings: JsonObject
     """What the run is fed, so that it can be made again; part of every RunInfo."""
     weights: str
     """Fingerprint of the model's weights."""
@@ -81,7 +82,7 @@ class Inputs:
         )
         return RunInfo.collect(facts, seed=seed, settings={**self.settings, **settings})
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """What every number depends on beside texts and settings: the key of what is kept."""
         parameter = next(self.model.parameters())
         return {
@@ -155,7 +156,7 @@ def prepare(
     return ready.over(prompts, batch_size=batch_size, least=least)
 
 
-def _batches(model: Any, source: Any, batch_size: int, least: int) -> list[Batch]:
+def _batches(model: HookedModel, source: object, batch_size: int, least: int) -> list[Batch]:
     limit = getattr(model.cfg, "n_ctx", None)
     batches = _ready(source := _listed(source), pad_id_of(model), batch_size)
     if batches is None:
@@ -188,7 +189,7 @@ def _listed(source: Any) -> Any:
     return source
 
 
-def _ready(source: Any, pad_id: int | None, size: int) -> list[Batch] | None:
+def _ready(source: object, pad_id: int | None, size: int) -> list[Batch] | None:
     """Batches and token ids, which need no tokenizer; None for texts."""
     if isinstance(source, Batch):
         return [source]
@@ -200,7 +201,9 @@ def _ready(source: Any, pad_id: int | None, size: int) -> list[Batch] | None:
     return None if read is None else read.split(size)
 
 
-def _check_lengths(batches: Sequence[Batch], source: Any, *, limit: int | None, least: int) -> None:
+def _check_lengths(
+    batches: Sequence[Batch], source: object, *, limit: int | None, least: int
+) -> None:
     lengths = torch.cat([batch.mask.sum(-1).cpu() for batch in batches])
     if lengths.min() < least:
         row = int(lengths.argmin())
@@ -215,7 +218,7 @@ def _check_lengths(batches: Sequence[Batch], source: Any, *, limit: int | None, 
         )
 
 
-def _settings(model: Any, source: Any, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _settings(model: HookedModel, source: object, ids: Sequence[Sequence[int]]) -> JsonObject:
     tokenizer = getattr(model, "tokenizer", None)
     made = source if isinstance(source, Prompts) else Prompts(())
     unknown = sum(unknown_rows(ids, tokenizer))

@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from melens.errors import ResultError
 from melens.store import (
@@ -33,7 +32,7 @@ class ItemRow:
     weight: float
     also: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Further measures: name -> (value, weight)."""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: JsonObject = field(default_factory=dict)
     """What was asked and answered: prompt, answer, gold, lengths."""
 
 
@@ -44,7 +43,7 @@ DAMAGED = "{path} is damaged; delete it to start anew, or choose another folder.
 class Rows(KeptRows[tuple[str, str], ItemRow]):
     """Finished rows by item and condition."""
 
-    def __init__(self, path: Path | None, facts: dict[str, Any], *, of: str = "evaluation") -> None:
+    def __init__(self, path: Path | None, facts: JsonObject, *, of: str = "evaluation") -> None:
         """Take up an earlier run's rows, or begin the file.
 
         Args:    facts: what the numbers depend on; kept in the file's first line.
@@ -68,7 +67,7 @@ class Rows(KeptRows[tuple[str, str], ItemRow]):
         return {item: row for (item, name), row in self.found.items() if name == condition}
 
 
-def head_of(path: Path) -> dict[str, Any]:
+def head_of(path: Path) -> JsonObject:
     """The first line of a file of items: its key, and what its numbers depend on.
 
     Raises:  ResultError: it cannot be read, or is not a file of items.

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 from melens.errors import ResultError
 from melens.registry import Registry, closest
@@ -75,7 +75,7 @@ def known_by(names: Iterable[str], hold: Callable[[str], KnownCheck]) -> KnownCh
     return next((check for check in checks if check.source is not None), checks[0])
 
 
-def _fits(row: dict[str, Any], n_layers: int, d_model: int | None) -> bool:
+def _fits(row: JsonObject, n_layers: int, d_model: int | None) -> bool:
     """Whether a model of this size can be the published one; None = taken at its word."""
     if d_model is None:
         return True
@@ -85,10 +85,10 @@ def _fits(row: dict[str, Any], n_layers: int, d_model: int | None) -> bool:
     return not deep and all(dim < d_model for dim in dims)
 
 
-def known_models() -> Registry[list[dict[str, Any]]]:
+def known_models() -> Registry[list[JsonObject]]:
     """Published rows by name; some models have one with BOS and one without."""
     text = (resources.files("melens") / "data" / "known_models.json").read_text("utf-8")
-    found: Registry[list[dict[str, Any]]] = Registry("published model")
+    found: Registry[list[JsonObject]] = Registry("published model")
     for row in json.loads(text)["models"]:
         if row["model"] not in found:
             found.add(row["model"], [])
@@ -96,7 +96,7 @@ def known_models() -> Registry[list[dict[str, Any]]]:
     return found
 
 
-def published_rows(model: str) -> list[dict[str, Any]]:
+def published_rows(model: str) -> list[JsonObject]:
     """Rows on record for a model's name, its last part, or a name melens gives it."""
     wanted = _key(ALIASES.get(model, model))
     return [
@@ -111,7 +111,7 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.strip().rstrip("/").lower()).strip("-")
 
 
-def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
+def _check(row: JsonObject, model: str, result: MELayer) -> KnownCheck:
     made = [_layer(row, result), _jump(row, result), *_dims(row, result)]
     made += [_erase(row, result), _stages(row, result)]
     sure = {True: _same_kind(row, result), False: _same_start(row, result)}
@@ -136,21 +136,21 @@ def _check(row: dict[str, Any], model: str, result: MELayer) -> KnownCheck:
     )
 
 
-def _same_kind(row: dict[str, Any], result: MELayer) -> bool:
+def _same_kind(row: JsonObject, result: MELayer) -> bool:
     """Whether a layer or a dimension of this run can speak against the published one."""
     with_bos = result.run.settings.get("bos_first")
     shown = bool(result.massive) or bool(with_bos) or result.stability.sequences >= LEAST_TEXTS
     return row.get("bos", with_bos) == with_bos and shown
 
 
-def _same_start(row: dict[str, Any], result: MELayer) -> bool:
+def _same_start(row: JsonObject, result: MELayer) -> bool:
     """Whether both runs begin with BOS and nothing else is massive first: the same token."""
     with_bos = bool(result.run.settings.get("bos_first"))
     first = bool(result.massive) and result.massive[0].position == 0
     return row.get("bos") is True and with_bos and first
 
 
-def _layer(row: dict[str, Any], result: MELayer) -> Comparison | None:
+def _layer(row: JsonObject, result: MELayer) -> Comparison | None:
     measured = result.me_layer
     if "me_layer" in row:
         fits = row["me_layer"] == measured
@@ -160,7 +160,7 @@ def _layer(row: dict[str, Any], result: MELayer) -> Comparison | None:
     return None
 
 
-def _dims(row: dict[str, Any], result: MELayer) -> list[Comparison]:
+def _dims(row: JsonObject, result: MELayer) -> list[Comparison]:
     """Whether each published dimension is massive, and how large it is where it is."""
     first = result.massive[0] if result.massive else None
     largest = {
@@ -180,7 +180,7 @@ def _dims(row: dict[str, Any], result: MELayer) -> list[Comparison]:
     return made
 
 
-def _jump(row: dict[str, Any], result: MELayer) -> Comparison | None:
+def _jump(row: JsonObject, result: MELayer) -> Comparison | None:
     """The largest |x| that the ME Layer leaves."""
     if "jump" not in row or not result.me_layer:
         return None
@@ -189,14 +189,14 @@ def _jump(row: dict[str, Any], result: MELayer) -> Comparison | None:
     return _compare("max |x| after the ME Layer", f"{after:,.0f}", f"{found:,.0f}", fits)
 
 
-def _erase(row: dict[str, Any], result: MELayer) -> Comparison | None:
+def _erase(row: JsonObject, result: MELayer) -> Comparison | None:
     if "erase_layer" not in row:
         return None
     fits = row["erase_layer"] == result.erase_layer
     return _compare("erase layer", row["erase_layer"], result.erase_layer, fits)
 
 
-def _stages(row: dict[str, Any], result: MELayer) -> Comparison | None:
+def _stages(row: JsonObject, result: MELayer) -> Comparison | None:
     if "stages" not in row:
         return None
     published = [layer for layer, _ in row["stages"]]
@@ -205,7 +205,7 @@ def _stages(row: dict[str, Any], result: MELayer) -> Comparison | None:
 
 
 def _compare(
-    what: str, published: Any, measured: Any, fits: bool, *, place: bool = False
+    what: str, published: object, measured: object, fits: bool, *, place: bool = False
 ) -> Comparison:
     return Comparison(
         what=what,
@@ -216,7 +216,7 @@ def _compare(
     )
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if value is None:
         return "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -246,7 +246,7 @@ def known_scan(model: str, scan: WeightScan) -> KnownCheck:
     )
 
 
-def _check_scan(row: dict[str, Any], model: str, scan: WeightScan) -> KnownCheck:
+def _check_scan(row: JsonObject, model: str, scan: WeightScan) -> KnownCheck:
     made = []
     if "me_layer" in row or row.get("steps"):
         layer = row["me_layer"] if "me_layer" in row else row["steps"][0]

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from melens.batches import Batch
 from melens.capture import (
@@ -32,6 +32,7 @@ from melens.interventions.context import Now, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.decoder import Keeping, RecordedPrefix
 from melens.models.origin import origin_of
+from melens.protocols import Args, Called, HookedModel, Kwargs
 from melens.shapes import Resid
 
 CACHES = ("past_key_values", "layer_past")
@@ -59,7 +60,7 @@ class Resumable:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, batch: Batch, *, check: bool = True) -> None:
+    def __init__(self, model: HookedModel, batch: Batch, *, check: bool = True) -> None:
         """Record the clean run, and check that resuming gives the same numbers.
 
         Args:    model: a TransformerBridge or HookedTransformer; never moved.
@@ -74,7 +75,7 @@ class Resumable:
         self.batch = batch.to(next(model.parameters()).device)
         self.n_layers: int = model.cfg.n_layers
         self._names = [_parameters(block) for block in model.blocks]
-        self._calls: list[dict[str, Any]] = []
+        self._calls: list[Kwargs] = []
         self._resids: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._per_row: dict[str, bool] = {}
@@ -99,7 +100,7 @@ class Resumable:
 
     @torch.no_grad()
     def block(
-        self, layer: int, resid: Resid, *, start: int = 0, notes: dict[Any, Tensor] | None = None
+        self, layer: int, resid: Resid, *, start: int = 0, notes: dict[object, Tensor] | None = None
     ) -> Resid:
         """One block over the positions from ``start`` on; the model must be in eval mode.
 
@@ -111,7 +112,7 @@ class Resumable:
         with passing(self.model, self._now(self._copies(resid, start), start, notes)):
             return self._block(layer, resid, start)
 
-    def _now(self, copies: int, start: int, notes: dict[Any, Tensor] | None) -> Now:
+    def _now(self, copies: int, start: int, notes: dict[object, Tensor] | None) -> Now:
         """What a run over these rows looks at; what it does not run is as recorded."""
         keys = self.batch.positions.repeat(copies, 1)
         ids = self.batch.ids[:, start:].repeat(copies, 1)
@@ -207,8 +208,8 @@ class Resumable:
         self._calls, self._resids, self._pairs = [], [], []
         kept: list[Keeping] = []
 
-        def before(layer: int) -> Callable[..., Any]:
-            def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def before(layer: int) -> Callable[..., object]:
+            def note(module: nn.Module, args: Args, kwargs: Kwargs) -> Called:
                 named = {**dict(zip(self._names[layer], args, strict=False)), **kwargs}
                 require_this_thread(self.model)
                 resid = named.pop(self._names[layer][0])
@@ -222,7 +223,7 @@ class Resumable:
 
             return note
 
-        def after(module: Any, args: tuple[Any, ...], out: Any) -> None:
+        def after(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> None:
             self._resids.append((out[0] if isinstance(out, tuple) else out).detach())
 
         blocks = list(self.model.blocks)
@@ -240,7 +241,7 @@ class Resumable:
         return logits[torch.arange(len(logits)), self._last()]
 
     def _full(self, copies: int = 1) -> Tensor:
-        options: dict[str, Any] = {}
+        options: dict[str, object] = {}
         if self.batch.padded:
             options["attention_mask"] = self.batch.mask.long().repeat(copies, 1)
         if hasattr(self.model, "original_model"):
@@ -257,8 +258,8 @@ class Resumable:
         once = _sizes(self._calls)
         found: dict[str, int] = {}
 
-        def look(layer: int) -> Callable[..., Any]:
-            def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(layer: int) -> Callable[..., object]:
+            def note(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
                 named = dict(zip(self._names[layer], args, strict=False))
                 for name, size in _sizes([{**named, **kwargs}]).items():
                     found.setdefault(name, size)
@@ -345,7 +346,7 @@ class Resumable:
             )
         return len(resid) // rows
 
-    def _fitted(self, name: str, value: Any, start: int, copies: int) -> Any:
+    def _fitted(self, name: str, value: object, start: int, copies: int) -> object:
         """A recorded argument, for these rows and positions."""
         if isinstance(value, tuple):
             parts = enumerate(value)
@@ -368,7 +369,7 @@ def _cut(name: str, value: Tensor, start: int) -> Tensor:
     return value[..., start:] if name in ("position_ids", "cache_position") else value
 
 
-def _sizes(calls: Iterable[dict[str, Any]]) -> dict[str, int]:
+def _sizes(calls: Iterable[Kwargs]) -> dict[str, int]:
     """Length of the first axis of every tensor in blocks' arguments, by its name."""
     found: dict[str, int] = {}
     for call in calls:
@@ -380,7 +381,7 @@ def _sizes(calls: Iterable[dict[str, Any]]) -> dict[str, int]:
     return found
 
 
-def _parameters(block: Any) -> list[str]:
+def _parameters(block: nn.Module) -> list[str]:
     """Names of a block's arguments in order, the residual first."""
     inner = getattr(block, "original_component", None) or block
     return list(inspect.signature(inner.forward).parameters)

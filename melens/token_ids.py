@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ MOST = 1 << 40
 FITS = "give texts, token ids ([pos] or [batch, pos]), a tokenizer's output, or token batches"
 
 
-def read_ids(source: Any, *, pad_id: int | None = None) -> tuple[Rows, list[list[bool]]] | None:
+def read_ids(source: object, *, pad_id: int | None = None) -> tuple[Rows, list[list[bool]]] | None:
     """Rows of ids with what is real in them; None where ``source`` is something else.
 
     A tensor or an array without a mask has padding where its rows end (or begin) with more
@@ -78,7 +78,7 @@ def require_no_hole(mask: Tensor) -> None:
         )
 
 
-def _of_mapping(source: Mapping[Any, Any], pad_id: int | None) -> tuple[Rows, list[list[bool]]]:
+def _of_mapping(source: Mapping[str, object], pad_id: int | None) -> tuple[Rows, list[list[bool]]]:
     if "input_ids" not in source:
         raise PromptError(f"a {type(source).__name__} without 'input_ids' is no text; {FITS}.")
     if unread := [name for name in ("position_ids", "inputs_embeds") if name in source]:
@@ -96,7 +96,7 @@ def _of_mapping(source: Mapping[Any, Any], pad_id: int | None) -> tuple[Rows, li
     return rows, [[bool(value) for value in row] for row in made[0]]
 
 
-def _numbers(mask: Any) -> Any:
+def _numbers(mask: Any) -> object:
     """A mask of truth values as one of 0 and 1."""
     if isinstance(mask, bool):
         return int(mask)
@@ -108,7 +108,7 @@ def _numbers(mask: Any) -> Any:
     return mask.astype(int) if kind == "b" else mask
 
 
-def _of_array(source: Any, pad_id: int | None) -> tuple[Rows, list[list[bool]]]:
+def _of_array(source: Tensor, pad_id: int | None) -> tuple[Rows, list[list[bool]]]:
     shape = tuple(source.shape)
     if len(shape) not in (1, 2) or not all(shape):
         raise PromptError(f"token ids must be [pos] or [batch, pos] and not empty, got {shape}.")
@@ -143,14 +143,14 @@ def _row(row: Any) -> list[int]:
     return [int(value) for value in values]
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     if isinstance(value, (bool, str, Tensor)):
         return False
     scalar = getattr(value, "ndim", 0) == 0
     return isinstance(value, int) or (scalar and hasattr(value, "__index__"))
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> TypeGuard[Tensor]:
     """A tensor or an array of numbers; an array of strings is a list of texts."""
     if isinstance(value, Tensor):
         return True

@@ -16,7 +16,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "melens"
 SAVED = repr(str(SRC.parent / "docs" / "results" / "smollm2-135m.locate.json"))
 ROWS = [
-    {"formatting", "intervals"},
+    {"formatting", "intervals", "protocols"},
     {"errors", "shapes", "provenance", "network", "progress", "chat_child"},
     {"registry", "settings", "store", "framing", "token_ids"},
     {"chat"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from melens.errors import InterventionError, OutputError, ResultError
 from melens.exporting.prefix import (
@@ -31,6 +31,7 @@ from melens.exporting.subject import (
     write_edit,
 )
 from melens.formatting import brief, clipped
+from melens.protocols import ModelLike, Tokenizer, TransformersModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.edit import Edit, EditFile, Format, PrefixFacts
@@ -76,7 +77,7 @@ def readme(record: EditFile) -> str:
 
 
 def export(
-    model: Any,
+    model: ModelLike,
     edit: Edit,
     *,
     format: str = "hf",
@@ -137,7 +138,7 @@ def _writer(subject: Subject, prefix: Prefix, format: Format) -> Callable[[Path]
     return lambda folder: write_adapter(prefix, folder, base=base, revision=revision)
 
 
-def _write_model(hf: Any, tokenizer: Any, folder: Path) -> None:
+def _write_model(hf: TransformersModel, tokenizer: Tokenizer, folder: Path) -> None:
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

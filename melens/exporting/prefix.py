@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +25,7 @@ from melens.exporting.subject import (
 )
 from melens.framing import frame_of, plain_ids
 from melens.interventions.massive import massive_tokens, with_firsts
+from melens.protocols import AnyModel, KeyValueCache, Tokenizer, TransformersModel
 from melens.results import MELayer
 from melens.results.edit import Edit, PrefixFacts
 from melens.token_ids import require_no_hole
@@ -49,7 +49,7 @@ class Prefix:
     """``[kv_heads, 1, head_dim]``."""
     values: list[Float[Tensor, "_ 1 _"]]
 
-    def cache(self, hf: Any, batch: int) -> Any:
+    def cache(self, hf: TransformersModel, batch: int) -> KeyValueCache:
         """A fresh transformers cache that holds it, of the model's dtype and device."""
         from transformers import DynamicCache
 
@@ -62,7 +62,7 @@ class Prefix:
 
 
 @torch.no_grad()
-def constant_prefix(model: Any, edit: Edit, me_layer: MELayer | None, token_id: int) -> Prefix:
+def constant_prefix(model: AnyModel, edit: Edit, me_layer: MELayer | None, token_id: int) -> Prefix:
     """Keys and values of a first token under an edit.
 
     Args:    model: a bridge or a plain transformers model.
@@ -84,7 +84,9 @@ def constant_prefix(model: Any, edit: Edit, me_layer: MELayer | None, token_id: 
     return Prefix(token_id, [key.clone() for key, _ in pairs], [val.clone() for _, val in pairs])
 
 
-def _check_constant(hf: Any, edit: Edit, me_layer: MELayer | None, token_id: int) -> None:
+def _check_constant(
+    hf: TransformersModel, edit: Edit, me_layer: MELayer | None, token_id: int
+) -> None:
     if edit.name not in FIRST_ONLY:
         why = {
             "drop-key": "hides the token from others but not from itself",
@@ -119,7 +121,7 @@ def _check_constant(hf: Any, edit: Edit, me_layer: MELayer | None, token_id: int
 
 
 @torch.no_grad()
-def difference(model: Any, edit: Edit, me_layer: MELayer | None, prefix: Prefix) -> float:
+def difference(model: AnyModel, edit: Edit, me_layer: MELayer | None, prefix: Prefix) -> float:
     """Largest difference of logits between edit and prefix on a few tokens.
 
     Raises:  InterventionError: more than float32 explains; this model needs more than a prefix.
@@ -141,7 +143,9 @@ def difference(model: Any, edit: Edit, me_layer: MELayer | None, prefix: Prefix)
     return off
 
 
-def facts_of(hf: Any, prefix: Prefix, tokenizer: Any, logit_difference: float) -> PrefixFacts:
+def facts_of(
+    hf: TransformersModel, prefix: Prefix, tokenizer: Tokenizer, logit_difference: float
+) -> PrefixFacts:
     """What to know of a prefix before using it."""
     shapes = {tuple(key.shape) for key in prefix.keys}
     heads, _, width = next(iter(shapes)) if len(shapes) == 1 else (None, 1, None)
@@ -171,7 +175,7 @@ def write_prefix(prefix: Prefix, folder: Path) -> None:
     save_file(named, folder / PREFIX_FILE)
 
 
-def load_prefix(folder: str | Path, model: Any, *, batch: int = 1) -> Any:
+def load_prefix(folder: str | Path, model: AnyModel, *, batch: int = 1) -> KeyValueCache:
     """The exported first token as a transformers cache, a fresh one a call (a run fills it).
 
     Hand it to ``model.generate(**for_generate(ids, mask), past_key_values=cache)``, or to
@@ -242,7 +246,7 @@ def for_call(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     }
 
 
-def fixed_first(tokenizer: Any, first_token: str | int | None = None) -> int:
+def fixed_first(tokenizer: Tokenizer, first_token: str | int | None = None) -> int:
     """Id of the token that every input starts with.
 
     Args:    first_token: an id, or a text of one token; None = what the tokenizer puts first (BOS,
@@ -268,14 +272,14 @@ def fixed_first(tokenizer: Any, first_token: str | int | None = None) -> int:
     raise PromptError(f"{said or 'this tokenizer puts no fixed token first'}; {SAY_WHICH}.")
 
 
-def _chat_start(tokenizer: Any) -> int | None:
+def _chat_start(tokenizer: Tokenizer) -> int | None:
     try:
         return chat_start(tokenizer) if has_template(tokenizer) else None
     except PromptError as error:
         raise PromptError(f"{error} Or {SAY_WHICH}.") from None
 
 
-def _asked_for(tokenizer: Any, first_token: str | int) -> int:
+def _asked_for(tokenizer: Tokenizer, first_token: str | int) -> int:
     if isinstance(first_token, int) and not isinstance(first_token, bool):
         if first_token < 0 or (tokenizer is not None and first_token >= len(tokenizer)):
             raise PromptError(f"first_token {first_token} is outside the vocabulary.")
@@ -306,7 +310,7 @@ def row_of(prefix: Prefix) -> Float[Tensor, "1 row"]:
     return torch.cat([torch.cat([key.flatten(), value.flatten()]) for key, value in pairs])[None]
 
 
-def check_like_peft(hf: Any, prefix: Prefix) -> None:
+def check_like_peft(hf: TransformersModel, prefix: Prefix) -> None:
     """Refuse a model of which PEFT would build another shape than the prefix has.
 
     It takes the head size from the config: ``head_dim``, else ours divided by the heads.

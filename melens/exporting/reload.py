@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from melens.errors import ResultError
 from melens.evaluating.edits import applied
 from melens.exporting.subject import accept, read_edit
 from melens.interventions.core import EditedTokens, warn_of
+from melens.protocols import AnyModel, HookedModel, ModelLike, Tokenizer
 from melens.results import MELayer
 from melens.results.edit import Edit, EditFile
 
@@ -27,7 +27,7 @@ class OpenEdit:
     The model is no thread's own meanwhile: whoever runs it has it for the length of the pass.
     """
 
-    def __init__(self, model: Any, edit: Edit, me_layer: MELayer | None) -> None:
+    def __init__(self, model: AnyModel, edit: Edit, me_layer: MELayer | None) -> None:
         self.edit, self.me_layer = edit, me_layer
         self._model, self._context = model, applied(model, edit, me_layer)
         self.record, self._count = enter_kept(model, self._context)
@@ -57,7 +57,7 @@ class OpenEdit:
         return f"<OpenEdit {self.edit.label}{' (closed)' if self._context is None else ''}>"
 
 
-def check_edit(model: Any, edit: Edit, me_layer: MELayer | None) -> None:
+def check_edit(model: AnyModel, edit: Edit, me_layer: MELayer | None) -> None:
     """Refuse an edit that the model cannot have, without running it.
 
     Raises:  InterventionError, SiteError: naming the setting.
@@ -70,14 +70,14 @@ KEPT_EDIT = "melens_edit"
 
 
 def load(
-    model: Any,
+    model: ModelLike,
     *,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     trust_remote_code: bool = False,
-) -> Any:
+) -> HookedModel:
     """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
 
     A folder that ``melens.export`` wrote is loaded with its edit in force, on every forward pass
@@ -113,7 +113,7 @@ def load(
     return bridge
 
 
-def _edit_in(model: Any) -> EditFile | None:
+def _edit_in(model: ModelLike) -> EditFile | None:
     """The edit that a model's folder says to apply; refuses what is no model folder."""
     record = read_edit(model) if isinstance(model, (str, Path)) else None
     if record is not None and record.format != "hf":

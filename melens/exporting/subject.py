@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,6 +13,14 @@ from melens.interventions.target import note_weights, require_located_here, requ
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.loading import load, load_plain
 from melens.models.origin import Origin, fingerprint, origin_of
+from melens.protocols import (
+    AnyModel,
+    HookedModel,
+    ModelLike,
+    Tokenizer,
+    TransformersModel,
+    is_hooked,
+)
 from melens.results import MELayer
 from melens.results.base import load_result
 from melens.results.edit import EditFile, Probe
@@ -50,9 +58,10 @@ only the order of sums differs, and where one ran in a 16-bit dtype."""
 class Subject:
     """A model to be exported."""
 
-    runnable: Any
+    runnable: AnyModel
     """What an edit is entered on: a bridge, or a plain transformers model."""
-    tokenizer: Any
+    tokenizer: Tokenizer
+    """None where it is not known."""
     origin: Origin
     weights: str | None
     """A bridge's fingerprint; None for a plain model, which has none to compare with."""
@@ -60,7 +69,7 @@ class Subject:
     """Name or folder that the weights can be read from again; None where that is not known."""
 
     @property
-    def hf(self) -> Any:
+    def hf(self) -> TransformersModel:
         """The transformers module that is called."""
         return transformers_of(self.runnable)
 
@@ -70,7 +79,7 @@ class Subject:
         return self.runnable is not self.hf
 
 
-def subject_of(model: Any, me_layer: MELayer | None) -> Subject:
+def subject_of(model: ModelLike, me_layer: MELayer | None) -> Subject:
     """Load or look at a model, and check that the ME Layer is its.
 
     Raises:  ModelError and its kinds: it cannot be had, or is a PEFT model with weights of its own.
@@ -88,7 +97,7 @@ def subject_of(model: Any, me_layer: MELayer | None) -> Subject:
         found = _of_bridge(vars(model).get(KEPT_BRIDGE, model))
     else:
         found = _of_plain(model)
-    if me_layer is not None and hasattr(found.runnable, "hook_dict"):
+    if me_layer is not None and is_hooked(found.runnable):
         require_located_here(found.runnable, me_layer)
     elif me_layer is not None:  # a plain model has no fingerprint to compare
         text, name = found.hf.config.get_text_config(), found.origin.name
@@ -97,29 +106,30 @@ def subject_of(model: Any, me_layer: MELayer | None) -> Subject:
     return found
 
 
-def transformers_of(model: Any) -> Any:
+def transformers_of(model: AnyModel) -> TransformersModel:
     """The transformers module inside a bridge; a plain model is itself."""
     if isinstance(model, torch.nn.Module) and KEPT_BRIDGE in vars(model):
         model = vars(model)[KEPT_BRIDGE]
-    return getattr(model, "original_model", model)
+    # a bridge keeps it; else it is one
+    return cast("TransformersModel", getattr(model, "original_model", model))
 
 
 @torch.no_grad()
-def answer(hf: Any, ids: tuple[int, ...], at: tuple[int, ...]) -> list[float]:
+def answer(hf: TransformersModel, ids: tuple[int, ...], at: tuple[int, ...]) -> list[float]:
     """Logits at the last of ``ids``, at the vocabulary entries ``at``."""
     device = next(hf.parameters()).device
     row = hf(torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
     return row[list(at)].double().tolist()
 
 
-def probe_of(hf: Any) -> Probe:
+def probe_of(hf: TransformersModel) -> Probe:
     """A few logits of the model as it is."""
     size = vocabulary_of(hf)
     ids, at = spread(size, PROBE_IDS), spread(size, PROBE_LOGITS)
     return Probe(ids=ids, at=at, logits=tuple(answer(hf, ids, at)), dtype=dtype_of(hf))
 
 
-def check_probe(hf: Any, probe: Probe, *, name: str) -> None:
+def check_probe(hf: TransformersModel, probe: Probe, *, name: str) -> None:
     """Refuse a model that answers otherwise than the one that was exported.
 
     Raises:  ResultError: other weights.
@@ -136,7 +146,7 @@ def check_probe(hf: Any, probe: Probe, *, name: str) -> None:
         )
 
 
-def accept(bridge: Any, record: EditFile, *, name: str) -> None:
+def accept(bridge: HookedModel, record: EditFile, *, name: str) -> None:
     """Take a model that answers as the exported one did for the one that was located.
 
     Raises:  ResultError: other weights.
@@ -151,7 +161,7 @@ def vocabulary_of(hf: Any) -> int:
     return int(hf.get_input_embeddings().weight.shape[0])
 
 
-def dtype_of(hf: Any) -> str:
+def dtype_of(hf: TransformersModel) -> str:
     """What it computes in, e.g. ``float32``."""
     return str(next(hf.parameters()).dtype).removeprefix("torch.")
 
@@ -161,7 +171,7 @@ def spread(size: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({(2 * i + 1) * size // (2 * count) for i in range(count)}))
 
 
-def _of_bridge(bridge: Any, *, source: str | Path | None = None) -> Subject:
+def _of_bridge(bridge: HookedModel, *, source: str | Path | None = None) -> Subject:
     if not hasattr(bridge, "original_model"):
         raise ModelError(
             "a HookedTransformer cannot be exported; give the name or folder of its weights."
@@ -198,7 +208,7 @@ def _folder(hf: Any) -> Path | None:
     return Path(path) if path and (Path(path) / "config.json").is_file() else None
 
 
-def plain_to_save(subject: Subject) -> tuple[Any, Any]:
+def plain_to_save(subject: Subject) -> tuple[TransformersModel, Tokenizer]:
     """A transformers model whose submodules nobody replaced, and its tokenizer.
 
     Raises:  ModelError: the folder of a bridge's weights or of a tokenizer is not known.

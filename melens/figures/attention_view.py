@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
 from melens.errors import OutputError, ResultError
 from melens.formatting import printable
+from melens.protocols import JsonObject
 from melens.results.attention import MOST_TOKENS, AttentionMaps, HeadMap, TokenNorms, most_heads
 from melens.store import digest, write_atomically
 
@@ -231,7 +231,7 @@ def _square(head: HeadMap) -> list[list[float]]:
     return [[round(v, _DIGITS) for v in row] + [0] * (n - len(row)) for row in head.rows]
 
 
-def _panel(name: str, component: str, props: dict[str, Any]) -> str:
+def _panel(name: str, component: str, props: JsonObject) -> str:
     """A place for one circuitsvis component and, as data that no browser runs, what it is fed."""
     return (
         f'<div class="panel" id="{name}" data-component="{component}"></div>\n'
@@ -278,7 +278,7 @@ def _text(value: str) -> str:
     return html.escape(marked(value))
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     """ASCII JSON without ``<``: nothing in it can end the script element around it."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from melens.errors import ResultError
@@ -96,14 +96,12 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def figure(
-    kind: type[Result], style: str
-) -> Callable[[Callable[[Any], Figure]], Callable[[Any], Figure]]:
+def figure(kind: type[Result], style: str) -> Callable[[Drawer], Drawer]:
     """Register a function of one kind of result under a style's name."""
     return FIGURES.of(kind).register(style)
 
 
-def chosen(result: Result, style: str | None) -> Callable[[Any], Figure]:
+def chosen(result: Result, style: str | None) -> Drawer:
     """The function that draws a result; None = its default style.
 
     Raises:  ResultError: a kind without figures. UnknownNameError: a style that it lacks.
@@ -114,7 +112,7 @@ def chosen(result: Result, style: str | None) -> Callable[[Any], Figure]:
     return styles[style if style is not None else next(iter(styles))]
 
 
-def mark_me_layer(axes: Any, layer: int | None, *, at: float = 0.04) -> None:
+def mark_me_layer(axes: Axes, layer: int | None, *, at: float = 0.04) -> None:
     """A line at the ME Layer, with its number."""
     if layer is None:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -157,7 +156,12 @@ def _changes(axes: Axes, result: LongContext) -> None:
 
 
 def _curve(
-    axes: Axes, i: int, condition: LongCondition, points: Sequence[Any], *, band: bool
+    axes: Axes,
+    i: int,
+    condition: LongCondition,
+    points: Sequence[tuple[float, tuple[float, float] | None]],
+    *,
+    band: bool,
 ) -> None:
     """A line through the middles of the bins, its interval as a band."""
     colour = "black" if condition.role == "base" else f"C{i - 1}"

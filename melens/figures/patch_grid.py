@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -98,7 +99,7 @@ def _names(site: str, axes: Sequence[Axis]) -> str:
     return f"{site}, all {'s and '.join(sorted(whole))}s at once" if whole else site
 
 
-def _label_layers(axes: Any, layers: Axis) -> None:
+def _label_layers(axes: Axes, layers: Axis) -> None:
     axes.set_ylabel("layer (from 0)")
     steps = MaxNLocator(integer=True, nbins=8, min_n_ticks=1)
     last = len(layers.index) - 1
@@ -106,7 +107,7 @@ def _label_layers(axes: Any, layers: Axis) -> None:
     axes.set_yticks(ticks, [layers.label[t] for t in ticks])
 
 
-def _label_columns(axes: Any, across: Sequence[Axis], *, named: bool) -> None:
+def _label_columns(axes: Axes, across: Sequence[Axis], *, named: bool) -> None:
     """Columns under the last panel alone where all panels have the same."""
     if not across:
         axes.set_xticks([])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -18,6 +17,7 @@ from melens.interventions.context import Now, now_of
 from melens.interventions.core import (
     EditedTokens,
     Place,
+    PreHook,
     as_index,
     before_modules,
     blend,
@@ -31,6 +31,7 @@ from melens.interventions.wemask import Layers, layers_of
 from melens.models.anatomy import residual_dtype
 from melens.models.attention import HeadView, attention_sites
 from melens.models.decoder import decoder_of
+from melens.protocols import Args, Called, HookedModel, Kwargs
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
@@ -40,7 +41,7 @@ SITES = ("q", "k")
 @intervention("qk_orthogonalise", neutral={"strength": 0.0}, strong={})
 @contextmanager
 def qk_orthogonalise(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     tokens: Tokens = None,
@@ -140,7 +141,7 @@ MASK = "attention_mask"
 @intervention("drop_key", neutral={"strength": 0.0}, strong={})
 @contextmanager
 def drop_key(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer | None = None,
     *,
     layers: Layers = "after",
@@ -169,8 +170,8 @@ def drop_key(
     hidden = _Hidden(place)
     amount = math.log1p(-strength) if strength < 1 else -math.inf
 
-    def make(layer: int) -> Callable[..., Any]:
-        def edit(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def make(layer: int) -> PreHook:
+        def edit(module: torch.nn.Module, args: Args, kwargs: Kwargs) -> Called:
             now = now_of(decoder.model)
             columns = hidden.columns(now)
             if strength == 0 or not columns.any():
@@ -216,7 +217,7 @@ class _Hidden:
         return self._columns
 
 
-def _dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+def _dtype(args: Args, kwargs: Kwargs) -> torch.dtype:
     return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).dtype
 
 
@@ -228,7 +229,7 @@ def _hidden_from(columns: Tensor, late: Tensor) -> Bool[Tensor, "batch 1 query k
     return columns[:, None, None, :] & (key[None] < query[:, None]) & late[:, None, :, None]
 
 
-def _with_hidden(mask: Any, hide: Tensor, amount: float, dtype: torch.dtype) -> Tensor:
+def _with_hidden(mask: object, hide: Tensor, amount: float, dtype: torch.dtype) -> Tensor:
     """The layer's mask, additive, lowered where a key is hidden."""
     chunk, total = hide.shape[2:]
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from melens.capture import one_thread, require_this_thread
 from melens.errors import InterventionError
+from melens.protocols import AnyModel, Args, Kwargs
 from melens.shapes import Resid, TokenIds
 
 PASTS = ("past_key_values", "past_kv_cache", "cache_params")
@@ -36,7 +36,7 @@ class Now:
     """The same for all that attention can read, cached tokens first, ``[batch, past + chunk]``."""
     recorded: Callable[[int], Resid] | None = field(default=None, repr=False, compare=False)
     """Where blocks are resumed from a recorded run: what left a layer there, for these tokens."""
-    notes: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    notes: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """What readers keep for edits further on in the same pass."""
 
     @property
@@ -45,12 +45,12 @@ class Now:
         return self.positions >= 0
 
 
-_NOW: weakref.WeakKeyDictionary[Any, list[Now]] = weakref.WeakKeyDictionary()
-_WHOLE: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_NOW: weakref.WeakKeyDictionary[object, list[Now]] = weakref.WeakKeyDictionary()
+_WHOLE: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 """How many open edits look at whole sequences."""
 
 
-def now_of(model: Any) -> Now:
+def now_of(model: AnyModel) -> Now:
     """What the forward pass that runs at this moment looks at.
 
     Raises:  InterventionError: blocks are being called outside any forward pass of the model.
@@ -65,7 +65,7 @@ def now_of(model: Any) -> Now:
 
 
 @contextmanager
-def passing(model: Any, now: Now) -> Iterator[None]:
+def passing(model: AnyModel, now: Now) -> Iterator[None]:
     """Say what is being run while blocks are called directly."""
     with one_thread(model):
         stack = _NOW.setdefault(model, [])
@@ -76,13 +76,13 @@ def passing(model: Any, now: Now) -> Iterator[None]:
             stack.pop()
 
 
-def reads_whole(model: Any) -> bool:
+def reads_whole(model: AnyModel) -> bool:
     """Whether an open edit looks at other tokens than those it edits."""
     return _WHOLE.get(model, 0) > 0
 
 
 @contextmanager
-def watching(model: Any, *, whole: bool = False) -> Iterator[None]:
+def watching(model: AnyModel, *, whole: bool = False) -> Iterator[None]:
     """Note the tokens of every forward pass of the whole model while this is open.
 
     Open edits share one note a pass, however many they are.
@@ -95,7 +95,7 @@ def watching(model: Any, *, whole: bool = False) -> Iterator[None]:
         yield from _watching(model, whole)
 
 
-def _watching(model: Any, whole: bool) -> Iterator[None]:
+def _watching(model: AnyModel, whole: bool) -> Iterator[None]:
     watch = _WATCHED.get(model)
     if watch is None:
         watch = _WATCHED[model] = _Watch(model)
@@ -112,7 +112,7 @@ def _watching(model: Any, whole: bool) -> Iterator[None]:
             _WATCHED.pop(model, None)
 
 
-def is_edited(model: Any) -> bool:
+def is_edited(model: AnyModel) -> bool:
     """Whether an edit of melens is open on the model."""
     return model in _WATCHED
 
@@ -120,7 +120,7 @@ def is_edited(model: Any) -> bool:
 class _Watch:
     """The one hook that notes a model's passes, and how many open edits need it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: AnyModel) -> None:
         outer = getattr(model, "original_model", model)
         self.names = list(inspect.signature(outer.forward).parameters)
         self.stack = _NOW.setdefault(model, [])
@@ -128,7 +128,7 @@ class _Watch:
         self.users = 0
         self.handle = outer.register_forward_pre_hook(self.note, with_kwargs=True)
 
-    def note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(self, module: torch.nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the whole model runs."""
         require_this_thread(module)
         del self.stack[self.depth :]  # a pass that failed or stopped early leaves its entry behind
@@ -140,10 +140,10 @@ class _Watch:
         del self.stack[self.depth :]
 
 
-_WATCHED: weakref.WeakKeyDictionary[Any, _Watch] = weakref.WeakKeyDictionary()
+_WATCHED: weakref.WeakKeyDictionary[object, _Watch] = weakref.WeakKeyDictionary()
 
 
-def _read(call: dict[str, Any]) -> Now:
+def _read(call: Kwargs) -> Now:
     """Ids and absolute positions from the arguments of one call of the model."""
     ids = next((call[k] for k in ("input_ids", "input", "tokens") if call.get(k) is not None), None)
     ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
@@ -158,7 +158,7 @@ def _read(call: dict[str, Any]) -> Now:
     return Now(ids, keys[:, past:], keys)
 
 
-def _key_positions(call: dict[str, Any], shown: Tensor, past: int) -> Int[Tensor, "batch key"]:
+def _key_positions(call: Kwargs, shown: Tensor, past: int) -> Int[Tensor, "batch key"]:
     """Absolute positions of all keys, cached ones first; padding -1."""
     rows, width = shown.shape[:2]
     seen, told = past + width, call.get("position_ids")
@@ -185,7 +185,7 @@ def _key_positions(call: dict[str, Any], shown: Tensor, past: int) -> Int[Tensor
     return (real.long().cumsum(-1) - 1).masked_fill(~real, -1).to(shown.device)
 
 
-def _past(call: dict[str, Any]) -> int:
+def _past(call: Kwargs) -> int:
     """Number of tokens that the cache holds already, padding included."""
     found = next((call[name] for name in PASTS if call.get(name) is not None), None)
     if found is None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from melens.interventions.context import Now, now_of, watching
 from melens.interventions.massive import FirstRule, MassiveRule, noting
 from melens.interventions.target import Choice, Tokens, choice_of, meant, require_located_here
 from melens.models.anatomy import check_layer
+from melens.protocols import Args, Called, HookedModel, Kwargs
 from melens.registry import Registry
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
@@ -130,23 +131,24 @@ Reader = Callable[[Tensor], None]
 class Intervention:
     """One registered edit, with the settings that its contract test needs."""
 
-    make: Callable[..., AbstractContextManager[Any]]
-    neutral: Mapping[str, Any]
+    make: Callable[..., AbstractContextManager[object]]
+    neutral: Mapping[str, object]
     """Settings under which it changes nothing, bit for bit."""
-    strong: Mapping[str, Any]
+    strong: Mapping[str, object]
     """Settings under which it changes something."""
     about: str
 
 
+Make = TypeVar("Make", bound=Callable[..., AbstractContextManager[object]])
 INTERVENTIONS: Registry[Intervention] = Registry("intervention")
 
 
 def intervention(
-    name: str, *, neutral: Mapping[str, Any], strong: Mapping[str, Any]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    name: str, *, neutral: Mapping[str, object], strong: Mapping[str, object]
+) -> Callable[[Make], Make]:
     """Register a context manager ``(model, layer, *, tokens, ...)`` under its name."""
 
-    def add(make: Callable[..., Any]) -> Callable[..., Any]:
+    def add(make: Make) -> Make:
         about = (make.__doc__ or "").strip().split("\n", 1)[0]
         INTERVENTIONS.add(name, Intervention(make, neutral, strong, about))
         return make
@@ -158,7 +160,7 @@ def intervention(
 class Place:
     """Where an edit acts: a model's layer, and the tokens of every forward pass."""
 
-    model: Any
+    model: HookedModel
     layer: int
     choice: Choice
     rule: MassiveRule | None = None
@@ -172,7 +174,9 @@ class Place:
     _marked: tuple[Now, TokenMask, int] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, model: Any, layer: int | MELayer, tokens: Tokens, *, after: bool = False) -> Place:
+    def of(
+        cls, model: HookedModel, layer: int | MELayer, tokens: Tokens, *, after: bool = False
+    ) -> Place:
         """Check layer and tokens before any forward pass.
 
         Args:    after: the edit acts on the layer's output, not inside it.
@@ -185,7 +189,7 @@ class Place:
             )
         for given in (layer, tokens):
             require_located_here(model, given)
-        at: Any = layer
+        at: object = layer
         if isinstance(layer, MELayer):
             at = layer.me_layer
             if at is None or at < 0:
@@ -204,9 +208,9 @@ class Place:
     @classmethod
     def at(
         cls,
-        model: Any,
+        model: HookedModel,
         number: int,
-        layer: Any,
+        layer: object,
         tokens: Tokens,
         *,
         known: int,
@@ -320,10 +324,10 @@ def editing_inputs(
     Raises:  InterventionError: as :func:`editing`.
     """
 
-    def before(layer: int) -> Callable[..., Any]:
+    def before(layer: int) -> PreHook:
         write = _writing(place, lambda x, chosen, now: editor(layer, x[chosen]))
 
-        def edit(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def edit(module: torch.nn.Module, args: Args, kwargs: Kwargs) -> Called:
             name = "hidden_states"
             x = kwargs[name] if name in kwargs else args[0]
             made = write(x, module)
@@ -337,7 +341,7 @@ def editing_inputs(
         yield place.edited
 
 
-PreHook = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+PreHook = Callable[[torch.nn.Module, Args, Kwargs], Called]
 
 
 @contextmanager
@@ -433,7 +437,7 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
     return write
 
 
-def _checked(marked: Any, now: Now) -> Tensor:
+def _checked(marked: object, now: Now) -> Tensor:
     """What a rule for tokens gave, as a mask."""
     if not isinstance(marked, Tensor) or marked.shape != now.positions.shape:
         found = tuple(marked.shape) if isinstance(marked, Tensor) else type(marked).__name__

@@ -28,6 +28,7 @@ from melens.interventions.core import (
 from melens.interventions.target import Tokens
 from melens.models.anatomy import anatomy, norm_gain
 from melens.models.ffn import ffn_input, ffn_of
+from melens.protocols import HookedModel
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
@@ -35,7 +36,7 @@ from melens.shapes import TokenMask
 @intervention("ffn_pull_back", neutral={"strength": 0.0}, strong={"reference": 1e-3})
 @contextmanager
 def ffn_pull_back(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     tokens: Tokens = None,
@@ -71,7 +72,7 @@ def ffn_pull_back(
 @intervention("ffn_rms_normalise", neutral={"strength": 0.0}, strong={})
 @contextmanager
 def ffn_rms_normalise(
-    model: Any, layer: int | MELayer, *, tokens: Tokens = None, strength: float = 1.0
+    model: HookedModel, layer: int | MELayer, *, tokens: Tokens = None, strength: float = 1.0
 ) -> Iterator[EditedTokens]:
     """Divide the product by its root mean square: p / rms(p); strength 0 changes nothing.
 
@@ -95,7 +96,7 @@ def ffn_rms_normalise(
 )
 @contextmanager
 def ffn_cap(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     tokens: Tokens = None,
@@ -133,7 +134,7 @@ def ffn_cap(
 @intervention("ffn_scale", neutral={"factor": 1.0}, strong={"factor": 30.0})
 @contextmanager
 def ffn_scale(
-    model: Any, layer: int | MELayer, *, tokens: Tokens = None, factor: float = 0.0
+    model: HookedModel, layer: int | MELayer, *, tokens: Tokens = None, factor: float = 0.0
 ) -> Iterator[EditedTokens]:
     """Multiply what the FFN makes, before a norm on its write path; 1 changes nothing.
 
@@ -155,7 +156,7 @@ def ffn_scale(
 )
 @contextmanager
 def ffn_ablate_neurons(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     neurons: Sequence[int],
@@ -184,7 +185,7 @@ def ffn_ablate_neurons(
 )
 @contextmanager
 def ffn_zero_weights(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     weights: Sequence[tuple[int, int]],
@@ -260,10 +261,10 @@ PARTS = ("norm", "ffn")
 )
 @contextmanager
 def transplant(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
-    donor: Any,
+    donor: HookedModel | int | tuple[HookedModel, int],
     parts: tuple[str, ...] = PARTS,
     tokens: Tokens = None,
     strength: float = 1.0,
@@ -312,7 +313,7 @@ def transplant(
         yield edited
 
 
-def _donor(model: Any, place: Place, given: Any) -> tuple[Any, int]:
+def _donor(model: HookedModel, place: Place, given: object) -> tuple[HookedModel, int]:
     pair = given if isinstance(given, tuple) and len(given) == 2 else (given, place.layer)
     if isinstance(given, int) and not isinstance(given, bool):
         pair = model, given

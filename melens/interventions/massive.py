@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from melens.batches import Batch
 from melens.capture import EverythingSeen, evaluating, hooked
@@ -23,7 +23,8 @@ from melens.interventions.context import Now, now_of, watching
 from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
 from melens.models.anatomy import resid_post, resid_pre
 from melens.models.decoder import decoder_of
-from melens.results.locate import FirstToken, MELayer
+from melens.protocols import AnyModel, Args, Kwargs, is_hooked
+from melens.results.locate import FirstToken, MassiveToken, MELayer
 from melens.shapes import Resid, TokenMask
 
 AT_ONCE = 64
@@ -192,7 +193,7 @@ class IdRule:
         return (start & torch.isin(ids, first)) | (~start & torch.isin(ids, later))
 
 
-def _primary(me_layer: MELayer) -> list[Any]:
+def _primary(me_layer: MELayer) -> list[MassiveToken]:
     """Massive tokens of the primary dimension: what is massive in another has another cause."""
     return [token for token in me_layer.massive if token.dim == me_layer.massive[0].dim]
 
@@ -208,7 +209,7 @@ def _ids(now: Now) -> Tensor:
 
 @contextmanager
 def noting(
-    model: Any,
+    model: AnyModel,
     rule: MassiveRule | None,
     block: torch.nn.Module | None,
     then: Callable[[Now], None] = lambda now: None,
@@ -223,12 +224,12 @@ def noting(
         yield
         return
 
-    def read(x: Any, hook: object = None) -> None:
+    def read(x: Tensor | tuple[Tensor, ...], hook: object = None) -> None:
         now = now_of(model)
         rule.note(x[0] if isinstance(x, tuple) else x, now)
         then(now)
 
-    if hasattr(model, "hook_dict"):
+    if is_hooked(model):
         with hooked(model, [(rule.site, read)]):
             yield
         return
@@ -240,11 +241,13 @@ def noting(
         handle.remove()
 
 
-def _plain_hook(block: torch.nn.Module, rule: MassiveRule, read: Callable[..., None]) -> Any:
+def _plain_hook(
+    block: torch.nn.Module, rule: MassiveRule, read: Callable[..., None]
+) -> RemovableHandle:
     if rule.layer >= 0:
         return block.register_forward_hook(lambda module, args, out: read(out))
 
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: torch.nn.Module, args: Args, kwargs: Kwargs) -> None:
         read(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     return block.register_forward_pre_hook(before, with_kwargs=True)
@@ -252,7 +255,7 @@ def _plain_hook(block: torch.nn.Module, rule: MassiveRule, read: Callable[..., N
 
 @torch.no_grad()
 def massive_tokens(
-    model: Any, me_layer: MELayer, batches: Iterable[Batch]
+    model: AnyModel, me_layer: MELayer, batches: Iterable[Batch]
 ) -> Iterator[tuple[TokenMask, Float[Tensor, "2 batch pos"]]]:
     """The massive tokens of unedited texts: one pass a batch, up to the ME Layer.
 
@@ -282,7 +285,7 @@ def massive_tokens(
         yield marks & now.real.to(marks.device), sizes
 
 
-def with_firsts(model: Any, me_layer: MELayer, ids: Sequence[int]) -> MELayer:
+def with_firsts(model: AnyModel, me_layer: MELayer, ids: Sequence[int]) -> MELayer:
     """The same ME Layer, which also knows of these first tokens whether they are massive.
 
     Edits that act before the ME Layer's output can only tell first tokens, and those by id.

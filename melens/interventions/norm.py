@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,17 +28,20 @@ from melens.interventions.core import (
 )
 from melens.interventions.target import Tokens
 from melens.models.anatomy import norm_gain
+from melens.protocols import HookedModel
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
 Gain = Float[Tensor, "token d_model"]
-_GAINS: weakref.WeakKeyDictionary[Any, dict[tuple[int, str], Tensor]] = weakref.WeakKeyDictionary()
+_GAINS: weakref.WeakKeyDictionary[object, dict[tuple[int, str], Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @intervention("norm_flatten", neutral={"alpha": 1.0}, strong={"alpha": 0.0})
 @contextmanager
 def norm_flatten(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     tokens: Tokens = None,
@@ -70,7 +72,7 @@ def _flat(gain: Gain, alpha: float) -> Gain:
 )
 @contextmanager
 def norm_scale_dims(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     dims: Sequence[int],
@@ -97,7 +99,7 @@ def norm_scale_dims(
 @intervention("norm_ones", neutral={"strength": 0.0}, strong={})
 @contextmanager
 def norm_ones(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     tokens: Tokens = None,
@@ -120,7 +122,7 @@ def norm_ones(
 @intervention("norm_shuffle", neutral={"seed": 0, "strength": 0.0}, strong={"seed": 0})
 @contextmanager
 def norm_shuffle(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     seed: int,
@@ -145,7 +147,7 @@ def norm_shuffle(
 
 
 def _regained(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     tokens: Tokens,
     norm: str,

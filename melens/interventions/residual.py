@@ -23,6 +23,7 @@ from melens.interventions.core import (
 )
 from melens.interventions.target import Tokens
 from melens.models.anatomy import anatomy, resid_post
+from melens.protocols import HookedModel
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
@@ -32,7 +33,7 @@ PARTS = ("attention", "ffn")
 @intervention("residual_set", neutral={"dims": [0], "strength": 0.0}, strong={"dims": [0, 5]})
 @contextmanager
 def residual_set(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     dims: Sequence[int] | None = None,
@@ -76,7 +77,7 @@ def residual_set(
 @intervention("write_block", neutral={"part": "ffn", "factor": 1.0}, strong={"part": "attention"})
 @contextmanager
 def write_block(
-    model: Any,
+    model: HookedModel,
     layer: int | MELayer,
     *,
     part: str,
@@ -99,7 +100,7 @@ def write_block(
         yield edited
 
 
-def write_sites(model: Any, layer: int, part: str) -> tuple[str, ...]:
+def write_sites(model: HookedModel, layer: int, part: str) -> tuple[str, ...]:
     """Hooks through which a block's attention (or other mixer) or FFN writes."""
     if part not in PARTS:
         raise InterventionError(f"part must be {' or '.join(PARTS)}, got {brief(part, 40)}.")

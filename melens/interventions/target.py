@@ -15,14 +15,15 @@ from melens.interventions.massive import FirstRule, IdRule, MassiveRule
 from melens.models.anatomy import residual_dtype
 from melens.models.decoder import Decoder
 from melens.models.origin import fingerprint, origin_of
+from melens.protocols import HookedModel
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
-_HELD: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_HELD: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 """Weights that a model was found to have: an edit is entered anew for every batch."""
 
 
-def _require_weights(me_layer: MELayer, model: Any, weights: str | None) -> None:
+def _require_weights(me_layer: MELayer, model: HookedModel, weights: str | None) -> None:
     if me_layer.run.weights != weights:
         raise ResultError(
             f"this ME Layer was located on {me_layer.run.model} in {me_layer.run.dtype} (weights "
@@ -51,7 +52,7 @@ def require_room(
     )
 
 
-def note_weights(model: Any, weights: str | None) -> None:
+def note_weights(model: HookedModel, weights: str | None) -> None:
     """Take a hooked model's weights as known: measured now, or told by an export's own check.
 
     What was located on an object stays good for it while it is trained or given an adapter.
@@ -60,7 +61,7 @@ def note_weights(model: Any, weights: str | None) -> None:
         _HELD.setdefault(model, set()).add(weights)
 
 
-def require_located_here(model: Any, *given: Any) -> None:
+def require_located_here(model: HookedModel | Decoder, *given: object) -> None:
     """What an edit asks first: are the ME Layers among ``given`` of this model?
 
     Weights are compared once for each hooked model and ME Layer; for a plain ``Decoder``, which
@@ -126,7 +127,7 @@ def these(marks: TokenMask) -> Choice:
     return choose
 
 
-def meant(layer: Any, tokens: Tokens) -> Tokens:
+def meant(layer: object, tokens: Tokens) -> Tokens:
     """The tokens that an edit's ``layer`` and ``tokens`` mean together.
 
     Raises:  InterventionError: "ids" without a located layer.

@@ -24,6 +24,7 @@ from melens.interventions.core import (
 )
 from melens.interventions.target import Tokens, require_located_here
 from melens.models.decoder import Decoder, decoder_of
+from melens.protocols import AnyModel
 from melens.results.locate import MELayer
 
 Layers = str | Sequence[int]
@@ -72,7 +73,7 @@ class MaskRecord:
 )
 @contextmanager
 def wemask(  # noqa: PLR0913 (the method's own settings)
-    model: Any,
+    model: AnyModel,
     layer: int | MELayer | None = None,
     *,
     layers: Layers = "after",
@@ -125,7 +126,7 @@ def wemask(  # noqa: PLR0913 (the method's own settings)
         yield record
 
 
-def check_mask(*, rate: Any, strength: Any, select: Any, seed: Any = 0) -> None:
+def check_mask(*, rate: Any, strength: Any, select: object, seed: object = 0) -> None:
     """Refuse settings of a mask before any model is needed.
 
     Raises:  InterventionError: naming the setting and what would fit.

@@ -15,8 +15,9 @@ from melens.isolating.runs import EditedTexts, Finished, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
 from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, require_unfolded
+from melens.protocols import JsonObject, ModelLike
 from melens.results import MELayer
-from melens.results.isolate import Isolation, Write
+from melens.results.isolate import Isolation, Neuron, Write
 from melens.resume import Resumable
 from melens.settings import Run
 from melens.store import digest
@@ -28,7 +29,7 @@ PARTS: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
 
 
 def isolate(
-    model: Any,
+    model: ModelLike,
     me_layer: MELayer | None = None,
     prompts: Source = None,
     *,
@@ -209,6 +210,6 @@ class _Run:
         edited = [one.layer for one in self.edited]
         return layer in (*edited, me.main_layer, me.erase_layer, *stages) or large
 
-    def _rows(self, found: Written) -> list[Any]:
+    def _rows(self, found: Written) -> list[Neuron]:
         count = min(max(len(found.top(MOST_SHARE)), 2), TOP_NEURONS)
         return neuron_rows(found, found.strongest(count), self.subject.prefixes)

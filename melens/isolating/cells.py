@@ -7,7 +7,7 @@ the massive token: sequences that agree up to it are one observation, and one ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -86,7 +86,10 @@ def _interaction(
     )
 
 
-def _beyond(base: Any, flat: Any, edited: Any, both: Any) -> Any:
+V = TypeVar("V", float, Tensor)
+
+
+def _beyond(base: V, flat: V, edited: V, both: V) -> V:
     return both - flat - edited + base
 
 

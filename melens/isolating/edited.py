@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -35,8 +34,9 @@ from melens.isolating.runs import (
 )
 from melens.measuring.located import Located, Progress
 from melens.models.anatomy import anatomy
+from melens.protocols import JsonObject
 from melens.results import MELayer
-from melens.results.isolate import Controls, EditedLayer, LayerControl, NormEdit
+from melens.results.isolate import Controls, Direction, EditedLayer, Gains, LayerControl, NormEdit
 
 MOST_SHARE = 0.9
 """The FFN edit ablates the fewest neurons that make this share of the write."""
@@ -101,7 +101,7 @@ class LocatedSubject:
             self.missing.append(f"neurons of layer {layer}: {error}")
             return None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """What the result says of the model and the texts."""
         return {
             "me_layer": self.me.me_layer,
@@ -260,14 +260,14 @@ class Edited:
             changes.append(RunChange(self.layer, (ablate(self.layer, chosen),)))
         return changes
 
-    def _direction(self, branch: Branch) -> Any:
+    def _direction(self, branch: Branch) -> Direction | None:
         subject, here = self.subject, self.subject.written[self.layer]
         if here is None or branch.others is None or not len(branch.others):
             return None
         massive = subject.prefixes.read([input_sites(subject.model, self.layer)[0]])
         return direction_of(here.ffn, subject.dim, next(iter(massive.values())), branch.others)[0]
 
-    def _gains(self) -> Any:
+    def _gains(self) -> Gains | None:
         subject = self.subject
         _, site = input_sites(subject.model, self.layer)
         if site is None or subject.written[self.layer] is None:

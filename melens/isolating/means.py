@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from melens.errors import ResultError
 from melens.inputs import Source, prepare
 from melens.isolating.runs import Prefixes
 from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, resid_post
+from melens.protocols import ModelLike
 from melens.results import MELayer
 
 
 def mean_coordinates(
-    model: Any,
+    model: ModelLike,
     me_layer: MELayer,
     prompts: Source = None,
     *,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import einsum
@@ -14,6 +13,7 @@ from torch import Tensor
 from melens.isolating.runs import Prefixes, RunChange, ablate
 from melens.models.anatomy import anatomy, norm_gain
 from melens.models.ffn import FFN, ffn_input, ffn_of
+from melens.protocols import HookedModel
 from melens.results.isolate import Decomposition, Direction, Gains, Neuron
 
 TARGETS = (0.5, 0.9, 0.99)
@@ -52,7 +52,7 @@ class Written:
         return self.contributions.abs().argsort(descending=True)[:count].tolist()
 
 
-def written_at(model: Any, layer: int, prefixes: Prefixes) -> Written:
+def written_at(model: HookedModel, layer: int, prefixes: Prefixes) -> Written:
     """Read one layer's neurons at the massive tokens.
 
     Raises:  SiteError: the block has no FFN with neurons.
@@ -167,7 +167,7 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def gains_of(
-    model: Any, layer: int, dim: int, normalized: Float[Tensor, "prefix d_model"]
+    model: HookedModel, layer: int, dim: int, normalized: Float[Tensor, "prefix d_model"]
 ) -> Gains:
     """Each dimension's gain set to the mean, one at a time: what is left of the write.
 
@@ -197,7 +197,7 @@ def gains_of(
     )
 
 
-def input_sites(model: Any, layer: int) -> tuple[str, str | None]:
+def input_sites(model: HookedModel, layer: int) -> tuple[str, str | None]:
     """Hooks of the FFN's input, and of the same before the norm's gain if there is a norm."""
     site = f"blocks.{layer}.ln2.hook_normalized"
     return ffn_input(model, layer), site if site in model.hook_dict else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +20,7 @@ from melens.isolating.runs import Prefixes, Sizes
 from melens.measuring.located import Located
 from melens.models.anatomy import anatomy, resid_post
 from melens.models.ffn import FFN, ffn_input, ffn_of
+from melens.protocols import HookedModel, JsonObject
 from melens.results.isolate import Step
 from melens.resume import Resumable
 from melens.shapes import Resid, TokenMask
@@ -86,7 +86,7 @@ class Branch:
 def branch_of(inputs: Inputs, located: Located, layer: int) -> Branch:
     """One pass: norms at every site of a block's FFN branch, and ordinary FFN inputs."""
     sites = _sites(inputs.model, layer)
-    taps: dict[str, Any] = {hook: BranchNorms(located.heavy) for hook in sites.values()}
+    taps: JsonObject = {hook: BranchNorms(located.heavy) for hook in sites.values()}
     others = Others(located.heavy) if "product" in sites else None
     if others is not None:
         taps[_unused_input(inputs.model, layer, taps)] = others
@@ -102,7 +102,7 @@ def branch_of(inputs: Inputs, located: Located, layer: int) -> Branch:
 
 def sizes_of(inputs: Inputs, located: Located) -> dict[int, Sizes]:
     """Ordinary sizes of product and write at every layer; no product without neurons."""
-    taps: dict[str, Any] = {}
+    taps: JsonObject = {}
     hooks: dict[int, tuple[str, FFN | None]] = {}
     for block in anatomy(inputs.model).blocks:
         if block.ffn_write is not None:
@@ -120,7 +120,7 @@ def sizes_of(inputs: Inputs, located: Located) -> dict[int, Sizes]:
     }
 
 
-def _sites(model: Any, layer: int) -> dict[str, str]:
+def _sites(model: HookedModel, layer: int) -> dict[str, str]:
     """Name of a step -> its hook, in the order of the flow. The gate is before its activation."""
     prefix, block, ffn = f"blocks.{layer}.", anatomy(model).blocks[layer], _ffn(model, layer)
     found = {"resid_mid": f"{prefix}hook_resid_mid"}
@@ -133,14 +133,14 @@ def _sites(model: Any, layer: int) -> dict[str, str]:
     return {name: hook for name, hook in found.items() if hook in model.hook_dict}
 
 
-def _ffn(model: Any, layer: int) -> FFN | None:
+def _ffn(model: HookedModel, layer: int) -> FFN | None:
     try:
         return ffn_of(model, layer)
     except SiteError:  # experts, or no FFN: their neurons are not to be told apart
         return None
 
 
-def _unused_input(model: Any, layer: int, taken: Mapping[str, Any]) -> str:
+def _unused_input(model: HookedModel, layer: int, taken: Mapping[str, object]) -> str:
     """A hook of the FFN's input that no other reducer reads."""
     site = ffn_input(model, layer)
     return site if site not in taken else f"blocks.{layer}.ln2.hook_out"
@@ -204,7 +204,7 @@ def share_at(final: Resid, ordinary: Batch, prefixes: Prefixes) -> float:
     return (made.double().mean().cpu() / prefixes.clean.mean()).item()
 
 
-def has_part(model: object, layer: int, part: str) -> bool:
+def has_part(model: HookedModel, layer: int, part: str) -> bool:
     """Whether a block writes through its attention or FFN at all."""
     try:
         write_sites(model, layer, part)

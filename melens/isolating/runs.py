@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
+from melens.capture import Hooks
 from melens.errors import InterventionError, MetricError, ResultError
 from melens.formatting import brief
 from melens.inputs import Inputs
@@ -31,6 +31,7 @@ from melens.item_rows import ItemRow, Rows
 from melens.measuring.located import Located
 from melens.metrics import sequence_loss
 from melens.models.anatomy import anatomy, pattern_hook, resid_post
+from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
 from melens.results.sinks import SINK_EPS
 from melens.resume import Resumable
@@ -42,7 +43,7 @@ class LayerEdit:
     """An intervention of one layer, by a name that says all of it on one model and set of texts."""
 
     name: str
-    enter: Callable[[Any, Choice], AbstractContextManager[None]]
+    enter: Callable[[HookedModel, Choice], AbstractContextManager[object]]
     """(model, tokens) -> ready to be entered."""
 
 
@@ -75,7 +76,7 @@ TOKEN = "token"
 class Finished:
     """Runs by name; on disk, each as soon as it is known, if there is a path."""
 
-    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, facts: JsonObject) -> None:
         """Take up an earlier run's.
 
         Args:    facts: what the numbers depend on.
@@ -158,7 +159,7 @@ class Marked:
         """Column of each sequence's first massive token; -1 without one."""
         return torch.where(self.marks.any(1), self.marks.int().argmax(1), -1)
 
-    def final(self, change: RunChange, upto: int, hooks: Sequence[tuple[str, Any]]) -> Tensor:
+    def final(self, change: RunChange, upto: int, hooks: Hooks) -> Tensor:
         """The residual that enters layer ``upto`` under a change; ``hooks`` only read."""
         runner = self.runner
         with ExitStack() as stack:
@@ -448,7 +449,7 @@ def named(kind: str, neurons: Sequence[int]) -> str:
     }[kind]
 
 
-def check_ffn_edit(kind: Any) -> None:
+def check_ffn_edit(kind: object) -> None:
     """Refuse an unknown kind of FFN edit."""
     if kind not in FFN_EDITS:
         raise InterventionError(

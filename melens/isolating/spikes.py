@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +20,7 @@ from melens.interventions import ffn_ablate_neurons, ffn_zero_weights
 from melens.metrics import sequence_loss
 from melens.models.anatomy import anatomy, resid_pre
 from melens.models.ffn import FFN, ffn_of
+from melens.protocols import HookedModel
 from melens.results.super_weights import Site
 from melens.shapes import Resid, TokenMask
 
@@ -66,7 +66,7 @@ class Seen:
     spikes: Mapping[Site, Spike]
 
 
-def places_of(model: Any) -> tuple[dict[int, WeightPlace], tuple[str, ...]]:
+def places_of(model: HookedModel) -> tuple[dict[int, WeightPlace], tuple[str, ...]]:
     """Layers with an FFN of single neurons, and a line for those without.
 
     Raises:  ModelError: no layer has one.
@@ -203,7 +203,7 @@ class Damage:
 
 
 @contextmanager
-def removed(model: Any, weights: Sequence[At]) -> Iterator[None]:
+def removed(model: HookedModel, weights: Sequence[At]) -> Iterator[None]:
     """All these weights at zero, at every token; the model's own weights stay as they are."""
     by_layer: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for layer, row, column in weights:
@@ -221,7 +221,7 @@ def losses(inputs: Inputs, tick: Tick) -> Float[Tensor, " sequence"]:
     device = next(model.parameters()).device
     for batch in inputs.batches:
         here = batch.to(device)
-        options: dict[str, Any] = {"attention_mask": here.mask.long()} if here.padded else {}
+        options: dict[str, object] = {"attention_mask": here.mask.long()} if here.padded else {}
         if hasattr(model, "original_model"):
             options["use_cache"] = False
         with evaluating(model):
@@ -253,7 +253,7 @@ class Damages:
             ffn_ablate_neurons(self.inputs.model, layer, neurons=[neuron], tokens="all")
         )
 
-    def _under(self, edit: AbstractContextManager[None]) -> Damage:
+    def _under(self, edit: AbstractContextManager[object]) -> Damage:
         with edit:
             changed = losses(self.inputs, self.tick)
         apart = changed - self.clean

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from melens.capture import stream
 from melens.errors import MetricError
@@ -23,6 +22,7 @@ from melens.isolating.spikes import (
     value_of,
 )
 from melens.measuring.located import Progress, check_same_model
+from melens.protocols import ModelLike
 from melens.results.locate import MELayer
 from melens.results.super_weights import (
     LayerSpikes,
@@ -61,7 +61,7 @@ SEARCH = Search()
 
 
 def super_weights(
-    model: Any,
+    model: ModelLike,
     prompts: Source = None,
     *,
     me_layer: MELayer | None = None,

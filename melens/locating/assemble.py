@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from melens.locating.thresholds import (
 from melens.locating.trajectory import Path
 from melens.metrics import effective_number
 from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
+from melens.protocols import JsonObject, Tokenizer
 from melens.provenance import RunInfo
 from melens.results.locate import (
     Criteria,
@@ -126,7 +126,7 @@ class Texts:
     out, for the median may be massive itself."""
 
     @classmethod
-    def of(cls, ids: Sequence[Sequence[int]], steps: Steps, tokenizer: object) -> Texts:
+    def of(cls, ids: Sequence[Sequence[int]], steps: Steps, tokenizer: Tokenizer | None) -> Texts:
         """Look at token ids, padding dropped, and at the size of what they become."""
         unknown = tuple(unknown_rows(ids, tokenizer))
         body = steps[1 : last_body_layer(len(steps) - 1) + 2]
@@ -262,7 +262,7 @@ def assemble(
 
 def _emergence(
     evidence: Evidence, path: Path, criteria: Criteria, support: Stability
-) -> dict[str, Any]:
+) -> JsonObject:
     ratios = evidence.norm_ratios(path)
     stages = spans(path, ratios)
     start, counted = counted_shares(evidence, path)
@@ -288,9 +288,7 @@ def _emergence(
     }
 
 
-def _nothing(
-    evidence: Evidence, support: Stability, texts: Texts, decode: Decode
-) -> dict[str, Any]:
+def _nothing(evidence: Evidence, support: Stability, texts: Texts, decode: Decode) -> JsonObject:
     """A ``none``: sure where no token came near to being massive, in the texts or alone."""
     if any(texts.repeated) and not texts.telling(none=True):
         return {"verdict": "none", "confidence": 0.0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from melens.capture import stream
 from melens.inputs import Inputs, Source, prepare
@@ -17,6 +16,7 @@ from melens.locating.profile import (
 )
 from melens.locating.trajectory import Path, trace
 from melens.models.anatomy import resid_post, resid_pre
+from melens.protocols import HookedModel, ModelLike
 from melens.results import MELayer
 
 FIRST_PROBES = 8
@@ -26,7 +26,7 @@ LATER_GROUPS = 4
 
 
 def locate(
-    model: Any,
+    model: ModelLike,
     prompts: Source = None,
     *,
     batch_size: int = 4,
@@ -78,7 +78,7 @@ def _profile(
 
 
 def _trace(
-    model: Any, groups: Sequence[Group], probes: Sequence[int], ids: Sequence[Sequence[int]]
+    model: HookedModel, groups: Sequence[Group], probes: Sequence[int], ids: Sequence[Sequence[int]]
 ) -> tuple[dict[Group, Path | None], list[Path]]:
     """Exact trajectories of massive tokens (the most telling ones) and of other first tokens."""
     chosen = [group for group in groups if group.first][:FIRST_GROUPS]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,8 @@ from melens.batches import Batch
 from melens.capture import stream
 from melens.locating.thresholds import last_body_layer
 from melens.metrics import cosines, write_shares
-from melens.models.anatomy import anatomy, resid_post, resid_pre
+from melens.models.anatomy import Block, anatomy, resid_post, resid_pre
+from melens.protocols import HookedModel
 from melens.shapes import Trajectory
 
 
@@ -89,13 +89,13 @@ class LastRow:
         return torch.stack(self.rows)
 
 
-def trace(model: Any, prefixes: Sequence[Sequence[int]]) -> list[Path]:
+def trace(model: HookedModel, prefixes: Sequence[Sequence[int]]) -> list[Path]:
     """Trajectories of the last token of every prefix, in the order given."""
     return trace_with(model, prefixes, ())[0] if prefixes else []
 
 
 def trace_with(
-    model: Any,
+    model: HookedModel,
     prefixes: Sequence[Sequence[int]],
     sites: Iterable[str],
     *,
@@ -114,7 +114,11 @@ def trace_with(
 
 
 def last_rows(
-    model: Any, prefixes: Sequence[Sequence[int]], sites: Iterable[str], *, batch_size: int = 16
+    model: HookedModel,
+    prefixes: Sequence[Sequence[int]],
+    sites: Iterable[str],
+    *,
+    batch_size: int = 16,
 ) -> dict[str, Float[Tensor, "prefix d_model"]]:
     """Activations of every prefix's last token at ``[batch, pos, d_model]`` sites, in order.
 
@@ -133,7 +137,9 @@ def last_rows(
     return {site: tap.result()[back] for site, tap in taps.items()}
 
 
-def _path(done: dict[str, Tensor], blocks: Any, row: int, prefix: Sequence[int]) -> Path:
+def _path(
+    done: dict[str, Tensor], blocks: Sequence[Block], row: int, prefix: Sequence[int]
+) -> Path:
     empty = torch.zeros_like(done[resid_pre(0)][row])
     steps = [done[resid_pre(0)][row]] + [done[resid_post(block.layer)][row] for block in blocks]
     mixer = [sum((done[site][row] for site in block.mixer_writes), empty) for block in blocks]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from einops import reduce
@@ -19,6 +18,7 @@ from melens.measuring.located import Located, Progress, run_once, settle
 from melens.metrics import uniform_alpha
 from melens.metrics.attention import attention_entropy, key_attention
 from melens.models.anatomy import anatomy, pattern_hook
+from melens.protocols import HookedModel, ModelLike
 from melens.results import MELayer, Sinks
 from melens.results.sinks import SINK_EPS, HeadSink, KeySink, Span, TokenSink
 
@@ -172,7 +172,7 @@ ONSET_SHARE = 0.5
 
 
 def sinks(
-    model: Any,
+    model: ModelLike,
     me_layer: MELayer | None = None,
     prompts: Source = None,
     *,
@@ -212,7 +212,7 @@ def check_t(t: int) -> None:
         )
 
 
-def check_attention(model: Any) -> None:
+def check_attention(model: HookedModel) -> None:
     """Refuse a model that has no attention at all, or none that can be read."""
     parts = anatomy(model)
     if not parts.attention_layers:

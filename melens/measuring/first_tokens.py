@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from melens.locating.assemble import massive_alone
 from melens.locating.criteria import first_over
 from melens.locating.thresholds import FIRST_SHARE
 from melens.locating.trajectory import Path
+from melens.protocols import HookedModel, Tokenizer
 from melens.results import MELayer
 from melens.results.describe import Condition, FirstTokenRow, Start
 
@@ -60,7 +60,7 @@ def _own_first(row: Sequence[int], head: Sequence[int]) -> int:
     return row[own] if own < len(row) else row[0]
 
 
-def sample_vocabulary(model: Any, *, count: int, seed: int) -> list[int]:
+def sample_vocabulary(model: HookedModel, *, count: int, seed: int) -> list[int]:
     """Distinct ids drawn evenly from those that stand for a token, special ones left out."""
     tokenizer = getattr(model, "tokenizer", None)
     known = known_ids(tokenizer, model.cfg.d_vocab)
@@ -69,7 +69,7 @@ def sample_vocabulary(model: Any, *, count: int, seed: int) -> list[int]:
     return [known[i] for i in order if known[i] not in special][:count]
 
 
-def _chat_start(tokenizer: Any) -> tuple[list[int], tuple[str, ...]]:
+def _chat_start(tokenizer: Tokenizer | None) -> tuple[list[int], tuple[str, ...]]:
     """The first token that the chat template puts, if there is one; or why that is not known."""
     if not has_template(tokenizer):
         return [], ()

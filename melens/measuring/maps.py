@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from melens.inputs import Inputs, Source, prepare
 from melens.locating.search import locate_in
 from melens.measuring.located import check_same_model, mark
 from melens.models.anatomy import anatomy, check_layer, pattern_hook, resid_post
+from melens.protocols import HookedModel, ModelLike
 from melens.results import AttentionMaps, MELayer
 from melens.results.attention import MOST_TOKENS, HeadMap, TokenNorms, most_heads
 
@@ -40,7 +40,7 @@ class FirstSequence:
 
 
 def attention(
-    model: Any,
+    model: ModelLike,
     me_layer: MELayer | None = None,
     prompts: Source = None,
     *,
@@ -91,7 +91,9 @@ def attention(
     )
 
 
-def check_choice(model: Any, layers: Sequence[int] | None, heads: Sequence[int] | None) -> None:
+def check_choice(
+    model: HookedModel, layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> None:
     """Refuse layers and heads that cannot be shown, before any work.
 
     Raises:  SiteError: naming the first one that does not fit.
@@ -114,7 +116,7 @@ def check_choice(model: Any, layers: Sequence[int] | None, heads: Sequence[int] 
         raise SiteError(f"{parts.why_no_attention()}; so there is none to show.")
 
 
-def _whole_numbers(given: Any) -> bool:
+def _whole_numbers(given: object) -> bool:
     return isinstance(given, Sequence) and all(type(value) is int for value in given)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from melens.measuring.first_tokens import (
 from melens.measuring.located import Located, Progress, settle
 from melens.metrics import top1_share
 from melens.models.anatomy import anatomy
+from melens.protocols import JsonObject, ModelLike
 from melens.results import MELayer, TokenPortrait
 from melens.results.describe import (
     TOPS,
@@ -31,6 +31,7 @@ from melens.results.describe import (
     SiteCosines,
     StepLayer,
 )
+from melens.results.locate import MassiveToken
 
 CHUNK_BYTES = 2**28
 """Activations of at most this size are held at a time while inputs are compared."""
@@ -132,7 +133,7 @@ FIRST_TOKENS = 64
 
 
 def describe(
-    model: Any,
+    model: ModelLike,
     me_layer: MELayer | None = None,
     prompts: Source = None,
     *,
@@ -233,7 +234,7 @@ def _primary_prefixes(inputs: Inputs, located: Located) -> list[list[int]]:
 
 def _portrait(
     inputs: Inputs, found: MELayer, primary: Observation | None, rigidity: Rigidity
-) -> dict[str, Any]:
+) -> JsonObject:
     if primary is None:
         return {
             "energy": None,
@@ -330,7 +331,7 @@ def _norms(inputs: Inputs, found: MELayer, primary: Observation) -> tuple[NormVi
     )
 
 
-def _alike(found: MELayer, first: Any) -> Sequence[Any]:
+def _alike(found: MELayer, first: MassiveToken) -> list[MassiveToken]:
     """Rows of the primary token: one a massive dimension."""
     return [
         token

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from melens.inputs import Source, prepare
 from melens.measuring.located import Progress
 from melens.metrics import METRICS, Metric
 from melens.models.anatomy import resid_post
+from melens.protocols import ModelLike
 from melens.results.metric import MetricProfile, MetricRow
 
 
@@ -34,7 +34,7 @@ class PerSequence:
 
 
 def metric_by_layer(
-    model: Any,
+    model: ModelLike,
     name: str,
     prompts: Source = None,
     *,

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -20,6 +19,7 @@ from melens.inputs import Inputs, Source, prepare
 from melens.measuring.located import Located, Progress, run_once, settle
 from melens.metrics.spectrum import SPECTRAL
 from melens.models.attention import AttentionSites, HeadView, attention_sites
+from melens.protocols import ModelLike
 from melens.results import Collapse, MELayer
 from melens.results.collapse import CollapseRow
 
@@ -215,7 +215,7 @@ def _count(keep: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch 1 1 1"]:
 
 
 def collapse(
-    model: Any,
+    model: ModelLike,
     me_layer: MELayer | None = None,
     prompts: Source = None,
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from melens.inputs import Source, prepare
 from melens.measuring.attention_sinks import T_PAPER, SinkPlan, check_attention, check_t
@@ -10,6 +10,7 @@ from melens.measuring.located import Progress, run_once, settle
 from melens.measuring.massive_token import FIRST_TOKENS, portray
 from melens.measuring.rank_collapse import RankPlan
 from melens.models.attention import attention_sites
+from melens.protocols import ModelLike
 from melens.results import Collapse, MELayer, Sinks, TokenPortrait
 
 
@@ -22,7 +23,7 @@ class Measurements(NamedTuple):
 
 
 def measure_all(
-    model: Any,
+    model: ModelLike,
     me_layer: MELayer | None = None,
     prompts: Source = None,
     *,

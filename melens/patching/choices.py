@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from melens.batches import Batch
 from melens.errors import PromptError, SiteError
@@ -35,7 +34,7 @@ class Sweep:
 
     sites: str | Sequence[str] = "resid_pre"
     """One site or several, of ``melens.patching.SITES``."""
-    metric: Any = "kl"
+    metric: object = "kl"
     """A name, one of the metrics of ``melens.patching``, or a function of logits."""
     mode: str | None = None
     """``denoising`` or ``noising`` a pair, ``mean`` or ``resample`` without; None = the first."""
@@ -70,7 +69,7 @@ class Sweep:
         return SITES[site].axes if self.by is None else tuple(self.by)
 
     @property
-    def facts(self) -> list[Any]:
+    def facts(self) -> list[object]:
         """All choices but the metric, as plain values."""
         return [list(self.sites), self.mode, self.by, self.layers, self.positions, self.seed]
 
@@ -99,7 +98,7 @@ class Sweep:
                 raise SiteError(f"'{site}' has no heads; sweep it by layer, or layer position.")
 
 
-def _listed(given: Any) -> list[Any]:
+def _listed(given: object) -> list[object]:
     """A list of what was given one by one."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         return [given]

@@ -25,6 +25,7 @@ from melens.patching.readouts import (
     Readout,
     SinkReadout,
 )
+from melens.protocols import HookedModel
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.sinks import SINK_EPS
@@ -202,7 +203,7 @@ class Own:
         return OwnReadout(run, self.function)
 
 
-def metric_of(given: Any) -> PatchMetric:
+def metric_of(given: object) -> PatchMetric:
     """The metric that a name, a function or a ready one stands for.
 
     Raises:  UnknownNameError: no metric of that name. MetricError: one that needs arguments.
@@ -226,7 +227,7 @@ def metric_of(given: Any) -> PatchMetric:
     )
 
 
-def _check_located(me_layer: Any, name: str) -> None:
+def _check_located(me_layer: object, name: str) -> None:
     if not isinstance(me_layer, MELayer) or not me_layer.massive:
         raise MetricError(
             f"{name} needs a MELayer with a massive token (melens.locate); got "
@@ -246,7 +247,7 @@ def _token_ids(run: Resumable, given: Token | Sequence[Token], name: str) -> Ten
     return torch.tensor(ids, device=run.batch.ids.device)
 
 
-def _token_id(model: Any, token: Token, name: str) -> int:
+def _token_id(model: HookedModel, token: Token, name: str) -> int:
     if isinstance(token, int):
         if not 0 <= token < model.cfg.d_vocab:
             raise MetricError(

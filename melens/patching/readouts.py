@@ -7,7 +7,6 @@ A wave of patched runs is resumed together; runs join it layer by layer. All val
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -22,7 +21,7 @@ from melens.shapes import Resid
 
 LOGIT_ROWS = 256
 """Positions unembedded at a time: a vocabulary of 256k makes 260 MB of them."""
-Hook = tuple[str, Callable[..., Any]]
+Hook = tuple[str, Callable[..., object]]
 Rows = Float[Tensor, " row"]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from melens.errors import SiteError
 from melens.models.anatomy import anatomy, check_layer, resid_post, resid_pre
 from melens.models.attention import attention_sites
+from melens.protocols import HookedModel
 from melens.registry import Registry
 
 BY_POSITION = ("layer", "position")
@@ -46,22 +46,23 @@ class PatchPlace:
         return x.unflatten(-1, (self.heads, -1)) if self.heads and x.ndim == 3 else x
 
 
+Finder = Callable[[HookedModel, int], PatchPlace | str]
+
+
 @dataclass(frozen=True)
 class Site:
     """A kind of place, with the axes that a sweep over it has by default."""
 
     axes: tuple[str, ...]
-    find: Callable[[Any, int], PatchPlace | str]
+    find: Finder
     """(model, layer) -> the place, or the reason why there is none."""
 
 
 SITES: Registry[Site] = Registry("site")
 
 
-def _site(
-    name: str, axes: tuple[str, ...] = BY_POSITION
-) -> Callable[[Callable[[Any, int], PatchPlace | str]], Callable[[Any, int], PatchPlace | str]]:
-    def add(find: Callable[[Any, int], PatchPlace | str]) -> Callable[[Any, int], PatchPlace | str]:
+def _site(name: str, axes: tuple[str, ...] = BY_POSITION) -> Callable[[Finder], Finder]:
+    def add(find: Finder) -> Finder:
         SITES.add(name, Site(axes, find))
         return find
 
@@ -69,12 +70,12 @@ def _site(
 
 
 @_site("resid_pre")
-def _pre(model: Any, layer: int) -> PatchPlace | str:
+def _pre(model: HookedModel, layer: int) -> PatchPlace | str:
     return PatchPlace("resid_pre", layer, resid_pre(layer), enters=layer)
 
 
 @_site("resid_mid")
-def _mid(model: Any, layer: int) -> PatchPlace | str:
+def _mid(model: HookedModel, layer: int) -> PatchPlace | str:
     writes = anatomy(model).blocks[layer].mixer_writes
     parallel = getattr(model.cfg, "parallel_attn_mlp", False)
     if parallel or len(writes) != 1 or f"blocks.{layer}.hook_resid_mid" not in model.hook_dict:
@@ -83,12 +84,12 @@ def _mid(model: Any, layer: int) -> PatchPlace | str:
 
 
 @_site("resid_post")
-def _post(model: Any, layer: int) -> PatchPlace | str:
+def _post(model: HookedModel, layer: int) -> PatchPlace | str:
     return PatchPlace("resid_post", layer, resid_post(layer), enters=layer + 1)
 
 
 @_site("attn_out")
-def _attention(model: Any, layer: int) -> PatchPlace | str:
+def _attention(model: HookedModel, layer: int) -> PatchPlace | str:
     writes = anatomy(model).blocks[layer].mixer_writes
     if len(writes) != 1:
         return f"the block has {len(writes)} token mixers"
@@ -96,21 +97,21 @@ def _attention(model: Any, layer: int) -> PatchPlace | str:
 
 
 @_site("mlp_out")
-def _ffn(model: Any, layer: int) -> PatchPlace | str:
+def _ffn(model: HookedModel, layer: int) -> PatchPlace | str:
     write = anatomy(model).blocks[layer].ffn_write
     return PatchPlace("mlp_out", layer, write) if write else "the block has no FFN"
 
 
 def _norm(name: str) -> None:
     @_site(name)
-    def find(model: Any, layer: int) -> PatchPlace | str:
+    def find(model: HookedModel, layer: int) -> PatchPlace | str:
         hook = f"blocks.{layer}.{name}.hook_out"
         return PatchPlace(name, layer, hook) if hook in model.hook_dict else "there is no such norm"
 
 
 def _projection(name: str) -> None:
     @_site(name, BY_HEAD)
-    def find(model: Any, layer: int) -> PatchPlace | str:
+    def find(model: HookedModel, layer: int) -> PatchPlace | str:
         found = attention_sites(model)
         view = next((view for view in found.layer(layer) if view.site == name), None)
         if view is None:
@@ -123,7 +124,7 @@ _norm("ln2")
 
 
 @_site("z", BY_HEAD)
-def _heads(model: Any, layer: int) -> PatchPlace | str:
+def _heads(model: HookedModel, layer: int) -> PatchPlace | str:
     hook = f"blocks.{layer}.attn.hook_z"
     if hook not in model.hook_dict:
         if anatomy(model).blocks[layer].unread:
@@ -137,7 +138,7 @@ for _name in ("q", "k", "v"):
 
 
 def places_of(
-    model: Any, site: str, layers: Sequence[int] | None
+    model: HookedModel, site: str, layers: Sequence[int] | None
 ) -> tuple[list[PatchPlace], tuple[str, ...]]:
     """A site in the layers asked for (None = every layer that has it), and why others lack it.
 

@@ -113,7 +113,7 @@ def fields_of(
     inputs: Sequence[Inputs],
     cells: Sequence[PatchCell],
     done: Mapping[str, Sequence[float]],
-) -> dict[str, Any]:
+) -> JsonObject:
     """A PatchGrid's fields but for the unpatched values and the record of the run.
 
     Args:    inputs: the clean run's and the corrupted one's.
@@ -196,7 +196,7 @@ LONG = 1 << 20
 
 @torch.no_grad()
 def patch(
-    model: Any,
+    model: ModelLike,
     clean: Source,
     corrupted: Source = None,
     *,

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from melens.errors import CaptureError, PromptError
 from melens.models.anatomy import resid_pre
 from melens.patching.readouts import Readout
 from melens.patching.sites import PatchPlace
+from melens.protocols import HookedModel
 from melens.resume import Resumable
 from melens.shapes import TokenMask
 
@@ -154,7 +154,7 @@ def run_wave(
     rows = len(run.batch)
     resid = run.resid_pre(0)[:0, start:]
     done: list[PatchCell] = []
-    notes: dict[Any, Tensor] = {}
+    notes: dict[object, Tensor] = {}
     readout.begin(start)
     for layer in range(min(joining), readout.stop + 1):
         fresh = joining.get(layer, [])
@@ -184,7 +184,7 @@ def _entering(
 
 def _edits(
     cells: Sequence[PatchCell], source: Mapping[PatchPlace, Tensor], before: int, start: int
-) -> list[tuple[str, Callable[..., Any]]]:
+) -> list[tuple[str, Callable[..., object]]]:
     """One editing hook a site; it touches the rows of its own cells, which follow ``before``."""
     by_hook: dict[str, list[tuple[int, PatchCell]]] = defaultdict(list)
     for i, cell in enumerate(cells):
@@ -231,7 +231,9 @@ class Whole:
         return self.kept
 
 
-def values_of(model: Any, batch: Batch, places: Sequence[PatchPlace]) -> dict[PatchPlace, Tensor]:
+def values_of(
+    model: HookedModel, batch: Batch, places: Sequence[PatchPlace]
+) -> dict[PatchPlace, Tensor]:
     """Every place's value in a run over ``batch``; one forward pass."""
     hooks = {place.hook for place in places}
     hooks |= {resid_pre(place.layer) for place in places if place.middle}

@@ -7,12 +7,12 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from melens.figures.attention_view import BOOT, PANEL_STYLE, bundle, content_policy
+from melens.protocols import JsonObject
 from melens.reporting.sections import SECTIONS, Fact, PageBlock, PageView, Picture, Table, other
 from melens.reporting.source import (
     GLOSSARY,
@@ -222,14 +222,14 @@ class PagePiece:
     cut: bool
 
 
-def pieces(data: dict[str, Any], taken: set[str], most: int) -> list[PagePiece]:
+def pieces(data: JsonObject, taken: set[str], most: int) -> list[PagePiece]:
     """The report itself, then result by result; all of it, unless that makes too large a page.
 
     Args:    taken: pointers that get an id.
              most: characters of JSON; beyond, the long lists of the largest results are cut to
                  what is linked.
     """
-    parts: dict[str, Any] = {"": {key: data[key] for key in data if key != "results"}}
+    parts: JsonObject = {"": {key: data[key] for key in data if key != "results"}}
     parts |= {f"/results{step(key)}": value for key, value in data["results"].items()}
     sizes = {pointer: len(_json(value)) for pointer, value in parts.items()}
     made = []
@@ -260,13 +260,13 @@ class _Writer:
             pointer[:i] for pointer in taken for i, letter in enumerate(pointer) if letter == "/"
         }
 
-    def write(self, value: Any, pointer: str, indent: str = "") -> str:
+    def write(self, value: object, pointer: str, indent: str = "") -> str:
         text = self._value(value, pointer, indent)
         if pointer in self.taken:
             return f'<span id="{anchor(pointer)}">{text}</span>'
         return text
 
-    def _value(self, value: Any, pointer: str, indent: str) -> str:
+    def _value(self, value: object, pointer: str, indent: str) -> str:
         if not isinstance(value, dict | list) or not value:
             return _escaped(value)
         whole = _json(value)
@@ -283,7 +283,9 @@ class _Writer:
         body = f",\n{inner}".join(written)
         return f"{start}\n{inner}{body}\n{indent}{end}"
 
-    def _entries(self, value: Any, pointer: str, indent: str, long: bool) -> list[str]:
+    def _entries(
+        self, value: JsonObject | list[object], pointer: str, indent: str, long: bool
+    ) -> list[str]:
         if isinstance(value, dict):
             return [
                 f"{_escaped(key)}: {self.write(value[key], pointer + step(key), indent)}"
@@ -301,15 +303,15 @@ class _Writer:
         return written
 
 
-def _parts(value: dict[str, Any] | list[Any]) -> list[Any]:
+def _parts(value: JsonObject | list[object]) -> list[object]:
     return list(value.values()) if isinstance(value, dict) else value
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def _escaped(value: Any) -> str:
+def _escaped(value: object) -> str:
     return html.escape(_json(value), quote=False)
 
 
@@ -331,7 +333,7 @@ def html_page(report: CheckReport) -> str:
     panels = any(block.panels for block in blocks)
     js, css = _asset("page.js"), _asset("page.css") + PANEL_STYLE
     scripts = [js, *((bundle()[0], BOOT) if panels else ())]
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "report": report,
         "title": f"melens check: {report.model}",
         "verdict": {"css": report.verdict, "text": VERDICTS[report.verdict]},
@@ -360,7 +362,7 @@ def html_page(report: CheckReport) -> str:
     return _environment().get_template("page.html.j2").render(values) + "\n"
 
 
-def _draw(picture: Picture, name: str) -> dict[str, Any]:
+def _draw(picture: Picture, name: str) -> JsonObject:
     uri = Markup(picture_uri(picture.result, picture.style))
     return {
         "uri": uri,
@@ -371,14 +373,14 @@ def _draw(picture: Picture, name: str) -> dict[str, Any]:
     }
 
 
-def _room(values: dict[str, Any]) -> int:
+def _room(values: JsonObject) -> int:
     """Characters that the JSON may have: what the figures and scripts leave of the page."""
     large = [values["bundle"], *(made["uri"] for row in values["drawn"].values() for made in row)]
     large += [panel.html for part in values["parts"] for b in part.blocks for panel in b.panels]
     return max(0, LARGEST - REST - sum(map(len, large)))
 
 
-def _contents(values: dict[str, Any]) -> list[dict[str, str]]:
+def _contents(values: JsonObject) -> list[dict[str, str]]:
     entries = [("findings", "Findings")]
     if values["advice"]:
         entries.append(("recommendation", "Recommendation"))
@@ -402,7 +404,7 @@ def _environment() -> jinja2.Environment:
     return made
 
 
-def _safe(value: Any) -> Any:
+def _safe(value: object) -> object:
     """Plain text becomes safe HTML; what is HTML already stays."""
     if isinstance(value, Linked) or hasattr(value, "__html__"):
         return value

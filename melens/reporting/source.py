@@ -15,6 +15,7 @@ from melens.figures import draw
 from melens.figures.attention_view import marked, shown
 from melens.figures.draw import house_style, rendered
 from melens.formatting import printable
+from melens.protocols import JsonObject
 from melens.results.base import Result, look_up
 
 _RIGHT = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff"
@@ -59,7 +60,7 @@ def _short(value: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def number_text(value: Any, style: str = "plain") -> str:
+def number_text(value: object, style: str = "plain") -> str:
     """A number in words: ``plain``, ``percent`` (of a share) or ``signed``.
 
     None is "none". Thousands are grouped from 1,000 on; a whole number keeps all its digits.
@@ -110,7 +111,7 @@ class Linked:
 class Addressed:
     """A report as plain JSON, and the pointers that were taken from it."""
 
-    def __init__(self, data: dict[str, Any]):
+    def __init__(self, data: JsonObject):
         self.data = data
         self.taken: set[str] = set()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from melens.protocols import JsonObject
 from melens.reporting.page import SIGNS, VERDICTS, canonical, html_page, key_facts, report_parts
 from melens.reporting.sections import SECTIONS
 from melens.reporting.source import Addressed, code_span, markdown_text, number_text
@@ -107,7 +107,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> JsonObject:
     """JSON Schema (draft 2020-12) of a saved check; docs/report.schema.json is this.
 
     An embedded result is held to the schema of its kind where the page has a section for it.

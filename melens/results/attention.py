@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 
@@ -73,7 +74,7 @@ class AttentionMaps(Result):
             raise ValueError("massive_positions must be within the tokens")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a head: mean attention to the first token and to its own position.
 
         Over the queries after the first, which can only look at itself.

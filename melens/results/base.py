@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from melens.errors import ResultError
 from melens.formatting import printable
+from melens.protocols import JsonObject
 from melens.store import RESULT, read_text
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Result(Part):
 
     schema_id: ClassVar[str]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain JSON types, field names as in the JSON."""
         return self.model_dump(mode="json", by_alias=True)
 
@@ -104,7 +105,7 @@ class Result(Part):
             said = first["msg"].removeprefix("Value error, ")
             raise ResultError(": ".join(filter(None, [cls.schema_id, place, said])) + ".") from None
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """The result's main table, one dict a row."""
         raise ResultError(f"{type(self).__name__} has no table.")
 
@@ -133,7 +134,7 @@ class Result(Part):
     def __str__(self) -> str:
         return printable(self.summary(), keep="\n\t")
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """What a notebook shows of the table."""
         return self.rows()
 

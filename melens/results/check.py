@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from melens.errors import ResultError
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, kind_of, load_result, look_up
 from melens.results.locate import MELayer
@@ -51,7 +52,7 @@ class CacheNorms(Result):
             raise ValueError("layers count from 0 to n_layers - 1, heads from 0")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a layer and site."""
         return [row.model_dump() for row in self.rows_]
 
@@ -175,7 +176,7 @@ class CheckReport(Result):
     """The gravest first."""
     rules: tuple[RuleOutcome, ...]
     """Every rule there is, in the order of the registry."""
-    results: dict[str, dict[str, Any]]
+    results: dict[str, JsonObject]
     """Stage or result name -> the finished result as its own JSON."""
     recommendation: Recommendation | None
     """None unless the doses were tried (budget full)."""
@@ -258,7 +259,7 @@ class CheckReport(Result):
         }
         return look_up(held, pointer)
 
-    def timeless(self) -> dict[str, Any]:
+    def timeless(self) -> JsonObject:
         """All but when, by which command and from which checkout: equal for equal checks,
         resumed or not.
         """  # noqa: D205
@@ -270,11 +271,11 @@ class CheckReport(Result):
                 run.pop(name, None)
         return data
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a finding."""
         return [finding.model_dump(mode="json") for finding in self.findings]
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """One row a rule, found or not."""
         grave = {finding.id: finding.severity for finding in self.findings}
         keep = ("id", "status", "value", "threshold", "unit", "title")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 
@@ -54,7 +55,7 @@ class Collapse(Result):
             raise ValueError("rows must be there, with layers counted from 0 to n_layers - 1")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """Every number."""
         return [row.model_dump() for row in self.rows_]
 
@@ -81,7 +82,7 @@ class Collapse(Result):
         held = {row.site for row in self.rows_}
         return tuple(site for site in SITES if site in held)
 
-    def overview(self, definition: str = "effective_rank") -> list[dict[str, Any]]:
+    def overview(self, definition: str = "effective_rank") -> list[JsonObject]:
         """By layer and site, heads averaged: the number with / without the token."""
         curves = {site: self.curve(site, definition) for site in self.sites}
         return [
@@ -90,7 +91,7 @@ class Collapse(Result):
             for layer in range(self.n_layers)
         ]
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """Effective rank by layer and site; the full table has thousands of rows."""
         return self.overview()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 
@@ -156,7 +157,7 @@ class TokenPortrait(Result):
             raise ValueError("at least one first token must have been tried")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """The primary token by layer; the first tokens where nothing is massive."""
         if not self.massive or self.energy_layers is None:
             return [row.model_dump() for row in self.first_tokens]

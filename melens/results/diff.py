@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo, bos_said
 from melens.results.base import Part, Result, added_later
 
@@ -100,11 +101,11 @@ class Difference(Result):
             raise ValueError("profile must have one row a layer, counted from 0")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """Everything that was compared."""
         return [row.model_dump() for row in self.changes]
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """The same as text: a column of numbers and names cannot be aligned."""
         return [
             {**row, **{name: _text(row[name]) for name in ("a", "b", "changed")}}

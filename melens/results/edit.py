@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.locate import MELayer
@@ -59,7 +60,7 @@ class Edit(Part):
         return self
 
     @model_serializer(mode="wrap")
-    def _own_settings(self, write: Any) -> dict[str, Any]:
+    def _own_settings(self, write: SerializerFunctionWrapHandler) -> JsonObject:
         """No default of a setting that the named edit lacks: what is written can be read again."""
         foreign = set() if self.name in RATED else {"select", "rate", "seed"}
         foreign |= set() if self.name in LAYERED else {"layers"}
@@ -162,9 +163,9 @@ class EditFile(Result):
             raise ValueError("the probe must have one logit an entry")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row of facts."""
-        row: dict[str, Any] = {"format": self.format, "edit": self.edit.label}
+        row: JsonObject = {"format": self.format, "edit": self.edit.label}
         row["me_layer"] = self.me_layer.me_layer if self.me_layer else None
         if self.prefix is not None:
             row["first_token"] = repr(self.prefix.token)

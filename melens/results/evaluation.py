@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from melens.formatting import within
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
 from melens.results.edit import Edit
@@ -160,7 +161,7 @@ class Evaluation(Result):
             return None
         return math.exp(condition.value)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a condition."""
         nats = self.unit == NATS
         return [

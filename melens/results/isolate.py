@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
 
@@ -64,7 +65,7 @@ class Factorial(Part):
     interaction: Interaction
 
 
-def cells(factorial: Factorial) -> list[dict[str, Any]]:
+def cells(factorial: Factorial) -> list[JsonObject]:
     """The four cells of a 2 x 2 as rows."""
     made = []
     for name in ("kept_kept", "flat_kept", "kept_edited", "flat_edited"):
@@ -279,7 +280,7 @@ class Isolation(Result):
         further = layer in (step.layer for step in self.steps)
         return f"layer {layer}" + (" (another step)" if further else "")
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """The 2 x 2 of the first edited layer, one row a cell."""
         return cells(self.factorial)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from melens.protocols import JsonObject
 from melens.provenance import bos_said
 from melens.results.base import Part, Result, added_later
 
@@ -45,7 +46,7 @@ class KnownCheck(Result):
     """Whether the texts that it was located on begin with BOS, where that is known."""
     convention: str = CONVENTION
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a published number."""
         return [row.model_dump() for row in self.comparisons]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
 
@@ -237,7 +238,7 @@ class MELayer(Result):
             raise ValueError("me_layer and main_layer must be what their criteria say")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """The layer profile."""
         return [row.model_dump() for row in self.profile]
 

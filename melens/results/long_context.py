@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from melens.formatting import within
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.edit import Edit
@@ -153,7 +154,7 @@ class LongContext(Result):
         """All of them, base first."""
         return (self.base, self.edited, *self.dose, *self.controls, *self.rivals)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a condition, length and depth."""
         return [
             {
@@ -170,7 +171,7 @@ class LongContext(Result):
             for cell in c.cells
         ]
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """One row a condition."""
         return [
             {

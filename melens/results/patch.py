@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 
@@ -92,7 +93,7 @@ class PatchGrid(Result):
             return None
         return (value - self.corrupted) / (self.clean - self.corrupted)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a cell, in the order of the axes; all sites have all columns."""
         return [
             {"site": site, "layer": None, "position": None, "token": None, "head": None}
@@ -102,11 +103,11 @@ class PatchGrid(Result):
             for where, value in self._cells(site)
         ]
 
-    def strongest(self) -> list[dict[str, Any]]:
+    def strongest(self) -> list[JsonObject]:
         """The rows by size of their change, largest first."""
         return sorted(self.rows(), key=lambda row: -abs(row["change"]))
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """The strongest rows, without the columns that nobody swept."""
         top = self.strongest()[:SHOWN]
         empty = {name for name in top[0] if all(row[name] is None for row in top)}
@@ -128,20 +129,22 @@ class PatchGrid(Result):
         text += f" (layers count from 0): {top['value']:.4g}"
         return text + (f", effect {top['effect']:.2f}." if top["effect"] is not None else ".")
 
-    def _cells(self, site: str) -> Iterator[tuple[dict[str, Any], float]]:
+    def _cells(self, site: str) -> Iterator[tuple[JsonObject, float]]:
         axes = self.axes[site]
         for at in product(*(range(len(axis.index)) for axis in axes)):
-            value: Any = self.values[site]
-            where: dict[str, Any] = {}
+            value: Nested | float = self.values[site]
+            where: JsonObject = {}
             for axis, i in zip(axes, at, strict=True):
+                assert isinstance(value, tuple)  # _check_shape saw to it
                 value = value[i]
                 where[axis.name] = axis.index[i]
                 if axis.name == "position":
                     where["token"] = axis.label[i]
+            assert isinstance(value, float)
             yield where, value
 
 
-def _check_shape(array: Any, shape: list[int]) -> None:
+def _check_shape(array: object, shape: list[int]) -> None:
     if not shape:
         if not isinstance(array, float):
             raise ValueError("values must be floats")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 
@@ -80,7 +81,7 @@ class Reach(Result):
             raise ValueError("tokens must differ")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a layer."""
         return [row.model_dump() for row in self.profile]
 

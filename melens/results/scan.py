@@ -7,10 +7,11 @@ writes it, a candidate super weight.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 
@@ -147,11 +148,11 @@ class WeightScan(Result):
             raise ValueError("candidates must lie inside the model")
         return self
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a layer."""
         return [row.model_dump() for row in self.profile]
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """The main columns."""
         keep = ("layer", "ceiling", "ratio_to_median", "neuron", "expert", "dim", "sign", "reason")
         return [{key: row[key] for key in keep} for row in self.rows()]

@@ -7,11 +7,12 @@ in the (out, in) matrix of a checkpoint's ``down_proj.weight[row, column]``.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from melens.formatting import within
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.known import KnownCheck
@@ -195,7 +196,7 @@ class SuperWeights(Result):
         """``super`` or ``large``."""
         return "super" if self.is_super(weight) else "large"
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a weight that spikes; together and control last."""
         made = [{"is": self.kind_of(w), **w.model_dump()} for w in self.super_weights]
         groups = {"together": self.together, "control": self.control}
@@ -206,7 +207,7 @@ class SuperWeights(Result):
             if group is not None
         ]
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """The main columns."""
         keep = (
             "weights",

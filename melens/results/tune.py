@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from melens.formatting import within
+from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.edit import Edit
@@ -164,7 +165,7 @@ class Tuning(Result):
         """What was confirmed of the best setting."""
         return next((row for row in self.confirmed if row.edit == self.best), None)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row a setting: trials, then what was confirmed."""
         parts = (("development", self.trials), ("held out", self.confirmed))
         return [
@@ -173,7 +174,7 @@ class Tuning(Result):
             for row in rows
         ]
 
-    def shown(self) -> list[dict[str, Any]]:
+    def shown(self) -> list[JsonObject]:
         """The main columns: what was confirmed, then the trials, best first."""
         keep = (
             "on",

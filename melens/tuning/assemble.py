@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from melens.settings import Compare
 from melens.tuning.items import Objective
 from melens.tuning.space import ETA, Race
 
-STOPPED = ("search", "confirmation")
+Half = Literal["search", "confirmation"]
+STOPPED: tuple[Half, ...] = ("search", "confirmation")
 MARKS = ("base", "plan", *(f"stop {part}" for part in STOPPED))
 """Conditions of rows that are no evaluation."""
 
@@ -117,7 +119,11 @@ class Found:
 
 
 def made_controls(
-    model: Any, best: EditCondition, raced: Sequence[EditCondition], me_layer: MELayer, seed: int
+    model: HookedModel,
+    best: EditCondition,
+    raced: Sequence[EditCondition],
+    me_layer: MELayer,
+    seed: int,
 ) -> list[EditCondition]:
     """Controls to confirm: the best random dims of the race, and the best candidate's own two."""
     own = conditions(model, best.edit, me_layer, Compare(rates=(), strengths=(), seeds=(seed,)))
@@ -128,7 +134,35 @@ def made_controls(
     return list({condition.edit: condition for condition in made}.values())
 
 
-def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
+class _Settings(Protocol):
+    @property
+    def items(self) -> Path | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def held_out(self) -> float: ...
+
+
+class _Searched(Protocol):
+    """What a result is put together from, of a search that is over."""
+
+    model: HookedModel
+    me_layer: MELayer
+    objective: Objective
+    halves: Halves
+    budget: Budget
+
+    @property
+    def settings(self) -> _Settings: ...
+    @property
+    def rows(self) -> Rows: ...
+    @property
+    def candidates(self) -> Sequence[EditCondition]: ...
+    @property
+    def controls(self) -> Sequence[EditCondition]: ...
+
+
+def assembled(search: _Searched, ledger: Ledger, found: Found) -> Tuning:
     """The result, from the rows alone."""
     chosen = [*found.confirmed, *found.others] if found.held else []
     confirmed = tuple(_confirmed(condition, ledger, found) for condition in chosen)
@@ -159,7 +193,7 @@ def assembled(search: Any, ledger: Ledger, found: Found) -> Tuning:
     )
 
 
-def _about(model: Any, items: Sequence[Forced]) -> dict[str, Any]:
+def _about(model: HookedModel, items: Sequence[Forced]) -> JsonObject:
     tokenizer, rows = getattr(model, "tokenizer", None), [item.ids for item in items]
     start = {} if tokenizer is None else {"bos_first": bos_first(tokenizer, rows)}
     counts = {"sequences": len(rows), "tokens": sum(map(len, rows)), "length": max(map(len, rows))}
@@ -228,9 +262,9 @@ def _split(search: Any) -> Split:
     )
 
 
-def _spent(search: Any, found: Found) -> Spent:
+def _spent(search: _Searched, found: Found) -> Spent:
     names = [name for _, name in search.rows.found if name not in MARKS]
-    stops: list[Any] = [part for part in STOPPED if search.rows.has("stop", f"stop {part}")]
+    stops: list[Half] = [part for part in STOPPED if search.rows.has("stop", f"stop {part}")]
     return Spent(
         evaluations=search.budget.evaluations,
         seconds=search.budget.seconds,
@@ -252,5 +286,5 @@ def _rule(found: Found) -> str:
     )
 
 
-def _role(condition: EditCondition) -> Any:
+def _role(condition: EditCondition) -> Role:
     return "control" if condition.role == "control" else "candidate"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -64,7 +64,7 @@ class Objective:
         return value, weight
 
 
-def objective_of(metric: Any) -> Objective | None:
+def objective_of(metric: object) -> Objective | None:
     """The metric where it needs no task; None for the name of a forced task.
 
     Raises:  UnknownNameError: no task of that name. MetricError: neither name nor function.
@@ -82,7 +82,7 @@ def objective_of(metric: Any) -> Objective | None:
     raise MetricError(f"metric must be 'loss', a task's name or a function, got {brief(metric)}.")
 
 
-def items_of(model: Any, texts: Texts, metric: Any) -> tuple[Objective, tuple[Forced, ...]]:
+def items_of(model: HookedModel, texts: Texts, metric: Any) -> tuple[Objective, tuple[Forced, ...]]:
     """The metric and all items, as made for this model's tokenizer.
 
     Raises:  PromptError: no tokenizer, no texts, or an item over the model's context.
@@ -117,11 +117,11 @@ def items_of(model: Any, texts: Texts, metric: Any) -> tuple[Objective, tuple[Fo
     return objective, made
 
 
-def alike_items(tokenizer: Any, texts: Any, metric: Any) -> Prompts:
+def alike_items(tokenizer: Tokenizer, texts: object, metric: object) -> Prompts:
     """The bundled texts with the beginning that the items have: where to locate for them."""
     if isinstance(texts, Prompts):
         return prompts(bos=texts.bos, chat=texts.chat)
-    rows: list[Any] = []
+    rows: list[list[int]] = []
     if _forced(texts):
         rows = [list(item.ids) for item in texts]
     elif (ready := Batch.read(texts)) is not None:
@@ -132,7 +132,7 @@ def alike_items(tokenizer: Any, texts: Any, metric: Any) -> Prompts:
     return alike(tokenizer, task, texts if isinstance(texts, Items) else Items())
 
 
-def _forced(texts: Any) -> bool:
+def _forced(texts: object) -> TypeGuard[Sequence[Forced]]:
     return (
         isinstance(texts, (list, tuple))
         and bool(texts)
@@ -148,14 +148,14 @@ def _source(texts: Any, metric: str) -> Items:
     return replace(texts, n=texts.n or ITEMS)
 
 
-def read_once(texts: Any, metric: Any) -> Any:
+def read_once(texts: Any, metric: object) -> Texts:
     """What is cut into items, read here: standard input cannot be read again."""
     if objective_of(metric) is None or _forced(texts) or Batch.read(texts) is not None:
         return texts
     return _cut_texts(texts)
 
 
-def check_enough(texts: Texts, metric: Any, share: float) -> None:
+def check_enough(texts: Texts, metric: object, share: float) -> None:
     """Refuse, before a model is loaded, what can never make items enough.
 
     How many there are is known of items, rows of ids and files of questions; of texts only how many
@@ -203,7 +203,7 @@ def _cut_texts(texts: Any) -> Prompts:
     return prompts("bundled" if texts is None else texts, n=ITEMS)
 
 
-def _pieces(model: Any, texts: Any) -> tuple[Forced, ...]:
+def _pieces(model: HookedModel, texts: object) -> tuple[Forced, ...]:
     """Texts cut into items whose every token but the first counts."""
     if (ready := Batch.read(texts, pad_id=pad_id_of(model))) is not None:
         rows = rows_of([ready])
@@ -214,7 +214,7 @@ def _pieces(model: Any, texts: Any) -> tuple[Forced, ...]:
     return tuple(_item(model, i, row, head) for i, row in enumerate(rows))
 
 
-def _item(model: Any, number: int, row: Sequence[int], head: int) -> Forced:
+def _item(model: HookedModel, number: int, row: Sequence[int], head: int) -> Forced:
     """One row whose tokens from ``head`` on count."""
     scored = tuple(at >= head for at in range(len(row)))
     return Forced(str(number), tuple(row), scored, {"text": model.tokenizer.decode(row)})

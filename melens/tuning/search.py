@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
 
 from melens import __version__, locating
 from melens.errors import InterventionError, MetricError
 from melens.evaluating.edits import (
     BASE,
     EditCondition,
+    Role,
     check_held,
     located_facts,
     unedited,
@@ -22,6 +22,7 @@ from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.models.decoder import decoder_of
 from melens.results import MELayer
+from melens.results.edit import Edit
 from melens.results.tune import Tuning
 from melens.settings import Run
 from melens.tuning.assemble import Found, Ledger, assembled, made_controls
@@ -54,9 +55,9 @@ PROBED = 4
 
 
 def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four things)
-    model: Any,
+    model: ModelLike,
     texts: Texts = None,
-    metric: Any = "loss",
+    metric: object = "loss",
     budget: Budget | int | None = None,
     *,
     me_layer: MELayer | None = None,
@@ -134,7 +135,7 @@ def _check_resumable(metric: Any, run: Run) -> None:
         )
 
 
-def _check_rates(model: Any, space: Space) -> None:
+def _check_rates(model: HookedModel, space: Space) -> None:
     size = model.cfg.d_model
     if none := [rate for rate in space.rates if not int(rate * size)]:
         raise InterventionError(
@@ -302,7 +303,7 @@ class _Search:
             for layer in sorted(set(self.runner.starts) - {decoder.n_layers}):
                 decoder.gain(layer)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> JsonObject:
         """What the numbers depend on."""
         return {
             "melens": __version__,
@@ -321,7 +322,7 @@ class _Search:
         }
 
 
-def _condition(edit: Any, role: Any) -> EditCondition:
+def _condition(edit: Edit, role: Role) -> EditCondition:
     return EditCondition(edit.label, role, edit)
 
 

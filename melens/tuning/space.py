@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -33,7 +33,7 @@ class Space:
 
     selects: Sequence[str] = ("gamma", "activation", "product", "bottom")
     """Candidates, by their rule for the dimensions."""
-    layers: Sequence[Any] = ("after", "next")
+    layers: Sequence[str | Sequence[int]] = ("after", "next")
     """``after``, ``next``, or tuples of layers from 0."""
     rates: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 0.9)
     strengths: Sequence[float] = (0.25, 0.5, 1.0)

@@ -1,0 +1,122 @@
+"""What melens uses of other libraries' objects: hooked models, tokenizers, what JSON holds.
+
+Neither torch nor TransformerLens is imported at run time. The protocols are for the type checker:
+whether an object is a model that fits is measured (``models/contract.py``), never read off its
+attributes, and the suite's run-time checks see ``object``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+JsonObject = dict[str, Any]
+"""A JSON object as the standard library reads and writes it: what its values are is for who parses
+it to say. Also one row of a table."""
+
+Options = dict[str, Any]
+"""Arguments by name, for a function that says itself what it takes."""
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+"""What a torch module is called with, as its hooks see it: every module has its own."""
+Called = tuple[Args, Kwargs] | None
+"""What a torch pre-hook gives back: other arguments; None = as they were."""
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+    from typing import Protocol
+
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
+    from transformer_lens.hook_points import HookPoint
+    from transformers import DynamicCache as KeyValueCache
+    from transformers import PreTrainedModel
+
+    Json = Mapping[str, "Json"] | Sequence["Json"] | str | int | float | bool | None
+    """A value that JSON can hold."""
+
+    Encoding = Mapping[str, Any]
+    """What a tokenizer makes of a text: ``input_ids``, and what else was asked for."""
+
+    class Tokenizer(Protocol):
+        """A transformers tokenizer, slow or fast."""
+
+        bos_token_id: int | None
+        eos_token_id: int | None
+        pad_token_id: int | None
+        unk_token_id: int | None
+
+        def __call__(self, text: str, **options: Any) -> Encoding: ...
+        def decode(self, token_ids: Sequence[int], /, **options: Any) -> str: ...
+        def __len__(self) -> int: ...
+        def get_vocab(self) -> dict[str, int]: ...
+        def apply_chat_template(self, conversation: Any, /, **options: Any) -> Any: ...
+        def save_pretrained(self, save_directory: str | Path, /) -> object: ...
+
+    class TransformersModel(PreTrainedModel):
+        """A causal language model as transformers makes it."""
+
+        generate: Callable[..., Any]
+        to: Callable[..., Any]
+
+    class ModelConfig(Protocol):
+        """Sizes of a hooked model; whatever else its config may hold is asked for with getattr."""
+
+        n_layers: int
+        n_heads: int
+        d_model: int
+        d_head: int
+        d_vocab: int
+        n_ctx: int
+        architecture: str | None
+        tokenizer_prepends_bos: bool | None
+
+    class HookedModel(Protocol):
+        """A TransformerBridge, or a HookedTransformer of TransformerLens 3.9.
+
+        ``tokenizer`` is None where there is none, which whoever needs one refuses first. Only a
+        bridge has ``original_model``: ask with hasattr.
+        """
+
+        cfg: ModelConfig
+        tokenizer: Tokenizer
+        original_model: TransformersModel
+        forward: Callable[..., Any]
+
+        @property
+        def hook_dict(self) -> Mapping[str, HookPoint]: ...
+        @property
+        def blocks(self) -> nn.ModuleList: ...
+        @property
+        def ln_final(self) -> Callable[[Tensor], Tensor]: ...
+        @property
+        def unembed(self) -> Callable[[Tensor], Tensor]: ...
+        def __call__(self, ids: Tensor, /, **options: Any) -> Tensor: ...
+        def hooks(
+            self, fwd_hooks: list[tuple[str, Callable[..., Any]]]
+        ) -> AbstractContextManager[object]: ...
+        def modules(self) -> Iterator[nn.Module]: ...
+        def parameters(self) -> Iterator[nn.Parameter]: ...
+        def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+        def state_dict(self) -> Mapping[str, Any]: ...
+        def eval(self) -> HookedModel: ...
+        def register_forward_hook(
+            self, hook: Callable[..., Any], /, *, always_call: bool = False
+        ) -> RemovableHandle: ...
+        def register_forward_pre_hook(
+            self, hook: Callable[..., Any], /, *, prepend: bool = False, with_kwargs: bool = False
+        ) -> RemovableHandle: ...
+
+    AnyModel = HookedModel | nn.Module
+    """A model object: hooked, or as transformers makes it (or PEFT around one)."""
+    ModelLike = str | Path | AnyModel
+    """What melens.load takes: a name, a folder, a file, a hub id, or a model object."""
+else:
+    Json = Encoding = Tokenizer = ModelConfig = HookedModel = object
+    AnyModel = ModelLike = TransformersModel = KeyValueCache = object
+
+
+def is_hooked(model: object) -> TypeGuard[HookedModel]:
+    """Whether a model has TransformerLens hooks."""
+    return hasattr(model, "hook_dict")
