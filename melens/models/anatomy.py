@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from melens.errors import FoldedWeightsError, ModelError, SiteError
+from melens.protocols import HookedModel
 from melens.registry import Registry
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def pattern_hook(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
 
 
-def anatomy(model: Any) -> Anatomy:
+def anatomy(model: HookedModel) -> Anatomy:
     """The blocks of a TransformerBridge or HookedTransformer, read from its hook names.
 
     Raises:  ModelError: a block without any known write site.
@@ -185,14 +186,14 @@ def anatomy(model: Any) -> Anatomy:
     return Anatomy(row, tuple(_block(model, known, layer) for layer in range(model.cfg.n_layers)))
 
 
-def family_of(model: Any) -> str | None:
+def family_of(model: HookedModel) -> str | None:
     """Name of the family's row; None where melens has none (gains are then refused)."""
     architecture = getattr(model.cfg, "architecture", None)
     found = (name for name, row in FAMILIES.items() if architecture in row.architectures)
     return next(found, None)
 
 
-def check_layer(model: Any, layer: int) -> None:
+def check_layer(model: HookedModel, layer: int) -> None:
     """Refuse a layer the model does not have.
 
     Raises:  SiteError: with the range that fits.
@@ -203,7 +204,7 @@ def check_layer(model: Any, layer: int) -> None:
         raise SiteError(f"layer {layer} is outside 0..{n - 1} of {name}. Layers count from 0.")
 
 
-def norm_gain(model: Any, layer: int, norm: str) -> Float[Tensor, " d_model"]:
+def norm_gain(model: HookedModel, layer: int, norm: str) -> Float[Tensor, " d_model"]:
     """Effective gain of one norm, e.g. ``ln2``, in float32: what its normalised input is
     multiplied by.
 
@@ -232,19 +233,19 @@ def norm_gain(model: Any, layer: int, norm: str) -> Float[Tensor, " d_model"]:
     return weight.detach().float() + offset
 
 
-def gains(model: Any, layer: int) -> dict[str, Float[Tensor, " d_model"]]:
+def gains(model: HookedModel, layer: int) -> dict[str, Float[Tensor, " d_model"]]:
     """Effective gain of every norm of a block, by the norm's name."""
     check_layer(model, layer)
     return {norm: norm_gain(model, layer, norm) for norm in _norms(model, layer)}
 
 
-def is_folded(model: Any) -> bool:
+def is_folded(model: HookedModel) -> bool:
     """Whether norm gains were folded into the next matrix (which may shift channels as well)."""
     kind = str(getattr(model.cfg, "normalization_type", None))
     return bool(getattr(model, "_weights_processed", False)) or kind.endswith("Pre")
 
 
-def require_unfolded(model: Any) -> None:
+def require_unfolded(model: HookedModel) -> None:
     """Refuse a model whose norm gains were folded into the next matrix.
 
     Raises:  FoldedWeightsError: saying how to load it unfolded.
@@ -257,7 +258,7 @@ def require_unfolded(model: Any) -> None:
         )
 
 
-def _norms(model: Any, layer: int) -> tuple[str, ...]:
+def _norms(model: HookedModel, layer: int) -> tuple[str, ...]:
     return _block(model, set(model.hook_dict), layer).norms
 
 
@@ -266,7 +267,7 @@ def holds_attention(block: torch.nn.Module) -> bool:
     return any("Attention" in type(part).__name__ for part in block.modules())
 
 
-def _block(model: Any, known: set[str], layer: int) -> Block:
+def _block(model: HookedModel, known: set[str], layer: int) -> Block:
     prefix = f"blocks.{layer}."
     mixers = tuple(prefix + site for site in MIXERS if prefix + site in known)
     ffn = f"{prefix}hook_mlp_out"
@@ -283,6 +284,6 @@ def _block(model: Any, known: set[str], layer: int) -> Block:
     )
 
 
-def residual_dtype(model: Any) -> torch.dtype:
+def residual_dtype(model: HookedModel) -> torch.dtype:
     """The dtype that tolerances go by."""
     return next(model.parameters()).dtype

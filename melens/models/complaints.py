@@ -7,11 +7,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from melens.errors import ModelError
 from melens.formatting import brief
 from melens.models.weight_files import read_json
+from melens.protocols import JsonObject
 
 PATIENCE = 5.0
 """Seconds that looking for a setting may take; the error is said in any case."""
@@ -53,7 +53,7 @@ def first_line(error: BaseException, *, named: bool = False) -> str:
 
 
 def with_setting(
-    error: Exception, settings: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]
+    error: Exception, settings: Mapping[str, object], attempt: Callable[[JsonObject], object]
 ) -> str:
     """The complaint, with the setting that it is about: the one without which nothing is wrong.
 
@@ -82,7 +82,9 @@ def with_setting(
     return f"{' or '.join(found)}; {said}" if 0 < len(found) <= 3 else said
 
 
-def no_tokenizer(folder: Path, error: Exception, read: Callable[[Path], Any] | None) -> ModelError:
+def no_tokenizer(
+    folder: Path, error: Exception, read: Callable[[Path], object] | None
+) -> ModelError:
     """Why a folder's tokenizer cannot be read: which of its files, and what to do.
 
     Args:    error: what ``read`` raised on the folder; None = it is not to be tried again.
@@ -140,7 +142,7 @@ def _broken(folder: Path) -> tuple[str, str] | None:
 
 
 def _with_tokenizer_setting(
-    folder: Path, error: Exception, read: Callable[[Path], Any] | None
+    folder: Path, error: Exception, read: Callable[[Path], object] | None
 ) -> str:
     said = first_line(error, named=True)
     if read is None or not (folder / SETTINGS).is_file():
@@ -157,7 +159,7 @@ def _with_tokenizer_setting(
         except OSError:  # a system or a disk without links
             return said
 
-        def attempt(settings: dict[str, Any]) -> Any:
+        def attempt(settings: JsonObject) -> object:
             (copy / SETTINGS).write_text(json.dumps(settings), "utf-8")
             return read(copy)
 

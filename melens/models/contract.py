@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ from melens.models.anatomy import (
 from melens.models.complaints import first_line
 from melens.models.decoder import layer_list
 from melens.models.ffn import is_adapted
+from melens.protocols import HookedModel, TransformersModel
 from melens.shapes import TokenIds
 
 PROBE_TOKENS = 8
@@ -109,8 +110,8 @@ def own_answer(model: Any, *, upto: int | None = None) -> OwnAnswer:
     ids = probe_ids(model.config).to(model.get_input_embeddings().weight.device)
     blocks: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Any:
-        def note(module: nn.Module, args: Any, out: Any) -> None:
+    def keep(layer: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
             blocks[layer] = (out[0] if isinstance(out, tuple) else out).detach().clone()
             if layer == upto:
                 raise _Enough
@@ -154,7 +155,7 @@ def failing(what: str, *, hint: str = "") -> Iterator[None]:
         raise ModelError(f"{what} ({first_line(error, named=True)}).{hint}") from None
 
 
-def force_eager(model: Any) -> None:
+def force_eager(model: TransformersModel) -> None:
     """Switch a transformers model to eager attention, where its class can be switched."""
     can = getattr(type(model), "_can_set_attn_implementation", None)
     if getattr(model.config, "_attn_implementation", "eager") != "eager" and can and can():
@@ -165,7 +166,7 @@ class _Enough(Exception):
     """Raised after the last block that was asked for."""
 
 
-def _layers(model: Any) -> nn.ModuleList | list[nn.Module]:
+def _layers(model: TransformersModel) -> nn.ModuleList | list[nn.Module]:
     try:
         return layer_list(model)
     except ModelError:
@@ -194,7 +195,7 @@ HALF_ROW_TOLERANCE = 2e-2
 
 
 @torch.no_grad()
-def check_contract(model: Any, own: OwnAnswer | None = None) -> Anatomy:
+def check_contract(model: HookedModel, own: OwnAnswer | None = None) -> Anatomy:
     """Run eight tokens through the model and hold every block against the contract.
 
     One pass, two rows that differ in their last token. Every write, residual and attention hook
@@ -211,13 +212,13 @@ def check_contract(model: Any, own: OwnAnswer | None = None) -> Anatomy:
     last: list[Tensor] = []
     blocks: dict[int, Tensor] = {}
 
-    def keep(site: str) -> Any:
+    def keep(site: str) -> Callable[..., None]:
         def read(x: Tensor, hook: object) -> None:
             seen[site] = x.detach()
 
         return read
 
-    def close(block: Block) -> Any:
+    def close(block: Block) -> Callable[..., None]:
         def read(x: Tensor, hook: object) -> None:
             seen[resid_post(block.layer)] = x.detach()
             _check_block(model, block, seen)
@@ -251,7 +252,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check_causality(model: Any, resid: Tensor) -> None:
+def _check_causality(model: HookedModel, resid: Tensor) -> None:
     """A token must not see later ones: trajectories are computed from a prefix alone."""
     before, after = resid[:1, :-1], resid[1:, :-1]
     error = _largest_miss(before, after, [before, after])
@@ -262,7 +263,7 @@ def _check_causality(model: Any, resid: Tensor) -> None:
         )
 
 
-def _sites(model: Any, block: Block) -> list[str]:
+def _sites(model: HookedModel, block: Block) -> list[str]:
     sites = [resid_pre(block.layer), *block.mixer_writes]
     sites += [block.ffn_write] if block.ffn_write else []
     sites += [pattern_hook(block.layer)] if block.attention else []
@@ -277,11 +278,11 @@ def _sites(model: Any, block: Block) -> list[str]:
     return sites
 
 
-def _knows_gains(model: Any) -> bool:
+def _knows_gains(model: HookedModel) -> bool:
     return family_of(model) is not None and not is_folded(model)
 
 
-def _check_block(model: Any, block: Block, seen: dict[str, Tensor]) -> None:
+def _check_block(model: HookedModel, block: Block, seen: dict[str, Tensor]) -> None:
     expected = {*_sites(model, block), resid_post(block.layer)}
     if silent := sorted(expected - set(seen)):
         raise ContractError(f"{silent[0]} exists but did not fire; melens cannot read this model.")
@@ -322,7 +323,9 @@ def _check_rows(block: Block, seen: dict[str, Tensor], dtype: torch.dtype) -> No
         raise ContractError(f"block {block.layer}: attention rows miss 1 by {error:.1e}.")
 
 
-def _check_norms(model: Any, block: Block, seen: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _check_norms(
+    model: HookedModel, block: Block, seen: dict[str, Tensor], dtype: torch.dtype
+) -> None:
     for norm in block.norms:
         prefix = f"blocks.{block.layer}.{norm}.hook_"
         bias = getattr(getattr(model.blocks[block.layer], norm), "bias", None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from melens.errors import FoldedWeightsError, InterventionError, ModelError, SiteError
 from melens.models.anatomy import FAMILIES, anatomy, holds_attention, norm_gain
 from melens.models.ffn import require_gain
+from melens.protocols import HookedModel, TransformersModel
 
 KEPT_BRIDGE = "_melens_bridge"
 """Where a plain model keeps the bridge that melens made of it."""
@@ -23,7 +24,7 @@ KEPT_BRIDGE = "_melens_bridge"
 class Decoder:
     """A decoder LM: the module whose call shows the tokens, and each layer's attention."""
 
-    model: Any
+    model: HookedModel
     """The bridge, or the transformers model: what passes are noted under."""
     name: str
     n_layers: int
@@ -72,7 +73,7 @@ class Decoder:
         return gain
 
 
-def layer_list(model: Any) -> torch.nn.ModuleList:
+def layer_list(model: TransformersModel) -> torch.nn.ModuleList:
     """The list that a transformers model's forward pass walks through.
 
     Raises:  ModelError: none is as long as the config's number of layers.
@@ -132,7 +133,7 @@ def _plain(model: Any) -> Decoder:
     return Decoder(model, name, n_layers, size, attentions, norms, blocks, tuple(unread))
 
 
-def _part(adapter: Any, model: Any, name: str) -> torch.nn.Module | None:
+def _part(adapter: Any, model: TransformersModel, name: str) -> torch.nn.Module | None:
     try:
         found = adapter.get_component(model, name)
     except (ValueError, AttributeError, KeyError):  # a hybrid's layer, or a family without it
@@ -140,7 +141,7 @@ def _part(adapter: Any, model: Any, name: str) -> torch.nn.Module | None:
     return found if isinstance(found, torch.nn.Module) else None
 
 
-def _adapter(model: Any) -> Any:
+def _adapter(model: TransformersModel) -> Any:
     """TransformerLens's map of where this architecture keeps its parts."""
     from transformer_lens.factories import architecture_adapter_factory as factories
     from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
@@ -164,12 +165,12 @@ class Keeping:
     def __init__(self) -> None:
         self.pair: tuple[Tensor, Tensor] | None = None
 
-    def update(self, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
         """``[batch, head, pos, d]`` keys and values of the whole sequences."""
         self.pair = (keys.detach(), values.detach())
         return keys, values
 
-    def get_seq_length(self, *rest: Any) -> int:
+    def get_seq_length(self, *rest: object) -> int:
         """Nothing came before."""
         return 0
 
@@ -184,11 +185,11 @@ class RecordedPrefix:
         )
         self.start = start
 
-    def update(self, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
         """The whole sequences' keys and values."""
         before_k, before_v = self.pair
         return torch.cat([before_k, keys], dim=-2), torch.cat([before_v, values], dim=-2)
 
-    def get_seq_length(self, *rest: Any) -> int:
+    def get_seq_length(self, *rest: object) -> int:
         """Positions before the new ones."""
         return self.start

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from melens.errors import ModelError, SiteError
 from melens.models.anatomy import anatomy, check_layer
+from melens.protocols import HookedModel
 
 LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
 ROWS, CHUNK = 3, 512
@@ -24,7 +25,7 @@ GAIN_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def matrix_of(
-    module: Any, stored: Callable[[], Tensor | None]
+    module: nn.Module | None, stored: Callable[[], Tensor | None]
 ) -> Float[Tensor, "inside outside"] | None:
     """W such that the module makes ``x @ W`` of x, beside what it makes of zeros.
 
@@ -54,7 +55,7 @@ def require_gain(norm: nn.Module, gain: Tensor, *, where: str) -> None:
     """
     if len(gain) % 2:
         return
-    weight: Any = getattr(norm, "weight", gain)
+    weight: Tensor = getattr(norm, "weight", gain)
     row = torch.ones(len(gain), dtype=weight.dtype, device=weight.device)
     row[1::2] = -1
     with torch.no_grad():
@@ -75,7 +76,7 @@ def is_adapted(model: nn.Module) -> bool:
     )
 
 
-def _candidates(module: Any, kept: Tensor | None) -> Iterator[Tensor]:
+def _candidates(module: nn.Module, kept: Tensor | None) -> Iterator[Tensor]:
     if kept is not None:
         yield kept if (added := _added(module, kept)) is None else kept + added
     yield _probed(module)
@@ -95,17 +96,17 @@ def _added(module: Any, kept: Tensor) -> Tensor | None:
     return made
 
 
-def _is_plain(module: Any) -> bool:
+def _is_plain(module: nn.Module) -> bool:
     """By the class itself: PEFT and quantisers call theirs Linear too."""
     return _kind(module) in (LINEAR, CONV1D) and "forward" not in vars(module)
 
 
-def _kind(module: Any) -> str:
+def _kind(module: object) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 @torch.no_grad()
-def _probed(module: Any) -> Float[Tensor, "inside outside"]:
+def _probed(module: nn.Module) -> Float[Tensor, "inside outside"]:
     """Row n is what the module makes of the n-th unit vector."""
     inside = _inside(module)
     zero = _run(module, _like(module, torch.zeros(1, inside)))
@@ -115,7 +116,7 @@ def _probed(module: Any) -> Float[Tensor, "inside outside"]:
 
 
 @torch.no_grad()
-def _explains(module: Any, matrix: Tensor) -> bool:
+def _explains(module: nn.Module, matrix: Tensor) -> bool:
     rows = torch.randn(ROWS, len(matrix), generator=torch.Generator().manual_seed(0))
     given = _like(module, rows)
     made = (_run(module, given) - _run(module, torch.zeros_like(given))).float()
@@ -125,12 +126,12 @@ def _explains(module: Any, matrix: Tensor) -> bool:
     return bool(((made - expected).abs().amax(-1) <= limit * scale).all())
 
 
-def _run(module: Any, x: Tensor) -> Tensor:
+def _run(module: nn.Module, x: Tensor) -> Tensor:
     """Past the hooks on the module: an open edit is no part of its weights."""
     return module.forward(x).detach()
 
 
-def _like(module: Any, x: Tensor) -> Tensor:
+def _like(module: nn.Module, x: Tensor) -> Tensor:
     """In the dtype and on the device of what the module computes with."""
     values = [*module.parameters(), *module.buffers()]
     wide = next((v for v in values if v.is_floating_point() and v.dtype.itemsize > 1), None)
@@ -138,7 +139,7 @@ def _like(module: Any, x: Tensor) -> Tensor:
     return x.to(device, torch.float32 if wide is None else wide.dtype)
 
 
-def _inside(module: Any) -> int:
+def _inside(module: nn.Module) -> int:
     size = getattr(module, "in_features", None)
     if not isinstance(size, int):
         raise SiteError(
@@ -223,7 +224,7 @@ class FFN:
         return _linear(product, self.down.T, getattr(self.weights, "b_out", None))
 
 
-def ffn_of(model: Any, layer: int) -> FFN:
+def ffn_of(model: HookedModel, layer: int) -> FFN:
     """The FFN of a block.
 
     Raises:  SiteError: no such layer, no FFN, or one without neurons that can be told apart (a
@@ -253,7 +254,7 @@ def ffn_of(model: Any, layer: int) -> FFN:
     )
 
 
-def ffn_input(model: Any, layer: int) -> str:
+def ffn_input(model: HookedModel, layer: int) -> str:
     """Hook of what the FFN reads, its norm and gain included."""
     check_layer(model, layer)
     for site in ("mlp.hook_in", "ln2.hook_out"):
@@ -262,7 +263,7 @@ def ffn_input(model: Any, layer: int) -> str:
     raise SiteError(f"block {layer} has no hook at its FFN's input.")
 
 
-def _has_neurons(weights: Any) -> bool:
+def _has_neurons(weights: object) -> bool:
     """One down projection, as a matrix or in a module of its own whose storage is packed."""
     try:
         down = getattr(weights, "W_out", None)
@@ -271,13 +272,13 @@ def _has_neurons(weights: Any) -> bool:
     return isinstance(down, Tensor) and down.ndim == 2
 
 
-def _module(weights: Any, part: str) -> torch.nn.Module | None:
+def _module(weights: object, part: str) -> torch.nn.Module | None:
     """The model's own module behind a projection; None where the bridge multiplies by itself."""
     found = getattr(getattr(weights, part, None), "original_component", None)
     return found if isinstance(found, torch.nn.Module) else None
 
 
-def _output(model: Any, layer: int) -> str:
+def _output(model: HookedModel, layer: int) -> str:
     site = f"blocks.{layer}.mlp.hook_out"
     if site in model.hook_dict:
         return site
@@ -288,7 +289,7 @@ def _output(model: Any, layer: int) -> str:
 
 
 def _linear(
-    x: Float[Tensor, "*row inside"], weight: Float[Tensor, "outside inside"], bias: Any
+    x: Float[Tensor, "*row inside"], weight: Float[Tensor, "outside inside"], bias: object
 ) -> Float[Tensor, "*row outside"]:
     wide = torch.promote_types(x.dtype, torch.float32)
     made = x.to(wide) @ weight.to(wide).T

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from melens.errors import MelensError, ModelError, ModelNotFoundError
 from melens.models.cache import cache_dir
@@ -108,7 +107,7 @@ def require_no_adapter(found: bool, *, name: str) -> None:
         )
 
 
-def check_config(config: Any, *, name: str, trust_remote_code: bool) -> None:
+def check_config(config: object, *, name: str, trust_remote_code: bool) -> None:
     """Refuse what is no causal LM, or runs code of its own that nobody asked for."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

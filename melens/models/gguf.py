@@ -76,7 +76,7 @@ def convert_gguf(path: Path, target: Path) -> None:
         _write_record(folder, plan.header)
 
 
-def read_gguf_whole(path: Path) -> tuple[Any, dict[str, Any]]:
+def read_gguf_whole(path: Path) -> tuple[Any, JsonObject]:
     """The model's class, and what its ``from_pretrained`` takes in place of a folder.
 
     Raises:  WeightsError: as :func:`convert_gguf`.
@@ -89,7 +89,7 @@ def read_gguf_whole(path: Path) -> tuple[Any, dict[str, Any]]:
     return type(plan.model), {"config": _finished_config(plan, counts), "state_dict": made}
 
 
-def read_gguf_tokenizer(path: Path) -> Any:
+def read_gguf_tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer that a GGUF's fields describe; None where it has no vocabulary.
 
     Raises:  WeightsError: transformers cannot read it.
@@ -146,7 +146,7 @@ def _finished_config(plan: Conversion, counts: dict[torch.dtype, int]) -> Any:
     return config
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _record(folder: Path) -> JsonObject:
     """What a copy says of itself; nothing where there is no record, or a damaged one."""
     try:
         found = json.loads(read_limited(folder / RECORD, PAGE))

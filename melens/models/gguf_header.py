@@ -7,13 +7,14 @@ import math
 import re
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from melens.errors import WeightsError
+from melens.protocols import JsonObject
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -70,7 +71,7 @@ class GGUFHeader:
     path: Path
     """The file with the fields: the first part."""
     files: tuple[Path, ...]
-    fields: dict[str, Any]
+    fields: JsonObject
     """A vocabulary's arrays are left out: nobody here asks for them."""
     types: dict[str, tuple[int, int | None]]
     """Of each field: its value type, and of an array that of its values."""
@@ -166,7 +167,7 @@ def _joined(parts: list[GGUFHeader], count: int) -> GGUFHeader:
 class _Bytes:
     """The beginning of a file, read as it is needed; refuses whatever goes beyond its end."""
 
-    def __init__(self, file: Any, name: str, size: int) -> None:
+    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
         self.name, self.size, self.at = name, size, 0
         self._file, self._seen = file, bytearray()
 
@@ -277,8 +278,8 @@ def _read(path: Path, data: _Bytes) -> GGUFHeader:
     return GGUFHeader(path, (path,), fields, types, tensors, data.at)
 
 
-def _fields(data: _Bytes, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    fields: dict[str, Any] = {}
+def _fields(data: _Bytes, count: int) -> tuple[JsonObject, JsonObject]:
+    fields: JsonObject = {}
     types: dict[str, tuple[int, int | None]] = {}
     seen: set[str] = set()
     for _ in range(count):
@@ -354,7 +355,7 @@ def _tensor(
     return GGUFTensor(name, shape, kind.name, path, start, n_bytes)
 
 
-def _require_apart(data: _Bytes, tensors: Any) -> None:
+def _require_apart(data: _Bytes, tensors: Iterable[GGUFTensor]) -> None:
     """Refuse two tensors on the same bytes."""
     placed: list[GGUFTensor] = sorted(tensors, key=lambda tensor: tensor.start)
     for one, other in itertools.pairwise(placed):

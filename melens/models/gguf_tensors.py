@@ -28,11 +28,12 @@ from melens.models.gguf_header import (
     require_blocks,
     require_fields,
 )
+from melens.protocols import JsonObject, TransformersModel
 
 SHARED = ("falcon", "bloom")
 """Architectures that unembed by the embedding whether or not the file has an ``output.weight``."""
 FREQUENCIES = "rope_freqs.weight"
-LLAMA3: dict[str, Any] = {
+LLAMA3: JsonObject = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -46,7 +47,7 @@ class Conversion:
     """A model to be made of a GGUF: what it needs, and which tensors of the file give it."""
 
     header: GGUFHeader
-    model: Any
+    model: TransformersModel
     """Without weights: its parameters are on the meta device."""
     needed: dict[str, tuple[int, ...]]
     """Shape of each parameter, those that share another's memory left out."""
@@ -100,7 +101,7 @@ def _empty_model(config: Any) -> Any:
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: TransformersModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model
 
@@ -128,7 +129,7 @@ class _Named:
         return ()
 
 
-def _names(model: Any, arch: str) -> dict[str, str]:
+def _names(model: TransformersModel, arch: str) -> dict[str, str]:
     """Parameter of the model by name in a GGUF."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
@@ -215,7 +216,7 @@ def set_frequencies(header: GGUFHeader, config: Any) -> None:
     )
 
 
-def _is_table_of(scaled: dict[str, Any], table: Tensor, config: Any) -> bool:
+def _is_table_of(scaled: JsonObject, table: Tensor, config: Any) -> bool:
     """Whether the table divides the plain frequencies into those of the scaled rule."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -34,8 +34,9 @@ from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.origin import Origin, remember
 from melens.models.resolve import Asked, asked
 from melens.network import is_offline, pass_on
+from melens.protocols import HookedModel, ModelLike, Options, Tokenizer, TransformersModel
 
-CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
+CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
 """Model objects that passed the contract already."""
 REFUSED = "_melens_refused"
 """On a model object that was bridged and whose hooks did not add up: why."""
@@ -43,14 +44,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    model: Any,
+    model: ModelLike,
     *,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     trust_remote_code: bool = False,
-) -> Any:
+) -> HookedModel:
     """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
 
     Args:    model: a named model (``melens models``), a folder, a ``.gguf`` file, a Hugging Face
@@ -87,7 +88,7 @@ def load_plain(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Any, Any, Origin]:
+) -> tuple[TransformersModel, Tokenizer, Origin]:
     """A transformers causal LM that is not bridged, its tokenizer, and where it came from.
 
     For what a bridge cannot do (be saved) or does slower (decode); arguments, network and errors
@@ -98,8 +99,13 @@ def load_plain(
 
 
 def _load_hf(
-    name: str, tokenizer: Any, *, device: str | None, dtype: Any, options: dict[str, Any]
-) -> tuple[Any, Any, Origin]:
+    name: str,
+    tokenizer: Tokenizer | None,
+    *,
+    device: str | None,
+    dtype: torch.dtype | str | None,
+    options: Options,
+) -> tuple[TransformersModel, Tokenizer, Origin]:
     revision, trusted = options["revision"], options["trust_remote_code"]
     wanted = asked(name, revision=revision)
     source = source_of(wanted, revision=revision, trust_remote_code=trusted)
@@ -116,8 +122,12 @@ def _load_hf(
 
 
 def adopt(
-    model: Any, *, device: str | None = None, dtype: Any = None, tokenizer: Any = None
-) -> Any:
+    model: ModelLike,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> HookedModel:
     """:func:`load` for names and paths; a model object is bridged if need be, checked once, and
     left on its device, in its dtype and in its mode. An HF model keeps its bridge: bridging
     replaces its submodules, so that a second one would wrap the first (and saving it no longer
@@ -146,7 +156,7 @@ def adopt(
     return bridge
 
 
-def _own_bridge(model: torch.nn.Module) -> Any:
+def _own_bridge(model: Any) -> HookedModel | None:
     """The bridge that an object is, or keeps; None where it was never bridged.
 
     Raises:  ModelError: it was bridged, and refused.
@@ -158,7 +168,7 @@ def _own_bridge(model: torch.nn.Module) -> Any:
     return vars(model).get(KEPT_BRIDGE)
 
 
-def _check_once(model: torch.nn.Module, bridge: Any, own: OwnAnswer | None) -> None:
+def _check_once(model: torch.nn.Module, bridge: HookedModel, own: OwnAnswer | None) -> None:
     """Hold a bridge to the contract. A model that is refused says so from then on: its submodules
     are wrapped, and a second bridge would wrap the wrapped.
     """  # noqa: D205
@@ -213,7 +223,7 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
     check_config(config, name=name, trust_remote_code=trust_remote_code)
 
 
-def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.nn.Module:
+def _read_weights(source: str | Path, *, dtype: torch.dtype | str | None, options: Options) -> Any:
     from transformers import AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM
@@ -244,7 +254,7 @@ def _read_weights(source: Any, *, dtype: Any, options: dict[str, Any]) -> torch.
     return hf
 
 
-def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
+def read_tokenizer(source: str | Path, options: Options) -> Tokenizer:
     """The tokenizer of a folder or hub id.
 
     Raises:  ModelError: there is none that can be read.
@@ -260,7 +270,7 @@ def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
             )
         return made
 
-    def read(place: Any) -> Any:
+    def read(place: str | Path) -> Tokenizer:
         made = AutoTokenizer.from_pretrained(place, **options)
         if not isinstance(made.model_max_length, (int, float)):  # is looked at only when used
             raise TypeError(f"model_max_length is {made.model_max_length!r:.40}, no number")
@@ -280,7 +290,9 @@ def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
         ) from None
 
 
-def _refuse_moving(model: torch.nn.Module, device: str | None, dtype: Any) -> None:
+def _refuse_moving(
+    model: torch.nn.Module, device: str | None, dtype: torch.dtype | str | None
+) -> None:
     first = next(model.parameters())
     if device is not None and device.split(":")[0] != first.device.type:
         raise ModelError(f"the model is on {first.device}; move it yourself, or drop device.")
@@ -288,7 +300,7 @@ def _refuse_moving(model: torch.nn.Module, device: str | None, dtype: Any) -> No
         raise ModelError(f"the model is in {first.dtype}; cast it yourself, or drop dtype.")
 
 
-def _given_tokenizer(tokenizer: Any) -> Any:
+def _given_tokenizer(tokenizer: Tokenizer | str | Path | None) -> Tokenizer | None:
     given = require_tokenizer(tokenizer)
     if not isinstance(given, (str, Path)):
         return given
@@ -300,7 +312,7 @@ def _given_tokenizer(tokenizer: Any) -> Any:
     return read_tokenizer(folder, {"local_files_only": True, "trust_remote_code": False})
 
 
-def _bridge_object(model: torch.nn.Module, tokenizer: Any) -> tuple[Any, OwnAnswer]:
+def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> tuple[HookedModel, OwnAnswer]:
     """Bridge a plain HF model of the caller's."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -334,7 +346,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def chosen_dtype(dtype: torch.dtype | str | None, device: str) -> Any:
+def chosen_dtype(dtype: torch.dtype | str | None, device: str) -> torch.dtype | str:
     """The torch dtype that was asked for, or ``auto``.
 
     Raises:  ModelError: a name that is none.

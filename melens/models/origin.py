@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -26,15 +25,15 @@ class Origin:
     """What a ``.gguf`` file says that the model is called."""
 
 
-_ORIGINS: weakref.WeakKeyDictionary[Any, Origin] = weakref.WeakKeyDictionary()
+_ORIGINS: weakref.WeakKeyDictionary[object, Origin] = weakref.WeakKeyDictionary()
 
 
-def remember(model: Any, origin: Origin) -> None:
+def remember(model: HookedModel, origin: Origin) -> None:
     """Note where a model came from, for as long as it lives."""
     _ORIGINS[model] = origin
 
 
-def origin_of(model: Any) -> Origin:
+def origin_of(model: HookedModel) -> Origin:
     """What is known of a model's origin; a model the caller built has its config's name."""
     if model in _ORIGINS:
         return _ORIGINS[model]
@@ -43,7 +42,7 @@ def origin_of(model: Any) -> Origin:
 
 
 @torch.no_grad()
-def fingerprint(model: Any) -> str:
+def fingerprint(model: HookedModel) -> str:
     """Short sha256 over names, shapes and an even sample of every parameter.
 
     Tells checkpoints, quantisations and dtypes apart at a thousandth of the cost of a full hash;

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from melens.errors import ModelError, WeightsError
+from melens.protocols import JsonObject
 from melens.store import read_limited
 
 HEADER_LIMIT = 100_000_000
@@ -82,7 +83,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> dict
     return found
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> JsonObject:
     """A JSON object none of whose names comes twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -90,7 +91,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _entry(item: dict[str, Any], data: int) -> TensorEntry:
+def _entry(item: JsonObject, data: int) -> TensorEntry:
     """One tensor; ``data`` is where the numbers begin."""
     shape, dtype, (begin, end) = item["shape"], item["dtype"], item["data_offsets"]
     whole = [*shape, begin, end]
@@ -161,7 +162,7 @@ class WeightFiles:
         )
 
 
-def weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
+def weight_files(folder: Path, config: JsonObject) -> WeightFiles:
     """A folder's weights: what the config names, else model.safetensors, else the index's shards.
 
     Raises:  WeightsError: none of these, or an index that names files elsewhere.
@@ -181,7 +182,7 @@ def weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
     )
 
 
-def main_file(exists: Callable[[str], bool], config: dict[str, Any]) -> str | None:
+def main_file(exists: Callable[[str], bool], config: JsonObject) -> str | None:
     """Name of the one file or the index; None where there is neither.
 
     Raises:  WeightsError: the config names a file elsewhere, or of another kind.
@@ -215,7 +216,7 @@ def weight_map(index: Any, name: str) -> dict[str, str]:
     return placed
 
 
-def is_inside(name: Any) -> bool:
+def is_inside(name: object) -> bool:
     """Whether a name that a file gives is that of a file beside it. A link there is followed: the
     hub's cache is made of them.
     """  # noqa: D205
@@ -225,7 +226,7 @@ def is_inside(name: Any) -> bool:
 
 
 def require_placed(
-    tables: Mapping[str, Mapping[str, Any]], placed: dict[str, str], main: str
+    tables: Mapping[str, Mapping[str, object]], placed: dict[str, str], main: str
 ) -> None:
     """Hold the files against the index. What an index forgot counts: transformers loads it too.
 
