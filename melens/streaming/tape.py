@@ -10,9 +10,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from melens.errors import ModelError
 from melens.models.decoder import layer_list
+from melens.protocols import Args, HookedModel, JsonObject, Kwargs, TransformersModel
 from melens.provenance import versions
 from melens.store import PAGE, digest, hash_facts, read_limited, tensor_bytes, write_atomically
 
@@ -36,7 +38,7 @@ class Tape:
         self._pass = self.folder
         self._originals: dict[int, nn.Module] = {}
         self._watched: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def weights(self) -> str | None:
         """Fingerprint that an earlier run noted when the contract held; None for a new tape."""
@@ -49,7 +51,7 @@ class Tape:
         """Note that the contract held."""
         write_atomically(self.folder / "checked.json", json.dumps({"weights": fingerprint}))
 
-    def attach(self, bridge: Any, model: nn.Module) -> None:
+    def attach(self, bridge: HookedModel, model: TransformersModel) -> None:
         """Record and play back from now on."""
         self._bridge, self._stack = bridge, layer_list(model)
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -59,7 +61,7 @@ class Tape:
             block.register_forward_pre_hook(self._watching(layer), prepend=True)
             block.register_forward_hook(self._keeping(layer))
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self._restore()  # an interrupt may have left the last pass unfinished
         if len(module._forward_pre_hooks) > self._own_hooks:  # every edit of melens has one there
             _refuse()
@@ -73,7 +75,7 @@ class Tape:
             self._stack[layer] = _Played(points, kept, self._stack[layer])
             self.played += 1
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Args, output: object) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -87,8 +89,8 @@ class Tape:
             self._handles.pop().remove()
         self._watched = {}
 
-    def _watching(self, layer: int) -> Any:
-        def watch(module: nn.Module, args: Any) -> None:
+    def _watching(self, layer: int) -> Callable[..., None]:
+        def watch(module: nn.Module, args: Args) -> None:
             self._forget()
             for name, point in _tapped(self._bridge, layer).items():
                 self._handles.append(point.register_forward_hook(self._noting(name), prepend=True))
@@ -96,14 +98,14 @@ class Tape:
 
         return watch
 
-    def _noting(self, name: str) -> Any:
-        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Args, output: Tensor) -> None:
             self._watched[name] = output.detach().cpu().clone()
 
         return note
 
-    def _keeping(self, layer: int) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+    def _keeping(self, layer: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Args, output: object) -> None:
             if isinstance(output, Tensor):  # else this family's blocks cannot be played back
                 found = {**self._watched, OUT: output.detach().cpu()}
                 data = save({name: value.contiguous() for name, value in found.items()})
@@ -125,21 +127,21 @@ class Tape:
 class _Played(nn.Module):
     """Stands where a block was; looks like it to whoever asks for its attributes."""
 
-    def __init__(self, points: dict[str, Any], kept: dict[str, Tensor], block: nn.Module) -> None:
+    def __init__(self, points: JsonObject, kept: dict[str, Tensor], block: nn.Module) -> None:
         super().__init__()
         self.__dict__.update(points=points, kept=kept, block=block)  # not as submodules
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
-    def forward(self, resid: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, resid: Tensor, *args: Args, **kwargs: object) -> Tensor:
         for name, point in self.points.items():
             value = self.kept[name].to(resid.device)
             _unchanged(point, (value,), point(value))
         return self.kept[OUT].to(resid.device)
 
 
-def _unchanged(point: nn.Module, args: Any, output: Any) -> None:
+def _unchanged(point: nn.Module, args: Args, output: object) -> None:
     """After all hooks of a point: whoever edits returns another tensor."""
     if output is not args[0]:
         _refuse()
@@ -152,7 +154,7 @@ def _refuse() -> None:
     )
 
 
-def _tapped(bridge: Any, layer: int) -> dict[str, Any]:
+def _tapped(bridge: HookedModel, layer: int) -> JsonObject:
     """A block's hook points that somebody listens to, each once, in the order of the hooks."""
     found: dict[int, tuple[str, Any]] = {}
     for name, point in bridge.hook_dict.items():
