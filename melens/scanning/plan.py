@@ -10,6 +10,7 @@ from melens.errors import ModelError, WeightsError
 from melens.metrics.ceilings import FLOORS
 from melens.models.checkpoint import Checkpoint
 from melens.models.complaints import what_to_do
+from melens.protocols import JsonObject
 from melens.registry import Registry
 
 
@@ -78,7 +79,7 @@ HF: Registry[Layout] = Registry("model type with an FFN layout")
 
 
 def _hf(name: str, *ffns: Ffn, **facts: Any) -> None:
-    usual: dict[str, Any] = {"blocks": BLOCKS, "norm": AFTER_ATTENTION}
+    usual: JsonObject = {"blocks": BLOCKS, "norm": AFTER_ATTENTION}
     HF.add(name, Layout(ffns=ffns or (DENSE,), **{**usual, **facts}))
 
 
@@ -141,7 +142,7 @@ _SHARED_EXPERT = Ffn(
 
 
 def _gguf(name: str, *ffns: Ffn, **facts: Any) -> None:
-    usual: dict[str, Any] = {"blocks": ("blk.{l}.",), "norm": "ffn_norm"}
+    usual: JsonObject = {"blocks": ("blk.{l}.",), "norm": "ffn_norm"}
     GGUF.add(name, Layout(ffns=ffns or (_GATED,), **{**usual, **facts}))
 
 
@@ -232,7 +233,7 @@ def plan_of(files: Checkpoint) -> CheckpointPlan:
     return CheckpointPlan(layout, d_model, act, float(facts["route"]), layers, beyond)
 
 
-def _facts_hf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
+def _facts_hf(files: Checkpoint) -> tuple[Layout, JsonObject]:
     config = files.config
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in HF:
@@ -264,7 +265,7 @@ def _facts_hf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
     return layout, _whole(files, facts)
 
 
-def _facts_gguf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
+def _facts_gguf(files: Checkpoint) -> tuple[Layout, JsonObject]:
     config = files.config
     kind = config.get("general.architecture")
     if not isinstance(kind, str) or kind not in GGUF:
@@ -283,20 +284,20 @@ def _facts_gguf(files: Checkpoint) -> tuple[Layout, dict[str, Any]]:
     return GGUF[kind], _whole(files, facts)
 
 
-def _whole(files: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
+def _whole(files: Checkpoint, facts: JsonObject) -> JsonObject:
     for name in ("d_model", "n_layers"):
         if not isinstance(facts[name], int) or facts[name] < 1:
             raise ModelError(f"{files.name}: its config gives no {name} ({facts[name]!r}).")
     return facts
 
 
-def _first(config: dict[str, Any], *names: str, default: Any = None) -> Any:
+def _first(config: JsonObject, *names: str, default: Any = None) -> Any:
     """The first of several names under which a family may keep a setting."""
     return next((config[name] for name in names if config.get(name) is not None), default)
 
 
 def _layer(
-    files: Checkpoint, layout: Layout, layer: int, d_model: int, facts: dict[str, Any]
+    files: Checkpoint, layout: Layout, layer: int, d_model: int, facts: JsonObject
 ) -> LayerPlan:
     if facts["reason"]:
         return LayerPlan(layer, reason=facts["reason"])

@@ -20,6 +20,7 @@ from melens.framing import frame_of, known_ids
 from melens.models.anatomy import anatomy, resid_post
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
+from melens.protocols import HookedModel, JsonObject, ModelLike
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import load_result
 from melens.results.reach import Reach, ReachRow, ReachToken, Why
@@ -54,7 +55,7 @@ class Farthest:
 
 
 def reach(
-    model: Any,
+    model: ModelLike,
     scan: WeightScan | str | Path | None = None,
     *,
     tokens: Sequence[int] | Tensor | None = None,
@@ -93,7 +94,7 @@ def reach(
     ceilings = {row.layer: row for row in scan.profile} if scan is not None else {}
     outputs, writes = _run(model, list(chosen), until, ceilings)
     values, dims = (torch.stack(part) for part in zip(*outputs, strict=True))
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         "tokens": len(chosen),
         "until": until,
         "scan": scan is not None,
@@ -130,7 +131,7 @@ def _check(tokens: Any, sample: int | None) -> Sequence[int] | None:
     return tokens
 
 
-def _read_scan(scan: Any) -> WeightScan | None:
+def _read_scan(scan: object) -> WeightScan | None:
     """Before the model is touched."""
     found = load_result(scan) if isinstance(scan, (str, Path)) else scan
     if found is not None and not isinstance(found, WeightScan):
@@ -138,20 +139,20 @@ def _read_scan(scan: Any) -> WeightScan | None:
     return found
 
 
-def _bridge(model: Any) -> Any:
+def _bridge(model: ModelLike) -> HookedModel:
     if isinstance(model, (str, Path)):
         return load_streamed(model, need_tokenizer=False)
     return adopt(model)
 
 
-def _files_key(model: Any) -> str | None:
+def _files_key(model: HookedModel) -> str | None:
     """What a scan of the same files calls them; None for a model that is in memory."""
     if (reading := stream_of(model)) is None:
         return None
     return reading.checkpoint.key()
 
 
-def _require_same(model: Any, files: str | None, scan: WeightScan) -> None:
+def _require_same(model: HookedModel, files: str | None, scan: WeightScan) -> None:
     """A scan of other weights would give ceilings that are none of this model's."""
     of, name = scan.run.model, origin_of(model).name
     here = (model.cfg.n_layers, model.cfg.d_model)
@@ -167,7 +168,7 @@ def _require_same(model: Any, files: str | None, scan: WeightScan) -> None:
         )
 
 
-def _until(model: Any, scan: WeightScan | None, until: int | None) -> int:
+def _until(model: HookedModel, scan: WeightScan | None, until: int | None) -> int:
     n = model.cfg.n_layers
     wanted = until if until is not None or scan is None else scan.erase_layer
     if wanted is None:
@@ -178,7 +179,7 @@ def _until(model: Any, scan: WeightScan | None, until: int | None) -> int:
 
 
 def _choose(
-    model: Any, tokens: Sequence[int] | None, sample: int, seed: int
+    model: HookedModel, tokens: Sequence[int] | None, sample: int, seed: int
 ) -> tuple[dict[int, Why], dict[str, str]]:
     """Token ids in order, each once, with the reason for it; and what could not be tried."""
     found: dict[int, Why] = {}
@@ -206,7 +207,7 @@ def _choose(
     return found, lacking
 
 
-def _bos(model: Any) -> int | None:
+def _bos(model: HookedModel) -> int | None:
     """BOS, or what the tokenizer puts first in its place."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is not None:
@@ -217,7 +218,7 @@ def _bos(model: Any) -> int | None:
 
 
 def _run(
-    model: Any, tokens: list[int], until: int, ceilings: dict[int, LayerCeiling]
+    model: HookedModel, tokens: list[int], until: int, ceilings: dict[int, LayerCeiling]
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Farthest]]:
     """Per layer: the outputs' extremes, and the FFN's writes where there is an FFN."""
     blocks = anatomy(model).blocks[: until + 1]
@@ -233,7 +234,9 @@ def _run(
     return [tap.result() for tap in outputs], writes
 
 
-def _token(model: Any, i: int, item: tuple[int, Why], values: Tensor, dims: Tensor) -> ReachToken:
+def _token(
+    model: HookedModel, i: int, item: tuple[int, Why], values: Tensor, dims: Tensor
+) -> ReachToken:
     token, why = item
     tokenizer = getattr(model, "tokenizer", None)
     at = int(values[:, i].abs().argmax())
@@ -259,7 +262,7 @@ def _row(
     values, dims = output
     top = int(values.abs().argmax())
     ceiling = getattr(bound, "ceiling", None)
-    made: dict[str, Any] = {"write": None, "write_dim": None, "write_token_id": None, "used": None}
+    made: JsonObject = {"write": None, "write_dim": None, "write_token_id": None, "used": None}
     if write is not None:
         wrote, where = write.result()
         most = int(wrote.abs().argmax())
@@ -278,7 +281,7 @@ def _row(
     )
 
 
-def _run_info(model: Any, seed: int, settings: dict[str, Any]) -> RunInfo:
+def _run_info(model: HookedModel, seed: int, settings: JsonObject) -> RunInfo:
     origin, parameter = origin_of(model), next(model.parameters())
     facts = ModelFacts(
         origin.name,
