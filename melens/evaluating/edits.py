@@ -26,7 +26,7 @@ from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
 from melens.settings import Compare
 
-Maker = Callable[[Any, Edit, MELayer, Tokens], AbstractContextManager[Any]]
+Maker = Callable[[HookedModel, Edit, MELayer, Tokens], AbstractContextManager[object]]
 EDITS: Registry[Maker] = Registry("edit")
 CAP = 2.0
 MEASURED = ("mean",)
@@ -37,8 +37,8 @@ _KEPT_MEANS: weakref.WeakKeyDictionary[Any, dict[Any, dict[int, float]]] = (
 
 
 def applied(
-    model: Any, edit: Edit, me_layer: MELayer | None, *, tokens: Tokens = None
-) -> AbstractContextManager[Any]:
+    model: AnyModel, edit: Edit, me_layer: MELayer | None, *, tokens: Tokens = None
+) -> AbstractContextManager[object]:
     """The edit, ready to be entered; a mask's ``with`` gives its MaskRecord, others EditedTokens.
 
     Args:    model: a bridge or ready Inputs; for none, wemask and drop-key a plain transformers
@@ -57,21 +57,21 @@ def applied(
 
 
 @contextmanager
-def where_held(edit: AbstractContextManager[Any]) -> Iterator[Any]:
+def where_held(edit: AbstractContextManager[object]) -> Iterator[Any]:
     """Enter an edit; that no pass held its token is no error, since other texts may."""
     with suppress(NoTokenError), edit as record:
         yield record
 
 
 def _none(
-    model: Any, edit: Edit, me_layer: MELayer | None, tokens: Tokens
-) -> AbstractContextManager[Any]:
+    model: HookedModel, edit: Edit, me_layer: MELayer | None, tokens: Tokens
+) -> AbstractContextManager[object]:
     return nullcontext()
 
 
 def _wemask(
-    model: Any, edit: Edit, me_layer: MELayer | None, tokens: Tokens
-) -> AbstractContextManager[Any]:
+    model: HookedModel, edit: Edit, me_layer: MELayer | None, tokens: Tokens
+) -> AbstractContextManager[object]:
     return wemask(
         model,
         me_layer,
@@ -88,7 +88,7 @@ def _layer(edit: Edit, me_layer: MELayer) -> Any:
     return edit.layers[0] if isinstance(edit.layers, tuple) else me_layer
 
 
-def _dims(model: Any, edit: Edit, me_layer: MELayer) -> list[int]:
+def _dims(model: HookedModel, edit: Edit, me_layer: MELayer) -> list[int]:
     """The massive dimensions, or as many others."""
     if not me_layer.massive:
         raise InterventionError(f"{me_layer.run.model} has no massive token, so no coordinate.")
@@ -102,7 +102,9 @@ def _dims(model: Any, edit: Edit, me_layer: MELayer) -> list[int]:
     return sorted(others[: len(massive)])
 
 
-def _zero(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> AbstractContextManager[Any]:
+def _zero(
+    model: HookedModel, edit: Edit, me_layer: MELayer, tokens: Tokens
+) -> AbstractContextManager[object]:
     return residual_set(
         model,
         _layer(edit, me_layer),
@@ -112,7 +114,9 @@ def _zero(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> Abstract
     )
 
 
-def _mean(model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens) -> AbstractContextManager[Any]:
+def _mean(
+    model: HookedModel, edit: Edit, me_layer: MELayer, tokens: Tokens
+) -> AbstractContextManager[object]:
     at = edit.layers[0] if isinstance(edit.layers, tuple) else None
     ready = Inputs.of(model)
     dims = _dims(ready.model, edit, me_layer)
@@ -139,25 +143,25 @@ def _means(ready: Inputs, me_layer: MELayer, at: int | None, dims: list[int]) ->
     return kept[key]
 
 
-def _flag(value: Any) -> bool | None:
+def _flag(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
 def _norm_flatten(
-    model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens
-) -> AbstractContextManager[Any]:
+    model: HookedModel, edit: Edit, me_layer: MELayer, tokens: Tokens
+) -> AbstractContextManager[object]:
     return norm_flatten(model, _layer(edit, me_layer), tokens=tokens, alpha=1 - edit.strength)
 
 
 def _ffn_cap(
-    model: Any, edit: Edit, me_layer: MELayer, tokens: Tokens
-) -> AbstractContextManager[Any]:
+    model: HookedModel, edit: Edit, me_layer: MELayer, tokens: Tokens
+) -> AbstractContextManager[object]:
     return ffn_cap(model, _layer(edit, me_layer), tokens=tokens, factor=CAP, strength=edit.strength)
 
 
 def _drop_key(
-    model: Any, edit: Edit, me_layer: MELayer | None, tokens: Tokens
-) -> AbstractContextManager[Any]:
+    model: HookedModel, edit: Edit, me_layer: MELayer | None, tokens: Tokens
+) -> AbstractContextManager[object]:
     return drop_key(
         model,
         me_layer,
@@ -238,7 +242,7 @@ def check_edit(edit: Edit) -> None:
         raise InterventionError("the edit changes nothing; give it a rate or a strength.")
 
 
-def check_unedited(model: Any) -> None:
+def check_unedited(model: HookedModel) -> None:
     """Refuse a model that an edit is open on: its base would be edited as well.
 
     Raises:  InterventionError: naming the edit, where it is an exported one.
@@ -311,7 +315,7 @@ def _doses(edit: Edit, compare: Compare) -> list[EditCondition]:
     ]
 
 
-def _other_layers(model: Any, edit: Edit, me_layer: MELayer | None) -> list[EditCondition]:
+def _other_layers(model: HookedModel, edit: Edit, me_layer: MELayer | None) -> list[EditCondition]:
     """The same edit where the massive activation is not there yet, or at one other layer."""
     if edit.name not in LAYERED:
         return [] if me_layer is None else _elsewhere(edit, me_layer)
@@ -354,7 +358,7 @@ def _random_dims(edit: Edit, compare: Compare) -> list[EditCondition]:
     ]
 
 
-def first_layer(model: Any, edit: Edit, me_layer: MELayer | None) -> int:
+def first_layer(model: HookedModel, edit: Edit, me_layer: MELayer | None) -> int:
     """The first block that an edit changes: what a run before it may be kept of.
 
     Layers count from 0; the unedited model gives the number of its layers.

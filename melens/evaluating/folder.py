@@ -36,7 +36,7 @@ def check_folder(folder: Path, task: str, edit: Edit) -> None:
         )
 
 
-def _held(of: Any) -> tuple[Any, Any]:
+def _held(of: object) -> tuple[Any, Any]:
     """Task and edit that a file of items says it is of."""
     facts = of if isinstance(of, dict) else {}
     pairs = facts.get("conditions")

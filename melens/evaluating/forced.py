@@ -22,6 +22,7 @@ from melens.inputs import Inputs
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
 from melens.interventions.target import these
+from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
 from melens.resume import Resumable
 from melens.shapes import TokenMask
@@ -40,7 +41,7 @@ class Forced:
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
     """As long as ``ids``; the first is never scored, since nothing comes before it."""
-    about: dict[str, Any]
+    about: JsonObject
     """What its rows keep of it: the text, a length, a depth."""
 
     def __post_init__(self) -> None:
@@ -126,7 +127,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         conditions: Sequence[EditCondition],
         me_layer: MELayer | None,
         *,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from melens.framing import bos_first
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
 from melens.item_rows import ItemRow, Rows
+from melens.protocols import JsonObject
 from melens.results.evaluation import Evaluation
 from melens.settings import Items
 from melens.store import remove_file
@@ -149,7 +149,7 @@ def row_of(
         also[ENERGY] = (energy, 1.0)
     held = task.primary in answer.scores
     weight = float(answer.counts.get(task.primary, 1)) if held else 0.0
-    about: dict[str, Any] = {"prompt": answer.prompt, "answer": answer.answer, "gold": answer.gold}
+    about: JsonObject = {"prompt": answer.prompt, "answer": answer.answer, "gold": answer.gold}
     value = answer.scores.get(task.primary, 0.0)
     return ItemRow(answer.item, condition, value, weight, also, about)
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from melens.batches import BUNDLED_ORDER, bundled_texts, encode, read_text
 from melens.chat import chat_texts
@@ -20,6 +19,7 @@ from melens.errors import PromptError
 from melens.evaluating.forced import Forced
 from melens.formatting import brief
 from melens.framing import encoded, frame_of, plain_ids, split_text
+from melens.protocols import Tokenizer
 
 TASKS = ("passkey", "needles")
 CITIES = (
@@ -137,7 +137,7 @@ class Filler:
     lines: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any, text: str) -> Filler:
+    def of(cls, tokenizer: Tokenizer, text: str) -> Filler:
         """Cuts are known where the tokenizer tells which characters a token stands for.
 
         Raises:  PromptError: no tokens.
@@ -197,7 +197,9 @@ def _first_tokens(
     return tuple(sorted({0} | {i for start, i in taken.items() if start in begins}))
 
 
-def haystacks(tokenizer: Any, haystack: Haystack, *, context: int | None) -> tuple[Forced, ...]:
+def haystacks(
+    tokenizer: Tokenizer, haystack: Haystack, *, context: int | None
+) -> tuple[Forced, ...]:
     """Every item, lengths outermost, then depths, then seeds; only the answer's tokens are scored.
 
     Args:    context: tokens that the model can take; None = any number.
@@ -230,7 +232,7 @@ class _Needle:
 
 
 def _item(
-    tokenizer: Any, haystack: Haystack, filler: Filler, length: int, depth: float, number: int
+    tokenizer: Tokenizer, haystack: Haystack, filler: Filler, length: int, depth: float, number: int
 ) -> Forced:
     # Each cell draws anew: items that shared text or numbers would not be independent.
     rng = random.Random(f"{haystack.seed} {haystack.task} {length} {depth:g} {number}")
@@ -287,7 +289,7 @@ def _needles(haystack: Haystack, depth: float, rng: random.Random) -> list[_Need
 
 
 def _frame(
-    tokenizer: Any, haystack: Haystack, asked: _Needle
+    tokenizer: Tokenizer, haystack: Haystack, asked: _Needle
 ) -> tuple[list[int], list[int], list[int]]:
     """Tokens before the text, behind it up to the answer, and of the answer."""
     if haystack.task == "passkey":
@@ -312,14 +314,14 @@ def _frame(
     return head, whole[:same], whole[same:]
 
 
-def _template(tokenizer: Any, content: str) -> str:
+def _template(tokenizer: Tokenizer, content: str) -> str:
     (made,) = chat_texts(tokenizer, [content])
     if made.count(HIDDEN) != 1:
         raise PromptError("this chat template does not keep a message as it is; drop --chat.")
     return made
 
 
-def _check_written(tokenizer: Any, answer: Sequence[int], key: str) -> None:
+def _check_written(tokenizer: Tokenizer, answer: Sequence[int], key: str) -> None:
     """A vocabulary without digits makes every number the same token, which anyone would find."""
     written = re.sub(r"\s", "", tokenizer.decode(list(answer)))
     if not written.endswith(key):
@@ -330,7 +332,7 @@ def _check_written(tokenizer: Any, answer: Sequence[int], key: str) -> None:
 
 
 def plain_texts(
-    tokenizer: Any, haystack: Haystack, *, length: int, n: int, per_bin: int
+    tokenizer: Tokenizer, haystack: Haystack, *, length: int, n: int, per_bin: int
 ) -> tuple[Forced, ...]:
     """Stretches of the text as it stands, spread over it and never overlapping; BOS by policy.
 

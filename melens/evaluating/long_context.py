@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 
@@ -61,7 +61,7 @@ def _around(dose: float) -> tuple[float, ...]:
 
 
 def long_context(
-    model: Any,
+    model: ModelLike,
     edit: Edit | None = None,
     *,
     me_layer: MELayer | None = None,
@@ -183,7 +183,7 @@ class _LongJob:
             )
         return text
 
-    def _run_info(self, key: str) -> Any:
+    def _run_info(self, key: str) -> RunInfo:
         source = self.haystack.text
         name = source.name if isinstance(source, Path) else "given" if source else "bundled"
         hay, bench = self.haystack, self.bench
@@ -257,7 +257,7 @@ class _Pair:
     base: dict[str, ItemRow] | None
     seed: int
 
-    def retrieval(self, ids: Sequence[str]) -> dict[str, Any]:
+    def retrieval(self, ids: Sequence[str]) -> JsonObject:
         """Found and loss of these items."""
         exact, exact_delta = self.score(ids, None)
         loss, loss_delta = self.score(ids, "loss")

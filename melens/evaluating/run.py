@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +37,7 @@ TOKEN_STEP = 0.01
 
 
 def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
-    model: Any,
+    model: ModelLike,
     task: str,
     edit: Edit | None = None,
     *,
@@ -83,7 +82,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     return _forced(bench, made, items)
 
 
-def _check_context(model: Any, task: ForcedTask) -> None:
+def _check_context(model: HookedModel, task: ForcedTask) -> None:
     require_known([item.ids for item in task.items], model.cfg.d_vocab)
     limit = getattr(model.cfg, "n_ctx", None)
     longest = max(task.items, key=lambda item: len(item.ids))

@@ -15,6 +15,7 @@ from melens.evaluating.forced import MassiveIn
 from melens.inputs import Inputs
 from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
+from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
 from melens.results.evaluation import ConditionScore, Delta, EditedIn, Evaluation
 from melens.settings import Run
@@ -28,7 +29,7 @@ class TaskCard:
     unit: str
     higher_is_better: bool
     about: str
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: JsonObject = field(default_factory=dict)
     """Goes into the run's settings."""
 
 
@@ -43,11 +44,11 @@ class Setup:
     run: Run
 
     @property
-    def model(self) -> Any:
+    def model(self) -> HookedModel:
         """The bridge."""
         return self.inputs.model
 
-    def facts(self, **more: Any) -> dict[str, Any]:
+    def facts(self, **more: object) -> JsonObject:
         """What every number depends on, with what the kind of task adds."""
         return {
             **self.inputs.facts(),
@@ -65,7 +66,7 @@ HELD = "massive"
 """Name among a base row's facts: the item's massive tokens."""
 
 
-def held_facts(found: MassiveIn | None) -> dict[str, Any]:
+def held_facts(found: MassiveIn | None) -> JsonObject:
     """What the base row of an item keeps of its massive tokens."""
     return {} if found is None else {HELD: asdict(found)}
 

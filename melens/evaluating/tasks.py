@@ -11,6 +11,7 @@ from melens.chat import in_template
 from melens.errors import PromptError
 from melens.evaluating.forced import Forced, Foreseen
 from melens.framing import frame_of, head_size, split_text
+from melens.protocols import JsonObject, Tokenizer
 from melens.registry import Registry
 from melens.settings import Items
 from melens.store import is_text, json_object, lines_of
@@ -30,7 +31,7 @@ class ForcedTask:
     about: str
     items: tuple[Forced, ...]
     score: Callable[[Forced, Foreseen], tuple[Measured, dict[str, Measured]]]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: JsonObject = field(default_factory=dict)
 
 
 Maker = Callable[[Any, Items], ForcedTask]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melens.batches import read_text
 from melens.errors import MissingPackageError, OutputError, PromptError
 from melens.evaluating.scoring import extract_answer, is_refusal, read_prompts, same_answer
 from melens.models.cache import building, cache_dir
+from melens.protocols import JsonObject
 from melens.registry import Registry
 from melens.results.base import Part
 from melens.store import TEXT, digest, is_text, json_object, lines_of, read_limited
+
+if TYPE_CHECKING:
+    from nltk.tokenize.punkt import PunktParameters
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def _look_in(folder: Path) -> None:
         nltk.data.path.insert(0, str(folder))
 
 
-def _build(folder: Path, model: Any) -> None:
+def _build(folder: Path, model: PunktParameters) -> None:
     """Write the parameters as nltk reads them; a folder that only its owner can change."""
     from nltk.tokenize.punkt import PunktParameters, save_punkt_params
 
@@ -230,7 +234,7 @@ TEXTS = ("question", "problem", "prompt", "answer", "solution")
 Doc = dict[str, Any]
 
 
-def data_folder(metadata: Mapping[str, Any]) -> Path:
+def data_folder(metadata: Any) -> Path:
     """The folder that the user named.
 
     Raises:  PromptError: none was.
@@ -345,7 +349,7 @@ def score_math500(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     return {"strict": _strict("math500", doc, results[0]), "lm_eval_exact_match": float(theirs)}
 
 
-def score_ifeval(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
+def score_ifeval(doc: Doc, results: Sequence[str]) -> JsonObject:
     """lm-eval's own checks of IFEval."""
     from lm_eval.tasks.ifeval.utils import process_results
 
@@ -381,7 +385,7 @@ def _lm_eval_gsm8k(doc: Doc, answer: str, pattern: str, which: int) -> float:
     return float(theirs["exact_match"])
 
 
-def _dataset(task: str, metadata: Mapping[str, Any]) -> Any:
+def _dataset(task: str, metadata: Any) -> Any:
     from datasets import Dataset
 
     return {"test": Dataset.from_list(items(task, data_folder(metadata)))}

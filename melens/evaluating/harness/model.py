@@ -44,7 +44,7 @@ class Generator(HFLM):
     Prompts are open at their end: a tokenizer's EOS would be in front of the answer.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, **passed_on: Any) -> None:
+    def __init__(self, model: TransformersModel, tokenizer: Tokenizer, **passed_on: object) -> None:
         """``passed_on`` goes to HFLM verbatim."""
         own = _with_padding(tokenizer, model)
         super().__init__(pretrained=model, tokenizer=own, **passed_on)
@@ -70,7 +70,7 @@ class Generator(HFLM):
         string: str,
         add_special_tokens: bool | None = None,
         left_truncate_len: int | None = None,
-        **_: Any,
+        **_: object,
     ) -> list[int]:
         """Token ids of a prompt; what the tokenizer puts in front is there once, and not before a
         text of the chat template.
@@ -120,7 +120,7 @@ class MelensLM(Generator):
     The edit is entered here and stays until :meth:`close`.
     """
 
-    def __init__(self, pretrained: str, **settings: Any) -> None:
+    def __init__(self, pretrained: str, **settings: object) -> None:
         """Load it, locate its ME Layer where the edit needs one, and enter the edit.
 
         Args:    pretrained: a named model, a folder, a ``.gguf`` file or a hub id.
@@ -159,20 +159,20 @@ class MelensLM(Generator):
             with suppress(InterventionError):
                 self._open.close()
 
-    def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+    def _model_call(self, *args: object, **kwargs: object) -> Any:
         self._passes += 1
         return super()._model_call(*args, **kwargs)
 
-    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _model_generate(self, *args: object, **kwargs: object) -> Any:
         self._passes += 1
         return super()._model_generate(*args, **kwargs)
 
 
-def _with_padding(tokenizer: Any, model: Any) -> Any:
+def _with_padding(tokenizer: Tokenizer, model: Any) -> Any:
     """The tokenizer, or a copy that pads with an id which the model has."""
     size = model.get_input_embeddings().weight.shape[0]
 
-    def fits(token: Any) -> bool:
+    def fits(token: object) -> bool:
         return isinstance(token, int) and 0 <= token < size
 
     if fits(tokenizer.pad_token_id):
@@ -190,7 +190,7 @@ def _with_padding(tokenizer: Any, model: Any) -> Any:
     return made
 
 
-def _on_this_machine(loading: dict[str, Any]) -> dict[str, Any]:
+def _on_this_machine(loading: JsonObject) -> JsonObject:
     """lm-eval hands over cuda:0 where no device was asked for, GPU or not."""
     absent = str(loading.get("device", "")).startswith("cuda") and not torch.cuda.is_available()
     return {name: value for name, value in loading.items() if not (absent and name == "device")}
@@ -216,7 +216,7 @@ def _loaded(name: str, wanted: ModelArguments) -> tuple[Any, Any, Any, MELayer |
     return hf, hf, tokenizer, me_layer
 
 
-def _of_these(bridge: Any, me_layer: MELayer | None) -> MELayer | None:
+def _of_these(bridge: HookedModel, me_layer: MELayer | None) -> MELayer | None:
     """A ME Layer that was read, refused where it is of other weights."""
     if me_layer is not None:
         check_same_model(Inputs.of(bridge), me_layer)

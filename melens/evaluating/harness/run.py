@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from melens.chat import has_template, in_template, loses_prefix, render
 from melens.errors import PromptError
@@ -29,6 +29,7 @@ from melens.evaluating.harness.data import (
 )
 from melens.evaluating.harness.settings import PLAIN, model_key
 from melens.framing import frame_of, require_known
+from melens.protocols import AnyModel, Tokenizer, TransformersModel
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.store import KeptRows, Refusal, RowFormat, hash_facts
@@ -41,8 +42,8 @@ FORMAT = 3
 
 
 def run_task(
-    model: Any,
-    tokenizer: Any,
+    model: AnyModel,
+    tokenizer: Tokenizer,
     task: str,
     *,
     edit: Edit,
@@ -99,13 +100,13 @@ def check_task(task: str, settings: GenerationSettings) -> None:
 
 @dataclass(frozen=True)
 class _Models:
-    model: Any
-    tokenizer: Any
+    model: AnyModel
+    tokenizer: Tokenizer
     edit: Edit
     me_layer: MELayer | None
 
     @property
-    def edited(self) -> Any:
+    def edited(self) -> AnyModel:
         """What the edit is entered on."""
         if self.edit.name in PLAIN:
             return self.model
@@ -126,13 +127,14 @@ class _Job:
         return self.settings.max_new_tokens or GENERATION_TASKS[self.task].max_new_tokens
 
 
-def _plain(model: Any) -> Any:
-    return getattr(model, "original_model", model)
+def _plain(model: AnyModel) -> TransformersModel:
+    # a bridge keeps it; else it is one
+    return cast("TransformersModel", getattr(model, "original_model", model))
 
 
 def _run_key(
-    model: Any,
-    tokenizer: Any,
+    model: AnyModel,
+    tokenizer: Tokenizer,
     task: str,
     edit: Edit,
     me_layer: MELayer | None,
@@ -209,7 +211,7 @@ def _quiet() -> Iterator[None]:
 def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
     """lm-eval's requests for items, their prompts in the chat template where ``lm.chat``."""
     docs = [theirs.eval_docs[number] for number in numbers]
-    options: dict[str, Any] = {"apply_chat_template": False}
+    options: dict[str, object] = {"apply_chat_template": False}
     chats: list[Any] = []
     if lm.chat:
 

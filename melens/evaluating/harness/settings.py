@@ -47,11 +47,11 @@ class ModelArguments:
     me_layer: MELayer | None
     locate: bool
     """The ME Layer is needed and was not given."""
-    loading: dict[str, Any] = field(default_factory=dict)
-    passed_on: dict[str, Any] = field(default_factory=dict)
+    loading: JsonObject = field(default_factory=dict)
+    passed_on: JsonObject = field(default_factory=dict)
 
 
-def read_settings(given: Mapping[str, Any]) -> ModelArguments:
+def read_settings(given: Mapping[str, object]) -> ModelArguments:
     """Sort and check every model argument but ``pretrained``.
 
     ``edit`` is wemask where a ``mask_...`` is given and none where nothing is. ``mask_select,
@@ -76,7 +76,7 @@ def read_settings(given: Mapping[str, Any]) -> ModelArguments:
     )
 
 
-def _check_names(given: Mapping[str, Any]) -> None:
+def _check_names(given: Mapping[str, object]) -> None:
     known = ("edit", *MASK, "located", *LOADING, *PASSED_ON)
     for name in given:
         if name not in known:
@@ -84,7 +84,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
             raise UnknownNameError(said)
 
 
-def _edit(name: str, masks: dict[str, Any]) -> Edit:
+def _edit(name: str, masks: JsonObject) -> Edit:
     if "layers" in masks:
         masks["layers"] = _layers(masks["layers"])
     try:
@@ -98,7 +98,7 @@ def _edit(name: str, masks: dict[str, Any]) -> Edit:
         raise InterventionError(": ".join(filter(None, [where, said])) + f"{shown}.") from None
 
 
-def _layers(text: Any) -> str | tuple[int, ...]:
+def _layers(text: object) -> str | tuple[int, ...]:
     """``after``, ``next``, ``12``, ``12-29``, ``12+14-16``; a comma would be lm-eval's."""
     if text in ("after", "next"):
         return text
@@ -116,7 +116,7 @@ def _layers(text: Any) -> str | tuple[int, ...]:
     return tuple(found)
 
 
-def _located(path: Any, edit: Edit) -> MELayer | None:
+def _located(path: object, edit: Edit) -> MELayer | None:
     if path is None:
         return None
     if edit.name == "none":
@@ -129,7 +129,7 @@ WRAPPED = "_original_component."
 
 
 @torch.no_grad()
-def weights_key(model: Any) -> str:
+def weights_key(model: TransformersModel) -> str:
     """Short hash of a transformers model's weights.
 
     Bridging the model later does not change it, but where the bridge splits fused queries, keys and
@@ -141,7 +141,9 @@ def weights_key(model: Any) -> str:
     return digest_of((name.replace(WRAPPED, ""), sample(value)) for name, value in values)
 
 
-def model_key(model: Any, tokenizer: Any, edit: Edit, me_layer: MELayer | None) -> str:
+def model_key(
+    model: TransformersModel, tokenizer: Tokenizer, edit: Edit, me_layer: MELayer | None
+) -> str:
     """Short hash of weights, dtype, chat template and edit."""
     return hash_facts(
         {
