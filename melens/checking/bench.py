@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ class Bench:
     results: dict[str, Result] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any, source: Source, budget: str) -> Bench:
+    def of(cls, model: HookedModel, source: Source, budget: str) -> Bench:
         """Adopt the model and cut the texts, once for all stages.
 
         Raises:  PromptError, ModelError: as ``melens.locate``.
@@ -43,7 +42,7 @@ class Bench:
         return cls(prepare(model, source), budget)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> HookedModel:
         """The bridge."""
         return self.inputs.model
 
@@ -84,7 +83,7 @@ def packed(rows: Sequence[Sequence[int]], size: int = 4) -> list[Batch]:
     return [Batch.pad(whole[i : i + size]) for i in range(0, len(whole), size)]
 
 
-def config_facts(model: Any) -> dict[str, int | str | None]:
+def config_facts(model: HookedModel) -> dict[str, int | str | None]:
     """Context and sliding window, as the model's config has them; None where it has none."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     if config is not None and hasattr(config, "get_text_config"):
@@ -104,6 +103,6 @@ def config_facts(model: Any) -> dict[str, int | str | None]:
     }
 
 
-def _distinct(model: Any) -> list[torch.Tensor]:
+def _distinct(model: HookedModel) -> list[torch.Tensor]:
     """Every parameter once, however often it is tied."""
     return list({id(p): p for p in model.parameters()}.values())

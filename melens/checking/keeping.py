@@ -95,7 +95,7 @@ class Keeper:
         head = self._about(stage, text.encode(), seconds)
         write_atomically(path.with_suffix(".key"), json.dumps(head, sort_keys=True) + "\n")
 
-    def _about(self, stage: str, data: bytes, seconds: float) -> dict[str, Any]:
+    def _about(self, stage: str, data: bytes, seconds: float) -> JsonObject:
         """What a stage's key file says: of what it is, and which bytes it belongs to."""
         return {
             "schema": SCHEMA,
@@ -119,7 +119,7 @@ def full_hash(model: Any) -> str:
     return hash_tensors(labelled, length=64)
 
 
-def config_of(model: Any) -> dict[str, Any]:
+def config_of(model: HookedModel) -> JsonObject:
     """The model's config: an epsilon or a RoPE base is no weight and changes every number."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     found = dict(vars(model.cfg)) if config is None else dict(config.to_dict())
@@ -127,7 +127,7 @@ def config_of(model: Any) -> dict[str, Any]:
     return {**found, "attention": getattr(config, "_attn_implementation", None)}
 
 
-def tokenizer_hash(tokenizer: Any) -> str | None:
+def tokenizer_hash(tokenizer: Tokenizer | None) -> str | None:
     """Of vocabulary, merges, special tokens and chat template: stages tokenise by themselves."""
     if tokenizer is None:
         return None

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from melens.checking.findings import RULES
 from melens.errors import PolicyError
 from melens.formatting import brief, clipped
+from melens.protocols import JsonObject
 from melens.registry import Registry
 from melens.results.base import Part
 from melens.results.check import PolicyUsed
@@ -35,7 +36,7 @@ class Parsed:
     """A file's content, and where its keys stand."""
 
     path: Path
-    data: dict[str, Any]
+    data: JsonObject
     lines: dict[Keys, int]
     """Path of keys -> line, counted from 1."""
 
@@ -143,7 +144,7 @@ class Policy(Part):
 
     def used(self) -> PolicyUsed:
         """As it is kept in a report."""
-        rules: dict[str, dict[str, Any]] = {
+        rules: dict[str, JsonObject] = {
             name: rule.model_dump() for name, rule in self.rules.items()
         }
         return PolicyUsed(name=self.name, fail_on=self.fail_on, rules=rules)

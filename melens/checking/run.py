@@ -33,7 +33,7 @@ LONGEST_REASON = 300
 
 
 def check(
-    model: Any,
+    model: HookedModel,
     prompts: Source = None,
     *,
     budget: str = "quick",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from melens.checking.findings.core import Judgement, Measured, RuleCard, nothing, rule
+from melens.protocols import JsonObject
 from melens.results import Evaluation, MELayer, SuperWeights
 
 NATS = "nats a token"
@@ -117,6 +116,6 @@ def _judged(edits: Evaluation, source: str, threshold: float, said: str) -> Judg
     )
 
 
-def _interval(found: tuple[float, float] | None) -> dict[str, Any]:
+def _interval(found: tuple[float, float] | None) -> JsonObject:
     """The 95 % interval."""
     return {} if found is None else {"interval_low": found[0], "interval_high": found[1]}

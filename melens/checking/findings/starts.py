@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from melens.checking.findings.core import Judgement, Measured, RuleCard, Unmeasured, nothing, rule
+from melens.protocols import JsonObject
 from melens.results import MELayer, Sinks, TokenPortrait
 from melens.results.describe import Condition
 from melens.results.sinks import SINK_EPS, SINK_RATE
@@ -95,7 +94,7 @@ def _lost(view: Measured, name: str, threshold: float) -> Judgement | Unmeasured
     )
 
 
-def _counts(row: Condition) -> dict[str, Any]:
+def _counts(row: Condition) -> JsonObject:
     return {
         "first_tokens": row.first_tokens,
         "not_massive": row.first_tokens - row.massive,
@@ -103,7 +102,7 @@ def _counts(row: Condition) -> dict[str, Any]:
     }
 
 
-def _first(portrait: TokenPortrait, name: str) -> dict[str, Any]:
+def _first(portrait: TokenPortrait, name: str) -> JsonObject:
     kind = {NO_BOS: "text", CHAT: "chat"}[name]
     held = [row for row in portrait.first_tokens if kind in row.sources and not row.massive]
     return {"token": held[0].token} if held else {}
