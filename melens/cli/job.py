@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,6 +16,11 @@ from melens.cli import output
 from melens.cli.options import OutputOptions, RunOptions, TextOptions
 from melens.errors import ResultError
 from melens.progress import Display, progress_on
+from melens.protocols import HookedModel, Options
+
+if TYPE_CHECKING:
+    from melens.batches import Prompts
+    from melens.results import MELayer
 
 ALL_BUNDLED = TextOptions()
 NOT_SAVED = OutputOptions()
@@ -32,7 +37,7 @@ class Job:
     located: Path | None = None
     source: Any = None
     """The texts' source, once looked at."""
-    saved: Any = None
+    saved: MELayer | None = None
     """The ME Layer that ``located`` holds."""
 
     @classmethod
@@ -79,7 +84,7 @@ class Job:
         self.saved = self._read_located()
         return load(self.model, **self.run.loading()), texts
 
-    def locate(self, model: Any, texts: Any, *, overwrite: bool = False) -> Any:
+    def locate(self, model: HookedModel, texts: Prompts, *, overwrite: bool = False) -> MELayer:
         """The ME Layer: read, or found now; saved beside what comes next, never over an older one
         unless asked.
         """  # noqa: D205
@@ -110,7 +115,7 @@ class Job:
         output.save(result, self.out, result.kind, result.kind)
         output.show(result, as_json=self.output.as_json, folder=self.out)
 
-    def _read_located(self) -> Any:
+    def _read_located(self) -> MELayer | None:
         if self.located is None:
             return None
         from melens.results import load_located
@@ -118,7 +123,7 @@ class Job:
         return load_located(self.located)
 
 
-def _other_texts(saved: Any, result: Any, same_texts: bool) -> str:
+def _other_texts(saved: MELayer, result: Any, same_texts: bool) -> str:
     """What to remark of the texts that a saved ME Layer was located on; empty where nothing is."""
     before, now = saved.run.start, result.run.start
     if before and now and before != now:
@@ -133,7 +138,7 @@ def _other_texts(saved: Any, result: Any, same_texts: bool) -> str:
     return "the ME Layer was located on other texts; whether they began with BOS is not said."
 
 
-def _texts_of(result: Any) -> Any:
+def _texts_of(result: Any) -> object:
     return result.run.settings.get("ids")
 
 
@@ -169,7 +174,7 @@ def streamed(
     )
 
 
-def locate_streamed(job: Job) -> Any:
+def locate_streamed(job: Job) -> MELayer:
     """`melens locate --stream`: few texts, one batch, one block in memory at a time."""
     from melens.locating import locate
 

@@ -6,13 +6,17 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from melens.cli.render import say, show_listings
 from melens.errors import OutputError, PromptError, ResultError
 from melens.progress import remark
+from melens.protocols import JsonObject
+
+if TYPE_CHECKING:
+    pass
 
 BUNDLED = "bundled"
 

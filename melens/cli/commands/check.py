@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from melens.cli.groups import without
 from melens.cli.job import Job
 from melens.errors import COULD_NOT_RUN, OutputError
 from melens.progress import progress_on, remark
+
+if TYPE_CHECKING:
+    from melens.results import CheckReport
 
 FOUND = 1
 EXIT_CODES = {"pass": 0, "findings": FOUND, "incomplete": COULD_NOT_RUN}
@@ -130,7 +133,7 @@ def _refuse_unwritable(option: str, path: Path) -> None:
         ) from None
 
 
-def _pages(report: Any, folder: Path | None, card: Path | None) -> None:
+def _pages(report: CheckReport, folder: Path | None, card: Path | None) -> None:
     """The page, the text and the card, all from the report."""
     if folder is None and card is None:
         return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from melens.cli import options as opt
 from melens.cli import output
 from melens.cli.job import Job
+
+if TYPE_CHECKING:
+    from melens.cli.job import Job
 
 
 def diff(
@@ -93,7 +96,7 @@ def _sides(first: Any, second: Any, *, any_texts: bool) -> Any:
     )
 
 
-def _measured(job: Any, texts: Any, like: Any) -> Any:
+def _measured(job: Job, texts: Any, like: Any) -> Any:
     from melens.comparing.sides import Side
     from melens.models import load
 

@@ -145,7 +145,7 @@ def comparison_of(rates: str | None, seeds: str | None, rivals: str, *, rated: b
     from melens.evaluating.edits import RIVALS as ALL
     from melens.settings import Compare
 
-    made: dict[str, Any] = {}
+    made: JsonObject = {}
     if rates is not None:
         doses = _numbers("--rates", rates, float, "shares above 0 and at most 1, as 0.1,0.5")
         if not all(0 < dose <= 1 for dose in doses):
@@ -195,7 +195,7 @@ def _refuse_early(
         raise PromptError(f"{task} makes its prompts itself; drop --bos.")
 
 
-def _kept(job: Any, model: Any, texts: Any) -> Any:
+def _kept(job: Job, model: ModelLike, texts: Any) -> Any:
     """The ME Layer that this evaluation located before it was interrupted, if it is this model's."""
     from melens.inputs import prepare
     from melens.results import MELayer, load_result
@@ -214,7 +214,7 @@ def _kept(job: Any, model: Any, texts: Any) -> Any:
     return found if same else None
 
 
-def _finish(job: Any, result: Any) -> None:
+def _finish(job: Job, result: Result) -> None:
     """Save the result and its figures, and show it."""
     output.save(result, job.out, "evaluate", "dose")
     if job.out is not None:
@@ -334,7 +334,7 @@ def tune(
         _save_edit(job.out / EDIT, result.best)
 
 
-def _list(option: str, text: str | None, read: Callable[[str], Any]) -> tuple[Any, ...]:
+def _list(option: str, text: str | None, read: Callable[[str], object]) -> tuple[Any, ...]:
     """Values between commas; none where the option was not given."""
     if text is None:
         return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,12 @@ from melens.cli import options as opt
 from melens.cli.job import Job
 from melens.errors import MetricError, PromptError
 from melens.progress import progress_on
+from melens.protocols import HookedModel, JsonObject
+
+if TYPE_CHECKING:
+    from melens.batches import Prompts
+    from melens.cli.job import Job
+    from melens.results import MELayer
 
 CHECKPOINT = "patch.cells.json"
 
@@ -98,7 +104,7 @@ def patch(
     from melens.patching import Sweep
     from melens.patching import patch as measure
 
-    choices: dict[str, Any] = {
+    choices: JsonObject = {
         "sites": site or "resid_pre",
         "mode": mode.value if mode else None,
         "by": by,
@@ -137,7 +143,9 @@ def _check(metric: PatchMetricName, answer: str | None, wrong: str | None) -> No
         )
 
 
-def _metric(metric: PatchMetricName, answer: str | None, wrong: str | None, located: Any) -> Any:
+def _metric(
+    metric: PatchMetricName, answer: str | None, wrong: str | None, located: MELayer | None
+) -> object:
     from melens.patching import METRICS_OF_PATCH
 
     kind = METRICS_OF_PATCH[metric.value]
@@ -146,14 +154,14 @@ def _metric(metric: PatchMetricName, answer: str | None, wrong: str | None, loca
     return kind(answer, wrong) if metric is PatchMetricName.logit_difference else kind()
 
 
-def _me_layer(job: Any, model: Any) -> Any:
+def _me_layer(job: Job, model: HookedModel) -> MELayer:
     """Located on the bundled texts, BOS as in the patched ones."""
     from melens import prompts
 
     return job.locate(model, prompts(bos=job.texts.bos))
 
 
-def _texts(texts: list[str] | None, bos: bool | None, model: Any) -> Any:
+def _texts(texts: list[str] | None, bos: bool | None, model: HookedModel) -> Prompts | None:
     if texts is None:
         return None
     if any(not text.strip() for text in texts):

@@ -7,7 +7,13 @@ from typing import Any
 
 from melens.cli.listing import Listing, cell, rest, table_of
 from melens.formatting import within
+from melens.protocols import JsonObject
 from melens.results.isolate import cells
+
+if TYPE_CHECKING:
+    from melens.results.isolate import EditedLayer, Interaction, Isolation
+    from melens.results.patch import PatchGrid
+    from melens.results.super_weights import LayerSpikes, Removal, SuperWeight
 
 LISTED = 12
 
@@ -58,7 +64,7 @@ def _edited_layer(result: Any, edited: Any) -> Iterator[Listing]:
             yield Listing(line)
 
 
-def _cell(row: dict[str, Any]) -> dict[str, Any]:
+def _cell(row: JsonObject) -> JsonObject:
     return {
         "norm": row["norm"],
         "FFN": row["ffn"],
@@ -71,12 +77,12 @@ def _cell(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def interval(found: Any) -> str:
+def interval(found: tuple[float, float] | None) -> str:
     """Two numbers, or that there is nothing to resample."""
     return "-" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
 
 
-def _interaction(found: Any) -> str:
+def _interaction(found: Interaction) -> str:
     log = "-" if found.log_coordinate is None else f"{found.log_coordinate:+.3f}"
     return (
         f"Interaction: {log} in ln |coordinate| (0 = the edits multiply), "
@@ -85,8 +91,8 @@ def _interaction(found: Any) -> str:
     )
 
 
-def _writes(result: Any) -> list[dict[str, Any]]:
-    rows: dict[int, dict[str, Any]] = {}
+def _writes(result: Isolation) -> list[JsonObject]:
+    rows: dict[int, JsonObject] = {}
     for name, writes in (("without", result.necessity), ("put in", result.sufficiency)):
         for write in writes:
             rows.setdefault(write.layer, {"layer": write.layer})[f"{name} {write.part}"] = (
@@ -96,7 +102,7 @@ def _writes(result: Any) -> list[dict[str, Any]]:
     return [{"layer": n} | {name: row.get(name) for name in names} for n, row in rows.items()]
 
 
-def _neurons(result: Any) -> list[dict[str, Any]]:
+def _neurons(result: Isolation) -> list[JsonObject]:
     rows = []
     for found in result.decompositions:
         here = [neuron for neuron in result.neurons if neuron.layer == found.layer]
@@ -120,7 +126,7 @@ def _neurons(result: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _direction(result: Any) -> str | None:
+def _direction(result: EditedLayer) -> str | None:
     d = result.direction
     if d is None:
         return None
@@ -131,7 +137,7 @@ def _direction(result: Any) -> str | None:
     )
 
 
-def _norms(result: Any) -> list[str]:
+def _norms(result: EditedLayer) -> list[str]:
     return [
         f"{row.norm}: flat leaves {row.flat:.1%}, half-way {row.half:.1%}, all gains 1 "
         f"{row.ones:.0%}, shuffled {min(row.shuffled):.0%} to {max(row.shuffled):.0%}."
@@ -139,7 +145,7 @@ def _norms(result: Any) -> list[str]:
     ]
 
 
-def _controls(result: Any) -> list[str]:
+def _controls(result: EditedLayer) -> list[str]:
     lines = []
     for name, label in (("flat", "a flat norm"), ("edited", "the FFN edit")):
         cells = [(c.layer, getattr(c, name)) for c in result.controls.layers]
@@ -188,7 +194,7 @@ def _super_weights(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _layer(row: Any) -> dict[str, Any]:
+def _layer(row: LayerSpikes) -> JsonObject:
     made = {
         "layer": row.layer,
         "input": _times(row.input, row.input_median),
@@ -206,7 +212,7 @@ def _layer(row: Any) -> dict[str, Any]:
     }
 
 
-def _weight(weight: Any) -> dict[str, Any]:
+def _weight(weight: SuperWeight) -> JsonObject:
     return {
         "layer": weight.layer,
         "row": weight.row,
@@ -223,12 +229,12 @@ def _weight(weight: Any) -> dict[str, Any]:
     }
 
 
-def _control(group: Any) -> str:
+def _control(group: Removal) -> str:
     rows = zip(group.weights, group.values, strict=True)
     return ", ".join(f"({', '.join(map(str, at))}) of {value:.3g}" for at, value in rows)
 
 
-def _times(value: float, median: float) -> str:
+def _times(value: float, median: float | None) -> str:
     return f"{cell(value)} ({value / median:,.0f} x)" if median else f"{cell(value)} (median 0)"
 
 

@@ -44,7 +44,7 @@ def _check(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _sign(rule: Any) -> str:
+def _sign(rule: RuleOutcome) -> str:
     empty = rule.status == "passed" and rule.value is None
     return NOTHING if empty else SIGNS[rule.status]
 
@@ -72,12 +72,12 @@ def _diff(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _side(side: Any) -> str:
+def _side(side: SideInfo) -> str:
     source = "measured now" if side.source == "model" else f"saved, {side.source}"
     return f"{side.name} ({side.n_layers} layers, {side.dtype}, {source})"
 
 
-def _layer_row(result: Any, row: Any) -> dict[str, Any]:
+def _layer_row(result: Difference, row: SideRow) -> JsonObject:
     notes = [
         f"{word} of {name}"
         for name, side in (("A", result.a), ("B", result.b))
@@ -97,7 +97,7 @@ def _layer_row(result: Any, row: Any) -> dict[str, Any]:
     return {**made, "": ", ".join(notes)}
 
 
-def _row(row: Any) -> dict[str, Any]:
+def _row(row: Change) -> JsonObject:
     verdict = "-" if row.changed is None else "changed" if row.changed else "same"
     value = "" if row.value is None else f"{row.measure} {cell(row.value)}"
     if row.tolerance is not None:

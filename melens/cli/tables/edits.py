@@ -7,6 +7,15 @@ from typing import Any
 
 from melens.cli.listing import Listing, cell, table_of
 from melens.formatting import within
+from melens.protocols import JsonObject
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from melens.results.edit import Edit, EditFile
+    from melens.results.evaluation import Evaluation, Score
+    from melens.results.long_context import LongCondition, LongContext
+    from melens.results.tune import Confirmed, Trial, Tuning
 
 NAMES = {"energy": "masked energy"}
 
@@ -34,7 +43,7 @@ def _evaluate(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _effect(row: dict[str, Any]) -> dict[str, Any]:
+def _effect(row: JsonObject) -> JsonObject:
     delta = row["delta"]
     return {
         "condition": row["condition"],
@@ -46,7 +55,7 @@ def _effect(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _beside(row: dict[str, Any]) -> dict[str, Any]:
+def _beside(row: JsonObject) -> JsonObject:
     told = ("role", "value", "interval", "delta", "delta_interval")
     return {NAMES.get(name, name): value for name, value in row.items() if name not in told}
 
@@ -73,7 +82,7 @@ def _long_context(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _overall(condition: Any) -> dict[str, Any]:
+def _overall(condition: LongCondition) -> JsonObject:
     whole = condition.overall
     return {
         "condition": condition.name,
@@ -86,26 +95,26 @@ def _overall(condition: Any) -> dict[str, Any]:
     }
 
 
-def _by_depth(condition: Any, length: int, depths: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {"length": length, "condition": condition.name}
+def _by_depth(condition: LongCondition, length: int, depths: Sequence[float]) -> JsonObject:
+    made: JsonObject = {"length": length, "condition": condition.name}
     for depth in depths:
         found = condition.cell(length, depth)
         made[f"depth {depth:g}"] = f"{found.found} of {found.n}"
     return made
 
 
-def _bin(result: Any, shown: Any, i: int) -> dict[str, Any]:
+def _bin(result: LongContext, shown: Sequence[LongCondition], i: int) -> JsonObject:
     here = result.base.bins[i]
     last = here.stop - 1
     name = f"{here.start}-{last}" if last > here.start else str(here.start)
-    made: dict[str, Any] = {"position": name, "tokens": here.tokens, "base": here.loss.value}
+    made: JsonObject = {"position": name, "tokens": here.tokens, "base": here.loss.value}
     for condition in shown[1:]:
         delta = condition.bins[i].delta
         made[condition.name] = _change(delta).strip()
     return made
 
 
-def _change(delta: Any) -> str:
+def _change(delta: Score | None) -> str:
     return "" if delta is None else f" {delta.value:+.3g}{within(delta.interval, '+.3g')}"
 
 
@@ -134,7 +143,7 @@ def _tune(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def flags(edit: Any) -> str:
+def flags(edit: Edit) -> str:
     """The options under which other commands take this mask."""
     layers = edit.layers if isinstance(edit.layers, str) else ",".join(map(str, edit.layers))
     return (
@@ -143,7 +152,7 @@ def flags(edit: Any) -> str:
     )
 
 
-def _trial(trial: Any) -> dict[str, Any]:
+def _trial(trial: Trial) -> JsonObject:
     return {
         "setting": trial.edit.label,
         "items": trial.items,
@@ -154,7 +163,7 @@ def _trial(trial: Any) -> dict[str, Any]:
     }
 
 
-def _confirmed(row: Any) -> dict[str, Any]:
+def _confirmed(row: Confirmed) -> JsonObject:
     return {
         "setting": row.edit.label,
         "difference": f"{row.delta:+.4g}{within(row.interval, '+.3g')}",

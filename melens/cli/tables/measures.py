@@ -60,7 +60,7 @@ def _massive(result: Any, caption: str) -> Iterator[Listing]:
     yield from rest(MOST_TOKENS, len(result.massive), "massive tokens and dimensions")
 
 
-def _described_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
+def _described_row(result: TokenPortrait, row: JsonObject) -> JsonObject:
     ups = {step.layer for step in result.step_up}
     downs = {step.layer for step in result.step_down}
     layer = row["layer"]
@@ -142,7 +142,7 @@ def _sinks(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _sink_row(result: Any, row: dict[str, Any]) -> dict[str, Any]:
+def _sink_row(result: Sinks, row: JsonObject) -> JsonObject:
     layer = row["layer"]
     notes = ["ME Layer"] * (layer == result.me_layer)
     notes += ["sinks begin"] * (layer == result.onset_layer)
@@ -173,7 +173,7 @@ def _locate(result: Any) -> Iterator[Listing]:
         )
 
 
-def _stability(result: Any) -> str:
+def _stability(result: MELayer) -> str:
     seen = result.stability
     alone = sum(token.massive for token in seen.first_tokens)
     return (
@@ -183,7 +183,7 @@ def _stability(result: Any) -> str:
     )
 
 
-def _locate_row(result: Any, row: Any) -> dict[str, Any]:
+def _locate_row(result: MELayer, row: LayerRow) -> JsonObject:
     notes = [
         word
         for word, layer in (

@@ -42,7 +42,7 @@ def _scan(result: Any) -> Iterator[Listing]:
     yield Listing(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
 
 
-def _layer(row: Any) -> dict[str, Any]:
+def _layer(row: LayerCeiling) -> JsonObject:
     made = {
         "layer": row.layer,
         "ceiling": row.ceiling,
@@ -54,7 +54,7 @@ def _layer(row: Any) -> dict[str, Any]:
     return made if row.whole is None else made | {"whole FFN": row.whole, "at dim": row.whole_dim}
 
 
-def _candidate(found: Any) -> dict[str, Any]:
+def _candidate(found: Candidate) -> JsonObject:
     from melens.scanning.predict import decided
 
     needs = zip(found.needs.dims[:3], found.needs.weights[:3], strict=True)
@@ -72,7 +72,7 @@ def _candidate(found: Any) -> dict[str, Any]:
     }
 
 
-def _neuron(row: Any) -> Any:
+def _neuron(row: LayerCeiling | Candidate) -> int | str | None:
     return row.neuron if row.expert is None else f"{row.neuron} (expert {row.expert})"
 
 
@@ -104,7 +104,7 @@ def _reach(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _reach_layer(row: Any, *, scanned: bool) -> dict[str, Any]:
+def _reach_layer(row: ReachRow, *, scanned: bool) -> JsonObject:
     made = {
         "layer": row.layer,
         "value": row.value,
