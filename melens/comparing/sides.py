@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from melens.errors import ResultError
 from melens.models.anatomy import anatomy
 from melens.models.resolve import asked
+from melens.protocols import JsonObject, ModelLike
 from melens.provenance import bos_said
 from melens.results import MELayer, Result, load_result
 from melens.results.check import CheckReport, located_of
@@ -56,7 +57,7 @@ class Side:
     @classmethod
     def of_model(
         cls,
-        model: Any,
+        model: ModelLike,
         texts: Source = None,
         *,
         batch_size: int = 4,
@@ -108,7 +109,7 @@ class Side:
 
 
 def two_sides(
-    sources: Sequence[Any],
+    sources: Sequence[object],
     texts: Callable[[Side | None], Source],
     measure: Callable[[int, Source, Side | None], Side],
     *,
@@ -134,7 +135,7 @@ def two_sides(
     return made[0], made[1]
 
 
-def saved_file(source: Any) -> Path | None:
+def saved_file(source: object) -> Path | None:
     """The JSON file that ``source`` names, or None where it names a model.
 
     A folder counts as saved if it holds a report.json or a locate.json and no model.
@@ -149,7 +150,7 @@ def saved_file(source: Any) -> Path | None:
     return None
 
 
-def read_side(source: Any) -> Side | None:
+def read_side(source: object) -> Side | None:
     """A saved side; None where ``source`` is a model.
 
     Raises:  ResultError: a file that cannot be read, or that holds something else.
@@ -191,7 +192,7 @@ def texts_like(
     return prompts(source, n=n, length=length, bos=bos, chat=chat)
 
 
-def require_same_texts(first: dict[str, Any], second: dict[str, Any]) -> None:
+def require_same_texts(first: JsonObject, second: JsonObject) -> None:
     """Refuse to compare over other tokens.
 
     Raises:  ResultError: with what both were made of.
@@ -203,16 +204,16 @@ def require_same_texts(first: dict[str, Any], second: dict[str, Any]) -> None:
         )
 
 
-def _about(settings: dict[str, Any]) -> str:
+def _about(settings: JsonObject) -> str:
     start = f", {bos_said(settings['bos_first'])}" if "bos_first" in settings else ""
     return f"{settings.get('sequences')} sequences{start}, ids {settings.get('ids')}"
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _flag(value: Any) -> bool | None:
+def _flag(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 

@@ -146,7 +146,7 @@ class Checkpoint:
     """As shown: the folder's or file's name, a named model, a hub id."""
     kind: str
     """``safetensors`` or ``gguf``."""
-    config: dict[str, Any]
+    config: JsonObject
     tensors: dict[str, Stored]
     blobs: tuple[Blob, ...]
     where: str
@@ -297,7 +297,7 @@ class Checkpoint:
         self.bytes_read += len(view)
 
 
-def read_folder(chosen: WeightFiles, config: dict[str, Any]) -> Checkpoint:
+def read_folder(chosen: WeightFiles, config: JsonObject) -> Checkpoint:
     """A folder's safetensors, in one file or in shards with an index.
 
     Raises:  WeightsError: a missing or truncated file, or an index that does not fit.
@@ -310,7 +310,7 @@ def read_folder(chosen: WeightFiles, config: dict[str, Any]) -> Checkpoint:
 
 def read_blobs(
     blobs: Mapping[str, Blob],
-    config: dict[str, Any],
+    config: JsonObject,
     *,
     name: str,
     placed: dict[str, str],

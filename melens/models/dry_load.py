@@ -14,6 +14,7 @@ import torch
 
 from melens.errors import MelensError, ModelError, WeightsError
 from melens.models.complaints import MANY, what_to_do, with_setting
+from melens.protocols import JsonObject, TransformersModel
 
 COUNTS = re.compile(r"layer|expert|block|label|depth")
 """Settings that a config or a model's constructor may loop over."""
@@ -53,7 +54,7 @@ UNLIMITED = re.compile(r"limit|max|range")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def require_sound_numbers(config: dict[str, Any], *, name: str) -> None:
+def require_sound_numbers(config: JsonObject, *, name: str) -> None:
     """Refuse sizes that are no whole number above 0, and numbers that are none.
 
     Raises:  ModelError: naming the setting.
@@ -72,7 +73,7 @@ def require_sound_numbers(config: dict[str, Any], *, name: str) -> None:
             raise ModelError(f"{name}: config.json says {key} = {value}; give a number.")
 
 
-def require_bounded(config: dict[str, Any], shapes: Shapes, *, name: str) -> None:
+def require_bounded(config: JsonObject, shapes: Shapes, *, name: str) -> None:
     """Refuse counts that the files cannot hold, before a constructor loops over them.
 
     Raises:  ModelError: naming the setting, its value and the bound.
@@ -89,7 +90,7 @@ def require_bounded(config: dict[str, Any], shapes: Shapes, *, name: str) -> Non
             )
 
 
-def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> None:
+def require_loadable(config: JsonObject, shapes: Shapes, *, name: str) -> None:
     """Refuse a checkpoint that its config's model does not use as it is.
 
     A quantised one is left to its own loader, as is one that brings its own code.
@@ -111,7 +112,7 @@ def require_loadable(config: dict[str, Any], shapes: Shapes, *, name: str) -> No
 
 
 def require_all_there(
-    info: Mapping[str, Any], n_layers: Any, *, name: Any, quantised: bool = False
+    info: Mapping[str, Any], n_layers: Any, *, name: object, quantised: bool = False
 ) -> None:
     """Refuse a checkpoint that transformers would fill up with random values, or use in part.
 
@@ -132,7 +133,9 @@ def _range(layers: list[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
 
 
-def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any, quantised: bool) -> None:
+def _require_all_used(
+    unused: Iterable[str], n_layers: Any, *, name: object, quantised: bool
+) -> None:
     """Refuse weights that the model does not use: it is not the one that they were trained as.
 
     What transformers itself ignores (further heads), and old masks, are not among them.
@@ -159,7 +162,7 @@ def _require_all_used(unused: Iterable[str], n_layers: Any, *, name: Any, quanti
     )
 
 
-def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, dict[str, Any]]:
+def _dry_load(config: JsonObject, shapes: Shapes, name: str) -> tuple[Any, JsonObject]:
     """The config as transformers has it, and what it says of a loading without values."""
     try:
         return _attempt(config, shapes, name)
@@ -174,7 +177,7 @@ def _dry_load(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, d
         ) from None
 
 
-def _attempt(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, dict[str, Any]]:
+def _attempt(config: JsonObject, shapes: Shapes, name: str) -> tuple[Any, JsonObject]:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     with _quiet(), warnings.catch_warnings():
@@ -196,7 +199,7 @@ def _attempt(config: dict[str, Any], shapes: Shapes, name: str) -> tuple[Any, di
     return made, info
 
 
-def _require_small_tables(model: Any, shapes: Shapes, name: str) -> None:
+def _require_small_tables(model: TransformersModel, shapes: Shapes, name: str) -> None:
     """Refuse lengths that no tensor holds, of which a model computes masks and angles.
 
     Raises:  ModelError: tables of more than a gigabyte and many times what is stored.
@@ -226,9 +229,9 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float, bool]]:
+def _numbers(config: JsonObject) -> Iterator[tuple[str, int | float, bool]]:
     """Every number of a config: the setting that it belongs to, its value, whether in a list."""
-    waiting: list[tuple[str, Any, bool]] = [("", config, False)]
+    waiting: list[tuple[str, object, bool]] = [("", config, False)]
     while waiting:
         key, value, listed = waiting.pop()
         if isinstance(value, dict):
@@ -239,12 +242,12 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float, bool]]:
             yield key, value, listed
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     """Lists (a size a layer) are left to the model's own check."""
     return value is None or isinstance(value, list) or (type(value) is int and value >= 1)
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: object) -> bool:
     return value is None or (
         isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
     )

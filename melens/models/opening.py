@@ -16,7 +16,7 @@ from melens.models.weight_files import HEADER_LIMIT, INDEX, SINGLE, main_file, w
 from melens.network import is_offline, pass_on
 
 
-def open_checkpoint(model: Any, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
     """The tensors of a named model, a folder, a ``.gguf`` file or a hub id.
 
     The network is used for a hub id (which commit it is, then only the tensors that are asked for,

@@ -14,6 +14,7 @@ from melens.errors import ModelError, WeightsError
 from melens.models.checkpoint import Checkpoint
 from melens.models.complaints import first_line, what_to_do
 from melens.models.decoder import layer_list
+from melens.protocols import TransformersModel
 
 EXPERTS = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -67,14 +68,16 @@ class Slot:
 class Hollow:
     """A transformers model whose parameters are hollow, and the slots to fill, by place."""
 
-    model: Any
+    model: TransformersModel
     blocks: list[list[Slot]]
     embedding: Slot
     unembedding: Slot | None
     """None where it shares the embedding's weight."""
 
 
-def hollow_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> nn.Parameter:
+def hollow_parameter(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> nn.Parameter:
     """NaN of any shape in the memory of one value: reading it by mistake cannot pass unseen, and
     overwriting it fails.
     """  # noqa: D205
@@ -82,7 +85,9 @@ def hollow_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: Any) ->
     return nn.Parameter(value.expand(shape) if shape else value[0], requires_grad=False)
 
 
-def build_hollow(folder: Path, checkpoint: Checkpoint, *, dtype: Any, device: str) -> Hollow:
+def build_hollow(
+    folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype | str | None, device: str
+) -> Hollow:
     """The model that a folder's config asks for, every weight's place in the files checked.
 
     Norms, positions and what else lies outside the blocks is read at once; it is small.
@@ -121,7 +126,7 @@ def build_hollow(folder: Path, checkpoint: Checkpoint, *, dtype: Any, device: st
     return Hollow(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
 
 
-def _meta_model(folder: Path, dtype: Any) -> Any:
+def _meta_model(folder: Path, dtype: torch.dtype | str | None) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 

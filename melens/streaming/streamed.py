@@ -35,6 +35,7 @@ from melens.models.named import NAMED, on_this_machine
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
 from melens.models.resolve import asked
 from melens.models.weight_files import read_json, weight_files
+from melens.protocols import Args, HookedModel
 from melens.streaming.hollow import Hollow, Slot, build_hollow, hollow_parameter
 from melens.streaming.tape import Tape
 
@@ -46,7 +47,7 @@ SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", 
 class BlockStream:
     """Fills a bridge's blocks as its forward pass reaches them, and empties them behind it."""
 
-    def __init__(self, bridge: Any, hollow: Hollow, checkpoint: Checkpoint) -> None:
+    def __init__(self, bridge: HookedModel, hollow: Hollow, checkpoint: Checkpoint) -> None:
         """Register on every block, the embedding and the unembedding.
 
         Raises:  ModelError: the bridge keeps weights that this could not keep up to date.
@@ -99,7 +100,7 @@ class BlockStream:
         return digest_of(samples.items())
 
     def _entering(self, layer: int) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: Args) -> None:
             self._drop()  # an interrupt may have left the last one
             self._read(self._hollow.blocks[layer])
             for part, method, targets in self._splits[layer]:
@@ -127,7 +128,7 @@ class BlockStream:
             self._taken.append(room)
             slot.fill(slot.read(self.checkpoint, room))
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Args, output: object) -> None:
         self._drop()
 
     def _drop(self) -> None:
@@ -146,7 +147,7 @@ class BlockStream:
             left = self.n_layers - layer - 1
             self.progress(self.blocks_read, self.blocks_read + left)
 
-    def _embed(self, module: nn.Module, args: Any) -> Any:
+    def _embed(self, module: nn.Module, args: Args) -> Any:
         """Only the rows of the tokens that came, renumbered from 0."""
         found, places = args[0].unique(return_inverse=True)
         slot = self._hollow.embedding
@@ -154,10 +155,10 @@ class BlockStream:
         slot.fill(table.to(slot.hollow.device))
         return (places, *args[1:])
 
-    def _embedded(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _embedded(self, module: nn.Module, args: Args, output: object) -> None:
         self._hollow.embedding.empty()
 
-    def _refuse_logits(self, module: nn.Module, args: Any) -> None:
+    def _refuse_logits(self, module: nn.Module, args: Args) -> None:
         if self.checking:
             raise EverythingSeen
         raise ModelError(
@@ -230,7 +231,7 @@ def load_streamed(
     return bridge
 
 
-def stream_of(model: Any) -> BlockStream | None:
+def stream_of(model: object) -> BlockStream | None:
     """What reads a streamed bridge's blocks; None for any other model."""
     return vars(model).get(KEPT_STREAM)
 
@@ -251,7 +252,7 @@ def _own_first_block(hollow: Hollow, checkpoint: Checkpoint) -> OwnAnswer:
             slot.empty()
 
 
-def _check(bridge: Any, stream: BlockStream, own: OwnAnswer | None) -> str:
+def _check(bridge: HookedModel, stream: BlockStream, own: OwnAnswer | None) -> str:
     stream.checking = True
     try:
         check_contract(bridge, own)

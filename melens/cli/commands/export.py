@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,11 @@ from melens.cli.job import Job
 from melens.cli.render import say, say_json, show_answers_beside
 from melens.errors import EditWarning, InterventionError, NoTokenError, PromptError, ResultError
 from melens.progress import remark
+from melens.protocols import AnyModel, JsonObject, Options, Tokenizer
 from melens.store import TEXT, lines_of, read_stdin
+
+if TYPE_CHECKING:
+    from melens.results.edit import Edit
 
 ON_PLAIN = ("none", "wemask", "drop-key")
 """Edits that a transformers model can have without a bridge, which decodes slower."""
@@ -119,7 +123,7 @@ class EditJob:
         require_located_here(loaded, found)
         return found
 
-    def _with_bos(self, texts: Any, tokenizer: Any, firsts: Sequence[int]) -> Any:
+    def _with_bos(self, texts: Any, tokenizer: Tokenizer, firsts: Sequence[int]) -> Any:
         """Texts to locate on, with BOS in front where that is what the model is given."""
         if self.job.texts.bos is not None or tokenizer.bos_token_id is None:
             return texts
@@ -132,7 +136,7 @@ class EditJob:
         return load_plain(self.job.model, **self.job.run.loading())[0]
 
 
-def _require_edited(rows: Sequence[Mapping[str, Any]], edit: Any) -> None:
+def _require_edited(rows: Sequence[JsonObject], edit: Edit) -> None:
     """Say which prompts no edit touched.
 
     Raises:  NoTokenError: it touched none.
@@ -177,7 +181,9 @@ def _check_room(prompts: Sequence[Sequence[int]], limit: int | None, count: int)
         )
 
 
-def _continue(model: Any, tokenizer: Any, ids: Sequence[int], draw: Mapping[str, Any]) -> list[int]:
+def _continue(
+    model: AnyModel, tokenizer: Tokenizer, ids: Sequence[int], draw: JsonObject
+) -> list[int]:
     """New token ids; the model's own end tokens, but none of its other generation settings."""
     import torch
     from transformers import GenerationConfig
@@ -189,7 +195,7 @@ def _continue(model: Any, tokenizer: Any, ids: Sequence[int], draw: Mapping[str,
     end = getattr(own, "eos_token_id", None) or tokenizer.eos_token_id
     pad = tokenizer.pad_token_id
     pad = (end[0] if isinstance(end, list) else end) if pad is None else pad
-    settings: dict[str, Any] = {"max_new_tokens": draw["count"], "do_sample": False}
+    settings: JsonObject = {"max_new_tokens": draw["count"], "do_sample": False}
     if draw["temperature"] > 0:
         settings |= {"do_sample": True, "temperature": draw["temperature"], "top_k": 0}
     config = GenerationConfig(**settings, eos_token_id=end, pad_token_id=pad)
@@ -200,7 +206,7 @@ def _continue(model: Any, tokenizer: Any, ids: Sequence[int], draw: Mapping[str,
     return made[0, len(ids) :].tolist()
 
 
-def _row(text: str, without: list[int], edited: list[int], tokenizer: Any) -> dict[str, Any]:
+def _row(text: str, without: list[int], edited: list[int], tokenizer: Tokenizer) -> JsonObject:
     same = next(
         (i for i, (a, b) in enumerate(zip(without, edited, strict=False)) if a != b),
         min(len(without), len(edited)),
@@ -213,7 +219,7 @@ def _row(text: str, without: list[int], edited: list[int], tokenizer: Any) -> di
     }
 
 
-def show_answers(rows: Sequence[dict[str, Any]], *, label: str, as_json: bool) -> None:
+def show_answers(rows: Sequence[JsonObject], *, label: str, as_json: bool) -> None:
     """Answers side by side; ``first_difference`` counts new tokens from 0."""
     if as_json:
         say_json({"edit": label, "rows": list(rows)})
