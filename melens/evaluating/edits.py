@@ -291,7 +291,7 @@ def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int
         )
 
 
-def located_facts(me_layer: MELayer | None) -> list[Any] | None:
+def located_facts(me_layer: MELayer | None) -> list[object] | None:
     """What edits take from a ME Layer, and on which texts; not when or how it was located."""
     if me_layer is None:
         return None

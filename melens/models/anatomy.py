@@ -31,8 +31,8 @@ HEADS = {**GROUPED, "head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
-def _config(name: str, **settings: Any) -> Callable[[], Any]:
-    def make() -> Any:
+def _config(name: str, **settings: object) -> Callable[[], object]:
+    def make() -> object:
         import transformers
 
         return getattr(transformers, name)(**settings)
@@ -40,7 +40,7 @@ def _config(name: str, **settings: Any) -> Callable[[], Any]:
     return make
 
 
-TINY: dict[str, Callable[[], Any]] = {
+TINY: dict[str, Callable[[], object]] = {
     "llama": _config("LlamaConfig", **GROUPED),
     "qwen2": _config("Qwen2Config", **GROUPED),
     "qwen3": _config("Qwen3Config", **HEADS),
@@ -93,7 +93,7 @@ class Family:
     """Norms on the write path, between a part's output and the residual."""
     gain_offset: float
     """Effective gain = offset + stored weight (1 where the weight is kept around zero)."""
-    tiny: Callable[[], Any]
+    tiny: Callable[[], object]
 
 
 FAMILIES: Registry[Family] = Registry("model family")

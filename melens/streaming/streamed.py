@@ -35,7 +35,7 @@ from melens.models.named import NAMED, on_this_machine
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
 from melens.models.resolve import asked
 from melens.models.weight_files import read_json, weight_files
-from melens.protocols import Args, HookedModel
+from melens.protocols import Args, HookedModel, Tokenizer
 from melens.streaming.hollow import Hollow, Slot, build_hollow, hollow_parameter
 from melens.streaming.tape import Tape
 
@@ -185,7 +185,7 @@ def load_streamed(
     revision: str | None = None,
     need_tokenizer: bool = True,
     keep: Path | None = None,
-) -> Any:
+) -> HookedModel:
     """A bridge as :func:`melens.models.load` makes it, but with one block in memory at a time.
 
     Good for what ends before the unembedding: ``stream()``, ``locate``, ``reach``. Logits are
@@ -282,7 +282,7 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
     return folder, name
 
 
-def _tokenizer(folder: Path, *, needed: bool) -> Any:
+def _tokenizer(folder: Path, *, needed: bool) -> Tokenizer | None:
     if not needed and not has_tokenizer(folder):
         return None
     return read_tokenizer(folder, {"local_files_only": True, "trust_remote_code": False})

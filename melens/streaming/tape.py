@@ -156,7 +156,7 @@ def _refuse() -> None:
 
 def _tapped(bridge: HookedModel, layer: int) -> JsonObject:
     """A block's hook points that somebody listens to, each once, in the order of the hooks."""
-    found: dict[int, tuple[str, Any]] = {}
+    found: dict[int, tuple[str, object]] = {}
     for name, point in bridge.hook_dict.items():
         if name.startswith(f"blocks.{layer}.") and any(
             not handle.is_permanent for handle in point.fwd_hooks

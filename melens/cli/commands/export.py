@@ -19,10 +19,19 @@ from melens.cli.job import Job
 from melens.cli.render import say, say_json, show_answers_beside
 from melens.errors import EditWarning, InterventionError, NoTokenError, PromptError, ResultError
 from melens.progress import remark
-from melens.protocols import AnyModel, JsonObject, Options, Tokenizer
+from melens.protocols import (
+    AnyModel,
+    HookedModel,
+    JsonObject,
+    Options,
+    Tokenizer,
+    TransformersModel,
+)
 from melens.store import TEXT, lines_of, read_stdin
 
 if TYPE_CHECKING:
+    from melens.batches import Prompts
+    from melens.results import MELayer
     from melens.results.edit import Edit
 
 ON_PLAIN = ("none", "wemask", "drop-key")
@@ -103,7 +112,7 @@ class EditJob:
         _require_edited(rows, self.edit)
         return rows
 
-    def me_layer(self, loaded: Any, texts: Any) -> Any:
+    def me_layer(self, loaded: HookedModel, texts: Prompts) -> MELayer | None:
         """The ME Layer: read, of the model's melens.json, or located; None where none is needed."""
         if self.edit.name == "none":
             return None
@@ -123,14 +132,14 @@ class EditJob:
         require_located_here(loaded, found)
         return found
 
-    def _with_bos(self, texts: Any, tokenizer: Tokenizer, firsts: Sequence[int]) -> Any:
+    def _with_bos(self, texts: Prompts, tokenizer: Tokenizer, firsts: Sequence[int]) -> Prompts:
         """Texts to locate on, with BOS in front where that is what the model is given."""
         if self.job.texts.bos is not None or tokenizer.bos_token_id is None:
             return texts
         starts = all(token == tokenizer.bos_token_id for token in firsts)
         return dataclasses.replace(texts, bos=True) if starts else texts
 
-    def _plain(self) -> Any:
+    def _plain(self) -> TransformersModel:
         from melens.models import load_plain
 
         return load_plain(self.job.model, **self.job.run.loading())[0]

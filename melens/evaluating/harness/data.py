@@ -308,22 +308,22 @@ def gold_of(task: str, doc: Doc) -> str | None:
     return doc["answer"] if task == "math500" else None
 
 
-def gsm8k(**metadata: Any) -> Any:
+def gsm8k(**metadata: object) -> object:
     """GSM8K's test items as lm-eval wants a data set."""
     return _dataset("gsm8k", metadata)
 
 
-def math500(**metadata: Any) -> Any:
+def math500(**metadata: object) -> object:
     """MATH-500 as lm-eval wants a data set."""
     return _dataset("math500", metadata)
 
 
-def ifeval(**metadata: Any) -> Any:
+def ifeval(**metadata: object) -> object:
     """IFEval as lm-eval wants a data set."""
     return _dataset("ifeval", metadata)
 
 
-def xstest(**metadata: Any) -> Any:
+def xstest(**metadata: object) -> object:
     """XSTest as lm-eval wants a data set."""
     return _dataset("xstest", metadata)
 

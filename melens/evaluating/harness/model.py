@@ -159,11 +159,11 @@ class MelensLM(Generator):
             with suppress(InterventionError):
                 self._open.close()
 
-    def _model_call(self, *args: object, **kwargs: object) -> Any:
+    def _model_call(self, *args: object, **kwargs: object) -> object:
         self._passes += 1
         return super()._model_call(*args, **kwargs)
 
-    def _model_generate(self, *args: object, **kwargs: object) -> Any:
+    def _model_generate(self, *args: object, **kwargs: object) -> object:
         self._passes += 1
         return super()._model_generate(*args, **kwargs)
 
