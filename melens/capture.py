@@ -139,7 +139,7 @@ def exit_kept(
 class EachPass:
     """Makes every forward pass of a model one thread's own, from its start to its end."""
 
-    def __init__(self, model: HookedModel) -> None:
+    def __init__(self, model: AnyModel) -> None:
         self._running: tuple[threading.Thread, AbstractContextManager[None]] | None = None
         outer = _key(model)
         self._handles = [

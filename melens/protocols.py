@@ -58,7 +58,6 @@ if TYPE_CHECKING:
         """A causal language model as transformers makes it."""
 
         generate: Callable[..., Any]
-        to: Callable[..., Any]
 
     class ModelConfig(Protocol):
         """Sizes of a hooked model; whatever else its config may hold is asked for with getattr."""

@@ -14,7 +14,6 @@ from melens.errors import ModelError, WeightsError
 from melens.models.checkpoint import Checkpoint
 from melens.models.complaints import first_line, what_to_do
 from melens.models.decoder import layer_list
-from melens.protocols import TransformersModel
 
 EXPERTS = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -68,7 +67,7 @@ class Slot:
 class Hollow:
     """A transformers model whose parameters are hollow, and the slots to fill, by place."""
 
-    model: TransformersModel
+    model: Any
     blocks: list[list[Slot]]
     embedding: Slot
     unembedding: Slot | None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from melens.batches import read_text
 from melens.errors import MissingPackageError, OutputError, PromptError
@@ -16,9 +16,6 @@ from melens.protocols import JsonObject
 from melens.registry import Registry
 from melens.results.base import Part
 from melens.store import TEXT, digest, is_text, json_object, lines_of, read_limited
-
-if TYPE_CHECKING:
-    from nltk.tokenize.punkt import PunktParameters
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def _look_in(folder: Path) -> None:
         nltk.data.path.insert(0, str(folder))
 
 
-def _build(folder: Path, model: PunktParameters) -> None:
+def _build(folder: Path, model: Any) -> None:
     """Write the parameters as nltk reads them; a folder that only its owner can change."""
     from nltk.tokenize.punkt import PunktParameters, save_punkt_params
 
