@@ -14,6 +14,7 @@ from typing import TypeGuard
 
 from melens.errors import PromptError
 from melens.framing import frame_of, plain_ids, prompt_ids
+from melens.protocols import Tokenizer
 from melens.store import digest
 
 CHILD = Path(__file__).with_name("chat_child.py")

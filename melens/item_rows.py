@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from melens.errors import ResultError
+from melens.protocols import JsonObject
 from melens.store import (
     RESULT,
     Heading,

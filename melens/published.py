@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Literal
 
 from melens.errors import ResultError
+from melens.protocols import JsonObject
 from melens.registry import Registry, closest
 from melens.results.base import Result
 from melens.results.known import Comparison, KnownCheck

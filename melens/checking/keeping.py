@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from melens import __version__
 from melens.errors import ResultError
+from melens.protocols import HookedModel, JsonObject, Tokenizer
 from melens.provenance import versions
 from melens.results.base import Result, load_result
 from melens.store import (

@@ -19,6 +19,7 @@ from melens.errors import FetchError, MelensError, WeightsError
 from melens.models.gguf_header import VOCABULARY, GGUFHeader, read_gguf_header, require_blocks
 from melens.models.origin import Sample, stride_of
 from melens.models.weight_files import WeightFiles, read_header, require_placed
+from melens.protocols import JsonObject
 from melens.store import digest
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -24,6 +24,7 @@ from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, t
 from melens.models.weight_files import INDEX, read_json, weight_files
 from melens.network import is_set
 from melens.progress import progress_on, remark
+from melens.protocols import JsonObject, Tokenizer
 from melens.store import PAGE, digest, read_limited, write_atomically
 
 EDGE = 1 << 20

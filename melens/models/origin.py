@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from melens.protocols import HookedModel
 from melens.store import hash_tensors
 
 SAMPLES_PER_TENSOR = 256

@@ -14,6 +14,7 @@ from melens.errors import InterventionError, UnknownNameError
 from melens.evaluating.edits import located_facts
 from melens.formatting import brief
 from melens.models.origin import digest_of, sample
+from melens.protocols import JsonObject, Tokenizer, TransformersModel
 from melens.registry import unknown_name
 from melens.results import MELayer, load_located
 from melens.results.edit import Edit
