@@ -21,7 +21,7 @@ from melens.interventions.target import note_weights
 from melens.models.anatomy import is_folded
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
-from melens.protocols import HookedModel, JsonObject, ModelLike
+from melens.protocols import HookedModel, JsonObject
 from melens.provenance import ModelFacts, RunInfo
 from melens.store import digest
 

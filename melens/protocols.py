@@ -114,11 +114,22 @@ if TYPE_CHECKING:
 
     AnyModel = HookedModel | nn.Module
     """A model object: hooked, or as transformers makes it (or PEFT around one)."""
-    ModelLike = str | Path | AnyModel
+
+    class Prepared(Protocol):
+        """What ``melens.inputs.prepare`` gives: a model that was looked at, and its texts."""
+
+        @property
+        def model(self) -> HookedModel: ...
+        @property
+        def weights(self) -> str: ...
+
+    Loadable = str | Path | AnyModel
     """What melens.load takes: a name, a folder, a file, a hub id, or a model object."""
+    ModelLike = Loadable | Prepared
+    """What a measurement takes: the same, or what was prepared already."""
 else:
     Json = Encoding = Tokenizer = ModelConfig = HookedModel = object
-    AnyModel = ModelLike = TransformersModel = KeyValueCache = object
+    AnyModel = Loadable = ModelLike = Prepared = TransformersModel = KeyValueCache = object
 
 
 def is_hooked(model: object) -> TypeGuard[HookedModel]:

@@ -12,6 +12,7 @@ from melens.batches import Batch
 from melens.batches import prompts as make_prompts
 from melens.errors import ResultError
 from melens.inputs import Inputs, Source, prepare
+from melens.protocols import HookedModel
 from melens.provenance import RunInfo
 from melens.results import MELayer
 from melens.results.base import Result

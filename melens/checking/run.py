@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens.checking.again import answered_before, asked_of, remember
 from melens.checking.budgets import CheckStage, stages_of
@@ -15,6 +15,7 @@ from melens.checking.policy import Policy, read_policy
 from melens.checking.trimming import compact
 from melens.checking.verdict import answered, judged, recommended
 from melens.errors import MelensError, OutputError, ResultError
+from melens.protocols import HookedModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import CheckReport, Evaluation, MELayer, StageRecord
 from melens.results.base import Result, load_result

@@ -16,7 +16,7 @@ from melens.cli import output
 from melens.cli.options import OutputOptions, RunOptions, TextOptions
 from melens.errors import ResultError
 from melens.progress import Display, progress_on
-from melens.protocols import HookedModel, Options
+from melens.protocols import HookedModel
 
 if TYPE_CHECKING:
     from melens.batches import Prompts

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,6 @@ from melens.errors import InterventionError, MelensError, ResultError
 from melens.formatting import brief
 from melens.network import go_offline
 from melens.progress import hush
-from melens.protocols import Options
 
 if TYPE_CHECKING:
     from melens.results.edit import Edit

@@ -13,7 +13,6 @@ import typer
 from melens.cli.render import say, show_listings
 from melens.errors import OutputError, PromptError, ResultError
 from melens.progress import remark
-from melens.protocols import JsonObject
 
 if TYPE_CHECKING:
     pass

@@ -21,6 +21,7 @@ from melens.interventions.wemask import layers_of
 from melens.isolating import mean_coordinates
 from melens.measuring.located import check_same_model
 from melens.models.decoder import decoder_of
+from melens.protocols import AnyModel, HookedModel, Prepared
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
@@ -37,7 +38,11 @@ _KEPT_MEANS: weakref.WeakKeyDictionary[Any, dict[Any, dict[int, float]]] = (
 
 
 def applied(
-    model: AnyModel, edit: Edit, me_layer: MELayer | None, *, tokens: Tokens = None
+    model: AnyModel | Prepared,
+    edit: Edit,
+    me_layer: MELayer | None,
+    *,
+    tokens: Tokens = None,
 ) -> AbstractContextManager[object]:
     """The edit, ready to be entered; a mask's ``with`` gives its MaskRecord, others EditedTokens.
 

@@ -127,7 +127,7 @@ class Runner:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: HookedModel | Inputs,
         conditions: Sequence[EditCondition],
         me_layer: MELayer | None,
         *,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -25,6 +25,8 @@ from melens.evaluating.scores import Setup
 from melens.framing import bos_first, require_known
 from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
+from melens.protocols import JsonObject, ModelLike
+from melens.provenance import RunInfo
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Delta, Score

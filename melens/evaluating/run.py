@@ -25,6 +25,7 @@ from melens.evaluating.sources import check_source
 from melens.evaluating.tasks import FORCED_TASKS, ForcedTask, alike
 from melens.framing import bos_first, require_known
 from melens.item_rows import ItemRow
+from melens.protocols import HookedModel, ModelLike
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Evaluation

@@ -11,7 +11,7 @@ from melens.chat import in_template
 from melens.errors import PromptError
 from melens.evaluating.forced import Forced, Foreseen
 from melens.framing import frame_of, head_size, split_text
-from melens.protocols import JsonObject, Tokenizer
+from melens.protocols import JsonObject
 from melens.registry import Registry
 from melens.settings import Items
 from melens.store import is_text, json_object, lines_of

@@ -31,7 +31,7 @@ from melens.exporting.subject import (
     write_edit,
 )
 from melens.formatting import brief, clipped
-from melens.protocols import ModelLike, Tokenizer, TransformersModel
+from melens.protocols import Loadable, Tokenizer, TransformersModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.edit import Edit, EditFile, Format, PrefixFacts
@@ -77,7 +77,7 @@ def readme(record: EditFile) -> str:
 
 
 def export(
-    model: ModelLike,
+    model: Loadable,
     edit: Edit,
     *,
     format: str = "hf",

@@ -12,7 +12,7 @@ from melens.errors import ResultError
 from melens.evaluating.edits import applied
 from melens.exporting.subject import accept, read_edit
 from melens.interventions.core import EditedTokens, warn_of
-from melens.protocols import AnyModel, HookedModel, ModelLike, Tokenizer
+from melens.protocols import AnyModel, HookedModel, Loadable, Tokenizer
 from melens.results import MELayer
 from melens.results.edit import Edit, EditFile
 
@@ -70,7 +70,7 @@ KEPT_EDIT = "melens_edit"
 
 
 def load(
-    model: ModelLike,
+    model: Loadable,
     *,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -113,7 +113,7 @@ def load(
     return bridge
 
 
-def _edit_in(model: ModelLike) -> EditFile | None:
+def _edit_in(model: Loadable) -> EditFile | None:
     """The edit that a model's folder says to apply; refuses what is no model folder."""
     record = read_edit(model) if isinstance(model, (str, Path)) else None
     if record is not None and record.format != "hf":

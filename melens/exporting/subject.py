@@ -16,7 +16,7 @@ from melens.models.origin import Origin, fingerprint, origin_of
 from melens.protocols import (
     AnyModel,
     HookedModel,
-    ModelLike,
+    Loadable,
     Tokenizer,
     TransformersModel,
     is_hooked,
@@ -79,7 +79,7 @@ class Subject:
         return self.runnable is not self.hf
 
 
-def subject_of(model: ModelLike, me_layer: MELayer | None) -> Subject:
+def subject_of(model: Loadable, me_layer: MELayer | None) -> Subject:
     """Load or look at a model, and check that the ME Layer is its.
 
     Raises:  ModelError and its kinds: it cannot be had, or is a PEFT model with weights of its own.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module, resources
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -75,6 +76,8 @@ class Figures(Mapping[type[Result], Registry[Callable[[Any], Figure]]]):
 
 
 FIGURES = Figures()
+Drawer = Callable[[Any], Figure]
+"""Draws results of one kind."""
 
 
 class Drawing(Figure):

@@ -15,7 +15,7 @@ from melens.isolating.runs import EditedTexts, Finished, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
 from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, require_unfolded
-from melens.protocols import JsonObject, ModelLike
+from melens.protocols import ModelLike
 from melens.results import MELayer
 from melens.results.isolate import Isolation, Neuron, Write
 from melens.resume import Resumable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from melens.errors import MelensError, ModelError, ModelNotFoundError
 from melens.models.cache import cache_dir

@@ -34,7 +34,7 @@ from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.origin import Origin, remember
 from melens.models.resolve import Asked, asked
 from melens.network import is_offline, pass_on
-from melens.protocols import HookedModel, ModelLike, Options, Tokenizer, TransformersModel
+from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
 CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
 """Model objects that passed the contract already."""
@@ -44,7 +44,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    model: ModelLike,
+    model: Loadable,
     *,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -122,7 +122,7 @@ def _load_hf(
 
 
 def adopt(
-    model: ModelLike,
+    model: Loadable,
     *,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,

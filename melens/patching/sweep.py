@@ -35,7 +35,7 @@ from melens.patching.waves import (
     values_of,
     written,
 )
-from melens.protocols import HookedModel, JsonObject, ModelLike
+from melens.protocols import JsonObject, ModelLike
 from melens.results.patch import Axis, Nested, PatchGrid
 from melens.resume import Resumable
 from melens.store import (

@@ -20,7 +20,7 @@ from melens.framing import frame_of, known_ids
 from melens.models.anatomy import anatomy, resid_post
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
-from melens.protocols import HookedModel, JsonObject, ModelLike
+from melens.protocols import HookedModel, JsonObject, Loadable
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import load_result
 from melens.results.reach import Reach, ReachRow, ReachToken, Why
@@ -55,7 +55,7 @@ class Farthest:
 
 
 def reach(
-    model: ModelLike,
+    model: Loadable,
     scan: WeightScan | str | Path | None = None,
     *,
     tokens: Sequence[int] | Tensor | None = None,
@@ -139,7 +139,7 @@ def _read_scan(scan: object) -> WeightScan | None:
     return found
 
 
-def _bridge(model: ModelLike) -> HookedModel:
+def _bridge(model: Loadable) -> HookedModel:
     if isinstance(model, (str, Path)):
         return load_streamed(model, need_tokenizer=False)
     return adopt(model)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +12,15 @@ from torch import Tensor
 from melens.evaluating.edits import EditCondition, conditions
 from melens.evaluating.forced import Forced
 from melens.framing import bos_first
+from melens.inputs import Inputs
 from melens.intervals import Estimate, paired_difference, weighted_mean
 from melens.item_rows import Rows
+from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
 from melens.results.tune import Confirmed, Margin, Spent, Split, Trial, Tuning
-from melens.settings import Compare
-from melens.tuning.items import Objective
-from melens.tuning.space import ETA, Race
+from melens.settings import Compare, Run
+from melens.tuning.items import Halves, Objective
+from melens.tuning.space import ETA, Budget, Race
 
 Half = Literal["search", "confirmation"]
 STOPPED: tuple[Half, ...] = ("search", "confirmation")
@@ -134,26 +135,18 @@ def made_controls(
     return list({condition.edit: condition for condition in made}.values())
 
 
-class _Settings(Protocol):
-    @property
-    def items(self) -> Path | None: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def held_out(self) -> float: ...
-
-
 class _Searched(Protocol):
     """What a result is put together from, of a search that is over."""
 
-    model: HookedModel
+    inputs: Inputs
     me_layer: MELayer
     objective: Objective
     halves: Halves
     budget: Budget
+    how: Run
 
     @property
-    def settings(self) -> _Settings: ...
+    def model(self) -> HookedModel: ...
     @property
     def rows(self) -> Rows: ...
     @property
@@ -286,5 +279,5 @@ def _rule(found: Found) -> str:
     )
 
 
-def _role(condition: EditCondition) -> Role:
+def _role(condition: EditCondition) -> Literal["candidate", "control"]:
     return "control" if condition.role == "control" else "candidate"

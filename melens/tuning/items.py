@@ -26,6 +26,7 @@ from melens.formatting import brief
 from melens.framing import bos_first, head_size, require_known
 from melens.inputs import Ids, rows_of
 from melens.intervals import LEAST_OF_MANY
+from melens.protocols import HookedModel, Tokenizer
 from melens.settings import Items
 
 LOSS = ("loss", "perplexity")

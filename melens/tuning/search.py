@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any
 
 from melens import __version__, locating
 from melens.errors import InterventionError, MetricError
@@ -21,6 +22,7 @@ from melens.evaluating.runner import ItemLoop
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow, Rows
 from melens.models.decoder import decoder_of
+from melens.protocols import HookedModel, JsonObject, ModelLike
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.tune import Tuning
@@ -167,7 +169,7 @@ class _Search:
     _total: int = 0
 
     @property
-    def model(self) -> Any:
+    def model(self) -> HookedModel:
         """The bridge."""
         return self.inputs.model
 

@@ -16,7 +16,9 @@ from melens.cli.groups import without
 from melens.cli.job import Job
 from melens.errors import InterventionError, PromptError
 from melens.formatting import brief
+from melens.protocols import JsonObject, ModelLike
 from melens.registry import did_you_mean
+from melens.results.base import Result
 
 if TYPE_CHECKING:
     from melens.settings import Compare, Items

@@ -23,7 +23,6 @@ from melens.protocols import (
     AnyModel,
     HookedModel,
     JsonObject,
-    Options,
     Tokenizer,
     TransformersModel,
 )

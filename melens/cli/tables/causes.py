@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melens.cli.listing import Listing, cell, rest, table_of
 from melens.formatting import within
@@ -12,7 +12,6 @@ from melens.results.isolate import cells
 
 if TYPE_CHECKING:
     from melens.results.isolate import EditedLayer, Interaction, Isolation
-    from melens.results.patch import PatchGrid
     from melens.results.super_weights import LayerSpikes, Removal, SuperWeight
 
 LISTED = 12

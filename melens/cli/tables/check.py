@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from melens.cli.listing import Listing, cell, table_of
+from melens.protocols import JsonObject
+from melens.results.check import RuleOutcome
+from melens.results.diff import Change, Difference, SideInfo, SideRow
 
 NOTHING = "nothing"
 """In place of "ok" where a rule passed because there was nothing to measure."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melens.cli.listing import Listing, cell, table_of
 from melens.formatting import within
@@ -12,10 +12,10 @@ from melens.protocols import JsonObject
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from melens.results.edit import Edit, EditFile
-    from melens.results.evaluation import Evaluation, Score
+    from melens.results.edit import Edit
+    from melens.results.evaluation import Score
     from melens.results.long_context import LongCondition, LongContext
-    from melens.results.tune import Confirmed, Trial, Tuning
+    from melens.results.tune import Confirmed, Trial
 
 NAMES = {"energy": "masked energy"}
 

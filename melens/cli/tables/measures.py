@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from melens.cli.listing import Listing, cell, rest, table_of
+from melens.protocols import JsonObject
+from melens.results.describe import TokenPortrait
+from melens.results.locate import LayerRow, MELayer
+from melens.results.sinks import Sinks
 
 MOST_TOKENS = 8
 """Massive tokens that a table lists; the JSON has all."""

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from melens.cli.listing import Listing, table_of
+from melens.protocols import JsonObject
+from melens.results.reach import ReachRow
+from melens.results.scan import Candidate, LayerCeiling
 
 MOST = 12
 """Candidates that the table lists; the JSON has all."""

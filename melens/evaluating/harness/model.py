@@ -25,6 +25,7 @@ from melens.evaluating.harness.settings import (
 from melens.framing import prompt_ids
 from melens.inputs import Inputs
 from melens.measuring.located import check_same_model
+from melens.protocols import HookedModel, JsonObject, Tokenizer, TransformersModel
 from melens.results import MELayer
 
 try:
