@@ -783,7 +783,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
 
     planted = plant("llama", "single", 1)
     texts = Batch.of(batch(planted, n=4, length=24))
-    monkeypatch.setattr(store, "_write_new", full)
+    monkeypatch.setattr(store.disk, "_write_new", full)
     with pytest.raises(OutputError, match="No space left on device"):
         check(model_of(planted), texts, out=tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -852,14 +852,14 @@ def test_the_command_refuses_early(run, tmp_path):
 
 
 def test_a_disk_that_fills_up_is_one_line_and_code_3(run, saved, tmp_path, monkeypatch):
-    write = store._write_new
+    write = store.disk._write_new
 
     def full(path, data):
         if "collapse" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(store, "_write_new", full)
+    monkeypatch.setattr(store.disk, "_write_new", full)
     out = tmp_path / "out"
     code, stdout, stderr = run(saved, "--prompt", words(30), "--bos", "--out", out, "-q")
     assert (code, stdout) == (3, "")

@@ -18,8 +18,8 @@ from melens.evaluating.edits import (
     conditions,
     first_layer,
 )
-from melens.evaluating.forced import AT_ONCE, Forced, ForcedOutcome, Foreseen, Runner
-from melens.evaluating.run import _rows_of
+from melens.evaluating.forced import AT_ONCE, Forced, Foreseen, ItemOutcome, Runner
+from melens.evaluating.run import _row
 from melens.evaluating.tasks import ForcedTask, token_loss
 from melens.intervals import paired_difference
 from melens.interventions import norm_flatten, wemask
@@ -130,7 +130,7 @@ def test_a_loss_that_is_no_number_is_one_line():
     bad = Foreseen(loss=nan, right=nan > 0, kl=nan, agree=nan > 0)
     task = ForcedTask("t", "nats a token", False, "", (item,), token_loss)
     with pytest.raises(MetricError, match=r"item 7 under base .* of nan; load the model in"):
-        _rows_of(task, ForcedOutcome((item,), {"base": (bad,)}, {}, (None,)))
+        _row(task, ItemOutcome(item, "base", bad, bad, None, None))
 
 
 def test_edits_of_the_me_layer_need_one(made):

@@ -229,7 +229,7 @@ def test_losers_stop_early_and_saw_fewer_items(none_found, found):
 def test_the_cut_is_by_paired_differences(planted, masked_text, tmp_path):
     """The first cut, made again from the rows by hand."""
     path = tmp_path / "rows.jsonl"
-    result = searched(planted, masked_text, items=path)
+    result = searched(planted, masked_text, keep=path)
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     value = {(row["item"], row["condition"]): row["value"] for row in rows}
     first = min(trial.items for trial in result.trials)
