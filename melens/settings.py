@@ -62,6 +62,8 @@ class Run:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a batch that holds nothing."""
-        if self.batch_tokens < 1:
-            raise InterventionError(f"batch_tokens must be at least 1, got {self.batch_tokens}.")
+        """Refuse sizes below 1."""
+        for name in ("batch_tokens", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InterventionError(f"{name} must be at least 1, got {value}.")

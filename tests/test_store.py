@@ -187,8 +187,11 @@ def test_what_a_killed_process_left_is_removed_and_what_a_running_one_has_is_not
             holder.kill()
             holder.wait()
             holder.stdout.close()
+    foreign = target.parent / ".job.0123456789abcdef"  # another program's, with a lock of its own
+    foreign.mkdir()
+    foreign.with_name(f"{foreign.name}.lock").touch()
     write_folder(target, lambda at: _fill(at, "2"))
-    assert names(target.parent) == ["x"]
+    assert names(target.parent) == [foreign.name, f"{foreign.name}.lock", "x"]
     assert (target / "f").read_text() == "2"
 
 
@@ -355,6 +358,8 @@ def test_every_small_reader_refuses_what_is_no_small_file(kind, tmp_path):
         with pytest.raises(error, match=r"regular file|bytes"):
             read(path)
     if kind != "huge":  # of a file of items the head alone is read first
+        with pytest.raises(OSError, match="regular file"):
+            hash_file(path)
         for read in (head_of, lambda at: Rows(at, {})):
             with pytest.raises((ResultError, OutputError), match="regular file"):
                 read(path)

@@ -8,21 +8,25 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from melens import __version__
 from melens.checking.keeping import FOLDER, Keeper, read_head
 from melens.errors import MelensError
+from melens.models.resolve import asked
 from melens.provenance import RunInfo, versions
-from melens.store import hash_facts, hash_file, write_atomically
+from melens.results import CheckReport
+from melens.store import TEXT, digest, hash_facts, hash_file, read_limited, write_atomically
 
 SCHEMA = "melens/check-asked/1"
 ASKED = "asked.json"
 CODE = (".py", ".jinja")
 """What a model may read from folders inside its own."""
-NOTES = (".md", ".html")
-"""What it never reads: a check may write its own into a model's folder."""
+NOTES = (".md", ".html", ".xml")
+"""What it never reads: a check may write its own into a model's folder, as its report."""
+REPORT = "report.json"
 
 
 def asked_of(model: Any, texts: Any, **options: Any) -> str | None:
@@ -31,18 +35,21 @@ def asked_of(model: Any, texts: Any, **options: Any) -> str | None:
     Args:    texts: as given, before a tokenizer cuts them. options: of loading and cutting.
     Returns: None where files do not say all of it: a hub id, a model in memory, standard input.
     """
+    if options.get("chat") or options.get("trust_remote_code"):
+        return None  # a template may write today's date, and code may lie elsewhere
     try:
         files = _files_of(model)
-        words = _words_of(texts)
+        words = None if files is None else _words_of(texts)
+        name = asked(model).shown
     except (MelensError, OSError):  # what is wrong with either is said when it is loaded
         return None
     if files is None or words is None:
         return None
     facts = {
         "melens": __version__,
-        "versions": versions(),
+        "versions": [versions(), version("tokenizers")],
         "machine": [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")],
-        "model": str(model),
+        "model": name,
         "files": {name: hash_file(path) for name, path in files},
         "texts": words,
         "options": options,
@@ -50,17 +57,20 @@ def asked_of(model: Any, texts: Any, **options: Any) -> str | None:
     return hash_facts(facts)
 
 
-def remember(folder: Path, asked: str, run: RunInfo) -> None:
-    """Write down what the stages in a folder answer."""
+def remember(folder: Path, question: str, report: CheckReport) -> None:
+    """Write down what the stages in a folder answer, if they are this report's."""
     key = read_head(folder / FOLDER / "locate.key").get("key")
-    made = {"schema": SCHEMA, "asked": asked, "key": key, "run": run.model_dump()}
+    kept = Keeper(folder, key).read("locate") if isinstance(key, str) else None
+    if kept is None or kept[0] != report.result("locate"):
+        return  # another check writes into the same folder
+    made = {"schema": SCHEMA, "asked": question, "key": key, "run": report.run.model_dump()}
     write_atomically(folder / FOLDER / ASKED, json.dumps(made, sort_keys=True) + "\n")
 
 
-def answered_before(folder: Path, asked: str) -> tuple[Keeper, RunInfo] | None:
+def answered_before(folder: Path, question: str) -> tuple[Keeper, RunInfo] | None:
     """The keeper of the stages that answer this, and the run that they are of."""
     found = read_head(folder / FOLDER / ASKED)
-    if (found.get("schema"), found.get("asked")) != (SCHEMA, asked):
+    if (found.get("schema"), found.get("asked")) != (SCHEMA, question):
         return None
     if not isinstance(found.get("key"), str):
         return None
@@ -73,7 +83,6 @@ def answered_before(folder: Path, asked: str) -> tuple[Keeper, RunInfo] | None:
 def _files_of(model: Any) -> list[tuple[str, Path]] | None:
     """The files that a local model is loaded from."""
     from melens.models.named import NAMED
-    from melens.models.resolve import asked
 
     if not isinstance(model, (str, Path)):
         return None
@@ -86,7 +95,7 @@ def _files_of(model: Any) -> list[tuple[str, Path]] | None:
 
 def _read_by_models(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.is_file() and path.suffix not in NOTES:
+        if path.is_file() and path.suffix not in NOTES and path.name != REPORT:
             yield path
         elif path.is_dir():
             yield from (one for one in path.rglob("*") if one.is_file() and one.suffix in CODE)
@@ -94,13 +103,13 @@ def _read_by_models(folder: Path) -> Iterator[Path]:
 
 def _words_of(texts: Any) -> Any:
     if texts is None or (isinstance(texts, str) and texts != "-"):
-        return texts or "bundled"
+        return "bundled" if texts is None else {"text": texts}
     if isinstance(texts, Path):
-        return {"file": hash_file(texts)}
+        return {"file": digest([read_limited(texts, TEXT)], length=64)}
     batches: Any = sys.modules.get("melens.batches")  # there where its Prompts are
     if batches is not None and isinstance(texts, batches.Prompts):
         prompts: Any = texts
-        return asdict(prompts)
+        return None if prompts.chat else asdict(prompts)
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
         return list(texts)
     return None

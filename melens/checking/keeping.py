@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from melens import __version__
 from melens.errors import ResultError
+from melens.interventions.context import require_no_edit
 from melens.protocols import HookedModel, JsonObject, Tokenizer
 from melens.provenance import versions
 from melens.results.base import Result, load_result
@@ -47,6 +48,7 @@ class Keeper:
 
         if folder is None:
             return cls(None, "")
+        require_no_edit(bench.model)
         parameter = next(bench.model.parameters())
         facts = {
             "melens": __version__,

@@ -177,7 +177,7 @@ def _write(folder: Path | None, asked: str | None, report: CheckReport) -> None:
         return
     write_atomically(folder / REPORT, report.to_json())
     if asked is not None:
-        remember(folder, asked, report.run)
+        remember(folder, asked, report)
 
 
 def _line(error: BaseException) -> str:

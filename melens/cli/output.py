@@ -6,16 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from melens.cli.render import say, show_listings
 from melens.errors import OutputError, PromptError, ResultError
 from melens.progress import remark
-
-if TYPE_CHECKING:
-    pass
 
 BUNDLED = "bundled"
 

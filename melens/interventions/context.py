@@ -117,6 +117,18 @@ def is_edited(model: AnyModel) -> bool:
     return model in _WATCHED
 
 
+def require_no_edit(model: AnyModel) -> None:
+    """Refuse to keep results of an edited model: they would be taken for the unedited one's.
+
+    Raises:  InterventionError: an edit is open.
+    """
+    if is_edited(model):
+        raise InterventionError(
+            "an edit is open on this model, and what is kept would be taken for the unedited "
+            "model's; keep nothing (no out=, no keep=), or leave the edit first."
+        )
+
+
 class _Watch:
     """The one hook that notes a model's passes, and how many open edits need it."""
 

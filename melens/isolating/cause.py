@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from melens.errors import InterventionError, ResultError, SiteError
 from melens.inputs import Inputs, Source, prepare
+from melens.interventions.context import require_no_edit
 from melens.isolating.cells import joined
 from melens.isolating.edited import MOST_SHARE, Edited, LocatedSubject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
@@ -67,6 +68,8 @@ def isolate(
         check_layer(inputs.model, layer)
     located = settle_primary(inputs, me_layer)
     _require_emergence(located.me_layer)
+    if run.keep is not None:
+        require_no_edit(inputs.model)
     finished = Finished(run.keep, _facts(inputs, located.me_layer, layer, ffn_edit))
     subject = LocatedSubject(inputs, located, ffn_edit, finished, run.progress)
     asked = steps_of(located.me_layer) if layer is None else [layer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import importlib.util
 import os
@@ -123,7 +124,7 @@ def working(target: Path) -> Iterator[Path]:
     Raises:  FetchError: the cache cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        yield _entered(stack, target, workspace)
+        yield _entered(stack, target, functools.partial(workspace, everything=True))
 
 
 Opened = Callable[[Path], contextlib.AbstractContextManager[Path]]

@@ -36,13 +36,13 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
     if not path.is_file():
         raise ModelNotFoundError(_no_config(folder))
     config = read_json(path)
-    passed = _passed_before(folder, config, trust_remote_code=trust_remote_code)
-    if not passed:
+    before = _passed_before(folder, config, trust_remote_code=trust_remote_code)
+    if before is None:
         check_config(config, name=str(folder), trust_remote_code=trust_remote_code)
     require_no_adapter((folder / ADAPTER).is_file(), name=str(folder))
     chosen = weight_files(folder, config)
-    found = read_folder(chosen, config)
-    if not passed:
+    found = before or read_folder(chosen, config)
+    if before is None:
         check_fit(config, found.shapes, name=str(folder))
         _remember(config, found.shapes, trust_remote_code=trust_remote_code)
     if chosen.note:
@@ -62,13 +62,21 @@ def require_regular_entries(folder: Path) -> None:
             raise ModelError(f"{path} is a pipe, a socket or a device, no regular file; remove it.")
 
 
-def _passed_before(folder: Path, config: Any, *, trust_remote_code: bool) -> bool:
-    """Whether this config and tensor table passed already: checking them takes transformers."""
+def _passed_before(folder: Path, config: Any, *, trust_remote_code: bool) -> Checkpoint | None:
+    """The tensors, where config and tensor table passed already: checking them takes transformers.
+
+    None where they did not, where there are few, and with ``--no-cache``.
+    """
+    if is_set("MELENS_NO_CACHE") or not isinstance(config, dict):
+        return None
     try:
-        shapes = read_folder(weight_files(folder, config), config).shapes if config else {}
+        found = read_folder(weight_files(folder, config), config)
     except (MelensError, AttributeError, TypeError):  # said in its turn, after the config's faults
-        return False
-    return _mark(config, shapes, trust_remote_code=trust_remote_code).is_file()
+        return None
+    if len(found.tensors) < LARGE:
+        return None
+    mark = _mark(config, found.shapes, trust_remote_code=trust_remote_code)
+    return found if mark.is_file() else None
 
 
 def _remember(config: Any, shapes: dict[str, tuple[int, ...]], *, trust_remote_code: bool) -> None:

@@ -8,6 +8,7 @@ from melens.store.disk import (
     TEXT,
     Json,
     decoded,
+    hash_file,
     is_text,
     json_object,
     lines_of,
@@ -19,7 +20,7 @@ from melens.store.disk import (
     write_atomically,
 )
 from melens.store.folders import replacing, workspace, write_folder
-from melens.store.identity import digest, hash_facts, hash_file, hash_tensors, tensor_bytes
+from melens.store.identity import digest, hash_facts, hash_tensors, tensor_bytes
 from melens.store.rows import Heading, KeptRows, Refusal, RowFormat
 
 __all__ = [

@@ -26,6 +26,8 @@ Json = dict[str, Any]
 
 PAGE, RESULT, TEXT, ROWS = 1_000_000, 256_000_000, 256_000_000, 4_000_000_000
 """Bytes that a policy or record, a result, a text and a file of items may have."""
+CHUNK = 1 << 20
+"""Bytes that are hashed at once."""
 ABANDONED = 3600.0
 """Seconds without a change after which a temporary file is a killed command's."""
 _NO_WAIT, _CLOSE, _BINARY = (
@@ -114,6 +116,15 @@ def read_limited(path: Path, limit: int) -> bytes:
         said = f"it has {max(size, len(raw)):,} bytes, and at most {limit:,} are read"
         raise OSError(errno.EFBIG, said, str(path))
     return raw
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex, however long the file is.
+
+    Raises:  OSError: it cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
+        return digest(iter(lambda: file.read(CHUNK), b""), length=64)
 
 
 def read_text(path: Path, limit: int, *, error: type[MelensError], what: str = "") -> str:

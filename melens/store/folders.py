@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -12,8 +13,18 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from melens.errors import OutputError
-from melens.store.disk import beside, flush_folder, lock_of, real_path, remove_any, sweep
+from melens.store.disk import (
+    beside,
+    flush_folder,
+    lock_of,
+    real_path,
+    remove_any,
+    stem_of,
+    sweep,
+)
 
+PATIENCE = 30.0
+"""Seconds for a lock that nobody else can hold."""
 MOST_SWAPS = 9
 """Times that another process may be quicker with the same folder."""
 LOCK = re.compile(r"\..+\.[0-9a-f]{16}(\.tmp)?\.lock", re.DOTALL)
@@ -56,21 +67,26 @@ def replacing(target: Path) -> Generator[Path, None, None]:
 
 
 @contextlib.contextmanager
-def workspace(target: Path) -> Generator[Path, None, None]:
+def workspace(target: Path, *, everything: bool = False) -> Generator[Path, None, None]:
     """A private folder beside ``target``, removed at the end.
 
-    What killed processes left there goes first; a lock tells them from those that run.
+    What processes left there that were killed over the same target goes first; a lock tells them
+    from those that run.
 
+    Args:    everything: of any target, in a folder that melens alone writes in.
     Raises:  OSError: it cannot be made.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     target.parent.mkdir(parents=True, exist_ok=True)
     work = beside(target, "tmp")
     lock = FileLock(lock_of(work))
-    lock.acquire()  # before the folder is there: one without a lock's owner is left over
+    try:  # before the folder is there: one without a lock's owner is left over
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise OSError(errno.ENOLCK, "the file system gives no locks") from None
     try:
-        _sweep_folders(target)
+        _sweep_folders(target, everything=everything)
         work.mkdir(mode=0o700)  # fails where anything has this name
         try:
             yield work
@@ -109,12 +125,13 @@ def _settle(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _sweep_folders(target: Path) -> None:
-    """Tidy up after commands that were killed; a lock proves it at once, whatever they wrote."""
+def _sweep_folders(target: Path, *, everything: bool) -> None:
+    """Tidy up after commands that were killed; a lock proves it at once."""
     from filelock import FileLock, Timeout
 
     for path in target.parent.iterdir():
-        if not LOCK.fullmatch(path.name) or path.is_symlink():
+        ours = everything or path.name.startswith(f"{stem_of(target)}.")
+        if not ours or not LOCK.fullmatch(path.name) or path.is_symlink():
             continue
         lock = FileLock(path)
         try:

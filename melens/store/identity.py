@@ -7,14 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CHUNK = 1 << 20
-"""Bytes that are hashed at once."""
 
 
 def digest(parts: Iterable[str | bytes | bytearray | memoryview], *, length: int = 16) -> str:
@@ -28,15 +24,6 @@ def digest(parts: Iterable[str | bytes | bytearray | memoryview], *, length: int
 def hash_facts(facts: object) -> str:
     """Short hash of everything that numbers depend on, as plain values."""
     return digest([json.dumps(facts, sort_keys=True, default=str)])
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex, however long the file is.
-
-    Raises:  OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return digest(iter(lambda: file.read(CHUNK), b""), length=64)
 
 
 def hash_tensors(labelled: Iterable[tuple[str, Tensor]], *, length: int = 16) -> str:

@@ -98,8 +98,7 @@ class KeptRows(Generic[Name, Row]):
         if path is None or self._take_up(path):
             return
         self.found = {}
-        if heading is not None:
-            write_atomically(path, heading.line())
+        write_atomically(path, "" if heading is None else heading.line())
 
     def add(self, rows: Iterable[Row]) -> None:
         """Keep rows that are not there yet; they are on disk when this returns.

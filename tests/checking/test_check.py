@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -25,7 +26,7 @@ from planted_faults import (
 )
 
 from melens import store
-from melens.batches import Batch
+from melens.batches import Batch, prompts
 from melens.checking import (
     BUDGETS,
     RULES,
@@ -37,10 +38,19 @@ from melens.checking import (
     stages,
     trimming,
 )
+from melens.checking.again import asked_of
 from melens.checking.findings import Measured, Unmeasured
 from melens.checking.verdict import recommended
 from melens.cli.app import main
-from melens.errors import OutputError, PolicyError, ResultError, UnknownNameError, WeightsError
+from melens.errors import (
+    InterventionError,
+    OutputError,
+    PolicyError,
+    ResultError,
+    UnknownNameError,
+    WeightsError,
+)
+from melens.interventions import wemask
 from melens.models import load
 from melens.models.origin import Origin, remember
 from melens.results import CheckReport, Comparison, Evaluation, KnownCheck, load_result
@@ -750,6 +760,9 @@ def test_a_check_that_is_all_kept_needs_no_model(saved, tmp_path, monkeypatch):
         check(str(folder), [words()], out=out)
     kept.write_text(kept.read_text("utf-8")[:-1], "utf-8")
     assert check(str(folder), [words()], out=out).timeless() == first.timeless()
+    shutil.copytree(folder, tmp_path / "other")  # the same bytes by another name
+    with pytest.raises(RuntimeError, match="the model is loaded"):
+        check(str(tmp_path / "other"), [words()], out=out)
     with (folder / "model.safetensors").open("r+b") as file:  # one bit of one weight
         file.seek(-1, 2)
         last = file.read(1)[0]
@@ -757,6 +770,47 @@ def test_a_check_that_is_all_kept_needs_no_model(saved, tmp_path, monkeypatch):
         file.write(bytes([last ^ 1]))
     with pytest.raises(RuntimeError, match="the model is loaded"):
         check(str(folder), [words()], out=out)
+
+
+def test_what_a_check_is_asked_is_told_from_files_where_they_say_all(saved, tmp_path):
+    """Options count; where files do not say all of it, nothing is taken up, and no pipe is read."""
+    plain = asked_of(saved, ["w1"], dtype="float32")
+    assert plain is not None
+    assert plain == asked_of(saved, ["w1"], dtype="float32")
+    assert len({plain, asked_of(saved, ["w1"], dtype="bfloat16"), asked_of(saved, [""])}) == 3
+    assert asked_of(saved, None) != asked_of(saved, "")
+    for unsure in ({"chat": True}, {"trust_remote_code": True}):
+        assert asked_of(saved, ["w1"], **unsure) is None
+    assert asked_of(saved, prompts(["w1"], chat=True)) is None
+    assert asked_of("somebody/model", ["w1"]) is None
+    os.mkfifo(tmp_path / "pipe")
+    for text in (tmp_path / "pipe", Path("/dev/zero")):
+        assert asked_of(saved, text) is None
+
+
+def test_a_check_that_is_all_kept_loads_no_torch(saved, tmp_path):
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text(words(), "utf-8")
+    asked = ["check", str(saved), "--text", str(text), "--out", str(out), "--json"]
+    with pytest.raises(SystemExit):
+        main(asked)
+    code = "import atexit, sys; from melens.cli.app import main; "
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.rstrip().endswith("False"), done.stderr
+
+
+def test_nothing_is_kept_of_an_edited_model(small, tmp_path):
+    planted = plant("llama", "single", 1)
+    texts = Batch.of(batch(planted, n=4, length=24))
+    model = model_of(planted)
+    with (
+        wemask(model, 1, rate=0.5, tokens="first", select="activation"),
+        pytest.raises(InterventionError, match="an edit is open"),
+    ):
+        check(model, texts, out=tmp_path)
 
 
 def test_progress_rises_to_the_end(small, tmp_path):

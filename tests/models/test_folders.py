@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from melens.cli.app import _run
 from melens.errors import MelensError, ModelError, ModelNotFoundError, WeightsError
-from melens.models import fingerprint, load, loading
+from melens.models import files, fingerprint, load, loading
 from melens.models.dry_load import require_all_there
 from melens.models.files import check_fit, check_folder
 from melens.models.named import kept_copy
@@ -559,6 +559,30 @@ def test_a_config_or_index_that_is_too_long_is_refused_unread(folder):
     with (folder / "config.json").open("wb") as file:
         file.truncate(2**40)
     check_all_refuse(folder, r"1,099,511,627,776 bytes, and at most 100,000,000 are", ModelError)
+
+
+def test_what_passed_once_is_not_asked_again_unless_something_changed(saved, tmp_path, monkeypatch):
+    folder = shutil.copytree(saved["a", "one"], tmp_path / "model")
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MELENS_NO_CACHE", raising=False)
+    monkeypatch.setattr(files, "LARGE", 1)
+    asked = []
+    monkeypatch.setattr(files, "check_fit", lambda *_, **__: asked.append("fit"))
+
+    def times():
+        asked.clear()
+        check_folder(folder, trust_remote_code=False)
+        return len(asked)
+
+    assert [times(), times()] == [1, 0]
+    monkeypatch.setenv("MELENS_NO_CACHE", "1")
+    assert times() == 1
+    monkeypatch.delenv("MELENS_NO_CACHE")
+    monkeypatch.setattr(files, "versions", lambda: {"transformers": "another"})
+    assert [times(), times()] == [1, 0]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    assert [times(), times()] == [1, 0]
 
 
 def repository(folder):

@@ -118,7 +118,8 @@ def _plain(model, site, source, target, batch):
     found, width = {}, batch.ids.shape[1]
     for layer in range(model.cfg.n_layers):
         name = f"blocks.{layer}.{HOOKS.get(site, 'hook_resid_mid')}"
-        heads = (0, source[name].shape[2] - 1) if site in "zqkv" else (None,)
+        last = source[name].shape[2] - 1 if site in "zqkv" else 0
+        heads = sorted({0, last // 2, last}) if site in "zqkv" else (None,)
         for position in (0, 1, width // 2, width - 1):
             for head in heads:
                 hooks = [(name, _setting(source[name], position, head))]

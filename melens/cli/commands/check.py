@@ -91,7 +91,7 @@ def check(
                 progress=lambda stage, done, total: shown(done, total, stage),
             )
         if job.out is not None and asked is not None:
-            remember(job.out, asked, report.run)
+            remember(job.out, asked, report)
     _say_taken_up(held, job.out)
     _pages(report, job.out, card)
     if junit is not None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from melens.cli import options as opt
 from melens.cli import output
 from melens.cli.job import Job
-
-if TYPE_CHECKING:
-    from melens.cli.job import Job
 
 
 def diff(

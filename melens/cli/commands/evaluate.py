@@ -359,9 +359,9 @@ def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:
 
 def _save_edit(path: Path, best: Any) -> None:
     """The best setting; an earlier run's does not stay where there is none."""
-    from melens.store import write_atomically
+    from melens.store import remove_file, write_atomically
 
     if best is None:
-        path.unlink(missing_ok=True)
+        remove_file(path)
         return
     write_atomically(path, json.dumps({"edit": best.model_dump(mode="json")}, indent=1) + "\n")

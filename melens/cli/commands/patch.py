@@ -12,10 +12,10 @@ from melens.cli.job import Job
 from melens.errors import MetricError, PromptError
 from melens.progress import progress_on
 from melens.protocols import HookedModel, JsonObject
+from melens.store import remove_file
 
 if TYPE_CHECKING:
     from melens.batches import Prompts
-    from melens.cli.job import Job
     from melens.results import MELayer
 
 CHECKPOINT = "patch.cells.json"
@@ -129,7 +129,7 @@ def patch(
         )
     job.finish(result, same_texts=False)
     if kept is not None:
-        kept.unlink(missing_ok=True)
+        remove_file(kept)
 
 
 def _check(metric: PatchMetricName, answer: str | None, wrong: str | None) -> None:

@@ -12,6 +12,7 @@ from melens.cli import output
 from melens.cli.groups import without
 from melens.cli.job import read_scan, streamed
 from melens.progress import progress_on
+from melens.store import remove_file
 
 LAYERS = "scan-layers.jsonl"
 """File in --out that finished layers are kept in; removed at the end."""
@@ -50,7 +51,7 @@ def scan(
         )
     output.save(result, folder, "scan", "scan")
     if kept is not None:
-        kept.unlink(missing_ok=True)
+        remove_file(kept)
     output.show(result, as_json=out.as_json, folder=folder)
 
 
