@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from melens import __version__
 from melens.errors import ResultError
-from melens.interventions.context import require_no_edit
 from melens.protocols import HookedModel, JsonObject, Tokenizer
 from melens.provenance import versions
 from melens.results.base import Result, load_result
@@ -45,6 +44,7 @@ class Keeper:
     def of(cls, folder: Path | None, bench: Bench) -> Keeper:
         """The keeper of one model on one set of texts, in this version of melens."""
         from melens.checking.bench import CAUSE_TOKENS, VIEW_TOKENS
+        from melens.interventions.context import require_no_edit
 
         if folder is None:
             return cls(None, "")

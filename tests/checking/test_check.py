@@ -806,11 +806,10 @@ def test_nothing_is_kept_of_an_edited_model(small, tmp_path):
     planted = plant("llama", "single", 1)
     texts = Batch.of(batch(planted, n=4, length=24))
     model = model_of(planted)
-    with (
-        wemask(model, 1, rate=0.5, tokens="first", select="activation"),
-        pytest.raises(InterventionError, match="an edit is open"),
-    ):
-        check(model, texts, out=tmp_path)
+    with wemask(model, 1, rate=0.5, tokens="first", select="activation"):
+        model(texts.ids)
+        with pytest.raises(InterventionError, match="an edit is open"):
+            check(model, texts, out=tmp_path)
 
 
 def test_progress_rises_to_the_end(small, tmp_path):
