@@ -28,7 +28,7 @@ from melens.capture import (
     require_this_thread,
 )
 from melens.errors import ContractError, SiteError
-from melens.interventions.context import Now, passing, reads_whole
+from melens.interventions.context import PassTokens, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.decoder import Keeping, RecordedPrefix
 from melens.models.origin import origin_of
@@ -112,11 +112,11 @@ class Resumable:
         with passing(self.model, self._now(self._copies(resid, start), start, notes)):
             return self._block(layer, resid, start)
 
-    def _now(self, copies: int, start: int, notes: dict[object, Tensor] | None) -> Now:
+    def _now(self, copies: int, start: int, notes: dict[object, Tensor] | None) -> PassTokens:
         """What a run over these rows looks at; what it does not run is as recorded."""
         keys = self.batch.positions.repeat(copies, 1)
         ids = self.batch.ids[:, start:].repeat(copies, 1)
-        return Now(
+        return PassTokens(
             ids,
             keys[:, start:],
             keys,

@@ -7,7 +7,7 @@ import torch
 
 from melens.batches import Batch
 from melens.errors import ContractError, PromptError, SiteError
-from melens.interventions.context import now_of
+from melens.interventions.context import pass_of
 from melens.models import FAMILIES, load
 from melens.resume import Resumable
 
@@ -109,7 +109,7 @@ def test_edits_know_ids_and_absolute_positions_of_what_is_resumed(tiny):
     batch = BATCHES["left"]
     run = Resumable(tiny, batch)
     seen = []
-    hooks = [("blocks.2.hook_resid_post", lambda x, hook: seen.append(now_of(tiny)))]
+    hooks = [("blocks.2.hook_resid_post", lambda x, hook: seen.append(pass_of(tiny)))]
     resid = run.resid_pre(2)[:, 6:].repeat(2, 1, 1)
     run.run(2, resid, start=6, hooks=hooks)
     assert torch.equal(seen[0].ids, batch.ids[:, 6:].repeat(2, 1))

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melens.checking.again import answered_before, asked_of, remember
 from melens.checking.budgets import CheckStage, stages_of
 from melens.checking.findings import Measured
 from melens.checking.keeping import Keeper
 from melens.checking.policy import Policy, read_policy
+from melens.checking.resuming import answered_before, asked_of, remember
 from melens.checking.trimming import compact
 from melens.checking.verdict import answered, judged, recommended
 from melens.errors import MelensError, OutputError, ResultError
@@ -89,7 +89,7 @@ def take_up(
 
     Where the folder's own report says the same it is that one, and nothing is written.
 
-    Args:    asked: as :func:`melens.checking.again.asked_of` says it.
+    Args:    asked: as :func:`melens.checking.resuming.asked_of` says it.
     """
     before = None if folder is None or asked is None else answered_before(folder, asked)
     if before is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
-from melens.interventions.context import Now, now_of
+from melens.interventions.context import PassTokens, pass_of
 from melens.interventions.core import (
     EditedTokens,
     Place,
@@ -96,7 +96,7 @@ class _Projection:
         self.directions: Tensor | None = None
         self.found = False
 
-    def __call__(self, x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def __call__(self, x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         """New rows of every real token."""
         by_head = self.view.by_head(x)
         marked = self.source.marked(now)[0].to(x.device)
@@ -115,7 +115,7 @@ class _Projection:
             self.source.edited.changed = not same
         return made[chosen]
 
-    def _learn(self, x: Float[Tensor, "b h p d"], marked: TokenMask, now: Now) -> None:
+    def _learn(self, x: Float[Tensor, "b h p d"], marked: TokenMask, now: PassTokens) -> None:
         here = marked.sum(dim=1)
         if (now.positions == 0).any():  # a new prefill: what was kept is of another text
             self.directions = None
@@ -172,7 +172,7 @@ def drop_key(
 
     def make(layer: int) -> PreHook:
         def edit(module: torch.nn.Module, args: Args, kwargs: Kwargs) -> Called:
-            now = now_of(decoder.model)
+            now = pass_of(decoder.model)
             columns = hidden.columns(now)
             if strength == 0 or not columns.any():
                 return None
@@ -194,10 +194,10 @@ class _Hidden:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._now: Now | None = None
+        self._now: PassTokens | None = None
         self._columns: Tensor | None = None
 
-    def columns(self, now: Now) -> Bool[Tensor, "batch key"]:
+    def columns(self, now: PassTokens) -> Bool[Tensor, "batch key"]:
         """Hidden keys of a pass, cached ones included."""
         assert now.keys is not None
         if now is self._now and self._columns is not None:

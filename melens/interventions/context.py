@@ -25,7 +25,7 @@ PASTS = ("past_key_values", "past_kv_cache", "cache_params")
 
 
 @dataclass(frozen=True)
-class Now:
+class PassTokens:
     """The tokens that the blocks see at this moment, all ``[batch, chunk]``."""
 
     ids: TokenIds | None
@@ -45,12 +45,12 @@ class Now:
         return self.positions >= 0
 
 
-_NOW: weakref.WeakKeyDictionary[object, list[Now]] = weakref.WeakKeyDictionary()
+_NOW: weakref.WeakKeyDictionary[object, list[PassTokens]] = weakref.WeakKeyDictionary()
 _WHOLE: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 """How many open edits look at whole sequences."""
 
 
-def now_of(model: AnyModel) -> Now:
+def pass_of(model: AnyModel) -> PassTokens:
     """What the forward pass that runs at this moment looks at.
 
     Raises:  InterventionError: blocks are being called outside any forward pass of the model.
@@ -65,7 +65,7 @@ def now_of(model: AnyModel) -> Now:
 
 
 @contextmanager
-def passing(model: AnyModel, now: Now) -> Iterator[None]:
+def passing(model: AnyModel, now: PassTokens) -> Iterator[None]:
     """Say what is being run while blocks are called directly."""
     with one_thread(model):
         stack = _NOW.setdefault(model, [])
@@ -155,7 +155,7 @@ class _Watch:
 _WATCHED: weakref.WeakKeyDictionary[object, _Watch] = weakref.WeakKeyDictionary()
 
 
-def _read(call: Kwargs) -> Now:
+def _read(call: Kwargs) -> PassTokens:
     """Ids and absolute positions from the arguments of one call of the model."""
     ids = next((call[k] for k in ("input_ids", "input", "tokens") if call.get(k) is not None), None)
     ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
@@ -167,7 +167,7 @@ def _read(call: Kwargs) -> Now:
         )
     past = _past(call)
     keys = _key_positions(call, shown, past)
-    return Now(ids, keys[:, past:], keys)
+    return PassTokens(ids, keys[:, past:], keys)
 
 
 def _key_positions(call: Kwargs, shown: Tensor, past: int) -> Int[Tensor, "batch key"]:

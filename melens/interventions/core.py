@@ -16,7 +16,7 @@ from torch import Tensor
 from melens.capture import check_sites, hooked
 from melens.errors import EditWarning, InterventionError, NoTokenError
 from melens.formatting import brief
-from melens.interventions.context import Now, now_of, watching
+from melens.interventions.context import PassTokens, pass_of, watching
 from melens.interventions.massive import FirstRule, MassiveRule, noting
 from melens.interventions.target import Choice, Tokens, choice_of, meant, require_located_here
 from melens.models.anatomy import check_layer
@@ -74,7 +74,7 @@ class EditedTokens:
     coordinate: LayerSpan = field(default_factory=LayerSpan)
     norm_ratio: LayerSpan = field(default_factory=LayerSpan)
 
-    def take(self, chosen: TokenMask, now: Now, rule: MassiveRule | None) -> None:
+    def take(self, chosen: TokenMask, now: PassTokens, rule: MassiveRule | None) -> None:
         """Take in one pass; ``rule`` is None where nothing can be known of the sizes yet."""
         self.tokens += int(chosen.sum())
         self.rows += int(chosen.any(dim=1).sum())
@@ -89,7 +89,7 @@ class EditedTokens:
             if rule.median_norm:
                 self.norm_ratio.take(sizes[1][chosen] / rule.median_norm)
 
-    def miss(self, chosen: TokenMask | None, now: Now, rule: MassiveRule) -> None:
+    def miss(self, chosen: TokenMask | None, now: PassTokens, rule: MassiveRule) -> None:
         """Take in a pass that has come to the rule's layer after the edit acted."""
         massive = rule(now) & now.real.to(now.notes[rule].device)
         self.missed += int((massive if chosen is None else massive & ~chosen.to(massive)).sum())
@@ -120,7 +120,7 @@ class EditedTokens:
         return " and ".join(parts)
 
 
-Editor = Callable[[Tensor, TokenMask, Now], Tensor]
+Editor = Callable[[Tensor, TokenMask, PassTokens], Tensor]
 """(x [batch, pos, ...] in float32 at least, chosen, now) -> the chosen tokens' new rows."""
 ModuleEditor = Callable[[Tensor, Tensor, TokenMask], Tensor]
 """(output [batch, pos, ...], the chosen tokens' inputs, chosen) -> the chosen tokens' new rows."""
@@ -171,7 +171,7 @@ class Place:
     """A plain model's block that the rule reads."""
     passes: int = field(default=0)
     edited: EditedTokens = field(default_factory=EditedTokens)
-    _marked: tuple[Now, TokenMask, int] | None = field(default=None, repr=False)
+    _marked: tuple[PassTokens, TokenMask, int] | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -225,7 +225,7 @@ class Place:
         block = (blocks or {}).get(max(rule.layer, 0)) if rule is not None else None
         return cls(model, number, choice, rule, known, block)
 
-    def marked(self, now: Now) -> tuple[TokenMask, int]:
+    def marked(self, now: PassTokens) -> tuple[TokenMask, int]:
         """The chosen real tokens of a pass and their number, asked for once a pass."""
         if self._marked is None or self._marked[0] is not now:
             self.passes += 1
@@ -248,7 +248,7 @@ class Place:
         ):
             yield
 
-    def _look_back(self, now: Now) -> None:
+    def _look_back(self, now: PassTokens) -> None:
         """First tokens were chosen before the ME Layer ran: which massive ones were left out?"""
         if isinstance(self.choice, FirstRule) and self.rule is not None:
             own = self._marked is not None and self._marked[0] is now
@@ -417,7 +417,7 @@ def _reading(reader: Reader) -> Callable[..., None]:
 
 def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
     def write(x: Tensor, hook: object) -> Tensor | None:
-        now = now_of(place.model)
+        now = pass_of(place.model)
         if tuple(now.positions.shape) != tuple(x.shape[:2]):
             raise InterventionError(
                 f"{tuple(x.shape[:2])} tokens are held where the model was given "
@@ -437,7 +437,7 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
     return write
 
 
-def _checked(marked: object, now: Now) -> Tensor:
+def _checked(marked: object, now: PassTokens) -> Tensor:
     """What a rule for tokens gave, as a mask."""
     if not isinstance(marked, Tensor) or marked.shape != now.positions.shape:
         found = tuple(marked.shape) if isinstance(marked, Tensor) else type(marked).__name__

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
-from melens.interventions.context import Now
+from melens.interventions.context import PassTokens
 from melens.interventions.core import (
     EditedTokens,
     Place,
@@ -58,7 +58,7 @@ def ffn_pull_back(
     check_reference(reference)
     place = Place.of(model, layer, tokens)
 
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         size = _rms(x)
         limit = _reference(size, chosen, now, reference)
         factor = (limit / size[chosen].clamp_min(1e-30)).clamp(max=1.0)
@@ -81,7 +81,7 @@ def ffn_rms_normalise(
     check_number("strength", strength)
     place = Place.of(model, layer, tokens)
 
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         rows = x[chosen]
         return blend(rows, rows / _rms(rows).clamp_min(1e-30)[:, None], strength)
 
@@ -119,7 +119,7 @@ def ffn_cap(
     check_reference(reference)
     place = Place.of(model, layer, tokens)
 
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         if factor == math.inf:
             return x[chosen]
         size = x.norm(dim=-1)
@@ -169,7 +169,7 @@ def ffn_ablate_neurons(
     ffn = ffn_of(model, place.layer)
     wanted = check_indices("neurons", neurons, len(ffn.down), what=f"layer {place.layer}'s neurons")
 
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         rows = x[chosen]
         rows[:, wanted] *= factor
         return rows
@@ -238,7 +238,7 @@ def _rms(x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row"]:
 
 
 def _reference(
-    size: Float[Tensor, "batch pos"], chosen: TokenMask, now: Now, fixed: float | None
+    size: Float[Tensor, "batch pos"], chosen: TokenMask, now: PassTokens, fixed: float | None
 ) -> Float[Tensor, " chosen"]:
     """One reference a chosen token: the median size of its sequence's other real tokens."""
     if fixed is not None:
@@ -296,7 +296,7 @@ def transplant(
         shift = norm_gain(donor, at, "ln2"), getattr(donor.blocks[at].ln2, "bias", None)
     seen: list[Tensor] = []
 
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         if strength == 0:
             return x[chosen]
         rows = seen[0][chosen].to(x.dtype)

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from melens.batches import Batch
 from melens.capture import EverythingSeen, evaluating, hooked
 from melens.errors import InterventionError
-from melens.interventions.context import Now, now_of, watching
+from melens.interventions.context import PassTokens, pass_of, watching
 from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
 from melens.models.anatomy import resid_post, resid_pre
 from melens.models.decoder import decoder_of
@@ -77,7 +77,7 @@ class MassiveRule:
         """The hook that shows the residual in question."""
         return resid_pre(0) if self.layer < 0 else resid_post(self.layer)
 
-    def __call__(self, now: Now) -> TokenMask:
+    def __call__(self, now: PassTokens) -> TokenMask:
         """The massive tokens of a pass, ``[batch, chunk]``; padding may be among them.
 
         Raises:  InterventionError: the pass has not come to the layer yet.
@@ -92,11 +92,11 @@ class MassiveRule:
     def _over(self, sizes: Float[Tensor, "2 batch pos"]) -> TokenMask:
         return (sizes[0] > self.coordinate) & (sizes[1] >= self.norm)
 
-    def note(self, x: Tensor, now: Now) -> None:
+    def note(self, x: Tensor, now: PassTokens) -> None:
         """Keep what the rule needs of the residual ``[batch, chunk, d_model]`` for this pass."""
         now.notes[self] = self._sizes_of(x)
 
-    def sizes(self, now: Now) -> Float[Tensor, "2 batch chunk"]:
+    def sizes(self, now: PassTokens) -> Float[Tensor, "2 batch chunk"]:
         """|x[dim]| and norm of every token, in float32 at least.
 
         Rows that joined a pass after the layer were resumed from a recorded run: its residual is
@@ -153,7 +153,7 @@ class FirstRule:
         others = bool(located and tried) and all(token.massive for token in tried)
         return cls(tuple(sorted(known.items())), others)
 
-    def __call__(self, now: Now) -> TokenMask:
+    def __call__(self, now: PassTokens) -> TokenMask:
         """First tokens that are massive, ``[batch, chunk]``."""
         start = now.positions == 0
         if self.others and all(massive for _, massive in self.known):
@@ -183,7 +183,7 @@ class IdRule:
             tuple(token.token_id for token in tokens if token.position > 0),
         )
 
-    def __call__(self, now: Now) -> TokenMask:
+    def __call__(self, now: PassTokens) -> TokenMask:
         """Tokens of these ids, ``[batch, chunk]``."""
         ids = _ids(now)
         first, later = (
@@ -198,7 +198,7 @@ def _primary(me_layer: MELayer) -> list[MassiveToken]:
     return [token for token in me_layer.massive if token.dim == me_layer.massive[0].dim]
 
 
-def _ids(now: Now) -> Tensor:
+def _ids(now: PassTokens) -> Tensor:
     if now.ids is None:
         raise InterventionError(
             "these tokens are told by their ids, and the model was called with embeddings; pass "
@@ -212,7 +212,7 @@ def noting(
     model: AnyModel,
     rule: MassiveRule | None,
     block: torch.nn.Module | None,
-    then: Callable[[Now], None] = lambda now: None,
+    then: Callable[[PassTokens], None] = lambda now: None,
 ) -> Iterator[None]:
     """Let a rule see the residual it needs in every pass while this is open; nothing is changed.
 
@@ -225,7 +225,7 @@ def noting(
         return
 
     def read(x: Tensor | tuple[Tensor, ...], hook: object = None) -> None:
-        now = now_of(model)
+        now = pass_of(model)
         rule.note(x[0] if isinstance(x, tuple) else x, now)
         then(now)
 
@@ -268,7 +268,7 @@ def massive_tokens(
     inner = getattr(decoder.model, "original_model", decoder.model)
     device = next(inner.parameters()).device
 
-    def stop(now: Now) -> None:
+    def stop(now: PassTokens) -> None:
         raise EverythingSeen
 
     for batch in batches:
@@ -280,7 +280,7 @@ def massive_tokens(
         ):
             with suppress(EverythingSeen):
                 inner(here.ids, attention_mask=here.mask.long(), use_cache=False)
-            now = now_of(decoder.model)
+            now = pass_of(decoder.model)
             sizes, marks = rule.sizes(now), rule(now)
         yield marks & now.real.to(marks.device), sizes
 

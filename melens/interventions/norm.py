@@ -16,7 +16,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
-from melens.interventions.context import Now
+from melens.interventions.context import PassTokens
 from melens.interventions.core import (
     EditedTokens,
     Place,
@@ -167,7 +167,7 @@ def _regained(
         normalized[:] = [x]
         shared.pop(where, None)
 
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         if where not in shared:
             shared[where] = gain.to(x.device).expand(x.shape).clone()
         old = shared[where][chosen]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
-from melens.interventions.context import Now
+from melens.interventions.context import PassTokens
 from melens.interventions.core import (
     EditedTokens,
     Place,
@@ -65,7 +65,7 @@ def residual_set(
         raise InterventionError(f"values: {len(given)} were given for {len(wanted)} dims.")
     aim = torch.tensor([check_number("values", value) for value in given])
 
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         rows = x[chosen]
         rows[:, wanted] = blend(rows[:, wanted], aim.to(rows).expand(len(rows), -1), strength)
         return rows
@@ -93,7 +93,7 @@ def write_block(
     check_number("factor", factor)
     place = Place.of(model, layer, tokens)
 
-    def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+    def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         return x[chosen] * factor
 
     with editing(place, dict.fromkeys(write_sites(model, place.layer, part), edit)) as edited:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from melens.errors import InterventionError, ResultError
-from melens.interventions.context import Now
+from melens.interventions.context import PassTokens
 from melens.interventions.massive import FirstRule, IdRule, MassiveRule
 from melens.models.anatomy import residual_dtype
 from melens.models.decoder import Decoder
@@ -83,7 +83,7 @@ def require_located_here(model: HookedModel | Decoder, *given: object) -> None:
         require_room(me_layer, n_layers=hooked.cfg.n_layers, d_model=hooked.cfg.d_model)
 
 
-Choice = Callable[[Now], TokenMask]
+Choice = Callable[[PassTokens], TokenMask]
 Tokens = MELayer | str | int | Iterable[int] | Choice | None
 """A located ME Layer: its massive tokens, told by the residual at its output. Where the edit acts
 before that, its massive first tokens. ``"first"``, ``"all"``, absolute positions, or a rule of
@@ -120,7 +120,7 @@ def choice_of(tokens: Tokens, *, known: int | None = None) -> Choice:
 def these(marks: TokenMask) -> Choice:
     """Exactly these tokens of one batch, in passes that hold the whole of it once."""
 
-    def choose(now: Now) -> TokenMask:
+    def choose(now: PassTokens) -> TokenMask:
         assert now.positions.shape == marks.shape, "a pass of another batch"
         return marks.to(now.positions.device)
 

@@ -13,7 +13,7 @@ from melens.batches import Batch
 from melens.capture import stream
 from melens.errors import InterventionError, SiteError
 from melens.inputs import Inputs
-from melens.interventions.context import Now
+from melens.interventions.context import PassTokens
 from melens.interventions.core import Editor, Place, editing
 from melens.interventions.residual import write_sites
 from melens.isolating.runs import Prefixes, Sizes
@@ -178,7 +178,7 @@ def sufficiency(
     writes = prefixes.read(list(sites))
     last = ordinary.positions.argmax(1)
 
-    def choose(now: Now) -> TokenMask:
+    def choose(now: PassTokens) -> TokenMask:
         width = torch.arange(now.positions.shape[1], device=last.device)
         return width[None] == last[:, None]
 
@@ -186,7 +186,7 @@ def sufficiency(
         return writes[site].mean(0)
 
     def editor(vector: Tensor) -> Editor:
-        def edit(x: Tensor, chosen: TokenMask, now: Now) -> Tensor:
+        def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
             return vector.to(x).expand(int(chosen.sum()), -1)
 
         return edit

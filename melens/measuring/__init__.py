@@ -4,8 +4,8 @@ from melens.measuring.attention_sinks import sinks
 from melens.measuring.maps import attention
 from melens.measuring.massive_token import describe
 from melens.measuring.metric import metric_by_layer
+from melens.measuring.one_pass import Measurements, measure_all
 from melens.measuring.rank_collapse import collapse
-from melens.measuring.together import Measurements, measure_all
 
 __all__ = [
     "Measurements",

@@ -36,7 +36,7 @@ from melens.models.origin import Origin, Sample, digest_of, remember, sample
 from melens.models.resolve import asked
 from melens.models.weight_files import read_json, weight_files
 from melens.protocols import Args, HookedModel, Tokenizer
-from melens.streaming.hollow import Hollow, Slot, build_hollow, hollow_parameter
+from melens.streaming.skeleton import Skeleton, Slot, build_skeleton, placeholder_of
 from melens.streaming.tape import Tape
 
 KEPT_STREAM = "_melens_stream"
@@ -47,21 +47,21 @@ SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", 
 class BlockStream:
     """Fills a bridge's blocks as its forward pass reaches them, and empties them behind it."""
 
-    def __init__(self, bridge: HookedModel, hollow: Hollow, checkpoint: Checkpoint) -> None:
+    def __init__(self, bridge: HookedModel, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         """Register on every block, the embedding and the unembedding.
 
         Raises:  ModelError: the bridge keeps weights that this could not keep up to date.
         """
-        self.checkpoint, self.n_layers = checkpoint, len(hollow.blocks)
+        self.checkpoint, self.n_layers = checkpoint, len(skeleton.blocks)
         self.progress: Callable[[int, int], None] | None = None
         self.blocks_read = 0
         self.checking = False
-        self._bridge, self._hollow = bridge, hollow
+        self._bridge, self._skeleton = bridge, skeleton
         self._filled: list[Slot] = []
         self._taken: list[Tensor] = []
         self._rooms: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
         self._samples: dict[str, Sample] | None = {}
-        stack = layer_list(hollow.model)
+        stack = layer_list(skeleton.model)
         self._splits = [_splits(block) for block in bridge.blocks]
         for layer, block in enumerate(bridge.blocks):
             if stack[layer] is not block:
@@ -69,10 +69,10 @@ class BlockStream:
             self._require_no_copies(layer, block)
             block.register_forward_pre_hook(self._entering(layer))
             block.register_forward_hook(self._leave, always_call=True)
-        table: Any = hollow.embedding.module
+        table: Any = skeleton.embedding.module
         table.register_forward_pre_hook(self._embed)
         table.register_forward_hook(self._embedded, always_call=True)
-        if (head := hollow.model.get_output_embeddings()) is not None:
+        if (head := skeleton.model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(self._refuse_logits)
 
     @property
@@ -86,8 +86,8 @@ class BlockStream:
         """  # noqa: D205
         samples, self._samples = self._samples or {}, None
         shared = {
-            slot.hollow.data_ptr(): slot
-            for slot in (self._hollow.embedding, self._hollow.unembedding)
+            slot.placeholder.data_ptr(): slot
+            for slot in (self._skeleton.embedding, self._skeleton.unembedding)
             if slot is not None
         }
         for name, value in self._bridge.state_dict().items():
@@ -95,14 +95,14 @@ class BlockStream:
                 continue
             if (slot := shared.get(value.data_ptr())) is not None:
                 samples[name] = self.checkpoint.sample(slot.pieces[0].name, value.dtype)
-            elif not _is_hollow(value):
+            elif not _is_placeholder(value):
                 samples[name] = sample(value)
         return digest_of(samples.items())
 
     def _entering(self, layer: int) -> Callable[..., None]:
         def enter(module: nn.Module, args: Args) -> None:
             self._drop()  # an interrupt may have left the last one
-            self._read(self._hollow.blocks[layer])
+            self._read(self._skeleton.blocks[layer])
             for part, method, targets in self._splits[layer]:
                 with torch.device("meta"):  # the linears it makes; the cut itself is of real values
                     made = getattr(part, method)(part.original_component)
@@ -119,10 +119,10 @@ class BlockStream:
         """Into the memory that the last block had, where it fits: new memory costs more time than
         reading does.
         """  # noqa: D205
-        kinds = {(tuple(slot.hollow.shape), slot.hollow.dtype) for slot in slots}
+        kinds = {(tuple(slot.placeholder.shape), slot.placeholder.dtype) for slot in slots}
         self._rooms = {kind: rooms for kind, rooms in self._rooms.items() if kind in kinds}
         for slot in slots:
-            rooms = self._rooms.get((tuple(slot.hollow.shape), slot.hollow.dtype))
+            rooms = self._rooms.get((tuple(slot.placeholder.shape), slot.placeholder.dtype))
             room = rooms.pop() if rooms else slot.room()
             self._filled.append(slot)
             self._taken.append(room)
@@ -141,7 +141,7 @@ class BlockStream:
     def _note(self, layer: int) -> None:
         if self._samples is not None:
             for name, value in self._bridge.state_dict().items():
-                if name not in self._samples and not _is_hollow(value):
+                if name not in self._samples and not _is_placeholder(value):
                     self._samples[name] = sample(value)
         if self.progress is not None:
             left = self.n_layers - layer - 1
@@ -150,13 +150,13 @@ class BlockStream:
     def _embed(self, module: nn.Module, args: Args) -> Any:
         """Only the rows of the tokens that came, renumbered from 0."""
         found, places = args[0].unique(return_inverse=True)
-        slot = self._hollow.embedding
-        table = self.checkpoint.chosen(slot.pieces[0].name, found.tolist(), slot.hollow.dtype)
-        slot.fill(table.to(slot.hollow.device))
+        slot = self._skeleton.embedding
+        table = self.checkpoint.chosen(slot.pieces[0].name, found.tolist(), slot.placeholder.dtype)
+        slot.fill(table.to(slot.placeholder.device))
         return (places, *args[1:])
 
     def _embedded(self, module: nn.Module, args: Args, output: object) -> None:
-        self._hollow.embedding.empty()
+        self._skeleton.embedding.empty()
 
     def _refuse_logits(self, module: nn.Module, args: Args) -> None:
         if self.checking:
@@ -166,11 +166,13 @@ class BlockStream:
         )
 
     def _require_no_copies(self, layer: int, block: nn.Module) -> None:
-        known = {id(slot.hollow) for slot in self._hollow.blocks[layer]}
-        known |= {id(s.hollow) for _, _, ts in self._splits[layer] for slots in ts for s in slots}
+        known = {id(slot.placeholder) for slot in self._skeleton.blocks[layer]}
+        known |= {
+            id(s.placeholder) for _, _, ts in self._splits[layer] for slots in ts for s in slots
+        }
         for name, value in block.named_parameters():
             if id(value) not in known:
-                kind = type(self._hollow.model).__name__
+                kind = type(self._skeleton.model).__name__
                 raise ModelError(
                     f"{kind} cannot be streamed, TransformerLens keeps a copy of {name} of its "
                     "own; load it whole."
@@ -206,18 +208,18 @@ def load_streamed(
     tokenizer = _tokenizer(folder, needed=need_tokenizer)
     config = read_json(folder / "config.json")
     checkpoint = read_folder(weight_files(folder, config), config)
-    hollow = build_hollow(folder, checkpoint, dtype=chosen_dtype(dtype, device), device=device)
-    table: Any = hollow.embedding.module
+    skeleton = build_skeleton(folder, checkpoint, dtype=chosen_dtype(dtype, device), device=device)
+    table: Any = skeleton.embedding.module
     table.padding_idx = None  # not all rows are there; it matters to gradients alone
     if device != "cpu":
-        hollow.model.to(device)
-    key = f"{checkpoint.key(times=True)}-{hollow.embedding.hollow.dtype}-{device}"
+        skeleton.model.to(device)
+    key = f"{checkpoint.key(times=True)}-{skeleton.embedding.placeholder.dtype}-{device}"
     tape = None if keep is None else Tape(keep, key)
     known = tape.weights() if tape else None
-    own = _own_first_block(hollow, checkpoint) if known is None else None
-    force_eager(hollow.model)
-    bridge = bridge_module(hollow.model, tokenizer, name=str(model)).eval()
-    stream = BlockStream(bridge, hollow, checkpoint)
+    own = _own_first_block(skeleton, checkpoint) if known is None else None
+    force_eager(skeleton.model)
+    bridge = bridge_module(skeleton.model, tokenizer, name=str(model)).eval()
+    stream = BlockStream(bridge, skeleton, checkpoint)
     stream.blocks_read += own is not None  # the first block, for the model's own attention
     vars(bridge)[KEPT_STREAM] = stream
     if known is None:
@@ -227,7 +229,7 @@ def load_streamed(
     CHECKED.add(bridge)
     if tape is not None:
         tape.note_weights(known)
-        tape.attach(bridge, hollow.model)
+        tape.attach(bridge, skeleton.model)
     return bridge
 
 
@@ -236,19 +238,19 @@ def stream_of(model: object) -> BlockStream | None:
     return vars(model).get(KEPT_STREAM)
 
 
-def _own_first_block(hollow: Hollow, checkpoint: Checkpoint) -> OwnAnswer:
+def _own_first_block(skeleton: Skeleton, checkpoint: Checkpoint) -> OwnAnswer:
     """What the first block gives in the model's own attention, before there is a bridge."""
-    table, ids = hollow.embedding, probe_ids(hollow.model.config)
+    table, ids = skeleton.embedding, probe_ids(skeleton.model.config)
     rows = checkpoint.chosen(
-        table.pieces[0].name, list(range(int(ids.max()) + 1)), table.hollow.dtype
+        table.pieces[0].name, list(range(int(ids.max()) + 1)), table.placeholder.dtype
     )
     try:
-        table.fill(rows.to(table.hollow.device))
-        for slot in hollow.blocks[0]:
+        table.fill(rows.to(table.placeholder.device))
+        for slot in skeleton.blocks[0]:
             slot.fill(slot.read(checkpoint, slot.room()))
-        return own_answer(hollow.model, upto=0)
+        return own_answer(skeleton.model, upto=0)
     finally:
-        for slot in (table, *hollow.blocks[0]):
+        for slot in (table, *skeleton.blocks[0]):
             slot.empty()
 
 
@@ -306,13 +308,13 @@ def _targets(linear: Any) -> tuple[Slot, ...]:
     made = []
     for name, value in list(linear._parameters.items()):
         if value is not None:
-            empty = hollow_parameter(tuple(value.shape), value.dtype, value.device)
+            empty = placeholder_of(tuple(value.shape), value.dtype, value.device)
             slot = Slot(linear, name, (), empty)
             slot.empty()
             made.append(slot)
     return tuple(made)
 
 
-def _is_hollow(value: Tensor) -> bool:
+def _is_placeholder(value: Tensor) -> bool:
     one = value.untyped_storage().nbytes() <= value.element_size()
     return one and value.is_floating_point() and bool(value.flatten()[:1].isnan().any())

@@ -38,8 +38,8 @@ from melens.checking import (
     stages,
     trimming,
 )
-from melens.checking.again import asked_of
 from melens.checking.findings import Measured, Unmeasured
+from melens.checking.resuming import asked_of
 from melens.checking.verdict import recommended
 from melens.cli.app import main
 from melens.errors import (

@@ -24,7 +24,7 @@ from melens.interventions import (
     residual_set,
     write_block,
 )
-from melens.interventions.context import Now, now_of, watching
+from melens.interventions.context import PassTokens, pass_of, watching
 from melens.interventions.ffn import transplant
 from melens.interventions.target import choice_of, meant
 from melens.locating import locate
@@ -384,7 +384,7 @@ def test_generate_sees_absolute_positions(bridged, tokenizer, ids):
         for _ in range(6):
             plain = torch.cat([plain, run(model, plain)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(grown, plain)
-    note = [("blocks.0.hook_resid_pre", lambda x, hook: seen.append(now_of(model).positions))]
+    note = [("blocks.0.hook_resid_pre", lambda x, hook: seen.append(pass_of(model).positions))]
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     expected = (mask.cumsum(-1) - 1).masked_fill(mask == 0, -1)
@@ -403,14 +403,14 @@ def test_before_the_me_layer_only_first_tokens_are_told_and_the_rest_is_said():
     model = load(planted.model)
     texts = batch(planted, n=2, length=20)
     me = locate(model, [Batch.of(texts)])
-    now = Now(texts, torch.arange(20).expand(2, 20))
+    now = PassTokens(texts, torch.arange(20).expand(2, 20))
     both = (texts == SECOND_ID) | (now.positions == 0)
     assert torch.equal(choice_of(me)(now), now.positions == 0)
     assert torch.equal(choice_of(meant(me, "ids"))(now), both)
     other = me.massive[-1].model_copy(update={"dim": 0, "token_id": int(texts[0, 5])})
     wider = me.model_copy(update={"massive": (*me.massive, other)})
     assert torch.equal(choice_of(meant(wider, "ids"))(now), both)
-    later = Now(texts[:, 7:9], now.positions[:, 7:9])
+    later = PassTokens(texts[:, 7:9], now.positions[:, 7:9])
     assert torch.equal(choice_of(meant(me, "ids"))(later), both[:, 7:9])
     missed = int(both.sum()) - len(texts)
     warned = pytest.warns(EditWarning, match=f"{missed} massive tokens were not edited")

@@ -10,7 +10,7 @@ import torch
 
 from melens.batches import Batch
 from melens.errors import MetricError, PromptError, ResultError, SiteError, UnknownNameError
-from melens.interventions.context import now_of
+from melens.interventions.context import pass_of
 from melens.locating import locate
 from melens.metrics import key_attention
 from melens.patching import (
@@ -382,7 +382,7 @@ def test_interventions_outside_act_on_every_run_and_know_their_positions(tiny):
     clean, corrupted = PAIRS["plain"]
 
     def first_token(x, hook):
-        return torch.where((now_of(tiny).positions == 0)[..., None], 2.0 * x, x)
+        return torch.where((pass_of(tiny).positions == 0)[..., None], 2.0 * x, x)
 
     from melens.interventions.context import watching
 

@@ -23,7 +23,7 @@ from melens.models.anatomy import anatomy, resid_post, resid_pre
 from melens.results import load_result
 from melens.scanning import reaching, scan
 from melens.scanning.reaching import reach
-from melens.streaming.hollow import hollow_parameter
+from melens.streaming.skeleton import placeholder_of
 from melens.streaming.streamed import load_streamed, stream_of
 
 NAMES = [name for name, _ in FAMILIES.items()]
@@ -81,7 +81,9 @@ def test_every_family_streams_bit_by_bit(folder_of, family, ids):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3-moe"])
 def test_one_block_is_in_memory_and_none_afterwards(folder_of, family, ids):
     streamed = load_streamed(folder_of(family), device="cpu")
-    sizes = [sum(slot.hollow.numel() for slot in b) for b in stream_of(streamed)._hollow.blocks]
+    sizes = [
+        sum(slot.placeholder.numel() for slot in b) for b in stream_of(streamed)._skeleton.blocks
+    ]
     seen = []
 
     def real(model):
@@ -107,7 +109,7 @@ def test_only_the_rows_of_the_tokens_are_read(folder, ids):
     reading = stream_of(streamed)
     before = reading.checkpoint.bytes_read
     stream(streamed, Batch.of(ids), {resid_pre(0): LastRow()})
-    block = sum(slot.hollow.numel() for slot in reading._hollow.blocks[0])
+    block = sum(slot.placeholder.numel() for slot in reading._skeleton.blocks[0])
     assert reading.checkpoint.bytes_read - before == (len(ids.unique()) * 32 + block) * 4
 
 
@@ -135,7 +137,7 @@ def test_what_a_streamed_model_cannot_do_is_refused_or_nan(folder, ids):
     assert streamed.blocks[0].mlp.out.weight.isnan().all()
     with pytest.raises(RuntimeError), torch.no_grad():
         streamed.blocks[0].mlp.out.weight.mul_(2.0)
-    assert hollow_parameter((5, 7), torch.float32, "cpu").untyped_storage().nbytes() == 4
+    assert placeholder_of((5, 7), torch.float32, "cpu").untyped_storage().nbytes() == 4
 
 
 @pytest.mark.parametrize(

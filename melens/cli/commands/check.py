@@ -72,7 +72,7 @@ def check(
     _check_files(junit, card)
     from melens.checking import check as measure
     from melens.checking import junit_xml, read_policy
-    from melens.checking.again import asked_of, remember
+    from melens.checking.resuming import asked_of, remember
     from melens.checking.run import take_up
     from melens.store import write_atomically
 

@@ -34,12 +34,12 @@ class Piece:
 
 @dataclass
 class Slot:
-    """One parameter of one module: hollow (NaN, a single value in memory) or filled."""
+    """One parameter of one module: a placeholder (NaN, a single value in memory) or filled."""
 
     module: nn.Module
     name: str
     pieces: tuple[Piece, ...]
-    hollow: nn.Parameter
+    placeholder: nn.Parameter
 
     def fill(self, value: Tensor) -> None:
         """Put real values in place."""
@@ -47,11 +47,13 @@ class Slot:
 
     def empty(self) -> None:
         """Let go of them."""
-        self.module._parameters[self.name] = self.hollow
+        self.module._parameters[self.name] = self.placeholder
 
     def room(self) -> Tensor:
         """Memory for its values, in the model's dtype and on its device."""
-        return torch.empty(self.hollow.shape, dtype=self.hollow.dtype, device=self.hollow.device)
+        return torch.empty(
+            self.placeholder.shape, dtype=self.placeholder.dtype, device=self.placeholder.device
+        )
 
     def read(self, checkpoint: Checkpoint, room: Tensor) -> Tensor:
         """The whole parameter, in the memory given.
@@ -64,8 +66,8 @@ class Slot:
 
 
 @dataclass
-class Hollow:
-    """A transformers model whose parameters are hollow, and the slots to fill, by place."""
+class Skeleton:
+    """A transformers model whose parameters are placeholders, and the slots to fill, by place."""
 
     model: Any
     blocks: list[list[Slot]]
@@ -74,7 +76,7 @@ class Hollow:
     """None where it shares the embedding's weight."""
 
 
-def hollow_parameter(
+def placeholder_of(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 ) -> nn.Parameter:
     """NaN of any shape in the memory of one value: reading it by mistake cannot pass unseen, and
@@ -84,9 +86,9 @@ def hollow_parameter(
     return nn.Parameter(value.expand(shape) if shape else value[0], requires_grad=False)
 
 
-def build_hollow(
+def build_skeleton(
     folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype | str | None, device: str
-) -> Hollow:
+) -> Skeleton:
     """The model that a folder's config asks for, every weight's place in the files checked.
 
     Norms, positions and what else lies outside the blocks is read at once; it is small.
@@ -106,7 +108,7 @@ def build_hollow(
                 continue
             shape = tuple(parameter.shape)
             if id(parameter) not in by_id:
-                by_id[id(parameter)] = hollow_parameter(shape, parameter.dtype, device)
+                by_id[id(parameter)] = placeholder_of(shape, parameter.dtype, device)
                 full = f"{path}.{name}"
                 pieces = _pieces(checkpoint, full, shape, model.base_model_prefix)
                 slots[full] = Slot(module, name, pieces, by_id[id(parameter)])
@@ -122,7 +124,7 @@ def build_hollow(
             apart[id(slot.module)] = slot
         else:
             slot.fill(slot.read(checkpoint, slot.room()))
-    return Hollow(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
+    return Skeleton(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
 
 
 def _meta_model(folder: Path, dtype: torch.dtype | str | None) -> Any:
