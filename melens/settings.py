@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from melens.errors import InterventionError
+from melens.formatting import brief
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -30,6 +32,18 @@ class Items:
     chat: bool | None = None
     """None = the chat template where the task asks a question and the tokenizer has one."""
 
+    def __post_init__(self) -> None:
+        """Refuse what is no path, number or switch."""
+        if self.data is not None:
+            object.__setattr__(self, "data", _path("data", self.data))
+        _whole("n", self.n, or_none=True)
+        _whole("length", self.length)
+        for name in ("bos", "chat"):
+            if getattr(self, name) not in (None, True, False):
+                raise InterventionError(
+                    f"{name} must be True, False or None, got {brief(getattr(self, name), 40)}."
+                )
+
 
 @dataclass(frozen=True)
 class Compare:
@@ -42,6 +56,21 @@ class Compare:
     """Of the random dimensions."""
     rivals: tuple[str, ...] = ()
     """Other edits, by name, at full strength."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no list of doses, seeds or names."""
+        for name in ("rates", "strengths", "seeds", "rivals"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise InterventionError(
+                    f"{name} must be a list, () for none, got {brief(given, 40)}."
+                )
+            object.__setattr__(self, name, tuple(given))
+        for dose in (*self.rates, *self.strengths):
+            if isinstance(dose, (bool, str)) or not 0 <= dose <= 1:
+                raise InterventionError(f"a dose must be from 0 to 1, got {brief(dose, 40)}.")
+        for seed in self.seeds:
+            _whole("a seed", seed, least=0)
 
 
 @dataclass(frozen=True)
@@ -62,8 +91,42 @@ class Run:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes below 1."""
-        for name in ("batch_tokens", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InterventionError(f"{name} must be at least 1, got {value}.")
+        """Refuse sizes below 1, and a file that is no path."""
+        _whole("seed", self.seed, least=0)
+        for name in ("batch_tokens", "batch_size"):
+            _whole(name, getattr(self, name))
+        _whole("max_new_tokens", self.max_new_tokens, or_none=True)
+        if self.keep is not None:
+            object.__setattr__(self, "keep", _path("keep", self.keep))
+
+
+Setting = TypeVar("Setting", Items, Compare, Run)
+
+
+def setting_of(given: Setting | None, kind: type[Setting], name: str) -> Setting:
+    """What a call was given, or the default of its kind.
+
+    Raises:  InterventionError: it is of another kind.
+    """
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        raise InterventionError(
+            f"{name} must be a melens.evaluating.{kind.__name__}, got {brief(given, 40)}."
+        )
+    return given
+
+
+def _whole(name: str, value: object, *, least: int = 1, or_none: bool = False) -> None:
+    if value is None and or_none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InterventionError(
+            f"{name} must be a whole number, at least {least}, got {brief(value, 40)}."
+        )
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, (str, Path)):
+        raise InterventionError(f"{name} must be a path, got {brief(value, 40)}.")
+    return Path(value)

@@ -25,7 +25,7 @@ from melens.protocols import AnyModel, HookedModel, Prepared
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
-from melens.settings import Compare
+from melens.settings import Compare, setting_of
 
 Maker = Callable[[HookedModel, Edit, MELayer, Tokens], AbstractContextManager[object]]
 EDITS: Registry[Maker] = Registry("edit")
@@ -214,7 +214,7 @@ def conditions(
              follow.
     """
     check_edit(edit)
-    compare = compare or Compare()
+    compare = setting_of(compare, Compare, "compare")
     made = [EditCondition("base", "base", BASE), EditCondition("edited", "edited", edit)]
     made += _doses(edit, compare)
     made += _other_layers(model, edit, me_layer)

@@ -38,7 +38,7 @@ from melens.results.long_context import (
     PositionBin,
     Retrieval,
 )
-from melens.settings import Compare, Run
+from melens.settings import Compare, Run, setting_of
 from melens.store import digest
 
 PER_BIN = 128
@@ -94,7 +94,9 @@ def long_context(
     hidden, plain = items_of(inputs.model, haystack)
     me_layer = me_layer or locating.locate(inputs, prompts(bos=haystack.bos, chat=haystack.chat))
     chosen = conditions(inputs.model, edit, me_layer, compare or light_comparison(edit))
-    job = _LongJob(Setup(inputs, chosen, me_layer, run or Run()), haystack, hidden, plain)
+    job = _LongJob(
+        Setup(inputs, chosen, me_layer, setting_of(run, Run, "run")), haystack, hidden, plain
+    )
     return job.assembled(job.rows())
 
 

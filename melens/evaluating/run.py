@@ -29,7 +29,7 @@ from melens.protocols import HookedModel, ModelLike
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Evaluation
-from melens.settings import Compare, Items, Run
+from melens.settings import Compare, Items, Run, setting_of
 
 __all__ = ["evaluate", "score_of"]
 
@@ -64,7 +64,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
              follow. ResultError: the file of items is of another evaluation, or ``me_layer`` of
              another model. MissingPackageError: a task that generates, without melens[eval].
     """
-    items, run = items or Items(), run or Run()
+    items, run = setting_of(items, Items, "items"), setting_of(run, Run, "run")
     edit = edit or Edit()
     check_edit(edit)
     check_source(task, items)

@@ -20,7 +20,7 @@ from melens.protocols import ModelLike
 from melens.results import MELayer
 from melens.results.isolate import Isolation, Neuron, Write
 from melens.resume import Resumable
-from melens.settings import Run
+from melens.settings import Run, setting_of
 from melens.store import digest
 
 TOP_NEURONS = 8
@@ -60,7 +60,7 @@ def isolate(
              InterventionError: an unknown ``ffn_edit``, or one the layer does not have.
              ContractError: a model that cannot be resumed from the middle.
     """
-    run = run or Run()
+    run = setting_of(run, Run, "run")
     check_ffn_edit(ffn_edit)
     inputs = prepare(model, prompts)
     require_unfolded(inputs.model)

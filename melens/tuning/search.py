@@ -26,7 +26,7 @@ from melens.protocols import HookedModel, JsonObject, ModelLike
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.tune import Tuning
-from melens.settings import Run
+from melens.settings import Run, setting_of
 from melens.tuning.assemble import Found, Ledger, assembled, made_controls
 from melens.tuning.items import (
     Halves,
@@ -102,7 +102,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
              items that a setting has seen are kept for the next rung, and rungs grow with the
              items instead of dividing the budget evenly.
     """
-    run, space = run or Run(), space or Space()
+    run, space = setting_of(run, Run, "run"), space or Space()
     budget = Budget(DEFAULT_EVALUATIONS) if budget is None else budget
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     _check_resumable(metric, run)
