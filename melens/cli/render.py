@@ -107,7 +107,7 @@ def fitted(
     """Columns side by side in tables that fit, and the names of those that are left out.
 
     Optional columns go before a cell folds. What is still too wide when cells fold goes on in a
-    table below, which repeats the first column.
+    table below, which repeats the columns up to the first one with a name.
     """
     kept, left_out = list(columns), []
     for name in optional:
@@ -115,11 +115,11 @@ def fitted(
         if needed > room and name in (column.name for column in kept):
             kept = [column for column in kept if column.name != name]
             left_out.append(name)
-    first, *others = kept
-    tables = [[first]]
-    for column in others:
-        if len(tables[-1]) > 1 and widths_of([*tables[-1], column], room) is None:
-            tables.append([first])
+    keys = next((i for i, column in enumerate(kept) if column.name), 0) + 1
+    tables = [kept[:keys]]
+    for column in kept[keys:]:
+        if len(tables[-1]) > keys and widths_of([*tables[-1], column], room) is None:
+            tables.append(kept[:keys])
         tables[-1].append(column)
     return tables, left_out
 
@@ -136,7 +136,7 @@ def _show_table(listing: Listing) -> None:
             say("")
         _print(_made(table, widths_of(table, room)), in_a_file=IN_A_FILE)
     if left_out:
-        say(f"(No room here for: {', '.join(left_out)}; --json has them.)")
+        say(f"(No room here for: {', '.join(left_out)}; a wider terminal or --json has them.)")
 
 
 def _made(columns: Sequence[Column], widths: list[int] | None) -> Table:

@@ -75,7 +75,7 @@ def test_what_is_left_out_is_said(on_a_terminal):
     listing = Listing("Layers:", ROWS, optional=("note", "loss"))
     lines = on_a_terminal([listing], 39)
     assert lines[0] == "Layers:"
-    assert lines[-1] == "(No room here for: note; --json has them.)"
+    assert lines[-1] == "(No room here for: note; a wider terminal or --json has them.)"
     assert "ordinary" not in " ".join(lines)
     assert "No room" not in " ".join(on_a_terminal([listing], 40))
     assert fitted(columns_of(ROWS), 12, listing.optional)[1] == ["note", "loss"]
@@ -103,6 +103,13 @@ def test_what_is_too_wide_goes_on_below_with_its_first_column(on_a_terminal):
         "    1    0.125",
         "    2  0.08333",
     ]
+
+
+def test_a_sign_without_a_header_is_no_name_of_a_row():
+    rows = [{"": "-", "what": "rank", **{f"long header {i}": "a" * 14 for i in range(4)}}]
+    tables, _ = fitted(columns_of(rows), 40, ())
+    assert len(tables) > 1
+    assert all([column.name for column in table[:2]] == ["", "what"] for table in tables)
 
 
 def test_a_file_gets_wide_tables_whatever_the_terminal(monkeypatch, capsys):
