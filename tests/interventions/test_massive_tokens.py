@@ -15,6 +15,7 @@ from planted import (
 )
 
 from melens.errors import EditWarning
+from melens.interventions.massive import MassiveRule
 
 
 def _bridged(planted, tokenizer):
@@ -194,3 +195,9 @@ def test_an_edit_that_was_kept_open_warns_as_any_other_at_its_end():
     assert len(said) == 1
     kept.close()  # once only
     assert OpenEdit(model, Edit(name="none"), None).record is None
+
+
+def test_a_massive_token_passes_both_limits_and_one_is_not_enough():
+    rule = MassiveRule(layer=0, dim=1, coordinate=10.0, norm=50.0, median_norm=10.0)
+    x = torch.tensor([[[0.0, 20.0, 0.0], [60.0, 5.0, 0.0], [60.0, -20.0, 0.0], [0.0, 0.0, 0.0]]])
+    assert rule.marks(x)[0].tolist() == [[False, False, True, False]]
