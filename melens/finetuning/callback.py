@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from melens.batches import prompts
 from melens.errors import InterventionError
-from melens.inputs import Source, take_in
+from melens.inputs import Source, prepare
 from melens.measuring.attention_sinks import T_PAPER, SinkPlan
 from melens.measuring.located import run_once, settle
 from melens.measuring.rank_collapse import RankPlan
@@ -148,7 +148,7 @@ class EmergenceCallback(TrainerCallback):
             self._bridge = adopt(view_of(unwrapped(model)), tokenizer=tokenizer)
             if self._texts is None:
                 self._texts = prompts(n=N_SEQ, length=LENGTH)
-        inputs = take_in(self._bridge, self._texts)
+        inputs = prepare(self._bridge, self._texts)
         located = settle(inputs, None)
         sinks = SinkPlan(inputs, located, T_PAPER)
         ranks = RankPlan(inputs, located, attention_sites(inputs.model))
