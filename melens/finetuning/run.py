@@ -19,7 +19,7 @@ from melens.finetuning.data import TokenRows, TrainingData, read_training_data, 
 from melens.finetuning.keeping import LAST, LOOKS, LOSSES, Keeper, cut_rows, save, take_up, tidy
 from melens.finetuning.settings import Training
 from melens.finetuning.trainers import require_uncompiled, sft_trainer
-from melens.interventions.context import now_of, recomputing
+from melens.interventions.context import pass_of, recomputing
 from melens.locating import locate
 from melens.models.decoder import decoder_of
 from melens.models.loading import load_plain
@@ -142,7 +142,7 @@ def checkpointing(model: Any) -> dict[str, Any]:
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         try:
-            seen = now_of(inner)
+            seen = pass_of(inner)
         except InterventionError:  # no edit is open
             return nullcontext(), nullcontext()
         return nullcontext(), recomputing(inner, seen)

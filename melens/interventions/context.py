@@ -77,7 +77,7 @@ def passing(model: AnyModel, now: PassTokens) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing(model: AnyModel, now: Now) -> Iterator[None]:
+def recomputing(model: AnyModel, now: PassTokens) -> Iterator[None]:
     """Say which pass a block belongs to that a backward pass computes again, in whatever thread."""
     stack = _NOW.setdefault(model, [])
     stack.append(now)
