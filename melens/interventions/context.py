@@ -76,6 +76,17 @@ def passing(model: AnyModel, now: PassTokens) -> Iterator[None]:
             stack.pop()
 
 
+@contextmanager
+def recomputing(model: AnyModel, now: PassTokens) -> Iterator[None]:
+    """Say which pass a block belongs to that a backward pass computes again, in whatever thread."""
+    stack = _NOW.setdefault(model, [])
+    stack.append(now)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
 def reads_whole(model: AnyModel) -> bool:
     """Whether an open edit looks at other tokens than those it edits."""
     return _WHOLE.get(model, 0) > 0

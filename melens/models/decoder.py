@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Decoder:
     """Layer to the norm before attention of a plain model; empty for a bridge."""
     blocks: dict[int, torch.nn.Module]
     """Layer to the whole block of a plain model; empty for a bridge, which has hooks."""
+    ffns: dict[int, torch.nn.Module] = field(default_factory=dict)
+    """Layer to the FFN of a plain model; empty for a bridge."""
+    ffn_norms: dict[int, torch.nn.Module] = field(default_factory=dict)
+    """Layer to the norm that the FFN of a plain model reads through; empty for a bridge."""
     unread: tuple[int, ...] = ()
     """Layers that have attention which TransformerLens knows no way to."""
 
@@ -108,7 +112,7 @@ def decoder_of(model: Any) -> Decoder:
             {layer: model.blocks[layer].attn for layer in parts.attention_layers},
             {},
             {},
-            tuple(block.layer for block in parts.blocks if block.unread),
+            unread=tuple(block.layer for block in parts.blocks if block.unread),
         )
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise InterventionError(
@@ -118,19 +122,25 @@ def decoder_of(model: Any) -> Decoder:
     return _plain(model)
 
 
+PARTS = (".attn", ".ln1", "", ".mlp", ".ln2")
+"""What TransformerLens calls a block's parts; "" is the block itself."""
+
+
 def _plain(model: Any) -> Decoder:
     adapter = _adapter(model)
     n_layers = adapter.cfg.n_layers
-    attentions, norms, blocks = {}, {}, {}
+    found: dict[str, dict[int, torch.nn.Module]] = {name: {} for name in PARTS}
     for layer in range(n_layers):
-        here = f"blocks.{layer}"
-        for name, kept in ((f"{here}.attn", attentions), (f"{here}.ln1", norms), (here, blocks)):
-            module = _part(adapter, model, name)
+        for name, kept in found.items():
+            module = _part(adapter, model, f"blocks.{layer}{name}")
             if module is not None:
                 kept[layer] = module
+    attentions, norms, blocks, ffns, ffn_norms = found.values()
     unread = (n for n in blocks if n not in attentions and holds_attention(blocks[n]))
     name, size = type(model).__name__, adapter.cfg.d_model
-    return Decoder(model, name, n_layers, size, attentions, norms, blocks, tuple(unread))
+    return Decoder(
+        model, name, n_layers, size, attentions, norms, blocks, ffns, ffn_norms, tuple(unread)
+    )
 
 
 def _part(adapter: Any, model: TransformersModel, name: str) -> torch.nn.Module | None:

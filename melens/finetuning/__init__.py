@@ -1,0 +1,1 @@
+"""Training with an edit in force, and what becomes of the ME Layer meanwhile."""

@@ -1,0 +1,194 @@
+"""Does the ME Layer survive training? A callback that looks every few steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from melens.batches import prompts
+from melens.errors import InterventionError
+from melens.inputs import Source, prepare
+from melens.measuring.attention_sinks import T_PAPER, SinkPlan
+from melens.measuring.located import run_once, settle
+from melens.measuring.rank_collapse import RankPlan
+from melens.models.attention import attention_sites
+from melens.models.bridging import unwrapped
+from melens.models.loading import adopt
+from melens.models.view import view_of
+from melens.results import Collapse, MELayer, Sinks
+
+EVERY = 20
+SHARE = 0.05
+"""Of the training time, at most; a look that would cost more waits."""
+N_SEQ, LENGTH = 4, 64
+"""Of the fixed batch, where none is given."""
+EPSILON = "0.3"
+"""A head sinks where it gives its first key more than this on average."""
+
+
+@dataclass(frozen=True)
+class EmergenceRow:
+    """One look at the model between two steps. Layers count from 0 at the block output."""
+
+    step: int
+    verdict: str
+    me_layer: int | None
+    peak_layer: int | None
+    dims: tuple[int, ...]
+    """Massive dimensions, the largest first."""
+    coordinate: float | None
+    """Largest massive coordinate, signed; residual units."""
+    norm: float | None
+    """Of the primary massive token at the layer of its peak, in that layer's median norms."""
+    largest: float
+    """Largest |x| of any token and layer: an overflow watch (float16 ends at 65,504)."""
+    sink_rate: float | None
+    """Share of heads that sink at the first token, mean over layers (epsilon 0.3)."""
+    key_rank: float | None
+    """Effective rank of keys, mean over the layers after the ME Layer, massive token included."""
+    by_layer: tuple[float, ...]
+    """Largest |x| of each block output."""
+    seconds: float
+    """What this look took."""
+
+
+class EmergenceCallback(TrainerCallback):
+    """Every ``every`` steps the emergence profile on a small fixed batch, written as rows.
+
+    Usable with any ``transformers.Trainer``. It looks at the weights through a view of its own, in
+    eval mode and without the edits that are open on the model; training is left as it was, its
+    random numbers included.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        texts: Source = None,
+        *,
+        every: int = EVERY,
+        share: float = SHARE,
+        file: Path | str | None = None,
+        report: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        """Look at nothing yet.
+
+        Args:    tokenizer: needed where ``texts`` are no token batches.
+                 texts: as for ``melens.locate``; None = 4 x 64 tokens of the bundled ones.
+                 every: steps. share: of the time since training began, at most; a look that is
+                 due and would cost more is left for a later step. The first and the last step are
+                 always looked at.
+                 file: JSON lines, a row a look. report: called with numbers and the step, e.g. a
+                 tracker's ``log``; None = the trainer's own trackers.
+        Raises:  InterventionError: settings that cannot be meant.
+        """
+        if every < 1 or not 0 < share <= 1:
+            raise InterventionError("every must be at least 1, and share above 0 and at most 1.")
+        self.every, self.share, self.rows = every, share, list[EmergenceRow]()
+        self._tokenizer, self._texts, self._report = tokenizer, texts, report
+        self._file = None if file is None else Path(file)
+        self._began, self._spent, self._bridge = 0.0, 0.0, None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look before the first step; the time of this look is not training's."""
+        self.look(model, state.global_step, kwargs.get("processing_class"))
+        self._began, self._spent = time.perf_counter(), 0.0
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look where it is due and its share of the time allows it."""
+        last = state.global_step >= state.max_steps > 0
+        if last or (state.global_step % self.every == 0 and self._affordable()):
+            self._log(self.look(model, state.global_step, kwargs.get("processing_class")))
+
+    def look(self, model: Any, step: int, tokenizer: Any = None) -> EmergenceRow:
+        """Measure now, whatever the time.
+
+        Raises:  PromptError: no tokenizer where texts need one. ModelError, ContractError: a model
+                 whose hooks do not add up.
+        """
+        started = time.perf_counter()
+        state = torch.get_rng_state()
+        try:
+            row = self._measured(model, step, tokenizer or self._tokenizer, started)
+        finally:
+            torch.set_rng_state(state)
+        self._spent += row.seconds
+        self.rows.append(row)
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(asdict(row)) + "\n")
+        return row
+
+    def _affordable(self) -> bool:
+        cost = self.rows[-1].seconds if self.rows else 0.0
+        return self._spent + cost <= self.share * (time.perf_counter() - self._began)
+
+    def _measured(self, model: Any, step: int, tokenizer: Any, started: float) -> EmergenceRow:
+        if self._bridge is None:
+            self._bridge = adopt(view_of(unwrapped(model)), tokenizer=tokenizer)
+            if self._texts is None:
+                self._texts = prompts(n=N_SEQ, length=LENGTH)
+        inputs = prepare(self._bridge, self._texts)
+        located = settle(inputs, None)
+        sinks = SinkPlan(inputs, located, T_PAPER)
+        ranks = RankPlan(inputs, located, attention_sites(inputs.model))
+        run_once(inputs, ranks.taps, sinks.taps, progress=None)
+        seconds = time.perf_counter() - started
+        return row_of(located.me_layer, sinks.result(), ranks.result(), step=step, seconds=seconds)
+
+    def _log(self, row: EmergenceRow) -> None:
+        """To the trackers that the trainer has (TensorBoard and the like)."""
+        numbers = {
+            f"emergence/{name}": float(value)
+            for name, value in asdict(row).items()
+            if name in TRACKED and value is not None
+        }
+        if self._report is not None:
+            self._report(numbers, row.step)
+
+
+TRACKED = ("me_layer", "coordinate", "norm", "largest", "sink_rate", "key_rank", "seconds")
+
+
+def row_of(
+    located: MELayer, sinks: Sinks, ranks: Collapse, *, step: int, seconds: float
+) -> EmergenceRow:
+    """The numbers of three results that a row holds."""
+    first = located.massive[0] if located.massive else None
+    after = [] if located.me_layer is None else ranks.curve("k")[0][max(located.me_layer, 0) + 1 :]
+    known = [value for value in after if value is not None]
+    peak = located.peak_layer
+    return EmergenceRow(
+        step,
+        located.verdict,
+        located.me_layer,
+        peak,
+        tuple(dict.fromkeys(token.dim for token in located.massive)),
+        first and first.value,
+        None if peak is None else located.profile[peak].norm_ratio,
+        max(row.max for row in located.profile),
+        sinks.overall[EPSILON],
+        sum(known) / len(known) if known else None,
+        tuple(row.max for row in located.profile),
+        seconds,
+    )
