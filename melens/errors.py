@@ -16,8 +16,8 @@ class MelensError(Exception):
     exit_code: int = BAD_INPUT
 
     def __str__(self) -> str:
-        """The message, safe to show: what it quotes of a file or a model may hold anything."""
-        return printable(Exception.__str__(self), keep="\n\t")
+        """The message on one line, safe to show: what it quotes of a file may hold anything."""
+        return printable(Exception.__str__(self))
 
 
 class UnknownNameError(MelensError, KeyError):

@@ -255,3 +255,11 @@ def test_a_walk_over_commands(hostile, tmp_path, capsys):
     good = {"locate", "stream", "scan", "generate", "diff", "plot", "known"}
     assert not {name: said[name] for name in good if codes[name]}
     assert {codes[name] for name in codes.keys() - good} <= {2, 3}
+
+
+def test_every_error_is_one_line_whatever_it_quotes():
+    """A key of a config or of a result may be a line break; found by 5,000 examples."""
+    from melens.errors import MelensError, ResultError
+
+    for kind in (MelensError, ResultError):
+        assert str(kind("the key '\n' of\ta file")) == r"the key '\n' of\ta file"

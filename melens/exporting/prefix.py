@@ -128,19 +128,31 @@ def difference(model: AnyModel, edit: Edit, me_layer: MELayer | None, prefix: Pr
     """
     hf = transformers_of(model)
     me_layer = me_layer and with_firsts(hf, me_layer, [prefix.token_id])
-    device = next(hf.parameters()).device
-    rest = spread(vocabulary_of(hf), CHECKED)
-    ids = torch.tensor([[prefix.token_id, *rest]], device=device)
     with applied(model, edit, me_layer):
-        wanted = hf(ids, use_cache=False).logits[:, 1:].float()
-    found = hf(ids[:, 1:], past_key_values=prefix.cache(hf, 1)).logits.float()
-    off, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+        wanted = hf(_few(hf, prefix), use_cache=False).logits[:, 1:].float()
+    off, scale = _off(hf, prefix, wanted), float(wanted.abs().max())
     if dtype_of(hf) == "float32" and not off <= CLOSE * max(scale, 1.0):
         raise InterventionError(
             f"with the prefix the logits of {type(hf).__name__} differ by {off:.2g} from the "
             "edit's, so it is no exact export here; use format='hf'."
         )
     return off
+
+
+@torch.no_grad()
+def change(hf: TransformersModel, prefix: Prefix) -> float:
+    """Largest difference of logits between a prefix and the token itself, on a few tokens."""
+    return _off(hf, prefix, hf(_few(hf, prefix), use_cache=False).logits[:, 1:].float())
+
+
+def _few(hf: TransformersModel, prefix: Prefix) -> Tensor:
+    rest = spread(vocabulary_of(hf), CHECKED)
+    return torch.tensor([[prefix.token_id, *rest]], device=next(hf.parameters()).device)
+
+
+def _off(hf: TransformersModel, prefix: Prefix, wanted: Tensor) -> float:
+    found = hf(_few(hf, prefix)[:, 1:], past_key_values=prefix.cache(hf, 1)).logits.float()
+    return float((found - wanted).abs().max())
 
 
 def facts_of(

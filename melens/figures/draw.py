@@ -39,6 +39,7 @@ _MODULES = {
     "patch": "patch_grid",
     "evaluate": "evaluation",
     "long-context": "long_context",
+    "finetune": "training",
     "tune": "tuning",
     "check": "profile",
     "diff": "diff",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from melens.models.bridging import unwrapped
 from melens.models.loading import adopt
 from melens.models.view import view_of
 from melens.results import Collapse, MELayer, Sinks
+from melens.results.finetune import EmergenceRow
 
 EVERY = 20
 SHARE = 0.05
@@ -31,32 +31,6 @@ N_SEQ, LENGTH = 4, 64
 """Of the fixed batch, where none is given."""
 EPSILON = "0.3"
 """A head sinks where it gives its first key more than this on average."""
-
-
-@dataclass(frozen=True)
-class EmergenceRow:
-    """One look at the model between two steps. Layers count from 0 at the block output."""
-
-    step: int
-    verdict: str
-    me_layer: int | None
-    peak_layer: int | None
-    dims: tuple[int, ...]
-    """Massive dimensions, the largest first."""
-    coordinate: float | None
-    """Largest massive coordinate, signed; residual units."""
-    norm: float | None
-    """Of the primary massive token at the layer of its peak, in that layer's median norms."""
-    largest: float
-    """Largest |x| of any token and layer: an overflow watch (float16 ends at 65,504)."""
-    sink_rate: float | None
-    """Share of heads that sink at the first token, mean over layers (epsilon 0.3)."""
-    key_rank: float | None
-    """Effective rank of keys, mean over the layers after the ME Layer, massive token included."""
-    by_layer: tuple[float, ...]
-    """Largest |x| of each block output."""
-    seconds: float
-    """What this look took."""
 
 
 class EmergenceCallback(TrainerCallback):
@@ -75,7 +49,7 @@ class EmergenceCallback(TrainerCallback):
         every: int = EVERY,
         share: float = SHARE,
         file: Path | str | None = None,
-        report: Callable[[dict[str, float], int], None] | None = None,
+        report: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         """Look at nothing yet.
 
@@ -84,14 +58,15 @@ class EmergenceCallback(TrainerCallback):
                  every: steps. share: of the time since training began, at most; a look that is
                  due and would cost more is left for a later step. The first and the last step are
                  always looked at.
-                 file: JSON lines, a row a look. report: called with numbers and the step, e.g. a
-                 tracker's ``log``; None = the trainer's own trackers.
+                 file: JSON lines, a row a look. report: called with the numbers of a look, named
+                 ``emergence/...``: a trainer's ``log`` hands them to its trackers (TensorBoard
+                 and the like). It may be set later, as ``callback.report``.
         Raises:  InterventionError: settings that cannot be meant.
         """
         if every < 1 or not 0 < share <= 1:
             raise InterventionError("every must be at least 1, and share above 0 and at most 1.")
         self.every, self.share, self.rows = every, share, list[EmergenceRow]()
-        self._tokenizer, self._texts, self._report = tokenizer, texts, report
+        self._tokenizer, self._texts, self.report = tokenizer, texts, report
         self._file = None if file is None else Path(file)
         self._began, self._spent, self._bridge = 0.0, 0.0, None
 
@@ -104,6 +79,8 @@ class EmergenceCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look before the first step; the time of this look is not training's."""
+        if not state.is_world_process_zero:
+            return
         self.look(model, state.global_step, kwargs.get("processing_class"))
         self._began, self._spent = time.perf_counter(), 0.0
 
@@ -116,6 +93,8 @@ class EmergenceCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look where it is due and its share of the time allows it."""
+        if not state.is_world_process_zero:
+            return
         last = state.global_step >= state.max_steps > 0
         if last or (state.global_step % self.every == 0 and self._affordable()):
             self._log(self.look(model, state.global_step, kwargs.get("processing_class")))
@@ -136,7 +115,7 @@ class EmergenceCallback(TrainerCallback):
         self.rows.append(row)
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(asdict(row)) + "\n")
+                out.write(json.dumps(row.model_dump()) + "\n")
         return row
 
     def _affordable(self) -> bool:
@@ -160,11 +139,11 @@ class EmergenceCallback(TrainerCallback):
         """To the trackers that the trainer has (TensorBoard and the like)."""
         numbers = {
             f"emergence/{name}": float(value)
-            for name, value in asdict(row).items()
+            for name, value in row.model_dump().items()
             if name in TRACKED and value is not None
         }
-        if self._report is not None:
-            self._report(numbers, row.step)
+        if self.report is not None:
+            self.report(numbers)
 
 
 TRACKED = ("me_layer", "coordinate", "norm", "largest", "sink_rate", "key_rank", "seconds")
@@ -179,16 +158,16 @@ def row_of(
     known = [value for value in after if value is not None]
     peak = located.peak_layer
     return EmergenceRow(
-        step,
-        located.verdict,
-        located.me_layer,
-        peak,
-        tuple(dict.fromkeys(token.dim for token in located.massive)),
-        first and first.value,
-        None if peak is None else located.profile[peak].norm_ratio,
-        max(row.max for row in located.profile),
-        sinks.overall[EPSILON],
-        sum(known) / len(known) if known else None,
-        tuple(row.max for row in located.profile),
-        seconds,
+        step=step,
+        verdict=located.verdict,
+        me_layer=located.me_layer,
+        peak_layer=peak,
+        dims=tuple(dict.fromkeys(token.dim for token in located.massive)),
+        coordinate=first and first.value,
+        norm=None if peak is None else located.profile[peak].norm_ratio,
+        largest=max(row.max for row in located.profile),
+        sink_rate=sinks.overall[EPSILON],
+        key_rank=sum(known) / len(known) if known else None,
+        by_layer=tuple(row.max for row in located.profile),
+        seconds=seconds,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +103,9 @@ def _row(row: dict[str, Any], kind: Kind, number: int, where: str) -> TrainingRo
     if kind != "preference":
         return TrainingRow(number, before, row[fields[1]])
     if row["chosen"].strip() == row["rejected"].strip():
-        raise PromptError(f"{where}: chosen and rejected are the same text; there is no preference.")
+        raise PromptError(
+            f"{where}: chosen and rejected are the same text; there is no preference."
+        )
     return TrainingRow(number, before, row["chosen"], row["rejected"])
 
 
@@ -137,8 +139,11 @@ class TokenRows:
     labels: tuple[tuple[int, ...], ...]
     """The same, IGNORED where a token is not trained on."""
     lines: tuple[int, ...]
+    """Of the file, from 1."""
     too_long: tuple[int, ...]
     """Lines of rows that have more tokens than allowed, and were left out."""
+    chat: bool
+    """Whether the chat template was used."""
 
     @property
     def tokens(self) -> int:
@@ -161,11 +166,14 @@ def tokenise(
     """
     used = has_template(tokenizer) if chat is None else chat
     make = _in_template if used else _plain
-    kept, labels, lines, too_long = [], [], [], []
-    for row, head, tail in make(data, tokenizer):
-        if len(head) + len(tail) > max_tokens:
-            too_long.append(row.line)
+    kept, labels, lines = [], [], []
+    parts = make(data, tokenizer)
+    taken = set[int]()
+    too_long = {row.line for row, head, tail in parts if len(head) + len(tail) > max_tokens}
+    for row, head, tail in parts:
+        if row.line in too_long or row.line in taken:  # of a pair the better answer alone
             continue
+        taken.add(row.line)
         kept.append((*head, *tail))
         labels.append((*[IGNORED] * len(head), *tail))
         lines.append(row.line)
@@ -174,7 +182,8 @@ def tokenise(
             f"all {len(data.rows)} rows of {data.path} have more than {max_tokens} tokens; allow "
             "more (--max-tokens)."
         )
-    return TokenRows(tuple(kept), tuple(labels), tuple(lines), tuple(too_long))
+    found = tuple(kept), tuple(labels), tuple(lines)
+    return TokenRows(*found, tuple(sorted(too_long)), used)
 
 
 Parts = list[tuple[TrainingRow, Sequence[int], Sequence[int]]]
@@ -182,14 +191,15 @@ Parts = list[tuple[TrainingRow, Sequence[int], Sequence[int]]]
 
 def _in_template(data: TrainingData, tokenizer: Any) -> Parts:
     frame = frame_of(tokenizer)
-    asked = render(tokenizer, [row.messages for row in data.rows])
+    rows = _with_rejected(data)
+    asked = render(tokenizer, [row.messages for row in rows])
     told = render(
         tokenizer,
-        [[*row.messages, {"role": "assistant", "content": row.answer}] for row in data.rows],
+        [[*row.messages, {"role": "assistant", "content": row.answer}] for row in rows],
         begin_answer=False,
     )
     made: Parts = []
-    for row, before, whole in zip(data.rows, asked, told, strict=True):
+    for row, before, whole in zip(rows, asked, told, strict=True):
         if not whole.startswith(before):
             raise PromptError(
                 f"{data.path}, line {row.line}: the chat template does not write the conversation "
@@ -198,6 +208,16 @@ def _in_template(data: TrainingData, tokenizer: Any) -> Parts:
         head = plain_ids(tokenizer, before, frame=frame)
         made.append((row, head, plain_ids(tokenizer, whole[len(before) :], frame=frame)))
     return made
+
+
+def _with_rejected(data: TrainingData) -> list[TrainingRow]:
+    """Every answer as a row: of a pair the better one first."""
+    return [
+        replace(row, answer=answer)
+        for row in data.rows
+        for answer in (row.answer, row.rejected)
+        if answer is not None
+    ]
 
 
 def _plain(data: TrainingData, tokenizer: Any) -> Parts:
@@ -209,12 +229,13 @@ def _plain(data: TrainingData, tokenizer: Any) -> Parts:
     form: Callable[[str], str] = (
         "Question: {}\nAnswer:".format if data.kind == "question" else "{}".format
     )
-    asks = [form(row.messages[0]["content"]) for row in data.rows]
+    rows = _with_rejected(data)
+    asks = [form(row.messages[0]["content"]) for row in rows]
     heads = encode_all(tokenizer, asks, bos=None, chat=False)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     made: Parts = []
-    for row, head in zip(data.rows, heads, strict=True):
-        answer = row.answer if data.kind == "prompt" else f" {row.answer}"
+    for row, head in zip(rows, heads, strict=True):
+        answer = row.answer if data.kind in ("prompt", "preference") else f" {row.answer}"
         _, tail = split_text(tokenizer, answer, bos=False, frame=frame_of(tokenizer))
         made.append((row, head, [*tail, *end]))
     return made

@@ -10,7 +10,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from melens.errors import ResultError
-from melens.store import write_atomically
+from melens.protocols import JsonObject
+from melens.results.finetune import EmergenceRow, LossRow
+from melens.store import RESULT, json_object, lines_of, read_text, write_atomically
 
 SETTINGS, LOSSES, LOOKS, CHECKPOINTS = (
     "training.json",
@@ -18,30 +20,41 @@ SETTINGS, LOSSES, LOOKS, CHECKPOINTS = (
     "emergence.jsonl",
     "checkpoints",
 )
-LAST, BEST = "last", "best"
+LAST, BEST, SINK = "last", "best", "prefix"
+RESULT_FILE = "finetune.json"
+LOCATED_ON = "located_on"
+"""In the settings: ids of the rows that the ME Layer was located on."""
 STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint: one without it was cut short."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
-def take_up(folder: Path, facts: dict[str, Any], key: str) -> Path | None:
+def take_up(folder: Path, facts: JsonObject, key: str) -> Path | None:
     """The newest whole checkpoint of the same training; begins the folder where there is none.
 
-    Raises:  ResultError: the folder is of another training.
+    Raises:  ResultError: the folder is of another training, or holds something else.
     """
-    path = folder / SETTINGS
-    if path.exists():
-        if json.loads(path.read_text("utf-8")).get("key") != key:
+    if (folder / SETTINGS).exists():
+        if read_settings(folder).get("key") != key:
             raise ResultError(
-                f"{folder} holds another training (other model, data, settings or version); name "
-                "another folder, or start anew (--force)."
+                f"{folder} holds another training (other model, data, settings or version of "
+                "melens); name another folder, or delete this one."
             )
         return _newest(folder / CHECKPOINTS)
     if folder.exists() and any(folder.iterdir()):
         raise ResultError(f"{folder} is not empty and holds no training; name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"key": key, **facts}, indent=1, default=str) + "\n")
+    text = json.dumps({"key": key, **facts}, indent=1, default=str)
+    write_atomically(folder / SETTINGS, text + "\n")
     return None
+
+
+def read_settings(folder: Path) -> JsonObject:
+    """What a training was begun with.
+
+    Raises:  ResultError: no such file.
+    """
+    return json_object(read_text(folder / SETTINGS, RESULT, error=ResultError)) or {}
 
 
 def _newest(folder: Path) -> Path | None:
@@ -64,17 +77,37 @@ def _is_whole(path: Path) -> bool:
 
 def cut_rows(path: Path, step: int) -> None:
     """Rows up to a step; what a killed run wrote behind its last checkpoint comes again."""
+    if path.exists():
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_rows(path: Path) -> list[JsonObject]:
+    """Whole rows of a file that may not exist yet; the line that a kill cut is left out."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line that the kill cut
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
+        return []
+    rows = map(json_object, lines_of(read_text(path, RESULT, error=ResultError)))
+    return [row for row in rows if row is not None]
+
+
+def losses_in(folder: Path) -> tuple[LossRow, ...]:
+    """One row a step that was logged, training and held-out loss side by side."""
+    found: dict[int, JsonObject] = {}
+    for row in read_rows(folder / LOSSES):
+        found.setdefault(row["step"], {}).update(row)
+    return tuple(
+        LossRow(step=step, loss=row.get("loss"), held_out=row.get("eval_loss"))
+        for step, row in sorted(found.items())
+        if "loss" in row or "eval_loss" in row
+    )
+
+
+def looks_in(folder: Path) -> tuple[EmergenceRow, ...]:
+    """Every look of the callback."""
+    return tuple(
+        EmergenceRow.model_validate_json(json.dumps(row), strict=True)
+        for row in read_rows(folder / LOOKS)
+    )
 
 
 def tidy(folder: Path) -> None:
@@ -86,10 +119,12 @@ def tidy(folder: Path) -> None:
 
 
 class Keeper(TrainerCallback):
-    """Losses as rows, and the best weights so far."""
+    """Losses as rows, and the best weights so far; in the first of several processes only."""
 
     def __init__(self, folder: Path, model: Any) -> None:
-        self.folder, self.model, self.best = folder, model, float("inf")
+        self.folder, self.model = folder, model
+        known = [row.held_out for row in losses_in(folder) if row.held_out is not None]
+        self.best = min(known, default=float("inf"))
 
     def on_log(
         self,
@@ -100,9 +135,10 @@ class Keeper(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """One row a line."""
-        row = {"step": state.global_step, **(logs or {})}
-        with (self.folder / LOSSES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        row = {name: value for name, value in (logs or {}).items() if "emergence/" not in name}
+        if row and state.is_world_process_zero:
+            with (self.folder / LOSSES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **row}) + "\n")
 
     def on_evaluate(
         self,
@@ -114,7 +150,7 @@ class Keeper(TrainerCallback):
     ) -> None:
         """Keep the weights with the least held-out loss."""
         loss = (metrics or {}).get("eval_loss", float("inf"))
-        if loss < self.best:
+        if loss < self.best and state.is_world_process_zero:
             self.best = loss
             save(self.model, self.folder / BEST)
 

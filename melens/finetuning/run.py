@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from melens import __version__
 from melens.errors import InterventionError
 from melens.evaluating.edits import applied, where_held
 from melens.finetuning.adapters import parameters_of, trainable
 from melens.finetuning.callback import EmergenceCallback
-from melens.finetuning.data import TokenRows, TrainingData, read_training_data, tokenise
-from melens.finetuning.keeping import LAST, LOOKS, LOSSES, Keeper, cut_rows, save, take_up, tidy
-from melens.finetuning.settings import Training
-from melens.finetuning.trainers import require_uncompiled, sft_trainer
+from melens.finetuning.card import write_card
+from melens.finetuning.data import TrainingData, read_training_data, tokenise
+from melens.finetuning.keeping import (
+    LAST,
+    LOCATED_ON,
+    LOOKS,
+    LOSSES,
+    RESULT_FILE,
+    SINK,
+    Keeper,
+    cut_rows,
+    looks_in,
+    losses_in,
+    save,
+    take_up,
+    tidy,
+)
+from melens.finetuning.merging import read_run, write_sink
+from melens.finetuning.rewards import reward_of
+from melens.finetuning.settings import Training, training_of
+from melens.finetuning.trainers import Rows, objective_of, trainer_of
+from melens.inputs import prepare
 from melens.interventions.context import pass_of, recomputing
 from melens.locating import locate
+from melens.measuring.located import check_same_model
 from melens.models.decoder import decoder_of
-from melens.models.loading import load_plain
+from melens.models.loading import adopt, load_plain
+from melens.models.origin import Origin, fingerprint, remember
 from melens.models.view import view_of
+from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
-from melens.store import hash_facts
+from melens.results.finetune import FineTuning
+from melens.store import hash_facts, write_atomically
+
+LOCATED = 8
+"""Rows of the training data that the ME Layer is located on."""
 
 
 @dataclass
@@ -34,61 +57,72 @@ class Subject:
 
     hf: Any
     tokenizer: Any
-    name: str
+    facts: ModelFacts
     me_layer: MELayer | None
-    rows: TokenRows
-    held_out: TokenRows | None
+    rows: Rows
+    held_out: Rows | None
+
+    @property
+    def first_token(self) -> int | None:
+        """The token that every row starts with; None where they differ."""
+        firsts = {ids[0] for ids in self.rows.tokens.ids}
+        return firsts.pop() if len(firsts) == 1 else None
 
 
 def finetune(
     model: str | Path,
     data: Path | str,
-    how: Training,
+    how: Training | None = None,
     *,
     out: Path | str,
     held_out: Path | str | None = None,
     me_layer: MELayer | None = None,
-) -> Path:
-    """Fine-tune a model with a mask in force where ``how`` says, and watch its ME Layer.
+    **settings: Any,
+) -> FineTuning:
+    """Fine-tune a model with a mask in force where it should be, and watch its ME Layer.
 
-    The loop is TRL's. Interrupted, the same call goes on from the last whole checkpoint.
+    The loop is TRL's. Interrupted, the same call goes on from the last whole checkpoint and ends
+    with the same weights.
 
     Args:    model: a name, a folder or a hub id.
              data: JSON lines, see :func:`melens.finetuning.data.read_training_data`.
-             out: a folder of its own: settings, losses, looks at the ME Layer, weights.
-             held_out: more of the same, on which the best weights are chosen.
-             me_layer: what ``melens.locate`` found on this model; None = locate where needed.
-    Returns: the folder of the last weights.
+             how: all settings as one object; ``settings`` are its fields as words, which win:
+             ``finetune(model, data, method="lora", mask=Edit(rate=0.25), out=folder)``.
+             out: a folder of its own: settings, losses, looks at the ME Layer, weights (``last``,
+             and ``best`` with held-out rows), the result as ``finetune.json``.
+             held_out: more rows of the same kind, on which the best weights are chosen.
+             me_layer: what ``melens.locate`` found on this model; None = locate where needed, on
+             the first rows.
     Raises:  PromptError: a bad line of the data, before any weights are loaded. ResultError: a
-             folder of another training. InterventionError: settings that cannot be meant.
+             folder of another training, or a ME Layer of another model. InterventionError: settings
+             that cannot be meant. ModelNotFoundError, WeightsError, ModelError: no such model.
     """
+    how = training_of(how, settings)
     rows = read_training_data(data)
     others = None if held_out is None else read_training_data(held_out)
-    folder = Path(out)
-    subject = _subject(model, rows, others, how, me_layer)
-    facts = {"model": subject.name, "data": rows.sha256, "melens": __version__, **how.facts()}
-    checkpoint = take_up(folder, facts, hash_facts(facts))
-    done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
-    for name in (LOSSES, LOOKS):
-        cut_rows(folder / name, done)
-    trained = trainable(subject.hf, how, subject.me_layer, first_token=_first(subject.rows))
-    require_uncompiled(trained)
-    if how.checkpointing:
-        trained.gradient_checkpointing_enable(checkpointing(trained))
-        trained.enable_input_require_grads()
-    look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
-    callbacks = [Keeper(folder, trained), look]
-    trainer = sft_trainer(
-        trained, subject.tokenizer, subject.rows, subject.held_out, how, folder, callbacks
-    )
-    with masked(trained, how, subject.me_layer):
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    save(trained, folder / LAST)
-    tidy(folder)
-    return folder / LAST
+    check_fits(how, rows)
+    subject = subject_of(model, rows, others, how, me_layer)
+    return run(subject, how, Path(out))
 
 
-def _subject(
+def check_fits(how: Training, rows: TrainingData) -> None:
+    """Refuse rows that the objective cannot use, before any weights are loaded.
+
+    Raises:  InterventionError: naming both.
+    """
+    objective = objective_of(rows, how)
+    pairs = rows.kind == "preference"
+    if pairs != (objective == "dpo"):
+        needs = "prompt, chosen and rejected" if objective == "dpo" else "one answer a row"
+        raise InterventionError(
+            f"{objective} needs rows with {needs}; {rows.path} has {rows.kind}."
+        )
+    if objective == "grpo":
+        reward_of(how.reward)
+    training_of(how, {"objective": objective})  # what excludes an objective, where none was named
+
+
+def subject_of(
     model: str | Path,
     data: TrainingData,
     held_out: TrainingData | None,
@@ -96,27 +130,136 @@ def _subject(
     me_layer: MELayer | None,
 ) -> Subject:
     """Load the model, tokenise, and locate where that is needed."""
-    hf, tokenizer, origin = load_plain(model)
+    hf, tokenizer, origin = load_plain(model, device=how.device)
 
-    def tokens(of: TrainingData) -> TokenRows:
-        return tokenise(of, tokenizer, max_tokens=how.max_tokens, chat=how.chat)
+    def tokens(of: TrainingData) -> Rows:
+        return Rows(of, tokenise(of, tokenizer, max_tokens=how.max_tokens, chat=how.chat))
 
     rows = tokens(data)
-    if me_layer is None and (how.mask.name != "none" or how.at == "me-layer"):
-        me_layer = locate(view_of(hf), [list(ids) for ids in rows.ids[:LOCATED]])
-    return Subject(
-        hf, tokenizer, origin.name, me_layer, rows, held_out and tokens(held_out)
+    bridge = adopt(view_of(hf), tokenizer=tokenizer)
+    remember(bridge, Origin(origin.name, revision=origin.revision))
+    texts = [list(ids) for ids in rows.tokens.ids[:LOCATED]]
+    if me_layer is not None:
+        check_same_model(prepare(bridge, texts), me_layer)
+    elif how.mask.name != "none" or how.at == "me-layer":
+        me_layer = locate(bridge, texts)
+    first = next(hf.parameters())
+    facts = ModelFacts(
+        name=origin.name,
+        revision=origin.revision,
+        weights=fingerprint(bridge),
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=str(first.device),
     )
+    return Subject(hf, tokenizer, facts, me_layer, rows, held_out and tokens(held_out))
 
 
-LOCATED = 8
-"""Rows of the training data that the ME Layer is located on."""
+def run(subject: Subject, how: Training, folder: Path) -> FineTuning:
+    """Train a model that is ready, from its last checkpoint where there is one."""
+    checkpoint = _take_up(subject, how, folder)
+    if (folder / RESULT_FILE).exists():
+        return read_run(folder)
+    trained = trainable(subject.hf, how, subject.me_layer, first_token=subject.first_token)
+    if how.checkpointing:
+        trained.gradient_checkpointing_enable(checkpointing(trained))
+        trained.enable_input_require_grads()
+    callbacks: list[Any] = [Keeper(folder, trained)]
+    look = None
+    if how.method != "sink":  # the residual stream is not trained there, and stays what it was
+        look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
+        callbacks.append(look)
+    trainer = trainer_of(
+        trained, subject.tokenizer, subject.rows, subject.held_out, how, folder, callbacks
+    )
+    if look is not None:
+        look.report = trainer.log
+    with ExitStack() as stack:
+        for model in (trained, getattr(trainer, "ref_model", None)):
+            if model is not None:
+                stack.enter_context(masked(model, how, subject.me_layer))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.accelerator.wait_for_everyone()
+    result = None
+    if trainer.accelerator.is_main_process:
+        save(trained, folder / LAST)
+        result = _result(subject, how, trained, folder)
+        tidy(folder)
+        if how.method == "sink" and subject.first_token is not None:
+            write_sink(trained, result, subject.first_token, subject.tokenizer, folder / SINK)
+        write_card(result, folder, first_token=_named(subject))
+        write_atomically(folder / RESULT_FILE, result.to_json())
+    trainer.accelerator.wait_for_everyone()
+    return result or _result(subject, how, trained, folder)
 
 
-def _first(rows: TokenRows) -> int | None:
-    """The token that every row starts with; None where they differ."""
-    firsts = {ids[0] for ids in rows.ids}
-    return firsts.pop() if len(firsts) == 1 else None
+def _take_up(subject: Subject, how: Training, folder: Path) -> Path | None:
+    """Begin or find the folder, in the first of several processes before the others."""
+    from accelerate import PartialState
+
+    facts = {
+        "model": subject.facts.name,
+        "weights": subject.facts.weights,
+        "data": subject.rows.data.sha256,
+        "held_out": subject.held_out and subject.held_out.data.sha256,
+        "me_layer": subject.me_layer and subject.me_layer.me_layer,
+        "melens": __version__,
+        **how.facts(),
+    }
+    state = PartialState(cpu=how.device == "cpu")
+    with state.main_process_first():
+        texts = {LOCATED_ON: [list(ids) for ids in subject.rows.tokens.ids[:LOCATED]]}
+        checkpoint = take_up(folder, {**facts, **texts}, hash_facts(facts))
+        done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+        if state.is_main_process:
+            for name in (LOSSES, LOOKS):
+                cut_rows(folder / name, done)
+    return checkpoint
+
+
+def _named(subject: Subject) -> str | None:
+    """The first token of every row, as text."""
+    at = subject.first_token
+    return None if at is None else subject.tokenizer.decode([at])
+
+
+def _result(subject: Subject, how: Training, trained: Any, folder: Path) -> FineTuning:
+    tokens, held = subject.rows.tokens, subject.held_out
+    losses = losses_in(folder)
+    known = [row for row in losses if row.held_out is not None]
+    best = min(known, key=lambda row: row.held_out or 0.0).step if known else None
+    return FineTuning(
+        objective=objective_of(subject.rows.data, how),
+        method=how.method,
+        at=how.at,
+        mask=how.mask,
+        masked_in=how.masked_in,
+        me_layer=subject.me_layer and subject.me_layer.me_layer,
+        steps=how.steps,
+        trained=parameters_of(trained),
+        of=sum(value.numel() for value in subject.hf.parameters()),
+        texts=len(tokens.ids),
+        tokens=tokens.tokens,
+        too_long=len(tokens.too_long),
+        held_out=0 if held is None else len(held.tokens.ids),
+        data=subject.rows.data.sha256,
+        losses=losses,
+        looks=looks_in(folder),
+        best_step=best,
+        run=RunInfo.collect(
+            subject.facts,
+            seed=how.seed,
+            settings={
+                "batch_size": how.batch_size,
+                "accumulate": how.accumulate,
+                "learning_rate": f"{how.rate:g}",
+                "max_tokens": how.max_tokens,
+                "packing": how.packing,
+                "checkpointing": how.checkpointing,
+                "bf16": how.bf16,
+                "chat": tokens.chat,
+            },
+        ),
+    )
 
 
 @contextmanager

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from melens.errors import InterventionError
+from melens.formatting import brief
+from melens.interventions.core import check_number
+from melens.registry import did_you_mean
 from melens.results.edit import Edit
 
 Method = Literal["lora", "full", "sink"]
 At = Literal["all", "me-layer"]
+Objective = Literal["sft", "dpo", "grpo"]
 MaskedIn = Literal["off", "training", "inference", "both"]
 RATES: dict[Method, float] = {"lora": 2e-4, "full": 2e-5, "sink": 1e-2}
 """Learning rates where none is given."""
+COUNTS = (
+    "steps",
+    "batch_size",
+    "accumulate",
+    "rank",
+    "save_every",
+    "look_every",
+    "generations",
+    "max_new_tokens",
+)
+LEAST_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,9 @@ class Training:
     at: At = "all"
     """all: LoRA on every linear layer of the blocks, or every weight. me-layer: the ME Layer's FFN
     and the norm that it reads through."""
+    objective: Objective | None = None
+    """sft: the answer's tokens. dpo: the better of two answers. grpo: answers of the model's own,
+    by a reward. None = dpo for pairs of answers, sft for everything else."""
     mask: Edit = Edit(name="none")
     masked_in: MaskedIn = "both"
     """In training alone, at inference alone, or both; without a mask this says nothing."""
@@ -48,8 +67,19 @@ class Training:
     """Steps between checkpoints, and between evaluations."""
     look_every: int = 20
     """Steps between two looks at the ME Layer."""
+    reward: str = "math"
+    """Of grpo: math, 1 where the answer's number is the row's by the strict scorer, else 0; or
+    module:function of your own, ``(completions, answer, **rest) -> numbers``, as TRL calls it."""
+    generations: int = 4
+    """Answers a prompt, of grpo; ``batch_size`` must be a multiple."""
+    max_new_tokens: int = 64
+    """Of an answer that grpo draws."""
     chat: bool | None = None
     """None = the chat template where there is one."""
+    device: str | None = None
+    """None = CUDA, else MPS, else CPU."""
+    report_to: tuple[str, ...] = ()
+    """Trackers of transformers, e.g. tensorboard; losses and looks are kept in the folder anyway."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,27 +88,44 @@ class Training:
         Raises:  InterventionError: naming the setting and what would fit.
         """
         for name, choices in (("method", Method), ("at", At), ("masked_in", MaskedIn)):
-            if getattr(self, name) not in get_args(choices):
-                raise InterventionError(
-                    f"{name} must be one of {', '.join(get_args(choices))}, got "
-                    f"{getattr(self, name)!r:.40}."
-                )
-        for name in ("steps", "batch_size", "accumulate", "rank", "save_every", "look_every"):
+            check_choice(name, getattr(self, name), get_args(choices))
+        if self.objective is not None:
+            check_choice("objective", self.objective, get_args(Objective))
+        for name in COUNTS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InterventionError(f"{name} must be a whole number from 1, got {value!r:.40}.")
-        if self.max_tokens < 4:
-            raise InterventionError(f"max_tokens must be at least 4, got {self.max_tokens}.")
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+        if self.max_tokens < LEAST_TOKENS:
             raise InterventionError(
-                f"learning_rate must be between 0 and 1, got {self.learning_rate}."
+                f"max_tokens must be at least {LEAST_TOKENS}, got {self.max_tokens}."
             )
-        if self.mask.name not in ("none", "wemask"):
-            raise InterventionError(f"the mask must be wemask or none, got {self.mask.name}.")
+        rate = self.learning_rate
+        if rate is not None and not 0 < check_number("learning_rate", rate) < 1:
+            raise InterventionError(f"learning_rate must be between 0 and 1, got {rate}.")
+        if not isinstance(self.mask, Edit) or self.mask.name not in ("none", "wemask"):
+            raise InterventionError(
+                f"mask must be a melens.results.Edit called wemask or none, got {self.mask!r:.60}."
+            )
+        self._go_together()
+
+    def _go_together(self) -> None:
+        """Refuse settings that exclude each other."""
         if self.method == "sink" and (self.packing or self.at != "all" or self.checkpointing):
             raise InterventionError(
                 "method='sink' trains one key and value a layer: packing, checkpointing and "
                 "at='me-layer' do not go with it."
+            )
+        if self.method == "sink" and self.objective in ("dpo", "grpo"):
+            raise InterventionError(
+                f"method='sink' leaves the first token out of every text, which TRL's trainer for "
+                f"{self.objective} cannot; use method='lora' or objective='sft'."
+            )
+        if self.packing and self.objective in ("dpo", "grpo"):
+            raise InterventionError(f"packing is for sft; {self.objective} pads its answers.")
+        if self.objective == "grpo" and self.batch_size % self.generations:
+            raise InterventionError(
+                f"batch_size must be a multiple of generations ({self.generations}) for grpo, got "
+                f"{self.batch_size}."
             )
 
     @property
@@ -99,3 +146,32 @@ class Training:
     def facts(self) -> dict[str, Any]:
         """All of it, for a run's record and the key of what is kept."""
         return {**asdict(self), "mask": self.mask.model_dump(mode="json")}
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of several words.
+
+    Raises:  InterventionError: naming them, and the nearest.
+    """
+    if value not in choices:
+        raise InterventionError(
+            f"{name} must be one of {', '.join(choices)}, got {brief(value, 40)}."
+            f"{did_you_mean(str(value), choices)}"
+        )
+
+
+def training_of(given: Training | None, settings: dict[str, Any]) -> Training:
+    """Settings given as one object, as single words, or both; words win.
+
+    Raises:  InterventionError: an unknown word, or no ``Training``.
+    """
+    if given is not None and not isinstance(given, Training):
+        raise InterventionError(f"how must be a melens.finetuning.Training, got {given!r:.60}.")
+    known = [field.name for field in fields(Training)]
+    for name in settings:
+        if name not in known:
+            raise InterventionError(
+                f"finetune takes no {name!r:.40}; its settings are {', '.join(known)}."
+                f"{did_you_mean(name, known)}"
+            )
+    return replace(given or Training(), **settings)

@@ -2,38 +2,75 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
 from melens.errors import ModelError
-from melens.finetuning.data import TokenRows
+from melens.finetuning.data import TokenRows, TrainingData
 from melens.finetuning.keeping import CHECKPOINTS
-from melens.finetuning.settings import Training
+from melens.finetuning.rewards import reward_of
+from melens.finetuning.settings import Objective, Training
 
 
-def sft_trainer(
+@dataclass(frozen=True)
+class Rows:
+    """What one trainer is given: rows as they were read, and as token ids."""
+
+    data: TrainingData
+    tokens: TokenRows
+
+    @property
+    def kept(self) -> list[Any]:
+        """Rows that are short enough, as they were read."""
+        short = set(self.tokens.lines)
+        return [row for row in self.data.rows if row.line in short]
+
+
+def trainer_of(
     model: Any,
     tokenizer: Any,
-    rows: TokenRows,
-    held_out: TokenRows | None,
+    rows: Rows,
+    held_out: Rows | None,
     how: Training,
     folder: Path,
-    callbacks: list[Any],
+    callbacks: Sequence[TrainerCallback],
 ) -> Any:
-    """Supervised fine-tuning on rows that are token ids already; prompts have no label."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
-    from trl import SFTConfig, SFTTrainer
+    """The trainer of the objective; its loop, optimiser and checkpoints are TRL's own.
 
-    args = SFTConfig(**_arguments(how, folder, evaluate=held_out is not None))
-    return SFTTrainer(
+    Raises:  ModelError: a model that no hook would be seen in.
+    """
+    require_uncompiled(model)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
+    objective = objective_of(rows.data, how)
+    kinds, datasets = _KINDS[objective]
+    config, trainer = kinds()
+    arguments = _arguments(how, folder, evaluate=held_out is not None) | _OWN[objective](how)
+    more: dict[str, Any] = {}
+    if objective == "grpo":
+        more["reward_funcs"] = [reward_of(how.reward)]
+    if objective == "dpo" and how.method == "full":
+        more["ref_model"] = copy.deepcopy(model).requires_grad_(False)
+    return trainer(
         model=model,
-        args=args,
-        train_dataset=_dataset(rows),
-        eval_dataset=None if held_out is None else _dataset(held_out),
+        args=config(**arguments),
+        train_dataset=datasets(rows, tokenizer, how),
+        eval_dataset=None if held_out is None else datasets(held_out, tokenizer, how),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
+        **more,
     )
+
+
+def objective_of(data: TrainingData, how: Training) -> Objective:
+    """What is asked for, or what the rows are made for."""
+    return how.objective or ("dpo" if data.kind == "preference" else "sft")
 
 
 def _arguments(how: Training, folder: Path, *, evaluate: bool) -> dict[str, Any]:
@@ -46,10 +83,9 @@ def _arguments(how: Training, folder: Path, *, evaluate: bool) -> dict[str, Any]
         "gradient_accumulation_steps": how.accumulate,
         "learning_rate": how.rate,
         "lr_scheduler_type": "linear",
-        "max_length": how.max_tokens,
-        "packing": how.packing,
         "gradient_checkpointing": False,  # switched on apart, with the edit's own contexts
         "bf16": how.bf16,
+        "use_cpu": how.device == "cpu" or not _has_accelerator(),
         "seed": how.seed,
         "data_seed": how.seed,
         "save_strategy": "steps",
@@ -58,17 +94,95 @@ def _arguments(how: Training, folder: Path, *, evaluate: bool) -> dict[str, Any]
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": every,
         "logging_steps": 1,
-        "report_to": [],
+        "report_to": list(how.report_to),
         "disable_tqdm": True,
     }
 
 
-def _dataset(rows: TokenRows) -> Any:
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _sft() -> tuple[Any, Any]:
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTConfig, SFTTrainer
+
+
+def _dpo() -> tuple[Any, Any]:
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOConfig, DPOTrainer
+
+
+def _grpo() -> tuple[Any, Any]:
+    from trl import GRPOConfig, GRPOTrainer
+
+    return GRPOConfig, GRPOTrainer
+
+
+def _token_rows(rows: Rows, tokenizer: Any, how: Training) -> Any:
+    """Ids and labels; of method sink without the token that the trained column stands for."""
+    first = int(how.method == "sink")
+    return _dataset(
+        input_ids=[list(ids[first:]) for ids in rows.tokens.ids],
+        labels=[list(labels[first:]) for labels in rows.tokens.labels],
+    )
+
+
+def _pairs(rows: Rows, tokenizer: Any, how: Training) -> Any:
+    """Conversations where there is a template, else texts; TRL tokenises them as data.py does."""
+    chat = rows.tokens.chat
+
+    def answer(text: str | None) -> Any:
+        return [{"role": "assistant", "content": text}] if chat else text
+
+    return _dataset(
+        prompt=[_prompt(row, rows) for row in rows.kept],
+        chosen=[answer(row.answer) for row in rows.kept],
+        rejected=[answer(row.rejected) for row in rows.kept],
+    )
+
+
+def _questions(rows: Rows, tokenizer: Any, how: Training) -> Any:
+    return _dataset(
+        prompt=[_prompt(row, rows) for row in rows.kept],
+        answer=[row.answer for row in rows.kept],
+    )
+
+
+def _prompt(row: Any, rows: Rows) -> Any:
+    if rows.tokens.chat:
+        return list(row.messages)
+    asked = row.messages[0]["content"]
+    return f"Question: {asked}\nAnswer:" if rows.data.kind == "question" else asked
+
+
+def _dataset(**columns: list[Any]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_dict(
-        {"input_ids": list(map(list, rows.ids)), "labels": list(map(list, rows.labels))}
-    )
+    return Dataset.from_dict(columns)
+
+
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "sft": (_sft, _token_rows),
+    "dpo": (_dpo, _pairs),
+    "grpo": (_grpo, _questions),
+}
+_OWN: dict[str, Any] = {
+    "sft": lambda how: (
+        {"max_length": None, "packing": how.packing}
+        if not how.packing
+        else {"max_length": how.max_tokens, "packing": True}
+    ),
+    "dpo": lambda how: {"max_length": None},
+    "grpo": lambda how: {
+        "num_generations": how.generations,
+        "max_completion_length": how.max_new_tokens,
+    },
+}
+"""What each trainer takes beside the arguments of all; no text is cut (too long ones are left out
+before), so no length is given where none is needed."""
 
 
 def require_uncompiled(model: Any) -> None:
@@ -79,5 +193,5 @@ def require_uncompiled(model: Any) -> None:
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
         raise ModelError(
             "this model was compiled, and the mask lives in hooks that a compiled model does not "
-            "run; train it uncompiled (torch_compile=False)."
+            "run; train it uncompiled."
         )

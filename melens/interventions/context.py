@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -38,6 +38,9 @@ class PassTokens:
     """Where blocks are resumed from a recorded run: what left a layer there, for these tokens."""
     notes: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """What readers keep for edits further on in the same pass."""
+    again: bool = False
+    """Whether a backward pass computes a block of this pass again: edited as before, not counted
+    again."""
 
     @property
     def real(self) -> Tensor:
@@ -80,7 +83,7 @@ def passing(model: AnyModel, now: PassTokens) -> Iterator[None]:
 def recomputing(model: AnyModel, now: PassTokens) -> Iterator[None]:
     """Say which pass a block belongs to that a backward pass computes again, in whatever thread."""
     stack = _NOW.setdefault(model, [])
-    stack.append(now)
+    stack.append(replace(now, again=True))
     try:
         yield
     finally:

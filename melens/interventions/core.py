@@ -228,12 +228,13 @@ class Place:
     def marked(self, now: PassTokens) -> tuple[TokenMask, int]:
         """The chosen real tokens of a pass and their number, asked for once a pass."""
         if self._marked is None or self._marked[0] is not now:
-            self.passes += 1
             found = _checked(self.choice(now), now)
             chosen = found & now.real.to(found.device)
             self._marked = now, chosen, int(chosen.sum())
-            rule = self.rule
-            self.edited.take(chosen, now, rule if rule and self._comes_after(rule) else None)
+            if not now.again:
+                self.passes += 1
+                rule = self.rule
+                self.edited.take(chosen, now, rule if rule and self._comes_after(rule) else None)
         return self._marked[1:]
 
     def _comes_after(self, rule: MassiveRule) -> bool:
@@ -250,7 +251,7 @@ class Place:
 
     def _look_back(self, now: PassTokens) -> None:
         """First tokens were chosen before the ME Layer ran: which massive ones were left out?"""
-        if isinstance(self.choice, FirstRule) and self.rule is not None:
+        if isinstance(self.choice, FirstRule) and self.rule is not None and not now.again:
             own = self._marked is not None and self._marked[0] is now
             self.edited.miss(self._marked[1] if own and self._marked else None, now, self.rule)
 
@@ -431,7 +432,8 @@ def _writing(place: Place, editor: Editor) -> Callable[..., Tensor | None]:
         made = x.clone()  # never in place on the model's own tensor
         made[chosen] = editor(wide, chosen, now).to(x.dtype)
         if not place.edited.changed:
-            place.edited.changed = not torch.equal(made[chosen], x[chosen])
+            # detached: what this look saved for a backward pass, checkpointing would miss later
+            place.edited.changed = not torch.equal(made.detach()[chosen], x.detach()[chosen])
         return made
 
     return write

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
+from melens.interventions.context import pass_of
 from melens.interventions.core import (
     EditedTokens,
     LayerSpan,
@@ -119,7 +120,8 @@ def wemask(  # noqa: PLR0913 (the method's own settings)
 
     def edit(at: int, rows: Float[Tensor, "token d_model"]) -> Tensor:
         masked = rule(at, rows)
-        record.note(at, rows, masked)
+        if not pass_of(decoder.model).again:
+            record.note(at, rows, masked)
         return torch.where(masked, rows * (1 - strength), rows)
 
     with editing_inputs(place, {at: decoder.attentions[at] for at in chosen_layers}, edit):

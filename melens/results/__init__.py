@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from melens.results.diff import Difference
     from melens.results.edit import Edit, EditFile
     from melens.results.evaluation import Evaluation
+    from melens.results.finetune import FineTuning
     from melens.results.isolate import Isolation
     from melens.results.known import Comparison, KnownCheck
     from melens.results.locate import (
@@ -63,6 +64,7 @@ _HOMES = {
     "EditFile": "edit",
     "Evaluation": "evaluation",
     "FinalGrowth": "locate",
+    "FineTuning": "finetune",
     "Finding": "check",
     "FirstToken": "locate",
     "HeadMap": "attention",
@@ -109,6 +111,7 @@ __all__ = [
     "EditFile",
     "Evaluation",
     "FinalGrowth",
+    "FineTuning",
     "Finding",
     "FirstToken",
     "HeadMap",

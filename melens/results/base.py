@@ -177,6 +177,7 @@ _MODULES = {
     "diff": "diff",
     "edit": "edit",
     "evaluate": "evaluation",
+    "finetune": "finetune",
     "isolate": "isolate",
     "known": "known",
     "long-context": "long_context",

@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 from melens.results.locate import MELayer
 
 EditName = Literal["none", "wemask", "zero", "mean", "norm-flatten", "ffn-cap", "drop-key"]
@@ -134,6 +134,8 @@ class PrefixFacts(Part):
     """In such layers the token leaves the attention of tokens this far after it, as it would."""
     logit_difference: float
     """Largest, on a few tokens, from the model with the edit and the token itself."""
+    learned: bool = added_later(False)
+    """Whether the column was trained: it is no edit of the token any more."""
 
 
 class EditFile(Result):
@@ -177,6 +179,13 @@ class EditFile(Result):
         start = f"{self.run.subject} with the edit {self.edit.label}"
         if self.prefix is None:
             return f"{start}, to be applied again by melens.load."
+        if self.prefix.learned:
+            return (
+                f"{self.run.subject} with a learned key and value in place of the first token "
+                f"{self.prefix.token!r} in {self.prefix.layers} layers ({self.format}); logits off "
+                f"that token's by up to {self.prefix.logit_difference:.2g}. Leave it out of the "
+                "input."
+            )
         return (
             f"{start} as keys and values of the first token {self.prefix.token!r} in "
             f"{self.prefix.layers} layers ({self.format}); logits off the edit's by at most "

@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from memory import adds_less_than
 from safetensors.torch import save_file
@@ -198,6 +198,7 @@ KEYS = [
 
 
 @FUZZ
+@example(changes={"rope_theta": {"\n": [10**9]}}, raw=None)
 @given(
     changes=st.dictionaries(st.sampled_from(KEYS), JSON | st.just("gone"), min_size=1, max_size=3),
     raw=st.none()

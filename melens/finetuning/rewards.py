@@ -1,0 +1,52 @@
+"""Rewards of GRPO: the strict scorer of answers, or a function of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from melens.errors import InterventionError
+from melens.evaluating.scoring import extract_answer, same_answer
+from melens.formatting import brief
+
+Reward = Callable[..., Sequence[float]]
+MATH = "math"
+MARK = "####"
+"""What GSM8K writes before the final number."""
+
+
+def reward_of(name: str) -> Reward:
+    """The function that a name stands for.
+
+    Args:    name: ``math``, or ``module:function``.
+    Raises:  InterventionError: it cannot be imported, or is no function.
+    """
+    if name == MATH:
+        return math_reward
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise InterventionError(
+            f"reward must be {MATH} or module:function, e.g. rewards:short, got {brief(name, 60)}."
+        )
+    try:
+        found = getattr(import_module(module), function, None)
+    except ImportError as error:
+        raise InterventionError(f"cannot import {brief(module, 60)}: {error}.") from None
+    if not callable(found):
+        raise InterventionError(f"{module} has no function {brief(function, 60)}.")
+    return found
+
+
+def math_reward(completions: Sequence[Any], answer: Sequence[str], **rest: Any) -> list[float]:
+    """1 where the answer's final value is the row's, else 0; an answer without one counts as wrong.
+
+    Args:    completions: texts, or conversations of one turn, as TRL hands them over.
+             answer: of the row; of GSM8K what stands behind ``####``.
+    """
+    texts = [made if isinstance(made, str) else made[-1]["content"] for made in completions]
+    golds = [gold.rpartition(MARK)[2].strip() for gold in answer]
+    return [
+        float(same_answer(extract_answer(text), gold))
+        for text, gold in zip(texts, golds, strict=True)
+    ]
