@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from melens.checking import check
     from melens.evaluating import evaluate
     from melens.exporting import export, load
+    from melens.finetuning import EmergenceCallback, finetune
     from melens.interventions import wemask
     from melens.isolating import isolate, super_weights
     from melens.locating import locate
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EmergenceCallback": "melens.finetuning",
     "check": "melens.checking",
     "collapse": "melens.measuring",
     "describe": "melens.measuring",
     "evaluate": "melens.evaluating",
     "export": "melens.exporting",
+    "finetune": "melens.finetuning",
     "isolate": "melens.isolating",
     "load": "melens.exporting",
     "locate": "melens.locating",
@@ -37,11 +40,13 @@ _HOMES = {
     "wemask": "melens.interventions",
 }
 __all__ = [
+    "EmergenceCallback",
     "check",
     "collapse",
     "describe",
     "evaluate",
     "export",
+    "finetune",
     "isolate",
     "load",
     "locate",

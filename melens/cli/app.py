@@ -17,6 +17,7 @@ from melens.cli.commands.check import check
 from melens.cli.commands.diff import diff
 from melens.cli.commands.evaluate import evaluate, tune
 from melens.cli.commands.export import export, generate
+from melens.cli.commands.finetune import finetune
 from melens.cli.commands.isolate import isolate, super_weights
 from melens.cli.commands.locate import env, known, locate, models, plot
 from melens.cli.commands.long_context import long_context
@@ -94,6 +95,7 @@ COMMANDS = (
     export,
     generate,
     tune,
+    finetune,
     check,
     diff,
     reach,

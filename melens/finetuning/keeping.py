@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from melens.errors import ResultError
 from melens.protocols import JsonObject
 from melens.results.finetune import EmergenceRow, LossRow
+from melens.settings import Progress
 from melens.store import RESULT, json_object, lines_of, read_text, write_atomically
 
 SETTINGS, LOSSES, LOOKS, CHECKPOINTS = (
@@ -121,10 +122,21 @@ def tidy(folder: Path) -> None:
 class Keeper(TrainerCallback):
     """Losses as rows, and the best weights so far; in the first of several processes only."""
 
-    def __init__(self, folder: Path, model: Any) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: Any, progress: Progress | None = None) -> None:
+        self.folder, self.model, self.progress = folder, model, progress
         known = [row.held_out for row in losses_in(folder) if row.held_out is not None]
         self.best = min(known, default=float("inf"))
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Say how far it is."""
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps)
 
     def on_log(
         self,

@@ -45,6 +45,7 @@ from melens.models.view import view_of
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.finetune import FineTuning
+from melens.settings import Progress
 from melens.store import hash_facts, write_atomically
 
 LOCATED = 8
@@ -77,6 +78,7 @@ def finetune(
     out: Path | str,
     held_out: Path | str | None = None,
     me_layer: MELayer | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> FineTuning:
     """Fine-tune a model with a mask in force where it should be, and watch its ME Layer.
@@ -93,23 +95,38 @@ def finetune(
              held_out: more rows of the same kind, on which the best weights are chosen.
              me_layer: what ``melens.locate`` found on this model; None = locate where needed, on
              the first rows.
+             progress: called with (steps done, steps in all).
     Raises:  PromptError: a bad line of the data, before any weights are loaded. ResultError: a
              folder of another training, or a ME Layer of another model. InterventionError: settings
              that cannot be meant. ModelNotFoundError, WeightsError, ModelError: no such model.
     """
     how = training_of(how, settings)
+    subject = checked(model, data, how, held_out=held_out, me_layer=me_layer)
+    return run(subject, how, Path(out), progress=progress)
+
+
+def checked(
+    model: str | Path,
+    data: Path | str,
+    how: Training,
+    *,
+    held_out: Path | str | None = None,
+    me_layer: MELayer | None = None,
+) -> Subject:
+    """Everything that can be refused, refused; then the model with its rows.
+
+    Raises:  as :func:`finetune`.
+    """
     rows = read_training_data(data)
     others = None if held_out is None else read_training_data(held_out)
-    check_fits(how, rows)
-    subject = subject_of(model, rows, others, how, me_layer)
-    return run(subject, how, Path(out))
+    for read in (rows, others):
+        if read is not None:
+            _check_fits(how, read)
+    return _subject_of(model, rows, others, how, me_layer)
 
 
-def check_fits(how: Training, rows: TrainingData) -> None:
-    """Refuse rows that the objective cannot use, before any weights are loaded.
-
-    Raises:  InterventionError: naming both.
-    """
+def _check_fits(how: Training, rows: TrainingData) -> None:
+    """Refuse rows that the objective cannot use, before any weights are loaded."""
     objective = objective_of(rows, how)
     pairs = rows.kind == "preference"
     if pairs != (objective == "dpo"):
@@ -122,7 +139,7 @@ def check_fits(how: Training, rows: TrainingData) -> None:
     training_of(how, {"objective": objective})  # what excludes an objective, where none was named
 
 
-def subject_of(
+def _subject_of(
     model: str | Path,
     data: TrainingData,
     held_out: TrainingData | None,
@@ -154,7 +171,9 @@ def subject_of(
     return Subject(hf, tokenizer, facts, me_layer, rows, held_out and tokens(held_out))
 
 
-def run(subject: Subject, how: Training, folder: Path) -> FineTuning:
+def run(
+    subject: Subject, how: Training, folder: Path, *, progress: Progress | None = None
+) -> FineTuning:
     """Train a model that is ready, from its last checkpoint where there is one."""
     checkpoint = _take_up(subject, how, folder)
     if (folder / RESULT_FILE).exists():
@@ -163,7 +182,7 @@ def run(subject: Subject, how: Training, folder: Path) -> FineTuning:
     if how.checkpointing:
         trained.gradient_checkpointing_enable(checkpointing(trained))
         trained.enable_input_require_grads()
-    callbacks: list[Any] = [Keeper(folder, trained)]
+    callbacks: list[Any] = [Keeper(folder, trained, progress)]
     look = None
     if how.method != "sink":  # the residual stream is not trained there, and stays what it was
         look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
@@ -171,7 +190,7 @@ def run(subject: Subject, how: Training, folder: Path) -> FineTuning:
     trainer = trainer_of(
         trained, subject.tokenizer, subject.rows, subject.held_out, how, folder, callbacks
     )
-    if look is not None:
+    if look is not None and how.report_to:
         look.report = trainer.log
     with ExitStack() as stack:
         for model in (trained, getattr(trainer, "ref_model", None)):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from melens.errors import ModelError
 from melens.finetuning.data import TokenRows, TrainingData
@@ -57,7 +57,7 @@ def trainer_of(
         more["reward_funcs"] = [reward_of(how.reward)]
     if objective == "dpo" and how.method == "full":
         more["ref_model"] = copy.deepcopy(model).requires_grad_(False)
-    return trainer(
+    made = trainer(
         model=model,
         args=config(**arguments),
         train_dataset=datasets(rows, tokenizer, how),
@@ -66,6 +66,8 @@ def trainer_of(
         callbacks=list(callbacks),
         **more,
     )
+    made.remove_callback(PrinterCallback)  # the losses go into the folder, not on stdout
+    return made
 
 
 def objective_of(data: TrainingData, how: Training) -> Objective:

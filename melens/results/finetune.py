@@ -96,7 +96,7 @@ class FineTuning(Result):
             steps = [row.step for row in rows]
             if steps != sorted(steps) or any(not 0 <= step <= self.steps for step in steps):
                 raise ValueError(f"{name} must be in the order of their steps, from 0 to steps")
-        if not 0 < self.trained:
+        if not self.trained > 0:
             raise ValueError("nothing was trained")
         return self
 

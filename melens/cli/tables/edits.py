@@ -143,6 +143,50 @@ def _tune(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
+@table_of("finetune")
+def _finetune(result: Any) -> Iterator[Listing]:
+    yield Listing(
+        f"{result.texts:,} texts, {result.tokens:,} tokens; {result.too_long:,} too long and left "
+        "out. Loss, nats a token where the objective is sft:",
+        [_loss(row) for row in _ends([row for row in result.losses if row.loss is not None])],
+    )
+    if held := [row for row in result.losses if row.held_out is not None]:
+        yield Listing("\nOn held-out rows:", [_held_out(row) for row in _ends(held)])
+    if result.looks:
+        yield Listing(
+            "\nThe ME Layer meanwhile (layers count from 0, at the block output):",
+            [_look(row) for row in _ends(list(result.looks))],
+        )
+    yield Listing("")
+
+
+def _ends(rows: list[Any]) -> list[Any]:
+    """First, last and up to ten in between."""
+    step = max(1, len(rows) // (LISTED - 1))
+    return [*rows[:-1:step], *rows[-1:]]
+
+
+def _loss(row: Any) -> JsonObject:
+    return {"step": row.step, "loss": row.loss}
+
+
+def _held_out(row: Any) -> JsonObject:
+    return {"step": row.step, "loss": row.held_out}
+
+
+def _look(row: Any) -> JsonObject:
+    return {
+        "step": row.step,
+        "verdict": row.verdict,
+        "ME Layer": row.me_layer,
+        "coordinate": row.coordinate,
+        "largest |x|": row.largest,
+        "norm ratio": row.norm,
+        "sink rate": row.sink_rate,
+        "key rank": row.key_rank,
+    }
+
+
 def flags(edit: Edit) -> str:
     """The options under which other commands take this mask."""
     layers = edit.layers if isinstance(edit.layers, str) else ",".join(map(str, edit.layers))

@@ -1,0 +1,245 @@
+"""finetune: refuse early, train, show what became of the model."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from melens.cli import options as opt
+from melens.cli import output
+from melens.cli.groups import without
+from melens.cli.listing import Listing
+from melens.cli.render import say_json, show_listings
+from melens.errors import InterventionError, ModelError
+from melens.progress import progress_on, remark
+
+if TYPE_CHECKING:
+    from melens.results.edit import Edit
+
+
+class MethodKind(StrEnum):
+    """What is trained."""
+
+    lora = "lora"
+    full = "full"
+    sink = "sink"
+
+
+class AtKind(StrEnum):
+    """Where it is trained."""
+
+    all = "all"
+    me_layer = "me-layer"
+
+
+class MaskedKind(StrEnum):
+    """When the mask is in force."""
+
+    training = "training"
+    inference = "inference"
+    both = "both"
+
+
+class ObjectiveKind(StrEnum):
+    """What is trained for."""
+
+    sft = "sft"
+    dpo = "dpo"
+    grpo = "grpo"
+
+
+def finetune(
+    model: opt.Model,
+    *,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="JSON lines: messages; prompt and completion; question and answer; or prompt, "
+            "chosen and rejected."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="A new folder, or that of the same training, which goes on."
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="More such rows: the best weights are chosen on them.")
+    ] = None,
+    method: Annotated[
+        MethodKind,
+        typer.Option(
+            help="lora: low-rank adapters. full: every weight. sink: one key and value a layer, "
+            "in place of the first token."
+        ),
+    ] = MethodKind.lora,
+    at: Annotated[
+        AtKind,
+        typer.Option(help="all layers, or the ME Layer's FFN and the norm it reads through."),
+    ] = AtKind.all,
+    objective: Annotated[
+        ObjectiveKind | None,
+        typer.Option(
+            help="sft: the answer's tokens. dpo: the better of two answers. grpo: the model's own "
+            "answers, by --reward. Default: dpo for pairs of answers, else sft."
+        ),
+    ] = None,
+    edit: Annotated[opt.EditOptions, without("edit")],
+    masked_in: Annotated[
+        MaskedKind,
+        typer.Option(help="Where a mask (--mask-...) is in force: training, inference, or both."),
+    ] = MaskedKind.both,
+    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 100,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Falls to 0. Default: 2e-4 (lora), 2e-5 (full), 1e-2 (sink)."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=4, help="Longer rows are left out and counted, never cut.")
+    ] = 256,
+    rank: Annotated[int, typer.Option(min=1, help="Of lora.")] = 8,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Several texts a row, none of which sees another.")
+    ] = False,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Compute blocks again in the backward pass."),
+    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="The chat template (default: where the tokenizer has one)."
+        ),
+    ] = None,
+    reward: Annotated[
+        str, typer.Option(help="Of grpo: math (the strict scorer), or module:function.")
+    ] = "math",
+    generations: Annotated[int, typer.Option(min=2, help="Answers a prompt, of grpo.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, for grpo.")] = 64,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints, and between held-out losses.")
+    ] = 50,
+    look_every: Annotated[
+        int, typer.Option(min=1, help="Steps between two looks at the ME Layer.")
+    ] = 20,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="A tracker of transformers, e.g. tensorboard.")
+    ] = None,
+    located: opt.Located = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(help="Write the trained model as one folder too, its mask with it."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and train nothing.")
+    ] = False,
+    as_json: opt.Json = False,
+    run: Annotated[opt.RunOptions, without("dtype", "revision", "trust_remote_code")],
+) -> None:
+    """Fine-tune MODEL with a mask in force, and watch what becomes of its ME Layer.
+
+    The training is TRL's (the extra train). With --mask-rate, --mask-select and the like a mask is
+    in force; without them none is. Interrupted, the same command goes on where it was. --out gets
+    the losses and looks as rows, last and best weights, finetune.json and a README.md.
+
+    Examples:
+      melens finetune smollm2-135m --data train.jsonl --held-out test.jsonl -o runs/lora
+
+      melens finetune smollm2-135m --data train.jsonl --mask-rate 0.5 -o runs/masked --merge runs/m
+
+      melens finetune smollm2-135m --data train.jsonl --method sink --dry-run
+    """
+    typed = {name: _plain(value) for name, value in locals().items()}
+    if out is None and not dry_run:
+        raise InterventionError("--out FOLDER is missing; it gets the weights and what was seen.")
+    require_train()
+    from melens.finetuning.data import read_training_data
+    from melens.finetuning.settings import Training
+
+    names = {field.name for field in fields(Training)} & typed.keys()
+    settings: dict[str, Any] = {name: typed[name] for name in names - {"report_to"}}
+    settings |= {
+        "mask": _mask(edit),
+        "batch_size": run.batch_size,
+        "seed": run.seed,
+        "device": None if run.device == "auto" else run.device,
+        "report_to": tuple(report_to or ()),
+    }
+    how = Training(**settings)
+    for path in filter(None, (data, held_out)):
+        read_training_data(path)
+    found = _located(located)
+    if merge is not None:
+        from melens.exporting.folder import check_out
+
+        check_out(merge)
+    if dry_run:
+        _show_plan(model, data, how, held_out=held_out, me_layer=found, as_json=as_json)
+        return
+    assert out is not None
+    _train(model, data, how, out, held_out=held_out, me_layer=found, merge=merge, as_json=as_json)
+
+
+def require_train() -> None:
+    """Refuse to begin where the extra is missing.
+
+    Raises:  ModelError: saying how to get it.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in ("trl", "peft", "accelerate", "datasets") if not find_spec(name)]
+    if missing:
+        raise ModelError(f"fine-tuning needs {', '.join(missing)}: pip install 'melens[train]'.")
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def _mask(edit: opt.EditOptions) -> Edit:
+    """The mask that was typed, or none."""
+    from melens.results.edit import Edit
+
+    typed = any(getattr(edit, f"mask_{name}") is not None for name in opt.SETTINGS)
+    return opt.edit_of(edit) if typed or edit.edit_file is not None else Edit(name="none")
+
+
+def _located(path: Path | None) -> Any:
+    if path is None:
+        return None
+    from melens.results import load_located
+
+    return load_located(path)
+
+
+def _show_plan(model: str, data: Path, how: Any, *, as_json: bool, **given: Any) -> None:
+    from dataclasses import asdict
+
+    from melens.finetuning.planning import plan
+
+    found = plan(model, data, how, **given)
+    if as_json:
+        say_json(asdict(found))
+        return
+    show_listings([Listing("What this training would take:", found.rows())])
+
+
+def _train(
+    model: str, data: Path, how: Any, out: Path, *, merge: Path | None, as_json: bool, **given: Any
+) -> None:
+    from melens.finetuning.merging import merge as write_merged
+    from melens.finetuning.run import finetune as train
+
+    with progress_on("steps", what="training") as tick:
+        result = train(model, data, how, out=out, progress=tick, **given)
+    output.save(result, out, "finetune", "training")
+    if merge is not None:
+        remark(f"wrote {write_merged(out, merge)}")
+    output.show(result, as_json=as_json, folder=out)
