@@ -28,9 +28,11 @@ from melens.exporting.subject import (
     probe_of,
     read_edit,
     subject_of,
+    vocabulary_of,
     write_edit,
 )
 from melens.formatting import brief, clipped
+from melens.framing import require_known
 from melens.protocols import Loadable, Tokenizer, TransformersModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
@@ -121,6 +123,7 @@ def export(
         record = _record(subject, edit, me_layer, "hf")
         return _place(target, lambda folder: _write_model(hf, tokenizer, folder), record)
     token = fixed_first(subject.tokenizer, first_token)
+    require_known([[token]], vocabulary_of(subject.hf))
     prefix = constant_prefix(subject.runnable, edit, me_layer, token)
     facts = facts_of(
         subject.hf, prefix, subject.tokenizer, difference(subject.runnable, edit, me_layer, prefix)

@@ -23,8 +23,8 @@ SETTINGS, LOSSES, LOOKS, CHECKPOINTS = (
 )
 LAST, BEST, SINK = "last", "best", "prefix"
 RESULT_FILE = "finetune.json"
-LOCATED_ON = "located_on"
-"""In the settings: ids of the rows that the ME Layer was located on."""
+SOURCE, LOCATED_ON = "source", "located_on"
+"""In the settings: what the base model is loaded by; ids that the ME Layer was located on."""
 STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint: one without it was cut short."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
@@ -122,8 +122,11 @@ def tidy(folder: Path) -> None:
 class Keeper(TrainerCallback):
     """Losses as rows, and the best weights so far; in the first of several processes only."""
 
-    def __init__(self, folder: Path, model: Any, progress: Progress | None = None) -> None:
-        self.folder, self.model, self.progress = folder, model, progress
+    def __init__(
+        self, folder: Path, model: Any, tokenizer: Any, progress: Progress | None = None
+    ) -> None:
+        self.folder, self.model, self.tokenizer = folder, model, tokenizer
+        self.progress = progress
         known = [row.held_out for row in losses_in(folder) if row.held_out is not None]
         self.best = min(known, default=float("inf"))
 
@@ -164,13 +167,14 @@ class Keeper(TrainerCallback):
         loss = (metrics or {}).get("eval_loss", float("inf"))
         if loss < self.best and state.is_world_process_zero:
             self.best = loss
-            save(self.model, self.folder / BEST)
+            save(self.model, self.folder / BEST, self.tokenizer)
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path, tokenizer: Any) -> None:
     """The adapter, or the whole model where all of it was trained, in safetensors."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

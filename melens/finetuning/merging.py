@@ -9,7 +9,15 @@ from melens.errors import ResultError
 from melens.exporting.folder import check_out, export
 from melens.exporting.prefix import PREFIX_FILE, Prefix, change, facts_of, write_prefix
 from melens.exporting.subject import MELENS_JSON, probe_of, write_edit
-from melens.finetuning.keeping import BEST, LAST, LOCATED_ON, RESULT_FILE, SETTINGS, read_settings
+from melens.finetuning.keeping import (
+    BEST,
+    LAST,
+    LOCATED_ON,
+    RESULT_FILE,
+    SETTINGS,
+    SOURCE,
+    read_settings,
+)
 from melens.locating import locate
 from melens.models.loading import adopt, load_plain
 from melens.models.origin import Origin
@@ -56,7 +64,7 @@ def trained_model(
         return load_plain(weights, device=device)
     from peft import PeftModel
 
-    hf, tokenizer, origin = load_plain(result.run.model, device=device)
+    hf, tokenizer, origin = load_plain(read_settings(Path(folder))[SOURCE], device=device)
     merged = PeftModel.from_pretrained(hf, str(weights)).merge_and_unload()
     return merged, tokenizer, origin
 

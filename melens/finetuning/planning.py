@@ -92,7 +92,7 @@ def plan(
         tokens=rows.tokens,
         tokens_a_step=a_step * rows.tokens / len(rows.ids),
         trained=count,
-        of=sum(value.numel() for value in subject.hf.parameters()),
+        of=subject.numbers,
         optimiser_bytes=4 * (1 + ADAM) * count,
         peak_bytes=_peak(next(subject.hf.parameters()).device),
         seconds=seconds * how.steps * how.accumulate,

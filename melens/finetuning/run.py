@@ -22,6 +22,7 @@ from melens.finetuning.keeping import (
     LOSSES,
     RESULT_FILE,
     SINK,
+    SOURCE,
     Keeper,
     cut_rows,
     looks_in,
@@ -59,6 +60,10 @@ class Subject:
     hf: Any
     tokenizer: Any
     facts: ModelFacts
+    source: str
+    """What the model is loaded by again: a path of a folder is whole."""
+    numbers: int
+    """Of the model, before anything is put around it."""
     me_layer: MELayer | None
     rows: Rows
     held_out: Rows | None
@@ -168,7 +173,17 @@ def _subject_of(
         dtype=str(first.dtype).removeprefix("torch."),
         device=str(first.device),
     )
-    return Subject(hf, tokenizer, facts, me_layer, rows, held_out and tokens(held_out))
+    local = Path(model).expanduser()
+    return Subject(
+        hf,
+        tokenizer,
+        facts,
+        str(local.absolute()) if local.exists() else str(model),
+        sum(value.numel() for value in hf.parameters()),
+        me_layer,
+        rows,
+        held_out and tokens(held_out),
+    )
 
 
 def run(
@@ -182,7 +197,7 @@ def run(
     if how.checkpointing:
         trained.gradient_checkpointing_enable(checkpointing(trained))
         trained.enable_input_require_grads()
-    callbacks: list[Any] = [Keeper(folder, trained, progress)]
+    callbacks: list[Any] = [Keeper(folder, trained, subject.tokenizer, progress)]
     look = None
     if how.method != "sink":  # the residual stream is not trained there, and stays what it was
         look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
@@ -200,7 +215,7 @@ def run(
     trainer.accelerator.wait_for_everyone()
     result = None
     if trainer.accelerator.is_main_process:
-        save(trained, folder / LAST)
+        save(trained, folder / LAST, subject.tokenizer)
         result = _result(subject, how, trained, folder)
         tidy(folder)
         if how.method == "sink" and subject.first_token is not None:
@@ -226,8 +241,11 @@ def _take_up(subject: Subject, how: Training, folder: Path) -> Path | None:
     }
     state = PartialState(cpu=how.device == "cpu")
     with state.main_process_first():
-        texts = {LOCATED_ON: [list(ids) for ids in subject.rows.tokens.ids[:LOCATED]]}
-        checkpoint = take_up(folder, {**facts, **texts}, hash_facts(facts))
+        more = {
+            SOURCE: subject.source,
+            LOCATED_ON: [list(ids) for ids in subject.rows.tokens.ids[:LOCATED]],
+        }
+        checkpoint = take_up(folder, {**facts, **more}, hash_facts(facts))
         done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
         if state.is_main_process:
             for name in (LOSSES, LOOKS):
@@ -255,7 +273,7 @@ def _result(subject: Subject, how: Training, trained: Any, folder: Path) -> Fine
         me_layer=subject.me_layer and subject.me_layer.me_layer,
         steps=how.steps,
         trained=parameters_of(trained),
-        of=sum(value.numel() for value in subject.hf.parameters()),
+        of=subject.numbers,
         texts=len(tokens.ids),
         tokens=tokens.tokens,
         too_long=len(tokens.too_long),

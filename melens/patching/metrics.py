@@ -249,11 +249,7 @@ def _token_ids(run: Resumable, given: Token | Sequence[Token], name: str) -> Ten
 
 def _token_id(model: HookedModel, token: Token, name: str) -> int:
     if isinstance(token, int):
-        if not 0 <= token < model.cfg.d_vocab:
-            raise MetricError(
-                f"{name} token {token} is outside the vocabulary, 0 to {model.cfg.d_vocab - 1}."
-            )
-        return token
+        return _known(model, token, name)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise MetricError(f"this model has no tokenizer for {name}={token!r}; give a token id.")
@@ -264,4 +260,13 @@ def _token_id(model: HookedModel, token: Token, name: str) -> int:
             f"{name}={token!r} is {len(ids)} tokens ({parts}); give one of a single token (a "
             "leading space often matters), or a token id."
         )
-    return ids[0]
+    return _known(model, ids[0], name)
+
+
+def _known(model: HookedModel, token: int, name: str) -> int:
+    """The id, which the model has an embedding for; a tokenizer may have more than it."""
+    if not 0 <= token < model.cfg.d_vocab:
+        raise MetricError(
+            f"{name} token {token} is outside the vocabulary, 0 to {model.cfg.d_vocab - 1}."
+        )
+    return token

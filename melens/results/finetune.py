@@ -113,11 +113,12 @@ class FineTuning(Result):
     def summary(self) -> str:
         """One plain sentence; layers count from 0 at the block output."""
         where = f" at the ME Layer ({self.me_layer})" if self.at == "me-layer" else ""
-        mask = (
-            "without a mask"
-            if self.mask.name == "none"
-            else f"{self.mask.label} {WHERE[self.masked_in]}"
-        )
+        if self.mask.name == "none":
+            mask = "without a mask"
+        elif self.method == "sink":
+            mask = f"started under {self.mask.label}"
+        else:
+            mask = f"{self.mask.label} {WHERE[self.masked_in]}"
         said = (
             f"{self.run.model}, {self.steps} steps of {self.objective} ({self.method}{where}, "
             f"{self.trained:,} of {self.of:,} numbers), {mask}"

@@ -146,3 +146,13 @@ def test_the_presets_are_files_that_one_can_copy(tmp_path):
         assert tomllib.loads(text)["name"] == name
         assert read_policy(write(tmp_path, f"{name}.toml", text)) == read_policy(name)
     assert Policy.model_validate(read_policy().model_dump()) == read_policy()
+
+
+def test_a_line_of_thousands_of_keys_is_refused_unread(tmp_path):
+    """A dotted key of many parts takes the library minutes."""
+    from melens.checking.policy import read_policy
+
+    path = tmp_path / "p.toml"
+    path.write_text("a = 1\n" + ".".join("a" * 300) + " = 1\n")
+    with pytest.raises(PolicyError, match=r"p\.toml, line 2: 603 characters; .*at most 500"):
+        read_policy(path)

@@ -257,3 +257,34 @@ def test_a_prompt_that_no_edit_touched_is_said_with_quiet_too(capsys):
     assert capsys.readouterr().err == (
         "melens: note: no token was edited in 'b': none of theirs is massive.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("generate", "--prompt", "w5 w64 w6", "--max-new-tokens", "1"), "vocabulary is 0 to 63"),
+        (("export", "--format", "prefix", "--first-token", "w64", "-o", "out"), "is 0 to 63"),
+        (
+            ("patch", "--clean", "w5 w6 w7", "--metric", "logit_difference", "--answer", "w64")
+            + ("--wrong", "w5"),
+            "answer token 64 is outside the vocabulary, 0 to 63",
+        ),
+    ],
+)
+def test_an_id_beyond_the_embedding_is_one_line(
+    make_tiny, tokenizer, tmp_path, monkeypatch, capsys, command, says
+):
+    """These take ids by themselves, past the readers of texts."""
+    import copy
+
+    from melens.cli.app import _run
+
+    made = copy.deepcopy(tokenizer)
+    made.add_tokens(["w64"])
+    make_tiny("llama").save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    name, *rest = command
+    edit = ["--mask-layers", "1"] if name != "patch" else []
+    code = _run([name, str(tmp_path), *rest, *edit], debug=False)
+    assert (code, says in capsys.readouterr().err) == (2, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
@@ -119,3 +120,15 @@ def test_a_file_gets_wide_tables_whatever_the_terminal(monkeypatch, capsys):
     assert lines[0].split() == ["layer", "first", "value", "note", "loss"]
     assert len(lines) == 5
     assert lines[-1] == ""
+
+
+def test_a_table_of_massive_tokens_says_that_it_is_cut():
+    """At most 8 of N rows are shown."""
+    from melens.cli.tables import measures
+
+    tokens = [
+        SimpleNamespace(position=i, token="a", dim=i, value=1.0, frequency=1.0) for i in range(9)
+    ]
+    *_, last = measures._massive(SimpleNamespace(massive=tokens), "")
+    assert "8 of 9 massive tokens and dimensions; the JSON has all." in str(last)
+    assert len([*measures._massive(SimpleNamespace(massive=tokens[:8]), "")]) == 1

@@ -13,9 +13,11 @@ from planted import (
     plant,
     plant_newline,
 )
+from planted_report import SAVED
 
 from melens.errors import EditWarning
 from melens.interventions.massive import MassiveRule
+from melens.results.locate import FirstToken
 
 
 def _bridged(planted, tokenizer):
@@ -201,3 +203,63 @@ def test_a_massive_token_passes_both_limits_and_one_is_not_enough():
     rule = MassiveRule(layer=0, dim=1, coordinate=10.0, norm=50.0, median_norm=10.0)
     x = torch.tensor([[[0.0, 20.0, 0.0], [60.0, 5.0, 0.0], [60.0, -20.0, 0.0], [0.0, 0.0, 0.0]]])
     assert rule.marks(x)[0].tolist() == [[False, False, True, False]]
+
+
+def _first_rule(tokens):
+    """The rule of an ME Layer with first token 7 located, and these others tried alone."""
+    from melens.interventions.massive import FirstRule
+    from melens.results import load_result
+
+    me = load_result(SAVED / "smollm2-135m-bos.locate.json")
+    one = me.massive[0].model_copy(update={"token_id": 7, "position": 0})
+    tried = tuple(
+        FirstToken(token_id=i, token="a", massive=massive, me_layer=None, value=1.0)
+        for i, massive in tokens
+    )
+    support = me.stability.model_copy(update={"first_tokens": tried})
+    return FirstRule.of(me.model_copy(update={"massive": (one,), "stability": support}))
+
+
+def test_a_first_token_that_was_never_tried_counts_where_all_that_were_are_massive():
+    """Before the ME Layer only first tokens are told; not by the located id alone."""
+    from melens.interventions.context import PassTokens
+
+    ids = torch.tensor([[7, 7], [8, 7], [9, 9]])
+    now = PassTokens(ids, torch.arange(2).expand(3, 2))
+    every = [[True, False]] * 3
+    assert _first_rule([(8, True)])(now).tolist() == every
+    some = _first_rule([(8, False)])(now)  # 8 is known not to be; of 9 nothing is known
+    assert some.tolist() == [[True, False], [False, False], [False, False]]
+    two = _first_rule([(8, True), (10, False)])(now)
+    assert two.tolist() == [[True, False], [True, False], [False, False]]
+
+
+def test_first_tokens_that_prompts_begin_with_are_tried():
+    """Generate, lm-eval and exports ask of each first token whether it is massive."""
+    from planted import batch, plant
+
+    from melens.batches import Batch
+    from melens.interventions.massive import FirstRule, with_firsts
+    from melens.locating import locate
+    from melens.models import load
+
+    made = plant("llama", "single", 1)
+    model = load(made.model)
+    me = locate(model, [Batch.of(batch(made, n=2, length=20))])
+    (massive,) = made.truth.token_ids
+    ordinary = 40
+    bare = me.model_copy(update={"stability": me.stability.model_copy(update={"first_tokens": ()})})
+    known = dict(FirstRule.of(with_firsts(model, bare, [massive, ordinary])).known)
+    assert known == {massive: True, ordinary: False}
+
+
+def test_an_edit_that_met_no_token_says_which_option():
+    from planted import batch, plant
+
+    from melens.errors import NoTokenError
+    from melens.interventions import wemask
+
+    made = plant("llama", "single", 1)
+    with pytest.raises(NoTokenError, match=r"look at tokens= and .*--bos, --chat"):  # noqa: SIM117
+        with wemask(made.model, layers=[1], rate=0.5, tokens=[500]), torch.no_grad():
+            made.model(batch(made, n=1, length=8))

@@ -56,11 +56,13 @@ class EditJob:
             raise InterventionError("--first-token belongs to the formats prefix and peft.")
         from melens.exporting.folder import check_out, export
         from melens.exporting.prefix import fixed_first
+        from melens.framing import require_known
 
         check_out(out)
         loaded, texts = self.job.load()
         if format != "hf":
             token = fixed_first(loaded.tokenizer, first_token)
+            require_known([[token]], loaded.cfg.d_vocab)
             texts = self._with_bos(texts, loaded.tokenizer, [token])
         found = self.me_layer(loaded, texts)
         return export(

@@ -1,0 +1,265 @@
+"""Training under a mask: what TRL would do, with the edit in every pass, kept and taken up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import melens
+from melens.errors import InterventionError, ModelError, ResultError
+from melens.finetuning import merge, trained_model
+from melens.finetuning.data import read_training_data, tokenise
+from melens.finetuning.keeping import PICKLES
+from melens.results import load_result
+from melens.results.edit import Edit
+
+# Raised inside PEFT and TRL, about each other's and transformers' names.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+MASK = Edit(name="wemask", rate=0.5)
+FEW = {"steps": 3, "batch_size": 4, "rank": 2, "save_every": 2, "look_every": 100}
+
+
+def weights(out, which="last"):
+    return load_file(out / which / "adapter_model.safetensors")
+
+
+def same(a, b, *, within=0.0):
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a) <= within
+
+
+@pytest.fixture(scope="module")
+def masked(folder, rows, rows_of, tmp_path_factory):
+    """One training under the mask, undisturbed."""
+    out = tmp_path_factory.mktemp("masked") / "run"
+    held_out = rows_of("held-out", 4, 1)
+    result = melens.finetune(folder, rows, mask=MASK, held_out=held_out, out=out, **FEW)
+    return out, result, held_out
+
+
+def test_strength_0_is_plain_trl_bit_for_bit(folder, rows, words, tmp_path):
+    """Independent: PEFT and TRL as their own documents use them."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    none = MASK.changed(strength=0.0)
+    melens.finetune(folder, rows, mask=none, out=tmp_path / "ours", **FEW)
+
+    hf = AutoModelForCausalLM.from_pretrained(folder)
+    names = [n for n, m in hf.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    torch.manual_seed(0)
+    linear = [f"model.{name}" for name in names]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=linear, task_type="CAUSAL_LM")
+    tokens = tokenise(read_training_data(rows), words, max_tokens=256)
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=2e-4,
+        seed=0,
+        data_seed=0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        gradient_checkpointing=False,
+        bf16=False,
+        max_length=None,
+    )
+    columns = {"input_ids": list(map(list, tokens.ids)), "labels": list(map(list, tokens.labels))}
+    model = get_peft_model(hf, config)
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=Dataset.from_dict(columns), processing_class=words
+    )
+    trainer.train()
+    model.save_pretrained(tmp_path / "trl" / "last")
+    assert same(weights(tmp_path / "ours"), weights(tmp_path / "trl"))
+
+
+def test_what_a_training_leaves(masked, folder):
+    out, result, _ = masked
+    assert load_result(out / "finetune.json") == result
+    assert [row.step for row in result.losses] == [1, 2, 3]
+    assert result.losses[1].held_out is not None
+    assert result.me_layer == melens.locate(melens.load(folder)).me_layer
+    assert not [path for kind in PICKLES for path in out.rglob(kind)]
+    assert not (out / "checkpoints").exists()
+    assert "planted, 3 steps of sft (lora" in (out / "README.md").read_text()
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "best",
+        "emergence.jsonl",
+        "finetune.json",
+        "last",
+        "losses.jsonl",
+        "training.json",
+    }
+    for style in ("training", "layers"):
+        assert result.plot(style).axes
+
+
+def test_killed_and_resumed_is_undisturbed(masked, folder, rows, tmp_path):
+    """Behind the checkpoint of step 2 a step is lost; the same call does it again."""
+    out, result, held_out = masked
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done, total):
+        if done == 3:
+            raise KilledError
+
+    asked = {"mask": MASK, "held_out": held_out, "out": tmp_path / "run", **FEW}
+    with pytest.raises(KilledError):
+        melens.finetune(folder, rows, progress=kill, **asked)
+    assert not (tmp_path / "run" / "last").exists()
+    with pytest.raises(ResultError, match="has not ended"):
+        trained_model(tmp_path / "run")
+    again = melens.finetune(folder, rows, **asked)
+    assert same(weights(out), weights(tmp_path / "run"))
+    assert again.losses == result.losses
+    assert melens.finetune(folder, rows, **asked) == again  # nothing is trained twice
+    with pytest.raises(ResultError, match="holds another training"):
+        melens.finetune(folder, rows, **asked | {"seed": 1})
+
+
+def test_checkpointing_changes_nothing(masked, folder, rows, tmp_path):
+    out, _, held_out = masked
+    asked = {"mask": MASK, "held_out": held_out, "out": tmp_path, "checkpointing": True, **FEW}
+    melens.finetune(folder, rows, **asked)
+    assert same(weights(out), weights(tmp_path), within=1e-6)
+
+
+def test_merged_and_unmerged_agree_and_the_mask_comes_with_it(masked, folder, tmp_path):
+    from peft import PeftModel
+
+    out, _, _ = masked
+    ids = torch.tensor([[1, 20, 30, 40, 50]])
+    hf, _, _ = trained_model(out)
+    base, _, _ = melens.models.load_plain(folder)
+    unmerged = PeftModel.from_pretrained(base, str(out / "last"))
+    with torch.no_grad():
+        assert torch.allclose(hf(ids).logits, unmerged(ids).logits, atol=1e-4)
+    bridge = melens.load(merge(out, tmp_path / "merged"))
+    assert bridge.melens_edit.edit == MASK
+    with torch.no_grad():
+        edited = bridge(ids)
+        bridge.melens_edit.close()
+        assert not torch.allclose(edited, bridge(ids), atol=1e-3)
+        assert torch.allclose(bridge(ids), hf(ids).logits, atol=1e-4)
+
+
+def test_a_learned_sink_is_a_prefix_anywhere(folder, rows, words, tmp_path):
+    """Independent: PEFT alone, on a model that melens never saw."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from melens.exporting import load_prefix
+
+    out = tmp_path / "run"
+    result = melens.finetune(folder, rows, mask=MASK, method="sink", out=out, **FEW)
+    assert result.trained == 2 * 32 * melens.load(folder).cfg.n_layers
+    ids = torch.tensor([[1, 20, 30, 40, 50]])
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        before = plain(ids).logits[:, 1:]
+        ours = plain(ids[:, 1:], past_key_values=load_prefix(out / "prefix", plain)).logits
+        theirs = PeftModel.from_pretrained(plain, str(out / "last"))(ids[:, 1:]).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert not torch.allclose(ours, before, atol=1e-2)
+    assert "learned key and value in place" in str(load_result(out / "prefix" / "melens.json"))
+    with pytest.raises(ResultError, match="learned sink"):
+        merge(out, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_pairs_of_answers_by_dpo(folder, method, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "w9 w8", "chosen": " w7 w20", "rejected": " w30"}
+    pairs.write_text(json.dumps(row) + "\n" + json.dumps(row | {"chosen": " w50"}) + "\n")
+    asked = FEW | {"batch_size": 2, "learning_rate": 1e-3}
+    result = melens.finetune(folder, pairs, mask=MASK, method=method, out=tmp_path / "run", **asked)
+    assert result.objective == "dpo"
+    first, *_, last = (row.loss for row in result.losses)
+    assert first == pytest.approx(0.6931, abs=1e-3)  # ln 2: reference and model see the same mask
+    assert last < first
+
+
+def test_rewards_of_ones_own(folder, rows_of, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, answer, **rest):\n    return [float(len(c)) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = FEW | {"steps": 1, "objective": "grpo", "reward": "mine:short", "max_new_tokens": 4}
+    result = melens.finetune(
+        folder, rows_of("grpo", 4, 2), mask=MASK, out=tmp_path / "run", **asked
+    )
+    assert result.objective == "grpo"
+    with pytest.raises(InterventionError, match="has no function 'long'"):
+        melens.finetune(
+            folder, rows_of("grpo", 4, 2), out=tmp_path / "x", **asked | {"reward": "mine:long"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"stepz": 3}, "finetune takes no 'stepz'"),
+        ({"method": "lorra"}, "Did you mean 'lora'?"),
+        ({"steps": 0}, "steps must be a whole number from 1"),
+        ({"learning_rate": 2.0}, "learning_rate must be between 0 and 1"),
+        ({"mask": "wemask"}, "mask must be a melens.results.Edit"),
+        ({"mask": Edit(name="zero")}, "mask must be a melens.results.Edit called wemask or none"),
+        ({"method": "sink", "packing": True}, "do not go with it"),
+        ({"objective": "dpo"}, "dpo needs rows with prompt, chosen and rejected"),
+        ({"objective": "grpo", "reward": "nothing"}, "reward must be math or module:function"),
+        ({"objective": "grpo", "batch_size": 3}, "multiple of generations (4)"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_loading(rows, settings, says, tmp_path):
+    with pytest.raises(InterventionError) as said:
+        melens.finetune("no-such-model", rows, out=tmp_path / "x", **settings)
+    assert says in str(said.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_compiled_model_is_refused(folder):
+    from transformers import AutoModelForCausalLM
+
+    from melens.finetuning.trainers import require_uncompiled
+
+    hf = AutoModelForCausalLM.from_pretrained(folder)
+    hf.compile()
+    with pytest.raises(ModelError, match="compiled"):
+        require_uncompiled(hf)
+
+
+TWO = """
+import sys
+import melens
+from melens.results.edit import Edit
+model, data, out, batch = sys.argv[1:]
+melens.finetune(model, data, mask=Edit(name="wemask", rate=0.5), out=out, device="cpu", steps=2,
+                batch_size=int(batch), rank=2, save_every=2, look_every=100)
+"""
+
+
+def test_two_processes_with_half_the_batch_are_one(folder, rows, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    asked = [str(folder), str(rows)]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines"]
+    launch += ["1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = [sys.executable, *launch, str(script), *asked, str(tmp_path / "two"), "2"]
+    done = subprocess.run(two, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    melens.finetune(folder, rows, mask=MASK, out=tmp_path / "one", **FEW | {"steps": 2})
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), within=1e-5)
