@@ -174,7 +174,8 @@ def save(model: Any, folder: Path, tokenizer: Any) -> None:
     """The adapter, or the whole model where all of it was trained, in safetensors."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    adapters = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(part, **adapters)  # fast weights, where there are any, are thrown away
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

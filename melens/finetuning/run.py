@@ -194,10 +194,16 @@ def run(
     if (folder / RESULT_FILE).exists():
         return read_run(folder)
     trained = trainable(subject.hf, how, subject.me_layer, first_token=subject.first_token)
+    callbacks: list[Any] = []
+    if how.remedy == "focus":
+        from melens.finetuning.focus import ThrowAway, add_fast_weights
+
+        add_fast_weights(trained)
+        callbacks.append(ThrowAway())
     if how.checkpointing:
         trained.gradient_checkpointing_enable(checkpointing(trained))
         trained.enable_input_require_grads()
-    callbacks: list[Any] = [Keeper(folder, trained, subject.tokenizer, progress)]
+    callbacks.append(Keeper(folder, trained, subject.tokenizer, progress))
     look = None
     if how.method != "sink":  # the residual stream is not trained there, and stays what it was
         look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
@@ -270,6 +276,7 @@ def _result(subject: Subject, how: Training, trained: Any, folder: Path) -> Fine
         at=how.at,
         mask=how.mask,
         masked_in=how.masked_in,
+        remedy=how.remedy,
         me_layer=subject.me_layer and subject.me_layer.me_layer,
         steps=how.steps,
         trained=parameters_of(trained),

@@ -44,6 +44,8 @@ class Training:
     objective: Objective | None = None
     """sft: the answer's tokens. dpo: the better of two answers. grpo: answers of the model's own,
     by a reward. None = dpo for pairs of answers, sft for everything else."""
+    remedy: Literal["none", "focus"] = "none"
+    """focus: fast weights under a two-way context (FocuSFT, arXiv 2605.09932); of lora and sft."""
     mask: Edit = Edit(name="none")
     masked_in: MaskedIn = "both"
     """In training alone, at inference alone, or both; without a mask this says nothing."""
@@ -110,6 +112,14 @@ class Training:
 
     def _go_together(self) -> None:
         """Refuse settings that exclude each other."""
+        check_choice("remedy", self.remedy, ("none", "focus"))
+        if self.remedy == "focus" and (
+            self.method != "lora" or self.objective in ("dpo", "grpo") or self.packing
+        ):
+            raise InterventionError(
+                "remedy='focus' puts fast LoRA weights beside those that are trained, on one text "
+                "a row: it needs method='lora', objective='sft' and no packing."
+            )
         if self.method == "sink" and (self.packing or self.at != "all" or self.checkpointing):
             raise InterventionError(
                 "method='sink' trains one key and value a layer: packing, checkpointing and "

@@ -50,7 +50,7 @@ def trainer_of(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
     objective = objective_of(rows.data, how)
     kinds, datasets = _KINDS[objective]
-    config, trainer = kinds()
+    config, trainer = _focus() if how.remedy == "focus" else kinds()
     arguments = _arguments(how, folder, evaluate=held_out is not None) | _OWN[objective](how)
     more: dict[str, Any] = {}
     if objective == "grpo":
@@ -109,6 +109,14 @@ def _sft() -> tuple[Any, Any]:
     from trl import SFTConfig, SFTTrainer
 
     return SFTConfig, SFTTrainer
+
+
+def _focus() -> tuple[Any, Any]:
+    from trl import SFTConfig
+
+    from melens.finetuning.focus import FocusTrainer
+
+    return SFTConfig, FocusTrainer
 
 
 def _dpo() -> tuple[Any, Any]:

@@ -67,6 +67,8 @@ class FineTuning(Result):
     at: Literal["all", "me-layer"]
     mask: Edit
     masked_in: MaskedIn
+    remedy: Literal["none", "focus"] = "none"
+    """focus: fast weights under a two-way context (FocuSFT)."""
     me_layer: int | None
     """Located before the training; None where none was needed, or there is none."""
     steps: int
@@ -119,6 +121,7 @@ class FineTuning(Result):
             mask = f"started under {self.mask.label}"
         else:
             mask = f"{self.mask.label} {WHERE[self.masked_in]}"
+        mask += ", with fast weights (FocuSFT)" * (self.remedy == "focus")
         said = (
             f"{self.run.model}, {self.steps} steps of {self.objective} ({self.method}{where}, "
             f"{self.trained:,} of {self.of:,} numbers), {mask}"

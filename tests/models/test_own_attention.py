@@ -142,3 +142,22 @@ def test_the_probe_is_short_unless_a_short_window_asks_for_more():
     answer = own_answer(tiny_llama("sdpa"), upto=1)
     assert answer.logits is None
     assert list(answer.blocks) == [0, 1]
+
+
+def test_rounding_of_an_erased_massive_activation_is_let_pass():
+    """Its error is of the size that it had: 1e-3 of a residual of 10 that was 10,000 before."""
+    from melens.models.contract import OwnAnswer
+
+    def answer(off):
+        blocks = {0: torch.full((1, 1, 2), 1e4), 1: torch.full((1, 1, 2), 10.0 + off)}
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        return OwnAnswer("it", "sdpa", False, ids, blocks, torch.full((1, 1, 2), 10.0 + off))
+
+    own = answer(0.0)
+    near, far = answer(1e-2), answer(2.0)
+    own.require_same(near.blocks, near.logits)
+    with pytest.raises(ContractError, match="from block 1 on"):
+        own.require_same(far.blocks, far.logits)
+    never_massive = OwnAnswer("it", "sdpa", False, own.ids, {0: own.blocks[1]}, own.logits)
+    with pytest.raises(ContractError):
+        never_massive.require_same({0: near.blocks[1]}, near.logits)

@@ -44,6 +44,13 @@ class MaskedKind(StrEnum):
     both = "both"
 
 
+class RemedyKind(StrEnum):
+    """What is done about long contexts."""
+
+    none = "none"
+    focus = "focus"
+
+
 class ObjectiveKind(StrEnum):
     """What is trained for."""
 
@@ -89,6 +96,10 @@ def finetune(
             "answers, by --reward. Default: dpo for pairs of answers, else sft."
         ),
     ] = None,
+    remedy: Annotated[
+        RemedyKind,
+        typer.Option(help="focus: fast weights under a two-way context (FocuSFT), for long texts."),
+    ] = RemedyKind.none,
     edit: Annotated[opt.EditOptions, without("edit")],
     masked_in: Annotated[
         MaskedKind,
