@@ -328,9 +328,4 @@ if __name__ == "__main__":
     for field in fields(Config):
         kind = {"int": int, "str": str}[str(field.type)]
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    study = main(Config(**vars(parser.parse_args())))
-    for row in study["effects"]:
-        span = "" if row["interval"] is None else "[{:+.3f}, {:+.3f}]".format(*row["interval"])
-        print(
-            f"{row['study']:8} {row['arm']:32} {row['measure']:9} {row['difference']:+.4f} {span}"
-        )
+    main(Config(**vars(parser.parse_args())))

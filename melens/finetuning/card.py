@@ -1,4 +1,4 @@
-"""README.md of a training run: what was trained how, the ME Layer before and after, how to load it."""
+"""README.md of a run: what was trained how, the ME Layer before and after, how to load it."""
 
 from __future__ import annotations
 

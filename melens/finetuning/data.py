@@ -154,7 +154,7 @@ class TokenRows:
 def tokenise(
     data: TrainingData, tokenizer: Any, *, max_tokens: int, chat: bool | None = None
 ) -> TokenRows:
-    """Prompts in the tokenizer's chat template, the answers behind them; only answers are trained on.
+    """Prompts in the tokenizer's chat template, the answers behind them; only these are trained on.
 
     Without a template a question is put as ``Question: ... Answer:`` and any other prompt as it is.
     The end-of-text token closes every answer, where the template does not close it itself.

@@ -59,7 +59,7 @@ def add_fast_weights(model: Any) -> None:
     }
     base = model.get_base_model()
     names = [name for name, part in base.named_modules() if id(part) in inside]
-    names = [name for name in names if not name.rpartition(".")[0] in names and "lora_" not in name]
+    names = [name for name in names if name.rpartition(".")[0] not in names and "lora_" not in name]
     if not names:
         raise ModelError(f"no linear layers were found in the FFNs of {decoder.name}.")
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM")

@@ -88,7 +88,7 @@ def merge(folder: str | Path, out: str | Path, *, which: str = LAST) -> Path:
 
 
 def prefix_of(model: Any, token_id: int) -> Prefix:
-    """The column that was trained, as keys and values; ``model`` is PEFT's, of one virtual token."""
+    """The column that was trained, as keys and values, of a PEFT model of one virtual token."""
     config = model.active_peft_config
     row = model.prompt_encoder[model.active_adapter].embedding.weight.detach()[0].cpu()
     heads = config.num_attention_heads

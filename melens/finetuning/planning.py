@@ -13,8 +13,9 @@ import torch
 
 from melens.finetuning.adapters import parameters_of, trainable
 from melens.finetuning.data import IGNORED, TokenRows
-from melens.finetuning.run import checked, masked
+from melens.finetuning.run import masked
 from melens.finetuning.settings import Training, training_of
+from melens.finetuning.subject import checked
 from melens.protocols import JsonObject
 from melens.results import MELayer
 

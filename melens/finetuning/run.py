@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from melens.evaluating.edits import applied, where_held
 from melens.finetuning.adapters import parameters_of, trainable
 from melens.finetuning.callback import EmergenceCallback
 from melens.finetuning.card import write_card
-from melens.finetuning.data import TrainingData, read_training_data, tokenise
 from melens.finetuning.keeping import (
     LAST,
     LOCATED_ON,
@@ -32,50 +30,19 @@ from melens.finetuning.keeping import (
     tidy,
 )
 from melens.finetuning.merging import read_run, write_sink
-from melens.finetuning.rewards import reward_of
 from melens.finetuning.settings import Training, training_of
-from melens.finetuning.trainers import Rows, objective_of, trainer_of
-from melens.inputs import prepare
+from melens.finetuning.subject import LOCATED, Subject, checked, objective_of
+from melens.finetuning.trainers import trainer_of
 from melens.interventions.context import pass_of, recomputing
-from melens.locating import locate
-from melens.measuring.located import check_same_model
 from melens.models.decoder import decoder_of
-from melens.models.loading import adopt, load_plain
-from melens.models.origin import Origin, fingerprint, remember
-from melens.models.view import view_of
-from melens.provenance import ModelFacts, RunInfo
+from melens.provenance import RunInfo
 from melens.results import MELayer
 from melens.results.finetune import FineTuning
 from melens.settings import Progress
 from melens.store import hash_facts, write_atomically
 
-LOCATED = 8
-"""Rows of the training data that the ME Layer is located on."""
 
-
-@dataclass
-class Subject:
-    """A model that is about to be trained, and what on."""
-
-    hf: Any
-    tokenizer: Any
-    facts: ModelFacts
-    source: str
-    """What the model is loaded by again: a path of a folder is whole."""
-    numbers: int
-    """Of the model, before anything is put around it."""
-    me_layer: MELayer | None
-    rows: Rows
-    held_out: Rows | None
-
-    @property
-    def first_token(self) -> int | None:
-        """The token that every row starts with; None where they differ."""
-        firsts = {ids[0] for ids in self.rows.tokens.ids}
-        return firsts.pop() if len(firsts) == 1 else None
-
-
-def finetune(
+def finetune(  # noqa: PLR0913 (settings of the training come on top)
     model: str | Path,
     data: Path | str,
     how: Training | None = None,
@@ -110,82 +77,6 @@ def finetune(
     return run(subject, how, Path(out), progress=progress)
 
 
-def checked(
-    model: str | Path,
-    data: Path | str,
-    how: Training,
-    *,
-    held_out: Path | str | None = None,
-    me_layer: MELayer | None = None,
-) -> Subject:
-    """Everything that can be refused, refused; then the model with its rows.
-
-    Raises:  as :func:`finetune`.
-    """
-    rows = read_training_data(data)
-    others = None if held_out is None else read_training_data(held_out)
-    for read in (rows, others):
-        if read is not None:
-            _check_fits(how, read)
-    return _subject_of(model, rows, others, how, me_layer)
-
-
-def _check_fits(how: Training, rows: TrainingData) -> None:
-    """Refuse rows that the objective cannot use, before any weights are loaded."""
-    objective = objective_of(rows, how)
-    pairs = rows.kind == "preference"
-    if pairs != (objective == "dpo"):
-        needs = "prompt, chosen and rejected" if objective == "dpo" else "one answer a row"
-        raise InterventionError(
-            f"{objective} needs rows with {needs}; {rows.path} has {rows.kind}."
-        )
-    if objective == "grpo":
-        reward_of(how.reward)
-    training_of(how, {"objective": objective})  # what excludes an objective, where none was named
-
-
-def _subject_of(
-    model: str | Path,
-    data: TrainingData,
-    held_out: TrainingData | None,
-    how: Training,
-    me_layer: MELayer | None,
-) -> Subject:
-    """Load the model, tokenise, and locate where that is needed."""
-    hf, tokenizer, origin = load_plain(model, device=how.device)
-
-    def tokens(of: TrainingData) -> Rows:
-        return Rows(of, tokenise(of, tokenizer, max_tokens=how.max_tokens, chat=how.chat))
-
-    rows = tokens(data)
-    bridge = adopt(view_of(hf), tokenizer=tokenizer)
-    remember(bridge, Origin(origin.name, revision=origin.revision))
-    texts = [list(ids) for ids in rows.tokens.ids[:LOCATED]]
-    if me_layer is not None:
-        check_same_model(prepare(bridge, texts), me_layer)
-    elif how.mask.name != "none" or how.at == "me-layer":
-        me_layer = locate(bridge, texts)
-    first = next(hf.parameters())
-    facts = ModelFacts(
-        name=origin.name,
-        revision=origin.revision,
-        weights=fingerprint(bridge),
-        dtype=str(first.dtype).removeprefix("torch."),
-        device=str(first.device),
-    )
-    local = Path(model).expanduser()
-    return Subject(
-        hf,
-        tokenizer,
-        facts,
-        str(local.absolute()) if local.exists() else str(model),
-        sum(value.numel() for value in hf.parameters()),
-        me_layer,
-        rows,
-        held_out and tokens(held_out),
-    )
-
-
 def run(
     subject: Subject, how: Training, folder: Path, *, progress: Progress | None = None
 ) -> FineTuning:
@@ -208,9 +99,7 @@ def run(
     if how.method != "sink":  # the residual stream is not trained there, and stays what it was
         look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
         callbacks.append(look)
-    trainer = trainer_of(
-        trained, subject.tokenizer, subject.rows, subject.held_out, how, folder, callbacks
-    )
+    trainer = trainer_of(trained, subject, how, folder, callbacks)
     if look is not None and how.report_to:
         look.report = trainer.log
     with ExitStack() as stack:

@@ -29,6 +29,7 @@ COUNTS = (
     "max_new_tokens",
 )
 LEAST_TOKENS = 4
+NO_MASK = Edit(name="none")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Training:
     by a reward. None = dpo for pairs of answers, sft for everything else."""
     remedy: Literal["none", "focus"] = "none"
     """focus: fast weights under a two-way context (FocuSFT, arXiv 2605.09932); of lora and sft."""
-    mask: Edit = Edit(name="none")
+    mask: Edit = NO_MASK
     masked_in: MaskedIn = "both"
     """In training alone, at inference alone, or both; without a mask this says nothing."""
     steps: int = 100
@@ -81,7 +82,7 @@ class Training:
     device: str | None = None
     """None = CUDA, else MPS, else CPU."""
     report_to: tuple[str, ...] = ()
-    """Trackers of transformers, e.g. tensorboard; losses and looks are kept in the folder anyway."""
+    """Trackers of transformers, e.g. tensorboard; losses and looks are in the folder anyway."""
     seed: int = 0
 
     def __post_init__(self) -> None:

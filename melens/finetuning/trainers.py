@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,15 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from melens.errors import ModelError
-from melens.finetuning.data import TokenRows, TrainingData
 from melens.finetuning.keeping import CHECKPOINTS
 from melens.finetuning.rewards import reward_of
 from melens.finetuning.settings import Objective, Training
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What one trainer is given: rows as they were read, and as token ids."""
-
-    data: TrainingData
-    tokens: TokenRows
-
-    @property
-    def kept(self) -> list[Any]:
-        """Rows that are short enough, as they were read."""
-        short = set(self.tokens.lines)
-        return [row for row in self.data.rows if row.line in short]
+from melens.finetuning.subject import Rows, Subject, objective_of
 
 
 def trainer_of(
     model: Any,
-    tokenizer: Any,
-    rows: Rows,
-    held_out: Rows | None,
+    subject: Subject,
     how: Training,
     folder: Path,
     callbacks: Sequence[TrainerCallback],
@@ -48,31 +31,31 @@ def trainer_of(
     """
     require_uncompiled(model)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
-    objective = objective_of(rows.data, how)
-    kinds, datasets = _KINDS[objective]
+    objective = objective_of(subject.rows.data, how)
+    kinds, dataset = _KINDS[objective]
     config, trainer = _focus() if how.remedy == "focus" else kinds()
+    held_out = subject.held_out
     arguments = _arguments(how, folder, evaluate=held_out is not None) | _OWN[objective](how)
-    more: dict[str, Any] = {}
-    if objective == "grpo":
-        more["reward_funcs"] = [reward_of(how.reward)]
-    if objective == "dpo" and how.method == "full":
-        more["ref_model"] = copy.deepcopy(model).requires_grad_(False)
     made = trainer(
         model=model,
         args=config(**arguments),
-        train_dataset=datasets(rows, tokenizer, how),
-        eval_dataset=None if held_out is None else datasets(held_out, tokenizer, how),
-        processing_class=tokenizer,
+        train_dataset=dataset(subject.rows, how),
+        eval_dataset=None if held_out is None else dataset(held_out, how),
+        processing_class=subject.tokenizer,
         callbacks=list(callbacks),
-        **more,
+        **_more(objective, model, how),
     )
     made.remove_callback(PrinterCallback)  # the losses go into the folder, not on stdout
     return made
 
 
-def objective_of(data: TrainingData, how: Training) -> Objective:
-    """What is asked for, or what the rows are made for."""
-    return how.objective or ("dpo" if data.kind == "preference" else "sft")
+def _more(objective: Objective, model: Any, how: Training) -> dict[str, Any]:
+    """What one objective's trainer alone takes."""
+    if objective == "grpo":
+        return {"reward_funcs": [reward_of(how.reward)]}
+    if objective == "dpo" and how.method == "full":  # an adapter is switched off for it instead
+        return {"ref_model": copy.deepcopy(model).requires_grad_(False)}
+    return {}
 
 
 def _arguments(how: Training, folder: Path, *, evaluate: bool) -> dict[str, Any]:
@@ -131,7 +114,7 @@ def _grpo() -> tuple[Any, Any]:
     return GRPOConfig, GRPOTrainer
 
 
-def _token_rows(rows: Rows, tokenizer: Any, how: Training) -> Any:
+def _token_rows(rows: Rows, how: Training) -> Any:
     """Ids and labels; of method sink without the token that the trained column stands for."""
     first = int(how.method == "sink")
     return _dataset(
@@ -140,7 +123,7 @@ def _token_rows(rows: Rows, tokenizer: Any, how: Training) -> Any:
     )
 
 
-def _pairs(rows: Rows, tokenizer: Any, how: Training) -> Any:
+def _pairs(rows: Rows, how: Training) -> Any:
     """Conversations where there is a template, else texts; TRL tokenises them as data.py does."""
     chat = rows.tokens.chat
 
@@ -154,7 +137,7 @@ def _pairs(rows: Rows, tokenizer: Any, how: Training) -> Any:
     )
 
 
-def _questions(rows: Rows, tokenizer: Any, how: Training) -> Any:
+def _questions(rows: Rows, how: Training) -> Any:
     return _dataset(
         prompt=[_prompt(row, rows) for row in rows.kept],
         answer=[row.answer for row in rows.kept],
@@ -174,7 +157,7 @@ def _dataset(**columns: list[Any]) -> Any:
     return Dataset.from_dict(columns)
 
 
-_KINDS: dict[str, tuple[Any, Any]] = {
+_KINDS: dict[Objective, tuple[Any, Any]] = {
     "sft": (_sft, _token_rows),
     "dpo": (_dpo, _pairs),
     "grpo": (_grpo, _questions),

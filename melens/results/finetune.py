@@ -50,7 +50,7 @@ class LossRow(Part):
 
     step: int
     loss: float | None
-    """Of the step's batches, mean over trained tokens, nats; of dpo and grpo the objective's own."""
+    """Of the step's batches, nats a trained token; of dpo and grpo the objective's own."""
     held_out: float | None
     """The same on the held-out rows, where they were run at this step."""
 

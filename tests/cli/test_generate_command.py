@@ -265,8 +265,17 @@ def test_a_prompt_that_no_edit_touched_is_said_with_quiet_too(capsys):
         (("generate", "--prompt", "w5 w64 w6", "--max-new-tokens", "1"), "vocabulary is 0 to 63"),
         (("export", "--format", "prefix", "--first-token", "w64", "-o", "out"), "is 0 to 63"),
         (
-            ("patch", "--clean", "w5 w6 w7", "--metric", "logit_difference", "--answer", "w64")
-            + ("--wrong", "w5"),
+            (
+                "patch",
+                "--clean",
+                "w5 w6 w7",
+                "--metric",
+                "logit_difference",
+                "--answer",
+                "w64",
+                "--wrong",
+                "w5",
+            ),
             "answer token 64 is outside the vocabulary, 0 to 63",
         ),
     ],

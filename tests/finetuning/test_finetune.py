@@ -15,7 +15,7 @@ import melens
 from melens.errors import InterventionError, ModelError, ResultError
 from melens.finetuning import merge, trained_model
 from melens.finetuning.data import read_training_data, tokenise
-from melens.finetuning.keeping import PICKLES
+from melens.finetuning.keeping import PICKLES, losses_in
 from melens.results import load_result
 from melens.results.edit import Edit
 
@@ -198,14 +198,11 @@ def test_rewards_of_ones_own(folder, rows_of, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     asked = FEW | {"steps": 1, "objective": "grpo", "reward": "mine:short", "max_new_tokens": 4}
-    result = melens.finetune(
-        folder, rows_of("grpo", 4, 2), mask=MASK, out=tmp_path / "run", **asked
-    )
+    few = rows_of("grpo", 4, 2)
+    result = melens.finetune(folder, few, mask=MASK, out=tmp_path / "run", **asked)
     assert result.objective == "grpo"
     with pytest.raises(InterventionError, match="has no function 'long'"):
-        melens.finetune(
-            folder, rows_of("grpo", 4, 2), out=tmp_path / "x", **asked | {"reward": "mine:long"}
-        )
+        melens.finetune(folder, few, out=tmp_path / "x", **asked | {"reward": "mine:long"})
 
 
 @pytest.mark.parametrize(
@@ -255,11 +252,44 @@ def test_two_processes_with_half_the_batch_are_one(folder, rows, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
     asked = [str(folder), str(rows)]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines"]
-    launch += ["1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # What accelerate launch starts for several devices; its own launcher wants MPI on CPUs.
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     two = [sys.executable, *launch, str(script), *asked, str(tmp_path / "two"), "2"]
     done = subprocess.run(two, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     melens.finetune(folder, rows, mask=MASK, out=tmp_path / "one", **FEW | {"steps": 2})
+    losses = [[row.loss for row in losses_in(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), within=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([""], "holds nothing but blank lines"),
+        ([{"question": "w5", "answer": "w6"}, {"question": "w5"}], "line 2: answer must be"),
+        ([{"prompt": "w5", "chosen": "w6", "rejected": "w6"}], "line 1: chosen and rejected are"),
+    ],
+)
+def test_the_command_refuses_bad_rows_before_the_model(lines, says, tmp_path, capsys):
+    from melens.cli.app import _run
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((json.dumps(line) if line else "") + "\n" for line in lines))
+    asked = ["finetune", "no-such-model", "--data", str(path), "-o", str(tmp_path / "x")]
+    code, said = _run(asked, debug=False), capsys.readouterr().err
+    assert (code, says in said, said.count("\n")) == (2, True, 1)
+
+
+def test_the_command_plans_trains_and_merges(folder, rows, tmp_path, capsys):
+    from melens.cli.app import _run
+
+    common = ["finetune", str(folder), "--data", str(rows), "--steps", "1", "--rank", "2", "-q"]
+    assert _run([*common, "--dry-run"], debug=False) == 0
+    assert "about" in capsys.readouterr().out
+    merged = ["--mask-rate", "0.5", "-o", str(tmp_path / "run"), "--merge", str(tmp_path / "model")]
+    assert _run([*common, *merged], debug=False) == 0
+    assert "1 steps of sft (lora" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "run" / "finetune.svg").exists()
+    assert (tmp_path / "model" / "melens.json").exists()

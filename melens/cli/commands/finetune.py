@@ -250,7 +250,7 @@ def _train(
 
     with progress_on("steps", what="training") as tick:
         result = train(model, data, how, out=out, progress=tick, **given)
-    output.save(result, out, "finetune", "training")
+    output.save(result, out, "finetune", "finetune")
     if merge is not None:
         remark(f"wrote {write_merged(out, merge)}")
     output.show(result, as_json=as_json, folder=out)
