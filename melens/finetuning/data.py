@@ -133,7 +133,7 @@ def _turns(found: Any, where: str, *, ends: str = "assistant") -> tuple[dict[str
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows as token ids; what was too long is counted, never cut."""
+    """TrainingSet as token ids; what was too long is counted, never cut."""
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[tuple[int, ...], ...]

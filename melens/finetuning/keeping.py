@@ -77,7 +77,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Rows up to a step; what a killed run wrote behind its last checkpoint comes again."""
+    """TrainingSet up to a step; what a killed run wrote behind its last checkpoint comes again."""
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -119,7 +119,7 @@ def tidy(folder: Path) -> None:
             path.unlink()
 
 
-class Keeper(TrainerCallback):
+class KeepLosses(TrainerCallback):
     """Losses as rows, and the best weights so far; in the first of several processes only."""
 
     def __init__(

@@ -21,7 +21,7 @@ from melens.finetuning.keeping import (
     RESULT_FILE,
     SINK,
     SOURCE,
-    Keeper,
+    KeepLosses,
     cut_rows,
     looks_in,
     losses_in,
@@ -31,7 +31,7 @@ from melens.finetuning.keeping import (
 )
 from melens.finetuning.merging import read_run, write_sink
 from melens.finetuning.settings import Training, training_of
-from melens.finetuning.subject import LOCATED, Subject, checked, objective_of
+from melens.finetuning.subject import LOCATED, TrainingSubject, checked, objective_of
 from melens.finetuning.trainers import trainer_of
 from melens.interventions.context import pass_of, recomputing
 from melens.models.decoder import decoder_of
@@ -78,7 +78,7 @@ def finetune(  # noqa: PLR0913 (settings of the training come on top)
 
 
 def run(
-    subject: Subject, how: Training, folder: Path, *, progress: Progress | None = None
+    subject: TrainingSubject, how: Training, folder: Path, *, progress: Progress | None = None
 ) -> FineTuning:
     """Train a model that is ready, from its last checkpoint where there is one."""
     checkpoint = _take_up(subject, how, folder)
@@ -94,7 +94,7 @@ def run(
     if how.checkpointing:
         trained.gradient_checkpointing_enable(checkpointing(trained))
         trained.enable_input_require_grads()
-    callbacks.append(Keeper(folder, trained, subject.tokenizer, progress))
+    callbacks.append(KeepLosses(folder, trained, subject.tokenizer, progress))
     look = None
     if how.method != "sink":  # the residual stream is not trained there, and stays what it was
         look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
@@ -121,7 +121,7 @@ def run(
     return result or _result(subject, how, trained, folder)
 
 
-def _take_up(subject: Subject, how: Training, folder: Path) -> Path | None:
+def _take_up(subject: TrainingSubject, how: Training, folder: Path) -> Path | None:
     """Begin or find the folder, in the first of several processes before the others."""
     from accelerate import PartialState
 
@@ -148,13 +148,13 @@ def _take_up(subject: Subject, how: Training, folder: Path) -> Path | None:
     return checkpoint
 
 
-def _named(subject: Subject) -> str | None:
+def _named(subject: TrainingSubject) -> str | None:
     """The first token of every row, as text."""
     at = subject.first_token
     return None if at is None else subject.tokenizer.decode([at])
 
 
-def _result(subject: Subject, how: Training, trained: Any, folder: Path) -> FineTuning:
+def _result(subject: TrainingSubject, how: Training, trained: Any, folder: Path) -> FineTuning:
     tokens, held = subject.rows.tokens, subject.held_out
     losses = losses_in(folder)
     known = [row for row in losses if row.held_out is not None]

@@ -26,11 +26,11 @@ from melens.provenance import ModelFacts
 from melens.results import MELayer
 
 LOCATED = 8
-"""Rows of the training data that the ME Layer is located on."""
+"""TrainingSet of the training data that the ME Layer is located on."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingSet:
     """What one trainer is given: rows as they were read, and as token ids."""
 
     data: TrainingData
@@ -38,13 +38,13 @@ class Rows:
 
     @property
     def kept(self) -> list[TrainingRow]:
-        """Rows that are short enough, as they were read."""
+        """TrainingSet that are short enough, as they were read."""
         short = set(self.tokens.lines)
         return [row for row in self.data.rows if row.line in short]
 
 
 @dataclass
-class Subject:
+class TrainingSubject:
     """A model that is about to be trained, and what on."""
 
     hf: Any
@@ -55,8 +55,8 @@ class Subject:
     numbers: int
     """Of the model, before anything is put around it."""
     me_layer: MELayer | None
-    rows: Rows
-    held_out: Rows | None
+    rows: TrainingSet
+    held_out: TrainingSet | None
 
     @property
     def first_token(self) -> int | None:
@@ -77,7 +77,7 @@ def checked(
     *,
     held_out: Path | str | None = None,
     me_layer: MELayer | None = None,
-) -> Subject:
+) -> TrainingSubject:
     """Everything that can be refused, refused; then the model with its rows.
 
     Raises:  as :func:`finetune`.
@@ -110,12 +110,12 @@ def _subject_of(
     held_out: TrainingData | None,
     how: Training,
     me_layer: MELayer | None,
-) -> Subject:
+) -> TrainingSubject:
     """Load the model, tokenise, and locate where that is needed."""
     hf, tokenizer, origin = load_plain(model, device=how.device)
 
-    def tokens(of: TrainingData) -> Rows:
-        return Rows(of, tokenise(of, tokenizer, max_tokens=how.max_tokens, chat=how.chat))
+    def tokens(of: TrainingData) -> TrainingSet:
+        return TrainingSet(of, tokenise(of, tokenizer, max_tokens=how.max_tokens, chat=how.chat))
 
     rows = tokens(data)
     bridge = adopt(view_of(hf), tokenizer=tokenizer)
@@ -134,7 +134,7 @@ def _subject_of(
         device=str(first.device),
     )
     local = Path(model).expanduser()
-    return Subject(
+    return TrainingSubject(
         hf,
         tokenizer,
         facts,

@@ -15,12 +15,12 @@ from melens.errors import ModelError
 from melens.finetuning.keeping import CHECKPOINTS
 from melens.finetuning.rewards import reward_of
 from melens.finetuning.settings import Objective, Training
-from melens.finetuning.subject import Rows, Subject, objective_of
+from melens.finetuning.subject import TrainingSet, TrainingSubject, objective_of
 
 
 def trainer_of(
     model: Any,
-    subject: Subject,
+    subject: TrainingSubject,
     how: Training,
     folder: Path,
     callbacks: Sequence[TrainerCallback],
@@ -114,7 +114,7 @@ def _grpo() -> tuple[Any, Any]:
     return GRPOConfig, GRPOTrainer
 
 
-def _token_rows(rows: Rows, how: Training) -> Any:
+def _token_rows(rows: TrainingSet, how: Training) -> Any:
     """Ids and labels; of method sink without the token that the trained column stands for."""
     first = int(how.method == "sink")
     return _dataset(
@@ -123,7 +123,7 @@ def _token_rows(rows: Rows, how: Training) -> Any:
     )
 
 
-def _pairs(rows: Rows, how: Training) -> Any:
+def _pairs(rows: TrainingSet, how: Training) -> Any:
     """Conversations where there is a template, else texts; TRL tokenises them as data.py does."""
     chat = rows.tokens.chat
 
@@ -137,14 +137,14 @@ def _pairs(rows: Rows, how: Training) -> Any:
     )
 
 
-def _questions(rows: Rows, how: Training) -> Any:
+def _questions(rows: TrainingSet, how: Training) -> Any:
     return _dataset(
         prompt=[_prompt(row, rows) for row in rows.kept],
         answer=[row.answer for row in rows.kept],
     )
 
 
-def _prompt(row: Any, rows: Rows) -> Any:
+def _prompt(row: Any, rows: TrainingSet) -> Any:
     if rows.tokens.chat:
         return list(row.messages)
     asked = row.messages[0]["content"]
