@@ -74,7 +74,7 @@ last.coordinate / first.coordinate
 
 # %%
 model = melens.load(merge(folder / "run", folder / "model"))
-print(model.melens_edit)
+assert model.melens_edit.edit == mask
 ids = model.to_tokens("Question: What is 2 plus 2?\nAnswer:", prepend_bos=False)
 with torch.no_grad():
     token = model(ids)[0, -1].argmax().item()
