@@ -320,7 +320,7 @@ class Isolation(Result):
 
 def _percent(share: float) -> str:
     digits = 0 if abs(share) >= 0.1 or not math.isfinite(share) else 1
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:z.{digits}f} %"
 
 
 def _check_interaction(f: Factorial) -> None:

@@ -336,3 +336,9 @@ def test_work_is_counted_in_tokens_through_the_whole_model():
     assert tokens() == pytest.approx(whole * (2 - 1 / runner.n_layers))
     model(texts[0].ids)
     assert tokens() < 2 * whole  # nothing is counted afterwards
+
+
+def test_a_share_of_nothing_has_no_sign():
+    from melens.results.isolate import _percent
+
+    assert _percent(-1e-6) == "0.0 %"

@@ -32,7 +32,7 @@ def _isolate(result: Any) -> Iterator[Listing]:
     )
     for edited in result.edited:
         yield from _edited_layer(result, edited)
-    own = "" if result.ordinary is None else f" (which has {result.ordinary:.1%} by itself)"
+    own = "" if result.ordinary is None else f" (which has {result.ordinary:z.1%} by itself)"
     yield Listing(
         "\nShare of the coordinate left without a block's write, and made by that write put into "
         f"an ordinary token{own}:",
@@ -138,8 +138,8 @@ def _direction(result: EditedLayer) -> str | None:
 
 def _norms(result: EditedLayer) -> list[str]:
     return [
-        f"{row.norm}: flat leaves {row.flat:.1%}, half-way {row.half:.1%}, all gains 1 "
-        f"{row.ones:.0%}, shuffled {min(row.shuffled):.0%} to {max(row.shuffled):.0%}."
+        f"{row.norm}: flat leaves {row.flat:z.1%}, half-way {row.half:z.1%}, all gains 1 "
+        f"{row.ones:z.0%}, shuffled {min(row.shuffled):.0%} to {max(row.shuffled):.0%}."
         for row in result.norms
     ]
 
@@ -153,7 +153,7 @@ def _controls(result: EditedLayer) -> list[str]:
             n, least = min(cells, key=lambda item: abs(item[1].left))
             m, most = max(cells, key=lambda item: item[1].loss_delta)
             lines.append(
-                f"Control, {label} at every other layer: least left {least.left:.0%} (layer {n}), "
+                f"Control, {label} at every other layer: least left {least.left:z.0%} (layer {n}), "
                 f"largest loss change {most.loss_delta:+.4f} (layer {m})."
             )
     if drawn := result.controls.neurons:

@@ -219,7 +219,7 @@ def _confirmed(row: Confirmed) -> JsonObject:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return "-" if share is None else f"{share:z.1%}"
 
 
 @table_of("edit")

@@ -93,7 +93,7 @@ def _next_norm(result: Any) -> str | None:
     after = [norm for norm in result.norms if norm.layer == result.peak_layer + 1]
     if not after:
         return None
-    parts = [f"{n.site} {n.before:.1%} -> {n.after:.1%}" for n in after]
+    parts = [f"{n.site} {n.before:z.1%} -> {n.after:z.1%}" for n in after]
     return (
         f"Energy in the massive dimensions before -> after the norms of layer {after[0].layer}, "
         f"gains included: {', '.join(parts)}."
