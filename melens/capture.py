@@ -203,7 +203,7 @@ def hooked(model: HookedModel, hooks: Hooks) -> Iterator[None]:
         return call
 
     made = [(site, guarded(function)) for site, function in hooks]
-    entered = model.hooks(fwd_hooks=made) if made else nullcontext()  # even none takes it 3 ms
+    entered = model.hooks(fwd_hooks=made) if made else nullcontext()  # hooks() lists all
     with one_thread(model), entered:
         yield
 
