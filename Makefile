@@ -11,7 +11,32 @@ PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
 # Many processes start below: what one compiles the next reads.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-gemma test-browser test-hooked notebooks docs check all clean
+SHAPES := tests/test_metrics.py \
+  tests/test_batches.py \
+  tests/interventions/test_interventions.py \
+  tests/interventions/test_massive_tokens.py::test_evaluate_edits_and_counts_massive_tokens_only \
+  tests/interventions/test_massive_tokens.py::test_massive_tokens_are_the_same_under_a_cache_padding_and_company \
+  'tests/interventions/test_massive_tokens.py::test_the_rule_finds_the_planted_tokens_and_no_other[llama-single]' \
+  tests/measuring/test_spectrum.py \
+  tests/measuring/test_sinks.py \
+  'tests/measuring/test_describe.py::test_a_planted_token_is_described_as_planted[llama]' \
+  'tests/isolating/test_isolate.py::test_what_was_planted_is_blamed[norm-0]' \
+  tests/isolating/test_super_weights.py::test_batches_and_padding_change_nothing \
+  'tests/patching/test_patching.py::test_loss_kl_and_a_function_of_logits_equal_plain_runs[left]' \
+  'tests/patching/test_patching.py::test_massive_coordinate_and_sink_rate_equal_plain_runs[left]' \
+  tests/patching/test_patching.py::test_ablation_by_the_mean_and_by_another_sequence \
+  tests/exporting/test_exporting.py::test_the_embedding_row_is_keys_then_values \
+  tests/finetuning/test_masked_training.py::test_the_two_way_context_by_hand \
+  'tests/exporting/test_exporting.py::test_the_prefix_gives_the_hooks_logits[llama-left]' \
+  tests/scanning/test_scan.py::test_planted_layers_are_foretold \
+  tests/scanning/test_ceilings.py::test_the_best_input_is_the_one_that_ascent_finds \
+  tests/scanning/test_ceilings.py::test_layer_norm_outputs_are_bounded_with_gain_and_bias \
+  tests/evaluating/test_evaluation.py::test_what_is_paired_cancels \
+  tests/evaluating/test_evaluation.py::test_a_ratio_estimate_resamples_items_with_their_weights \
+  'tests/streaming/test_streamed.py::test_the_reach_is_the_trajectory_of_locate[llama]' \
+  'tests/evaluating/test_evaluation.py::test_a_resumed_run_is_a_whole_run_under_the_edit[llama]'
+
+.PHONY: demo test test-shapes test-gemma test-browser test-hooked notebooks docs check all clean
 
 demo: $(VENV)/.run
 	$(BIN)/melens locate smollm2-135m --out runs/demo
@@ -22,6 +47,10 @@ demo: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30
+
+# Shapes of tensors (jaxtyping, beartype), in tests that reach every function which has them.
+test-shapes: $(VENV)/.test
+	PYTHONPATH=tests/support $(BIN)/python -m pytest -p checked_shapes $(SHAPES)
 
 # The licence of Gemma must be accepted first: melens models get gemma3-270m --accept-license gemma
 test-gemma: $(VENV)/.test
@@ -50,7 +79,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-all: check test notebooks docs test-browser test-hooked demo
+all: check test test-shapes notebooks docs test-browser test-hooked demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

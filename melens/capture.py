@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -203,7 +203,8 @@ def hooked(model: HookedModel, hooks: Hooks) -> Iterator[None]:
         return call
 
     made = [(site, guarded(function)) for site, function in hooks]
-    with one_thread(model), model.hooks(fwd_hooks=made):
+    entered = model.hooks(fwd_hooks=made) if made else nullcontext()  # hooks() lists all
+    with one_thread(model), entered:
         yield
 
 

@@ -143,12 +143,24 @@ def gemma():
     return load("gemma3-270m", device="cpu")
 
 
-@pytest.fixture
-def browser(socket_enabled, tmp_path, monkeypatch):
-    """Debian's Chromium, driven over localhost; its logs start empty."""
+@pytest.fixture(scope="session")
+def _chromium(tmp_path_factory):
+    """Debian's Chromium, started once a session, when a test first asks."""
+    started = []
+
+    def get():
+        if not started:
+            started.append(_start_chromium(tmp_path_factory.mktemp("profile")))
+        return started[0]
+
+    yield get
+    for driver in started:
+        driver.quit()
+
+
+def _start_chromium(profile):
     from selenium import webdriver
 
-    monkeypatch.setenv("SE_OFFLINE", "true")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (
@@ -160,15 +172,23 @@ def browser(socket_enabled, tmp_path, monkeypatch):
         "--disable-background-networking",
         "--disable-component-update",
         "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--user-data-dir={profile}",
         "--window-size=1280,1000",
     ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    try:
-        driver.get("data:,")
-        driver.get_log("performance")
-        yield driver
-    finally:
-        driver.quit()
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+
+
+@pytest.fixture
+def browser(socket_enabled, _chromium, monkeypatch):
+    """A tab of its own, driven over localhost: no setting of another test's; its logs are empty."""
+    monkeypatch.setenv("SE_OFFLINE", "true")
+    driver = _chromium()
+    first = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    for log in ("performance", "browser"):
+        driver.get_log(log)
+    yield driver
+    driver.close()
+    driver.switch_to.window(first)

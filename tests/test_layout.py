@@ -7,11 +7,11 @@ import graphlib
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checked_shapes import CHECKED
 
 SRC = Path(__file__).parent.parent / "melens"
 SAVED = repr(str(SRC.parent / "docs" / "results" / "smollm2-135m.locate.json"))
@@ -129,15 +129,11 @@ def test_neither_import_nor_help_loads_torch(code):
 
 def test_shapes_are_checked_where_they_are_written():
     """Every module with jaxtyping annotations is run under the type checker, but for two places."""
-    settings = tomllib.loads((SRC.parent / "pyproject.toml").read_text("utf-8"))
-    options = settings["tool"]["pytest"]["ini_options"]["addopts"]
-    (listed,) = (o.partition("=")[2] for o in options if o.startswith("--jaxtyping-packages="))
-    checked = tuple(listed.split(","))
     for path in FILES:
         name = ".".join(("melens", *path.relative_to(SRC).with_suffix("").parts))
         if re.search(r"^from (jaxtyping|melens.shapes)", path.read_text("utf-8"), re.M):
             exempt = name.startswith(("melens.capture", "melens.models.", "melens.shapes"))
-            assert name.startswith(checked) != exempt, name
+            assert name.startswith(CHECKED) != exempt, name
 
 
 def test_the_files_that_contributing_names_exist():

@@ -56,8 +56,7 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
     from melens.store import write_atomically
 
     write_atomically(folder / f"{name}.json", result.to_json())
-    for kind in ("png", "svg"):  # drawn anew each time: saving settles a figure's layout
-        save_figure(result.plot(), folder / f"{figure}.{kind}")
+    save_figure(result.plot(), *(folder / f"{figure}.{kind}" for kind in ("png", "svg")))
 
 
 def draw(result: Any, path: Path, style: str | None) -> Path:

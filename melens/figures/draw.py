@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from melens.errors import ResultError
@@ -161,31 +162,58 @@ def rendered(figure: Figure, kind: str, *, dpi: float | None = None) -> bytes:
 
     Args:    kind: one of FORMATS. dpi: dots an inch of its pixels; None = the style's.
     """
-    module, name = _CANVASES[kind]
-    canvas, before, made = figure.canvas, figure.dpi, io.BytesIO()
+    with laid_out(figure, dpi=dpi):
+        return _bytes(figure, kind)
+
+
+@contextmanager
+def laid_out(figure: Figure, *, dpi: float | None = None) -> Iterator[None]:
+    """The layout is settled once, on pixels; inside, every format is rendered from it.
+
+    A format alone and one of several get the same bytes so.
+    """
+    canvas, before, engine = figure.canvas, figure.dpi, figure.get_layout_engine()
     try:
         figure.set_dpi(mpl.rcParams["savefig.dpi"] if dpi is None else dpi)
-        drawn = getattr(import_module(module), name)(figure)
-        getattr(drawn, f"print_{kind}")(made, metadata=_NO_DATE[kind])
+        if engine is not None:
+            FigureCanvasAgg(figure)
+            engine.execute(figure)
+            figure.set_layout_engine("none")
+        yield
     finally:
+        if engine is not None:
+            figure.set_layout_engine(engine)
         figure.set_dpi(before)
         figure.set_canvas(canvas)
+
+
+def _bytes(figure: Figure, kind: str) -> bytes:
+    module, name = _CANVASES[kind]
+    drawn, made = getattr(import_module(module), name)(figure), io.BytesIO()
+    getattr(drawn, f"print_{kind}")(made, metadata=_NO_DATE[kind])
     return made.getvalue()
 
 
-def save_figure(figure: Figure, path: Path | str) -> Path:
-    """Write a figure atomically; equal figures give equal bytes.
+def save_figure(figure: Figure, path: Path | str, *more: Path | str) -> Path:
+    """Write a figure atomically, in the format of each path; equal figures give equal bytes.
 
+    Returns: the first path.
     Raises:  ResultError: an ending other than png, svg or pdf.
              OutputError: a folder that cannot be written.
     """
-    path = Path(path)
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in FORMATS:
-        raise ResultError(f"cannot draw into {str(path)!r}; end it in .{', .'.join(FORMATS)}.")
-    with house_style():
-        write_atomically(path, rendered(figure, kind))
-    return path
+    paths = [Path(one) for one in (path, *more)]
+    for one in paths:
+        if _kind(one) not in FORMATS:
+            ends = ", .".join(FORMATS)
+            raise ResultError(f"cannot draw into {str(one)!r}; end it in .{ends}.")
+    with house_style(), laid_out(figure):
+        for one in paths:
+            write_atomically(one, _bytes(figure, _kind(one)))
+    return paths[0]
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower()
 
 
 def inline(result: Result) -> str:

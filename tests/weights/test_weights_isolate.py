@@ -35,7 +35,7 @@ SHARES_G = {3: (1414, 0.9731), 4: (84, 0.9607), 5: (584, 0.9906), 7: (1455, 0.96
 
 @pytest.mark.weights
 def test_the_cause_in_smollm2(smol):
-    texts = prompts("bundled", bos=True, n=2, length=16)
+    texts = prompts("bundled", bos=True, n=1, length=8)
     me = locate(smol, texts)
     found = isolate(smol, me, texts)
     assert (found.layer, found.dim, found.observations) == (11, 507, 1)

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.weights
 
 @pytest.fixture(scope="module")
 def rows(smol):
-    return prompts(n=4, length=64, bos=True).token_rows(smol.tokenizer)
+    return prompts(n=3, length=48, bos=True).token_rows(smol.tokenizer)
 
 
 @pytest.fixture(scope="module")
 def me(smol):
-    return locate(smol, prompts(n=4, length=64, bos=True))
+    return locate(smol, prompts(n=3, length=48, bos=True))
 
 
 def changes(smol, me, rows, *edits):
