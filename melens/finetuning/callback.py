@@ -124,7 +124,8 @@ class EmergenceCallback(TrainerCallback):
 
     def _measured(self, model: Any, step: int, tokenizer: Any, started: float) -> EmergenceRow:
         if self._bridge is None:
-            self._bridge = adopt(view_of(unwrapped(model)), tokenizer=tokenizer)
+            plain: Any = unwrapped(model)
+            self._bridge = adopt(view_of(plain), tokenizer=tokenizer)
             if self._texts is None:
                 self._texts = prompts(n=N_SEQ, length=LENGTH)
         inputs = prepare(self._bridge, self._texts)

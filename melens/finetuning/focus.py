@@ -23,7 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from melens.errors import ModelError
 from melens.finetuning.data import IGNORED

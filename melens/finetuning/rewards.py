@@ -30,7 +30,7 @@ def reward_of(name: str) -> Reward:
             f"reward must be {MATH} or module:function, e.g. rewards:short, got {brief(name, 60)}."
         )
     try:
-        found = getattr(import_module(module), function, None)
+        found: Any = getattr(import_module(module), function, None)
     except ImportError as error:
         raise InterventionError(f"cannot import {brief(module, 60)}: {error}.") from None
     if not callable(found):

@@ -89,13 +89,14 @@ def _has_accelerator() -> bool:
 
 
 def _sft() -> tuple[Any, Any]:
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     return SFTConfig, SFTTrainer
 
 
 def _focus() -> tuple[Any, Any]:
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     from melens.finetuning.focus import FocusTrainer
 
@@ -103,13 +104,15 @@ def _focus() -> tuple[Any, Any]:
 
 
 def _dpo() -> tuple[Any, Any]:
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     return DPOConfig, DPOTrainer
 
 
 def _grpo() -> tuple[Any, Any]:
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     return GRPOConfig, GRPOTrainer
 
