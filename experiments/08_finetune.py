@@ -8,8 +8,9 @@ sink and remedy (FocuSFT) trained on GSM8K's training split, then held-out answe
 test split, WikiText-2 for what was lost, sinks and the ME Layer; a mask is tried at inference on
 what was trained without it and the other way round. passkey: plain and masked, each without and
 with the remedy, on passkeys and needles hidden in prose; retrieval is the likelihood of the hidden
-number. Differences to plain are paired by item and seed, both drawn again (two-level bootstrap),
-Bonferroni over the arms of a study.
+number. Differences to plain are paired by item and seed, both drawn again (two-level bootstrap: of few
+seeds such an interval is too narrow, so each seed's own difference is kept too), Bonferroni over
+the arms of a study.
 
 Run again after a kill, it goes on: a cell is one trained model with its measures. Writes
 runs/08_finetune/{study.json, rows/, cells/, trained/}.
@@ -31,7 +32,7 @@ import torch
 
 import melens
 from melens.batches import read_text
-from melens.evaluating.edits import applied, where_held
+from melens.evaluating.edits import applied
 from melens.evaluating.haystack import Haystack, haystacks
 from melens.finetuning import Training, trained_model
 from melens.finetuning.data import read_training_data, tokenise
@@ -60,10 +61,12 @@ TRAINED: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Study -> what is trained -> its settings."""
 EPSILON = 0.3
-SINK_TOKENS = 64
+SINK_TOKENS, SINK_ITEMS = 64, 16
 WIKI = 16
 """WikiText-2 stretches of 128 tokens."""
 RESAMPLES = 10_000
+OPEN = ("seeds", "jobs", "out", "data")
+"""Settings that a run may change and still go on."""
 Pair = tuple[list[int], list[bool]]
 """Token ids, and which of them are scored."""
 
@@ -135,8 +138,14 @@ def _kept(root: Path, cell: Cell) -> Path:
 def write_rows(cfg: Config, root: Path) -> None:
     """Training rows of the passkey study, made by the generator of long-context evaluations."""
     path = root / "rows" / "passkey.jsonl"
+    settings = root / "settings.json"
+    asked = json.dumps({k: v for k, v in asdict(cfg).items() if k not in OPEN}, indent=1)
+    if settings.exists() and settings.read_text("utf-8") != asked:
+        raise SystemExit(f"{root} holds a run of other settings; name another --out.")
     if path.exists():
         return
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomically(settings, asked)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = load_plain(cfg.model)[1]
     rows = []
@@ -189,11 +198,11 @@ def measure(cfg: Config, cell: Cell, folder: Path, uses: dict[str, Edit]) -> dic
     if cell.trained == "sink":
         from peft import PeftModel
 
-        hf, tokenizer, _ = load_plain(cfg.model)
+        hf, tokenizer, _ = load_plain(cfg.model, device="cpu")
         bridge = None
         model: Any = PeftModel.from_pretrained(hf, str(folder / "last")).eval()
     else:
-        hf, tokenizer, _ = trained_model(folder)
+        hf, tokenizer, _ = trained_model(folder, device="cpu")
         bridge, model = adopt(view_of(hf), tokenizer=tokenizer), hf.eval()
     held = held_out(cfg, cell, tokenizer)
     first = held[0][0][0]
@@ -203,18 +212,20 @@ def measure(cfg: Config, cell: Cell, folder: Path, uses: dict[str, Edit]) -> dic
     made["me_layer"] = located and located.me_layer
     made["coordinate"] = located.massive[0].value if located and located.massive else None
     for use, edit in uses.items():
-        with in_use(model, edit, located):
+        with in_use(model, edit, located) as record:
             made[f"held_out{use}"] = losses(model, held, sink=bridge is None)
             made[f"wikitext{use}"] = losses(model, wiki(cfg, tokenizer, first), sink=bridge is None)
-            made[f"sinks{use}"] = sink_rate(model, held[:8], sink=bridge is None)
+            made[f"sinks{use}"] = sink_rates(model, held[:SINK_ITEMS], sink=bridge is None)
+        if record is not None:
+            made[f"edited{use}"] = [record.edited.tokens, record.edited.rows]
     return made
 
 
 @contextmanager
-def in_use(model: Any, edit: Edit, located: Any) -> Iterator[None]:
-    """The edit in force, if there is one."""
-    with nullcontext() if edit.name == "none" else where_held(applied(model, edit, located)):
-        yield
+def in_use(model: Any, edit: Edit, located: Any) -> Iterator[Any]:
+    """The edit in force, if there is one, and its record."""
+    with nullcontext() if edit.name == "none" else applied(model, edit, located) as record:
+        yield record
 
 
 def held_out(cfg: Config, cell: Cell, tokenizer: Any) -> list[Pair]:
@@ -233,7 +244,8 @@ def wiki(cfg: Config, tokenizer: Any, first: int) -> list[Pair]:
     text = read_text(Path(cfg.data) / "wikitext2" / "test.txt")[:80_000]
     ids = plain_ids(tokenizer, text)
     cut = [ids[at : at + 127] for at in range(0, 127 * WIKI, 127)]
-    return [([first, *piece], [False, *[True] * len(piece)]) for piece in cut]
+    # What follows the first token at once is not scored: a learned sink has no input there.
+    return [([first, *piece], [False, False, *[True] * (len(piece) - 1)]) for piece in cut]
 
 
 @torch.no_grad()
@@ -257,15 +269,16 @@ def losses(model: Any, items: Sequence[Pair], *, sink: bool, at_once: int = 8) -
 
 
 @torch.no_grad()
-def sink_rate(model: Any, items: Sequence[Pair], *, sink: bool) -> float:
-    """Share of heads that give the first key over EPSILON on average (Gu et al. 2024, eq. 4)."""
+def sink_rates(model: Any, items: Sequence[Pair], *, sink: bool) -> list[float]:
+    """Share of heads that give the first key over EPSILON on average, item by item (Gu et al. 2024,
+    eq. 4)."""  # noqa: D205, D209
     rates = []
     for ids, _ in items:
         row = torch.tensor([ids[:SINK_TOKENS]])[:, sink:]
         weights = model(row, output_attentions=True).attentions
         mean = torch.stack([layer[0, :, 1 - sink :, 0].mean(-1) for layer in weights])
-        rates.append((mean > EPSILON).float())
-    return float(torch.stack(rates).mean())
+        rates.append(float((mean > EPSILON).float().mean()))
+    return rates
 
 
 def effects(study: str, found: dict[Cell, dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
@@ -277,26 +290,23 @@ def effects(study: str, found: dict[Cell, dict[str, Any]], seeds: int) -> list[d
     arms = [(t, use) for t in TRAINED[study] for use in ("", "+mask") if (t, use) != ("plain", "")]
     arms = [arm for arm in arms if arm != ("sink", "+mask")]
     rows = []
-    for measure_name in ("held_out", "wikitext"):
+    for measure_name in ("held_out", "wikitext", "sinks"):
         base = column("plain", measure_name)
         for trained, use in arms:
             apart = column(trained, f"{measure_name}{use}") - base
             low, high = two_level(apart, tests=len(arms))
             rows.append(_row(study, f"{trained}{use}", measure_name, apart, (low, high)))
-    for trained, use in arms:
-        change = column(trained, f"sinks{use}") - column("plain", "sinks")
-        rows.append(_row(study, f"{trained}{use}", "sinks", change, None))
     if study == "passkey":
         for name in ("held_out", "sinks"):
             both, neither = column("masked remedy", f"{name}+mask"), column("plain", name)
             apart = both - column("masked", f"{name}+mask") - column("remedy", name) + neither
-            span = two_level(apart, tests=1) if name == "held_out" else None
+            span = two_level(apart, tests=1)
             rows.append(_row(study, "interaction of mask and remedy", name, apart, span))
     return rows
 
 
 def _row(
-    study: str, arm: str, name: str, apart: torch.Tensor, interval: tuple[float, float] | None
+    study: str, arm: str, name: str, apart: torch.Tensor, interval: tuple[float, float]
 ) -> dict[str, Any]:
     by_seed = apart.double().reshape(len(apart), -1).mean(-1)
     return {
@@ -310,7 +320,7 @@ def _row(
 
 
 def two_level(apart: torch.Tensor, *, tests: int) -> tuple[float, float]:
-    """95 % of a mean over seeds and items, ``[seed, item]``, both drawn anew; Bonferroni."""
+    """95 % of a mean over seeds and items, ``[seed, item]``, both drawn again; Bonferroni."""
     rng = torch.Generator().manual_seed(0)
     n_seeds, n = apart.shape
     seeds = torch.randint(n_seeds, (RESAMPLES, n_seeds), generator=rng)
