@@ -144,20 +144,16 @@ def test_the_probe_is_short_unless_a_short_window_asks_for_more():
     assert list(answer.blocks) == [0, 1]
 
 
-def test_rounding_of_an_erased_massive_activation_is_let_pass():
-    """Its error is of the size that it had: 1e-3 of a residual of 10 that was 10,000 before."""
+def test_rounding_that_a_me_layer_amplifies_is_let_pass():
+    """2.4e-4 was seen on a fine-tuned SmolLM2; what is left out of an attention changes 1e-2."""
     from melens.models.contract import OwnAnswer
 
     def answer(off):
-        blocks = {0: torch.full((1, 1, 2), 1e4), 1: torch.full((1, 1, 2), 10.0 + off)}
+        blocks = {0: torch.full((1, 1, 2), 1.0 + off)}
         ids = torch.zeros(1, 1, dtype=torch.long)
-        return OwnAnswer("it", "sdpa", False, ids, blocks, torch.full((1, 1, 2), 10.0 + off))
+        return OwnAnswer("it", "sdpa", False, ids, blocks, blocks[0])
 
     own = answer(0.0)
-    near, far = answer(1e-2), answer(2.0)
-    own.require_same(near.blocks, near.logits)
-    with pytest.raises(ContractError, match="from block 1 on"):
-        own.require_same(far.blocks, far.logits)
-    never_massive = OwnAnswer("it", "sdpa", False, own.ids, {0: own.blocks[1]}, own.logits)
-    with pytest.raises(ContractError):
-        never_massive.require_same({0: near.blocks[1]}, near.logits)
+    own.require_same(answer(2.4e-4).blocks, answer(2.4e-4).logits)
+    with pytest.raises(ContractError, match="from block 0 on"):
+        own.require_same(answer(1e-2).blocks, answer(1e-2).logits)
