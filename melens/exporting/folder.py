@@ -78,7 +78,7 @@ def readme(record: EditFile) -> str:
     return _TEXT.format(model=model, edit=edit, warning=warning)
 
 
-def export(
+def export(  # noqa: PLR0913 (one call for three formats)
     model: Loadable,
     edit: Edit,
     *,
@@ -86,6 +86,7 @@ def export(
     out: str | Path,
     me_layer: MELayer | None = None,
     first_token: str | int | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Save an edit so that it can be used elsewhere; the folder appears when it is whole.
 
@@ -99,6 +100,7 @@ def export(
              me_layer: what ``melens.locate`` returned; None only where the edit names its layers.
              first_token: of prefix and peft, an id or a text of one token; None = what the
              tokenizer puts first, or what the chat template starts with.
+             tokenizer: of a transformers model whose own folder has none.
     Raises:  InterventionError: an edit that this model or format cannot have. ResultError: an
              ``out`` that holds something else, or a ME Layer of other weights. PromptError: no one
              first token. ModelError: no model, or one that cannot be saved.
@@ -116,7 +118,7 @@ def export(
             f"edit must be a melens.results.edit.Edit, got {type(edit).__name__}."
         )
     target = check_out(out)
-    subject = subject_of(model, me_layer)
+    subject = subject_of(model, me_layer, tokenizer=tokenizer)
     check_edit(subject.runnable, edit, me_layer)
     if kind == "hf":
         hf, tokenizer = plain_to_save(subject)

@@ -79,7 +79,9 @@ class Subject:
         return self.runnable is not self.hf
 
 
-def subject_of(model: Loadable, me_layer: MELayer | None) -> Subject:
+def subject_of(
+    model: Loadable, me_layer: MELayer | None, *, tokenizer: Tokenizer | None = None
+) -> Subject:
     """Load or look at a model, and check that the ME Layer is its.
 
     Raises:  ModelError and its kinds: it cannot be had, or is a PEFT model with weights of its own.
@@ -96,7 +98,7 @@ def subject_of(model: Loadable, me_layer: MELayer | None) -> Subject:
     elif hasattr(model, "hook_dict") or KEPT_BRIDGE in getattr(model, "__dict__", {}):
         found = _of_bridge(vars(model).get(KEPT_BRIDGE, model))
     else:
-        found = _of_plain(model)
+        found = _of_plain(model, tokenizer)
     if me_layer is not None and is_hooked(found.runnable):
         require_located_here(found.runnable, me_layer)
     elif me_layer is not None:  # a plain model has no fingerprint to compare
@@ -183,7 +185,7 @@ def _of_bridge(bridge: HookedModel, *, source: str | Path | None = None) -> Subj
     return Subject(bridge, bridge.tokenizer, origin, fingerprint(bridge), source)
 
 
-def _of_plain(model: Any) -> Subject:
+def _of_plain(model: Any, tokenizer: Tokenizer | None) -> Subject:
     if hasattr(model, "peft_config"):
         raise ModelError("this is a PEFT model; give model.merge_and_unload() to export it.")
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
@@ -191,7 +193,7 @@ def _of_plain(model: Any) -> Subject:
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     folder = _folder(model)
     origin = Origin(name.rstrip("/").rsplit("/", 1)[-1])
-    return Subject(model, _tokenizer_in(folder), origin, None, folder)
+    return Subject(model, tokenizer or _tokenizer_in(folder), origin, None, folder)
 
 
 def _tokenizer_in(folder: Path | None) -> Any:

@@ -34,15 +34,16 @@ def draw_layers(result: FineTuning) -> Figure:
     made = Drawing(figsize=(PAGE * 0.6, 2.8), layout="constrained")
     axes = made.subplots()
     shades = mpl.colormaps["Greys"]
-    for number, look in enumerate(result.looks, start=1):
-        last = number == len(result.looks)
-        colour = ME_COLOUR if last else shades(0.3 + 0.5 * number / len(result.looks))
+    looks = [look for look in result.looks if look.by_layer]
+    for number, look in enumerate(looks, start=1):
+        last = number == len(looks)
+        colour = ME_COLOUR if last else shades(0.3 + 0.5 * number / len(looks))
         named = number == 1 or last
         axes.plot(look.by_layer, color=colour, label=f"step {look.step}" if named else None)
     axes.set_yscale("log")
     axes.set_xlabel(LAYER_LABEL)
     axes.set_ylabel("largest |x|, residual units")
-    if result.looks:
+    if looks:
         axes.legend()
     axes.set_title(plain(result.run.model), fontsize=8)
     return made

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from melens.batches import prompts
-from melens.errors import InterventionError
+from melens.errors import InterventionError, ModelError, ResultError
 from melens.inputs import Source, prepare
 from melens.measuring.attention_sinks import T_PAPER, SinkPlan
 from melens.measuring.located import run_once, settle
@@ -23,6 +23,7 @@ from melens.models.loading import adopt
 from melens.models.view import view_of
 from melens.results import Collapse, MELayer, Sinks
 from melens.results.finetune import EmergenceRow
+from melens.store import RESULT, json_object, lines_of, read_text
 
 EVERY = 20
 SHARE = 0.05
@@ -81,6 +82,9 @@ class EmergenceCallback(TrainerCallback):
         """Look before the first step; the time of this look is not training's."""
         if not state.is_world_process_zero:
             return
+        self._began, self._spent = time.perf_counter(), 0.0
+        if self._file is not None and _has(self._file, state.global_step):
+            return  # taken up again where it was
         self.look(model, state.global_step, kwargs.get("processing_class"))
         self._began, self._spent = time.perf_counter(), 0.0
 
@@ -109,6 +113,10 @@ class EmergenceCallback(TrainerCallback):
         state = torch.get_rng_state()
         try:
             row = self._measured(model, step, tokenizer or self._tokenizer, started)
+        except ModelError as error:
+            if "finite" not in str(error):
+                raise
+            row = _not_finite(step, time.perf_counter() - started)
         finally:
             torch.set_rng_state(state)
         self._spent += row.seconds
@@ -145,6 +153,29 @@ class EmergenceCallback(TrainerCallback):
         }
         if self.report is not None:
             self.report(numbers)
+
+
+def _has(file: Path, step: int) -> bool:
+    rows = read_text(file, RESULT, error=ResultError) if file.exists() else ""
+    return any((json_object(line) or {}).get("step") == step for line in lines_of(rows))
+
+
+def _not_finite(step: int, seconds: float) -> EmergenceRow:
+    """What there is to say of a model whose activations overflowed."""
+    return EmergenceRow(
+        step=step,
+        verdict="not finite",
+        me_layer=None,
+        peak_layer=None,
+        dims=(),
+        coordinate=None,
+        norm=None,
+        largest=None,
+        sink_rate=None,
+        key_rank=None,
+        by_layer=(),
+        seconds=seconds,
+    )
 
 
 TRACKED = ("me_layer", "coordinate", "norm", "largest", "sink_rate", "key_rank", "seconds")

@@ -39,12 +39,14 @@ Layers count from 0, at the block output.
 `losses.jsonl` and `emergence.jsonl`.
 """
 _ADAPTER = """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from melens.finetuning import trained_model
 
-model = AutoModelForCausalLM.from_pretrained("{model}")
-model = PeftModel.from_pretrained(model, "last")  # a folder beside this page
-```"""
+model, tokenizer, _ = trained_model(".")  # this folder; the adapter merged into its base
+```
+
+`last` is a PEFT adapter of `{model}`: `PeftModel.from_pretrained(base, "last")` opens it."""
+_PREFIX = """`last` is a PEFT prefix adapter of `{model}`, which `PeftModel.from_pretrained` opens.
+`prefix` holds the same for `melens.exporting.load_prefix`."""
 _MODEL = """```python
 import melens
 
@@ -64,7 +66,8 @@ def write_card(result: FineTuning, folder: Path, *, first_token: str | None = No
     """
     model = clipped(result.run.model).replace("`", "'")
     adapter = result.method != "full"
-    load = (_ADAPTER if adapter else _MODEL).format(model=model)
+    form = {"lora": _ADAPTER, "sink": _PREFIX, "full": _MODEL}[result.method]
+    load = form.format(model=model)
     if result.method == "sink":
         load += _SINK.format(token=clipped(first_token or "").replace("`", "'"))
     elif result.mask.name != "none" and result.masked_in in ("inference", "both"):
@@ -85,6 +88,7 @@ def _facts(result: FineTuning) -> str:
     rows = {
         "objective, method": f"{result.objective}, {result.method}",
         "trained": f"{result.trained:,} of {result.of:,} numbers",
+        "tokens edited": f"{result.edited_tokens:,} in all passes",
         "mask": mask if mask == "none" else f"{mask}, {WHERE[result.masked_in]}",
         "data": f"{result.texts:,} rows, {result.tokens:,} tokens (SHA-256 {result.data[:12]}); "
         f"{result.too_long:,} too long and left out",

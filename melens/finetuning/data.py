@@ -50,10 +50,6 @@ class TrainingData:
     sha256: str
     """Of the file's text."""
 
-    def head(self, n: int | None) -> TrainingData:
-        """The first ``n`` rows; None = all."""
-        return self if n is None else TrainingData(self.path, self.kind, self.rows[:n], self.sha256)
-
 
 def read_training_data(path: Path | str) -> TrainingData:
     """Read and check every line; no model and no tokenizer is needed.
@@ -133,7 +129,7 @@ def _turns(found: Any, where: str, *, ends: str = "assistant") -> tuple[dict[str
 
 @dataclass(frozen=True)
 class TokenRows:
-    """TrainingSet as token ids; what was too long is counted, never cut."""
+    """Rows as token ids; what was too long is counted, never cut."""
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[tuple[int, ...], ...]
@@ -154,10 +150,10 @@ class TokenRows:
 def tokenise(
     data: TrainingData, tokenizer: Any, *, max_tokens: int, chat: bool | None = None
 ) -> TokenRows:
-    """Prompts in the tokenizer's chat template, the answers behind them; only these are trained on.
+    """Prompts in the tokenizer's chat template, then the answers; only these are trained on.
 
     Without a template a question is put as ``Question: ... Answer:`` and any other prompt as it is.
-    The end-of-text token closes every answer, where the template does not close it itself.
+    There the end-of-text token closes every answer; a template closes it in its own way.
 
     Args:    max_tokens: rows with more are left out and counted.
              chat: None = the template where there is one.

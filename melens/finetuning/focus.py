@@ -1,6 +1,6 @@
 """Long-context training with fast weights under a two-way context (FocuSFT, arXiv 2605.09932).
 
-Before every outer step LoRA weights in the FFNs of the upper layers are drawn anew, take two steps
+Before every outer step LoRA weights in the FFNs of the upper layers are drawn again, take two steps
 of gradient descent on the batch, and stay as they are while the outer loss is taken: the outer
 weights learn beside them, and without them the model is used. In both loops the tokens of a context
 see each other both ways, those of an answer only what is before them.
@@ -43,7 +43,9 @@ def add_fast_weights(model: Any) -> None:
     from peft import LoraConfig
 
     text = model.config.get_text_config(decoder=True)
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+    kinds = getattr(text, "layer_types", None)
+    slides = bool(getattr(text, "sliding_window", None)) if kinds is None else None
+    if slides or "sliding_attention" in (kinds or ()):
         raise ModelError(
             f"{type(model.get_base_model()).__name__} has layers with a sliding window, and a "
             "context that sees itself both ways has none; train it without --remedy."
@@ -64,6 +66,11 @@ def add_fast_weights(model: Any) -> None:
         raise ModelError(f"no linear layers were found in the FFNs of {decoder.name}.")
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM")
     model.add_adapter(FAST, config)
+    activate(model)
+
+
+def activate(model: Any) -> None:
+    """Both adapters in force, the fast one out of the optimiser's sight."""
     model.base_model.set_adapter(["default", FAST])
     for value in fast_weights(model):
         value.requires_grad_(False)
@@ -92,6 +99,11 @@ class ThrowAway(TrainerCallback):
 class FocusTrainer(SFTTrainer):
     """SFT whose every batch first adapts the fast weights; evaluation is without them."""
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loading leaves the first adapter alone active."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        activate(self.accelerator.unwrap_model(self.model))
+
     def compute_loss(
         self,
         model: Any,
@@ -110,7 +122,7 @@ class FocusTrainer(SFTTrainer):
 
 
 def adapt(model: Any, inputs: dict[str, Any]) -> list[float]:
-    """Draw the fast weights anew and let them follow the loss of one batch; first order.
+    """Draw the fast weights again and let them follow the loss of one batch; first order.
 
     Returns: the loss before each step, nats a token.
     """
@@ -121,6 +133,8 @@ def adapt(model: Any, inputs: dict[str, Any]) -> list[float]:
         for _ in range(INNER_STEPS):
             loss = model(**inputs, use_cache=False).loss
             losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                continue
             for value, slope in zip(fast, torch.autograd.grad(loss, fast), strict=True):
                 size = float(slope.norm())
                 step = slope * min(1.0, INNER_CLIP / (size + 1e-12))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from melens.errors import ResultError
+from melens.errors import OutputError, ResultError
 from melens.protocols import JsonObject
 from melens.results.finetune import EmergenceRow, LossRow
 from melens.settings import Progress
-from melens.store import RESULT, json_object, lines_of, read_text, write_atomically
+from melens.store import RESULT, json_object, lines_of, read_text, write_atomically, write_folder
 
 SETTINGS, LOSSES, LOOKS, CHECKPOINTS = (
     "training.json",
@@ -23,31 +26,68 @@ SETTINGS, LOSSES, LOOKS, CHECKPOINTS = (
 )
 LAST, BEST, SINK = "last", "best", "prefix"
 RESULT_FILE = "finetune.json"
-SOURCE, LOCATED_ON = "source", "located_on"
-"""In the settings: what the base model is loaded by; ids that the ME Layer was located on."""
+KEYED, SOURCE, LOCATED_ON = "training", "source", "located_on"
+"""In the settings: what a resumed training must share; what the base model is loaded by; ids that
+the ME Layer was located on."""
+INFINITE = float("inf")
 STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint: one without it was cut short."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
-def take_up(folder: Path, facts: JsonObject, key: str) -> Path | None:
-    """The newest whole checkpoint of the same training; begins the folder where there is none.
+def refuse_folder(folder: Path) -> None:
+    """Refuse what no training can be kept in, before any weights are loaded.
 
-    Raises:  ResultError: the folder is of another training, or holds something else.
+    Raises:  ResultError: a file, or a folder that holds something else. OutputError: it cannot be
+             written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ResultError(f"{folder} is a file; name a folder for the training.")
     if (folder / SETTINGS).exists():
-        if read_settings(folder).get("key") != key:
-            raise ResultError(
-                f"{folder} holds another training (other model, data, settings or version of "
-                "melens); name another folder, or delete this one."
-            )
-        return _newest(folder / CHECKPOINTS)
+        return
     if folder.exists() and any(folder.iterdir()):
         raise ResultError(f"{folder} is not empty and holds no training; name another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"key": key, **facts}, indent=1, default=str)
-    write_atomically(folder / SETTINGS, text + "\n")
-    return None
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write into {above}; name another folder.")
+
+
+def take_up(folder: Path, facts: JsonObject, key: str, *, steps: int) -> Path | None:
+    """The newest whole checkpoint of the same training; begins the folder where there is none.
+
+    Rows of losses and looks are cut to that step. A checkpoint of the last step itself is left
+    out: nothing would be left to train, and its weights are not what a trainer would end with.
+
+    Raises:  ResultError: the folder is of another training.
+    """
+    if not (folder / SETTINGS).exists():
+        refuse_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"key": key, **facts}, indent=1, default=str)
+        write_atomically(folder / SETTINGS, text + "\n")
+    elif read_settings(folder).get("key") != key:
+        raise ResultError(
+            f"{folder} holds another training (other model, data, settings, number of processes or "
+            "version of melens); name another folder, or delete this one."
+        )
+    if (folder / RESULT_FILE).exists():
+        return None
+    checkpoint = _newest(folder / CHECKPOINTS, steps)
+    done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+    for name in (LOSSES, LOOKS):
+        cut_rows(folder / name, done)
+    return checkpoint
+
+
+@contextmanager
+def begun(folder: Path, *, anew: bool) -> Iterator[None]:
+    """Forget a training that was refused before its first step."""
+    try:
+        yield
+    except Exception:
+        if anew:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def read_settings(folder: Path) -> JsonObject:
@@ -58,11 +98,11 @@ def read_settings(folder: Path) -> JsonObject:
     return json_object(read_text(folder / SETTINGS, RESULT, error=ResultError)) or {}
 
 
-def _newest(folder: Path) -> Path | None:
-    """Checkpoints that a kill cut short are removed."""
+def _newest(folder: Path, steps: int) -> Path | None:
+    """Checkpoints that a kill cut short are removed, and one with nothing left to train."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in reversed(found):
-        if _is_whole(path):
+        if _is_whole(path) and int(path.name.split("-")[1]) < steps:
             return path
         shutil.rmtree(path)
     return None
@@ -77,7 +117,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """TrainingSet up to a step; what a killed run wrote behind its last checkpoint comes again."""
+    """Rows up to a step; what a killed run wrote after its last checkpoint comes again."""
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -105,9 +145,10 @@ def losses_in(folder: Path) -> tuple[LossRow, ...]:
 
 def looks_in(folder: Path) -> tuple[EmergenceRow, ...]:
     """Every look of the callback."""
+    found = {row["step"]: row for row in read_rows(folder / LOOKS)}
     return tuple(
         EmergenceRow.model_validate_json(json.dumps(row), strict=True)
-        for row in read_rows(folder / LOOKS)
+        for _, row in sorted(found.items())
     )
 
 
@@ -128,7 +169,7 @@ class KeepLosses(TrainerCallback):
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self.progress = progress
         known = [row.held_out for row in losses_in(folder) if row.held_out is not None]
-        self.best = min(known, default=float("inf"))
+        self.best = min(known, default=INFINITE)
 
     def on_step_end(
         self,
@@ -164,7 +205,9 @@ class KeepLosses(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the weights with the least held-out loss."""
-        loss = (metrics or {}).get("eval_loss", float("inf"))
+        found = metrics or {}
+        # Of grpo the reward counts: its loss says nothing of how good the answers are.
+        loss = -found["eval_reward"] if "eval_reward" in found else found.get("eval_loss", INFINITE)
         if loss < self.best and state.is_world_process_zero:
             self.best = loss
             save(self.model, self.folder / BEST, self.tokenizer)
@@ -172,10 +215,11 @@ class KeepLosses(TrainerCallback):
 
 def save(model: Any, folder: Path, tokenizer: Any) -> None:
     """The adapter, or the whole model where all of it was trained, in safetensors."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    # Fast weights, where there are any, are thrown away.
     adapters = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(part, **adapters)  # fast weights, where there are any, are thrown away
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+
+    def fill(part: Path) -> None:
+        model.save_pretrained(part, **adapters)
+        tokenizer.save_pretrained(part)
+
+    write_folder(folder, fill)

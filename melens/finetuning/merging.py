@@ -20,7 +20,8 @@ from melens.finetuning.keeping import (
 )
 from melens.locating import locate
 from melens.models.loading import adopt, load_plain
-from melens.models.origin import Origin
+from melens.models.named import NAMED
+from melens.models.origin import Origin, fingerprint
 from melens.models.view import view_of
 from melens.protocols import Tokenizer, TransformersModel
 from melens.results import load_result
@@ -64,7 +65,15 @@ def trained_model(
         return load_plain(weights, device=device)
     from peft import PeftModel
 
-    hf, tokenizer, origin = load_plain(read_settings(Path(folder))[SOURCE], device=device)
+    source, revision = read_settings(Path(folder))[SOURCE], result.run.model_revision
+    local = Path(source).exists() or source in NAMED
+    hf, tokenizer, origin = load_plain(source, device=device, revision=None if local else revision)
+    found = fingerprint(adopt(view_of(hf), tokenizer=tokenizer))
+    if found != result.run.weights:
+        raise ResultError(
+            f"{source} has other weights now ({found}) than those that were trained "
+            f"({result.run.weights}), and the adapter fits those alone."
+        )
     merged = PeftModel.from_pretrained(hf, str(weights)).merge_and_unload()
     return merged, tokenizer, origin
 
@@ -73,18 +82,21 @@ def merge(folder: str | Path, out: str | Path, *, which: str = LAST) -> Path:
     """Write the trained model as one folder; ``melens.load`` applies the mask that belongs to it.
 
     Trained with ``masked_in`` "inference" or "both", the mask is written into melens.json; the ME
-    Layer is located on the trained weights, for it may have moved.
+    Layer is located on the trained weights, for it may have moved. Where norms were trained too, a
+    mask by their gains takes the dimensions of the trained ones.
 
     Raises:  as :func:`trained_model`, and as :func:`melens.export` for ``out``.
     """
+    if Path(out).resolve() == Path(folder).resolve():
+        raise ResultError(f"{out} holds the training itself; name another folder.")
     check_out(out)
     result = read_run(folder)
     hf, tokenizer, _ = trained_model(folder, which=which)
     if result.mask.name == "none" or result.masked_in not in ("inference", "both"):
-        return export(hf, Edit(name="none"), out=out)
+        return export(hf, Edit(name="none"), out=out, tokenizer=tokenizer)
     texts = read_settings(Path(folder))[LOCATED_ON]
     me_layer = locate(adopt(view_of(hf), tokenizer=tokenizer), texts)
-    return export(hf, result.mask, out=out, me_layer=me_layer)
+    return export(hf, result.mask, out=out, me_layer=me_layer, tokenizer=tokenizer)
 
 
 def prefix_of(model: Any, token_id: int) -> Prefix:

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from melens.finetuning.adapters import parameters_of, trainable
+from melens.finetuning.adapters import parameters_of
 from melens.finetuning.data import IGNORED, TokenRows
-from melens.finetuning.run import masked
+from melens.finetuning.run import masked, ready
 from melens.finetuning.settings import Training, training_of
-from melens.finetuning.subject import checked
+from melens.finetuning.subject import checked, objective_of
 from melens.protocols import JsonObject
 from melens.results import MELayer
 
+DPO_PASSES = 2.7
+"""Times one answer with its gradients: of a pair two such, and two of the reference without."""
 ADAM = 2
 """Numbers that the optimiser keeps for each trained one, beside its gradient."""
 
@@ -42,8 +44,9 @@ class Plan:
     """Gradients and the optimiser's state of what is trained."""
     peak_bytes: int
     """Of this process or device, with one batch forward and backward; the optimiser's not in it."""
-    seconds: float
-    """All steps, from one batch that was timed; looks, evaluation and saving come on top."""
+    seconds: float | None
+    """All steps, from one batch that was timed; looks, evaluation and saving come on top. None of
+    grpo, which first draws its answers."""
 
     def rows(self) -> list[JsonObject]:
         """Names and values, for a table."""
@@ -57,7 +60,7 @@ class Plan:
                 "value": f"{self.peak_bytes / 1e9:.2f} GB with one batch, and "
                 f"{self.optimiser_bytes / 1e9:.2f} GB for the optimiser",
             },
-            {"": "time", "value": f"about {self.seconds / 60:,.1f} min"},
+            {"": "time", "value": "-" if self.seconds is None else _minutes(self.seconds)},
         ]
 
 
@@ -79,11 +82,13 @@ def plan(
     """
     how = training_of(how, settings)
     subject = checked(model, data, how, held_out=held_out, me_layer=me_layer)
-    trained = trainable(subject.hf, how, subject.me_layer, first_token=subject.first_token)
-    rows = subject.rows.tokens
+    trained, _ = ready(subject, how)
+    rows, objective = subject.rows.tokens, objective_of(subject.rows.data, how)
     with masked(trained, how, subject.me_layer):
         seconds = _timed(trained, rows, how)
-    a_step = how.batch_size * how.accumulate
+    seconds *= DPO_PASSES if objective == "dpo" else 1
+    mean = rows.tokens / len(rows.ids)
+    a_step = how.batch_size * how.accumulate * (how.max_tokens / mean if how.packing else 1)
     count = parameters_of(trained)
     return Plan(
         steps=how.steps,
@@ -96,7 +101,7 @@ def plan(
         of=subject.numbers,
         optimiser_bytes=4 * (1 + ADAM) * count,
         peak_bytes=_peak(next(subject.hf.parameters()).device),
-        seconds=seconds * how.steps * how.accumulate,
+        seconds=None if objective == "grpo" else seconds * how.steps * how.accumulate,
     )
 
 
@@ -112,17 +117,31 @@ def _timed(model: Any, rows: TokenRows, how: Training) -> float:
         labels[at, :length] = torch.tensor(rows.labels[n])
         mask[at, :length] = 1
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    batch = {name: value.to(device) for name, value in batch.items()}
+    first = int(how.method == "sink")  # whose first token is no input
+    batch = {name: value[:, first:].to(device) for name, value in batch.items()}
     model.train()
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
+        if how.remedy == "focus":
+            _adapt_to(model, batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=how.bf16):
             loss = model(**batch).loss
         float(loss.backward() or loss.detach())  # the value: until then a device may lag behind
         seconds = time.perf_counter() - started
         model.zero_grad()
     return seconds
+
+
+def _adapt_to(model: Any, batch: dict[str, Any]) -> None:
+    """What the remedy does before a step."""
+    from melens.finetuning.focus import adapt, two_way
+
+    adapt(model, batch | {"attention_mask": two_way(batch, model.dtype)})
+
+
+def _minutes(seconds: float) -> str:
+    return f"about {seconds / 60:,.1f} min"
 
 
 def _peak(device: torch.device) -> int:

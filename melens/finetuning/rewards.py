@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from melens.errors import InterventionError
 from melens.evaluating.scoring import extract_answer, same_answer
 from melens.formatting import brief
+from melens.models.complaints import first_line
 
 Reward = Callable[..., Sequence[float]]
 MATH = "math"
@@ -29,10 +32,16 @@ def reward_of(name: str) -> Reward:
         raise InterventionError(
             f"reward must be {MATH} or module:function, e.g. rewards:short, got {brief(name, 60)}."
         )
+    here = str(Path.cwd())
     try:
+        sys.path.insert(0, here)  # a script of the user's own stands where the command is typed
         found: Any = getattr(import_module(module), function, None)
-    except ImportError as error:
-        raise InterventionError(f"cannot import {brief(module, 60)}: {error}.") from None
+    except Exception as error:  # whatever the user's module raises
+        raise InterventionError(
+            f"cannot import {brief(module, 60)} ({type(error).__name__}: {first_line(error)})."
+        ) from None
+    finally:
+        sys.path.remove(here)
     if not callable(found):
         raise InterventionError(f"{module} has no function {brief(function, 60)}.")
     return found
@@ -42,7 +51,7 @@ def math_reward(completions: Sequence[Any], answer: Sequence[str], **rest: Any) 
     """1 where the answer's final value is the row's, else 0; an answer without one counts as wrong.
 
     Args:    completions: texts, or conversations of one turn, as TRL hands them over.
-             answer: of the row; of GSM8K what stands behind ``####``.
+             answer: of the row; of GSM8K what stands after ``####``.
     """
     texts = [made if isinstance(made, str) else made[-1]["content"] for made in completions]
     golds = [gold.rpartition(MARK)[2].strip() for gold in answer]

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from melens import __version__
-from melens.errors import InterventionError
-from melens.evaluating.edits import applied, where_held
+from melens.errors import InterventionError, NoTokenError
+from melens.evaluating.edits import applied, located_facts, where_held
 from melens.finetuning.adapters import parameters_of, trainable
 from melens.finetuning.callback import EmergenceCallback
 from melens.finetuning.card import write_card
 from melens.finetuning.keeping import (
+    KEYED,
     LAST,
     LOCATED_ON,
     LOOKS,
-    LOSSES,
     RESULT_FILE,
     SINK,
     SOURCE,
     KeepLosses,
-    cut_rows,
+    begun,
     looks_in,
     losses_in,
+    refuse_folder,
     save,
     take_up,
     tidy,
@@ -34,8 +38,10 @@ from melens.finetuning.settings import Training, training_of
 from melens.finetuning.subject import LOCATED, TrainingSubject, checked, objective_of
 from melens.finetuning.trainers import trainer_of
 from melens.interventions.context import pass_of, recomputing
+from melens.interventions.core import EditedTokens
 from melens.models.decoder import decoder_of
-from melens.provenance import RunInfo
+from melens.protocols import JsonObject
+from melens.provenance import RunInfo, versions
 from melens.results import MELayer
 from melens.results.finetune import FineTuning
 from melens.settings import Progress
@@ -73,6 +79,7 @@ def finetune(  # noqa: PLR0913 (settings of the training come on top)
              that cannot be meant. ModelNotFoundError, WeightsError, ModelError: no such model.
     """
     how = training_of(how, settings)
+    refuse_folder(Path(out))
     subject = checked(model, data, how, held_out=held_out, me_layer=me_layer)
     return run(subject, how, Path(out), progress=progress)
 
@@ -81,9 +88,43 @@ def run(
     subject: TrainingSubject, how: Training, folder: Path, *, progress: Progress | None = None
 ) -> FineTuning:
     """Train a model that is ready, from its last checkpoint where there is one."""
-    checkpoint = _take_up(subject, how, folder)
-    if (folder / RESULT_FILE).exists():
-        return read_run(folder)
+    trained, callbacks = ready(subject, how)
+    facts = facts_of(subject, how)
+    with first_process(how):
+        checkpoint = take_up(folder, facts, hash_facts(facts[KEYED]), steps=how.steps)
+        done = _finished(folder)
+    if done is not None:
+        return done
+    look = None
+    callbacks.append(KeepLosses(folder, trained, subject.tokenizer, progress))
+    if how.method != "sink":  # the residual stream is not trained there, and stays what it was
+        look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
+        callbacks.append(look)
+    with begun(folder, anew=checkpoint is None):
+        trainer = trainer_of(trained, subject, how, folder, callbacks)
+    if look is not None and how.report_to:
+        look.report = trainer.log
+    with ExitStack() as stack:
+        record = stack.enter_context(masked(trained, how, subject.me_layer))
+        reference = getattr(trainer, "ref_model", None)
+        if reference is not None:
+            stack.enter_context(masked(reference, how, subject.me_layer))
+        if record is not None:
+            trainer.add_callback(RequireEdited(record.edited))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    edited = 0 if record is None else record.edited.tokens
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        _keep(subject, how, trained, folder, edited)
+    trainer.accelerator.wait_for_everyone()
+    return read_run(folder)
+
+
+def ready(subject: TrainingSubject, how: Training) -> tuple[Any, list[Any]]:
+    """The model as it is trained, and what must be told of its steps.
+
+    Raises:  InterventionError, ModelError: what cannot be trained so.
+    """
     trained = trainable(subject.hf, how, subject.me_layer, first_token=subject.first_token)
     callbacks: list[Any] = []
     if how.remedy == "focus":
@@ -94,58 +135,88 @@ def run(
     if how.checkpointing:
         trained.gradient_checkpointing_enable(checkpointing(trained))
         trained.enable_input_require_grads()
-    callbacks.append(KeepLosses(folder, trained, subject.tokenizer, progress))
-    look = None
-    if how.method != "sink":  # the residual stream is not trained there, and stays what it was
-        look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
-        callbacks.append(look)
-    trainer = trainer_of(trained, subject, how, folder, callbacks)
-    if look is not None and how.report_to:
-        look.report = trainer.log
-    with ExitStack() as stack:
-        for model in (trained, getattr(trainer, "ref_model", None)):
-            if model is not None:
-                stack.enter_context(masked(model, how, subject.me_layer))
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    trainer.accelerator.wait_for_everyone()
-    result = None
-    if trainer.accelerator.is_main_process:
-        save(trained, folder / LAST, subject.tokenizer)
-        result = _result(subject, how, trained, folder)
-        tidy(folder)
-        if how.method == "sink" and subject.first_token is not None:
-            write_sink(trained, result, subject.first_token, subject.tokenizer, folder / SINK)
-        write_card(result, folder, first_token=_named(subject))
-        write_atomically(folder / RESULT_FILE, result.to_json())
-    trainer.accelerator.wait_for_everyone()
-    return result or _result(subject, how, trained, folder)
+    return trained, callbacks
 
 
-def _take_up(subject: TrainingSubject, how: Training, folder: Path) -> Path | None:
-    """Begin or find the folder, in the first of several processes before the others."""
+class RequireEdited(TrainerCallback):
+    """A mask that met no token in the first step would meet none in the rest."""
+
+    def __init__(self, edited: EditedTokens) -> None:
+        self.edited = edited
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """End the training.
+
+        Raises:  NoTokenError: no token was edited.
+        """
+        if not self.edited.tokens:
+            raise NoTokenError(
+                "no text of the first step held a massive token, so the mask changed nothing; look "
+                "at how the texts begin (chat template, BOS), or train without a mask."
+            )
+
+
+def _finished(folder: Path) -> FineTuning | None:
+    """The result of a training that has ended; what a kill left to tidy up is."""
+    if not (folder / RESULT_FILE).exists():
+        return None
+    tidy(folder)
+    return read_run(folder)
+
+
+def _keep(subject: TrainingSubject, how: Training, trained: Any, folder: Path, edited: int) -> None:
+    """Weights, then what is made of them, then the result; checkpoints go when all is there."""
+    save(trained, folder / LAST, subject.tokenizer)
+    result = _result(subject, how, trained, folder, edited)
+    if how.method == "sink" and subject.first_token is not None:
+        write_sink(trained, result, subject.first_token, subject.tokenizer, folder / SINK)
+    write_card(result, folder, first_token=_named(subject))
+    write_atomically(folder / RESULT_FILE, result.to_json())
+    tidy(folder)
+
+
+def facts_of(subject: TrainingSubject, how: Training) -> JsonObject:
+    """What a folder says of its training; ``KEYED`` is what a resumed one must share."""
     from accelerate import PartialState
 
-    facts = {
-        "model": subject.facts.name,
-        "weights": subject.facts.weights,
-        "data": subject.rows.data.sha256,
-        "held_out": subject.held_out and subject.held_out.data.sha256,
-        "me_layer": subject.me_layer and subject.me_layer.me_layer,
-        "melens": __version__,
-        **how.facts(),
-    }
     state = PartialState(cpu=how.device == "cpu")
-    with state.main_process_first():
-        more = {
-            SOURCE: subject.source,
-            LOCATED_ON: [list(ids) for ids in subject.rows.tokens.ids[:LOCATED]],
-        }
-        checkpoint = take_up(folder, {**facts, **more}, hash_facts(facts))
-        done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
-        if state.is_main_process:
-            for name in (LOSSES, LOOKS):
-                cut_rows(folder / name, done)
-    return checkpoint
+    tokens, me_layer = subject.rows.tokens, subject.me_layer
+    return {
+        KEYED: {
+            "model": subject.facts.name,
+            "weights": subject.facts.weights,
+            "data": subject.rows.data.sha256,
+            "ids": hash_facts([tokens.ids, tokens.labels]),
+            "held_out": subject.held_out and subject.held_out.data.sha256,
+            "me_layer": me_layer and hash_facts(located_facts(me_layer)),
+            "processes": state.num_processes,
+            "melens": __version__,
+            **how.facts(),
+        },
+        SOURCE: subject.source,
+        "versions": trained_with(),
+        LOCATED_ON: [list(ids) for ids in tokens.ids[:LOCATED]],
+    }
+
+
+def trained_with() -> dict[str, str]:
+    """Versions that the weights depend on."""
+    return versions() | {name: metadata.version(name) for name in ("trl", "peft", "accelerate")}
+
+
+@contextmanager
+def first_process(how: Training) -> Iterator[None]:
+    """The first of several processes goes before the others."""
+    from accelerate import PartialState
+
+    with PartialState(cpu=how.device == "cpu").main_process_first():
+        yield
 
 
 def _named(subject: TrainingSubject) -> str | None:
@@ -154,7 +225,9 @@ def _named(subject: TrainingSubject) -> str | None:
     return None if at is None else subject.tokenizer.decode([at])
 
 
-def _result(subject: TrainingSubject, how: Training, trained: Any, folder: Path) -> FineTuning:
+def _result(
+    subject: TrainingSubject, how: Training, trained: Any, folder: Path, edited: int
+) -> FineTuning:
     tokens, held = subject.rows.tokens, subject.held_out
     losses = losses_in(folder)
     known = [row for row in losses if row.held_out is not None]
@@ -175,24 +248,20 @@ def _result(subject: TrainingSubject, how: Training, trained: Any, folder: Path)
         too_long=len(tokens.too_long),
         held_out=0 if held is None else len(held.tokens.ids),
         data=subject.rows.data.sha256,
+        edited_tokens=edited,
         losses=losses,
         looks=looks_in(folder),
         best_step=best,
-        run=RunInfo.collect(
-            subject.facts,
-            seed=how.seed,
-            settings={
-                "batch_size": how.batch_size,
-                "accumulate": how.accumulate,
-                "learning_rate": f"{how.rate:g}",
-                "max_tokens": how.max_tokens,
-                "packing": how.packing,
-                "checkpointing": how.checkpointing,
-                "bf16": how.bf16,
-                "chat": tokens.chat,
-            },
-        ),
+        run=_run_info(subject, how),
     )
+
+
+def _run_info(subject: TrainingSubject, how: Training) -> RunInfo:
+    names = ("batch_size", "accumulate", "max_tokens", "packing", "checkpointing", "bf16")
+    settings: dict[str, Any] = {name: getattr(how, name) for name in names}
+    settings |= {"learning_rate": f"{how.rate:g}", "chat": subject.rows.tokens.chat}
+    run = RunInfo.collect(subject.facts, seed=how.seed, settings=settings)
+    return run.model_copy(update={"versions": trained_with()})
 
 
 @contextmanager

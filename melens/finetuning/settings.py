@@ -11,11 +11,11 @@ from melens.formatting import brief
 from melens.interventions.core import check_number
 from melens.registry import did_you_mean
 from melens.results.edit import Edit
+from melens.results.finetune import MaskedIn
 
 Method = Literal["lora", "full", "sink"]
 At = Literal["all", "me-layer"]
 Objective = Literal["sft", "dpo", "grpo"]
-MaskedIn = Literal["off", "training", "inference", "both"]
 RATES: dict[Method, float] = {"lora": 2e-4, "full": 2e-5, "sink": 1e-2}
 """Learning rates where none is given."""
 COUNTS = (
@@ -29,6 +29,7 @@ COUNTS = (
     "max_new_tokens",
 )
 LEAST_TOKENS = 4
+MOST_SEED = 2**32 - 1
 NO_MASK = Edit(name="none")
 
 
@@ -49,7 +50,8 @@ class Training:
     """focus: fast weights under a two-way context (FocuSFT, arXiv 2605.09932); of lora and sft."""
     mask: Edit = NO_MASK
     masked_in: MaskedIn = "both"
-    """In training alone, at inference alone, or both; without a mask this says nothing."""
+    """In training alone, at inference alone, or both; without a mask this says nothing. Losses on
+    held-out rows are taken as the training's are."""
     steps: int = 100
     """Of the optimiser."""
     batch_size: int = 4
@@ -79,6 +81,8 @@ class Training:
     """Of an answer that grpo draws."""
     chat: bool | None = None
     """None = the chat template where there is one."""
+    chat_template: str | None = None
+    """A template of one's own (Jinja), in place of the tokenizer's."""
     device: str | None = None
     """None = CUDA, else MPS, else CPU."""
     report_to: tuple[str, ...] = ()
@@ -95,9 +99,14 @@ class Training:
         if self.objective is not None:
             check_choice("objective", self.objective, get_args(Objective))
         for name in COUNTS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InterventionError(f"{name} must be a whole number from 1, got {value!r:.40}.")
+            check_whole(name, getattr(self, name), 2 if name == "generations" else 1)
+        check_whole("seed", self.seed, 0)
+        if self.seed > MOST_SEED:
+            raise InterventionError(f"seed must be at most {MOST_SEED}, got {self.seed}.")
+        if isinstance(self.report_to, str):
+            raise InterventionError(
+                f"report_to must be a list of names, got {self.report_to!r:.40}."
+            )
         if self.max_tokens < LEAST_TOKENS:
             raise InterventionError(
                 f"max_tokens must be at least {LEAST_TOKENS}, got {self.max_tokens}."
@@ -131,6 +140,11 @@ class Training:
                 f"method='sink' leaves the first token out of every text, which TRL's trainer for "
                 f"{self.objective} cannot; use method='lora' or objective='sft'."
             )
+        if self.checkpointing and self.objective in ("dpo", "grpo"):
+            raise InterventionError(
+                f"checkpointing is for sft: TRL's trainer for {self.objective} switches it off and "
+                "on again by itself, and a block computed again would not know its tokens."
+            )
         if self.packing and self.objective in ("dpo", "grpo"):
             raise InterventionError(f"packing is for sft; {self.objective} pads its answers.")
         if self.objective == "grpo" and self.batch_size % self.generations:
@@ -157,6 +171,17 @@ class Training:
     def facts(self) -> dict[str, Any]:
         """All of it, for a run's record and the key of what is kept."""
         return {**asdict(self), "mask": self.mask.model_dump(mode="json")}
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number from ``least`` on.
+
+    Raises:  InterventionError: naming the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InterventionError(
+            f"{name} must be a whole number from {least}, got {brief(value, 40)}."
+        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

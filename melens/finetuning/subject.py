@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from melens.errors import InterventionError
+from melens.errors import InterventionError, PromptError
 from melens.finetuning.data import (
     TokenRows,
     TrainingData,
@@ -22,11 +22,12 @@ from melens.measuring.located import check_same_model
 from melens.models.loading import adopt, load_plain
 from melens.models.origin import Origin, fingerprint, remember
 from melens.models.view import view_of
+from melens.protocols import Tokenizer
 from melens.provenance import ModelFacts
 from melens.results import MELayer
 
 LOCATED = 8
-"""TrainingSet of the training data that the ME Layer is located on."""
+"""Rows of the training data that the ME Layer is located on."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TrainingSet:
 
     @property
     def kept(self) -> list[TrainingRow]:
-        """TrainingSet that are short enough, as they were read."""
+        """Rows that are short enough, as they were read."""
         short = set(self.tokens.lines)
         return [row for row in self.data.rows if row.line in short]
 
@@ -61,7 +62,8 @@ class TrainingSubject:
     @property
     def first_token(self) -> int | None:
         """The token that every row starts with; None where they differ."""
-        firsts = {ids[0] for ids in self.rows.tokens.ids}
+        sets = [rows for rows in (self.rows, self.held_out) if rows is not None]
+        firsts = {ids[0] for rows in sets for ids in rows.tokens.ids}
         return firsts.pop() if len(firsts) == 1 else None
 
 
@@ -113,6 +115,7 @@ def _subject_of(
 ) -> TrainingSubject:
     """Load the model, tokenise, and locate where that is needed."""
     hf, tokenizer, origin = load_plain(model, device=how.device)
+    tokenizer = _fitted(tokenizer, how)
 
     def tokens(of: TrainingData) -> TrainingSet:
         return TrainingSet(of, tokenise(of, tokenizer, max_tokens=how.max_tokens, chat=how.chat))
@@ -144,3 +147,18 @@ def _subject_of(
         rows,
         held_out and tokens(held_out),
     )
+
+
+def _fitted(tokenizer: Tokenizer, how: Training) -> Tokenizer:
+    """The tokenizer, with the template that was given.
+
+    Raises:  PromptError: it has nothing to pad with.
+    """
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise PromptError(
+            "this tokenizer has neither a padding nor an end-of-text token, and texts of different "
+            "lengths are padded; set tokenizer.pad_token and save it with the model."
+        )
+    if how.chat_template is not None:
+        tokenizer.chat_template = how.chat_template
+    return tokenizer

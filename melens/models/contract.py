@@ -42,7 +42,7 @@ ROUNDINGS, FLOOR = 8.0, 1e-3
 """Two implementations of attention differ by about one rounding (eps) of a token's largest entry a
 block, and these add up like sqrt(blocks): 0.7 to 2.7 eps sqrt(blocks) over 32 random blocks in
 bf16 and float16. A ME Layer makes more of it: 9e-5 in float32 on SmolLM2, 2.4e-4 on the same model
-after a few steps of training. What is left out changes 1e-2 and more, which leaves room for a floor.
+after a few steps of training. What is left out changes 1e-2 and more: room for a floor.
 """
 HALF_QUANTILE = 0.75
 """In half precision a token's experts may change by rounding: not the worst token counts, but one

@@ -33,8 +33,9 @@ class EmergenceRow(Part):
     """Largest massive coordinate, signed; residual units."""
     norm: float | None
     """Of the primary massive token at the layer of its peak, in that layer's median norms."""
-    largest: float
-    """Largest |x| of any token and layer: an overflow watch (float16 ends at 65,504)."""
+    largest: float | None
+    """Largest |x| of any token and layer: an overflow watch (float16 ends at 65,504); None where
+    some are not finite."""
     sink_rate: float | None
     """Share of heads that sink at the first token, mean over layers (epsilon 0.3)."""
     key_rank: float | None
@@ -85,6 +86,8 @@ class FineTuning(Result):
     """Rows; 0 = none were given."""
     data: str
     """SHA-256 of the file."""
+    edited_tokens: int
+    """By the mask, in all passes of the training."""
     losses: tuple[LossRow, ...]
     looks: tuple[EmergenceRow, ...]
     best_step: int | None
@@ -118,7 +121,8 @@ class FineTuning(Result):
         if self.mask.name == "none":
             mask = "without a mask"
         elif self.method == "sink":
-            mask = f"started under {self.mask.label}"
+            under = self.masked_in in ("training", "both")
+            mask = f"started under {self.mask.label}" if under else "started without a mask"
         else:
             mask = f"{self.mask.label} {WHERE[self.masked_in]}"
         mask += ", with fast weights (FocuSFT)" * (self.remedy == "focus")

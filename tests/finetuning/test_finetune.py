@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import melens
-from melens.errors import InterventionError, ModelError, ResultError
+from melens.errors import InterventionError, ModelError, NoTokenError, ResultError
 from melens.finetuning import merge, trained_model
 from melens.finetuning.data import read_training_data, tokenise
 from melens.finetuning.keeping import PICKLES, losses_in
@@ -125,7 +126,10 @@ def test_killed_and_resumed_is_undisturbed(masked, folder, rows, tmp_path):
     again = melens.finetune(folder, rows, **asked)
     assert same(weights(out), weights(tmp_path / "run"))
     assert again.losses == result.losses
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.jsonl")}
     assert melens.finetune(folder, rows, **asked) == again  # nothing is trained twice
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.jsonl")} == kept
+    assert result.edited_tokens > 0
     with pytest.raises(ResultError, match="holds another training"):
         melens.finetune(folder, rows, **asked | {"seed": 1})
 
@@ -218,6 +222,10 @@ def test_rewards_of_ones_own(folder, rows_of, tmp_path, monkeypatch):
         ({"objective": "dpo"}, "dpo needs rows with prompt, chosen and rejected"),
         ({"objective": "grpo", "reward": "nothing"}, "reward must be math or module:function"),
         ({"objective": "grpo", "batch_size": 3}, "multiple of generations (4)"),
+        ({"objective": "grpo", "checkpointing": True}, "checkpointing is for sft"),
+        ({"generations": 1}, "generations must be a whole number from 2"),
+        ({"seed": 2**32}, "seed must be at most"),
+        ({"report_to": "tensorboard"}, "report_to must be a list"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_loading(rows, settings, says, tmp_path):
@@ -293,3 +301,50 @@ def test_the_command_plans_trains_and_merges(folder, rows, tmp_path, capsys):
     assert "1 steps of sft (lora" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "run" / "finetune.svg").exists()
     assert (tmp_path / "model" / "melens.json").exists()
+
+
+def test_a_training_with_the_remedy_goes_on_too(folder, rows, tmp_path):
+    """Loading a checkpoint leaves one adapter active; the fast one must be beside it again."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done, total):
+        if done == 3:
+            raise KilledError
+
+    asked = {"remedy": "focus", "mask": MASK, **FEW}
+    melens.finetune(folder, rows, out=tmp_path / "whole", **asked)
+    with pytest.raises(KilledError):
+        melens.finetune(folder, rows, out=tmp_path / "cut", progress=kill, **asked)
+    melens.finetune(folder, rows, out=tmp_path / "cut", **asked)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_mask_that_meets_no_token_ends_the_training(folder, rows, tmp_path):
+    """Rows without BOS hold no massive token."""
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    told = json.loads((bare / "tokenizer.json").read_text())
+    (bare / "tokenizer.json").write_text(json.dumps(told | {"post_processor": None}))
+    located = melens.locate(melens.load(folder), [[1, *range(20, 50)]])
+    with pytest.raises(NoTokenError, match="no text of the first step"):
+        melens.finetune(bare, rows, mask=MASK, me_layer=located, out=tmp_path / "run", **FEW)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "sink", "-o", "run", "--merge", "model"], "a learned sink is in none"),
+        (["-o", "run", "--merge", "run"], "must be two folders"),
+        (["-o", "rows.jsonl"], "is a file"),
+        ([], "--out FOLDER is missing"),
+    ],
+)
+def test_the_command_refuses_folders_early(rows, options, says, tmp_path, monkeypatch, capsys):
+    from melens.cli.app import _run
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(rows, "rows.jsonl")
+    code = _run(["finetune", "no-such-model", "--data", "rows.jsonl", *options], debug=False)
+    assert (code, says in capsys.readouterr().err) == (2, True)

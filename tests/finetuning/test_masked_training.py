@@ -188,6 +188,16 @@ def test_looks_take_a_bounded_share_of_the_time(planted, words, monkeypatch):
     assert spent <= 0.05 * next(clock)
 
 
+def test_a_look_at_numbers_that_overflowed_is_a_row(planted, words):
+    callback = EmergenceCallback(words, [[1, *range(20, 40)]])
+    callback.look(planted.model, 0)
+    with torch.no_grad():
+        planted.model.model.norm.weight.fill_(float("nan"))
+        planted.model.model.layers[3].mlp.down_proj.weight.fill_(float("inf"))
+    row = callback.look(planted.model, 1)
+    assert (row.verdict, row.largest) == ("not finite", None)
+
+
 def test_a_view_shares_weights_and_no_hooks(planted):
     fired = []
     handle = planted.model.model.layers[0].register_forward_hook(lambda *a: fired.append(1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import os
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from melens.cli import output
 from melens.cli.groups import without
 from melens.cli.listing import Listing
 from melens.cli.render import say_json, show_listings
-from melens.errors import InterventionError, ModelError
+from melens.errors import InterventionError, ModelError, PromptError
 from melens.progress import progress_on, remark
 
 if TYPE_CHECKING:
@@ -59,6 +60,88 @@ class ObjectiveKind(StrEnum):
     grpo = "grpo"
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is trained, for how long: fields of ``melens.finetuning.Training``."""
+
+    method: Annotated[
+        MethodKind,
+        typer.Option(
+            help="lora: low-rank adapters. full: every weight. sink: one key and value a layer, "
+            "in place of the first token."
+        ),
+    ] = MethodKind.lora
+    at: Annotated[
+        AtKind,
+        typer.Option(help="all layers, or the ME Layer's FFN and the norm it reads through."),
+    ] = AtKind.all
+    objective: Annotated[
+        ObjectiveKind | None,
+        typer.Option(
+            help="sft: the answer's tokens. dpo: the better of two answers. grpo: the model's own "
+            "answers, by --reward. Default: dpo for pairs of answers, else sft."
+        ),
+    ] = None
+    remedy: Annotated[
+        RemedyKind,
+        typer.Option(help="focus: fast weights under a two-way context (FocuSFT), for long texts."),
+    ] = RemedyKind.none
+    masked_in: Annotated[
+        MaskedKind,
+        typer.Option(help="Where a mask (--mask-...) is in force: training, inference, or both."),
+    ] = MaskedKind.both
+    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 100
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Falls to 0. Default: 2e-4 (lora), 2e-5 (full), 1e-2 (sink)."),
+    ] = None
+    max_tokens: Annotated[
+        int, typer.Option(min=4, help="Longer rows are left out and counted, never cut.")
+    ] = 256
+    rank: Annotated[int, typer.Option(min=1, help="Of lora.")] = 8
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Several texts a row, none of which sees another.")
+    ] = False
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute blocks again in the backward pass.")
+    ] = False
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="The chat template (default: where the tokenizer has one)."
+        ),
+    ] = None
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A file with a template, in place of the tokenizer's.")
+    ] = None
+    reward: Annotated[
+        str, typer.Option(help="Of grpo: math (the strict scorer), or module:function.")
+    ] = "math"
+    generations: Annotated[int, typer.Option(min=2, help="Answers a prompt, of grpo.")] = 4
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, for grpo.")] = 64
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints, and between held-out losses.")
+    ] = 50
+    look_every: Annotated[
+        int, typer.Option(min=1, help="Steps between two looks at the ME Layer.")
+    ] = 20
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="A tracker of transformers, e.g. tensorboard.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class TrainRun(opt.RunOptions):
+    """Its seed is of the training."""
+
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**32 - 1, help="Of the adapters, the order of rows, and draws."),
+    ] = 0
+
+
 def finetune(
     model: opt.Model,
     *,
@@ -78,71 +161,8 @@ def finetune(
     held_out: Annotated[
         Path | None, typer.Option(help="More such rows: the best weights are chosen on them.")
     ] = None,
-    method: Annotated[
-        MethodKind,
-        typer.Option(
-            help="lora: low-rank adapters. full: every weight. sink: one key and value a layer, "
-            "in place of the first token."
-        ),
-    ] = MethodKind.lora,
-    at: Annotated[
-        AtKind,
-        typer.Option(help="all layers, or the ME Layer's FFN and the norm it reads through."),
-    ] = AtKind.all,
-    objective: Annotated[
-        ObjectiveKind | None,
-        typer.Option(
-            help="sft: the answer's tokens. dpo: the better of two answers. grpo: the model's own "
-            "answers, by --reward. Default: dpo for pairs of answers, else sft."
-        ),
-    ] = None,
-    remedy: Annotated[
-        RemedyKind,
-        typer.Option(help="focus: fast weights under a two-way context (FocuSFT), for long texts."),
-    ] = RemedyKind.none,
+    training: TrainingOptions,
     edit: Annotated[opt.EditOptions, without("edit")],
-    masked_in: Annotated[
-        MaskedKind,
-        typer.Option(help="Where a mask (--mask-...) is in force: training, inference, or both."),
-    ] = MaskedKind.both,
-    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 100,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Falls to 0. Default: 2e-4 (lora), 2e-5 (full), 1e-2 (sink)."),
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option(min=4, help="Longer rows are left out and counted, never cut.")
-    ] = 256,
-    rank: Annotated[int, typer.Option(min=1, help="Of lora.")] = 8,
-    packing: Annotated[
-        bool, typer.Option("--packing", help="Several texts a row, none of which sees another.")
-    ] = False,
-    checkpointing: Annotated[
-        bool,
-        typer.Option("--checkpointing", help="Compute blocks again in the backward pass."),
-    ] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat", help="The chat template (default: where the tokenizer has one)."
-        ),
-    ] = None,
-    reward: Annotated[
-        str, typer.Option(help="Of grpo: math (the strict scorer), or module:function.")
-    ] = "math",
-    generations: Annotated[int, typer.Option(min=2, help="Answers a prompt, of grpo.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, for grpo.")] = 64,
-    save_every: Annotated[
-        int, typer.Option(min=1, help="Steps between checkpoints, and between held-out losses.")
-    ] = 50,
-    look_every: Annotated[
-        int, typer.Option(min=1, help="Steps between two looks at the ME Layer.")
-    ] = 20,
-    report_to: Annotated[
-        list[str] | None, typer.Option(help="A tracker of transformers, e.g. tensorboard.")
-    ] = None,
     located: opt.Located = None,
     merge: Annotated[
         Path | None,
@@ -152,7 +172,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="Say what it would take, and train nothing.")
     ] = False,
     as_json: opt.Json = False,
-    run: Annotated[opt.RunOptions, without("dtype", "revision", "trust_remote_code")],
+    run: Annotated[TrainRun, without("dtype", "revision", "trust_remote_code")],
 ) -> None:
     """Fine-tune MODEL with a mask in force, and watch what becomes of its ME Layer.
 
@@ -167,35 +187,54 @@ def finetune(
 
       melens finetune smollm2-135m --data train.jsonl --method sink --dry-run
     """
-    typed = {name: _plain(value) for name, value in locals().items()}
     if out is None and not dry_run:
         raise InterventionError("--out FOLDER is missing; it gets the weights and what was seen.")
     require_train()
+    how = _how(training, edit, run)
+    _refuse_merge(merge, out, training)
     from melens.finetuning.data import read_training_data
-    from melens.finetuning.settings import Training
 
-    names = {field.name for field in fields(Training)} & typed.keys()
-    settings: dict[str, Any] = {name: typed[name] for name in names - {"report_to"}}
-    settings |= {
-        "mask": _mask(edit),
-        "batch_size": run.batch_size,
-        "seed": run.seed,
-        "device": None if run.device == "auto" else run.device,
-        "report_to": tuple(report_to or ()),
-    }
-    how = Training(**settings)
     for path in filter(None, (data, held_out)):
         read_training_data(path)
     found = _located(located)
-    if merge is not None:
-        from melens.exporting.folder import check_out
-
-        check_out(merge)
-    if dry_run:
+    if dry_run or out is None:
         _show_plan(model, data, how, held_out=held_out, me_layer=found, as_json=as_json)
         return
-    assert out is not None
     _train(model, data, how, out, held_out=held_out, me_layer=found, merge=merge, as_json=as_json)
+
+
+def _how(training: TrainingOptions, edit: opt.EditOptions, run: TrainRun) -> Any:
+    """The settings, as they were typed."""
+    from melens.finetuning.settings import Training
+    from melens.store import TEXT, read_text
+
+    typed = {field.name: getattr(training, field.name) for field in fields(training)}
+    settings: dict[str, Any] = {name: _plain(value) for name, value in typed.items()}
+    if training.chat_template is not None:
+        settings["chat_template"] = read_text(training.chat_template, TEXT, error=PromptError)
+    return Training(
+        **settings
+        | {
+            "report_to": tuple(training.report_to or ()),
+            "mask": _mask(edit),
+            "batch_size": run.batch_size,
+            "seed": run.seed,
+            "device": None if run.device == "auto" else run.device,
+        }
+    )
+
+
+def _refuse_merge(merge: Path | None, out: Path | None, training: TrainingOptions) -> None:
+    """Before the training: a folder that cannot be written, or weights that nothing can hold."""
+    if merge is None:
+        return
+    if training.method is MethodKind.sink:
+        raise InterventionError("--merge is for weights, and a learned sink is in none.")
+    if out is not None and merge.resolve() == out.resolve():
+        raise InterventionError("--merge and --out must be two folders.")
+    from melens.exporting.folder import check_out
+
+    check_out(merge)
 
 
 def require_train() -> None:
@@ -250,6 +289,8 @@ def _train(
 
     with progress_on("steps", what="training") as tick:
         result = train(model, data, how, out=out, progress=tick, **given)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one writes and prints
+        return
     output.save(result, out, "finetune", "finetune")
     if merge is not None:
         remark(f"wrote {write_merged(out, merge)}")
