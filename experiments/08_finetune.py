@@ -8,9 +8,9 @@ sink and remedy (FocuSFT) trained on GSM8K's training split, then held-out answe
 test split, WikiText-2 for what was lost, sinks and the ME Layer; a mask is tried at inference on
 what was trained without it and the other way round. passkey: plain and masked, each without and
 with the remedy, on passkeys and needles hidden in prose; retrieval is the likelihood of the hidden
-number. Differences to plain are paired by item and seed, both drawn again (two-level bootstrap: of few
-seeds such an interval is too narrow, so each seed's own difference is kept too), Bonferroni over
-the arms of a study.
+number. Differences to plain are paired by item and seed, both drawn again (two-level bootstrap: of
+few seeds such an interval is too narrow, so each seed's own difference is kept too), Bonferroni
+over the arms of a study.
 
 Run again after a kill, it goes on: a cell is one trained model with its measures. Writes
 runs/08_finetune/{study.json, rows/, cells/, trained/}.
