@@ -13,14 +13,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from melens.batches import prompts
 from melens.errors import InterventionError, ModelError, ResultError
+from melens.finetuning.settings import check_whole
 from melens.inputs import Source, prepare
+from melens.interventions.core import check_number
 from melens.measuring.attention_sinks import T_PAPER, SinkPlan
 from melens.measuring.located import run_once, settle
 from melens.measuring.rank_collapse import RankPlan
 from melens.models.attention import attention_sites
 from melens.models.bridging import unwrapped
+from melens.models.ffn import is_adapted
 from melens.models.loading import adopt
-from melens.models.view import view_of
+from melens.models.view import merged_view_of, view_of
 from melens.results import Collapse, MELayer, Sinks
 from melens.results.finetune import EmergenceRow
 from melens.store import RESULT, json_object, lines_of, read_text
@@ -64,8 +67,11 @@ class EmergenceCallback(TrainerCallback):
                  and the like). It may be set later, as ``callback.report``.
         Raises:  InterventionError: settings that cannot be meant.
         """
-        if every < 1 or not 0 < share <= 1:
-            raise InterventionError("every must be at least 1, and share above 0 and at most 1.")
+        check_whole("every", every, 1)
+        if not 0 < check_number("share", share) <= 1:
+            raise InterventionError(f"share must be above 0 and at most 1, got {share}.")
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise InterventionError(f"{file} is in no folder that exists; make it first.")
         self.every, self.share, self.rows = every, share, list[EmergenceRow]()
         self._tokenizer, self._texts, self.report = tokenizer, texts, report
         self._file = None if file is None else Path(file)
@@ -131,11 +137,13 @@ class EmergenceCallback(TrainerCallback):
         return self._spent + cost <= self.share * (time.perf_counter() - self._began)
 
     def _measured(self, model: Any, step: int, tokenizer: Any, started: float) -> EmergenceRow:
-        if self._bridge is None:
-            plain: Any = unwrapped(model)
+        plain: Any = unwrapped(model)
+        if self._texts is None:
+            self._texts = prompts(n=N_SEQ, length=LENGTH)
+        if is_adapted(plain):  # what is added to the weights changes with every step
+            self._bridge = adopt(merged_view_of(plain), tokenizer=tokenizer)
+        elif self._bridge is None:
             self._bridge = adopt(view_of(plain), tokenizer=tokenizer)
-            if self._texts is None:
-                self._texts = prompts(n=N_SEQ, length=LENGTH)
         inputs = prepare(self._bridge, self._texts)
         located = settle(inputs, None)
         sinks = SinkPlan(inputs, located, T_PAPER)

@@ -90,6 +90,10 @@ def _row(row: dict[str, Any], kind: Kind, number: int, where: str) -> TrainingRo
         return TrainingRow(number, turns[:-1], turns[-1]["content"])
     fields = KINDS[kind]
     for name in fields:
+        if name not in row:
+            raise PromptError(
+                f"{where}: no {name}; the file's rows have {', '.join(fields)}, as its first one."
+            )
         if name == "prompt" and isinstance(row.get(name), list):
             continue
         if not is_text(row.get(name)) or not row[name].strip():

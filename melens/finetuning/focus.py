@@ -104,6 +104,16 @@ class FocusTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         activate(self.accelerator.unwrap_model(self.model))
 
+    _batches = (0, 0)
+    """The step that is running, and its batches so far."""
+
+    def _seed(self) -> int:
+        """Another one for every batch of every step."""
+        step, batches = self._batches
+        at = self.state.global_step
+        self._batches = (at, batches + 1 if at == step else 0)
+        return hash((self.args.seed, *self._batches)) % 2**63
+
     def compute_loss(
         self,
         model: Any,
@@ -116,18 +126,18 @@ class FocusTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plain = self.accelerator.unwrap_model(model)
         inputs = {**inputs, "attention_mask": two_way(inputs, plain.dtype)}
-        adapt(plain, inputs)
+        adapt(plain, inputs, seed=self._seed())
         # Past TRL's own, which counts tokens in a mask of one row a text.
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
-def adapt(model: Any, inputs: dict[str, Any]) -> list[float]:
+def adapt(model: Any, inputs: dict[str, Any], *, seed: int = 0) -> list[float]:
     """Draw the fast weights again and let them follow the loss of one batch; first order.
 
     Returns: the loss before each step, nats a token.
     """
     fast = fast_weights(model)
-    redraw(model)
+    redraw(model, seed)
     losses = []
     with only(model, fast):
         for _ in range(INNER_STEPS):
@@ -142,12 +152,17 @@ def adapt(model: Any, inputs: dict[str, Any]) -> list[float]:
     return losses
 
 
-def redraw(model: Any) -> None:
-    """A as PEFT draws it, B zero: the fast weights change nothing."""
+def redraw(model: Any, seed: int = 0) -> None:
+    """A as PEFT draws it, B zero: the fast weights change nothing.
+
+    Drawn by a seed of its own: evaluations and resumed runs move the common random numbers.
+    """
+    rng: torch.Generator | None = None
     for name, value in model.named_parameters():
         if f".{FAST}." in name:
+            rng = rng or torch.Generator(value.device).manual_seed(seed)
             if "lora_A" in name:
-                nn.init.kaiming_uniform_(value.data, a=math.sqrt(5))
+                nn.init.kaiming_uniform_(value.data, a=math.sqrt(5), generator=rng)
             else:
                 nn.init.zeros_(value.data)
 

@@ -137,10 +137,23 @@ def losses_in(folder: Path) -> tuple[LossRow, ...]:
     for row in read_rows(folder / LOSSES):
         found.setdefault(row["step"], {}).update(row)
     return tuple(
-        LossRow(step=step, loss=row.get("loss"), held_out=row.get("eval_loss"))
+        LossRow(
+            step=step,
+            loss=row.get("loss"),
+            held_out=None if "eval_reward" in row else row.get("eval_loss"),
+            reward=row.get("reward"),
+            held_out_reward=row.get("eval_reward"),
+        )
         for step, row in sorted(found.items())
         if "loss" in row or "eval_loss" in row
     )
+
+
+def rank_of(row: LossRow) -> float:
+    """Smaller is better: the loss, or of grpo the reward with its sign turned."""
+    if row.held_out_reward is not None:
+        return -row.held_out_reward
+    return INFINITE if row.held_out is None else row.held_out
 
 
 def looks_in(folder: Path) -> tuple[EmergenceRow, ...]:
@@ -168,8 +181,7 @@ class KeepLosses(TrainerCallback):
     ) -> None:
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self.progress = progress
-        known = [row.held_out for row in losses_in(folder) if row.held_out is not None]
-        self.best = min(known, default=INFINITE)
+        self.best = min(map(rank_of, losses_in(folder)), default=INFINITE)
 
     def on_step_end(
         self,
@@ -220,6 +232,7 @@ def save(model: Any, folder: Path, tokenizer: Any) -> None:
 
     def fill(part: Path) -> None:
         model.save_pretrained(part, **adapters)
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing yet
         tokenizer.save_pretrained(part)
 
     write_folder(folder, fill)

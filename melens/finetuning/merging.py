@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from melens.errors import ResultError
-from melens.exporting.folder import check_out, export
+from melens.exporting.folder import README, check_out, export
 from melens.exporting.prefix import PREFIX_FILE, Prefix, change, facts_of, write_prefix
 from melens.exporting.subject import MELENS_JSON, probe_of, write_edit
 from melens.finetuning.keeping import (
@@ -27,7 +27,16 @@ from melens.protocols import Tokenizer, TransformersModel
 from melens.results import load_result
 from melens.results.edit import Edit, EditFile
 from melens.results.finetune import FineTuning
-from melens.store import write_folder
+from melens.store import write_atomically, write_folder
+
+_MERGED = """# A fine-tuned model, with its mask kept beside it
+
+{summary}
+
+**The mask is in melens.json, not in the weights**: `melens.load(".")` applies it, and so does
+`melens generate`. Loaded by transformers, vLLM or anything but melens, this folder is the trained
+model without it.
+"""
 
 
 def read_run(folder: str | Path) -> FineTuning:
@@ -92,11 +101,14 @@ def merge(folder: str | Path, out: str | Path, *, which: str = LAST) -> Path:
     check_out(out)
     result = read_run(folder)
     hf, tokenizer, _ = trained_model(folder, which=which)
+    hf.config._name_or_path = f"{result.run.model}-finetuned"  # not the name of the base any more
     if result.mask.name == "none" or result.masked_in not in ("inference", "both"):
         return export(hf, Edit(name="none"), out=out, tokenizer=tokenizer)
     texts = read_settings(Path(folder))[LOCATED_ON]
     me_layer = locate(adopt(view_of(hf), tokenizer=tokenizer), texts)
-    return export(hf, result.mask, out=out, me_layer=me_layer, tokenizer=tokenizer)
+    made = export(hf, result.mask, out=out, me_layer=me_layer, tokenizer=tokenizer)
+    write_atomically(made / README, _MERGED.format(summary=result.summary()))
+    return made
 
 
 def prefix_of(model: Any, token_id: int) -> Prefix:

@@ -17,6 +17,7 @@ from melens.finetuning.adapters import parameters_of, trainable
 from melens.finetuning.callback import EmergenceCallback
 from melens.finetuning.card import write_card
 from melens.finetuning.keeping import (
+    INFINITE,
     KEYED,
     LAST,
     LOCATED_ON,
@@ -28,6 +29,7 @@ from melens.finetuning.keeping import (
     begun,
     looks_in,
     losses_in,
+    rank_of,
     refuse_folder,
     save,
     take_up,
@@ -230,8 +232,8 @@ def _result(
 ) -> FineTuning:
     tokens, held = subject.rows.tokens, subject.held_out
     losses = losses_in(folder)
-    known = [row for row in losses if row.held_out is not None]
-    best = min(known, key=lambda row: row.held_out or 0.0).step if known else None
+    ranked = [row for row in losses if rank_of(row) < INFINITE]
+    best = min(ranked, key=rank_of).step if ranked else None
     return FineTuning(
         objective=objective_of(subject.rows.data, how),
         method=how.method,

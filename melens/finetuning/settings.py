@@ -119,6 +119,8 @@ class Training:
                 f"mask must be a melens.results.Edit called wemask or none, got {self.mask!r:.60}."
             )
         self._go_together()
+        if self.report_to:
+            check_trackers(self.report_to)
 
     def _go_together(self) -> None:
         """Refuse settings that exclude each other."""
@@ -145,6 +147,11 @@ class Training:
                 f"checkpointing is for sft: TRL's trainer for {self.objective} switches it off and "
                 "on again by itself, and a block computed again would not know its tokens."
             )
+        if self.accumulate > 1 and self.objective == "grpo":
+            raise InterventionError(
+                "grpo draws answers for several batches at once where it accumulates, and would "
+                "not go on the same after an interruption; use a larger batch_size."
+            )
         if self.packing and self.objective in ("dpo", "grpo"):
             raise InterventionError(f"packing is for sft; {self.objective} pads its answers.")
         if self.objective == "grpo" and self.batch_size % self.generations:
@@ -169,8 +176,24 @@ class Training:
         return self.mask.name != "none" and self.masked_in in ("inference", "both")
 
     def facts(self) -> dict[str, Any]:
-        """All of it, for a run's record and the key of what is kept."""
-        return {**asdict(self), "mask": self.mask.model_dump(mode="json")}
+        """What the weights depend on, for a run's record and the key of what is kept."""
+        made = {**asdict(self), "mask": self.mask.model_dump(mode="json")}
+        return {name: value for name, value in made.items() if name != "report_to"}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that transformers does not know, or that are not installed.
+
+    Raises:  InterventionError: naming those that are there.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    if missing := [name for name in names if name not in there]:
+        raise InterventionError(
+            f"report_to: {brief(missing[0], 40)} is no tracker that is installed here (there are: "
+            f"{', '.join(there) or 'none'}); losses and looks are in the folder anyway."
+        )
 
 
 def check_whole(name: str, value: object, least: int) -> None:

@@ -84,11 +84,20 @@ def checked(
 
     Raises:  as :func:`finetune`.
     """
+    for name, given in (("model", model), ("data", data), ("held_out", held_out)):
+        if given is not None and not isinstance(given, (str, Path)):
+            raise InterventionError(
+                f"{name} must be a name or a path, got {type(given).__name__}; what is trained is "
+                "read from the disk, so that a run can be taken up again."
+            )
     rows = read_training_data(data)
     others = None if held_out is None else read_training_data(held_out)
-    for read in (rows, others):
-        if read is not None:
-            _check_fits(how, read)
+    _check_fits(how, rows)
+    if others is not None and others.kind != rows.kind:
+        raise InterventionError(
+            f"{others.path} has rows of the kind {others.kind}, and {rows.path} of the kind "
+            f"{rows.kind}; held-out rows must be of the same kind."
+        )
     return _subject_of(model, rows, others, how, me_layer)
 
 

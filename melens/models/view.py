@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 OWN = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -23,6 +24,32 @@ def view_of(model: nn.Module) -> nn.Module:
     Configs are copied too: a bridge writes the attention implementation into its own.
     """
     return _view(model, {})
+
+
+def merged_view_of(model: nn.Module) -> nn.Module:
+    """:func:`view_of`, adapters of layers added to copies of the weights that they adapt.
+
+    A bridge may split a layer that queries, keys and values share, past an adapter around it. The
+    copies are of this moment: make another view once the adapters have changed.
+    """
+    made = view_of(model)
+    _merge(made)
+    return made
+
+
+@torch.no_grad()
+def _merge(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if hasattr(child, "get_delta_weight"):
+            layer: Any = copy.copy(child.base_layer)
+            added = sum(child.get_delta_weight(adapter) for adapter in child.active_adapters)
+            layer.__dict__["_parameters"] = dict(layer._parameters)
+            layer._parameters["weight"] = nn.Parameter(layer.weight + added, requires_grad=False)
+            module._modules[name] = layer
+        elif hasattr(child, "modules_to_save"):
+            module._modules[name] = child.modules_to_save[child.active_adapters[0]]
+        else:
+            _merge(child)
 
 
 def _view(module: nn.Module, configs: dict[int, Any]) -> nn.Module:

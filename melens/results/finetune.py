@@ -53,7 +53,11 @@ class LossRow(Part):
     loss: float | None
     """Of the step's batches, nats a trained token; of dpo and grpo the objective's own."""
     held_out: float | None
-    """The same on the held-out rows, where they were run at this step."""
+    """The same on the held-out rows, where they were run at this step; None of grpo, whose loss
+    says nothing of how good the answers are."""
+    reward: float | None = None
+    """Mean over the answers of the step; of grpo."""
+    held_out_reward: float | None = None
 
 
 class FineTuning(Result):
@@ -107,8 +111,11 @@ class FineTuning(Result):
 
     @property
     def best(self) -> LossRow | None:
-        """Where the held-out loss was least."""
+        """Where the held-out loss was least, or of grpo the reward largest."""
         known = [row for row in self.losses if row.held_out is not None]
+        rewarded = [row for row in self.losses if row.held_out_reward is not None]
+        if rewarded:
+            return max(rewarded, key=lambda row: row.held_out_reward or 0.0)
         return min(known, key=lambda row: row.held_out or 0.0) if known else None
 
     def rows(self) -> list[JsonObject]:
@@ -130,12 +137,22 @@ class FineTuning(Result):
             f"{self.run.model}, {self.steps} steps of {self.objective} ({self.method}{where}, "
             f"{self.trained:,} of {self.of:,} numbers), {mask}"
         )
-        losses = [row.loss for row in self.losses if row.loss is not None]
-        if losses:
-            said += f": loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"
-        if self.best is not None and self.best.held_out is not None:
-            said += f", {self.best.held_out:.3f} on held-out rows at best (step {self.best.step})"
-        return f"{said}{self._emergence()}."
+        return f"{said}{self._learned()}{self._emergence()}."
+
+    def _learned(self) -> str:
+        """First and last of what was to fall or to rise, and the best on held-out rows."""
+        grpo = self.objective == "grpo"
+        found = [row.reward if grpo else row.loss for row in self.losses]
+        known = [value for value in found if value is not None]
+        what = "mean reward" if grpo else "loss"
+        beside = " beside weights adapted to each batch" * (self.remedy == "focus")
+        said = f": {what} {known[0]:.3f} at first, {known[-1]:.3f} at last{beside}" if known else ""
+        if grpo and known and not any(known):
+            said += " (no answer was ever rewarded, so nothing was learned)"
+        if self.best is not None:
+            value = self.best.held_out_reward if grpo else self.best.held_out
+            said += f", {value:.3f} on held-out rows at best (step {self.best.step})"
+        return said
 
     def _emergence(self) -> str:
         if not self.looks:

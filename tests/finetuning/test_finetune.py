@@ -226,6 +226,8 @@ def test_rewards_of_ones_own(folder, rows_of, tmp_path, monkeypatch):
         ({"generations": 1}, "generations must be a whole number from 2"),
         ({"seed": 2**32}, "seed must be at most"),
         ({"report_to": "tensorboard"}, "report_to must be a list"),
+        ({"report_to": ("foo",)}, "foo is no tracker"),
+        ({"objective": "grpo", "accumulate": 2}, "use a larger batch_size"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_loading(rows, settings, says, tmp_path):
@@ -276,7 +278,7 @@ def test_two_processes_with_half_the_batch_are_one(folder, rows, tmp_path):
     ("lines", "says"),
     [
         ([""], "holds nothing but blank lines"),
-        ([{"question": "w5", "answer": "w6"}, {"question": "w5"}], "line 2: answer must be"),
+        ([{"question": "w5", "answer": "w6"}, {"question": "w5"}], "line 2: no answer"),
         ([{"prompt": "w5", "chosen": "w6", "rejected": "w6"}], "line 1: chosen and rejected are"),
     ],
 )
@@ -336,7 +338,7 @@ def test_a_mask_that_meets_no_token_ends_the_training(folder, rows, tmp_path):
     ("options", "says"),
     [
         (["--method", "sink", "-o", "run", "--merge", "model"], "a learned sink is in none"),
-        (["-o", "run", "--merge", "run"], "must be two folders"),
+        (["-o", "run", "--merge", "run/in"], "must be two folders"),
         (["-o", "rows.jsonl"], "is a file"),
         ([], "--out FOLDER is missing"),
     ],

@@ -171,6 +171,25 @@ def test_a_look_is_what_locate_and_sinks_say(planted, words):
     assert row == row_of(located, sinks, ranks, step=7, seconds=row.seconds)
 
 
+def test_looks_see_adapters_of_layers_that_a_bridge_splits(words):
+    """GPT-2 has queries, keys and values in one layer; merged by PEFT itself, the model is that."""
+    from peft import LoraConfig, get_peft_model
+
+    made = plant("gpt2", "single", 1)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(made.model, config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(0, 0.1)
+    texts = [[1, *range(20, 90)]]
+    seen = EmergenceCallback(words, texts).look(model, 0)
+    merged = EmergenceCallback(words, texts).look(model.merge_and_unload(), 0)
+    assert seen.by_layer == pytest.approx(merged.by_layer, rel=1e-4)
+    assert seen.sink_rate == merged.sink_rate
+
+
 def test_looks_take_a_bounded_share_of_the_time(planted, words, monkeypatch):
     callback = EmergenceCallback(words, [[1, *range(20, 40)]], every=1, share=0.05)
     clock = iter(range(0, 10_000, 10))

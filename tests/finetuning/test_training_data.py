@@ -31,7 +31,7 @@ ASKED = {"role": "user", "content": "w5"}
         ([""], "nothing but blank lines"),
         ([GOOD, "{"], "line 2: no JSON object"),
         ([GOOD, [1]], "line 2: no JSON object"),
-        ([GOOD, {"question": "w5"}], "line 2: answer must be a text"),
+        ([GOOD, {"question": "w5"}], "line 2: no answer; the file's rows have question, answer"),
         ([GOOD, {"question": "w5", "answer": " "}], "line 2: answer must be a text"),
         ([{"text": "w5"}], "line 1: a row has text; give messages"),
         ([{"messages": []}], "line 1: the last message must be the assistant's"),

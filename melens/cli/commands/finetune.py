@@ -125,7 +125,12 @@ class TrainingOptions:
         int, typer.Option(min=1, help="Steps between checkpoints, and between held-out losses.")
     ] = 50
     look_every: Annotated[
-        int, typer.Option(min=1, help="Steps between two looks at the ME Layer.")
+        int,
+        typer.Option(
+            min=1,
+            help="Steps between two looks at the ME Layer; one that would bring their share of the "
+            "time over 5 % waits.",
+        ),
     ] = 20
     report_to: Annotated[
         list[str] | None, typer.Option(help="A tracker of transformers, e.g. tensorboard.")
@@ -191,7 +196,14 @@ def finetune(
         raise InterventionError("--out FOLDER is missing; it gets the weights and what was seen.")
     require_train()
     how = _how(training, edit, run)
-    _refuse_merge(merge, out, training)
+    if out is not None:
+        from melens.finetuning.keeping import refuse_folder
+
+        refuse_folder(out)
+    if not dry_run:
+        _refuse_merge(merge, out, training)
+    if (Path(model).expanduser() / opt.MELENS_JSON).is_file():
+        output.note(f"{model} has a melens.json; its edit is not applied here, name one.")
     from melens.finetuning.data import read_training_data
 
     for path in filter(None, (data, held_out)):
@@ -230,8 +242,8 @@ def _refuse_merge(merge: Path | None, out: Path | None, training: TrainingOption
         return
     if training.method is MethodKind.sink:
         raise InterventionError("--merge is for weights, and a learned sink is in none.")
-    if out is not None and merge.resolve() == out.resolve():
-        raise InterventionError("--merge and --out must be two folders.")
+    if out is not None and merge.resolve().is_relative_to(out.resolve()):
+        raise InterventionError("--merge and --out must be two folders, neither in the other.")
     from melens.exporting.folder import check_out
 
     check_out(merge)

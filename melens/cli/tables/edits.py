@@ -150,7 +150,9 @@ def _finetune(result: Any) -> Iterator[Listing]:
         "out. Loss, nats a token where the objective is sft:",
         [_loss(row) for row in _ends([row for row in result.losses if row.loss is not None])],
     )
-    if held := [row for row in result.losses if row.held_out is not None]:
+    if held := [
+        row for row in result.losses if row.held_out is not None or row.held_out_reward is not None
+    ]:
         yield Listing("\nOn held-out rows:", [_held_out(row) for row in _ends(held)])
     if result.looks:
         yield Listing(
@@ -167,11 +169,15 @@ def _ends(rows: list[Any]) -> list[Any]:
 
 
 def _loss(row: Any) -> JsonObject:
-    return {"step": row.step, "loss": row.loss}
+    return {"step": row.step, "loss": row.loss} | _rewarded("reward", row.reward)
 
 
 def _held_out(row: Any) -> JsonObject:
-    return {"step": row.step, "loss": row.held_out}
+    return {"step": row.step, "loss": row.held_out} | _rewarded("reward", row.held_out_reward)
+
+
+def _rewarded(name: str, value: float | None) -> JsonObject:
+    return {} if value is None else {name: value}
 
 
 def _look(row: Any) -> JsonObject:
