@@ -120,7 +120,7 @@ class EmergenceCallback(TrainerCallback):
         try:
             row = self._measured(model, step, tokenizer or self._tokenizer, started)
         except ModelError as error:
-            if "finite" not in str(error):
+            if "NaN or Inf" not in str(error):
                 raise
             row = _not_finite(step, time.perf_counter() - started)
         finally:

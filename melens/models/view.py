@@ -42,7 +42,10 @@ def _merge(module: nn.Module) -> None:
     for name, child in module.named_children():
         if hasattr(child, "get_delta_weight"):
             layer: Any = copy.copy(child.base_layer)
-            added = sum(child.get_delta_weight(adapter) for adapter in child.active_adapters)
+            own = getattr(child, "lora_A", child.active_adapters)  # some adapters are elsewhere
+            added = sum(
+                child.get_delta_weight(name) for name in child.active_adapters if name in own
+            )
             layer.__dict__["_parameters"] = dict(layer._parameters)
             layer._parameters["weight"] = nn.Parameter(layer.weight + added, requires_grad=False)
             module._modules[name] = layer

@@ -226,7 +226,7 @@ def test_rewards_of_ones_own(folder, rows_of, tmp_path, monkeypatch):
         ({"generations": 1}, "generations must be a whole number from 2"),
         ({"seed": 2**32}, "seed must be at most"),
         ({"report_to": "tensorboard"}, "report_to must be a list"),
-        ({"report_to": ("foo",)}, "foo is no tracker"),
+        ({"report_to": ("foo",)}, "is no tracker that is installed here"),
         ({"objective": "grpo", "accumulate": 2}, "use a larger batch_size"),
     ],
 )
@@ -323,15 +323,15 @@ def test_a_training_with_the_remedy_goes_on_too(folder, rows, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
-def test_a_mask_that_meets_no_token_ends_the_training(folder, rows, tmp_path):
-    """Rows without BOS hold no massive token."""
-    bare = tmp_path / "bare"
-    shutil.copytree(folder, bare)
-    told = json.loads((bare / "tokenizer.json").read_text())
-    (bare / "tokenizer.json").write_text(json.dumps(told | {"post_processor": None}))
-    located = melens.locate(melens.load(folder), [[1, *range(20, 50)]])
+def test_a_mask_that_meets_no_token_ends_the_training():
+    from melens.finetuning.run import RequireEdited
+    from melens.interventions.core import EditedTokens
+
+    edited = EditedTokens()
     with pytest.raises(NoTokenError, match="no text of the first step"):
-        melens.finetune(bare, rows, mask=MASK, me_layer=located, out=tmp_path / "run", **FEW)
+        RequireEdited(edited).on_step_end(None, None, None)
+    edited.tokens = 1
+    RequireEdited(edited).on_step_end(None, None, None)
 
 
 @pytest.mark.parametrize(
