@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from melens.errors import InterventionError
 from melens.evaluating.scoring import extract_answer, same_answer
@@ -44,7 +44,7 @@ def reward_of(name: str) -> Reward:
         sys.path.remove(here)
     if not callable(found):
         raise InterventionError(f"{module} has no function {brief(function, 60)}.")
-    return found
+    return cast("Reward", found)
 
 
 def math_reward(completions: Sequence[Any], answer: Sequence[str], **rest: Any) -> list[float]:

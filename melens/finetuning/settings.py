@@ -186,7 +186,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
     Raises:  InterventionError: naming those that are there.
     """
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     there = get_available_reporting_integrations()
     if missing := [name for name in names if name not in there]:

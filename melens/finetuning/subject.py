@@ -169,5 +169,6 @@ def _fitted(tokenizer: Tokenizer, how: Training) -> Tokenizer:
             "lengths are padded; set tokenizer.pad_token and save it with the model."
         )
     if how.chat_template is not None:
-        tokenizer.chat_template = how.chat_template
+        own: Any = tokenizer
+        own.chat_template = how.chat_template
     return tokenizer

@@ -39,13 +39,13 @@ def merged_view_of(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _merge(module: nn.Module) -> None:
-    for name, child in module.named_children():
+    for name, found in module.named_children():
+        child: Any = found  # PEFT's layers, told by what they have
         if hasattr(child, "get_delta_weight"):
-            layer: Any = copy.copy(child.base_layer)
+            layer = copy.copy(child.base_layer)
             own = getattr(child, "lora_A", child.active_adapters)  # some adapters are elsewhere
-            added = sum(
-                child.get_delta_weight(name) for name in child.active_adapters if name in own
-            )
+            active = [adapter for adapter in child.active_adapters if adapter in own]
+            added = sum(child.get_delta_weight(adapter) for adapter in active)
             layer.__dict__["_parameters"] = dict(layer._parameters)
             layer._parameters["weight"] = nn.Parameter(layer.weight + added, requires_grad=False)
             module._modules[name] = layer
