@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,7 @@ def test_a_tokenizer_that_never_stops_adding_is_read_the_same_everywhere(tokeniz
 
     class Model:
         tokenizer = inside
+        cfg = SimpleNamespace(d_vocab=64)
 
     assert _token_id(Model, "w9", "answer") == 9
 

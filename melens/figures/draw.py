@@ -175,7 +175,7 @@ def laid_out(figure: Figure, *, dpi: float | None = None) -> Iterator[None]:
     canvas, before, engine = figure.canvas, figure.dpi, figure.get_layout_engine()
     try:
         figure.set_dpi(mpl.rcParams["savefig.dpi"] if dpi is None else dpi)
-        if engine is not None:
+        if engine is not None and figure.axes:
             FigureCanvasAgg(figure)
             engine.execute(figure)
             figure.set_layout_engine("none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from melens.batches import encode_all, read_text
 from melens.chat import has_template, render
 from melens.errors import PromptError
 from melens.framing import frame_of, plain_ids, split_text
-from melens.store import is_text, json_object, lines_of
+from melens.store import digest, is_text, json_object, lines_of
 
 Kind = Literal["messages", "prompt", "question", "preference"]
 KINDS: dict[Kind, tuple[str, ...]] = {
@@ -74,7 +73,7 @@ def read_training_data(path: Path | str) -> TrainingData:
         rows.append(_row(row, kind, number, where))
     if kind is None:
         raise PromptError(f"{path} holds no row; give {FITS}, one object a line.")
-    return TrainingData(path, kind, tuple(rows), hashlib.sha256(text.encode()).hexdigest())
+    return TrainingData(path, kind, tuple(rows), digest([text], length=64))
 
 
 def _kind_of(row: dict[str, Any], where: str) -> Kind:
