@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from melens.batches import prompts
-from melens.errors import InterventionError, ModelError, ResultError
+from melens.errors import InterventionError, ModelError
+from melens.finetuning.keeping import append_row, read_rows
 from melens.finetuning.settings import check_whole
 from melens.inputs import Source, prepare
 from melens.interventions.core import check_number
@@ -26,7 +26,6 @@ from melens.models.loading import adopt
 from melens.models.view import merged_view_of, view_of
 from melens.results import Collapse, MELayer, Sinks
 from melens.results.finetune import EmergenceRow
-from melens.store import RESULT, json_object, lines_of, read_text
 
 EVERY = 20
 SHARE = 0.05
@@ -89,7 +88,8 @@ class EmergenceCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._began, self._spent = time.perf_counter(), 0.0
-        if self._file is not None and _has(self._file, state.global_step):
+        done = [] if self._file is None else [row["step"] for row in read_rows(self._file)]
+        if state.global_step in done:
             return  # taken up again where it was
         self.look(model, state.global_step, kwargs.get("processing_class"))
         self._began, self._spent = time.perf_counter(), 0.0
@@ -128,8 +128,7 @@ class EmergenceCallback(TrainerCallback):
         self._spent += row.seconds
         self.rows.append(row)
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row.model_dump()) + "\n")
+            append_row(self._file, row.model_dump())
         return row
 
     def _affordable(self) -> bool:
@@ -161,11 +160,6 @@ class EmergenceCallback(TrainerCallback):
         }
         if self.report is not None:
             self.report(numbers)
-
-
-def _has(file: Path, step: int) -> bool:
-    rows = read_text(file, RESULT, error=ResultError) if file.exists() else ""
-    return any((json_object(line) or {}).get("step") == step for line in lines_of(rows))
 
 
 def _not_finite(step: int, seconds: float) -> EmergenceRow:

@@ -33,6 +33,8 @@ FAST = "fast"
 INNER_STEPS, INNER_RATE, INNER_CLIP = 2, 1.0, 1.0
 RANK, ALPHA, SHARE = 32, 64, 0.35
 """As published: rank, LoRA alpha, and the share of layers, counted from the top."""
+STEPS_APART = 2**15
+"""Seeds of two runs, and of two steps, have room for so many between them."""
 
 
 def add_fast_weights(model: Any) -> None:
@@ -104,7 +106,7 @@ class FocusTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         activate(self.accelerator.unwrap_model(self.model))
 
-    _batches = (0, 0)
+    _batches = (-1, 0)
     """The step that is running, and its batches so far."""
 
     def _seed(self) -> int:
@@ -112,7 +114,7 @@ class FocusTrainer(SFTTrainer):
         step, batches = self._batches
         at = self.state.global_step
         self._batches = (at, batches + 1 if at == step else 0)
-        return hash((self.args.seed, *self._batches)) % 2**63
+        return (self.args.seed * STEPS_APART + at) * STEPS_APART + self._batches[1]
 
     def compute_loss(
         self,

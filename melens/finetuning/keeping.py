@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from melens.errors import OutputError, ResultError
+from melens.interventions.core import EditedTokens
 from melens.protocols import JsonObject
 from melens.results.finetune import EmergenceRow, LossRow
 from melens.settings import Progress
@@ -29,6 +30,7 @@ RESULT_FILE = "finetune.json"
 KEYED, SOURCE, LOCATED_ON = "training", "source", "located_on"
 """In the settings: what a resumed training must share; what the base model is loaded by; ids that
 the ME Layer was located on."""
+EDITED = "edited_tokens"
 INFINITE = float("inf")
 STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint: one without it was cut short."""
@@ -81,12 +83,13 @@ def take_up(folder: Path, facts: JsonObject, key: str, *, steps: int) -> Path | 
 
 @contextmanager
 def begun(folder: Path, *, anew: bool) -> Iterator[None]:
-    """Forget a training that was refused before its first step."""
+    """Take back what was begun where a trainer cannot be made: the right settings begin again."""
     try:
         yield
-    except Exception:
+    except BaseException:
         if anew:
-            shutil.rmtree(folder, ignore_errors=True)
+            (folder / SETTINGS).unlink(missing_ok=True)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         raise
 
 
@@ -128,7 +131,13 @@ def read_rows(path: Path) -> list[JsonObject]:
     if not path.exists():
         return []
     rows = map(json_object, lines_of(read_text(path, RESULT, error=ResultError)))
-    return [row for row in rows if row is not None]
+    return [row for row in rows if row is not None and isinstance(row.get("step"), int)]
+
+
+def append_row(path: Path, row: JsonObject) -> None:
+    """One more line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def losses_in(folder: Path) -> tuple[LossRow, ...]:
@@ -147,6 +156,12 @@ def losses_in(folder: Path) -> tuple[LossRow, ...]:
         for step, row in sorted(found.items())
         if "loss" in row or "eval_loss" in row
     )
+
+
+def edited_in(folder: Path) -> int:
+    """Tokens that the mask had edited at the last row, interruptions counted through."""
+    rows = read_rows(folder / LOSSES)
+    return rows[-1].get(EDITED, 0) if rows else 0
 
 
 def rank_of(row: LossRow) -> float:
@@ -181,6 +196,9 @@ class KeepLosses(TrainerCallback):
     ) -> None:
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self.progress = progress
+        self.edited: EditedTokens | None = None
+        """What the mask counts, once it is in force."""
+        self._edited_before = edited_in(folder)
         self.best = min(map(rank_of, losses_in(folder)), default=INFINITE)
 
     def on_step_end(
@@ -204,9 +222,10 @@ class KeepLosses(TrainerCallback):
     ) -> None:
         """One row a line."""
         row = {name: value for name, value in (logs or {}).items() if "emergence/" not in name}
+        if self.edited is not None:
+            row[EDITED] = self._edited_before + self.edited.tokens
         if row and state.is_world_process_zero:
-            with (self.folder / LOSSES).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **row}) + "\n")
+            append_row(self.folder / LOSSES, {"step": state.global_step, **row})
 
     def on_evaluate(
         self,

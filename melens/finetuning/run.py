@@ -27,6 +27,7 @@ from melens.finetuning.keeping import (
     SOURCE,
     KeepLosses,
     begun,
+    edited_in,
     looks_in,
     losses_in,
     rank_of,
@@ -98,7 +99,8 @@ def run(
     if done is not None:
         return done
     look = None
-    callbacks.append(KeepLosses(folder, trained, subject.tokenizer, progress))
+    keeper = KeepLosses(folder, trained, subject.tokenizer, progress)
+    callbacks.append(keeper)
     if how.method != "sink":  # the residual stream is not trained there, and stays what it was
         look = EmergenceCallback(subject.tokenizer, every=how.look_every, file=folder / LOOKS)
         callbacks.append(look)
@@ -112,12 +114,12 @@ def run(
         if reference is not None:
             stack.enter_context(masked(reference, how, subject.me_layer))
         if record is not None:
+            keeper.edited = record.edited
             trainer.add_callback(RequireEdited(record.edited))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    edited = 0 if record is None else record.edited.tokens
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
-        _keep(subject, how, trained, folder, edited)
+        _keep(subject, how, trained, folder)
     trainer.accelerator.wait_for_everyone()
     return read_run(folder)
 
@@ -172,10 +174,10 @@ def _finished(folder: Path) -> FineTuning | None:
     return read_run(folder)
 
 
-def _keep(subject: TrainingSubject, how: Training, trained: Any, folder: Path, edited: int) -> None:
+def _keep(subject: TrainingSubject, how: Training, trained: Any, folder: Path) -> None:
     """Weights, then what is made of them, then the result; checkpoints go when all is there."""
     save(trained, folder / LAST, subject.tokenizer)
-    result = _result(subject, how, trained, folder, edited)
+    result = _result(subject, how, trained, folder)
     if how.method == "sink" and subject.first_token is not None:
         write_sink(trained, result, subject.first_token, subject.tokenizer, folder / SINK)
     write_card(result, folder, first_token=_named(subject))
@@ -227,9 +229,7 @@ def _named(subject: TrainingSubject) -> str | None:
     return None if at is None else subject.tokenizer.decode([at])
 
 
-def _result(
-    subject: TrainingSubject, how: Training, trained: Any, folder: Path, edited: int
-) -> FineTuning:
+def _result(subject: TrainingSubject, how: Training, trained: Any, folder: Path) -> FineTuning:
     tokens, held = subject.rows.tokens, subject.held_out
     losses = losses_in(folder)
     ranked = [row for row in losses if rank_of(row) < INFINITE]
@@ -250,7 +250,7 @@ def _result(
         too_long=len(tokens.too_long),
         held_out=0 if held is None else len(held.tokens.ids),
         data=subject.rows.data.sha256,
-        edited_tokens=edited,
+        edited_tokens=edited_in(folder),
         losses=losses,
         looks=looks_in(folder),
         best_step=best,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,12 @@ def trainer_of(
     Raises:  ModelError: a model that no hook would be seen in.
     """
     require_uncompiled(model)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
     objective = objective_of(subject.rows.data, how)
     kinds, dataset = _KINDS[objective]
     config, trainer = _focus() if how.remedy == "focus" else kinds()
     held_out = subject.held_out
     arguments = _arguments(how, folder, evaluate=held_out is not None) | _OWN[objective](how)
-    made = trainer(
+    made = silent(trainer)(
         model=model,
         args=config(**arguments),
         train_dataset=dataset(subject.rows, how),
@@ -47,6 +45,19 @@ def trainer_of(
     )
     made.remove_callback(PrinterCallback)  # the losses go into the folder, not on stdout
     return made
+
+
+def silent(trainer: Any) -> Any:
+    """The trainer, which reports its use to nobody: the switch of the environment is read only when
+    the hub's library is imported.
+    """  # noqa: D205
+
+    class Silent(trainer):
+        def _send_telemetry(self) -> None:
+            """TRL's own would ask the network."""
+
+    Silent.__name__ = trainer.__name__
+    return Silent
 
 
 def _more(objective: Objective, model: Any, how: Training) -> dict[str, Any]:
@@ -166,11 +177,10 @@ _KINDS: dict[Objective, tuple[Any, Any]] = {
     "grpo": (_grpo, _questions),
 }
 _OWN: dict[str, Any] = {
-    "sft": lambda how: (
-        {"max_length": None, "packing": how.packing}
-        if not how.packing
-        else {"max_length": how.max_tokens, "packing": True}
-    ),
+    "sft": lambda how: {
+        "max_length": how.max_tokens if how.packing else None,
+        "packing": how.packing,
+    },
     "dpo": lambda how: {"max_length": None},
     "grpo": lambda how: {
         "num_generations": how.generations,

@@ -91,7 +91,7 @@ class FineTuning(Result):
     data: str
     """SHA-256 of the file."""
     edited_tokens: int
-    """By the mask, in all passes of the training."""
+    """By the mask, in all passes of the training; of several processes those of the first."""
     losses: tuple[LossRow, ...]
     looks: tuple[EmergenceRow, ...]
     best_step: int | None

@@ -16,7 +16,7 @@ import melens
 from melens.errors import InterventionError, ModelError, NoTokenError, ResultError
 from melens.finetuning import merge, trained_model
 from melens.finetuning.data import read_training_data, tokenise
-from melens.finetuning.keeping import PICKLES, losses_in
+from melens.finetuning.keeping import PICKLES, losses_in, read_rows
 from melens.results import load_result
 from melens.results.edit import Edit
 
@@ -125,7 +125,7 @@ def test_killed_and_resumed_is_undisturbed(masked, folder, rows, tmp_path):
         trained_model(tmp_path / "run")
     again = melens.finetune(folder, rows, **asked)
     assert same(weights(out), weights(tmp_path / "run"))
-    assert again.losses == result.losses
+    assert (again.losses, again.edited_tokens) == (result.losses, result.edited_tokens)
     kept = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.jsonl")}
     assert melens.finetune(folder, rows, **asked) == again  # nothing is trained twice
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.jsonl")} == kept
@@ -183,8 +183,55 @@ def test_a_learned_sink_is_a_prefix_anywhere(folder, rows, words, tmp_path):
         merge(out, tmp_path / "merged")
 
 
+@pytest.fixture
+def no_telemetry(monkeypatch):
+    """TRL asks the network at every trainer that is made, unless it was told not to in time."""
+
+    def ask(*given, **named):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", ask)
+
+
+def test_a_kill_after_the_last_checkpoint_loses_no_run(masked, folder, rows, tmp_path, monkeypatch):
+    """A checkpoint of the last step has nothing left to train: the stretch before it comes again."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(*given):
+        raise KilledError
+
+    out, result, held_out = masked
+    asked = {"mask": MASK, "held_out": held_out, "out": tmp_path / "run", **FEW}
+    with monkeypatch.context() as patched:
+        patched.setattr("melens.finetuning.run._keep", kill)
+        with pytest.raises(KilledError):
+            melens.finetune(folder, rows, **asked)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").exists()
+    again = melens.finetune(folder, rows, **asked)
+    assert same(weights(out), weights(tmp_path / "run"))
+    assert again.losses == result.losses
+
+
+def test_packed_by_trl_is_unpacked(folder, rows_of, tmp_path, no_telemetry):
+    """Four texts in one row, none of which sees another: the loss and the slope of four rows."""
+    few = rows_of("packed", 4, 3)
+    asked = FEW | {"steps": 1, "mask": MASK, "max_tokens": 128}
+    for name, own in (
+        ("apart", {"batch_size": 4}),
+        ("packed", {"batch_size": 1, "packing": True}),
+    ):
+        melens.finetune(folder, few, out=tmp_path / name, **asked | own)
+    apart, packed = (read_rows(tmp_path / at / "losses.jsonl")[0] for at in ("apart", "packed"))
+    assert packed["num_tokens"] == apart["num_tokens"]
+    for name in ("loss", "grad_norm"):
+        assert packed[name] == pytest.approx(apart[name], rel=1e-4)
+    assert packed["edited_tokens"] == apart["edited_tokens"] == 4
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_pairs_of_answers_by_dpo(folder, method, tmp_path):
+def test_pairs_of_answers_by_dpo(folder, method, tmp_path, no_telemetry):
     pairs = tmp_path / "pairs.jsonl"
     row = {"prompt": "w9 w8", "chosen": " w7 w20", "rejected": " w30"}
     pairs.write_text(json.dumps(row) + "\n" + json.dumps(row | {"chosen": " w50"}) + "\n")
@@ -196,7 +243,7 @@ def test_pairs_of_answers_by_dpo(folder, method, tmp_path):
     assert last < first
 
 
-def test_rewards_of_ones_own(folder, rows_of, tmp_path, monkeypatch):
+def test_rewards_of_ones_own(folder, rows_of, tmp_path, monkeypatch, no_telemetry):
     (tmp_path / "mine.py").write_text(
         "def short(completions, answer, **rest):\n    return [float(len(c)) for c in completions]\n"
     )
