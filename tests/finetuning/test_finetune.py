@@ -193,7 +193,7 @@ def no_telemetry(monkeypatch):
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", ask)
 
 
-def test_a_kill_after_the_last_checkpoint_loses_no_run(masked, folder, rows, tmp_path, monkeypatch):
+def test_a_kill_after_the_last_checkpoint(masked, folder, rows, tmp_path, monkeypatch):
     """A checkpoint of the last step has nothing left to train: the stretch before it comes again."""
 
     class KilledError(Exception):
