@@ -194,7 +194,7 @@ def no_telemetry(monkeypatch):
 
 
 def test_a_kill_after_the_last_checkpoint(masked, folder, rows, tmp_path, monkeypatch):
-    """A checkpoint of the last step has nothing left to train: the stretch before it comes again."""
+    """A checkpoint of the last step leaves nothing to train: the stretch before it comes again."""
 
     class KilledError(Exception):
         pass
