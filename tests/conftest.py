@@ -59,13 +59,12 @@ def tokenizer():
 def make_tiny(tokenizer):
     """Builds a family's tiny random model; gains are random too, so that none is 1 by accident."""
     import torch
+    from tiny import TINY
     from transformers import AutoModelForCausalLM
-
-    from melens.models import FAMILIES
 
     def make(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32):
         torch.manual_seed(seed)
-        hf = AutoModelForCausalLM.from_config(FAMILIES[family].tiny())
+        hf = AutoModelForCausalLM.from_config(TINY[family]())
         for name, parameter in hf.named_parameters():
             if "norm" in name or ".ln_" in name:
                 torch.nn.init.normal_(parameter, 0.3, 0.4)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import TINY
 
 from melens.batches import Batch
 from melens.errors import ContractError, PromptError, SiteError
 from melens.interventions.context import pass_of
-from melens.models import FAMILIES, load
+from melens.models import load
 from melens.resume import Resumable
 
 IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(5))
@@ -39,7 +40,7 @@ def _add(start, value):
     return edit
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(TINY))
 def test_resumed_runs_equal_full_runs_with_a_hook(family, bridged, tokenizer):
     model = bridged(family, tokenizer=tokenizer)
     for batch in BATCHES.values():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from melens.errors import ResultError
-from melens.models.anatomy import anatomy
 from melens.models.resolve import asked
 from melens.protocols import JsonObject, ModelLike
 from melens.provenance import bos_said
@@ -87,7 +86,7 @@ class Side:
             steps=steps,
             prefix=tuple(prefix) if prefix else None,
             width=(int(cfg.d_model), int(cfg.d_vocab)),
-            family=anatomy(inputs.model).family,
+            family=cfg.architecture,
         )
 
     def info(self) -> SideInfo:

@@ -355,8 +355,12 @@ def _erase_layer(path: Path) -> int | None:
 
 
 def _writer(path: Path, start: int) -> Writer | None:
-    """Who wrote it; None where the blocks together added less than a tenth: it was embedded."""
+    """Who wrote it; None where the blocks together added less than a tenth (it was embedded), and
+    where a block that took part cannot be told apart.
+    """  # noqa: D205
     part = slice(start, path.peak + 1)
+    if path.whole is not None and path.part_shares(path.whole)[part].sum().item() >= FIRST_SHARE:
+        return None
     mixer = path.part_shares(path.mixer)[part].sum().item()
     ffn = path.part_shares(path.ffn)[part].sum().item()
     if mixer + ffn < FIRST_SHARE:

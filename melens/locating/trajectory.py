@@ -30,6 +30,8 @@ class Path:
     resid: Trajectory
     mixer: Float[Tensor, "layer d_model"]
     ffn: Float[Tensor, "layer d_model"]
+    whole: Float[Tensor, "layer d_model"] | None = None
+    """What blocks added whose parts cannot be told; zero elsewhere. None = there is none."""
 
     @property
     def n_layers(self) -> int:
@@ -49,7 +51,8 @@ class Path:
     @property
     def shares(self) -> Float[Tensor, " layer"]:
         """Write share of every block: mixer and FFN together."""
-        return self.part_shares(self.mixer) + self.part_shares(self.ffn)
+        told = self.part_shares(self.mixer) + self.part_shares(self.ffn)
+        return told if self.whole is None else told + self.part_shares(self.whole)
 
     @property
     def embedding_share(self) -> float:
@@ -105,7 +108,7 @@ def trace_with(
     blocks = anatomy(model).blocks
     needed = [resid_pre(0)]
     for block in blocks:
-        writes = [*block.mixer_writes, block.ffn_write]
+        writes = [*block.mixer_writes, block.ffn_write, *block.others]
         needed += [*(site for site in writes if site), resid_post(block.layer)]
     extra = list(sites)
     done = last_rows(model, prefixes, [*needed, *extra], batch_size=batch_size)
@@ -143,11 +146,17 @@ def _path(
     empty = torch.zeros_like(done[resid_pre(0)][row])
     steps = [done[resid_pre(0)][row]] + [done[resid_post(block.layer)][row] for block in blocks]
     mixer = [sum((done[site][row] for site in block.mixer_writes), empty) for block in blocks]
-    ffn = [done[block.ffn_write][row] if block.ffn_write else empty for block in blocks]
+    ffn = [
+        sum((done[site][row] for site in (block.ffn_write, *block.others) if site), empty)
+        for block in blocks
+    ]
+    untold = torch.tensor([bool(block.untold) for block in blocks], device=empty.device)
+    resid = torch.stack(steps)
     return Path(
         int(prefix[-1]),
         len(prefix) - 1,
-        torch.stack(steps),
+        resid,
         torch.stack(mixer),
         torch.stack(ffn),
+        resid.diff(dim=0) * untold[:, None] if untold.any() else None,
     )

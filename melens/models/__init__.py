@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from melens.models.anatomy import FAMILIES, Family, anatomy, gains
+from melens.models.anatomy import anatomy, gains
 
 if TYPE_CHECKING:
     from melens.models.contract import check_contract
@@ -33,9 +33,7 @@ _HOMES = {
     "origin_of": "origin",
 }
 __all__ = [
-    "FAMILIES",
     "NAMED",
-    "Family",
     "NamedModel",
     "Origin",
     "accept_licence",

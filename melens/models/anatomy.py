@@ -1,123 +1,25 @@
-"""What a block is made of, as data: which norms, which FFN, which sites; and tiny models."""
+"""What a block is made of, read from hooks and modules: which norms, which FFN, which sites."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens.errors import FoldedWeightsError, ModelError, SiteError
 from melens.protocols import HookedModel
-from melens.registry import Registry
 
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Float
     from torch import Tensor
 
-BASE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GROUPED = {**BASE, "num_key_value_heads": 2}
-HEADS = {**GROUPED, "head_dim": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+    from melens.models.norms import Norm
 
-
-def _config(name: str, **settings: object) -> Callable[[], object]:
-    def make() -> object:
-        import transformers
-
-        return getattr(transformers, name)(**settings)
-
-    return make
-
-
-TINY: dict[str, Callable[[], object]] = {
-    "llama": _config("LlamaConfig", **GROUPED),
-    "qwen2": _config("Qwen2Config", **GROUPED),
-    "qwen3": _config("Qwen3Config", **HEADS),
-    "mistral": _config("MistralConfig", **HEADS),
-    "phi3": _config("Phi3Config", **GROUPED),
-    "gemma2": _config("Gemma2Config", **HEADS, sliding_window=16),
-    "gemma3": _config("Gemma3TextConfig", **HEADS, sliding_window=16),
-    "olmo2": _config("Olmo2Config", **GROUPED),
-    "gpt2": _config(
-        "GPT2Config",
-        vocab_size=64,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    ),
-    "neox": _config("GPTNeoXConfig", **BASE),
-    "mixtral": _config("MixtralConfig", **GROUPED, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3-moe": _config("Qwen3MoeConfig", **HEADS, **EXPERTS, moe_intermediate_size=32),
-    "qwen3-next": _config(
-        "Qwen3NextConfig",
-        **{**HEADS, "num_hidden_layers": 4},
-        **EXPERTS,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        linear_num_value_heads=4,
-        linear_num_key_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        layer_types=["linear_attention", "full_attention"] * 2,
-    ),
-}
-
-
+OTHERS = ("other_1", "other_2", "other_3")
+"""Names of further token-wise parts, where a block has them (Gemma-4, Granite's shared expert)."""
 MIXERS = ("hook_attn_out", "linear_attn.hook_out", "mamba.hook_out", "mixer.hook_out")
 """Sites through which a block's token mixer writes; a block has one of them, or two in parallel."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What melens must know of a family beyond its hooks, and its tiny random test model."""
-
-    architectures: tuple[str, ...]
-    pre_norms: tuple[str, ...]
-    """Norms before attention and before the FFN."""
-    post_norms: tuple[str, ...]
-    """Norms on the write path, between a part's output and the residual."""
-    gain_offset: float
-    """Effective gain = offset + stored weight (1 where the weight is kept around zero)."""
-    tiny: Callable[[], object]
-
-
-FAMILIES: Registry[Family] = Registry("model family")
-
-
-def _family(name: str, *architectures: str, **facts: Any) -> None:
-    usual = {"pre_norms": ("ln1", "ln2"), "post_norms": (), "gain_offset": 0.0}
-    FAMILIES.add(name, Family(architectures, tiny=TINY[name], **{**usual, **facts}))
-
-
-_SANDWICH = {"post_norms": ("ln1_post", "ln2_post"), "gain_offset": 1.0}
-_family("llama", "LlamaForCausalLM")
-_family("qwen2", "Qwen2ForCausalLM")
-_family("qwen3", "Qwen3ForCausalLM")
-_family("mistral", "MistralForCausalLM")
-_family("phi3", "Phi3ForCausalLM")
-_family("gemma2", "Gemma2ForCausalLM", **_SANDWICH)
-_family("gemma3", "Gemma3ForCausalLM", **_SANDWICH)
-_family("olmo2", "Olmo2ForCausalLM", pre_norms=(), post_norms=("ln1_post", "ln2_post"))
-_family("gpt2", "GPT2LMHeadModel")
-_family("neox", "GPTNeoXForCausalLM")
-_family("mixtral", "MixtralForCausalLM")
-_family("qwen3-moe", "Qwen3MoeForCausalLM")
-_family("qwen3-next", "Qwen3NextForCausalLM", gain_offset=1.0)
 
 
 @dataclass(frozen=True)
@@ -132,13 +34,18 @@ class Block:
     attention: bool
     unread: bool
     norms: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    """Sites of further parts that add to the residual token by token, as the FFN does."""
+    untold: str = ""
+    """Why its parts are not known, where only its residual and its attention could be told."""
+    learned_sink: bool = False
+    """Whether a learned logit takes its share of every attention row (gpt-oss)."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model's blocks, and its family's row if it has one."""
+    """A model's blocks."""
 
-    family: str | None
     blocks: tuple[Block, ...]
 
     @property
@@ -182,15 +89,9 @@ def anatomy(model: HookedModel) -> Anatomy:
     Raises:  ModelError: a block without any known write site.
     """
     known = set(model.hook_dict)
-    row = family_of(model)
-    return Anatomy(row, tuple(_block(model, known, layer) for layer in range(model.cfg.n_layers)))
-
-
-def family_of(model: HookedModel) -> str | None:
-    """Name of the family's row; None where melens has none (gains are then refused)."""
-    architecture = getattr(model.cfg, "architecture", None)
-    found = (name for name, row in FAMILIES.items() if architecture in row.architectures)
-    return next(found, None)
+    if getattr(model, "blocks", None) is None:
+        raise ModelError("it has no list of blocks that run one after another.")
+    return Anatomy(tuple(_block(model, known, layer) for layer in range(model.cfg.n_layers)))
 
 
 def check_layer(model: HookedModel, layer: int) -> None:
@@ -204,14 +105,15 @@ def check_layer(model: HookedModel, layer: int) -> None:
         raise SiteError(f"layer {layer} is outside 0..{n - 1} of {name}. Layers count from 0.")
 
 
-def norm_gain(model: HookedModel, layer: int, norm: str) -> Float[Tensor, " d_model"]:
-    """Effective gain of one norm, e.g. ``ln2``, in float32: what its normalised input is
-    multiplied by.
+def norm_of(model: HookedModel, layer: int, norm: str) -> Norm:
+    """What one norm, e.g. ``ln2``, makes of its input: measured on a bridge, read off a
+    HookedTransformer, whose weights are what it multiplies by.
 
     Raises:  FoldedWeightsError: the gains were folded away. SiteError: no such norm or layer.
-             ModelError: melens has no row for this family, so the gain's offset is unknown.
+             ModelError: the module is no normalisation times a gain, or does not stand where its
+             name says.
     """  # noqa: D205
-    from torch import Tensor
+    from melens.models.norms import measured_norm, stored_norm
 
     check_layer(model, layer)
     require_unfolded(model)
@@ -220,23 +122,39 @@ def norm_gain(model: HookedModel, layer: int, norm: str) -> Float[Tensor, " d_mo
         raise SiteError(
             f"block {layer} has no norm '{norm}'; it has {', '.join(_norms(model, layer))}."
         )
-    weight = getattr(part, "w", None) if not hasattr(part, "weight") else part.weight
-    if not isinstance(weight, Tensor):
-        raise FoldedWeightsError(f"blocks.{layer}.{norm} has no gain of its own.")
-    row = family_of(model)
-    if row is None and hasattr(model, "original_model"):
-        raise ModelError(
-            f"melens has no row for {model.cfg.architecture}, so it cannot say what its norms "
-            "multiply by; docs/extending.md shows how to add one."
+    where = f"blocks.{layer}.{norm}"
+    if (why := MISPLACED.get(model, {}).get((layer, norm))) is not None:
+        raise ModelError(f"{where} {why}, so melens does not read its gain.")
+    inner = getattr(part, "original_component", None)
+    if inner is None:
+        return stored_norm(part, where=where)
+    return measured_norm(inner, model.cfg.d_model, where=where)
+
+
+def norm_gain(model: HookedModel, layer: int, norm: str) -> Float[Tensor, " d_model"]:
+    """Effective gain of one norm, e.g. ``ln2``, in float32: what its normalised input is
+    multiplied by.
+
+    Raises:  as :func:`norm_of`. FoldedWeightsError: the norm has no gain at all (OLMo-1).
+    """  # noqa: D205
+    found = norm_of(model, layer, norm)
+    if found.is_bare:
+        raise FoldedWeightsError(
+            f"blocks.{layer}.{norm} has no gain of its own: it only normalises."
         )
-    offset = FAMILIES[row].gain_offset if row else 0.0
-    return weight.detach().float() + offset
+    return found.gain
+
+
+MISPLACED: weakref.WeakKeyDictionary[HookedModel, dict[tuple[int, str], str]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Model to (layer, norm) to what the check at loading found wrong with it."""
 
 
 def gains(model: HookedModel, layer: int) -> dict[str, Float[Tensor, " d_model"]]:
-    """Effective gain of every norm of a block, by the norm's name."""
+    """Effective gain of every norm of a block, by the norm's name; ones where it has none."""
     check_layer(model, layer)
-    return {norm: norm_gain(model, layer, norm) for norm in _norms(model, layer)}
+    return {norm: norm_of(model, layer, norm).gain for norm in _norms(model, layer)}
 
 
 def is_folded(model: HookedModel) -> bool:
@@ -262,16 +180,21 @@ def _norms(model: HookedModel, layer: int) -> tuple[str, ...]:
     return _block(model, set(model.hook_dict), layer).norms
 
 
-def holds_attention(block: torch.nn.Module) -> bool:
-    """Whether any module of a block calls itself attention, as all of transformers' do."""
-    return any("Attention" in type(part).__name__ for part in block.modules())
+def holds_attention(block: torch.nn.Module, path: str = "") -> bool:
+    """Whether any module of a block, or of one part of it, calls itself attention, as all of
+    transformers' do.
+    """  # noqa: D205
+    return any("Attention" in type(part).__name__ for part in block.get_submodule(path).modules())
 
 
 def _block(model: HookedModel, known: set[str], layer: int) -> Block:
     prefix = f"blocks.{layer}."
     mixers = tuple(prefix + site for site in MIXERS if prefix + site in known)
+    if f"{prefix}ln1_post.hook_out" in known and prefix + MIXERS[0] in known:
+        mixers = (prefix + MIXERS[0],)  # what the norm after the mixer writes
     ffn = f"{prefix}hook_mlp_out"
-    if not mixers and ffn not in known:
+    untold = str(getattr(model.blocks[layer], "_untold", ""))
+    if not mixers and ffn not in known and not untold:
         raise ModelError(f"block {layer} has no write site melens knows ({', '.join(MIXERS)}).")
     norms = ("ln1", "ln1_post", "ln2", "ln2_post")
     return Block(
@@ -281,6 +204,9 @@ def _block(model: HookedModel, known: set[str], layer: int) -> Block:
         attention=(hooked := pattern_hook(layer) in known),
         unread=not hooked and holds_attention(model.blocks[layer]),
         norms=tuple(norm for norm in norms if f"{prefix}{norm}.hook_normalized" in known),
+        others=tuple(f"{prefix}{n}.hook_out" for n in OTHERS if f"{prefix}{n}.hook_out" in known),
+        untold=untold,
+        learned_sink=bool(getattr(getattr(model.blocks[layer], "attn", None), "_learned_sink", 0)),
     )
 
 

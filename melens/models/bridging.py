@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from melens.errors import ModelError, WeightsError
+from melens.errors import ContractError, ModelError, WeightsError
 from melens.framing import frame_of
-from melens.models.contract import OwnAnswer, failing, force_eager, own_answer
+from melens.models.contract import (
+    OwnAnswer,
+    check_contract,
+    failing,
+    force_eager,
+    own_answer,
+    probe_ids,
+)
+from melens.models.view import view_of
 from melens.protocols import AnyModel, HookedModel, Tokenizer, TransformersModel
 
 PARALLEL = ("DataParallel", "DistributedDataParallel")
-HALF_WRAPPED = " Bridging changes an object in place; load yours again before you use it."
 
 
 def unwrapped(model: AnyModel) -> AnyModel:
@@ -85,16 +93,75 @@ def require_finite_weights(model: nn.Module) -> None:
             )
 
 
-def bridge_with_answer(
-    hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str
-) -> tuple[HookedModel, OwnAnswer]:
-    """A bridge, and what the model said before it was one, for the contract to compare.
+Way = Callable[..., HookedModel]
+"""Puts a bridge around a transformers model, which it changes in place."""
+PROVEN: dict[str, Way] = {}
+"""A model's class and config -> the way that held what the contract says, in this process."""
 
-    Raises:  ModelError: the model cannot run, or TransformerLens cannot bridge it.
-    """
+
+def checked_bridge(
+    hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str
+) -> tuple[HookedModel, OwnAnswer, Way]:
+    """A bridge that holds the contract, around a view of the model: the model itself stays as it
+    is. TransformerLens' own adapter comes first; where it has none, or one that does not fit this
+    model, the bridge is made from what was measured.
+
+    Returns: the bridge, what the model says by itself, and the way in which it was bridged.
+    Raises:  ModelError, ContractError: neither fits; with TransformerLens' reason and the other.
+    """  # noqa: D205
     own = own_answer(hf)
-    force_eager(hf)
-    return bridge_module(hf, tokenizer, name=name), own
+    key = f"{type(hf).__name__} {hf.config.to_json_string()}"
+    said: list[Exception] = []
+    for way in [PROVEN[key]] if key in PROVEN else WAYS:
+        try:
+            return _held(way, hf, tokenizer, name, own, key), own, way
+        except (ModelError, ContractError) as error:
+            said.append(error)
+    first, last = (str(error).rstrip(".") for error in (said[0], said[-1]))
+    more = f"; nor by measuring its parts ({last})" if first != last else ""
+    raise type(said[0])(f"{first}{more}.") from None
+
+
+def _held(
+    way: Way,
+    hf: TransformersModel,
+    tokenizer: Tokenizer | None,
+    name: str,
+    own: OwnAnswer,
+    key: str,
+) -> tuple[HookedModel, Way]:
+    view = cast("TransformersModel", view_of(hf))
+    force_eager(view)
+    bridge = way(view, tokenizer, name=name)
+    check_contract(bridge, own)
+    PROVEN[key] = way
+    return bridge
+
+
+def unobserved_module(
+    hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str
+) -> HookedModel:
+    """:func:`measured_module` with attention that computes as the model's own does, unread."""
+    return measured_module(hf, tokenizer, name=name, observe=False)
+
+
+def measured_module(
+    hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str, observe: bool = True
+) -> HookedModel:
+    """A bridge from what was measured (`models/measured`); unchecked.
+
+    Raises:  ModelError: what its blocks do could not be told.
+    """
+    from melens.models.measured import measured_bridge
+
+    kind = type(hf).__name__
+    with warnings.catch_warnings(), failing(f"the parts of {kind} cannot be measured"):
+        warnings.simplefilter("ignore")
+        built = measured_bridge(hf, probe_ids(hf.config), name=name, observe=observe)
+        bridge = cast("HookedModel", built)
+    if tokenizer is not None:
+        give_tokenizer(bridge, tokenizer)
+    return bridge
 
 
 def bridge_module(hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str) -> HookedModel:
@@ -109,7 +176,7 @@ def bridge_module(hf: TransformersModel, tokenizer: Tokenizer | None, *, name: s
     config.architectures = [kind]
     with (
         warnings.catch_warnings(),
-        failing(f"TransformerLens cannot bridge this {kind}", hint=HALF_WRAPPED),
+        failing(f"TransformerLens cannot bridge this {kind}"),
     ):
         warnings.simplefilter("ignore")
         # blocks, ln_final and unembed are set as attributes when it is built
@@ -149,3 +216,7 @@ def require_tokenizer(
             "eos_token=...)."
         )
     raise ModelError(f"tokenizer= got a {kind}; {hint}")
+
+
+WAYS: tuple[Way, ...] = (bridge_module, measured_module, unobserved_module)
+"""In the order in which they are tried."""

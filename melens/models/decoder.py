@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import repeat
@@ -12,10 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import FoldedWeightsError, InterventionError, ModelError, SiteError
-from melens.models.anatomy import FAMILIES, anatomy, holds_attention, norm_gain
-from melens.models.ffn import require_gain
+from melens.models.anatomy import anatomy, holds_attention, norm_gain
+from melens.models.norms import measured_norm
 from melens.protocols import HookedModel, TransformersModel
 
+if TYPE_CHECKING:
+    from melens.models.roles import Roles
+
+_ROLES: weakref.WeakKeyDictionary[Any, tuple[Roles, ...]] = weakref.WeakKeyDictionary()
 KEPT_BRIDGE = "_melens_bridge"
 """Where a plain model keeps the bridge that melens made of it."""
 
@@ -56,25 +61,21 @@ class Decoder:
     def gain(self, layer: int) -> Float[Tensor, " d_model"]:
         """What the norm before a layer's attention multiplies by, float32.
 
-        Raises:  SiteError: no norm before attention (OLMo-2), or a family melens has no row for.
-                 FoldedWeightsError: the gain was folded away.
+        Raises:  SiteError: no norm before attention (OLMo-2). FoldedWeightsError: the gain was
+                 folded away, or there is none. ModelError: it is no norm.
         """
         if hasattr(self.model, "hook_dict"):
             return norm_gain(self.model, layer, "ln1")
-        architecture = type(self.model).__name__
-        row = next((r for _, r in FAMILIES.items() if architecture in r.architectures), None)
-        if layer not in self.norms or row is None:
-            why = "melens has no row for its family" if row is None else "there is none"
+        where = f"layer {layer}'s norm before attention"
+        if layer not in self.norms:
             raise SiteError(
-                f"the gain of layer {layer}'s norm before attention cannot be read in "
-                f"{architecture}: {why}; use select='activation'."
+                f"the gain of {where} cannot be read in {type(self.model).__name__}: there is "
+                "none; use select='activation'."
             )
-        weight = getattr(self.norms[layer], "weight", None)
-        if not isinstance(weight, Tensor):
-            raise FoldedWeightsError(f"layer {layer}'s norm before attention has no gain.")
-        gain = weight.detach().float() + row.gain_offset
-        require_gain(self.norms[layer], gain, where=f"layer {layer}'s norm before attention")
-        return gain
+        found = measured_norm(self.norms[layer], self.d_model, where=where)
+        if found.is_bare:
+            raise FoldedWeightsError(f"{where} has no gain.")
+        return found.gain
 
 
 def layer_list(model: TransformersModel) -> torch.nn.ModuleList:
@@ -96,7 +97,7 @@ def decoder_of(model: Any) -> Decoder:
 
     A plain model is looked at, never changed: no submodule is replaced.
 
-    Raises:  InterventionError: something else, or a family TransformerLens has no adapter for.
+    Raises:  InterventionError: something else. ModelError: its parts cannot be told.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -127,7 +128,10 @@ PARTS = (".attn", ".ln1", "", ".mlp", ".ln2")
 
 
 def _plain(model: Any) -> Decoder:
+    """By TransformerLens' map of the architecture, or by measurement where it has none."""
     adapter = _adapter(model)
+    if adapter is None:
+        return _measured(model)
     n_layers = adapter.cfg.n_layers
     found: dict[str, dict[int, torch.nn.Module]] = {name: {} for name in PARTS}
     for layer in range(n_layers):
@@ -136,10 +140,37 @@ def _plain(model: Any) -> Decoder:
             if module is not None:
                 kept[layer] = module
     attentions, norms, blocks, ffns, ffn_norms = found.values()
+    if not attentions and any(holds_attention(block) for block in blocks.values()):
+        return _measured(model)
     unread = (n for n in blocks if n not in attentions and holds_attention(blocks[n]))
     name, size = type(model).__name__, adapter.cfg.d_model
     return Decoder(
         model, name, n_layers, size, attentions, norms, blocks, ffns, ffn_norms, tuple(unread)
+    )
+
+
+def _measured(model: Any) -> Decoder:
+    """What each module does was seen in a short run (`roles`); once for every model."""
+    from melens.models.contract import failing, probe_ids
+    from melens.models.roles import roles_of
+
+    name = type(model).__name__
+    if model not in _ROLES:
+        with failing(f"the parts of {name} cannot be measured"):
+            _ROLES[model] = roles_of(model, probe_ids(model.config))
+    blocks = dict(enumerate(layer_list(model)))
+    found: list[dict[int, torch.nn.Module]] = [{}, {}, {}, {}]
+    for row in _ROLES[model]:
+        mixer = next((p for p in row.mixers if holds_attention(blocks[row.layer], p)), None)
+        paths = (mixer, row.norms.get("ln1"), row.ffn or None, row.norms.get("ln2"))
+        for kept, path in zip(found, paths, strict=True):
+            if path is not None:
+                kept[row.layer] = blocks[row.layer].get_submodule(path)
+    attentions, norms, ffns, ffn_norms = found
+    size = model.get_input_embeddings().weight.shape[-1]
+    unread = tuple(n for n in blocks if n not in attentions and holds_attention(blocks[n]))
+    return Decoder(
+        model, name, len(blocks), size, attentions, norms, blocks, ffns, ffn_norms, unread
     )
 
 
@@ -152,7 +183,7 @@ def _part(adapter: Any, model: TransformersModel, name: str) -> torch.nn.Module 
 
 
 def _adapter(model: TransformersModel) -> Any:
-    """TransformerLens's map of where this architecture keeps its parts."""
+    """TransformerLens's map of where this architecture keeps its parts; None where it has none."""
     from transformer_lens.factories import architecture_adapter_factory as factories
     from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
 
@@ -162,11 +193,8 @@ def _adapter(model: TransformersModel) -> Any:
     try:
         cfg = build_bridge_config_from_hf(config, architecture, architecture, torch.float32)
         return factories.ArchitectureAdapterFactory.select_architecture_adapter(cfg)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InterventionError(
-            f"TransformerLens has no adapter for {architecture} ({str(error)[:120]}); pass a "
-            "TransformerBridge of your own."
-        ) from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
 
 
 class Keeping:

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from melens.errors import ModelError, SiteError
+from melens.errors import SiteError
 from melens.models.anatomy import anatomy, check_layer
+from melens.models.ffn_formula import bends
 from melens.protocols import HookedModel
 
 LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
@@ -21,7 +22,6 @@ TOLERANCE, HALF_TOLERANCE = 1e-4, 4e-2
 """Of the largest entry that a row makes: sums run in another order, and half precision rounds in
 steps of 2^-8; int8 activations, the finest that is not linear, are off by 1e-2 in float32.
 """
-GAIN_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def matrix_of(
@@ -43,29 +43,6 @@ def matrix_of(
         f"a {type(module).__name__} does not act as one matrix (quantised activations, or an "
         "adapter that is not linear), so its weights cannot be read; merge or dequantise it first."
     )
-
-
-def require_gain(norm: nn.Module, gain: Tensor, *, where: str) -> None:
-    """Refuse a gain that is not what the norm multiplies by (an adapter of its own).
-
-    A row of +1 and -1 has mean 0 and norm 1, so RMSNorm and LayerNorm leave it as it is but for
-    the gain; the bias falls out of the difference to its mirror image.
-
-    Raises:  ModelError: naming the norm.
-    """
-    if len(gain) % 2:
-        return
-    weight: Tensor = getattr(norm, "weight", gain)
-    row = torch.ones(len(gain), dtype=weight.dtype, device=weight.device)
-    row[1::2] = -1
-    with torch.no_grad():
-        made = (norm.forward(row[None, None]) - norm.forward(-row[None, None]))[0, 0] / 2
-    off = ((made * row).float() - gain.to(made.device)).abs().max() / gain.abs().max().clamp_min(1)
-    if not off <= GAIN_TOLERANCE.get(weight.dtype, 1e-3):
-        raise ModelError(
-            f"{where} does not multiply by its stored gain (off by {off:.1e}), as with an adapter "
-            "on it; merge the adapter first."
-        )
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -157,7 +134,7 @@ def _or_none(stored: Callable[[], Tensor | None]) -> Tensor | None:
     return found.detach() if isinstance(found, Tensor) else None
 
 
-ACTIVATIONS = ("act_fn", "activation_fn", "act")
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
 """Names under which FFN modules keep their activation function."""
 
 
@@ -239,9 +216,12 @@ def ffn_of(model: HookedModel, layer: int) -> FFN:
             "the edits write_block and norm_flatten work on it."
         )
     inner = getattr(weights, "original_component", weights)
-    act = next((f for name in ACTIVATIONS if (f := getattr(inner, name, None)) is not None), None)
+    act = vars(weights).get("_bend") or next(
+        (f for name in ACTIVATIONS if (f := getattr(inner, name, None)) is not None), None
+    )
+    act = act or _tried_activation(model.cfg.d_model, weights, inner)
     if act is None:
-        raise SiteError(f"block {layer}'s FFN keeps its activation under a name melens lacks.")
+        raise SiteError(f"block {layer}'s FFN bends its neurons by no activation melens knows.")
     gated = f"{prefix}mlp.hook_pre_linear" in known
     return FFN(
         layer=layer,
@@ -252,6 +232,31 @@ def ffn_of(model: HookedModel, layer: int) -> FFN:
         weights=weights,
         activation=act,
     )
+
+
+@torch.no_grad()
+def _tried_activation(
+    width: int, weights: Any, inner: nn.Module
+) -> Callable[[Tensor], Tensor] | None:
+    """The activation that gives what the down projection reads, of a few random rows."""
+    down, gate, up = (_module(weights, part) for part in ("out", "gate", "in"))
+    if down is None or up is None:
+        return None
+    seen: list[Tensor] = []
+    x = _like(up, torch.randn(1, ROWS, width, generator=torch.Generator().manual_seed(0)))
+    handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        inner.forward(x)
+    except (TypeError, RuntimeError):  # it takes more than its input
+        return None
+    finally:
+        handle.remove()
+    made, first = up.forward(x), None if gate is None else gate.forward(x)
+    for bend in bends(inner):
+        product = bend(made) if first is None else bend(first) * made
+        if seen and torch.allclose(product, seen[0], rtol=1e-3, atol=1e-4):
+            return bend
+    return None
 
 
 def ffn_input(model: HookedModel, layer: int) -> str:

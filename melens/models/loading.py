@@ -10,7 +10,7 @@ import torch
 
 from melens.errors import ContractError, FetchError, ModelError, WeightsError
 from melens.models.bridging import (
-    bridge_with_answer,
+    checked_bridge,
     give_tokenizer,
     require_finite_weights,
     require_here,
@@ -18,7 +18,7 @@ from melens.models.bridging import (
     unwrapped,
 )
 from melens.models.complaints import broken_json, first_line, no_tokenizer
-from melens.models.contract import OwnAnswer, check_contract
+from melens.models.contract import OwnAnswer, check_contract, force_eager
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.dry_load import require_all_there
 from melens.models.files import check_config, check_folder, require_no_adapter
@@ -74,9 +74,8 @@ def load(
     hf, tokenizer, origin = _load_hf(
         str(model), _given_tokenizer(tokenizer), device=device, dtype=dtype, options=options
     )
-    bridge, own = bridge_with_answer(hf, tokenizer, name=str(model))
+    bridge, _, _ = checked_bridge(hf, tokenizer, name=str(model))
     remember(bridge.eval(), origin)
-    check_contract(bridge, own)
     CHECKED.add(bridge)
     return bridge
 
@@ -325,7 +324,10 @@ def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> tuple[HookedModel
             Path(path), {"local_files_only": True, "trust_remote_code": False}
         )
     name = path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__
-    bridge, own = bridge_with_answer(model, tokenizer, name=name)
+    # tried on a view: an object that cannot be bridged stays as it was
+    _, own, way = checked_bridge(model, tokenizer, name=name)
+    force_eager(model)
+    bridge = way(model, tokenizer, name=name)
     remember(bridge, Origin(name))
     return bridge, own
 

@@ -283,6 +283,8 @@ class MELayer(Result):
         return said
 
     def _origin(self) -> str:
+        if self.writer is None and (self.me_layer or 0) >= 0:
+            return "by parts that cannot be told apart"
         if self.writer is None:
             return "already in the embedding (-1)"
         return f"written by the {'FFN' if self.writer.ffn >= 0.5 else 'attention'}"

@@ -6,7 +6,8 @@ weights come and go. Outside a block's own call its weights are NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from melens.capture import EverythingSeen
-from melens.errors import ModelError
-from melens.models.bridging import bridge_module
+from melens.errors import ContractError, ModelError
+from melens.models.bridging import WAYS, Way, bridge_module
 from melens.models.checkpoint import Checkpoint, read_folder
 from melens.models.complaints import has_tokenizer
 from melens.models.contract import OwnAnswer, check_contract, force_eager, own_answer, probe_ids
@@ -208,22 +209,27 @@ def load_streamed(
     tokenizer = _tokenizer(folder, needed=need_tokenizer)
     config = read_json(folder / "config.json")
     checkpoint = read_folder(weight_files(folder, config), config)
-    skeleton = build_skeleton(folder, checkpoint, dtype=chosen_dtype(dtype, device), device=device)
-    table: Any = skeleton.embedding.module
-    table.padding_idx = None  # not all rows are there; it matters to gradients alone
-    if device != "cpu":
-        skeleton.model.to(device)
-    key = f"{checkpoint.key(times=True)}-{skeleton.embedding.placeholder.dtype}-{device}"
-    tape = None if keep is None else Tape(keep, key)
-    known = tape.weights() if tape else None
-    own = _own_first_block(skeleton, checkpoint) if known is None else None
-    force_eager(skeleton.model)
-    bridge = bridge_module(skeleton.model, tokenizer, name=str(model)).eval()
-    stream = BlockStream(bridge, skeleton, checkpoint)
-    stream.blocks_read += own is not None  # the first block, for the model's own attention
-    vars(bridge)[KEPT_STREAM] = stream
-    if known is None:
-        known = _check(bridge, stream, own)
+    said: list[Exception] = []
+    for way in WAYS:
+        skeleton = build_skeleton(
+            folder, checkpoint, dtype=chosen_dtype(dtype, device), device=device
+        )
+        table: Any = skeleton.embedding.module
+        table.padding_idx = None  # not all rows are there; it matters to gradients alone
+        if device != "cpu":
+            skeleton.model.to(device)
+        place = skeleton.embedding.placeholder.dtype, device, way.__name__
+        key = "-".join(map(str, (checkpoint.key(times=True), *place)))
+        tape = None if keep is None else Tape(keep, key)
+        try:
+            bridge, known = _bridged(way, skeleton, checkpoint, tokenizer, str(model), tape)
+            break
+        except (ModelError, ContractError) as error:
+            said.append(error)
+    else:
+        first, last = (str(error).rstrip(".") for error in (said[0], said[-1]))
+        more = f"; nor by measuring its parts ({last})" if first != last else ""
+        raise type(said[0])(f"{first}{more}.")
     also = given_names(folder)
     remember(bridge, Origin(name, revision=revision, weights=known, also=also))
     CHECKED.add(bridge)
@@ -233,6 +239,59 @@ def load_streamed(
     return bridge
 
 
+def _bridged(
+    way: Way,
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    name: str,
+    tape: Tape | None,
+) -> tuple[HookedModel, str]:
+    """A bridge that reads its blocks, and the fingerprint of its weights; the contract held."""
+    known = tape.weights() if tape else None
+    own = _own_first_block(skeleton, checkpoint) if known is None else None
+    force_eager(skeleton.model)
+    measured = way is not bridge_module
+    with _reading(skeleton, checkpoint) if measured else nullcontext():
+        bridge = way(skeleton.model, tokenizer, name=name).eval()
+    stream = BlockStream(bridge, skeleton, checkpoint)
+    stream.blocks_read += own is not None  # the first block, for the model's own attention
+    vars(bridge)[KEPT_STREAM] = stream
+    if known is None:
+        known = _check(bridge, stream, own)
+    return bridge, known
+
+
+@contextmanager
+def _reading(skeleton: Skeleton, checkpoint: Checkpoint) -> Iterator[None]:
+    """Every block's weights are there while it runs, before there is a bridge."""
+    filled: list[Slot] = []
+
+    def enter(layer: int) -> Callable[..., None]:
+        def fill(module: nn.Module, args: Args) -> None:
+            leave()
+            for slot in skeleton.blocks[layer]:
+                slot.fill(slot.read(checkpoint, slot.room()))
+                filled.append(slot)
+
+        return fill
+
+    def leave() -> None:
+        while filled:
+            filled.pop().empty()
+
+    blocks = layer_list(skeleton.model)
+    handles = [b.register_forward_pre_hook(enter(layer)) for layer, b in enumerate(blocks)]
+    _fill_probe_rows(skeleton, checkpoint)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        leave()
+        skeleton.embedding.empty()
+
+
 def stream_of(model: object) -> BlockStream | None:
     """What reads a streamed bridge's blocks; None for any other model."""
     return vars(model).get(KEPT_STREAM)
@@ -240,18 +299,22 @@ def stream_of(model: object) -> BlockStream | None:
 
 def _own_first_block(skeleton: Skeleton, checkpoint: Checkpoint) -> OwnAnswer:
     """What the first block gives in the model's own attention, before there is a bridge."""
-    table, ids = skeleton.embedding, probe_ids(skeleton.model.config)
-    rows = checkpoint.chosen(
-        table.pieces[0].name, list(range(int(ids.max()) + 1)), table.placeholder.dtype
-    )
     try:
-        table.fill(rows.to(table.placeholder.device))
+        _fill_probe_rows(skeleton, checkpoint)
         for slot in skeleton.blocks[0]:
             slot.fill(slot.read(checkpoint, slot.room()))
         return own_answer(skeleton.model, upto=0)
     finally:
-        for slot in (table, *skeleton.blocks[0]):
+        for slot in (skeleton.embedding, *skeleton.blocks[0]):
             slot.empty()
+
+
+def _fill_probe_rows(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    table, ids = skeleton.embedding, probe_ids(skeleton.model.config)
+    rows = checkpoint.chosen(
+        table.pieces[0].name, list(range(int(ids.max()) + 1)), table.placeholder.dtype
+    )
+    table.fill(rows.to(table.placeholder.device))
 
 
 def _check(bridge: HookedModel, stream: BlockStream, own: OwnAnswer | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from planted import SECOND_ID, batch, plant
+from tiny import TINY
 
 from melens.batches import Batch
 from melens.errors import EditWarning, InterventionError, MelensError, SiteError
@@ -28,7 +29,7 @@ from melens.interventions.context import PassTokens, pass_of, watching
 from melens.interventions.ffn import transplant
 from melens.interventions.target import choice_of, meant
 from melens.locating import locate
-from melens.models import FAMILIES, load
+from melens.models import load
 from melens.models.anatomy import norm_gain, resid_post
 from melens.models.ffn import ffn_input, ffn_of
 
@@ -215,7 +216,7 @@ def test_a_reference_needs_other_tokens(make_edit, tiny, ids):
         run(tiny, ids[:, :1])
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mixtral", "qwen3-moe")])
+@pytest.mark.parametrize("family", [f for f in TINY if f not in ("mixtral", "qwen3-moe")])
 def test_the_ffn_formula_is_the_models_own(family, bridged, ids):
     """product_of and written against what the model's hooks show."""
     model = bridged(family)

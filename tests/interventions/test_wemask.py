@@ -9,21 +9,22 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from tiny import TINY
 
 from melens.batches import Batch
 from melens.errors import InterventionError, SiteError
 from melens.interventions import MaskRecord, drop_key, ffn_cap, norm_flatten, wemask
 from melens.interventions.wemask import SELECTS
 from melens.locating import locate
-from melens.models import FAMILIES, load
+from melens.models import load
 from melens.models.decoder import decoder_of
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 """float32; cached and padded attention sum in another order."""
-FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
+FAMILY = pytest.mark.parametrize("family", list(TINY))
 RECURRENT = "qwen3-next"
 """Its linear attention keeps a state that left padding enters, edited or not."""
-PLAIN = [family for family in FAMILIES if family != RECURRENT]
+PLAIN = [family for family in TINY if family != RECURRENT]
 EDITS = {select: {"select": select, "rate": 0.25} for select in SELECTS}
 
 

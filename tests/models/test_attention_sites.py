@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from planted import batch, plant
+from tiny import TINY
 
 from melens.batches import Batch
 from melens.errors import SiteError
 from melens.locating import locate
 from melens.measuring import attention, collapse
 from melens.metrics import METRICS
-from melens.models import FAMILIES, load
+from melens.models import load
 from melens.models.attention import attention_sites
 
 PLAIN = {"ln1", "q", "k", "v", "resid_post"}
@@ -29,7 +30,7 @@ EXPECTED = {
 QUERIES = {"q", "q_norm", "rot_q"}
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(TINY))
 def test_every_family_shows_what_it_has_and_says_what_it_lacks(bridged, family):
     model = bridged(family)
     sites = attention_sites(model)
@@ -48,7 +49,7 @@ def test_every_family_shows_what_it_has_and_says_what_it_lacks(bridged, family):
 
 
 # phi3 and neox join when TransformerLens fires their hook_rot_q and hook_rot_k
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("phi3", "neox")])
+@pytest.mark.parametrize("family", [name for name in TINY if name not in ("phi3", "neox")])
 def test_queries_and_keys_read_by_head_give_the_pattern(bridged, family, ids):
     """The layout is right if attention can be made from what was read: softmax(q k^T)."""
     model = bridged(family)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import TINY
 
 from melens.batches import Batch
-from melens.errors import ContractError, FoldedWeightsError, SiteError
+from melens.errors import ContractError, FoldedWeightsError, ModelError, SiteError
 from melens.locating import locate
-from melens.models import FAMILIES, anatomy, check_contract, gains, load
-from melens.models.anatomy import norm_gain
+from melens.models import anatomy, check_contract, gains, load
+from melens.models.anatomy import MISPLACED, norm_gain
 
+SANDWICH = {"ln1", "ln1_post", "ln2", "ln2_post"}
+NORMS = {"gemma2": SANDWICH, "gemma3": SANDWICH, "olmo2": {"ln1_post", "ln2_post"}}
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(TINY))
 def test_family_contract(family, make_tiny, tokenizer):
     hf = make_tiny(family)
     with torch.no_grad():
@@ -24,7 +27,6 @@ def test_family_contract(family, make_tiny, tokenizer):
     assert not model.training
     torch.testing.assert_close(model(IDS), plain, rtol=1e-4, atol=1e-5)
     parts = anatomy(model)
-    assert parts.family == family
     n = model.cfg.n_layers
     _, cache = model.run_with_cache(IDS, names_filter=lambda name: name.endswith("resid_post"))
     for layer in range(n - 1):  # HF puts the final norm on the last one
@@ -33,11 +35,11 @@ def test_family_contract(family, make_tiny, tokenizer):
         )
     hybrid = [block.layer for block in parts.blocks if not block.attention]
     assert hybrid == ([0, 2] if family == "qwen3-next" else [])
-    row = FAMILIES[family]
-    assert set(gains(model, 1)) == {*row.pre_norms, *row.post_norms}
+    assert set(gains(model, 1)) == NORMS.get(family, {"ln1", "ln2"})
+    assert not MISPLACED[model]
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(TINY))
 def test_every_family_can_be_located_and_profiled(family, make_tiny, tokenizer):
     hf = make_tiny(family)
     with torch.no_grad():
@@ -53,13 +55,17 @@ def test_bf16_models_pass_the_contract(family, make_tiny, tokenizer):
     load(make_tiny(family, dtype=torch.bfloat16), tokenizer=tokenizer)
 
 
-def test_a_wrong_gain_offset_is_caught(make_tiny, tokenizer, monkeypatch):
-    import dataclasses
-
-    wrong = dataclasses.replace(FAMILIES["gemma2"], gain_offset=0.0)
-    monkeypatch.setitem(FAMILIES._items, "gemma2", wrong)
-    with pytest.raises(ContractError, match="gain_offset is wrong"):
-        load(make_tiny("gemma2"), tokenizer=tokenizer)
+def test_a_norm_that_stands_elsewhere_is_no_gain_to_go_by(make_tiny, tokenizer):
+    model = load(make_tiny("llama"), tokenizer=tokenizer)
+    part = model.blocks[1].ln2
+    move = part.register_forward_pre_hook(lambda module, args: (args[0] * 2 - 1,))
+    check_contract(model)
+    with pytest.raises(ModelError, match="blocks.1.ln2 reads something else than the residual"):
+        norm_gain(model, 1, "ln2")
+    assert norm_gain(model, 1, "ln1").shape == (32,)
+    move.remove()
+    check_contract(model)
+    assert norm_gain(model, 1, "ln2").shape == (32,)
 
 
 def test_a_block_that_does_not_add_up_is_caught(tiny):

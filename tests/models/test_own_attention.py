@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import TINY
 from transformers import AttentionInterface, AutoModelForCausalLM, FalconConfig, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from melens.errors import ContractError, ModelError
-from melens.models import FAMILIES, load
+from melens.models import load
 from melens.models.contract import own_answer, probe_ids
 from melens.streaming.streamed import load_streamed
 
@@ -137,7 +138,7 @@ def test_rounding_is_let_pass(dtype, tokenizer):
 
 def test_the_probe_is_short_unless_a_short_window_asks_for_more():
     assert probe_ids(LlamaConfig(**SIZES)).shape == (2, 8)
-    assert probe_ids(FAMILIES["gemma3"].tiny()).shape == (2, 32)
+    assert probe_ids(TINY["gemma3"]()).shape == (2, 32)
     assert probe_ids(LlamaConfig(**SIZES, sliding_window=4096)).shape == (2, 8)
     answer = own_answer(tiny_llama("sdpa"), upto=1)
     assert answer.logits is None

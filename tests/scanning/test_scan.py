@@ -10,6 +10,7 @@ import torch
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from planted import plant
+from tiny import TINY
 from torch import nn
 
 from melens.cli.app import main
@@ -20,7 +21,7 @@ from melens.errors import (
     ResultError,
     WeightsError,
 )
-from melens.models import FAMILIES, checkpoint
+from melens.models import checkpoint
 from melens.models.opening import by_range, open_checkpoint
 from melens.published import known_scan, published_rows
 from melens.results import WeightScan, load_result
@@ -179,7 +180,7 @@ class OneNeuron:
         return best
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", [*TINY, *OTHERS])
 def test_no_residual_makes_a_neuron_write_more_than_its_ceiling(family, saved):
     """Against transformers' own modules, one neuron left in them, by random inputs and ascent."""
     hf, folder = saved(family, size=30.0)
@@ -204,14 +205,14 @@ def test_no_residual_makes_a_neuron_write_more_than_its_ceiling(family, saved):
     assert reached >= close * top.ceiling
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY)
 def test_layouts_have_the_gain_of_their_family(family):
-    config = FAMILIES[family].tiny()
-    assert HF[config.model_type].offset == FAMILIES[family].gain_offset
-    assert (HF[config.model_type].post is not None) == bool(FAMILIES[family].post_norms)
+    config = TINY[family]()
+    assert HF[config.model_type].offset == TINY[family].gain_offset
+    assert (HF[config.model_type].post is not None) == bool(TINY[family].post_norms)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", [*TINY, *OTHERS])
 def test_random_weights_foretell_nothing(family, saved):
     found = scan(saved(family)[1])
     assert found.me_layer is found.erase_layer is None

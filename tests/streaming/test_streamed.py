@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TINY
 
 from melens.batches import Batch
 from melens.capture import stream
@@ -18,7 +19,7 @@ from melens.errors import ModelError, PromptError, ResultError, SiteError, Weigh
 from melens.interventions import INTERVENTIONS
 from melens.locating import locate
 from melens.locating.trajectory import LastRow, trace
-from melens.models import FAMILIES, fingerprint, load
+from melens.models import fingerprint, load
 from melens.models.anatomy import anatomy, resid_post, resid_pre
 from melens.results import load_result
 from melens.scanning import reaching, scan
@@ -26,7 +27,7 @@ from melens.scanning.reaching import reach
 from melens.streaming.skeleton import placeholder_of
 from melens.streaming.streamed import load_streamed, stream_of
 
-NAMES = [name for name, _ in FAMILIES.items()]
+NAMES = list(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,121 @@
+"""What a norm multiplies by, measured: its kind, its gain, and the constant its weight is kept at.
+
+Models keep the gain of a norm in different ways: the weight itself, one plus the weight (Gemma,
+Qwen3-Next), or none at all (OLMo-1). No table says which. A row of +1 and -1 has mean 0 and norm 1,
+so RMSNorm and LayerNorm leave it as it is but for the gain, and a bias falls out of the difference
+to its mirror image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from melens.errors import FoldedWeightsError, ModelError
+
+Row = Float[Tensor, " d_model"]
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Of the largest gain: a norm's output is rounded to its dtype."""
+USUAL = 1e-3
+WHOLE = 0.05
+"""An offset this near to a whole number is that number."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """output = normalised input * gain + bias."""
+
+    kind: str
+    """``rms`` or ``layer``: what the input is normalised by."""
+    gain: Row
+    """float32; stored weight + offset where that explains what the norm does, else as measured."""
+    offset: float | None
+    """What is added to the stored weight; None where no stored weight explains the gain."""
+    bias: Row
+    """float32; zeros where there is none."""
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it has no gain at all, and only normalises."""
+        return self.offset is None and bool((self.gain - self.gain.mean()).abs().max() < USUAL)
+
+
+@torch.no_grad()
+def measured_norm(module: nn.Module, width: int, *, where: str) -> Norm:
+    """Gain, bias and kind of a norm over ``width`` channels.
+
+    Args:    where: for errors, e.g. ``layer 3's norm before attention``.
+    Raises:  ModelError: what it does is no normalisation times a gain.
+    """
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    gain, bias = _gain_and_bias(module, width, weight)
+    kind = _kind(module, gain, bias, weight)
+    if kind is None:
+        raise ModelError(
+            f"{where}, a {type(module).__name__}, is no normalisation times a gain, so its gain "
+            "cannot be read."
+        )
+    for _, stored in module.named_parameters():
+        if stored.shape != gain.shape:
+            continue
+        apart = gain - stored.detach().float().cpu()
+        offset = apart.median().item()
+        limit = _limit(weight) * max(1.0, gain.abs().max().item())
+        if (apart - offset).abs().max().item() <= limit:
+            offset = float(round(offset)) if abs(offset - round(offset)) < WHOLE else offset
+            whole = stored.detach().float() + offset
+            return Norm(kind, whole, offset, bias.to(whole))
+    device = "cpu" if weight is None else weight.device
+    return Norm(kind, gain.to(device), None, bias.to(device))
+
+
+def stored_norm(module: nn.Module, *, where: str) -> Norm:
+    """The norm of a HookedTransformer, whose module multiplies by ``w`` and adds ``b``.
+
+    Raises:  FoldedWeightsError: it has no gain of its own.
+    """
+    weight, bias = getattr(module, "w", None), getattr(module, "b", None)
+    if not isinstance(weight, Tensor):
+        raise FoldedWeightsError(f"{where} has no gain of its own.")
+    gain = weight.detach().float()
+    kind = "rms" if "RMS" in type(module).__name__ else "layer"
+    added = bias.detach().float() if isinstance(bias, Tensor) else torch.zeros_like(gain)
+    return Norm(kind, gain, 0.0, added)
+
+
+def _gain_and_bias(module: nn.Module, width: int, like: Tensor | None) -> tuple[Row, Row]:
+    """From mirrored rows; of an odd width two rows, each with one channel at zero."""
+    row = torch.ones(width)
+    row[1::2] = -1
+    rows = [row]
+    if width % 2:
+        rows = [row.clone(), -row.roll(1)]
+        rows[0][-1] = rows[1][0] = 0
+    made = [(_run(module, r, like), _run(module, -r, like)) for r in rows]
+    unit = [r / r.square().mean().sqrt() for r in rows]
+    each = [(up - down) / 2 / r for r, (up, down) in zip(unit, made, strict=True)]
+    gain = torch.where(torch.isfinite(each[0]), each[0], each[-1])
+    return gain, (made[0][0] + made[0][1]) / 2
+
+
+def _kind(module: nn.Module, gain: Row, bias: Row, like: Tensor | None) -> str | None:
+    x = 1 + torch.randn(len(gain), generator=torch.Generator().manual_seed(0))
+    made = _run(module, x, like)
+    for kind, centred in (("rms", x), ("layer", x - x.mean())):
+        expected = centred / centred.square().mean().sqrt() * gain + bias
+        if (made - expected).abs().max() <= 4 * _limit(like) * expected.abs().max().clamp_min(1):
+            return kind
+    return None
+
+
+def _run(module: nn.Module, row: Row, like: Tensor | None) -> Row:
+    """Past the hooks on the module: an open edit is no part of its weights."""
+    x = row[None, None] if like is None else row[None, None].to(like.device, like.dtype)
+    return module.forward(x)[0, 0].detach().float().cpu()
+
+
+def _limit(like: Tensor | None) -> float:
+    return USUAL if like is None else TOLERANCE.get(like.dtype, USUAL)

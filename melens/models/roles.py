@@ -1,0 +1,303 @@
+"""What each module of a block does, measured: norms, mixers, the FFN, and what is added.
+
+One forward pass of a plain transformers model, all modules of its blocks watched. Which outputs are
+added to the residual, and how strongly, is the solution of linear equations; whether a part mixes
+tokens is tried; the formula of an FFN is the one that gives what the down projection was seen to
+read. No table of names takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from melens.capture import evaluating
+from melens.errors import ModelError
+from melens.models.decoder import layer_list
+from melens.models.ffn_formula import Formula, formula_of
+from melens.models.norms import Norm, measured_norm
+from melens.protocols import TransformersModel
+from melens.shapes import TokenIds
+
+CLOSE = 1e-3
+"""Of a tensor's largest entry: two tensors are the same one. float32 and wider; see `_close`."""
+HALF_CLOSE = 3e-2
+Seen = tuple[Tensor, Tensor]
+"""What went into a module, and what came out."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """One block's parts; paths are relative to the block, and "" is the block itself."""
+
+    layer: int
+    writes: dict[str, float]
+    """Path of what is added to the residual -> the factor that it is added with."""
+    norms: dict[str, str]
+    """``ln1``, ``ln2`` (what mixer and FFN read through), ``ln1_post``, ``ln2_post`` -> path."""
+    found: dict[str, Norm]
+    """Path of each of these norms -> what it does."""
+    mixers: dict[str, str]
+    """Path of a part that mixes tokens -> the path of what it writes (a norm may follow it)."""
+    ffn: str | None
+    """Path of the FFN's container; "" where its layers stand in the block itself."""
+    ffn_write: str | None
+    formula: Formula | None
+    """None for experts, and where no formula fits."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Further token-wise parts, as ``mixers``."""
+    why: str | None = None
+    """Why the parts could not be told, if they could not."""
+    is_stream: bool = True
+    """Whether one ``[batch, pos, d_model]`` tensor enters and leaves it."""
+
+    @property
+    def parallel(self) -> bool:
+        """Whether mixer and FFN both read the residual that enters the block."""
+        return self.ffn is not None and "ln2" not in self.norms and "ln2_post" not in self.norms
+
+
+@torch.no_grad()
+def roles_of(model: TransformersModel, ids: TokenIds) -> tuple[Roles, ...]:
+    """Measure every block of a transformers model that is not bridged.
+
+    Raises:  ModelError: it has no list of layers.
+    """
+    layers = layer_list(model)
+    watches = [_Watch(layer, block) for layer, block in enumerate(layers)]
+    found: list[Roles] = []
+    with evaluating(model), ExitStack() as stack:
+        for watch in watches:
+            watch.open(stack, found.append)
+        model(ids.to(model.get_input_embeddings().weight.device), use_cache=False)
+    return tuple(found)
+
+
+@dataclass
+class _Watch:
+    """One block while it runs; measured as soon as it has, and then forgotten."""
+
+    layer: int
+    block: nn.Module
+    seen: dict[str, Seen] = field(default_factory=dict)
+    often: set[str] = field(default_factory=set)
+    """Modules that ran more than once: what they do is not one thing (a shared dropout)."""
+    shape: tuple[int, ...] | None = None
+    """Rows and positions; None while nothing is noted."""
+
+    def open(self, stack: ExitStack, done: Callable[[Roles], object]) -> None:
+        """Watch every module of the block."""
+        for path, module in self.block.named_modules():
+            if path:
+                hook = module.register_forward_hook(self._keep(path), with_kwargs=True)
+                stack.callback(hook.remove)
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = _tensor((args, kwargs))
+            self.shape = None if given is None else tuple(given.shape[:2])
+
+        def end(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            self.shape = None  # parts are run again, and that is not to be noted
+            given, made = _tensor((args, kwargs)), _tensor(out)
+            if given is None or made is None or given.shape != made.shape or given.ndim != 3:
+                done(replace(_untold(self.layer, "its residual is no stream"), is_stream=False))
+            else:
+                once = {p: pair for p, pair in self.seen.items() if p not in self.often}
+                done(_measured(self.layer, self.block, given, made, once))
+            self.seen.clear()
+
+        stack.callback(self.block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(self.block.register_forward_hook(end, with_kwargs=True).remove)
+
+    def _keep(self, path: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            given, made = _tensor((args, kwargs)), _tensor(out)
+            if self.shape is not None and given is not None and made is not None:
+                self.often |= {path} & self.seen.keys()
+                self.seen[path] = self._by_row(given), self._by_row(made)
+
+        return keep
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """Some blocks flatten rows and positions into one axis (OPT)."""
+        assert self.shape is not None
+        rows, positions = self.shape
+        flat = x.ndim == 2 and len(x) == rows * positions
+        return (x.reshape(rows, positions, -1) if flat else x).detach()
+
+
+def _untold(
+    layer: int,
+    why: str,
+    places: dict[str, str] | None = None,
+    norms: dict[str, Norm] | None = None,
+) -> Roles:
+    reads = [path for name, path in (places or {}).items() if name in ("ln1", "ln2")][:1]
+    found = {path: (norms or {})[path] for path in reads}
+    before = {"ln1": reads[0]} if reads else {}
+    return Roles(layer, {}, before, found, {}, None, None, None, why=why)
+
+
+def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str, Seen]) -> Roles:
+    writes = _writes(x, y, seen)
+    norms = {path: norm for path in seen if (norm := _norm(block, path, seen[path])) is not None}
+    if writes is None:
+        why = "what it adds to the residual is the output of none of its modules"
+        return _untold(layer, why, _places(x, {}, norms, {}, None, seen), norms)
+    mixers: dict[str, str] = {}
+    ffns: dict[str, str] = {}
+    for write in writes:
+        part = _source(write, norms, seen)
+        (ffns if _is_tokenwise(block, part, seen) else mixers)[part] = write
+    formulas = {part: formula_of(block, part, seen, _same) for part in ffns}
+    main = max(ffns, key=lambda part: _weight(block, part, formulas[part]), default=None)
+    places = _places(x, writes, norms, mixers, ffns.get(main or ""), seen)
+    return Roles(
+        layer=layer,
+        writes=writes,
+        norms=places,
+        found={path: norms[path] for path in places.values()},
+        mixers=mixers,
+        ffn=None if main is None else _container(main, seen, x),
+        ffn_write=None if main is None else ffns[main],
+        formula=None if main is None else formulas[main],
+        others={part: write for part, write in ffns.items() if part != main},
+    )
+
+
+def _weight(block: nn.Module, part: str, formula: Formula | None) -> int:
+    """Parameters of a token-wise part: of several the FFN is the one that has most."""
+    home = part if formula is None or formula.down != part else part.rpartition(".")[0]
+    return sum(p.numel() for p in block.get_submodule(home).parameters())
+
+
+def _writes(x: Tensor, y: Tensor, seen: dict[str, Seen]) -> dict[str, float] | None:
+    """Y = x + sum of factor * output: the least squares over outputs, those nearest the block
+    first.
+    """  # noqa: D205
+    wide = [path for path, (_, out) in seen.items() if out.shape == y.shape and out is not y]
+    wide = [path for path in wide if not _same(seen[path][1], y)]
+    for depth in range(max((path.count(".") for path in wide), default=-1) + 1):
+        chosen: list[str] = []
+        for path in sorted((p for p in wide if p.count(".") <= depth), key=lambda p: p.count(".")):
+            if not any(_same(seen[path][1], seen[other][1]) for other in chosen):
+                chosen.append(path)
+        found = _solve(x, y, {path: seen[path][1] for path in chosen})
+        if found is not None:
+            return found
+    return None
+
+
+def _solve(x: Tensor, y: Tensor, outputs: dict[str, Tensor]) -> dict[str, float] | None:
+    if not outputs:
+        return None
+    goal = (y.double() - x.double()).flatten()
+    columns = torch.stack([out.double().flatten() for out in outputs.values()], dim=1)
+    size = columns.norm(dim=0).clamp_min(1e-30)
+    factors = torch.linalg.lstsq(columns / size, goal[:, None]).solution[:, 0] / size
+    left = goal - columns @ factors
+    if left.abs().max() > _limit(y) * y.abs().max():
+        return None
+    found = {
+        path: 1.0 if abs(factor - 1) < 1e-2 else factor
+        for path, factor in zip(outputs, factors.tolist(), strict=True)
+        if abs(factor) * outputs[path].abs().max() > _limit(y) * y.abs().max()
+    }
+    return found or None
+
+
+def _norm(block: nn.Module, path: str, seen: Seen) -> Norm | None:
+    given, made = seen
+    module = block.get_submodule(path)
+    if given.shape != made.shape or sum(1 for _ in module.parameters()) > 2:
+        return None
+    try:
+        found = measured_norm(module, given.shape[-1], where=path)
+    except (ModelError, RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+    return None if isinstance(module, nn.Identity) else found
+
+
+def _source(write: str, norms: dict[str, Norm], seen: dict[str, Seen]) -> str:
+    """What a norm on the write path reads; what is written itself where there is none."""
+    if write not in norms:
+        return write
+    given = seen[write][0]
+    made = [p for p, (_, out) in seen.items() if p != write and _same(out, given)]
+    return min(made, key=lambda path: path.count("."), default=write)
+
+
+def _is_tokenwise(block: nn.Module, path: str, seen: dict[str, Seen]) -> bool:
+    """Whether a part makes of one token alone what it makes of it in company."""
+    given, made = seen[path]
+    try:
+        alone = _tensor(block.get_submodule(path).forward(given[:, -1:]))
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+        return False
+    return alone is not None and alone.shape == made[:, -1:].shape and _same(alone, made[:, -1:])
+
+
+def _container(path: str, seen: dict[str, Seen], x: Tensor) -> str:
+    """Where the FFN's layers stand: a down projection of the block's own has no container."""
+    return path if seen[path][0].shape[-1] == x.shape[-1] else path.rpartition(".")[0]
+
+
+def _places(
+    x: Tensor,
+    writes: dict[str, float],
+    norms: dict[str, Norm],
+    mixers: dict[str, str],
+    ffn_write: str | None,
+    seen: dict[str, Seen],
+) -> dict[str, str]:
+    """Norms by TransformerLens' names. A norm that both parts read through is ``ln1``."""
+    added = [seen[path][1] * writes[path] for path in mixers.values()]
+    middle = torch.stack([x, *added]).sum(0) if added else x
+    found: dict[str, str] = {}
+    for path in (p for p in seen if p in norms):
+        given = seen[path][0]
+        if path in mixers.values():
+            found["ln1_post"] = path
+        elif path == ffn_write:
+            found["ln2_post"] = path
+        elif given.shape == x.shape and _same(given, x):
+            found["ln2" if "ln1" in found or not mixers else "ln1"] = path
+        elif given.shape == x.shape and _same(given, middle):
+            found["ln2"] = path
+    return found
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """The first tensor of floats, as a module's arguments or outputs hold it."""
+    return next(_floats(value), None)
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        names = [name for name in ("hidden_states", "x", "input") if name in value]
+        for name in names:
+            yield from _floats(value[name])
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _floats(item)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    if a.shape != b.shape:
+        return False
+    scale = torch.maximum(a.abs().max(), b.abs().max())
+    return bool((a - b).abs().max() <= _limit(a) * scale)
+
+
+def _limit(x: Tensor) -> float:
+    return CLOSE if x.dtype.itemsize > 2 else HALF_CLOSE
