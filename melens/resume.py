@@ -5,6 +5,10 @@ each block is called with the arguments it had in the clean run and an edited re
 norm, the unembedding and the cap on the logits follow. A change at position p leaves all earlier
 positions as they were, so only the suffix from p on is computed, against the keys and values that
 the clean run kept. Hooks of the blocks fire as ever, so interventions and readers act.
+
+A model whose blocks do not run by themselves (each reads what others left elsewhere), or whose head
+is more than a norm and a matrix, is run whole instead, the edited residual put in where it belongs:
+the same numbers, for the price of the whole model.
 """
 
 from __future__ import annotations
@@ -79,6 +83,8 @@ class Resumable:
         self._resids: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._per_row: dict[str, bool] = {}
+        self.whole_blocks = self.whole_head = False
+        """Whether the model is run whole where blocks, or the head, do not run by themselves."""
         self.suffixes = check and self._can_cut() and not reads_whole(model)
         """Whether runs can start behind position 0; else every run takes whole sequences."""
         with one_thread(model), evaluating(model):
@@ -109,6 +115,8 @@ class Resumable:
                  earlier blocks; rows that join the run later come after the others.
         Raises:  SiteError: rows or positions that do not fit the recorded batch.
         """
+        if self.whole_blocks:
+            return self._whole(resid, layer, layer + 1)[0]
         with passing(self.model, self._now(self._copies(resid, start), start, notes)):
             return self._block(layer, resid, start)
 
@@ -160,6 +168,9 @@ class Resumable:
         stop = self.n_layers if upto is None else upto
         self.resid_pre(stop)
         now = self._now(self._copies(resid, start), start, None)
+        if self.whole_blocks and layer < stop:
+            with hooked(self.model, hooks), evaluating(self.model):
+                return self._whole(resid, layer, stop)[0]
         with (
             hooked(self.model, hooks),
             evaluating(self.model),
@@ -175,6 +186,8 @@ class Resumable:
 
         Give it only the positions whose logits are wanted: the unembedding is dear.
         """
+        if self.whole_head:
+            return self._whole_logits(resid)
         logits = self.model.unembed(self.model.ln_final(resid))
         transform = getattr(
             getattr(self.model, "adapter", None), "apply_output_logits_transform", None
@@ -183,6 +196,55 @@ class Resumable:
             return transform(logits)
         cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
         return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+    def _whole(self, resid: Tensor, layer: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """The whole model with a residual put in before a block (behind the last one where there is
+        none): what enters block ``stop`` then, and the logits where all blocks were run.
+        """  # noqa: D205
+        blocks, name = list(self.model.blocks), self._names[0][0]
+        seen: list[Tensor] = []
+
+        def put_in(module: nn.Module, args: Args, kwargs: Kwargs) -> Called:
+            if name in kwargs:
+                return args, {**kwargs, name: resid}
+            return (resid, *args[1:]), kwargs
+
+        def put_behind(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> object:
+            return (resid, *out[1:]) if isinstance(out, tuple) else resid
+
+        def stop_here(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> None:
+            seen.append((out[0] if isinstance(out, tuple) else out).detach())
+            if stop < self.n_layers:
+                raise EverythingSeen
+
+        if layer < self.n_layers:
+            handles = [blocks[layer].register_forward_pre_hook(put_in, with_kwargs=True)]
+        else:
+            handles = [blocks[-1].register_forward_hook(put_behind)]
+        handles.append(blocks[stop - 1].register_forward_hook(stop_here))
+        logits = None
+        try:
+            logits = self._full(copies=len(resid) // len(self.batch))
+        except EverythingSeen:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[-1], logits
+
+    def _whole_logits(self, resid: Tensor) -> Tensor:
+        """What the head makes of any tokens: they stand in for those of the batch, as many as it
+        holds at a time.
+        """  # noqa: D205
+        shape, flat = self.batch.ids.shape, resid.reshape(-1, resid.shape[-1])
+        made = []
+        for part in flat.split(shape.numel()):
+            room = part.new_zeros(shape.numel(), part.shape[-1])
+            room[: len(part)] = part
+            logits = self._whole(room.view(*shape, -1), self.n_layers, self.n_layers)[1]
+            assert logits is not None
+            made.append(logits.reshape(-1, logits.shape[-1])[: len(part)])
+        return torch.cat(made).reshape(*resid.shape[:-1], -1)
 
     def _can_cut(self) -> bool:
         """Every block has attention, and takes a cache that the keys can go through."""
@@ -291,28 +353,52 @@ class Resumable:
         clean = self._resids[layer]
         edited = clean.clone()
         edited[:, start:] *= NUDGE
-        try:
-            whole = self.run(layer, torch.cat([clean, edited]))
-        except torch.OutOfMemoryError:
-            raise
-        except DOES_NOT_FIT as error:
-            self._refuse(f"its blocks do not run by themselves ({str(error)[:120]})")
-        final, rows = self._resids[-1], len(clean)
-        if (miss := self._miss(whole[:rows], final)) > self._tolerance:
-            self._refuse(f"resumed at layer {layer} it misses the full run by {miss:.1e}")
-        ends = final[torch.arange(rows), self._last()][:, None]
-        if (miss := _largest_miss(self.logits(ends)[:, 0], last)) > self._tolerance:
-            self._refuse(f"its logits miss those of the full run by {miss:.1e}")
+        both = torch.cat([clean, edited])
+        wrong, whole = self._blocks_wrong(both)
+        if wrong:
+            self.whole_blocks, self.suffixes = True, False
+            again, whole = self._blocks_wrong(both)
+            if again:
+                self._refuse(wrong)
+        if wrong := self._head_wrong(last):
+            self.whole_head = True
+            if self._head_wrong(last):
+                self._refuse(wrong)
         if self.suffixes and start:
-            both = torch.cat([clean, edited])[:, start:]
             try:
-                cut = self.run(layer, both, start=start)
+                cut = self.run(layer, both[:, start:], start=start)
             except torch.OutOfMemoryError:
                 raise
             except DOES_NOT_FIT:  # what it is called with cannot be cut: whole sequences then
                 self.suffixes = False
                 return
             self.suffixes = self._miss(cut, whole[:, start:], start) <= self._tolerance
+
+    def _blocks_wrong(self, both: Tensor) -> tuple[str, Tensor]:
+        """What is wrong with resumed blocks, if anything is; and what they give."""
+        try:
+            whole = self.run(0, both)
+        except torch.OutOfMemoryError:
+            raise
+        except DOES_NOT_FIT as error:
+            return f"its blocks do not run by themselves ({str(error)[:120]})", both
+        miss = self._miss(whole[: len(both) // 2], self._resids[-1])
+        if miss > self._tolerance:
+            return f"resumed at layer 0 it misses the full run by {miss:.1e}", whole
+        return "", whole
+
+    def _head_wrong(self, last: Tensor) -> str:
+        final = self._resids[-1]
+        ends = final[torch.arange(len(final)), self._last()][:, None]
+        try:
+            miss = _largest_miss(self.logits(ends)[:, 0], last)
+        except torch.OutOfMemoryError:
+            raise
+        except DOES_NOT_FIT as error:
+            return f"its head does not run by itself ({str(error)[:120]})"
+        return (
+            f"its logits miss those of the full run by {miss:.1e}" if miss > self._tolerance else ""
+        )
 
     def _miss(self, found: Tensor, expected: Tensor, start: int = 0) -> float:
         real = self.batch.mask[:, start:].repeat(len(found) // len(self.batch), 1)

@@ -26,7 +26,7 @@ from melens.interventions.core import (
     intervention,
 )
 from melens.interventions.target import Tokens
-from melens.models.anatomy import anatomy, norm_gain
+from melens.models.anatomy import anatomy, norm_of
 from melens.models.ffn import ffn_input, ffn_of
 from melens.protocols import HookedModel
 from melens.results.locate import MELayer
@@ -292,8 +292,10 @@ def transplant(
     read = ffn_input(model, place.layer)
     shift = None
     if "norm" in parts:
-        read = place.hook("ln2.hook_normalized")
-        shift = norm_gain(donor, at, "ln2"), getattr(donor.blocks[at].ln2, "bias", None)
+        norm = anatomy(model).blocks[place.layer].ffn_norm or "ln2"
+        read = place.hook(f"{norm}.hook_normalized")
+        found = norm_of(donor, at, anatomy(donor).blocks[at].ffn_norm or "ln2")
+        shift = found.gain, found.bias
     seen: list[Tensor] = []
 
     def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
@@ -301,8 +303,7 @@ def transplant(
             return x[chosen]
         rows = seen[0][chosen].to(x.dtype)
         if shift is not None:
-            rows = rows * shift[0].to(rows)
-            rows = rows + shift[1].detach().to(rows) if isinstance(shift[1], Tensor) else rows
+            rows = rows * shift[0].to(rows) + shift[1].to(rows)
         made = used.written(used.product_of(rows.to(used.down.device)))
         return blend(x[chosen], made.to(x.device, x.dtype), strength)
 

@@ -131,8 +131,9 @@ class Edited:
                  what the FFN edit changes.
         """
         self.subject, self.layer = subject, layer
-        norms = subject.blocks[layer].norms
-        self.norms = [norm for norm in ("ln2", "ln2_post") if norm in norms]
+        block = subject.blocks[layer]
+        around = (block.ffn_norm, "ln2_post" if "ln2_post" in block.norms else None)
+        self.norms = [norm for norm in around if norm is not None]
         if not self.norms:
             raise SiteError(f"block {layer} has no norm around its FFN.")
         if not subject.can_edit(layer):

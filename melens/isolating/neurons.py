@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.isolating.runs import Prefixes, RunChange, ablate
-from melens.models.anatomy import anatomy, norm_gain
+from melens.models.anatomy import anatomy, norm_gain, norm_of
 from melens.models.ffn import FFN, ffn_input, ffn_of
 from melens.protocols import HookedModel
 from melens.results.isolate import Decomposition, Direction, Gains, Neuron
@@ -173,9 +173,10 @@ def gains_of(
 
     Args:    normalized: the massive tokens' FFN inputs before the gain.
     """
-    ffn, gain = ffn_of(model, layer), norm_gain(model, layer, "ln2").to(normalized)
-    bias = getattr(model.blocks[layer].ln2, "bias", None)
-    shift = bias.detach().to(normalized) if isinstance(bias, Tensor) else 0.0
+    ffn, norm = ffn_of(model, layer), anatomy(model).blocks[layer].ffn_norm
+    assert norm is not None
+    found = norm_of(model, layer, norm)
+    gain, shift = found.gain.to(normalized), found.bias.to(normalized)
     weights = ffn.down[:, dim].to(normalized)
     clean = normalized * gain + shift
     base = (ffn.product_of(clean) @ weights).mean()
@@ -188,7 +189,7 @@ def gains_of(
     shares = torch.cat(left)
     top = (shares - 1).abs().argsort(descending=True)[:TOP_DIMS]
     return Gains(
-        norm="ln2",
+        norm=norm,
         mean=gain.mean().item(),
         at_dim=gain[dim].item(),
         left=tuple(shares.tolist()),
@@ -199,7 +200,7 @@ def gains_of(
 
 def input_sites(model: HookedModel, layer: int) -> tuple[str, str | None]:
     """Hooks of the FFN's input, and of the same before the norm's gain if there is a norm."""
-    site = f"blocks.{layer}.ln2.hook_normalized"
+    site = f"blocks.{layer}.{anatomy(model).blocks[layer].ffn_norm}.hook_normalized"
     return ffn_input(model, layer), site if site in model.hook_dict else None
 
 

@@ -124,7 +124,7 @@ def _sites(model: HookedModel, layer: int) -> dict[str, str]:
     """Name of a step -> its hook, in the order of the flow. The gate is before its activation."""
     prefix, block, ffn = f"blocks.{layer}.", anatomy(model).blocks[layer], _ffn(model, layer)
     found = {"resid_mid": f"{prefix}hook_resid_mid"}
-    found["norm"] = f"{prefix}ln2.hook_out"
+    found["norm"] = f"{prefix}{block.ffn_norm}.hook_out"
     if ffn is not None:
         found |= {"gate": ffn.gate or "", "up": ffn.up, "product": ffn.product, "down": ffn.output}
     if block.ffn_write != found.get("down"):
@@ -143,7 +143,11 @@ def _ffn(model: HookedModel, layer: int) -> FFN | None:
 def _unused_input(model: HookedModel, layer: int, taken: Mapping[str, object]) -> str:
     """A hook of the FFN's input that no other reducer reads."""
     site = ffn_input(model, layer)
-    return site if site not in taken else f"blocks.{layer}.ln2.hook_out"
+    return (
+        site
+        if site not in taken
+        else f"blocks.{layer}.{anatomy(model).blocks[layer].ffn_norm}.hook_out"
+    )
 
 
 SEQUENCES = 4

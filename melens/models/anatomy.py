@@ -41,6 +41,16 @@ class Block:
     learned_sink: bool = False
     """Whether a learned logit takes its share of every attention row (gpt-oss)."""
 
+    @property
+    def ffn_norm(self) -> str | None:
+        """The norm that the FFN reads through: ``ln2``, or ``ln1`` where a parallel block has one
+        norm for both parts (Cohere, GPT-J, Phi); None without one (OLMo-2).
+        """  # noqa: D205
+        if "ln2" in self.norms:
+            return "ln2"
+        shared = "ln1" in self.norms and "ln2_post" not in self.norms
+        return "ln1" if shared and self.ffn_write is not None else None
+
 
 @dataclass(frozen=True)
 class Anatomy:

@@ -162,7 +162,7 @@ def _measured(model: Any) -> Decoder:
     found: list[dict[int, torch.nn.Module]] = [{}, {}, {}, {}]
     for row in _ROLES[model]:
         mixer = next((p for p in row.mixers if holds_attention(blocks[row.layer], p)), None)
-        paths = (mixer, row.norms.get("ln1"), row.ffn or None, row.norms.get("ln2"))
+        paths = (mixer, row.norms.get("ln1"), row.ffn or None, row.ffn_reads)
         for kept, path in zip(found, paths, strict=True):
             if path is not None:
                 kept[row.layer] = blocks[row.layer].get_submodule(path)

@@ -59,6 +59,7 @@ class Part(GeneralizedComponent):
         out = self.original_component(*args, **kwargs)
         first = out[0] if isinstance(out, tuple) else out
         made = self._hook_scaled_output(first, self.hook_out, self._scale)
+        made = made.clone()  # Falcon adds to it in place, and hooks have seen it
         return (made, *out[1:]) if isinstance(out, tuple) else made
 
 

@@ -41,12 +41,14 @@ class Roles:
     norms: dict[str, str]
     """``ln1``, ``ln2`` (what mixer and FFN read through), ``ln1_post``, ``ln2_post`` -> path."""
     found: dict[str, Norm]
-    """Path of each of these norms -> what it does."""
+    """Path of each norm -> what it does."""
     mixers: dict[str, str]
     """Path of a part that mixes tokens -> the path of what it writes (a norm may follow it)."""
     ffn: str | None
     """Path of the FFN's container; "" where its layers stand in the block itself."""
     ffn_write: str | None
+    ffn_reads: str | None
+    """Path of the norm that the FFN reads through; None where it reads the residual itself."""
     formula: Formula | None
     """None for experts, and where no formula fits."""
     others: dict[str, str] = field(default_factory=dict)
@@ -128,7 +130,8 @@ class _Watch:
         assert self.shape is not None
         rows, positions = self.shape
         flat = x.ndim == 2 and len(x) == rows * positions
-        return (x.reshape(rows, positions, -1) if flat else x).detach()
+        found = x.reshape(rows, positions, -1) if flat else x
+        return found.detach().clone()  # some blocks add to a part's output in place (Falcon)
 
 
 def _untold(
@@ -140,7 +143,7 @@ def _untold(
     reads = [path for name, path in (places or {}).items() if name in ("ln1", "ln2")][:1]
     found = {path: (norms or {})[path] for path in reads}
     before = {"ln1": reads[0]} if reads else {}
-    return Roles(layer, {}, before, found, {}, None, None, None, why=why)
+    return Roles(layer, {}, before, found, {}, None, None, None, None, why=why)
 
 
 def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str, Seen]) -> Roles:
@@ -161,13 +164,21 @@ def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str
         layer=layer,
         writes=writes,
         norms=places,
-        found={path: norms[path] for path in places.values()},
+        found=norms,
         mixers=mixers,
         ffn=None if main is None else _container(main, seen, x),
         ffn_write=None if main is None else ffns[main],
+        ffn_reads=None if main is None else _reads(main, formulas[main], norms, seen),
         formula=None if main is None else formulas[main],
         others={part: write for part, write in ffns.items() if part != main},
     )
+
+
+def _reads(
+    part: str, formula: Formula | None, norms: dict[str, Norm], seen: dict[str, Seen]
+) -> str | None:
+    given = seen[part if formula is None else formula.up][0]
+    return next((path for path in norms if _same(seen[path][1], given)), None)
 
 
 def _weight(block: nn.Module, part: str, formula: Formula | None) -> int:

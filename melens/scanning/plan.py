@@ -75,7 +75,7 @@ BLOCKS = ("model.layers.{l}.",)
 AFTER_ATTENTION = "post_attention_layernorm"
 
 HF: Registry[Layout] = Registry("model type with an FFN layout")
-"""By ``model_type`` of config.json; gains as in ``melens.models.anatomy.FAMILIES``."""
+"""By ``model_type`` of config.json; other families are measured (`measured_plan`)."""
 
 
 def _hf(name: str, *ffns: Ffn, **facts: Any) -> None:
@@ -231,6 +231,13 @@ def plan_of(files: Checkpoint) -> CheckpointPlan:
     more = tuple(prefix.format(l=n_layers) for prefix in layout.blocks)
     beyond = n_layers if any(name.startswith(more) for name in files.tensors) else None
     return CheckpointPlan(layout, d_model, act, float(facts["route"]), layers, beyond)
+
+
+def has_layout(files: Checkpoint) -> bool:
+    """Whether the family's names are known without measuring."""
+    if files.kind == "gguf":
+        return files.config.get("general.architecture") in GGUF
+    return files.config.get("model_type") in HF
 
 
 def _facts_hf(files: Checkpoint) -> tuple[Layout, JsonObject]:

@@ -13,10 +13,11 @@ from melens.errors import ModelError
 from melens.locating.thresholds import ERASED_LEFT, FIRST_SHARE, last_body_layer
 from melens.models.checkpoint import Checkpoint
 from melens.models.opening import open_checkpoint
+from melens.models.resolve import asked
 from melens.provenance import ModelFacts, RunInfo
 from melens.results.scan import Candidate, Role, WeightScan
 from melens.scanning.neurons import LayerScan, scan_layer
-from melens.scanning.plan import CheckpointPlan, plan_of
+from melens.scanning.plan import CheckpointPlan, has_layout, plan_of
 from melens.store import Heading, KeptRows, RowFormat
 
 STANDS_OUT = 15.0
@@ -243,7 +244,7 @@ def scan(
         1
     )  # a piece is too small to be shared: threads wait longer than they work
     try:
-        plan = plan_of(files)
+        plan = _plan(files, model)
         key = "" if keep is None else f"{__version__} {files.key(times=True)} {device}"
         kept = kept_layers(keep, key)
         for layer in plan.layers:
@@ -289,6 +290,18 @@ def _result(
             settings={"files": files.key(), "format": files.kind, "layers": len(scans)},
         ),
     )
+
+
+def _plan(files: Checkpoint, model: str | Path) -> CheckpointPlan:
+    """By the family's layout, or by measurement where melens has none and the files are here."""
+    if has_layout(files):
+        return plan_of(files)
+    wanted = asked(model)
+    if files.kind == "gguf" or not wanted.is_local or not wanted.path.is_dir():
+        return plan_of(files)  # which says that it knows no layout
+    from melens.scanning.measured_plan import measured_plan
+
+    return measured_plan(files, wanted.path)
 
 
 def _device(device: str | None) -> str:

@@ -252,7 +252,7 @@ def _bridged(
     own = _own_first_block(skeleton, checkpoint) if known is None else None
     force_eager(skeleton.model)
     measured = way is not bridge_module
-    with _reading(skeleton, checkpoint) if measured else nullcontext():
+    with reading(skeleton, checkpoint) if measured else nullcontext():
         bridge = way(skeleton.model, tokenizer, name=name).eval()
     stream = BlockStream(bridge, skeleton, checkpoint)
     stream.blocks_read += own is not None  # the first block, for the model's own attention
@@ -263,7 +263,7 @@ def _bridged(
 
 
 @contextmanager
-def _reading(skeleton: Skeleton, checkpoint: Checkpoint) -> Iterator[None]:
+def reading(skeleton: Skeleton, checkpoint: Checkpoint) -> Iterator[None]:
     """Every block's weights are there while it runs, before there is a bridge."""
     filled: list[Slot] = []
 

@@ -26,7 +26,9 @@ class Written(nn.Module):
 
 
 @pytest.mark.parametrize("width", [32, 33])
-@pytest.mark.parametrize(("offset", "centred", "bias"), [(0, 0, 0), (1, 0, 0), (1, 1, 1), (0, 1, 1)])
+@pytest.mark.parametrize(
+    ("offset", "centred", "bias"), [(0, 0, 0), (1, 0, 0), (1, 1, 1), (0, 1, 1)]
+)
 def test_the_gain_is_what_the_formula_says(width, offset, centred, bias):
     module = Written(width, offset=offset, centred=centred, bias=bias)
     found = measured_norm(module, width, where="here")

@@ -1,0 +1,232 @@
+"""What every measure is asked of a family: one function each, "" where it gives what was planted.
+
+"none" says that the model has nothing to measure; any other text is a refusal, with its reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import families
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from melens.batches import Batch
+from melens.interventions import wemask
+from melens.isolating import isolate, super_weights
+from melens.locating import locate
+from melens.measuring import sinks
+from melens.models import load
+from melens.models.anatomy import anatomy
+from melens.models.bridging import WAYS, checked_bridge
+from melens.patching import patch
+from melens.scanning import scan
+from melens.streaming.streamed import load_streamed
+
+LAYER, DIM = 1, 7
+NAMES = dict(zip(WAYS, ("lens", "measured", "unread"), strict=True))
+
+
+class Family:
+    """One family's tiny model, planted, and what was loaded of it so far."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder, self.way = name, folder, ""
+        self.planted: Any = None
+
+    @cached_property
+    def hf(self) -> Any:
+        """The plain model, with the massive token where one can be planted."""
+        made = families.tiny(self.name)
+        if self.name not in families.NO_PLANT:
+            self.planted = families.plant(made, LAYER, DIM)
+        return made
+
+    @cached_property
+    def ids(self) -> torch.Tensor:
+        """Rows that start with the planted token."""
+        ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(5))
+        ids[:, 0] = 1
+        return ids
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The same, as melens takes them."""
+        return [Batch.of(self.ids)]
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The checked bridge, around a view: the plain model stays plain."""
+        bridge, _, way = checked_bridge(self.hf, tokenizer(), name=self.name)
+        self.way = NAMES[way]
+        return bridge
+
+    @cached_property
+    def located(self) -> Any:
+        """What locate finds."""
+        return locate(self.bridge, self.batches)
+
+    @cached_property
+    def saved(self) -> Path:
+        """The model as a folder."""
+        self.hf.save_pretrained(self.folder)
+        tokenizer().save_pretrained(self.folder)
+        return self.folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w3 to w63."""
+    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
+    vocabulary = {special.get(i, f"w{i}"): i for i in range(64)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
+    )
+
+
+def loads(family: Family) -> str:
+    """Logits equal the plain model's, rows padded on either side or not at all."""
+    ids, bridge = family.ids, family.bridge
+    with torch.no_grad():
+        plain = family.hf(ids, use_cache=False).logits
+        apart = bridge(ids, use_cache=False) - plain
+        assert apart.abs().max() <= 1e-4 * plain.abs().max(), "logits differ"
+        for side in ("left", "right"):
+            wide, mask = padded(ids, side)
+            ours = bridge(wide, attention_mask=mask, use_cache=False)
+            real = mask.bool()
+            ways = ({}, at(family.hf, mask))  # some count positions from the mask by themselves
+            found = [family.hf(wide, attention_mask=mask, use_cache=False, **w) for w in ways]
+            off = min((ours - out.logits)[real].abs().max() for out in found)
+            assert off <= 1e-4 * ours[real].abs().max(), f"logits differ, {side} padding"
+    return ""
+
+
+def at(model: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions that skip padding, as ``generate`` gives them to a model that takes any."""
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if takes else {}
+
+
+def padded(ids: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with three pad tokens on one side, and their mask."""
+    pad = torch.zeros(len(ids), 3, dtype=ids.dtype)
+    one = torch.ones_like(ids)
+    parts = ([pad, ids], [pad, one]) if side == "left" else ([ids, pad], [one, pad])
+    return torch.cat(parts[0], 1), torch.cat(parts[1], 1)
+
+
+def locates(family: Family) -> str:
+    """The planted layer and dimension."""
+    found = family.located
+    if family.planted is None:
+        return "none"
+    assert found.me_layer == LAYER, f"ME Layer {found.me_layer}"
+    assert found.massive[0].dim == DIM, f"dimension {found.massive[0].dim}"
+    return ""
+
+
+def reads_attention(family: Family) -> str:
+    """Sinks of every layer that has attention."""
+    parts = anatomy(family.bridge)
+    if not any(block.attention or block.unread for block in parts.blocks):
+        return "none"
+    sinks(family.bridge, None, family.batches)
+    return ""
+
+
+def masks(family: Family) -> str:
+    """A mask by gains changes the plain model and its bridge alike."""
+    family.bridge  # noqa: B018 (a refusal is load's)
+    if not any(block.attention or block.unread for block in anatomy(family.bridge).blocks):
+        return "none"
+    made, blocks = [], anatomy(family.bridge).blocks
+    layers = tuple(block.layer for block in blocks if block.attention or block.unread)
+    for model in (family.bridge, family.hf):
+        with wemask(model, layers=layers, rate=0.25, select="gamma"), torch.no_grad():
+            out = model(family.ids, use_cache=False)
+        made.append(out if isinstance(out, torch.Tensor) else out.logits)
+    assert (made[0] - made[1]).abs().max() <= 1e-4 * made[1].abs().max(), "two different masks"
+    with torch.no_grad():
+        plain = family.hf(family.ids, use_cache=False).logits
+    assert not torch.equal(made[1], plain), "the mask changes nothing"
+    return ""
+
+
+def patches(family: Family) -> str:
+    """A whole token's residual put into another run is that run from there on."""
+    clean, corrupted = Batch.of(family.ids[:1]), Batch.of(family.ids[1:2])
+    found = patch(family.bridge, clean, corrupted, sites="resid_post", metric="loss", layers=[1])
+    assert all(value == value for value in found.values["resid_post"][0])
+    return ""
+
+
+def isolates(family: Family) -> str:
+    """The planted neuron makes the coordinate."""
+    if family.planted is None:
+        return "none"
+    found = isolate(family.bridge, family.located, family.batches, ffn_edit=edit_of(family))
+    assert found.layer == LAYER
+    if found.neurons:
+        assert found.neurons[0].neuron == family.planted.neuron, f"neuron {found.neurons[0].neuron}"
+        return ""
+    return "; ".join(found.missing) or "no neurons"
+
+
+def edit_of(family: Family) -> str:
+    """Neurons where they can be told apart, else the whole write."""
+    from melens.errors import SiteError
+    from melens.models.ffn import ffn_of
+
+    try:
+        ffn_of(family.bridge, LAYER)
+    except SiteError:
+        return "drop"
+    return "neurons"
+
+
+def finds_super_weights(family: Family) -> str:
+    """The planted column, where one stands out at all."""
+    if family.planted is None:
+        return "none"
+    found = super_weights(family.bridge, family.batches)
+    columns = [(row.layer, row.column) for row in found.super_weights]
+    assert not columns or (LAYER, family.planted.neuron) in columns, f"found {columns}"
+    return ""
+
+
+def scans(family: Family) -> str:
+    """The weights alone foretell the planted layer."""
+    family.bridge  # noqa: B018
+    found = scan(family.saved)
+    if family.planted is None:
+        return "none"
+    assert found.me_layer == LAYER, f"foretells {found.me_layer}"
+    return ""
+
+
+def streams(family: Family) -> str:
+    """Blocks from disk give the same profile, bit for bit."""
+    whole = locate(load(family.saved), family.batches).profile
+    again = locate(load_streamed(family.saved), family.batches).profile
+    assert whole == again, "another profile"
+    return ""
+
+
+MEASURES: dict[str, Callable[[Family], str]] = {
+    "load": loads,
+    "locate": locates,
+    "attention": reads_attention,
+    "mask": masks,
+    "patch": patches,
+    "isolate": isolates,
+    "super weights": finds_super_weights,
+    "scan": scans,
+    "stream": streams,
+}
