@@ -36,7 +36,7 @@ SHAPES := tests/test_metrics.py \
   'tests/streaming/test_streamed.py::test_the_reach_is_the_trajectory_of_locate[llama]' \
   'tests/evaluating/test_evaluation.py::test_a_resumed_run_is_a_whole_run_under_the_edit[llama]'
 
-.PHONY: demo test test-shapes test-gemma test-browser test-hooked notebooks docs check all clean
+.PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked notebooks docs check all clean
 
 demo: $(VENV)/.run
 	$(BIN)/melens locate smollm2-135m --out runs/demo
@@ -56,6 +56,10 @@ test-shapes: $(VENV)/.test
 test-gemma: $(VENV)/.test
 	$(BIN)/melens models get gemma3-270m
 	$(BIN)/python -m pytest -m gemma tests/scanning/test_scan.py tests/weights
+
+# Every causal family of transformers, against the table of docs/architectures.md: half an hour.
+test-families: $(VENV)/.test
+	$(BIN)/python -m pytest -m "families or not families" -n $(WORKERS) tests/models/test_every_family.py
 
 # Needs a browser: apt-get install chromium chromium-driver
 test-browser: $(VENV)/.test

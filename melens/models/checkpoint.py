@@ -17,6 +17,7 @@ from torch import Tensor
 
 from melens.errors import FetchError, MelensError, WeightsError
 from melens.models.gguf_header import VOCABULARY, GGUFHeader, read_gguf_header, require_blocks
+from melens.models.multimodal import WHOLE, own_name
 from melens.models.origin import Sample, stride_of
 from melens.models.weight_files import WeightFiles, read_header, require_placed
 from melens.protocols import JsonObject
@@ -338,6 +339,9 @@ def read_blobs(
         for file, table in tables.items()
         for key, entry in table.items()
     }
+    if WHOLE in config:
+        inner = {own_name(key): stored for key, stored in tensors.items()}
+        tensors = {key: stored for key, stored in inner.items() if key is not None}
     return Checkpoint(name, "safetensors", config, tensors, tuple(blobs.values()), main, revision)
 
 

@@ -10,6 +10,7 @@ from melens.errors import MelensError, ModelError, ModelNotFoundError
 from melens.models.cache import cache_dir
 from melens.models.checkpoint import Checkpoint, read_folder
 from melens.models.dry_load import require_bounded, require_loadable, require_sound_numbers
+from melens.models.multimodal import WHOLE, language_config, note
 from melens.models.weight_files import read_json, weight_files
 from melens.network import is_set
 from melens.progress import say_once
@@ -35,7 +36,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFoundError(_no_config(folder))
-    config = read_json(path)
+    config = language_config(read_json(path))
     before = _passed_before(folder, config, trust_remote_code=trust_remote_code)
     if before is None:
         check_config(config, name=str(folder), trust_remote_code=trust_remote_code)
@@ -47,6 +48,8 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
         _remember(config, found.shapes, trust_remote_code=trust_remote_code)
     if chosen.note:
         say_once(chosen.note)
+    if WHOLE in config:
+        say_once(note(config, name=str(folder)))
     return found
 
 
@@ -145,11 +148,15 @@ def check_config(config: object, *, name: str, trust_remote_code: bool) -> None:
         raise ModelError(f"{name}: config.json says architectures = {listed!r:.60}; give a list.")
     names = [str(item) for item in listed]
     causal = any(item.endswith(("CausalLM", "LMHeadModel")) for item in names) or not names
-    if (
-        config.get("is_encoder_decoder")
-        or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        or not causal
-    ):
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    )
+    if not causal and names[0].endswith("ForConditionalGeneration") and "text_config" in config:
+        raise ModelError(
+            f"{name} is a {names[0]}, and transformers has no class for its language model alone; "
+            "export it as a causal LM."
+        )
+    if config.get("is_encoder_decoder") or not known or not causal:
         raise ModelError(
             f"{name} is no causal decoder LM ({names[0] if names else kind}); "
             "melens reads only those."

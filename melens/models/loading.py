@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,18 @@ from melens.models.gguf import (
     read_gguf_whole,
 )
 from melens.models.hub import OFFLINE, asking_the_hub
+from melens.models.multimodal import (
+    RENAMED,
+    WHOLE,
+    inner_config,
+    language_config,
+    own_name,
+    quietly,
+)
 from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.origin import Origin, remember
 from melens.models.resolve import Asked, asked
+from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
@@ -230,10 +240,15 @@ def _read_weights(source: str | Path, *, dtype: torch.dtype | str | None, option
     if isinstance(source, Path) and source.is_file():  # a .gguf of which no copy is to be kept
         (reader, weights), folder = read_gguf_whole(source), None
         options = {**options, **weights}
+    if folder is not None and (inner := _inner(folder, options)) is not None:
+        reader, more = inner
+        options = {**options, **more}
+    quiet = quietly() if "key_mapping" in options else nullcontext()
     try:
-        loaded: Any = reader.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        with quiet:
+            loaded: Any = reader.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
     except MemoryError:
         raise
     except Exception as error:  # constructors raise whatever a senseless config leads them to
@@ -242,6 +257,9 @@ def _read_weights(source: str | Path, *, dtype: torch.dtype | str | None, option
         kind = WeightsError if isinstance(source, Path) else FetchError
         raise kind(f"cannot load {source}: {first_line(error)}") from None
     hf, info = loaded
+    if "key_mapping" in options:  # what is left over is of other parts, as far as it is named so
+        left = [key for key in info["unexpected_keys"] if own_name(key) is not None]
+        info = {**info, "unexpected_keys": left}
     require_no_adapter(bool(getattr(hf, "_hf_peft_config_loaded", False)), name=str(source))
     require_all_there(
         info,
@@ -251,6 +269,22 @@ def _read_weights(source: str | Path, *, dtype: torch.dtype | str | None, option
     )
     require_finite_weights(hf)
     return hf
+
+
+def _inner(source: str | Path, options: Options) -> tuple[Any, Options] | None:
+    """How to read the language model of a multimodal checkpoint; None for any other."""
+    import transformers
+
+    if isinstance(source, Path):
+        raw = read_json(source / "config.json")
+    else:
+        said = {**options, "trust_remote_code": False}
+        raw = transformers.PretrainedConfig.get_config_dict(source, **said)[0]
+    config = language_config(raw)
+    if WHOLE not in config:
+        return None
+    reader = getattr(transformers, config["architectures"][0])
+    return reader, {"config": inner_config(config), "key_mapping": RENAMED}
 
 
 def read_tokenizer(source: str | Path, options: Options) -> Tokenizer:

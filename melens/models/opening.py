@@ -10,6 +10,7 @@ from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsErr
 from melens.models.checkpoint import Blob, Checkpoint, read_blobs, read_gguf
 from melens.models.files import ADAPTER, check_config, check_fit, check_folder, require_no_adapter
 from melens.models.hub import OFFLINE, asking_the_hub, hub_commit
+from melens.models.multimodal import language_config
 from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.resolve import asked
 from melens.models.weight_files import HEADER_LIMIT, INDEX, SINGLE, main_file, weight_map
@@ -80,7 +81,7 @@ def by_range(name: str, revision: str | None, files: Any) -> Checkpoint:
     """
     if not files.isfile("config.json"):
         raise ModelNotFoundError(f"{name} holds no config.json; give a causal LM's id.")
-    config = _json(files, "config.json")
+    config = language_config(_json(files, "config.json"))
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is not a JSON object.")
     check_config(config, name=name, trust_remote_code=False)

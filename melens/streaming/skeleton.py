@@ -14,6 +14,8 @@ from melens.errors import ModelError, WeightsError
 from melens.models.checkpoint import Checkpoint
 from melens.models.complaints import first_line, what_to_do
 from melens.models.decoder import layer_list
+from melens.models.multimodal import WHOLE, inner_config
+from melens.protocols import JsonObject
 
 EXPERTS = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -96,7 +98,7 @@ def build_skeleton(
     Raises:  ModelError: no such model, or a quantised one. WeightsError: a tensor that is missing
              or has another shape.
     """
-    model = _meta_model(folder, dtype)
+    model = _meta_model(folder, checkpoint.config, dtype)
     stack = layer_list(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
     slots: dict[str, Slot] = {}
@@ -127,12 +129,16 @@ def build_skeleton(
     return Skeleton(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
 
 
-def _meta_model(folder: Path, dtype: torch.dtype | str | None) -> Any:
+def _meta_model(folder: Path, known: JsonObject, dtype: torch.dtype | str | None) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = (
+            inner_config(known)
+            if WHOLE in known
+            else AutoConfig.from_pretrained(folder, local_files_only=True)
+        )
         if getattr(config, "quantization_config", None):
             raise ModelError(
                 f"{folder} is quantised (config.json has a quantization_config), and only plain "

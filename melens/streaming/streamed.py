@@ -32,6 +32,7 @@ from melens.models.loading import (
     source_of,
     usable_device,
 )
+from melens.models.multimodal import language_config
 from melens.models.named import NAMED, on_this_machine
 from melens.models.origin import Origin, Sample, digest_of, remember, sample
 from melens.models.resolve import asked
@@ -207,7 +208,7 @@ def load_streamed(
     folder, name = _folder(str(model), revision)
     device = usable_device(device or best_device())
     tokenizer = _tokenizer(folder, needed=need_tokenizer)
-    config = read_json(folder / "config.json")
+    config = language_config(read_json(folder / "config.json"))
     checkpoint = read_folder(weight_files(folder, config), config)
     said: list[Exception] = []
     for way in WAYS:

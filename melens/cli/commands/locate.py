@@ -102,18 +102,23 @@ def plot(
 
 
 class Action(StrEnum):
-    """What to do with the named models."""
+    """What to do with the named models, or which table to show."""
 
     ls = "ls"
     get = "get"
     rm = "rm"
+    families = "families"
 
 
 def models(
     action: Annotated[
-        Action, typer.Argument(help="List, fetch and convert, or remove.")
+        Action,
+        typer.Argument(help="List, fetch and convert, remove; or which architectures work."),
     ] = Action.ls,
-    name: Annotated[str | None, typer.Argument(help="A named model, for get and rm.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A named model, for get and rm; an architecture, for families."),
+    ] = None,
     accept: Annotated[
         str | None, typer.Option("--accept-license", help="The word that accepts its licence.")
     ] = None,
@@ -121,8 +126,13 @@ def models(
 ) -> None:
     """List the named models: here or not, size, licence. Fetch one with get, remove it with rm.
 
+    families lists what works with which architecture of transformers; with a NAME, why what does
+    not.
+
     Examples:
       melens models
+
+      melens models families GptOssForCausalLM
 
       melens models get gemma3-270m --accept-license gemma
     """
@@ -130,6 +140,9 @@ def models(
 
     if accept and action is not Action.get:
         raise typer.BadParameter("--accept-license goes with: melens models get NAME")
+    if action is Action.families:
+        _list_families(name, as_json=as_json)
+        return
     if action is Action.ls:
         if name is not None:
             raise typer.BadParameter(f"ls takes no name; did you mean: melens models get {name}")
@@ -176,6 +189,28 @@ def _list(*, as_json: bool) -> None:
         say_json(rows)
     else:
         show_listings([Listing("", rows)])
+
+
+def _list_families(name: str | None, *, as_json: bool) -> None:
+    """All architectures, or one with the reasons of what it cannot."""
+    from melens.models.families import NOTHING, YES, families, family
+
+    if name is not None:
+        found = family(name)
+        rows = [{"measure": measure, "works": said} for measure, said in found.items()]
+        say_json(found) if as_json else show_listings([Listing(name, rows)])
+        return
+    if as_json:
+        say_json(families())
+        return
+    marks = {YES: YES, NOTHING: NOTHING}
+    rows = [
+        {"architecture": a, "bridge": row["bridge"]}
+        | {m: marks.get(said, "no") for m, said in row.items() if m != "bridge"}
+        for a, row in families().items()
+    ]
+    caption = "yes: it gives what was planted; -: nothing to measure; no: refused, with its reason"
+    show_listings([Listing(caption, rows)])
 
 
 def _machine() -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""What melens can do with which architecture: a table that was measured beforehand.
+
+By experiments/make_architectures.py, on tiny random models with a planted massive token, for one
+version of transformers; a model that is not in it may work all the same, and is checked when it is
+loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+
+from melens.errors import ModelNotFoundError
+from melens.registry import did_you_mean
+
+YES, NOTHING = "yes", "-"
+Row = dict[str, str]
+"""Measure -> "yes", "-" where the model has nothing to measure, or the reason of a refusal."""
+
+
+@cache
+def families() -> dict[str, Row]:
+    """Architecture (``LlamaForCausalLM``, ``FalconForCausalLM/40b``) -> what was measured."""
+    path = files("melens").joinpath("data", "architectures.json")
+    found = json.loads(path.read_text("utf-8"))["families"]
+    return {name: _row(dict(said)) for name, said in found.items()}
+
+
+def family(name: str) -> Row:
+    """One architecture's row.
+
+    Raises:  ModelNotFoundError: it is not in the table; with those that are named alike.
+    """
+    known = {key.lower(): key for key in families()}
+    for wanted in (name.lower(), f"{name.lower()}forcausallm"):
+        if wanted in known:
+            return families()[known[wanted]]
+    raise ModelNotFoundError(
+        f"no architecture {name!r} was measured.{did_you_mean(name, families())} "
+        "`melens models families` lists them."
+    )
+
+
+def _row(said: Row) -> Row:
+    way = said.pop("way")
+    refused = said["load"]
+    cells = {
+        m: YES if not text else NOTHING if text == "none" else text for m, text in said.items()
+    }
+    if refused:
+        cells = {measure: refused if measure == "load" else NOTHING for measure in cells}
+    return {"bridge": way or NOTHING, **cells}

@@ -1,0 +1,83 @@
+"""The language model inside a multimodal checkpoint: its config, and which tensors are its own.
+
+melens reads text alone. Of a ``...ForConditionalGeneration`` checkpoint the language model is
+taken, as the class that transformers has for it, and nothing else is put into memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from melens.protocols import JsonObject
+
+WHOLE = "melens_language_model_of"
+"""Set in the inner config: the architecture that it was taken out of."""
+RENAMED = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+"""Names in multimodal files -> names of the language model alone, as regular expressions."""
+OWN = re.compile(r"^(model\.(layers|embed_tokens|norm)\b|lm_head\.)")
+
+
+def language_config(config: Any) -> Any:
+    """The inner language model's config; the config itself where there is no other model in it."""
+    if not isinstance(config, dict) or not isinstance(config.get("text_config"), dict):
+        return config
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    listed = config.get("architectures")
+    whole = str(listed[0]) if isinstance(listed, list) and listed else ""
+    text: JsonObject = dict(config["text_config"])
+    own = CAUSAL.get(text.get("model_type", ""))
+    if not whole.endswith("ForConditionalGeneration") or not str(own).endswith("CausalLM"):
+        return config
+    for key in ("dtype", "torch_dtype", "quantization_config"):
+        if key in config:
+            text.setdefault(key, config[key])
+    text["tie_word_embeddings"] = _is_tied(config)
+    return {**text, "architectures": [own], WHOLE: whole}
+
+
+def _is_tied(config: JsonObject) -> bool:
+    """Whether embedding and unembedding are one: the whole model's config says so, or its class."""
+    from transformers import CONFIG_MAPPING
+
+    if isinstance(said := config.get("tie_word_embeddings"), bool):
+        return said
+    kind = CONFIG_MAPPING.get(config.get("model_type"), None)
+    return bool(getattr(kind, "tie_word_embeddings", False))
+
+
+def inner_config(config: JsonObject) -> Any:
+    """A language model's config as transformers has it."""
+    from transformers import AutoConfig
+
+    facts = {key: value for key, value in config.items() if key not in (WHOLE, "model_type")}
+    return AutoConfig.for_model(config["model_type"], **facts)
+
+
+def note(config: JsonObject, *, name: str) -> str:
+    """What a user is told of a model that was taken out of another."""
+    inner = config["architectures"][0]
+    return f"{name} is a {config[WHOLE]}; its language model, a {inner}, is read, and text alone."
+
+
+def own_name(name: str) -> str | None:
+    """A tensor's name in the language model alone; None for one of another part."""
+    for pattern, shorter in RENAMED.items():
+        name = re.sub(pattern, shorter, name)
+    return name if OWN.match(name) else None
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' list of the other parts' tensors, all of which are left out."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,89 @@
+"""Every causal family of transformers, tiny and random, with one planted massive token.
+
+Ten of them always; all with ``make test-families``, which also holds the committed table
+(docs/architectures.md) against what is measured now.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import families
+import pytest
+from family_measures import MEASURES, Family
+
+from melens.errors import MelensError
+from melens.models.families import family
+
+REPRESENTATIVE = (
+    "LlamaForCausalLM",
+    "BloomForCausalLM",
+    "CohereForCausalLM",
+    "FalconForCausalLM/40b",
+    "Gemma4ForCausalLM",
+    "GptOssForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    "OlmoHybridForCausalLM",
+    "OPTForCausalLM/350m",
+    "RwkvForCausalLM",
+)
+REST = [name for name in families.TINY if name not in REPRESENTATIVE]
+TABLE = Path(__file__).parents[2] / "melens" / "data" / "architectures.json"
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_a_family_does_what_the_table_says(name, tmp_path):
+    hold_to_the_table(name, tmp_path)
+
+
+@pytest.mark.families
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", REST)
+def test_every_other_family_does_what_the_table_says(name, tmp_path):
+    hold_to_the_table(name, tmp_path)
+
+
+def hold_to_the_table(name, folder):
+    """A measure works where the table says so; elsewhere it is one line, and melens' own."""
+    table = json.loads(TABLE.read_text("utf-8"))["families"][name]
+    made = Family(name, folder)
+    for measure, run in MEASURES.items():
+        if table["load"] and measure != "load":
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said = outcome(run, made)
+        assert bool(said) == bool(table[measure]), f"{measure}: {said or 'works now'}"
+
+
+def outcome(run, made):
+    """What a measure says; an exception that is no refusal goes through."""
+    try:
+        return run(made)
+    except MelensError as error:
+        assert "\n" not in str(error)
+        return str(error)
+
+
+def test_the_table_holds_every_family_and_no_fault():
+    table = json.loads(TABLE.read_text("utf-8"))
+    assert set(table["families"]) == set(families.TINY)
+    faults = {
+        (name, measure): said
+        for name, row in table["families"].items()
+        for measure, said in row.items()
+        if said.startswith("FAULT")
+    }
+    assert not faults
+    opened = [row for row in table["families"].values() if not row["load"]]
+    assert len(opened) >= 140
+    for measure, least in {"isolate": 90, "mask": 100, "scan": 75}.items():
+        assert sum(not row[measure] for row in opened) >= least, measure
+
+
+def test_a_row_is_found_by_its_short_name_or_not_at_all():
+    assert family("gptoss") == family("GptOssForCausalLM")
+    with pytest.raises(MelensError, match=r"no architecture 'LamaForCausalLM' was measured\. Did you mean"):
+        family("LamaForCausalLM")
