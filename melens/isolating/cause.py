@@ -12,13 +12,14 @@ from melens.isolating.cells import joined
 from melens.isolating.edited import MOST_SHARE, Edited, LocatedSubject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
 from melens.isolating.path import has_part, ordinary_tokens, share_at, sufficiency
+from melens.isolating.routed import routed_rows
 from melens.isolating.runs import EditedTexts, Finished, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
 from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, require_unfolded
 from melens.protocols import ModelLike
 from melens.results import MELayer
-from melens.results.isolate import Isolation, Neuron, Write
+from melens.results.isolate import Isolation, Neuron, RoutedExpert, Write
 from melens.resume import Resumable
 from melens.settings import Run, setting_of
 from melens.store import digest
@@ -169,12 +170,21 @@ class _Run:
             ordinary=ordinary,
             decompositions=tuple(decomposition(written, clean) for written in known),
             neurons=tuple(row for written in known for row in self._rows(written)),
+            experts=self._experts(),
             missing=tuple(subject.missing),
             run=subject.inputs.run_info(
                 seed=0, me_layer=subject.me.me_layer, layer=first.layer, ffn_edit=subject.kind
             ),
             **subject.facts(),
         )
+
+    def _experts(self) -> tuple[RoutedExpert, ...]:
+        subject = self.subject
+        try:
+            return tuple(routed_rows(subject.inputs, subject.located, subject.prefixes))
+        except SiteError as error:
+            subject.missing.append(f"experts: {error}")
+            return ()
 
     def _necessity(self) -> tuple[Write, ...]:
         subject, rows = self.subject, []

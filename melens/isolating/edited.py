@@ -54,6 +54,8 @@ class LocatedSubject:
     progress: Progress
     missing: list[str] = field(default_factory=list)
     """What could not be measured, and why."""
+    without: list[int] = field(default_factory=list)
+    """Layers whose FFN has no neurons of its own."""
     done: int = 0
     total: int = 0
 
@@ -65,6 +67,12 @@ class LocatedSubject:
         self.prefixes = Prefixes(self.inputs, self.located, self.dim, self.finished)
         self.upto = min(me.peak_layer, len(self.blocks) - 1)
         self.written = {block.layer: self._written(block.layer) for block in self.blocks}
+        if self.without:
+            layers = ", ".join(map(str, self.without))
+            self.missing.append(
+                f"neurons of layer {layers}: experts, or no FFN of their own (the whole write is "
+                "edited, and the table of experts says which of them write)"
+            )
         sized = self.kind in ("pull-back", "cap")
         self.sizes = sizes_of(self.inputs, self.located) if sized else {}
 
@@ -97,8 +105,8 @@ class LocatedSubject:
     def _written(self, layer: int) -> Written | None:
         try:
             return written_at(self.model, layer, self.prefixes)
-        except SiteError as error:
-            self.missing.append(f"neurons of layer {layer}: {error}")
+        except SiteError:
+            self.without.append(layer)
             return None
 
     def facts(self) -> JsonObject:

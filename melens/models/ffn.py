@@ -212,8 +212,8 @@ def ffn_of(model: HookedModel, layer: int) -> FFN:
     weights = getattr(model.blocks[layer], "mlp", None)
     if f"{prefix}mlp.hook_post" not in known or not _has_neurons(weights):
         raise SiteError(
-            f"block {layer} has no FFN with neurons of its own (a Mixture of Experts, or none); "
-            "the edits write_block and norm_flatten work on it."
+            f"block {layer} has no FFN with neurons of its own (experts, or none); the edits "
+            "write_block and norm_flatten work on it."
         )
     inner = getattr(weights, "original_component", weights)
     act = vars(weights).get("_bend") or next(

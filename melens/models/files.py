@@ -15,6 +15,7 @@ from melens.models.weight_files import read_json, weight_files
 from melens.network import is_set
 from melens.progress import say_once
 from melens.provenance import versions
+from melens.protocols import JsonObject
 from melens.store import hash_facts
 
 ADAPTER = "adapter_config.json"
@@ -122,7 +123,6 @@ def require_no_adapter(found: bool, *, name: str) -> None:
 def check_config(config: object, *, name: str, trust_remote_code: bool) -> None:
     """Refuse what is no causal LM, or runs code of its own that nobody asked for."""
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is not a JSON object.")
@@ -143,6 +143,13 @@ def check_config(config: object, *, name: str, trust_remote_code: bool) -> None:
                 "pass trust_remote_code=True (--trust-remote-code)."
             )
         raise ModelError(f"{name}: this version of transformers knows no model type {kind!r}.")
+    _require_causal(config, kind, name=name)
+    require_sound_numbers(config, name=name)
+
+
+def _require_causal(config: JsonObject, kind: str, *, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     listed = config.get("architectures") or []
     if not isinstance(listed, list):
         raise ModelError(f"{name}: config.json says architectures = {listed!r:.60}; give a list.")
@@ -161,7 +168,6 @@ def check_config(config: object, *, name: str, trust_remote_code: bool) -> None:
             f"{name} is no causal decoder LM ({names[0] if names else kind}); "
             "melens reads only those."
         )
-    require_sound_numbers(config, name=name)
 
 
 def _no_config(folder: Path) -> str:

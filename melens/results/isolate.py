@@ -111,6 +111,29 @@ class Neuron(Part):
     """Share of the coordinate at the peak without this neuron alone."""
 
 
+PROTECTED_SHARE = 0.1
+
+
+class RoutedExpert(Part):
+    """One expert that the massive token is routed to, and what it writes into the dimension."""
+
+    layer: int
+    expert: int
+    """Among the routed experts, from 0."""
+    weight: float
+    """What the router multiplies its write by, at the massive token."""
+    share: float
+    """Of the layer's FFN write into the massive dimension."""
+    neuron: int
+    """Its neuron that writes most."""
+    neuron_share: float
+    """Of the layer's FFN write, too."""
+    entry: float
+    """Entry (dim, neuron) of its down projection."""
+    others: float = Field(ge=0, le=1)
+    """Share of ordinary tokens that go to it as well."""
+
+
 class Decomposition(Part):
     """How one layer's FFN write into the massive dimension comes about."""
 
@@ -246,12 +269,20 @@ class Isolation(Result):
     decompositions: tuple[Decomposition, ...]
     neurons: tuple[Neuron, ...]
     neurons_for: dict[str, int]
+    experts: tuple[RoutedExpert, ...] = added_later(())
+    """Those that a massive token is routed to, layer by layer; the largest share first."""
     direction: Direction | None
     gains: Gains | None
     controls: Controls
     missing: tuple[str, ...]
     """What could not be measured on this model, and why."""
     run: RunInfo
+
+    @property
+    def experts_to_protect(self) -> tuple[tuple[int, int], ...]:
+        """(layer, expert) of every expert that makes a tenth of its layer's write or more."""
+        found = [row for row in self.experts if abs(row.share) >= PROTECTED_SHARE]
+        return tuple((row.layer, row.expert) for row in found)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Isolation:

@@ -89,7 +89,7 @@ class _Places:
 
     def _layer(self, row: Roles) -> LayerPlan:
         if row.why or row.ffn_write is None or row.formula is None:
-            raise _NoPlan(row.why or "it has no FFN whose formula melens knows")
+            raise _NoPlan(row.why or "its FFN has experts, or a formula that melens does not know")
         block, post = self.blocks[row.layer], row.norms.get("ln2_post")
         if row.writes[row.ffn_write] != 1.0:
             raise _NoPlan(f"its FFN's write is multiplied by {row.writes[row.ffn_write]:.3g}")

@@ -60,7 +60,7 @@ def test_a_norm_that_stands_elsewhere_is_no_gain_to_go_by(make_tiny, tokenizer):
     part = model.blocks[1].ln2
     move = part.register_forward_pre_hook(lambda module, args: (args[0] * 2 - 1,))
     check_contract(model)
-    with pytest.raises(ModelError, match="blocks.1.ln2 reads something else than the residual"):
+    with pytest.raises(ModelError, match=r"blocks\.1\.ln2 reads something else than the residual"):
         norm_gain(model, 1, "ln2")
     assert norm_gain(model, 1, "ln1").shape == (32,)
     move.remove()

@@ -176,6 +176,11 @@ def isolates(family: Family) -> str:
     if found.neurons:
         assert found.neurons[0].neuron == family.planted.neuron, f"neuron {found.neurons[0].neuron}"
         return ""
+    if found.experts:
+        top = next(row for row in found.experts if row.layer == LAYER)
+        made = (family.planted.expert, family.planted.neuron)
+        assert made[0] is None or (top.expert, top.neuron) == made, f"{top}"
+        return ""
     return "; ".join(found.missing) or "no neurons"
 
 
@@ -207,6 +212,9 @@ def scans(family: Family) -> str:
     found = scan(family.saved)
     if family.planted is None:
         return "none"
+    reasons = [row.reason for row in found.profile if row.layer == LAYER and row.reason]
+    if reasons and found.me_layer != LAYER:
+        return f"layer {LAYER} is not covered: {reasons[0]}"
     assert found.me_layer == LAYER, f"foretells {found.me_layer}"
     return ""
 

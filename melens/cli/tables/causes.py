@@ -42,6 +42,14 @@ def _isolate(result: Any) -> Iterator[Listing]:
         rows = _neurons(result)
         yield Listing("\nNeurons (share of their layer's write into the massive dimension):", rows)
         yield from rest(len(rows), len(result.neurons), "neurons that were looked at")
+    if result.experts:
+        yield Listing(
+            "\nExperts of the massive token (shares of their layer's write into the massive "
+            "dimension; others: ordinary tokens routed there too):",
+            [row.model_dump() for row in result.experts],
+        )
+        names = ", ".join(f"layer {n} expert {e}" for n, e in result.experts_to_protect)
+        yield Listing(f"To protect: {names or 'none makes a tenth of its layer'}")
     for line in result.missing:
         yield Listing(f"Not there: {line}")
     yield Listing("")

@@ -1,0 +1,81 @@
+"""How routed experts write the massive coordinate: which expert, which neuron, how many use it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.capture import stream
+from melens.errors import SiteError
+from melens.inputs import Inputs
+from melens.isolating.path import Others
+from melens.isolating.runs import Prefixes
+from melens.measuring.located import Located
+from melens.models.anatomy import anatomy, norm_gain
+from melens.models.experts import Experts, experts_of
+from melens.models.ffn import ffn_input
+from melens.protocols import HookedModel
+from melens.results.isolate import RoutedExpert
+
+
+def routed_rows(inputs: Inputs, located: Located, prefixes: Prefixes) -> list[RoutedExpert]:
+    """Every expert that a massive token is routed to, up to the peak layer; the largest first."""
+    rows: list[RoutedExpert] = []
+    for block in anatomy(inputs.model).blocks[: prefixes.peak + 1]:
+        try:
+            experts = experts_of(inputs.model, block.layer)
+        except SiteError:
+            continue
+        rows += _layer(inputs, located, prefixes, experts)
+    return rows
+
+
+def _layer(
+    inputs: Inputs, located: Located, prefixes: Prefixes, experts: Experts
+) -> list[RoutedExpert]:
+    model, layer = inputs.model, experts.layer
+    site, write = ffn_input(model, layer), anatomy(model).blocks[layer].ffn_write
+    assert write is not None
+    seen = prefixes.read([site, write])
+    x = seen[site].to(experts.down(0).dtype)
+    scale = _after(model, layer, prefixes)
+    routed, made = experts.route(x), seen[write][:, prefixes.dim].double().mean()
+    others = Others(located.heavy)
+    stream(model, inputs.batches, {site: others})
+    used = experts.route(others.result().to(x)).index
+    rows = []
+    for expert in routed.index.unique().tolist():
+        if not 0 <= expert < experts.count:
+            continue
+        weight = torch.where(routed.index == expert, routed.weight, 0).sum(1).double()
+        down = experts.down(expert)[:, prefixes.dim].double()
+        each = experts.product(x, expert).double() * down * (weight * scale)[:, None]
+        parts = each.mean(0)
+        top = int(parts.abs().argmax())
+        rows.append(
+            RoutedExpert(
+                layer=layer,
+                expert=expert,
+                weight=weight.mean().item(),
+                share=_share(parts.sum(), made),
+                neuron=top,
+                neuron_share=_share(parts[top], made),
+                entry=down[top].item(),
+                others=(used == expert).any(1).double().mean().item(),
+            )
+        )
+    return sorted(rows, key=lambda row: -abs(row.share))
+
+
+def _after(model: HookedModel, layer: int, prefixes: Prefixes) -> Float[Tensor, " prefix"]:
+    """What a norm behind the FFN multiplies the massive dimension by; ones without one."""
+    if "ln2_post" not in anatomy(model).blocks[layer].norms:
+        return torch.ones(len(prefixes.clean), dtype=torch.float64)
+    site = f"blocks.{layer}.ln2_post.hook_scale"
+    gain = norm_gain(model, layer, "ln2_post")[prefixes.dim].double()
+    return gain / prefixes.read([site])[site][:, 0].double()
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return (part / whole).item() if whole != 0 else 0.0
