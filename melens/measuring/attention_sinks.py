@@ -76,6 +76,9 @@ class PatternSums:
     """[2, key]: how many sequences have the key with enough queries, and their queries."""
     entropy: Tensor | None = None
     """[head], summed over queries after the first."""
+    missing: Tensor | None = None
+    """[head]: what rows lack of 1, summed over all queries: a learned sink's share."""
+    rows: int = 0
     queries: int = 0
     first: Received | None = None
     tokens: dict[Token, Received] = field(default_factory=dict)
@@ -88,6 +91,9 @@ class PatternSums:
         for pattern, ids, marked in self._whole(x.detach(), batch, heavy.to(batch.ids.device)):
             alpha = key_attention(pattern)  # [sequence, head, key]
             self._add(alpha, attention_entropy(pattern))
+            lacking = (1 - pattern.double().sum(-1)).sum((0, 2)).cpu()
+            self.missing = lacking if self.missing is None else self.missing + lacking
+            self.rows += pattern.shape[0] * pattern.shape[2]
             for sequence, position in marked.nonzero().tolist():
                 if position == 0 or alpha.shape[-1] - position >= LEAST_QUERIES:
                     key = (position == 0, int(ids[sequence, position]))
@@ -135,7 +141,16 @@ class PatternSums:
             raise CaptureError("PatternSums saw no batch; pass it to stream() first.")
         means = self.keys / self.holders[0].clamp_min(1)
         entropy = self.entropy / max(self.queries, 1)
-        return PatternMeans(means[0], means[1:], self.holders[1], entropy, self.first, self.tokens)
+        assert self.missing is not None
+        return PatternMeans(
+            means[0],
+            means[1:],
+            self.holders[1],
+            entropy,
+            self.first,
+            self.tokens,
+            self.missing / max(self.rows, 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,8 @@ class PatternMeans:
     """The first token of every sequence, massive or not."""
     tokens: dict[Token, Received]
     """Massive tokens, each apart."""
+    missing: Float[Tensor, " head"]
+    """Mean over all queries of what their rows lack of 1."""
 
 
 def _received(alpha: Tensor, position: int) -> Received:
@@ -265,9 +282,20 @@ class SinkPlan:
             spans=passed,
             onset_of="first" if of_first else "others",
             onset_rule=f"{ONSET_SHARE:.0%} of heads with a sink at eps {SINK_EPS}",
+            learned_sink=self._learned(means),
             heads=_heads(means),
             keys=_keys(means),
             run=self.inputs.run_info(seed=found.run.seed, t=self.t),
+        )
+
+    def _learned(self, means: Mapping[int, PatternMeans]) -> tuple[tuple[float, ...] | None, ...]:
+        """By layer and head; () where no layer has a learned sink."""
+        blocks = anatomy(self.inputs.model).blocks
+        if not any(block.learned_sink for block in blocks):
+            return ()
+        return tuple(
+            tuple(means[block.layer].missing.tolist()) if block.learned_sink else None
+            for block in blocks
         )
 
     def _tokens(self, means: Mapping[int, PatternMeans]) -> tuple[TokenSink, ...]:

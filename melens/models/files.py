@@ -14,8 +14,8 @@ from melens.models.multimodal import WHOLE, language_config, note
 from melens.models.weight_files import read_json, weight_files
 from melens.network import is_set
 from melens.progress import say_once
-from melens.provenance import versions
 from melens.protocols import JsonObject
+from melens.provenance import versions
 from melens.store import hash_facts
 
 ADAPTER = "adapter_config.json"

@@ -45,8 +45,9 @@ def _is_tied(config: JsonObject) -> bool:
 
     if isinstance(said := config.get("tie_word_embeddings"), bool):
         return said
-    kind = CONFIG_MAPPING.get(config.get("model_type"), None)
-    return bool(getattr(kind, "tie_word_embeddings", False))
+    kind = config.get("model_type")
+    known = kind in CONFIG_MAPPING  # a lazy mapping: its get() knows only what was asked for before
+    return bool(known and getattr(CONFIG_MAPPING[kind], "tie_word_embeddings", False))
 
 
 def inner_config(config: JsonObject) -> Any:

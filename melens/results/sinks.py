@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 ByLayer = tuple[float | None, ...]
 """One number a layer, None where a layer has no attention."""
@@ -105,6 +105,9 @@ class Sinks(Result):
     onset_of: Literal["first", "others"]
     """Which massive tokens the onset is about: later ones only where no first token is massive."""
     onset_rule: str
+    learned_sink: tuple[tuple[float, ...] | None, ...] = added_later(())
+    """By layer and head: what a learned sink logit takes of each row, mean over queries (gpt-oss);
+    None for a layer without one, () where no layer has one."""
     heads: tuple[HeadSink, ...]
     keys: tuple[KeySink, ...]
     run: RunInfo
@@ -122,12 +125,18 @@ class Sinks(Result):
         curves += [c for token in self.tokens for c in (token.attention, *token.sink_rate.values())]
         if any(len(curve) != self.n_layers for curve in curves):
             raise ValueError("every curve must have one entry a layer")
+        if self.learned_sink and len(self.learned_sink) != self.n_layers:
+            raise ValueError("learned_sink must have one entry a layer")
         rows = [*self.heads, *self.keys]
         if not self.heads or any(not 0 <= row.layer < self.n_layers for row in rows):
             raise ValueError("heads must be there, layers counted from 0 to n_layers - 1")
         if set(self.sink_rate) != set(self.overall):
             raise ValueError("sink_rate and overall must hold the same eps")
         return self
+
+    def _taken(self, layer: int) -> float | None:
+        heads = self.learned_sink[layer]
+        return None if not heads else sum(heads) / len(heads)
 
     def rows(self) -> list[JsonObject]:
         """The first token's numbers, one row a layer."""
@@ -139,6 +148,7 @@ class Sinks(Result):
                 "attention_to_token": self.attention_to_token[layer],
                 "entropy": self.entropy[layer],
             }
+            | ({"learned_sink": self._taken(layer)} if self.learned_sink else {})
             for layer in range(self.n_layers)
         ]
 

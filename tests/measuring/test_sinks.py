@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import families
 import pytest
 import torch
 from planted import BOS_ID, batch, plant
@@ -222,3 +223,28 @@ def test_a_t_that_no_query_fills_is_refused(tiny, ids):
         PromptError, match="t must be a whole number of at least 2, got 1; the paper takes 64"
     ):
         sinks(tiny, prompts=Batch.of(ids), t=1)
+
+
+def test_a_learned_sink_takes_what_its_logit_says():
+    """Zero queries make every score zero: of n keys a sink logit s leaves n / (n + e^s)."""
+    plain = families.tiny("GptOssForCausalLM")
+    logits = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    with torch.no_grad():
+        for block in plain.model.layers:
+            block.self_attn.q_proj.weight.zero_()
+            block.self_attn.q_proj.bias.zero_()
+            block.self_attn.sinks.copy_(logits)
+    ids = torch.randint(3, 64, (2, 10), generator=torch.Generator().manual_seed(2))
+    found = sinks(load(plain), None, [Batch.of(ids)])
+    keys = torch.arange(1, 11)[:, None]
+    taken = (logits.exp() / (keys + logits.exp())).mean(0)
+    full = [row for layer, row in enumerate(found.learned_sink) if layer % 2]  # others see a window
+    for row in full:
+        torch.testing.assert_close(torch.tensor(row), taken, rtol=1e-5, atol=1e-6)
+    assert found.rows()[1]["learned_sink"] == pytest.approx(taken.mean().item(), rel=1e-5)
+
+
+def test_a_model_without_a_learned_sink_says_nothing_of_one(tiny, ids):
+    found = sinks(tiny, None, [Batch.of(ids)])
+    assert found.learned_sink == ()
+    assert "learned_sink" not in found.rows()[0]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    Gemma3nTextConfig,
     GPTNeoXConfig,
     GraniteMoeHybridConfig,
     LlamaConfig,
@@ -34,35 +35,33 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+STREAMS = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "laurel_rank": 4,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["full_attention"] * 3,
+}
 LAYOUTS = {
-    "falcon-40b": (
-        lambda: FalconConfig(**SIZES, new_decoder_architecture=True, num_kv_heads=2),
-        "TransformerLens cannot bridge this FalconForCausalLM .*split_with_sizes",
-    ),
-    "neox-without-bias": (
-        lambda: GPTNeoXConfig(**SIZES, attention_bias=False),
-        r"cannot bridge this GPTNeoXForCausalLM \(AssertionError in split_qkv_matrix\)",
-    ),
-    "phi-qk-norm": (
-        lambda: PhiConfig(**SIZES, qk_layernorm=True),
-        "cannot bridge this PhiForCausalLM .*q_layernorm",
-    ),
-    "granite-4-h": (
-        lambda: GraniteMoeHybridConfig(
-            **SIZES,
-            num_key_value_heads=2,
-            num_local_experts=0,
-            shared_intermediate_size=64,
-            layer_types=["mamba", "attention", "mamba"],
-            mamba_n_heads=4,
-            mamba_d_head=16,
-            mamba_d_state=16,
-            mamba_n_groups=1,
-            mamba_expand=2,
-        ),
-        "the bridge of GraniteMoeHybridForCausalLM fails .*rotary_emb",
+    "falcon-40b": lambda: FalconConfig(**SIZES, new_decoder_architecture=True, num_kv_heads=2),
+    "neox-without-bias": lambda: GPTNeoXConfig(**SIZES, attention_bias=False),
+    "phi-qk-norm": lambda: PhiConfig(**SIZES, qk_layernorm=True),
+    "granite-4-h": lambda: GraniteMoeHybridConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        num_local_experts=0,
+        shared_intermediate_size=64,
+        layer_types=["mamba", "attention", "mamba"],
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_expand=2,
     ),
 }
+"""Layouts that TransformerLens' own adapters do not fit."""
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
@@ -72,11 +71,26 @@ def build(config):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_that_cannot_be_bridged_is_one_model_error(layout, tokenizer):
-    make, said = LAYOUTS[layout]
-    with pytest.raises(ModelError, match=said) as caught:
-        load(build(make()), tokenizer=tokenizer)
+def test_a_layout_that_transformer_lens_cannot_bridge_is_measured(layout, tokenizer):
+    plain = build(LAYOUTS[layout]())
+    with torch.no_grad():
+        expected = plain(IDS, use_cache=False).logits
+    bridge = load(plain, tokenizer=tokenizer)
+    torch.testing.assert_close(bridge(IDS, use_cache=False), expected, rtol=1e-4, atol=1e-5)
+    assert locate(bridge, [Batch.of(IDS)]).verdict == "none"
+
+
+def test_an_object_that_no_bridge_fits_stays_as_it_was(tokenizer):
+    plain = build(Gemma3nTextConfig(**SIZES, **STREAMS))
+    modules = dict(plain.named_modules())
+    with torch.no_grad():
+        expected = plain(IDS, use_cache=False).logits
+    with pytest.raises(ModelError, match=r"its residual is not one stream") as caught:
+        load(plain, tokenizer=tokenizer)
     assert "\n" not in str(caught.value)
+    assert dict(plain.named_modules()) == modules
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS, use_cache=False).logits, expected, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch says that its own int8 is to move elsewhere
