@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import families
 import pytest
 import torch
 from fsspec.implementations.dirfs import DirFileSystem
@@ -22,7 +23,9 @@ from melens.errors import (
     WeightsError,
 )
 from melens.models import checkpoint
+from melens.models.contract import probe_ids
 from melens.models.opening import by_range, open_checkpoint
+from melens.models.roles import roles_of
 from melens.published import known_scan, published_rows
 from melens.results import WeightScan, load_result
 from melens.scanning import predict as weights
@@ -206,10 +209,49 @@ def test_no_residual_makes_a_neuron_write_more_than_its_ceiling(family, saved):
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_layouts_have_the_gain_of_their_family(family):
-    config = TINY[family]()
-    assert HF[config.model_type].offset == TINY[family].gain_offset
-    assert (HF[config.model_type].post is not None) == bool(TINY[family].post_norms)
+def test_layouts_are_what_is_measured(family, make_tiny):
+    """A row of the table says of its family what the measured anatomy finds."""
+    model = make_tiny(family)
+    layout = HF[model.config.model_type]
+    for row in roles_of(model, probe_ids(model.config)):
+        assert row.norms.get("ln2_post") == layout.post
+        assert row.ffn_reads == layout.norm
+        for path in filter(None, (row.ffn_reads, row.norms.get("ln2_post"))):
+            found = row.found[path]
+            assert (found.kind == "layer", found.offset) == (layout.layer_norm, layout.offset)
+
+
+def test_a_family_without_a_layout_is_measured(saved_planted):
+    folder, layer = saved_planted("BioGptForCausalLM")
+    found = scan(folder)
+    assert (found.me_layer, found.dims[0]) == (layer, 7)
+    assert found.covered
+
+
+def test_measured_layouts_give_what_the_table_gives(saved_planted, monkeypatch):
+    """The same ceilings, found without the row of the table."""
+    for name in ("LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel", "Phi3ForCausalLM"):
+        folder, _ = saved_planted(name)
+        known = scan(folder)
+        with monkeypatch.context() as patched:
+            patched.setattr("melens.scanning.predict.has_layout", lambda files: False)
+            measured = scan(folder)
+        for one, other in zip(known.profile, measured.profile, strict=True):
+            assert other.ceiling == pytest.approx(one.ceiling, rel=1e-6)
+            assert (other.neuron, other.dim, other.sign) == (one.neuron, one.dim, one.sign)
+
+
+@pytest.fixture
+def saved_planted(tmp_path):
+    """Saves a family's tiny model with a massive token planted at layer 1."""
+
+    def save(name):
+        model = families.tiny(name)
+        families.plant(model, 1, 7)
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name, 1
+
+    return save
 
 
 @pytest.mark.parametrize("family", [*TINY, *OTHERS])
