@@ -14,7 +14,7 @@ the same numbers, for the price of the whole model.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 import torch
@@ -376,6 +376,8 @@ class Resumable:
 
     def _blocks_wrong(self, both: Tensor) -> tuple[str, Tensor]:
         """What is wrong with resumed blocks, if anything is; and what they give."""
+        if not self.whole_blocks and any(_holds_tensors(call) for call in self._calls):
+            return "its blocks leave tensors to each other in an argument", both
         try:
             whole = self.run(0, both)
         except torch.OutOfMemoryError:
@@ -465,6 +467,13 @@ def _sizes(calls: Iterable[Kwargs]) -> dict[str, int]:
                 if isinstance(part, Tensor) and part.ndim:
                     found.setdefault(f"{name}.{i}".rstrip("."), len(part))
     return found
+
+
+def _holds_tensors(call: Kwargs) -> bool:
+    """Whether an argument is a dict that blocks put tensors into for later ones (shared keys)."""
+    held = (value.values() for value in call.values() if isinstance(value, Mapping))
+    parts = (item if isinstance(item, tuple) else (item,) for values in held for item in values)
+    return any(isinstance(part, Tensor) for group in parts for part in group)
 
 
 def _parameters(block: nn.Module) -> list[str]:

@@ -326,9 +326,9 @@ def _other_layers(model: HookedModel, edit: Edit, me_layer: MELayer | None) -> l
         return [] if me_layer is None else _elsewhere(edit, me_layer)
     decoder = decoder_of(model)
     taken = layers_of(decoder, me_layer, edit.layers)
-    others = tuple(at for at in decoder.attentions if at < taken[0])
+    others = tuple(at for at in decoder.inputs if at < taken[0])
     if not others:
-        others = tuple(at for at in decoder.attentions if at not in taken)
+        others = tuple(at for at in decoder.inputs if at not in taken)
     # As many as the edit has, where there are so many; from the middle, away from both ends.
     spare = max(0, len(others) - len(taken))
     others = others[spare // 2 :][: len(taken)]

@@ -124,7 +124,7 @@ def wemask(  # noqa: PLR0913 (the method's own settings)
             record.note(at, rows, masked)
         return torch.where(masked, rows * (1 - strength), rows)
 
-    with editing_inputs(place, {at: decoder.attentions[at] for at in chosen_layers}, edit):
+    with editing_inputs(place, {at: decoder.inputs[at] for at in chosen_layers}, edit):
         yield record
 
 
@@ -152,7 +152,7 @@ def layers_of(decoder: Decoder, layer: int | MELayer | None, layers: Layers) -> 
     """
     if layers in ("after", "next"):
         start = _me_layer(decoder, layer, str(layers))
-        found = tuple(at for at in decoder.attentions if at > start)
+        found = tuple(at for at in decoder.inputs if at > start)
         if not found:
             if unread := [str(at) for at in decoder.unread if at > start]:
                 raise InterventionError(
@@ -171,7 +171,7 @@ def layers_of(decoder: Decoder, layer: int | MELayer | None, layers: Layers) -> 
     numbers = sorted({at for at in wanted if at is not None})
     for at in numbers:
         decoder.check_layer(at)
-        if at not in decoder.attentions:
+        if at not in decoder.inputs:
             has = "attention that cannot be edited here" if at in decoder.unread else "no attention"
             raise InterventionError(f"layer {at} of {decoder.name} has {has}; it cannot be masked.")
     return tuple(numbers)

@@ -130,12 +130,19 @@ def _held(
     own: OwnAnswer,
     key: str,
 ) -> tuple[HookedModel, Way]:
-    view = cast("TransformersModel", view_of(hf))
-    force_eager(view)
-    bridge = way(view, tokenizer, name=name)
+    bridge = bridged(way, cast("TransformersModel", view_of(hf)), tokenizer, name=name)
     check_contract(bridge, own)
     PROVEN[key] = way
     return bridge
+
+
+def bridged(
+    way: Way, hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str
+) -> HookedModel:
+    """A bridge of a kind, in eager attention where attention is to be read."""
+    if way is not unobserved_module:
+        force_eager(hf)
+    return way(hf, tokenizer, name=name)
 
 
 def unobserved_module(

@@ -81,15 +81,13 @@ class OwnAnswer:
             for layer, own in self.blocks.items()
             if layer in blocks and (miss := _miss(own, blocks[layer], layer)) > 1
         }
+        final = 0.0
         if self.logits is not None and logits is not None:
             final = _miss(self.logits, logits, max(self.blocks, default=0) + 1)
-            if not final > 1:
-                return
-            where = f"from block {min(off)} on" if off else "in its logits"
-        elif off:
-            final, where = max(off.values()), f"from block {min(off)} on"
-        else:
+        if not off and not final > 1:
             return
+        where = f"from block {min(off)} on" if off else "in its logits"
+        final = max(final, *off.values()) if off else final
         way_out = ""
         if self.adapted:
             way_out = " Merge its adapter first (merge_and_unload)."

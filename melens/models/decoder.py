@@ -46,6 +46,13 @@ class Decoder:
     """Layer to the norm that the FFN of a plain model reads through; empty for a bridge."""
     unread: tuple[int, ...] = ()
     """Layers that have attention which TransformerLens knows no way to."""
+    closed: dict[int, torch.nn.Module] = field(default_factory=dict)
+    """Those of them whose attention module is known all the same: its input can be edited."""
+
+    @property
+    def inputs(self) -> dict[int, torch.nn.Module]:
+        """Layer to its attention module, wherever the input of attention can be edited."""
+        return dict(sorted({**self.attentions, **self.closed}.items()))
 
     def check_layer(self, layer: int) -> None:
         """Refuse a layer the model does not have.
@@ -113,7 +120,8 @@ def decoder_of(model: Any) -> Decoder:
             {layer: model.blocks[layer].attn for layer in parts.attention_layers},
             {},
             {},
-            unread=tuple(block.layer for block in parts.blocks if block.unread),
+            unread=(unread := tuple(block.layer for block in parts.blocks if block.unread)),
+            closed={n: model.blocks[n].attn for n in unread if "attn" in model.blocks[n]._modules},
         )
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise InterventionError(

@@ -11,6 +11,7 @@ import torch
 
 from melens.errors import ContractError, FetchError, ModelError, WeightsError
 from melens.models.bridging import (
+    bridged,
     checked_bridge,
     give_tokenizer,
     require_finite_weights,
@@ -19,7 +20,7 @@ from melens.models.bridging import (
     unwrapped,
 )
 from melens.models.complaints import broken_json, first_line, no_tokenizer
-from melens.models.contract import OwnAnswer, check_contract, force_eager
+from melens.models.contract import OwnAnswer, check_contract
 from melens.models.decoder import KEPT_BRIDGE
 from melens.models.dry_load import require_all_there
 from melens.models.files import check_config, check_folder, require_no_adapter
@@ -360,8 +361,7 @@ def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> tuple[HookedModel
     name = path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__
     # tried on a view: an object that cannot be bridged stays as it was
     _, own, way = checked_bridge(model, tokenizer, name=name)
-    force_eager(model)
-    bridge = way(model, tokenizer, name=name)
+    bridge = bridged(way, model, tokenizer, name=name)
     remember(bridge, Origin(name))
     return bridge, own
 

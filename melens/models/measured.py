@@ -185,7 +185,7 @@ def _observed(hf: TransformersModel, ids: TokenIds) -> dict[nn.Module, bool]:
     """  # noqa: D205
     register()
     before = hf.config._attn_implementation
-    called: dict[nn.Module, bool] = {}
+    called: dict[nn.Module, list[bool]] = {}
     token = CALLED.set(called)
     try:
         hf.set_attn_implementation(NAME)
@@ -195,9 +195,10 @@ def _observed(hf: TransformersModel, ids: TokenIds) -> dict[nn.Module, bool]:
         called.clear()
     finally:
         CALLED.reset(token)
-    if not called:
+    once = {module: sunk[0] for module, sunk in called.items() if len(sunk) == 1}
+    if not once:  # DiffLlama's attention is the difference of two: it has no one pattern
         hf.set_attn_implementation(before)
-    return called
+    return once
 
 
 class MeasuredAdapter(ArchitectureAdapter):

@@ -27,8 +27,8 @@ class Seat(Protocol):
 
 
 SEATS: weakref.WeakKeyDictionary[nn.Module, Seat] = weakref.WeakKeyDictionary()
-CALLED: ContextVar[dict[nn.Module, bool] | None] = ContextVar("CALLED", default=None)
-"""Where modules that use this implementation are noted, and whether with a learned sink."""
+CALLED: ContextVar[dict[nn.Module, list[bool]] | None] = ContextVar("CALLED", default=None)
+"""Where every call of this implementation is noted by its module: with a learned sink or not."""
 
 
 def register() -> None:
@@ -68,7 +68,7 @@ def observed_attention(  # noqa: PLR0913 (transformers calls it so)
     given = (s_aux, options.get("sinks"), getattr(module, "sinks", None))
     sinks = next((sink for sink in given if isinstance(sink, Tensor)), None)
     if (called := CALLED.get()) is not None:
-        called[module] = sinks is not None
+        called.setdefault(module, []).append(sinks is not None)
     pattern = show("pattern", _rows(scores, sinks).to(query.dtype))
     kept = nn.functional.dropout(pattern, p=dropout, training=module.training)
     return show("z", (kept @ values).transpose(1, 2).contiguous()), pattern

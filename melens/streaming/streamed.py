@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from melens.capture import EverythingSeen
 from melens.errors import ContractError, ModelError
-from melens.models.bridging import WAYS, Way, bridge_module
+from melens.models.bridging import WAYS, Way, bridge_module, bridged
 from melens.models.checkpoint import Checkpoint, read_folder
 from melens.models.complaints import has_tokenizer
-from melens.models.contract import OwnAnswer, check_contract, force_eager, own_answer, probe_ids
+from melens.models.contract import OwnAnswer, check_contract, own_answer, probe_ids
 from melens.models.decoder import layer_list
 from melens.models.files import check_folder
 from melens.models.gguf import given_names, no_cache
@@ -251,10 +251,9 @@ def _bridged(
     """A bridge that reads its blocks, and the fingerprint of its weights; the contract held."""
     known = tape.weights() if tape else None
     own = _own_first_block(skeleton, checkpoint) if known is None else None
-    force_eager(skeleton.model)
     measured = way is not bridge_module
     with reading(skeleton, checkpoint) if measured else nullcontext():
-        bridge = way(skeleton.model, tokenizer, name=name).eval()
+        bridge = bridged(way, skeleton.model, tokenizer, name=name).eval()
     stream = BlockStream(bridge, skeleton, checkpoint)
     stream.blocks_read += own is not None  # the first block, for the model's own attention
     vars(bridge)[KEPT_STREAM] = stream
