@@ -83,6 +83,8 @@ def require_bounded(config: JsonObject, shapes: Shapes, *, name: str) -> None:
     for key, value, listed in _numbers(config):
         bound = LONGEST if listed else most
         counted = COUNTS.search(key) and not WIDTHS.search(key)
+        if math.isinf(value) and UNLIMITED.search(key):  # a limit that is none (Mamba's time steps)
+            continue
         if (listed or counted) and abs(value) > bound:
             raise ModelError(
                 f"{name}: config.json says {key} = {value:.6g}; the files hold {len(shapes)} "

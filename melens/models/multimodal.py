@@ -17,11 +17,16 @@ WHOLE = "melens_language_model_of"
 """Set in the inner config: the architecture that it was taken out of."""
 RENAMED = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names in multimodal files -> names of the language model alone, as regular expressions."""
+FLOAT, DEEPEST = "__float__", 20
 OWN = re.compile(r"^(model\.(layers|embed_tokens|norm)\b|lm_head\.)")
 
 
 def language_config(config: Any) -> Any:
-    """The inner language model's config; the config itself where there is no other model in it."""
+    """The inner language model's config; the config itself where there is no other model in it.
+
+    Numbers that JSON cannot hold are as transformers writes them: ``{"__float__": "Infinity"}``.
+    """
+    config = _with_floats(config)
     if not isinstance(config, dict) or not isinstance(config.get("text_config"), dict):
         return config
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -37,6 +42,18 @@ def language_config(config: Any) -> Any:
             text.setdefault(key, config[key])
     text["tie_word_embeddings"] = _is_tied(config)
     return {**text, "architectures": [own], WHOLE: whole}
+
+
+def _with_floats(value: Any, depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        return value
+    if isinstance(value, list):
+        return [_with_floats(item, depth + 1) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {FLOAT} and value[FLOAT] in ("Infinity", "-Infinity", "NaN"):
+        return float(value[FLOAT])
+    return {key: _with_floats(item, depth + 1) for key, item in value.items()}
 
 
 def _is_tied(config: JsonObject) -> bool:

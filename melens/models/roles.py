@@ -8,6 +8,7 @@ read. No table of names takes part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,8 @@ class Roles:
     """Path of the norm that the FFN reads through; None where it reads the residual itself."""
     formula: Formula | None
     """None for experts, and where no formula fits."""
+    shared: Formula | None = None
+    """The dense FFN that stands beside routed experts, if there is one."""
     others: dict[str, str] = field(default_factory=dict)
     """Further token-wise parts, as ``mixers``."""
     why: str | None = None
@@ -148,6 +151,8 @@ def _untold(
 
 def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str, Seen]) -> Roles:
     writes = _writes(x, y, seen)
+    if not torch.isfinite(y).all():
+        return _untold(layer, "what it leaves is not finite")
     norms = {path: norm for path in seen if (norm := _norm(block, path, seen[path])) is not None}
     if writes is None:
         why = "what it adds to the residual is the output of none of its modules"
@@ -158,7 +163,7 @@ def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str
         part = _source(write, norms, seen)
         (ffns if _is_tokenwise(block, part, seen) else mixers)[part] = write
     formulas = {part: formula_of(block, part, seen, _same) for part in ffns}
-    main = max(ffns, key=lambda part: _weight(block, part, formulas[part]), default=None)
+    main = max(ffns, key=lambda p: _weight(block, p, formulas[p], p in norms), default=None)
     places = _places(x, writes, norms, mixers, ffns.get(main or ""), seen)
     return Roles(
         layer=layer,
@@ -170,8 +175,19 @@ def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str
         ffn_write=None if main is None else ffns[main],
         ffn_reads=None if main is None else _reads(main, formulas[main], norms, seen),
         formula=None if main is None else formulas[main],
+        shared=None if main is None or formulas[main] else _shared(block, main, seen),
         others={part: write for part, write in ffns.items() if part != main},
     )
+
+
+def _shared(block: nn.Module, part: str, seen: dict[str, Seen]) -> Formula | None:
+    inside = [path for path in seen if path.startswith(f"{part}.")]
+    found = (formula_of(block, path, seen, _same) for path in inside if _is_whole(block, path))
+    return next((form for form in found if form is not None), None)
+
+
+def _is_whole(block: nn.Module, path: str) -> bool:
+    return any(True for _ in block.get_submodule(path).children())
 
 
 def _reads(
@@ -181,8 +197,12 @@ def _reads(
     return next((path for path in norms if _same(seen[path][1], given)), None)
 
 
-def _weight(block: nn.Module, part: str, formula: Formula | None) -> int:
-    """Parameters of a token-wise part: of several the FFN is the one that has most."""
+def _weight(block: nn.Module, part: str, formula: Formula | None, is_sum: bool) -> float:
+    """Parameters of a token-wise part: of several the FFN is the one that has most, or that a norm
+    makes of several parts' sum.
+    """  # noqa: D205
+    if is_sum:
+        return math.inf
     home = part if formula is None or formula.down != part else part.rpartition(".")[0]
     return sum(p.numel() for p in block.get_submodule(home).parameters())
 

@@ -6,7 +6,9 @@ matrices are named as the files name them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +58,8 @@ def measured_plan(files: Checkpoint, folder: Path) -> CheckpointPlan:
         transposed=bool(places.transposed),
         offset=norm.offset or 0.0,
     )
-    return CheckpointPlan(layout, int(model.config.hidden_size), act, 1.0, layers)
+    route = float(getattr(model.config, "routed_scaling_factor", None) or 1.0)
+    return CheckpointPlan(layout, int(model.config.hidden_size), act, route, layers)
 
 
 class _Places:
@@ -70,6 +73,7 @@ class _Places:
             for slot in slots
             if len(slot.pieces) == 1 and not slot.pieces[0].part
         }
+        self.pieces = {(id(slot.module), slot.name): slot.pieces for slot in slots}
         self.norm: Norm | None = None
         self.act: str | None = None
         self.transposed: bool | None = None
@@ -88,24 +92,79 @@ class _Places:
             return LayerPlan(row.layer, reason=str(why))
 
     def _layer(self, row: Roles) -> LayerPlan:
-        if row.why or row.ffn_write is None or row.formula is None:
-            raise _NoPlan(row.why or "its FFN has experts, or a formula that melens does not know")
+        if row.why or row.ffn_write is None:
+            raise _NoPlan(row.why or "it has no FFN")
         block, post = self.blocks[row.layer], row.norms.get("ln2_post")
         if row.writes[row.ffn_write] != 1.0:
             raise _NoPlan(f"its FFN's write is multiplied by {row.writes[row.ffn_write]:.3g}")
         if row.ffn_reads is None and post is None:
             raise _NoPlan("no norm bounds what its FFN reads")
-        self._agree("act", _name_of(row.formula.activation))
+        if row.ffn in row.found:
+            raise _NoPlan("a norm makes its FFN's write of several parts")
+        inner = [path for path in row.found if row.ffn and path.startswith(f"{row.ffn}.")]
+        if inner and row.formula is None:
+            raise _NoPlan(f"a norm stands inside its FFN ({inner[0]})")
+        ffns = self._ffns(block, row)
         for path in filter(None, (row.ffn_reads, post)):
             self._agree_on_norm(row.found[path])
         norm = self._norm_name(block, row, row.ffn_reads)
         return LayerPlan(
             row.layer,
-            (self._ffn(block, row.formula),),
+            ffns,
             norm,
             self._name(block, row.ffn_reads, "bias"),
             self._norm_name(block, row, post),
         )
+
+    def _ffns(self, block: nn.Module, row: Roles) -> tuple[FfnPlan, ...]:
+        if row.formula is not None:
+            return (self._ffn(block, row.formula),)
+        routed = self._experts(block)
+        if row.shared is None:
+            return routed
+        return (*routed, replace(self._ffn(block, row.shared), expert="shared"))
+
+    def _experts(self, block: nn.Module) -> tuple[FfnPlan, ...]:
+        """One FFN an expert, of the module that holds them all."""
+        from transformers.integrations.moe import _default_apply_gate
+
+        for module in block.modules():
+            held: Any = module
+            down = getattr(held, "down_proj", None)
+            if not isinstance(down, torch.Tensor) or down.ndim != 3:
+                continue
+            usual = getattr(type(held), "_apply_gate", None) is _default_apply_gate
+            if not usual or held.is_transposed or not held.is_concatenated or not held.has_gate:
+                raise _NoPlan("its experts' gates are of a kind that melens has no bound for")
+            self._agree("act", _name_of(held.act_fn))
+            self._agree("transposed", False)
+            return tuple(self._expert(held, e, down.shape[1:]) for e in range(len(down)))
+        raise _NoPlan("its FFN has a formula that melens does not know")
+
+    def _expert(self, held: nn.Module, e: int, shape: torch.Size) -> FfnPlan:
+        d_model, inner = shape
+        found = {}
+        for part, name, first in (
+            ("gate", "gate_up_proj", 0),
+            ("up", "gate_up_proj", inner),
+            ("down", "down_proj", 0),
+        ):
+            rows, height = (d_model, d_model) if part == "down" else (inner, 2 * inner)
+            stored, start = self._piece(held, name, e, first, height)
+            found[part] = Matrix(stored, start, rows, inner if part == "down" else d_model)
+        return FfnPlan(**found, expert=str(e))
+
+    def _piece(
+        self, held: nn.Module, name: str, e: int, first: int, height: int
+    ) -> tuple[str, int]:
+        """The stored tensor that holds an expert's rows from ``first`` on, and where they begin."""
+        for piece in self.pieces[id(held), name]:
+            if not piece.part:
+                return piece.name, e * height + first
+            expert, rows = piece.part
+            if expert == e and isinstance(rows, slice) and rows.start <= first < rows.stop:
+                return piece.name, first - rows.start
+        raise _NoPlan(f"{name} of expert {e} lies under no name of its own")
 
     def _norm_name(self, block: nn.Module, row: Roles, path: str | None) -> str | None:
         if path is None or row.found[path].is_bare:
@@ -116,6 +175,7 @@ class _Places:
         return found
 
     def _ffn(self, block: nn.Module, form: Formula) -> FfnPlan:
+        self._agree("act", _name_of(form.activation))
         down = block.get_submodule(form.down)
         inner, across = self._shape(down, flip=True), form.split
         if across.startswith("turns") or (across and self.transposed):

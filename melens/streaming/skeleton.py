@@ -101,6 +101,7 @@ def build_skeleton(
     model = _meta_model(folder, checkpoint.config, dtype)
     stack = layer_list(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
+    translated = _translated(model, checkpoint)
     slots: dict[str, Slot] = {}
     by_id: dict[int, nn.Parameter] = {}
     embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
@@ -112,7 +113,8 @@ def build_skeleton(
             if id(parameter) not in by_id:
                 by_id[id(parameter)] = placeholder_of(shape, parameter.dtype, device)
                 full = f"{path}.{name}"
-                pieces = _pieces(checkpoint, full, shape, model.base_model_prefix)
+                known = translated.get(full, full)
+                pieces = _pieces(checkpoint, known, shape, model.base_model_prefix)
                 slots[full] = Slot(module, name, pieces, by_id[id(parameter)])
             module._parameters[name] = by_id[id(parameter)]
     del by_id
@@ -127,6 +129,24 @@ def build_skeleton(
         else:
             slot.fill(slot.read(checkpoint, slot.room()))
     return Skeleton(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
+
+
+def _translated(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """A parameter's name -> the name in the files, where transformers renames it as it loads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    wanted, found = dict(model.named_parameters()), {}
+    for stored in checkpoint.tensors:
+        name, converted = rename_source_key(
+            stored, renamings, converters, model.base_model_prefix, wanted
+        )
+        if converted is None and name in wanted:
+            found[name] = stored
+    return found
 
 
 def _meta_model(folder: Path, known: JsonObject, dtype: torch.dtype | str | None) -> Any:

@@ -116,7 +116,9 @@ def test_names_and_configs():
     assert own_name("vision_tower.layers.0.weight") is None
     assert own_name("model.visual.blocks.0.attn.qkv.weight") is None
     plain = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    assert language_config(plain) is plain
+    assert language_config(plain) == plain
+    limits = {**plain, "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    assert language_config(limits)["time_step_limit"] == [0.0, float("inf")]
     inner = language_config(
         {
             "model_type": "gemma3",
