@@ -215,6 +215,11 @@ def ffn_of(model: HookedModel, layer: int) -> FFN:
             f"block {layer} has no FFN with neurons of its own (experts, or none); the edits "
             "write_block and norm_flatten work on it."
         )
+    if not _fits(weights):
+        raise SiteError(
+            f"block {layer}'s up projection makes more than its down projection reads: one layer "
+            "holds gate and up, and TransformerLens does not tell them apart."
+        )
     inner = getattr(weights, "original_component", weights)
     act = vars(weights).get("_bend") or next(
         (f for name in ACTIVATIONS if (f := getattr(inner, name, None)) is not None), None
@@ -275,6 +280,15 @@ def _has_neurons(weights: object) -> bool:
     except NotImplementedError:
         return _module(weights, "out") is not None
     return isinstance(down, Tensor) and down.ndim == 2
+
+
+def _fits(weights: Any) -> bool:
+    """Whether there are as many neurons behind the up projection as before the down projection."""
+    try:
+        up, down = getattr(weights, "W_in", None), weights.W_out
+    except NotImplementedError:  # packed: its module says it where it is probed
+        return True
+    return not isinstance(up, Tensor) or up.ndim != 2 or up.shape[-1] == down.shape[0]
 
 
 def _module(weights: object, part: str) -> torch.nn.Module | None:
