@@ -163,9 +163,9 @@ def measured_bridge(
 ) -> TransformerBridge:
     """Put a bridge around a transformers model, which it changes in place; unchecked.
 
-    Args:    observe: compute attention where it can be read; else it stays the model's own.
     A block whose parts could not be told has hooks on its residual and its attention alone.
 
+    Args:    observe: compute attention where it can be read; else it stays the model's own.
     Raises:  ModelError: no list of layers, or a part that does not fit TransformerLens' names.
     """
     roles = roles_of(hf, ids)
@@ -283,7 +283,7 @@ class MeasuredAdapter(ArchitectureAdapter):
         assert row.ffn_write is not None
         scale = _scale(row, row.ffn, row.ffn_write)
         form, name = row.formula, row.ffn or None
-        if form is None:
+        if form is None or (form.split and (name is None or scale != 1.0)):
             return Part(row.ffn or row.ffn_write, self.cfg, scale=scale)
         inner = {"in": form.up, "gate": form.gate, "out": form.down}
         start = len(row.ffn) + 1 if row.ffn else 0
