@@ -95,8 +95,6 @@ def require_finite_weights(model: nn.Module) -> None:
 
 Way = Callable[..., HookedModel]
 """Puts a bridge around a transformers model, which it changes in place."""
-PROVEN: dict[str, Way] = {}
-"""A model's class and config -> the way that held what the contract says, in this process."""
 
 
 def checked_bridge(
@@ -110,11 +108,10 @@ def checked_bridge(
     Raises:  ModelError, ContractError: neither fits; with TransformerLens' reason and the other.
     """  # noqa: D205
     own = own_answer(hf)
-    key = f"{type(hf).__name__} {hf.config.to_json_string()}"
     said: list[Exception] = []
-    for way in [PROVEN[key]] if key in PROVEN else WAYS:
+    for way in WAYS:
         try:
-            return _held(way, hf, tokenizer, name, own, key), own, way
+            return _held(way, hf, tokenizer, name, own), own, way
         except (ModelError, ContractError) as error:
             said.append(error)
     first, last = (str(error).rstrip(".") for error in (said[0], said[-1]))
@@ -132,7 +129,6 @@ def _held(
 ) -> tuple[HookedModel, Way]:
     bridge = bridged(way, cast("TransformersModel", view_of(hf)), tokenizer, name=name)
     check_contract(bridge, own)
-    PROVEN[key] = way
     return bridge
 
 

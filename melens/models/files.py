@@ -155,9 +155,7 @@ def _require_causal(config: JsonObject, kind: str, *, name: str) -> None:
         raise ModelError(f"{name}: config.json says architectures = {listed!r:.60}; give a list.")
     names = [str(item) for item in listed]
     causal = any(item.endswith(("CausalLM", "LMHeadModel")) for item in names) or not names
-    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    )
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not causal and names[0].endswith("ForConditionalGeneration") and "text_config" in config:
         raise ModelError(
             f"{name} is a {names[0]}, and transformers has no class for its language model alone; "

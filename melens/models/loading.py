@@ -351,8 +351,11 @@ def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> tuple[HookedModel
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise ModelError(f"{type(model).__name__} is neither an HF causal LM nor a hooked model.")
-    data = {**config.to_dict(), "architectures": [type(model).__name__]}
-    check_config(data, name=type(model).__name__, trust_remote_code=True)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if type(model).__name__ not in CAUSAL.values():  # the language model of Mllama, Emu3
+        data = {**config.to_dict(), "architectures": [type(model).__name__]}
+        check_config(data, name=type(model).__name__, trust_remote_code=True)
     path = str(getattr(config, "_name_or_path", "") or "")
     if tokenizer is None and path and Path(path).is_dir():
         tokenizer = read_tokenizer(

@@ -43,7 +43,7 @@ RESIDUAL = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
 SHOWN = ("rot_q", "rot_k", "v", "attn_scores", "pattern", "z")
 
 
-class Part(GeneralizedComponent):
+class AnyPart(GeneralizedComponent):
     """Any module, with hooks on what goes in and on what it adds to the residual."""
 
     def __init__(self, name: str, config: Any, *, scale: float = 1.0, **options: Any) -> None:
@@ -63,7 +63,7 @@ class Part(GeneralizedComponent):
         return (made, *out[1:]) if isinstance(out, tuple) else made
 
 
-class ObservedAttention(Part):
+class ObservedAttention(AnyPart):
     """Attention whose steps are shown by ``observed_attention``."""
 
     def __init__(self, *args: Any, sunk: frozenset[int], **options: Any) -> None:
@@ -97,28 +97,28 @@ class ByRow(GeneralizedComponent):
         return super().forward(x.view(rows, positions, -1), *args, **kwargs).flatten(0, 1)
 
 
-class Layer(ByRow, LinearBridge):
+class LinearPart(ByRow, LinearBridge):
     """A linear layer of a block."""
 
 
-class Norm(ByRow, NormalizationBridge):
+class MeasuredNorm(ByRow, NormalizationBridge):
     """A norm of a block."""
 
 
-class Layers:
+class PartsByLayer:
     """Every layer's parts, made once; the template of all blocks is copied with this in it."""
 
     def __init__(self, rows: list[tuple[dict[str, GeneralizedComponent], dict[str, str], str]]):
         self.rows = rows
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Layers:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartsByLayer:
         return self
 
 
-class Block(BlockBridge):
+class MeasuredBlock(BlockBridge):
     """A block with the hooks that its measured parts give."""
 
-    def __init__(self, name: str, config: Any, layers: Layers) -> None:
+    def __init__(self, name: str, config: Any, layers: PartsByLayer) -> None:
         super().__init__(name, config)
         self.hook_aliases = dict(RESIDUAL)
         self._layers, self._untold = layers, ""
@@ -141,7 +141,7 @@ class Block(BlockBridge):
         return args, kwargs
 
 
-class Dense(MLPBridge):
+class DenseFFN(MLPBridge):
     """An FFN whose own forward pass runs, with hooks around its layers."""
 
     def __init__(self, *args: Any, scale: float, gated: bool, bend: Any, **options: Any) -> None:
@@ -154,8 +154,8 @@ class Dense(MLPBridge):
             self.hook_aliases |= {name: f"{part}.hook_out"} if name else {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Part`; the layers inside fire their own hooks."""
-        return Part.forward(self, *args, **kwargs)
+        """As `AnyPart`; the layers inside fire their own hooks."""
+        return AnyPart.forward(self, *args, **kwargs)
 
 
 def measured_bridge(
@@ -227,12 +227,12 @@ class MeasuredAdapter(ArchitectureAdapter):
         parts["unembed"] = UnembeddingBridge(name=paths[hf.get_output_embeddings()])
         self.component_mapping = parts
 
-    def _blocks(self, path: str) -> Block:
+    def _blocks(self, path: str) -> MeasuredBlock:
         rows = []
         for row, block in zip(self.roles, self.layers, strict=True):
             parts = self._parts(row, block)
             rows.append((parts, _aliases(parts), row.why or ""))
-        return Block(path, self.cfg, Layers(rows))
+        return MeasuredBlock(path, self.cfg, PartsByLayer(rows))
 
     def _parts(self, row: Roles, block: nn.Module) -> dict[str, GeneralizedComponent]:
         made: dict[str, GeneralizedComponent] = {}
@@ -248,12 +248,12 @@ class MeasuredAdapter(ArchitectureAdapter):
             if name == "attn" and self._is_seen(module):
                 made[name] = self._attention(part, block, scale=scale)
             else:
-                made[name] = Part(part, self.cfg, scale=scale)
+                made[name] = AnyPart(part, self.cfg, scale=scale)
         if row.ffn is not None:
             made["mlp"] = self._ffn(row, block)
         for name, (part, write) in zip(OTHERS, row.others.items(), strict=False):
             scale = _scale(row, part, write) if part == write else row.writes[write]
-            made[name] = Part(write, self.cfg, scale=scale)
+            made[name] = AnyPart(write, self.cfg, scale=scale)
         return made
 
     def _attention(self, path: str, block: nn.Module, *, scale: float = 1.0) -> ObservedAttention:
@@ -269,8 +269,8 @@ class MeasuredAdapter(ArchitectureAdapter):
             return "attn"
         return next((n for n, marks in KINDS.items() if any(m in kind for m in marks)), "mixer")
 
-    def _norm(self, path: str, found: Measured) -> Norm:
-        return Norm(
+    def _norm(self, path: str, found: Measured) -> MeasuredNorm:
+        return MeasuredNorm(
             path,
             self.cfg,
             use_native_layernorm_autograd=True,
@@ -284,12 +284,12 @@ class MeasuredAdapter(ArchitectureAdapter):
         scale = _scale(row, row.ffn, row.ffn_write)
         form, name = row.formula, row.ffn or None
         if form is None or (form.split and (name is None or scale != 1.0)):
-            return Part(row.ffn or row.ffn_write, self.cfg, scale=scale)
+            return AnyPart(row.ffn or row.ffn_write, self.cfg, scale=scale)
         inner = {"in": form.up, "gate": form.gate, "out": form.down}
         start = len(row.ffn) + 1 if row.ffn else 0
-        layers = {part: Layer(path[start:]) for part, path in inner.items() if path}
+        layers = {part: LinearPart(path[start:]) for part, path in inner.items() if path}
         if form.split:
-            return Fused(
+            return FusedFFN(
                 name,
                 self.cfg,
                 form.split,
@@ -297,7 +297,7 @@ class MeasuredAdapter(ArchitectureAdapter):
                 {"out": layers["out"]},
                 layers["in"].name,
             )
-        return Dense(
+        return DenseFFN(
             name,
             self.cfg,
             submodules=layers,
@@ -311,7 +311,7 @@ NAMES = ("linear_attn", "mamba", "mixer")
 KINDS = {"linear_attn": ("delta", "linear", "lightning", "kda"), "mamba": ("mamba", "ssm")}
 
 
-class Fused(JointGateUpMLPBridge):
+class FusedFFN(JointGateUpMLPBridge):
     """Gate and up out of one layer, in the measured order."""
 
     def __init__(self, name: Any, config: Any, how: str, bend: Any, out: Any, fused: Any) -> None:

@@ -74,7 +74,7 @@ def roles_of(model: TransformersModel, ids: TokenIds) -> tuple[Roles, ...]:
     Raises:  ModelError: it has no list of layers.
     """
     layers = layer_list(model)
-    watches = [_Watch(layer, block) for layer, block in enumerate(layers)]
+    watches = [_BlockWatch(layer, block) for layer, block in enumerate(layers)]
     found: list[Roles] = []
     with evaluating(model), ExitStack() as stack:
         for watch in watches:
@@ -84,7 +84,7 @@ def roles_of(model: TransformersModel, ids: TokenIds) -> tuple[Roles, ...]:
 
 
 @dataclass
-class _Watch:
+class _BlockWatch:
     """One block while it runs; measured as soon as it has, and then forgotten."""
 
     layer: int

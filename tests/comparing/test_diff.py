@@ -209,7 +209,7 @@ def test_other_weights_and_families_are_said_where_nothing_is_massive(make_tiny)
     texts = [Batch.of(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1)))]
     sides = [Side.of_model(make_tiny(family), texts) for family in ("llama", "gpt2")]
     notes = compare(*sides).notes
-    assert "two families: llama and gpt2" in notes
+    assert "two families: LlamaForCausalLM and GPT2LMHeadModel" in notes
     assert "the weights differ (by a sample of every tensor)" in notes
 
 

@@ -605,15 +605,6 @@ def test_a_wrong_index_is_one_clear_line(make, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (
-            {
-                "model_type": "seed_oss",
-                "architectures": ["SeedOssForCausalLM"],
-                "attention_bias": False,
-                "head_dim": 8,
-            },
-            "no FFN layout of model type",
-        ),
         ({"hidden_act": "relu2"}, "activation 'relu2', for which melens has no bound"),
         ({"quantization_config": {"bits": 4}}, "has a quantization_config"),
         ({"num_hidden_layers": None}, "config.json does not make a model"),
