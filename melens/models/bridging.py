@@ -125,8 +125,7 @@ def _held(
     tokenizer: Tokenizer | None,
     name: str,
     own: OwnAnswer,
-    key: str,
-) -> tuple[HookedModel, Way]:
+) -> HookedModel:
     bridge = bridged(way, cast("TransformersModel", view_of(hf)), tokenizer, name=name)
     check_contract(bridge, own)
     return bridge
