@@ -6,6 +6,7 @@ those modules, so that hooks have the names that they have everywhere.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class ObservedAttention(AnyPart):
         """Take a seat at every module inside that may compute attention."""
         super().set_original_component(original_component)
         for module in original_component.modules():
-            SEATS[module] = self
+            SEATS[module] = weakref.ref(self)
         self._learned_sink = any(id(m) in self._sunk for m in original_component.modules())
 
     def show(self, site: str, x: Tensor) -> Tensor:

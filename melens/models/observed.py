@@ -26,7 +26,8 @@ class Seat(Protocol):
         ...
 
 
-SEATS: weakref.WeakKeyDictionary[nn.Module, Seat] = weakref.WeakKeyDictionary()
+SEATS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Seat]] = weakref.WeakKeyDictionary()
+"""Weak on both sides: who sits at a module holds it, and would keep it for ever."""
 CALLED: ContextVar[dict[nn.Module, list[bool]] | None] = ContextVar("CALLED", default=None)
 """Where every call of this implementation is noted by its module: with a learned sink or not."""
 
@@ -57,7 +58,8 @@ def observed_attention(  # noqa: PLR0913 (transformers calls it so)
 
     Returns: what was mixed, and the weights ``[batch, head, query, key]``.
     """
-    show = SEATS[module].show if module in SEATS else _unseen
+    seat = SEATS[module]() if module in SEATS else None
+    show = _unseen if seat is None else seat.show
     query, key, value = show("rot_q", query), show("rot_k", key), show("v", value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     keys, values = _like_queries(key, query), _like_queries(value, query)

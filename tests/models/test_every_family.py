@@ -6,15 +6,19 @@ Ten of them always; all with ``make test-families``, which also holds the commit
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
+import weakref
 from pathlib import Path
 
 import families
 import pytest
+import torch
 from family_measures import MEASURES, Family
 
 from melens.errors import MelensError
+from melens.models.bridging import checked_bridge
 from melens.models.families import family
 
 REPRESENTATIVE = (
@@ -83,6 +87,17 @@ def test_the_table_holds_every_family_and_no_fault():
     assert len(opened) >= 140
     for measure, least in {"isolate": 90, "mask": 100, "scan": 75}.items():
         assert sum(not row[measure] for row in opened) >= least, measure
+
+
+def test_a_measured_model_is_let_go():
+    """What is noted beside a model must not keep it."""
+    bridge, _, _ = checked_bridge(families.tiny("HeliumForCausalLM"), None, name="it")
+    with torch.no_grad():
+        bridge(torch.tensor([[1, 5, 9]]), use_cache=False)
+    gone = weakref.ref(bridge.original_model)
+    del bridge
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_row_is_found_by_its_short_name_or_not_at_all():
