@@ -7,6 +7,7 @@ Ten of them always; all with ``make test-families``, which also holds the commit
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import warnings
 import weakref
@@ -34,7 +35,8 @@ REPRESENTATIVE = (
     "RwkvForCausalLM",
 )
 REST = [name for name in families.TINY if name not in REPRESENTATIVE]
-TABLE = Path(__file__).parents[2] / "melens" / "data" / "architectures.json"
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "melens" / "data" / "architectures.json"
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
@@ -87,6 +89,16 @@ def test_the_table_holds_every_family_and_no_fault():
     assert len(opened) >= 140
     for measure, least in {"isolate": 90, "mask": 100, "scan": 75}.items():
         assert sum(not row[measure] for row in opened) >= least, measure
+
+
+def test_the_page_is_what_the_table_says():
+    path = ROOT / "experiments" / "make_architectures.py"
+    spec = importlib.util.spec_from_file_location("make_architectures", path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    table = json.loads(TABLE.read_text("utf-8"))
+    written = (ROOT / "docs" / "architectures.md").read_text("utf-8")
+    assert written == made.page(table), "python experiments/make_architectures.py LlamaForCausalLM"
 
 
 def test_a_measured_model_is_let_go():
