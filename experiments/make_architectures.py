@@ -46,7 +46,7 @@ def main(names: list[str]) -> None:
         sys.stderr.write(f"{name} {known[name]}\n")
         known = {name: known[name] for name in sorted(known) if name in families.TINY}
         data = {"versions": versions(), "families": known, "left_out": families.LEFT_OUT}
-        write_atomically(DATA, json.dumps(data, indent=1, sort_keys=True) + "\n")
+        write_atomically(DATA, json.dumps(data, indent=1) + "\n")
     write_atomically(PAGE, page(json.loads(DATA.read_text("utf-8"))))
 
 
