@@ -55,7 +55,8 @@ def measured(name: str, folder: Path) -> dict[str, str]:
     family = Family(name, folder)
     found: dict[str, str] = {}
     for measure, run in MEASURES.items():
-        found[measure] = "" if measure != "load" and found.get("load") else said(run, family)
+        text = "" if measure != "load" and found.get("load") else said(run, family)
+        found[measure] = text.replace(str(folder), "FOLDER").replace(folder.name, "FOLDER")
     return {"way": family.way, **found}
 
 
