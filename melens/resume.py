@@ -205,11 +205,13 @@ class Resumable:
         seen: list[Tensor] = []
 
         def put_in(module: nn.Module, args: Args, kwargs: Kwargs) -> Called:
+            require_this_thread(self.model)
             if name in kwargs:
                 return args, {**kwargs, name: resid}
             return (resid, *args[1:]), kwargs
 
         def put_behind(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> object:
+            require_this_thread(self.model)
             return (resid, *out[1:]) if isinstance(out, tuple) else resid
 
         def stop_here(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> None:
@@ -224,7 +226,8 @@ class Resumable:
         handles.append(blocks[stop - 1].register_forward_hook(stop_here))
         logits = None
         try:
-            logits = self._full(copies=len(resid) // len(self.batch))
+            with one_thread(self.model):
+                logits = self._full(copies=len(resid) // len(self.batch))
         except EverythingSeen:
             pass
         finally:

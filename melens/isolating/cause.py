@@ -180,11 +180,11 @@ class _Run:
 
     def _experts(self) -> tuple[RoutedExpert, ...]:
         subject = self.subject
-        try:
-            return tuple(routed_rows(subject.inputs, subject.located, subject.prefixes))
-        except SiteError as error:
-            subject.missing.append(f"experts: {error}")
-            return ()
+        rows, reasons = routed_rows(
+            subject.inputs, subject.located, subject.prefixes, subject.without
+        )
+        subject.missing += [f"experts of layer {n}: {why}" for n, why in reasons.items()]
+        return tuple(rows)
 
     def _necessity(self) -> tuple[Write, ...]:
         subject, rows = self.subject, []

@@ -70,8 +70,8 @@ class LocatedSubject:
         if self.without:
             layers = ", ".join(map(str, self.without))
             self.missing.append(
-                f"neurons of layer {layers}: experts, or no FFN of their own (the whole write is "
-                "edited, and the table of experts says which of them write)"
+                f"neurons of layer {layers}: experts, or no FFN of their own, so that the whole "
+                "write is edited"
             )
         sized = self.kind in ("pull-back", "cap")
         self.sizes = sizes_of(self.inputs, self.located) if sized else {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from melens.capture import stream
-from melens.errors import SiteError
+from melens.errors import ModelError, SiteError
 from melens.inputs import Inputs
 from melens.isolating.path import Others
 from melens.isolating.runs import Prefixes
@@ -19,28 +21,34 @@ from melens.protocols import HookedModel
 from melens.results.isolate import RoutedExpert
 
 
-def routed_rows(inputs: Inputs, located: Located, prefixes: Prefixes) -> list[RoutedExpert]:
-    """Every expert that a massive token is routed to, up to the peak layer; the largest first."""
+def routed_rows(
+    inputs: Inputs, located: Located, prefixes: Prefixes, layers: Sequence[int]
+) -> tuple[list[RoutedExpert], dict[int, str]]:
+    """Every expert that a massive token is routed to, the largest of a layer first.
+
+    Args:    layers: those whose FFN has no neurons of its own.
+    Returns: the rows, and for layers without any the reason.
+    """
     rows: list[RoutedExpert] = []
-    for block in anatomy(inputs.model).blocks[: prefixes.peak + 1]:
+    reasons: dict[int, str] = {}
+    for layer in (n for n in layers if n <= prefixes.peak):
         try:
-            experts = experts_of(inputs.model, block.layer)
-        except SiteError:
-            continue
-        rows += _layer(inputs, located, prefixes, experts)
-    return rows
+            rows += _layer(inputs, located, prefixes, experts_of(inputs.model, layer))
+        except (ModelError, SiteError) as error:
+            reasons[layer] = str(error)
+    return rows, reasons
 
 
 def _layer(
     inputs: Inputs, located: Located, prefixes: Prefixes, experts: Experts
 ) -> list[RoutedExpert]:
     model, layer = inputs.model, experts.layer
-    site, write = ffn_input(model, layer), anatomy(model).blocks[layer].ffn_write
-    assert write is not None
-    seen = prefixes.read([site, write])
+    site = ffn_input(model, layer)
+    seen = prefixes.read([site])
     x = seen[site].to(experts.down(0).dtype)
-    scale = _after(model, layer, prefixes)
-    routed, made = experts.route(x), seen[write][:, prefixes.dim].double().mean()
+    scale = _after(model, layer, prefixes).to(x.device)
+    routed = experts.route(x)
+    made = (experts.written(x)[:, prefixes.dim].double() * scale).mean()
     others = Others(located.heavy)
     stream(model, inputs.batches, {site: others})
     used = experts.route(others.result().to(x)).index
@@ -73,8 +81,8 @@ def _after(model: HookedModel, layer: int, prefixes: Prefixes) -> Float[Tensor, 
     if "ln2_post" not in anatomy(model).blocks[layer].norms:
         return torch.ones(len(prefixes.clean), dtype=torch.float64)
     site = f"blocks.{layer}.ln2_post.hook_scale"
-    gain = norm_gain(model, layer, "ln2_post")[prefixes.dim].double()
-    return gain / prefixes.read([site])[site][:, 0].double()
+    gain = norm_gain(model, layer, "ln2_post")[prefixes.dim].double().cpu()
+    return gain / prefixes.read([site])[site][:, 0].double().cpu()
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

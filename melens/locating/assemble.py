@@ -359,7 +359,7 @@ def _writer(path: Path, start: int) -> Writer | None:
     where a block that took part cannot be told apart.
     """  # noqa: D205
     part = slice(start, path.peak + 1)
-    if path.whole is not None and path.part_shares(path.whole)[part].sum().item() >= FIRST_SHARE:
+    if path.whole is not None and path.part_shares(path.whole)[part].abs().sum() >= FIRST_SHARE:
         return None
     mixer = path.part_shares(path.mixer)[part].sum().item()
     ffn = path.part_shares(path.ffn)[part].sum().item()

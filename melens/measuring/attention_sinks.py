@@ -70,6 +70,8 @@ class PatternSums:
     heavy: Sequence[Tensor]
     t: int | None = None
     """Only the first T tokens of every sequence, as Gu et al.; None = whole sequences."""
+    learned: bool = False
+    """Whether a learned sink takes its share of every row."""
     keys: Tensor | None = None
     """[1 + eps, head, key]: alpha, then whether it exceeds each eps, summed over sequences."""
     holders: Tensor | None = None
@@ -91,9 +93,10 @@ class PatternSums:
         for pattern, ids, marked in self._whole(x.detach(), batch, heavy.to(batch.ids.device)):
             alpha = key_attention(pattern)  # [sequence, head, key]
             self._add(alpha, attention_entropy(pattern))
-            lacking = (1 - pattern.double().sum(-1)).sum((0, 2)).cpu()
-            self.missing = lacking if self.missing is None else self.missing + lacking
-            self.rows += pattern.shape[0] * pattern.shape[2]
+            if self.learned:
+                lacking = (1 - pattern.sum(-1)).cpu().double().sum((0, 2))
+                self.missing = lacking if self.missing is None else self.missing + lacking
+                self.rows += pattern.shape[0] * pattern.shape[2]
             for sequence, position in marked.nonzero().tolist():
                 if position == 0 or alpha.shape[-1] - position >= LEAST_QUERIES:
                     key = (position == 0, int(ids[sequence, position]))
@@ -141,7 +144,6 @@ class PatternSums:
             raise CaptureError("PatternSums saw no batch; pass it to stream() first.")
         means = self.keys / self.holders[0].clamp_min(1)
         entropy = self.entropy / max(self.queries, 1)
-        assert self.missing is not None
         return PatternMeans(
             means[0],
             means[1:],
@@ -149,7 +151,7 @@ class PatternSums:
             entropy,
             self.first,
             self.tokens,
-            self.missing / max(self.rows, 1),
+            None if self.missing is None else self.missing / max(self.rows, 1),
         )
 
 
@@ -169,8 +171,8 @@ class PatternMeans:
     """The first token of every sequence, massive or not."""
     tokens: dict[Token, Received]
     """Massive tokens, each apart."""
-    missing: Float[Tensor, " head"]
-    """Mean over all queries of what their rows lack of 1."""
+    missing: Float[Tensor, " head"] | None
+    """Mean over all queries of what their rows lack of 1; None without a learned sink."""
 
 
 def _received(alpha: Tensor, position: int) -> Received:
@@ -244,8 +246,12 @@ class SinkPlan:
 
     def __init__(self, inputs: Inputs, located: Located, t: int) -> None:
         self.inputs, self.located, self.t = inputs, located, t
-        layers = anatomy(inputs.model).attention_layers
-        self.sums = {layer: PatternSums(located.heavy, t) for layer in layers}
+        blocks = anatomy(inputs.model).blocks
+        self.sums = {
+            block.layer: PatternSums(located.heavy, t, block.learned_sink)
+            for block in blocks
+            if block.attention
+        }
 
     @property
     def taps(self) -> Mapping[str, Reducer]:
@@ -294,8 +300,8 @@ class SinkPlan:
         if not any(block.learned_sink for block in blocks):
             return ()
         return tuple(
-            tuple(means[block.layer].missing.tolist()) if block.learned_sink else None
-            for block in blocks
+            tuple(means[n].missing.tolist()) if blocks[n].learned_sink else None
+            for n in range(len(blocks))
         )
 
     def _tokens(self, means: Mapping[int, PatternMeans]) -> tuple[TokenSink, ...]:

@@ -209,7 +209,7 @@ def _block(model: HookedModel, known: set[str], layer: int) -> Block:
     norms = ("ln1", "ln1_post", "ln2", "ln2_post")
     return Block(
         layer=layer,
-        mixer_writes=mixers,
+        mixer_writes=() if untold else mixers,
         ffn_write=ffn if ffn in known else None,
         attention=(hooked := pattern_hook(layer) in known),
         unread=not hooked and holds_attention(model.blocks[layer]),

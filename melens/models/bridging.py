@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,9 +114,14 @@ def checked_bridge(
             return _held(way, hf, tokenizer, name, own), own, way
         except (ModelError, ContractError) as error:
             said.append(error)
+    raise none_fits(said) from None
+
+
+def none_fits(said: Sequence[Exception]) -> Exception:
+    """One error of why no bridge fits: TransformerLens' reason first, then the last one."""
     first, last = (str(error).rstrip(".") for error in (said[0], said[-1]))
     more = f"; nor by measuring its parts ({last})" if first != last else ""
-    raise type(said[0])(f"{first}{more}.") from None
+    return type(said[0])(f"{first}{more}.")
 
 
 def _held(

@@ -50,10 +50,14 @@ class Experts:
         try:
             with torch.no_grad():
                 self.ffn.forward(x[None])
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, RuntimeError):
             raise self._unknown("its FFN takes more than its input") from None
         finally:
             handle.remove()
+        if not seen:
+            raise self._unknown("its FFN does not run them")
         args, kwargs, out = seen[0]
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         index = next((t for t in given if t.ndim == 2 and not t.is_floating_point()), None)
@@ -70,6 +74,12 @@ class Experts:
         routed = Routed(index, weight)
         self._require_explained(given[0], routed, out)
         return routed
+
+    @torch.no_grad()
+    def written(self, x: Rows) -> Rows:
+        """What the whole FFN makes, shared experts included, before the block scales it."""
+        out = self.ffn.forward(x[None])
+        return (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
 
     @torch.no_grad()
     def product(self, x: Rows, expert: int) -> Float[Tensor, "token neuron"]:

@@ -49,5 +49,5 @@ def _row(said: Row) -> Row:
         m: YES if not text else NOTHING if text == "none" else text for m, text in said.items()
     }
     if refused:
-        cells = {measure: refused if measure == "load" else NOTHING for measure in cells}
+        cells = {measure: refused if measure == "load" else "" for measure in cells}
     return {"bridge": way or NOTHING, **cells}

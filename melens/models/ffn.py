@@ -252,6 +252,8 @@ def _tried_activation(
     handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         inner.forward(x)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError):  # it takes more than its input
         return None
     finally:

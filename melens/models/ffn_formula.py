@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 Bend = Callable[[Tensor], Tensor]
@@ -31,9 +30,9 @@ def split(x: Tensor, how: str, dim: int = -1) -> tuple[Tensor, Tensor]:
     if how.startswith("halves"):
         first, second = x.chunk(2, dim)
     else:
-        size = x.shape[dim]
-        even = torch.arange(0, size, 2, device=x.device)
-        first, second = x.index_select(dim, even), x.index_select(dim, even + 1)
+        turns = x.unflatten(dim, (-1, 2))  # views: what is trained in place is seen
+        at = dim if dim < 0 else dim - x.ndim
+        first, second = turns.select(at, 0), turns.select(at, 1)
     return (second, first) if how.endswith("swapped") else (first, second)
 
 

@@ -192,6 +192,8 @@ def _observed(hf: TransformersModel, ids: TokenIds) -> dict[nn.Module, bool]:
         hf.set_attn_implementation(NAME)
         with torch.no_grad():
             hf(ids, use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError):
         called.clear()
     finally:
@@ -241,13 +243,16 @@ class MeasuredAdapter(ArchitectureAdapter):
             made[name] = self._norm(path, row.found[path])
         if row.why:
             seen = [path for path, module in block.named_modules() if module in self.observed]
-            return made | ({"attn": self._attention(seen[0], block)} if len(seen) == 1 else {})
+            return made | ({"attn": self._attention(seen[0])} if len(seen) == 1 else {})
         for part, write in row.mixers.items():
             module = block.get_submodule(part)
-            name = next(n for n in (self._mixer_name(module), *NAMES) if n not in made)
+            free = [n for n in (self._mixer_name(module), *NAMES) if n not in made]
+            if not free or len(row.others) > len(OTHERS):
+                raise ModelError(f"block {row.layer} has more parts than there are names for")
+            name = free[0]
             scale = _scale(row, part, write)
             if name == "attn" and self._is_seen(module):
-                made[name] = self._attention(part, block, scale=scale)
+                made[name] = self._attention(part, scale=scale)
             else:
                 made[name] = AnyPart(part, self.cfg, scale=scale)
         if row.ffn is not None:
@@ -257,7 +262,7 @@ class MeasuredAdapter(ArchitectureAdapter):
             made[name] = AnyPart(write, self.cfg, scale=scale)
         return made
 
-    def _attention(self, path: str, block: nn.Module, *, scale: float = 1.0) -> ObservedAttention:
+    def _attention(self, path: str, *, scale: float = 1.0) -> ObservedAttention:
         return ObservedAttention(path, self.cfg, scale=scale, sunk=self.sunk)
 
     def _is_seen(self, module: nn.Module) -> bool:
@@ -323,7 +328,7 @@ class FusedFFN(JointGateUpMLPBridge):
             return tuple(_linear(w, b) for w, b in zip(weights, biases, strict=True))
 
         super().__init__(name, config, out, split_gate_up_matrix=halves, fused_attr=fused)
-        self._bend = bend
+        object.__setattr__(self, "_bend", bend)  # no module of its own
 
     def _resolve_activation_fn(self) -> Any:
         return self._bend

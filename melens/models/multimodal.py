@@ -84,7 +84,8 @@ def note(config: JsonObject, *, name: str) -> str:
 def own_name(name: str) -> str | None:
     """A tensor's name in the language model alone; None for one of another part."""
     for pattern, shorter in RENAMED.items():
-        name = re.sub(pattern, shorter, name)
+        if re.match(pattern, name):
+            return re.sub(pattern, shorter, name)
     return name if OWN.match(name) else None
 
 

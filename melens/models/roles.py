@@ -9,7 +9,7 @@ read. No table of names takes part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,11 +60,6 @@ class Roles:
     """Why the parts could not be told, if they could not."""
     is_stream: bool = True
     """Whether one ``[batch, pos, d_model]`` tensor enters and leaves it."""
-
-    @property
-    def parallel(self) -> bool:
-        """Whether mixer and FFN both read the residual that enters the block."""
-        return self.ffn is not None and "ln2" not in self.norms and "ln2_post" not in self.norms
 
 
 @torch.no_grad()
@@ -138,25 +133,23 @@ class _BlockWatch:
 
 
 def _untold(
-    layer: int,
-    why: str,
-    places: dict[str, str] | None = None,
-    norms: dict[str, Norm] | None = None,
+    layer: int, why: str, reads: Sequence[str] = (), norms: dict[str, Norm] | None = None
 ) -> Roles:
-    reads = [path for name, path in (places or {}).items() if name in ("ln1", "ln2")][:1]
+    """A block of which no more is known than the one norm that reads its residual."""
     found = {path: (norms or {})[path] for path in reads}
-    before = {"ln1": reads[0]} if reads else {}
+    before = {"ln1": path for path in reads}  # noqa: B035 (one at most)
     return Roles(layer, {}, before, found, {}, None, None, None, None, why=why)
 
 
 def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str, Seen]) -> Roles:
-    writes = _writes(x, y, seen)
     if not torch.isfinite(y).all():
         return _untold(layer, "what it leaves is not finite")
+    writes = _writes(x, y, seen)
     norms = {path: norm for path in seen if (norm := _norm(block, path, seen[path])) is not None}
     if writes is None:
         why = "what it adds to the residual is the output of none of its modules"
-        return _untold(layer, why, _places(x, {}, norms, {}, None, seen), norms)
+        reads = [path for path in norms if _same(seen[path][0], x)]
+        return _untold(layer, why, reads if len(reads) == 1 else [], norms)
     mixers: dict[str, str] = {}
     ffns: dict[str, str] = {}
     for write in writes:
@@ -165,6 +158,9 @@ def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str
     formulas = {part: formula_of(block, part, seen, _same) for part in ffns}
     main = max(ffns, key=lambda p: _weight(block, p, formulas[p], p in norms), default=None)
     places = _places(x, writes, norms, mixers, ffns.get(main or ""), seen)
+    reads = None if main is None else _reads(main, formulas[main], norms, seen)
+    if reads is not None and places.get("ln1") == reads and "ln2" in places:
+        places["ln1"], places["ln2"] = places["ln2"], reads  # parallel parts, a norm each
     return Roles(
         layer=layer,
         writes=writes,
@@ -173,7 +169,7 @@ def _measured(layer: int, block: nn.Module, x: Tensor, y: Tensor, seen: dict[str
         mixers=mixers,
         ffn=None if main is None else _container(main, seen, x),
         ffn_write=None if main is None else ffns[main],
-        ffn_reads=None if main is None else _reads(main, formulas[main], norms, seen),
+        ffn_reads=reads,
         formula=None if main is None else formulas[main],
         shared=None if main is None or formulas[main] else _shared(block, main, seen),
         others={part: write for part, write in ffns.items() if part != main},
@@ -225,21 +221,33 @@ def _writes(x: Tensor, y: Tensor, seen: dict[str, Seen]) -> dict[str, float] | N
 
 
 def _solve(x: Tensor, y: Tensor, outputs: dict[str, Tensor]) -> dict[str, float] | None:
+    """Every token counts by its own largest entry: a massive one would hide all others."""
+    size = torch.maximum(_sizes(x), _sizes(y))
+    outputs = {path: out for path, out in outputs.items() if bool(out.any())}
     if not outputs:
         return None
-    goal = (y.double() - x.double()).flatten()
-    columns = torch.stack([out.double().flatten() for out in outputs.values()], dim=1)
-    size = columns.norm(dim=0).clamp_min(1e-30)
-    factors = torch.linalg.lstsq(columns / size, goal[:, None]).solution[:, 0] / size
-    left = goal - columns @ factors
-    if left.abs().max() > _limit(y) * y.abs().max():
+    goal = _even(y.double() - x.double(), size)
+    columns = torch.stack([_even(out.double(), size) for out in outputs.values()], dim=1)
+    scale = columns.norm(dim=0)
+    factors = torch.linalg.lstsq(columns / scale, goal[:, None]).solution[:, 0] / scale
+    if not (goal - columns @ factors).abs().max() <= _limit(y):
         return None
     found = {
         path: 1.0 if abs(factor - 1) < 1e-2 else factor
-        for path, factor in zip(outputs, factors.tolist(), strict=True)
-        if abs(factor) * outputs[path].abs().max() > _limit(y) * y.abs().max()
+        for n, (path, factor) in enumerate(zip(outputs, factors.tolist(), strict=True))
+        if abs(factor) * columns[:, n].abs().max() > _limit(y)
     }
     return found or None
+
+
+def _sizes(x: Tensor) -> Tensor:
+    """Each token's largest entry."""
+    return x.detach().abs().amax(-1, keepdim=True).double().cpu().clamp_min(1e-30)
+
+
+def _even(x: Tensor, size: Tensor) -> Tensor:
+    """Flat, in units of each token's size; on the CPU, where least squares may lack full rank."""
+    return (x.cpu() / size).flatten()
 
 
 def _norm(block: nn.Module, path: str, seen: Seen) -> Norm | None:
@@ -249,6 +257,8 @@ def _norm(block: nn.Module, path: str, seen: Seen) -> Norm | None:
         return None
     try:
         found = measured_norm(module, given.shape[-1], where=path)
+    except torch.OutOfMemoryError:
+        raise
     except (ModelError, RuntimeError, TypeError, ValueError, AttributeError):
         return None
     return None if isinstance(module, nn.Identity) else found
@@ -268,6 +278,8 @@ def _is_tokenwise(block: nn.Module, path: str, seen: dict[str, Seen]) -> bool:
     given, made = seen[path]
     try:
         alone = _tensor(block.get_submodule(path).forward(given[:, -1:]))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
         return False
     return alone is not None and alone.shape == made[:, -1:].shape and _same(alone, made[:, -1:])
@@ -322,12 +334,13 @@ def _floats(value: Any) -> Iterator[Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, token by token."""
     if a is b:
         return True
     if a.shape != b.shape:
         return False
-    scale = torch.maximum(a.abs().max(), b.abs().max())
-    return bool((a - b).abs().max() <= _limit(a) * scale)
+    scale = torch.maximum(a.abs(), b.abs()).amax(-1, keepdim=True)
+    return bool(((a - b).abs() <= _limit(a) * scale).all())
 
 
 def _limit(x: Tensor) -> float:

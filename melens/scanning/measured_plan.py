@@ -133,6 +133,8 @@ class _Places:
             down = getattr(held, "down_proj", None)
             if not isinstance(down, torch.Tensor) or down.ndim != 3:
                 continue
+            if held.has_bias:
+                raise _NoPlan("its experts have biases")
             usual = getattr(type(held), "_apply_gate", None) is _default_apply_gate
             if not usual or held.is_transposed or not held.is_concatenated or not held.has_gate:
                 raise _NoPlan("its experts' gates are of a kind that melens has no bound for")
@@ -177,7 +179,7 @@ class _Places:
     def _ffn(self, block: nn.Module, form: Formula) -> FfnPlan:
         self._agree("act", _name_of(form.activation))
         down = block.get_submodule(form.down)
-        inner, across = self._shape(down, flip=True), form.split
+        inner, across = self._shape(down), form.split
         if across.startswith("turns") or (across and self.transposed):
             raise _NoPlan("gate and up take turns in one matrix")
         rows, columns = inner if not self.transposed else inner[::-1]
@@ -195,7 +197,7 @@ class _Places:
             gate_bias=None if across else self._name(block, form.gate, "bias"),
         )
 
-    def _shape(self, module: nn.Module, *, flip: bool) -> tuple[int, int]:
+    def _shape(self, module: nn.Module) -> tuple[int, int]:
         """(neurons, d_model) of a down projection; notes how its matrix is kept."""
         weight = module.weight
         assert isinstance(weight, torch.Tensor)

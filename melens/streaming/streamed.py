@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from melens.capture import EverythingSeen
-from melens.errors import ContractError, ModelError
-from melens.models.bridging import WAYS, Way, bridge_module, bridged
+from melens.errors import ContractError, ModelError, WeightsError
+from melens.models.bridging import WAYS, Way, bridge_module, bridged, none_fits
 from melens.models.checkpoint import Checkpoint, read_folder
 from melens.models.complaints import has_tokenizer
 from melens.models.contract import OwnAnswer, check_contract, own_answer, probe_ids
@@ -225,12 +225,12 @@ def load_streamed(
         try:
             bridge, known = _bridged(way, skeleton, checkpoint, tokenizer, str(model), tape)
             break
+        except WeightsError:  # the files' fault: no other bridge mends it
+            raise
         except (ModelError, ContractError) as error:
             said.append(error)
     else:
-        first, last = (str(error).rstrip(".") for error in (said[0], said[-1]))
-        more = f"; nor by measuring its parts ({last})" if first != last else ""
-        raise type(said[0])(f"{first}{more}.")
+        raise none_fits(said)
     also = given_names(folder)
     remember(bridge, Origin(name, revision=revision, weights=known, also=also))
     CHECKED.add(bridge)

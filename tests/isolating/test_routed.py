@@ -59,6 +59,17 @@ def test_shares_are_those_of_a_pass_written_by_hand():
     assert shares == pytest.approx(expected, rel=1e-4)
 
 
+def test_shares_are_of_what_the_experts_make_and_not_of_what_the_block_scales():
+    """Granite adds a quarter of what its FFN makes: the experts still make all of it."""
+    plain = families.tiny("GraniteMoeSWAForCausalLM")
+    for block in plain.model.layers:
+        block.residual_multiplier = 0.25
+    families.plant(plain, LAYER, DIM)
+    found = isolate(load(plain), None, [Batch.of(ids())], ffn_edit="drop")
+    shares = [row.share for row in found.experts if row.layer == LAYER]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-4)
+
+
 def test_experts_that_do_more_than_their_weights_say_are_refused():
     model = load(families.tiny("MixtralForCausalLM"))
     experts = experts_of(model, LAYER)

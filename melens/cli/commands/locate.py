@@ -203,7 +203,7 @@ def _list_families(name: str | None, *, as_json: bool) -> None:
     if as_json:
         say_json(families())
         return
-    marks = {YES: YES, NOTHING: NOTHING}
+    marks = {YES: YES, NOTHING: NOTHING, "": ""}
     rows = [
         {"architecture": a, "bridge": row["bridge"]}
         | {m: marks.get(said, "no") for m, said in row.items() if m != "bridge"}
