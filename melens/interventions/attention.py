@@ -185,7 +185,7 @@ def drop_key(
 
         return edit
 
-    with before_modules(place, {n: decoder.attentions[n] for n in at}, make, whole=True) as edited:
+    with before_modules(place, {n: decoder.inputs[n] for n in at}, make, whole=True) as edited:
         yield edited
 
 

@@ -157,7 +157,7 @@ def layers_of(decoder: Decoder, layer: int | MELayer | None, layers: Layers) -> 
             if unread := [str(at) for at in decoder.unread if at > start]:
                 raise InterventionError(
                     f"the attention of layer {', '.join(unread)} cannot be edited here, "
-                    "TransformerLens has no hook at it."
+                    "no module of it is known."
                 )
             raise InterventionError(
                 f"no layer with attention comes after layer {start} of {decoder.name}; name layers."

@@ -11,7 +11,7 @@ from melens.interventions.context import require_no_edit
 from melens.isolating.cells import joined
 from melens.isolating.edited import MOST_SHARE, Edited, LocatedSubject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
-from melens.isolating.path import has_part, ordinary_tokens, share_at, sufficiency
+from melens.isolating.path import has_neurons, has_part, ordinary_tokens, share_at, sufficiency
 from melens.isolating.routed import routed_rows
 from melens.isolating.runs import EditedTexts, Finished, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
@@ -36,7 +36,7 @@ def isolate(
     prompts: Source = None,
     *,
     layer: int | None = None,
-    ffn_edit: str = "neurons",
+    ffn_edit: str | None = None,
     run: Run | None = None,
 ) -> Isolation:
     """Find which parameters of the ME Layer make the massive activation.
@@ -51,7 +51,8 @@ def isolate(
              me_layer: what ``melens.locate`` found on this model; None = locate first.
              prompts: texts, as for ``melens.locate``; ready batches stay as they are.
              layer: the one layer to edit, counted from 0; None = every step of the emergence.
-             ffn_edit: ``neurons`` ablates the fewest that make 90 % of the write; ``pull-back``,
+             ffn_edit: None = ``neurons``, or ``drop`` where the layer's FFN has experts.
+             ``neurons`` ablates the fewest that make 90 % of the write; ``pull-back``,
              ``cap`` (the released code's F1 and F3), or ``drop`` (no FFN write).
              run: progress, and a JSON-lines file of finished runs that the same call goes on from;
              removed at the end.
@@ -62,13 +63,17 @@ def isolate(
              ContractError: a model that cannot be resumed from the middle.
     """
     run = setting_of(run, Run, "run")
-    check_ffn_edit(ffn_edit)
+    if ffn_edit is not None:
+        check_ffn_edit(ffn_edit)
     inputs = prepare(model, prompts)
     require_unfolded(inputs.model)
     if layer is not None:
         check_layer(inputs.model, layer)
     located = settle_primary(inputs, me_layer)
     _require_emergence(located.me_layer)
+    if ffn_edit is None:
+        first = steps_of(located.me_layer)[0] if layer is None else layer
+        ffn_edit = "neurons" if has_neurons(inputs.model, first) else "drop"
     if run.keep is not None:
         require_no_edit(inputs.model)
     finished = Finished(run.keep, _facts(inputs, located.me_layer, layer, ffn_edit))

@@ -142,6 +142,8 @@ class Edited:
         block = subject.blocks[layer]
         around = (block.ffn_norm, "ln2_post" if "ln2_post" in block.norms else None)
         self.norms = [norm for norm in around if norm is not None]
+        if block.untold:
+            raise SiteError(f"block {layer}'s parts cannot be told apart: {block.untold}.")
         if not self.norms:
             raise SiteError(f"block {layer} has no norm around its FFN.")
         if not subject.can_edit(layer):

@@ -133,6 +133,11 @@ def _sites(model: HookedModel, layer: int) -> dict[str, str]:
     return {name: hook for name, hook in found.items() if hook in model.hook_dict}
 
 
+def has_neurons(model: HookedModel, layer: int) -> bool:
+    """Whether a block's FFN has neurons of its own."""
+    return _ffn(model, layer) is not None
+
+
 def _ffn(model: HookedModel, layer: int) -> FFN | None:
     try:
         return ffn_of(model, layer)

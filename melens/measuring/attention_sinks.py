@@ -300,7 +300,9 @@ class SinkPlan:
         if not any(block.learned_sink for block in blocks):
             return ()
         return tuple(
-            tuple(means[n].missing.tolist()) if blocks[n].learned_sink else None
+            None
+            if n not in means or (lacking := means[n].missing) is None
+            else tuple(lacking.tolist())
             for n in range(len(blocks))
         )
 

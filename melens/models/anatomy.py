@@ -70,8 +70,8 @@ class Anatomy:
         wanted = self.blocks if layer is None else self.blocks[layer : layer + 1]
         if unread := [str(block.layer) for block in wanted if block.unread]:
             return (
-                f"the attention of layer {', '.join(unread)} cannot be read here: TransformerLens "
-                "has no hook for its pattern"
+                f"the attention of layer {', '.join(unread)} cannot be read here: no hook "
+                "shows its pattern"
             )
         if layer is None:
             return "no layer of this model has attention"

@@ -119,7 +119,8 @@ def own_answer(model: Any, *, upto: int | None = None) -> OwnAnswer:
 
     def keep(layer: int) -> Callable[..., None]:
         def note(module: nn.Module, args: object, out: Tensor | Sequence[Tensor]) -> None:
-            blocks[layer] = (out[0] if isinstance(out, (tuple, list)) else out).detach().clone()
+            first = out if isinstance(out, Tensor) else out[0]
+            blocks[layer] = first.detach().clone()
             if layer == upto:
                 raise _Enough
 

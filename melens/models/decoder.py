@@ -170,6 +170,8 @@ def _measured(model: Any) -> Decoder:
     found: list[dict[int, torch.nn.Module]] = [{}, {}, {}, {}]
     for row in _ROLES[model]:
         mixer = next((p for p in row.mixers if holds_attention(blocks[row.layer], p)), None)
+        if row.why:
+            mixer = _attention_in(blocks[row.layer])
         paths = (mixer, row.norms.get("ln1"), row.ffn or None, row.ffn_reads)
         for kept, path in zip(found, paths, strict=True):
             if path is not None:
@@ -180,6 +182,13 @@ def _measured(model: Any) -> Decoder:
     return Decoder(
         model, name, len(blocks), size, attentions, norms, blocks, ffns, ffn_norms, unread
     )
+
+
+def _attention_in(block: torch.nn.Module) -> str | None:
+    """The one module that calls itself attention, in a block whose parts could not be told."""
+    found = [path for path, part in block.named_modules() if "Attention" in type(part).__name__]
+    tops = [p for p in found if not any(p.startswith(f"{other}.") for other in found)]
+    return tops[0] if len(tops) == 1 else None
 
 
 def _part(adapter: Any, model: TransformersModel, name: str) -> torch.nn.Module | None:

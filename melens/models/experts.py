@@ -126,9 +126,9 @@ def experts_of(model: HookedModel, layer: int) -> Experts:
     """
     check_layer(model, layer)
     ffn = getattr(getattr(model.blocks[layer], "mlp", None), "original_component", None)
-    for module in () if ffn is None else ffn.modules():
+    for module in ffn.modules() if isinstance(ffn, nn.Module) else ():
         down = getattr(module, "down_proj", None)
         known = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-        if isinstance(down, Tensor) and down.ndim == 3 and known:
+        if isinstance(down, Tensor) and down.ndim == 3 and known and isinstance(ffn, nn.Module):
             return Experts(layer, ffn, module, len(down))
     raise SiteError(f"block {layer} has no routed experts whose weights melens can read.")

@@ -33,12 +33,13 @@ def family(name: str) -> Row:
     Raises:  ModelNotFoundError: it is not in the table; with those that are named alike.
     """
     known = {key.lower(): key for key in families()}
-    for wanted in (name.lower(), f"{name.lower()}forcausallm"):
+    asked = name.lower()
+    for wanted in (asked, f"{asked}forcausallm", f"{asked}lmheadmodel"):
         if wanted in known:
             return families()[known[wanted]]
     raise ModelNotFoundError(
-        f"no architecture {name!r} was measured.{did_you_mean(name, families())} "
-        "`melens models families` lists them."
+        f"no architecture {name!r} was measured, which does not say that it fails."
+        f"{did_you_mean(name, families())} `melens models families` lists them."
     )
 
 

@@ -224,7 +224,8 @@ def ffn_of(model: HookedModel, layer: int) -> FFN:
     act = vars(weights).get("_bend") or next(
         (f for name in ACTIVATIONS if (f := getattr(inner, name, None)) is not None), None
     )
-    act = act or _tried_activation(model.cfg.d_model, weights, inner)
+    if act is None and isinstance(inner, nn.Module):
+        act = _tried_activation(model.cfg.d_model, weights, inner)
     if act is None:
         raise SiteError(f"block {layer}'s FFN bends its neurons by no activation melens knows.")
     gated = f"{prefix}mlp.hook_pre_linear" in known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ def bends(*homes: nn.Module) -> Iterator[Bend]:
         for name, child in [*home.named_children(), *vars(home).items()]:
             known = any(mark in name for mark in ("act", "elu"))
             if known and callable(child) and not isinstance(child, type):
-                yield child
+                yield cast("Bend", child)
     for name in ACT2FN:
         made = ACT2FN[name]
         if not any(True for _ in made.parameters()):

@@ -7,7 +7,7 @@ those modules, so that hooks have the names that they have everywhere.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ class AnyPart(GeneralizedComponent):
             args = (self.hook_in(args[0]), *args[1:])
         elif "hidden_states" in kwargs:
             kwargs["hidden_states"] = self.hook_in(kwargs["hidden_states"])
-        out = self.original_component(*args, **kwargs)
+        inner: Any = self.original_component
+        out = inner(*args, **kwargs)
         first = out[0] if isinstance(out, tuple) else out
         made = self._hook_scaled_output(first, self.hook_out, self._scale)
         made = made.clone()  # Falcon adds to it in place, and hooks have seen it
@@ -156,7 +157,7 @@ class DenseFFN(MLPBridge):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `AnyPart`; the layers inside fire their own hooks."""
-        return AnyPart.forward(self, *args, **kwargs)
+        return AnyPart.forward(cast("AnyPart", self), *args, **kwargs)
 
 
 def measured_bridge(
@@ -185,7 +186,7 @@ def _observed(hf: TransformersModel, ids: TokenIds) -> dict[nn.Module, bool]:
     is left in that implementation.
     """  # noqa: D205
     register()
-    before = hf.config._attn_implementation
+    before = hf.config._attn_implementation or "eager"
     called: dict[nn.Module, list[bool]] = {}
     token = CALLED.set(called)
     try:
@@ -325,7 +326,7 @@ class FusedFFN(JointGateUpMLPBridge):
             layer: Any = module.get_submodule(fused)
             weights = split(layer.weight, how, 0)
             biases = (None, None) if layer.bias is None else split(layer.bias, how, 0)
-            return tuple(_linear(w, b) for w, b in zip(weights, biases, strict=True))
+            return _linear(weights[0], biases[0]), _linear(weights[1], biases[1])
 
         super().__init__(name, config, out, split_gate_up_matrix=halves, fused_attr=fused)
         object.__setattr__(self, "_bend", bend)  # no module of its own
@@ -349,7 +350,7 @@ def _aliases(parts: dict[str, GeneralizedComponent]) -> dict[str, str]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = torch.nn.utils.skip_init(
+    made: Any = torch.nn.utils.skip_init(
         nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None
     )
     made.weight = nn.Parameter(weight, requires_grad=False)

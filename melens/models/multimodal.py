@@ -62,7 +62,7 @@ def _is_tied(config: JsonObject) -> bool:
 
     if isinstance(said := config.get("tie_word_embeddings"), bool):
         return said
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     known = kind in CONFIG_MAPPING  # a lazy mapping: its get() knows only what was asked for before
     return bool(known and getattr(CONFIG_MAPPING[kind], "tie_word_embeddings", False))
 

@@ -74,7 +74,8 @@ def roles_of(model: TransformersModel, ids: TokenIds) -> tuple[Roles, ...]:
     with evaluating(model), ExitStack() as stack:
         for watch in watches:
             watch.open(stack, found.append)
-        model(ids.to(model.get_input_embeddings().weight.device), use_cache=False)
+        table: Any = model.get_input_embeddings()
+        model(ids.to(table.weight.device), use_cache=False)
     return tuple(found)
 
 

@@ -287,7 +287,10 @@ class MELayer(Result):
             return "by parts that cannot be told apart"
         if self.writer is None:
             return "already in the embedding (-1)"
-        return f"written by the {'FFN' if self.writer.ffn >= 0.5 else 'attention'}"
+        by = (
+            "the FFN" if self.writer.ffn >= 0.5 else "attention (or what mixes tokens in its place)"
+        )
+        return f"written by {by}"
 
     @property
     def _mute(self) -> bool:

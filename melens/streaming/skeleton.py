@@ -191,7 +191,7 @@ def _pieces(
     if not found:
         raise WeightsError(
             f"{checkpoint.name} lacks {name}, or keeps it under a name that melens cannot "
-            f"stream; check the index, or else: {what_to_do(known)}"
+            f"stream; load it whole, or check the index, or else: {what_to_do(known)}"
         )
     for piece in found:
         stored, wanted = known.get(piece.name), _shape_of(shape, piece.part)

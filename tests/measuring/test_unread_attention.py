@@ -16,7 +16,7 @@ from melens.patching.sites import SITES
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2}
 TEXTS = [Batch.of(torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3)))]
-UNREAD = "the attention of layer 1 cannot be read here: TransformerLens has no hook"
+UNREAD = "the attention of layer 1 cannot be read here: no hook shows its pattern"
 
 
 def plain(config):

@@ -34,12 +34,12 @@ def isolate(
         typer.Option(min=0, help="Layer to edit, from 0 (default: every step of the emergence)."),
     ] = None,
     ffn_edit: Annotated[
-        FfnEdit,
+        FfnEdit | None,
         typer.Option(
             help="neurons: ablate the fewest that make 90 % of the write; pull-back and cap: to "
-            "an ordinary token's size; drop: no FFN write."
+            "an ordinary token's size; drop: no FFN write. Default: neurons, of experts drop."
         ),
-    ] = FfnEdit.neurons,
+    ] = None,
     texts: opt.TextOptions,
     out: opt.Output,
     run: opt.SeededRun,
@@ -68,7 +68,9 @@ def isolate(
     keep, start = None if job.out is None else job.out / STEPS, time.perf_counter()
     with job.bar("steps") as tick, work_counted(loaded) as tokens:
         how = Run(keep=keep, progress=tick)
-        result = measure(loaded, found, prompts, layer=layer, ffn_edit=ffn_edit.value, run=how)
+        result = measure(
+            loaded, found, prompts, layer=layer, ffn_edit=ffn_edit and ffn_edit.value, run=how
+        )
         passes = tokens() / int(result.run.settings["tokens"] or 1)
     job.finish(result)
     seconds = time.perf_counter() - start
