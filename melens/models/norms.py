@@ -51,8 +51,8 @@ def measured_norm(module: nn.Module, width: int, *, where: str) -> Norm:
     Raises:  ModelError: what it does is no normalisation times a gain.
     """
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    gain, bias = _gain_and_bias(module, width, weight)
-    kind = _kind(module, gain, bias, weight)
+    gain, bias, x, made = _gain_and_bias(module, width, weight)
+    kind = _kind(x, made, gain, bias, weight)
     if kind is None:
         raise ModelError(
             f"{where}, a {type(module).__name__}, is no normalisation times a gain, so its gain "
@@ -86,24 +86,26 @@ def stored_norm(module: nn.Module, *, where: str) -> Norm:
     return Norm(kind, gain, 0.0, added)
 
 
-def _gain_and_bias(module: nn.Module, width: int, like: Tensor | None) -> tuple[Row, Row]:
-    """From mirrored rows; of an odd width two rows, each with one channel at zero."""
+def _gain_and_bias(module: nn.Module, width: int, like: Tensor | None) -> tuple[Row, Row, Row, Row]:
+    """From mirrored rows, of an odd width two, each with one channel at zero; and an ordinary row
+    with what the module makes of it. One call: a load measures every norm.
+    """  # noqa: D205
     row = torch.ones(width)
     row[1::2] = -1
     rows = [row]
     if width % 2:
         rows = [row.clone(), -row.roll(1)]
         rows[0][-1] = rows[1][0] = 0
-    made = [(_run(module, r, like), _run(module, -r, like)) for r in rows]
+    x = 1 + torch.randn(width, generator=torch.Generator().manual_seed(0))
+    made = _run(module, torch.stack([*rows, *(-r for r in rows), x]), like)
+    up, down = made[: len(rows)], made[len(rows) : -1]
     unit = [r / r.square().mean().sqrt() for r in rows]
-    each = [(up - down) / 2 / r for r, (up, down) in zip(unit, made, strict=True)]
+    each = [(up[n] - down[n]) / 2 / r for n, r in enumerate(unit)]
     gain = torch.where(torch.isfinite(each[0]), each[0], each[-1])
-    return gain, (made[0][0] + made[0][1]) / 2
+    return gain, (up[0] + down[0]) / 2, x, made[-1]
 
 
-def _kind(module: nn.Module, gain: Row, bias: Row, like: Tensor | None) -> str | None:
-    x = 1 + torch.randn(len(gain), generator=torch.Generator().manual_seed(0))
-    made = _run(module, x, like)
+def _kind(x: Row, made: Row, gain: Row, bias: Row, like: Tensor | None) -> str | None:
     for kind, centred in (("rms", x), ("layer", x - x.mean())):
         expected = centred / centred.square().mean().sqrt() * gain + bias
         if (made - expected).abs().max() <= 4 * _limit(like) * expected.abs().max().clamp_min(1):
@@ -111,10 +113,12 @@ def _kind(module: nn.Module, gain: Row, bias: Row, like: Tensor | None) -> str |
     return None
 
 
-def _run(module: nn.Module, row: Row, like: Tensor | None) -> Row:
+def _run(
+    module: nn.Module, rows: Float[Tensor, "row d_model"], like: Tensor | None
+) -> Float[Tensor, "row d_model"]:
     """Past the hooks on the module: an open edit is no part of its weights."""
-    x = row[None, None] if like is None else row[None, None].to(like.device, like.dtype)
-    return module.forward(x)[0, 0].detach().float().cpu()
+    x = rows[:, None] if like is None else rows[:, None].to(like.device, like.dtype)
+    return module.forward(x)[:, 0].detach().float().cpu()
 
 
 def _limit(like: Tensor | None) -> float:
