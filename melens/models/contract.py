@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -239,7 +239,11 @@ def check_contract(model: HookedModel, own: OwnAnswer | None = None) -> Anatomy:
 
         return read
 
-    hooks = [(site, keep(site)) for block in parts.blocks for site in _all_sites(model, block)]
+    known = set(
+        model.hook_dict
+    )  # asking a bridge for it once a site would take longer than the run
+    sites = [site for block in parts.blocks for site in _all_sites(model, block, known)]
+    hooks = [(site, keep(site)) for site in sites]
     hooks += [(resid_post(block.layer), close(block)) for block in parts.blocks]
     name = getattr(model.cfg, "architecture", None) or type(model).__name__
     with hooked(model, hooks), evaluating(model), failing(f"the bridge of {name} fails"):
@@ -279,16 +283,16 @@ def _sites(model: HookedModel, block: Block) -> list[str]:
     return sites
 
 
-def _all_sites(model: HookedModel, block: Block) -> list[str]:
-    return [*_sites(model, block), *_norm_sites(model, block)]
+def _all_sites(model: HookedModel, block: Block, known: Container[str]) -> list[str]:
+    return [*_sites(model, block), *_norm_sites(model, block, known)]
 
 
-def _norm_sites(model: HookedModel, block: Block) -> list[str]:
+def _norm_sites(model: HookedModel, block: Block, known: Container[str]) -> list[str]:
     if is_folded(model):
         return []
     ends = ("normalized", "out", "in")
     sites = [f"blocks.{block.layer}.{norm}.hook_{end}" for norm in block.norms for end in ends]
-    return [site for site in sites if site in model.hook_dict]
+    return [site for site in sites if site in known]
 
 
 def _check_block(model: HookedModel, block: Block, seen: dict[str, Tensor]) -> None:
