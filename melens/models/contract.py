@@ -239,11 +239,7 @@ def check_contract(model: HookedModel, own: OwnAnswer | None = None) -> Anatomy:
 
         return read
 
-    known = set(
-        model.hook_dict
-    )  # asking a bridge for it once a site would take longer than the run
-    sites = [site for block in parts.blocks for site in _all_sites(model, block, known)]
-    hooks = [(site, keep(site)) for site in sites]
+    hooks = [(site, keep(site)) for site in _every_site(model, parts)]
     hooks += [(resid_post(block.layer), close(block)) for block in parts.blocks]
     name = getattr(model.cfg, "architecture", None) or type(model).__name__
     with hooked(model, hooks), evaluating(model), failing(f"the bridge of {name} fails"):
@@ -283,8 +279,10 @@ def _sites(model: HookedModel, block: Block) -> list[str]:
     return sites
 
 
-def _all_sites(model: HookedModel, block: Block, known: Container[str]) -> list[str]:
-    return [*_sites(model, block), *_norm_sites(model, block, known)]
+def _every_site(model: HookedModel, parts: Anatomy) -> list[str]:
+    known = set(model.hook_dict)  # to ask a bridge once a site would take longer than the run
+    every = ((_sites(model, block), _norm_sites(model, block, known)) for block in parts.blocks)
+    return [site for own, norms in every for site in (*own, *norms)]
 
 
 def _norm_sites(model: HookedModel, block: Block, known: Container[str]) -> list[str]:
