@@ -43,16 +43,9 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from words import tokenizer as made
 
-    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
-    vocabulary = {special.get(i, f"w{i}"): i for i in range(64)}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
-    )
+    return made()
 
 
 @pytest.fixture(scope="session")

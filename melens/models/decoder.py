@@ -161,11 +161,13 @@ def _measured(model: Any) -> Decoder:
     """What each module does was seen in a short run (`roles`); once for every model."""
     from melens.models.contract import failing, probe_ids
     from melens.models.roles import roles_of
+    from melens.models.view import view_of
 
     name = type(model).__name__
     if model not in _ROLES:
         with failing(f"the parts of {name} cannot be measured"):
-            _ROLES[model] = roles_of(model, probe_ids(model.config))
+            # a view has none of the hooks that may be open on the model
+            _ROLES[model] = roles_of(view_of(model), probe_ids(model.config))
     blocks = dict(enumerate(layer_list(model)))
     found: list[dict[int, torch.nn.Module]] = [{}, {}, {}, {}]
     for row in _ROLES[model]:

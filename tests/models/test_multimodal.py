@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from family_measures import tokenizer
+from words import tokenizer
 
 from melens.batches import Batch
 from melens.errors import ModelError

@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 
+from melens.models.decoder import decoder_of
 from melens.models.roles import roles_of
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -47,3 +48,12 @@ def test_parallel_parts_with_a_norm_each_are_told_apart():
     for row in roles_of(families.tiny("FalconForCausalLM/40b"), IDS):
         assert row.norms == {"ln1": "ln_attn", "ln2": "ln_mlp"}
         assert row.ffn_reads == "ln_mlp"
+
+
+def test_an_open_hook_is_no_part_of_what_a_plain_model_is():
+    plain = families.tiny("HeliumForCausalLM")
+    handle = plain.model.layers[1].register_forward_hook(lambda module, args, out: out + 1)
+    found = decoder_of(plain)
+    handle.remove()
+    assert list(found.ffns) == [0, 1, 2]
+    assert found.norms[1] is plain.model.layers[1].input_layernorm

@@ -14,8 +14,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from words import tokenizer
 
 from melens.batches import Batch
 from melens.interventions import wemask
@@ -25,6 +24,7 @@ from melens.measuring import sinks
 from melens.models import load
 from melens.models.anatomy import anatomy
 from melens.models.bridging import WAYS, checked_bridge
+from melens.models.decoder import layer_list
 from melens.patching import patch
 from melens.scanning import scan
 from melens.streaming.streamed import load_streamed
@@ -78,17 +78,6 @@ class Family:
         self.hf.save_pretrained(self.folder)
         tokenizer().save_pretrained(self.folder)
         return self.folder
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w3 to w63."""
-    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
-    vocabulary = {special.get(i, f"w{i}"): i for i in range(64)}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
-    )
 
 
 def loads(family: Family) -> str:
@@ -161,11 +150,47 @@ def masks(family: Family) -> str:
 
 
 def patches(family: Family) -> str:
-    """A whole token's residual put into another run is that run from there on."""
-    clean, corrupted = Batch.of(family.ids[:1]), Batch.of(family.ids[1:2])
-    found = patch(family.bridge, clean, corrupted, sites="resid_post", metric="loss", layers=[1])
-    assert all(value == value for value in found.values["resid_post"][0])
+    """Every cell is a plain run of the plain model with one position of one block replaced."""
+    clean, corrupted = family.ids[:1], family.ids[1:2]
+    found = patch(
+        family.bridge,
+        Batch.of(clean),
+        Batch.of(corrupted),
+        sites="resid_post",
+        metric="loss",
+        layers=[LAYER],
+    )
+    seen: list[torch.Tensor] = []
+    run_with(family.hf, clean, lambda out: seen.append(out.clone()))
+    for row in found.rows():
+        at = row["position"]
+
+        def put_in(out: torch.Tensor, at: int = at) -> torch.Tensor:
+            made = out.clone()
+            made[:, at] = seen[0][:, at]
+            return made
+
+        logits = run_with(family.hf, corrupted, put_in)
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], corrupted[0, 1:]).item()
+        assert row["value"] == pytest.approx(loss, rel=1e-4), f"position {at}"
     return ""
+
+
+@torch.no_grad()
+def run_with(
+    model: Any, ids: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> torch.Tensor:
+    """Logits of a plain model under a change of what block LAYER gives."""
+
+    def hook(module: Any, args: Any, out: Any) -> Any:
+        made = change(out[0] if isinstance(out, tuple) else out)
+        return made if made is None or not isinstance(out, tuple) else (made, *out[1:])
+
+    handle = layer_list(model)[LAYER].register_forward_hook(hook)
+    try:
+        return model(ids, use_cache=False).logits
+    finally:
+        handle.remove()
 
 
 def isolates(family: Family) -> str:
