@@ -162,3 +162,22 @@ def test_memory_that_runs_out_is_no_fault_of_the_family(bridged, tokenizer):
     with pytest.raises(torch.OutOfMemoryError):
         Resumable(model, BATCHES["one"])
     handle.remove()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_whole_runs_give_what_resumed_blocks_give(bridged, side):
+    """For models whose blocks or head do not run by themselves; here both ways are there."""
+    rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    run = Resumable(bridged("llama"), Batch.pad(rows, side=side))
+    real = run.batch.mask.repeat(2, 1)
+    for layer in (0, 1, 2):
+        clean = run.resid_pre(layer)
+        both = torch.cat([clean, clean * 1.5])
+        for stop in (layer + 1, 3):
+            run.whole_blocks = run.whole_head = False
+            expected = run.run(layer, both, upto=stop)
+            logits = run.logits(expected)
+            run.whole_blocks = run.whole_head = True
+            found = run.run(layer, both, upto=stop)
+            torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run.logits(expected), logits, rtol=1e-4, atol=1e-5)
