@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from einops import repeat
@@ -167,7 +167,8 @@ def _measured(model: Any) -> Decoder:
     if model not in _ROLES:
         with failing(f"the parts of {name} cannot be measured"):
             # a view has none of the hooks that may be open on the model
-            _ROLES[model] = roles_of(view_of(model), probe_ids(model.config))
+            plain = cast("TransformersModel", view_of(model))
+            _ROLES[model] = roles_of(plain, probe_ids(model.config))
     blocks = dict(enumerate(layer_list(model)))
     found: list[dict[int, torch.nn.Module]] = [{}, {}, {}, {}]
     for row in _ROLES[model]:
