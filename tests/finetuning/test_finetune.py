@@ -160,6 +160,39 @@ def test_merged_and_unmerged_agree_and_the_mask_comes_with_it(masked, folder, tm
         assert torch.allclose(bridge(ids), hf(ids).logits, atol=1e-4)
 
 
+FRESH = """
+import sys
+import torch
+import melens
+hf = melens.load(sys.argv[1]).original_model
+row = torch.tensor([[1, 20, 30, 40, 50]])
+print(hf.generate(row, max_new_tokens=8, do_sample=False, eos_token_id=None).tolist())
+"""
+
+
+def test_the_merged_model_generates_with_the_mask_in_a_fresh_process(masked, tmp_path):
+    """Independent: passes over the whole text, without a cache, a token at a time."""
+    out, _, _ = masked
+    merged = merge(out, tmp_path / "merged")
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(merged)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    bridge = melens.load(merged)
+
+    def text():
+        ids = [1, 20, 30, 40, 50]
+        for _ in range(8):
+            ids.append(int(bridge(torch.tensor([ids]))[0, -1].argmax()))
+        return ids
+
+    with torch.no_grad():
+        edited = text()
+        bridge.melens_edit.close()
+        assert text() != edited
+    assert json.loads(done.stdout) == [edited]
+
+
 def test_a_learned_sink_is_a_prefix_anywhere(folder, rows, words, tmp_path):
     """Independent: PEFT alone, on a model that melens never saw."""
     from peft import PeftModel
