@@ -21,7 +21,7 @@ from melens.cli.commands.finetune import finetune
 from melens.cli.commands.isolate import isolate, super_weights
 from melens.cli.commands.locate import env, known, locate, models, plot
 from melens.cli.commands.long_context import long_context
-from melens.cli.commands.measure import attention, collapse, describe, metric, sinks
+from melens.cli.commands.measure import attention, collapse, describe, metric, mixers, sinks
 from melens.cli.commands.patch import patch
 from melens.cli.commands.scan import reach, scan
 from melens.cli.groups import grouped
@@ -86,6 +86,7 @@ COMMANDS = (
     collapse,
     metric,
     sinks,
+    mixers,
     attention,
     isolate,
     super_weights,

@@ -198,11 +198,14 @@ def _plain(maps: AttentionMaps) -> str:
 
 def _attention(maps: AttentionMaps) -> str:
     """One section a layer; small maps to choose from, one of them enlarged."""
+    sunk = any(head.learned for head in maps.heads)
     parts = [
         "<h2>Attention</h2>\n<p class=note>A row is a token that attends (destination), a column a "
         "token attended to (source), both with their position. White is 0, full blue 1, grey lies "
         "ahead of the token and cannot be seen. L11H3 is query head 3 of layer 11, both counted "
-        "from 0. A space is shown as ·.</p>"
+        "from 0. A space is shown as ·."
+        + (f" The column {SINK} is what a learned logit takes of each row." if sunk else "")
+        + "</p>"
     ]
     for layer in sorted({head.layer for head in maps.heads}):
         heads = [head for head in maps.heads if head.layer == layer]
@@ -216,9 +219,10 @@ def heads_panel(name: str, tokens: Sequence[str], heads: Sequence[HeadMap]) -> s
 
     Args:    name: its id, of letters, digits and hyphens; the page also needs bundle() and BOOT.
     """
+    sunk = any(head.learned for head in heads)
     props = {
-        "tokens": [_label(token) for token in tokens],
-        "attention": [_square(head) for head in heads],
+        "tokens": [SINK] * sunk + [_label(token) for token in tokens],
+        "attention": [_square(head, sunk=sunk) for head in heads],
         "attentionHeadNames": [f"L{head.layer}H{head.head}" for head in heads],
         "minValue": -1,
         "maxValue": 1,
@@ -226,9 +230,17 @@ def heads_panel(name: str, tokens: Sequence[str], heads: Sequence[HeadMap]) -> s
     return _panel(name, "AttentionHeads", props)
 
 
-def _square(head: HeadMap) -> list[list[float]]:
+def _square(head: HeadMap, *, sunk: bool) -> list[list[float]]:
+    """The head's rows; a learned sink is a column in front, and a row that attends to nothing."""
     n = len(head.rows)
-    return [[round(v, _DIGITS) for v in row] + [0] * (n - len(row)) for row in head.rows]
+    square = [[round(v, _DIGITS) for v in row] + [0] * (n - len(row)) for row in head.rows]
+    if not sunk:
+        return square
+    taken = head.learned or (0.0,) * n
+    return [[0.0] * (n + 1), *([taken[i], *row] for i, row in enumerate(square))]
+
+
+SINK = "(learned sink)"
 
 
 def _panel(name: str, component: str, props: JsonObject) -> str:

@@ -35,6 +35,7 @@ _MODULES = {
     "metric": "ranks",
     "sinks": "sinks",
     "attention": "sinks",
+    "mixers": "mixers",
     "isolate": "causes",
     "super-weights": "causes",
     "patch": "patch_grid",

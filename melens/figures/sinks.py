@@ -145,7 +145,10 @@ GAMMA = 0.4
 
 @figure(AttentionMaps, "panels")
 def draw_panels(result: AttentionMaps) -> Figure:
-    """Queries down, keys across; massive tokens' columns are ticked; the first MAX_PANELS heads."""
+    """Queries down, keys across; massive tokens' columns are ticked; the first MAX_PANELS heads.
+
+    A learned sink's share of each row is a column of its own, left of the keys.
+    """
     shown = result.heads[:MAX_PANELS]
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
@@ -154,10 +157,21 @@ def draw_panels(result: AttentionMaps) -> Figure:
     n = len(result.tokens)
     image = None
     for axes, head in zip(grid.flat, shown, strict=False):
-        square = [[*row, *([float("nan")] * (n - len(row)))] for row in head.rows]
-        image = axes.imshow(square, cmap="cividis", norm=PowerNorm(GAMMA, vmin=0, vmax=1))
+        square = [[*row, *([math.nan] * (n - len(row)))] for row in head.rows]
+        if head.learned:  # a column of its own, one apart from the first key's
+            square = [[own, math.nan, *row] for own, row in zip(head.learned, square, strict=True)]
+        left = -0.5 - 2 * bool(head.learned)
+        image = axes.imshow(
+            square,
+            cmap="cividis",
+            norm=PowerNorm(GAMMA, vmin=0, vmax=1),
+            extent=(left, n - 0.5, n - 0.5, -0.5),
+        )
         axes.set_title(f"layer {head.layer}, head {head.head}", loc="left")
-        axes.set_xticks(result.massive_positions)
+        axes.set_xticks(
+            [*([-2] if head.learned else []), *result.massive_positions],
+            [*(["learned"] if head.learned else []), *map(str, result.massive_positions)],
+        )
         axes.set_yticks([0, n - 1])
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()

@@ -6,6 +6,7 @@ from melens.measuring.massive_token import describe
 from melens.measuring.metric import metric_by_layer
 from melens.measuring.one_pass import Measurements, measure_all
 from melens.measuring.rank_collapse import collapse
+from melens.measuring.token_mixers import mixers
 
 __all__ = [
     "Measurements",
@@ -14,5 +15,6 @@ __all__ = [
     "describe",
     "measure_all",
     "metric_by_layer",
+    "mixers",
     "sinks",
 ]

@@ -73,13 +73,14 @@ def attention(
     taps = {pattern_hook(layer): tap for layer, tap in patterns.items()}
     taps |= {resid_post(layer): tap for layer, tap in resids.items()}
     stream(inputs.model, Batch.of(torch.tensor([row])), taps)
+    sunk = {block.layer for block in anatomy(inputs.model).blocks if block.learned_sink}
     (marks,) = mark(inputs.over(Batch.of(torch.tensor([row]))), found)
     return AttentionMaps(
         tokens=tuple(map(inputs.decode, row)),
         me_layer=found.me_layer,
         massive_positions=tuple(marks[0].nonzero().flatten().tolist()),
         heads=tuple(
-            HeadMap(layer=layer, head=head, rows=_triangle(patterns[layer].result()[head]))
+            _head(layer, head, patterns[layer].result()[head], learned=layer in sunk)
             for layer in chosen
             for head in wanted
         ),
@@ -125,6 +126,17 @@ def _telling_layers(inputs: Inputs, found: MELayer) -> list[int]:
     able = anatomy(inputs.model).attention_layers
     start = max(found.me_layer if found.me_layer is not None else 0, 0)
     return [layer for layer in able if layer >= start][:2] or list(able[-1:])
+
+
+def _head(layer: int, head: int, pattern: Tensor, *, learned: bool) -> HeadMap:
+    """One head; what a row lacks of 1 is what the learned sink took."""
+    taken = (1 - pattern.double().sum(-1)).clamp_min(0).tolist() if learned else []
+    return HeadMap(
+        layer=layer,
+        head=head,
+        rows=_triangle(pattern),
+        learned=tuple(round(share, DIGITS) for share in taken),
+    )
 
 
 def _triangle(pattern: Tensor) -> tuple[tuple[float, ...], ...]:

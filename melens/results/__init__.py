@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from melens.results.long_context import LongContext
     from melens.results.metric import MetricProfile
+    from melens.results.mixers import Mixers
     from melens.results.patch import Axis, PatchGrid
     from melens.results.reach import Reach
     from melens.results.scan import Candidate, LayerCeiling, WeightScan
@@ -76,6 +77,7 @@ _HOMES = {
     "MELayer": "locate",
     "MassiveToken": "locate",
     "MetricProfile": "metric",
+    "Mixers": "mixers",
     "PatchGrid": "patch",
     "PolicyUsed": "check",
     "Reach": "reach",
@@ -123,6 +125,7 @@ __all__ = [
     "MELayer",
     "MassiveToken",
     "MetricProfile",
+    "Mixers",
     "PatchGrid",
     "PolicyUsed",
     "Reach",

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 if TYPE_CHECKING:
     from melens.figures.attention_view import HtmlView
@@ -35,6 +35,8 @@ class HeadMap(Part):
     head: int
     rows: tuple[tuple[float, ...], ...]
     """Row i holds query i's attention to keys 0 to i (causal), rounded to four digits."""
+    learned: tuple[float, ...] = added_later(())
+    """What the learned sink logit takes of each query's row; () where the layer has none."""
 
 
 class TokenNorms(Part):
@@ -68,6 +70,8 @@ class AttentionMaps(Result):
             raise ValueError("there must be a token and a head")
         if any([len(row) for row in head.rows] != list(range(1, n + 1)) for head in self.heads):
             raise ValueError("a head needs one row a token, row i with i + 1 entries")
+        if any(head.learned and len(head.learned) != n for head in self.heads):
+            raise ValueError("a learned sink needs one share a token")
         if any(len(layer.norms) != n for layer in self.norms):
             raise ValueError("norms must have one number a token")
         if any(not 0 <= position < n for position in self.massive_positions):
@@ -87,6 +91,7 @@ class AttentionMaps(Result):
                 "attention_to_first": sum(row[0] for row in head.rows[1:]) / n,
                 "attention_to_self": sum(row[-1] for row in head.rows[1:]) / n,
             }
+            | ({"learned_sink": sum(head.learned[1:]) / n} if head.learned else {})
             for head in self.heads
         ]
 

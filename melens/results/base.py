@@ -182,6 +182,7 @@ _MODULES = {
     "known": "known",
     "long-context": "long_context",
     "metric": "metric",
+    "mixers": "mixers",
     "patch": "patch",
     "reach": "reach",
     "scan": "scan",

@@ -1,4 +1,4 @@
-"""describe, collapse, metric, sinks and attention."""
+"""describe, collapse, metric, sinks, mixers and attention."""
 
 from __future__ import annotations
 
@@ -120,6 +120,36 @@ def sinks(
 
     with job.bar() as tick:
         result = measure(loaded, found, prompts, t=t, batch_size=run.batch_size, progress=tick)
+    job.finish(result)
+
+
+def mixers(
+    model: opt.Model,
+    *,
+    located: opt.Located = None,
+    texts: opt.TextOptions,
+    out: opt.Output,
+    run: opt.RunOptions,
+) -> None:
+    """Follow MODEL's sink token through each kind of mixer: attention, linear, state space.
+
+    Its size beside the median token also where nothing is massive by the absolute rule, whether it
+    peaks right before full-attention layers, output gates, and its part in recurrent states.
+
+    Examples:
+      melens mixers smollm2-135m --out runs/mixers
+
+      melens mixers ./Qwen3-Next-80B --located runs/demo/locate.json --json
+    """
+    job = Job.of(model, run, texts=texts, output=out, located=located)
+    loaded, prompts = job.load()
+    found = job.locate(loaded, prompts)
+    from melens.measuring import mixers as measure
+
+    with job.bar() as tick:
+        result = measure(
+            loaded, found, prompts, seed=run.seed, batch_size=run.batch_size, progress=tick
+        )
     job.finish(result)
 
 

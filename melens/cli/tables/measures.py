@@ -153,6 +153,23 @@ def _sink_row(result: Sinks, row: JsonObject) -> JsonObject:
     return {name.replace("_", " "): value for name, value in row.items()} | {"": ", ".join(notes)}
 
 
+@table_of("mixers")
+def _mixers(result: Any) -> Iterator[Listing]:
+    yield Listing(
+        f"Token {result.token!r} at position {result.position}, the sink token of "
+        f"{result.texts_with_it} of {result.texts} texts ({result.chosen_by}); layers from 0:",
+        result.shown(),
+    )
+    yield Listing(
+        f"\nShares of its vector at layer {result.peak_layer}, its peak (the embedding's: "
+        f"{result.embedding_share:.3g}):",
+        result.by_kind(),
+    )
+    for line in result.missing:
+        yield Listing(f"Not there: {line}.")
+    yield Listing("")
+
+
 @table_of("attention")
 def _attention(result: Any) -> Iterator[Listing]:
     yield Listing("", result.rows())
