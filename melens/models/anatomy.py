@@ -192,9 +192,11 @@ def _norms(model: HookedModel, layer: int) -> tuple[str, ...]:
 
 def holds_attention(block: torch.nn.Module, path: str = "") -> bool:
     """Whether any module of a block, or of one part of it, calls itself attention, as all of
-    transformers' do.
+    transformers' do. The block's own name says which kind of layer it is, and is left out.
     """  # noqa: D205
-    return any("Attention" in type(part).__name__ for part in block.get_submodule(path).modules())
+    parts = dict(block.get_submodule(path).named_modules())
+    whole = () if path else ("", "_original_component")  # a bridge keeps the block inside
+    return any("Attention" in type(m).__name__ for name, m in parts.items() if name not in whole)
 
 
 def _block(model: HookedModel, known: set[str], layer: int) -> Block:

@@ -224,7 +224,8 @@ def _writes(x: Tensor, y: Tensor, seen: dict[str, Seen]) -> dict[str, float] | N
 def _solve(x: Tensor, y: Tensor, outputs: dict[str, Tensor]) -> dict[str, float] | None:
     """Every token counts by its own largest entry: a massive one would hide all others."""
     size = torch.maximum(_sizes(x), _sizes(y))
-    outputs = {path: out for path, out in outputs.items() if bool(out.any())}
+    finite = {path: out for path, out in outputs.items() if bool(out.isfinite().all())}
+    outputs = {path: out for path, out in finite.items() if bool(out.any())}
     if not outputs:
         return None
     goal = _even(y.double() - x.double(), size)

@@ -1,17 +1,35 @@
-"""A tokenizer of 64 words for tiny models."""
+"""Tokenizers of 64 entries for tiny models: of words, and of letters that can write numbers."""
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from string import ascii_letters, digits
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<s>", "</s>")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words w3 to w63 behind pad, BOS and EOS; it puts no BOS before a text."""
-    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
-    vocabulary = {special.get(i, f"w{i}"): i for i in range(64)}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = [*SPECIAL, *(f"w{i}" for i in range(3, 64))]
+    return _made(names, pre_tokenizers.Whitespace(), unknown="w3")
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """Digits, a blank, a full stop and letters, one a token, behind pad, BOS and EOS."""
+    names = [*SPECIAL, *digits, " ", ".", *ascii_letters][:64]
+    return _made(names, pre_tokenizers.Split(Regex("."), "isolated"), unknown=".")
+
+
+def _made(names: list[str], split: object, *, unknown: str) -> PreTrainedTokenizerFast:
+    vocabulary = {name: i for i, name in enumerate(names)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    made.pre_tokenizer = split
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
+        tokenizer_object=made,
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[0],
+        unk_token=unknown,
     )
