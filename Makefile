@@ -58,7 +58,7 @@ test-gemma: $(VENV)/.test
 	$(BIN)/melens models get gemma3-270m
 	$(BIN)/python -m pytest -m gemma tests/scanning/test_scan.py tests/weights
 
-# Every causal family of transformers, against the table of docs/architectures.md: half an hour.
+# Every causal family of transformers, against the table of docs/architectures.md, and every command on each: an hour.
 test-families: $(VENV)/.test
 	$(BIN)/python -m pytest -m "families or not families" -n $(WORKERS) tests/models/test_every_family.py
 

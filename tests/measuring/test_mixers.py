@@ -37,6 +37,8 @@ def test_the_rhythm_in_closed_form():
     # before 3: layers 0 to 2, the largest at 1; before 6: 4 and 5, the largest at 4
     assert sink_spike_alignment(norms, {3, 6}) == 0.0
     assert sink_spike_alignment(norms, {0, 1}) is None
+    # before 3 the largest is at 1, before 5 it is layer 4, alone
+    assert sink_spike_alignment(norms, {3, 5}) == 0.5
     # peaks at 1 and 4; between them, without full attention, layer 3: 4 of the smaller peak, 8
     assert inter_spike_retention(norms, {2, 5}) == pytest.approx(4 / 8)
     assert inter_spike_retention(norms, {2}) is None
@@ -131,6 +133,13 @@ def test_a_model_without_gates_has_none(tiny):
     assert gates(tiny, ids().tolist(), [0, 0, 0]) == {}
 
 
+def adds_up(found):
+    """All writes up to the peak, and the embedding, are the vector there."""
+    before = found.layers[: found.peak_layer + 1]
+    shares = sum(row.write_share + row.ffn_share for row in before) + found.embedding_share
+    return shares == pytest.approx(1.0, abs=1e-3)
+
+
 def test_a_planted_token_is_followed_through_a_hybrid():
     plain = families.tiny("OlmoHybridForCausalLM")
     made = families.plant(plain, 1, 7)
@@ -139,9 +148,7 @@ def test_a_planted_token_is_followed_through_a_hybrid():
     assert (found.me_layer, found.full_layers) == (1, (1, 3))
     assert found.layers[1].largest == pytest.approx(abs(made.value), rel=1e-3)
     assert found.is_set_apart
-    before = found.layers[: found.peak_layer + 1]
-    shares = sum(row.write_share + row.ffn_share for row in before) + found.embedding_share
-    assert shares == pytest.approx(1.0, abs=1e-3)
+    assert adds_up(found)
     assert all((row.state is None) == (row.layer in (1, 3)) for row in found.layers)
     assert found.alignment is not None
     assert found.plot().axes
@@ -155,6 +162,8 @@ def test_small_structure_is_described_and_not_called_none():
     found = mixers(load(plain), None, [Batch.of(ids())])
     assert found.me_layer is None
     assert (found.position, found.is_set_apart) == (0, True)
+    assert adds_up(found)
+    assert max(abs(row.write_share) for row in found.layers) > 0.01
     assert "Sun et al.'s rule asks for 100" in found.summary()
     assert "layers have full attention" in found.summary()
 

@@ -14,9 +14,11 @@ import weakref
 from pathlib import Path
 
 import families
+import family_commands
 import pytest
 import torch
 from family_measures import MEASURES, Family
+from words import letters
 
 from melens.errors import MelensError
 from melens.models.bridging import checked_bridge
@@ -49,6 +51,21 @@ def test_a_family_does_what_the_table_says(name, tmp_path):
 @pytest.mark.parametrize("name", REST)
 def test_every_other_family_does_what_the_table_says(name, tmp_path):
     hold_to_the_table(name, tmp_path)
+
+
+@pytest.mark.families
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", families.TINY)
+def test_every_command_ends_as_a_command_may(name, tmp_path):
+    """A result, or one line that says why; never an exception that nobody foresaw."""
+    made = families.tiny(name)
+    if name not in families.NO_PLANT:
+        families.plant(made, 1, 7)
+    made.save_pretrained(folder / "model")
+    letters().save_pretrained(folder / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not family_commands.run_all(folder / "model", folder / "out")
 
 
 def hold_to_the_table(name, folder):
