@@ -17,6 +17,16 @@ WHOLE = "melens_language_model_of"
 """Set in the inner config: the architecture that it was taken out of."""
 RENAMED = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names in multimodal files -> names of the language model alone, as regular expressions."""
+SAME_AS = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+"""Inner models that have no class of their own -> the model type that computes the same of text:
+their three position ids (time, height, width) are one and the same there, as in ordinary RoPE."""
+FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+"""Whole models whose older files keep the language model's numbers in the outer config."""
 FLOAT, DEEPEST = "__float__", 20
 OWN = re.compile(r"^(model\.(layers|embed_tokens|norm)\b|lm_head\.)")
 
@@ -27,14 +37,23 @@ def language_config(config: Any) -> Any:
     Numbers that JSON cannot hold are as transformers writes them: ``{"__float__": "Infinity"}``.
     """
     config = _with_floats(config)
-    if not isinstance(config, dict) or not isinstance(config.get("text_config"), dict):
+    if not isinstance(config, dict):
+        return config
+    if "text_config" not in config and "vision_config" in config and _kind(config) in FLAT:
+        outer = {k: v for k, v in config.items() if k != "vision_config"}
+        config = {**config, "text_config": {**outer, "model_type": FLAT[_kind(config)]}}
+    if not isinstance(config.get("text_config"), dict):
         return config
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     listed = config.get("architectures")
     whole = str(listed[0]) if isinstance(listed, list) and listed else ""
     text: JsonObject = dict(config["text_config"])
-    own = CAUSAL.get(text.get("model_type", ""))
+    if (kind := _kind(text)) in SAME_AS:
+        text |= {"model_type": SAME_AS[kind]} | _one_position(text)
+        if kind == "qwen3_vl_moe_text":
+            text["norm_topk_prob"] = True  # there it is no setting
+    own = CAUSAL.get(_kind(text))
     if not whole.endswith("ForConditionalGeneration") or not str(own).endswith("CausalLM"):
         return config
     for key in ("dtype", "torch_dtype", "quantization_config"):
@@ -42,6 +61,25 @@ def language_config(config: Any) -> Any:
             text.setdefault(key, config[key])
     text["tie_word_embeddings"] = _is_tied(config)
     return {**text, "architectures": [own], WHOLE: whole}
+
+
+def _kind(config: JsonObject) -> str:
+    return str(config.get("model_type"))
+
+
+def _one_position(text: JsonObject) -> JsonObject:
+    """RoPE's settings without the sections of a position in three parts."""
+    names = [
+        name for name in ("rope_scaling", "rope_parameters") if isinstance(text.get(name), dict)
+    ]
+    made: JsonObject = {}
+    for name in names:
+        kept = {k: v for k, v in text[name].items() if not k.startswith("mrope")}
+        for key in ("type", "rope_type"):
+            if kept.get(key) == "mrope":
+                kept[key] = "default"
+        made[name] = kept
+    return made
 
 
 def _with_floats(value: Any, depth: int = 0) -> Any:

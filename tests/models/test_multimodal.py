@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -37,6 +38,10 @@ SEEN = {
     "image_size": 28,
     "patch_size": 14,
 }
+QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 14, "intermediate_size": 48}
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+PLACES = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 CONFIGS = {
     "gemma3": lambda: transformers.Gemma3Config(
         text_config=TEXT,
@@ -51,7 +56,18 @@ CONFIGS = {
         vision_config={**SEEN, "model_type": "pixtral"},
         image_token_index=60,
     ),
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": SECTIONS},
+        vision_config={**QWEN, "out_hidden_size": 32},
+        **PLACES,
+    ),
+    "qwen3_vl_moe": lambda: transformers.Qwen3VLMoeConfig(
+        text_config={**TEXT, **MOE, "rope_parameters": SECTIONS},
+        vision_config={**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **PLACES,
+    ),
 }
+GONE = "layers.1.self_attn.o_proj.weight"
 IDS = torch.randint(3, 60, (2, 10), generator=torch.Generator().manual_seed(1))
 
 
@@ -88,24 +104,41 @@ def test_a_missing_tensor_of_the_language_model_is_missed(saved, tmp_path):
 
     folder, _ = saved
     tensors = load_file(folder / "model.safetensors")
-    gone = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.weight"))
+    gone = next(name for name in tensors if name.endswith(GONE))
     del tensors[gone]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.down_proj"):
+    with pytest.raises(WeightsError, match=re.escape(GONE)):
         load(tmp_path)
 
 
 def test_without_a_class_of_its_own_it_is_refused(tmp_path):
     config = {
-        "model_type": "qwen2_5_vl",
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "text_config": {"model_type": "qwen2_5_vl_text"},
+        "model_type": "glm4v",
+        "architectures": ["Glm4vForConditionalGeneration"],
+        "text_config": {"model_type": "glm4v_text"},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="no class for its language model alone"):
         load(tmp_path)
+
+
+def test_an_older_file_keeps_the_language_models_numbers_outside():
+    """As Qwen2.5-VL was published: no inner config, and RoPE of the type "mrope"."""
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    flat = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_size": 2048,
+        "rope_scaling": rope,
+        "vision_config": {"hidden_size": 1280},
+    }
+    found = language_config(flat)
+    assert (found["model_type"], found["hidden_size"]) == ("qwen2", 2048)
+    assert found["rope_scaling"] == {"type": "default"}
+    assert "vision_config" not in found
+    assert found[WHOLE] == "Qwen2_5_VLForConditionalGeneration"
 
 
 def test_names_and_configs():
