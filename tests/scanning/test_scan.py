@@ -1,4 +1,4 @@
-"""The weights-only scan: bounds hold on real modules, files are read right, layers are foretold."""
+"""The weights-only scan: bounds hold on real modules, files are read right, layers are predicted."""
 
 from __future__ import annotations
 
@@ -255,12 +255,12 @@ def saved_planted(tmp_path):
 
 
 @pytest.mark.parametrize("family", [*TINY, *OTHERS])
-def test_random_weights_foretell_nothing(family, saved):
+def test_random_weights_predict_nothing(family, saved):
     found = scan(saved(family)[1])
     assert found.me_layer is found.erase_layer is None
     assert (found.dims, found.confidence, found.candidates) == ((), 0.0, ())
     assert max(row.ratio_to_median for row in found.profile) < STANDS_OUT
-    assert "foretell no ME Layer" in found.summary()
+    assert "predict no ME Layer" in found.summary()
 
 
 def profile(path, **options):
@@ -459,7 +459,7 @@ def test_a_scan_follows_the_hub_as_loading_does(saved, tmp_path, monkeypatch):
         ("gpt2", "final-growth"),
     ],
 )
-def test_planted_layers_are_foretold(family, kind, tmp_path):
+def test_planted_layers_are_predicted(family, kind, tmp_path):
     made = plant(family, kind, 3)
     made.model.save_pretrained(tmp_path)
     found = scan(tmp_path)
@@ -770,7 +770,7 @@ def test_the_command_writes_its_files_and_says_one_sentence(tmp_path, capsys):
     out = tmp_path / "out"
     code, said = run("scan", tmp_path / "model", "-o", out)
     assert code == 0
-    assert f"foretell ME Layer {made.truth.me_layer} of" in said.out.splitlines()[-1]
+    assert f"predict ME Layer {made.truth.me_layer} of" in said.out.splitlines()[-1]
     assert {file.name for file in out.iterdir()} == {"scan.json", "scan.png", "scan.svg"}
     result = load_result(out / "scan.json")
     assert {
