@@ -1,4 +1,4 @@
-"""The weights-only scan: bounds hold on real modules, files are read right, layers are predicted."""
+"""The scan: bounds hold on real modules, files are read right, layers are predicted."""
 
 from __future__ import annotations
 
