@@ -302,13 +302,14 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     made = Figure(figsize=(6.9, 4.2), layout="constrained")
     panels = made.subplots(1, 4, sharey=True)
     groups = list(dict.fromkeys(row["group"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     for axes, question in zip(panels, QUESTIONS[:4], strict=True):
-        for i, method in enumerate(METHODS):
+        for i, method in enumerate(methods):
             found = {row["group"]: row[question] for row in rows if row["method"] == method}
             shares = [a / n if n else float("nan") for a, n in (found[g] for g in groups)]
             axes.plot(
                 shares,
-                [y + 0.2 * (i - 1.5) for y in range(len(groups))],
+                [y + 0.2 * (i - (len(methods) - 1) / 2) for y in range(len(groups))],
                 marker="os^x"[i],
                 ls="",
                 label=method,
@@ -318,7 +319,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axes.set_yticks(range(len(groups)), groups)
     panels[0].invert_yaxis()
     handles, names = panels[0].get_legend_handles_labels()
-    made.legend(handles, names, loc="outside lower center", ncols=4)
+    made.legend(handles, names, loc="outside lower center", ncols=len(methods))
     return made
 
 

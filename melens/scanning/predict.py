@@ -44,7 +44,9 @@ RULE = (
     "is highest, if that is in the second half and not of the makers' sign, or where a neuron of "
     f"the other sign has {ERASED_LEFT:g} of the highest maker's; the ME Layer is the first layer "
     f"after an earlier erasure with {FIRST_SHARE:g} of that. Signs are taken as known from a "
-    f"|cosine| of gate and up of {DECIDED:.2f}"
+    f"|cosine| of gate and up of {DECIDED:.2f}. No layer is named where those ceilings add up to "
+    f"{SUN_ABSOLUTE:g} at most, or where first tokens were run, none gets above {SUN_ABSOLUTE:g} "
+    f"and the highest ceiling is below {FAR * SUN_ABSOLUTE:,.0f}"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 from planted import BOS_ID, batch, plant
@@ -142,6 +143,25 @@ def test_planted_tokens_reach_what_the_weights_predict(family, tmp_path):
     assert seen.farthest.value == pytest.approx(there, rel=1e-5)
     assert abs(there) <= size.together * 1.001
     assert f"1 reaches it (largest {there:,.0f} at layer {layer}, token '<1>')" in found.summary()
+
+
+def test_a_ceiling_is_of_what_is_added_to_the_residual(tmp_path):
+    """Granite multiplies what a block writes: a quarter of it is added, nothing else changes."""
+    model = families.tiny("GraniteForCausalLM")
+    planted = families.plant(model, 1, DIM)
+    model.config.residual_multiplier = 1.0
+    model.save_pretrained(tmp_path)
+    whole = scan(tmp_path, reach=False)
+    model.config.residual_multiplier = 0.25
+    model.save_pretrained(tmp_path)
+    found = scan(tmp_path)
+    for one, other in zip(found.profile, whole.profile, strict=True):
+        assert one.ceiling == pytest.approx(other.ceiling / 4, rel=1e-4)
+        assert one.ratio_to_median == pytest.approx(other.ratio_to_median, rel=1e-4)
+        assert (one.neuron, one.dim, one.sign) == (other.neuron, other.dim, other.sign)
+    assert found.allowed.neuron == planted.neuron
+    assert found.seen.farthest.why == "bos"
+    assert 100 < abs(found.seen.farthest.value) <= found.allowed.together
 
 
 def test_the_run_gives_what_reach_and_locate_give(tmp_path):
