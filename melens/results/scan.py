@@ -147,7 +147,7 @@ class TriedToken(Part):
     """The largest |x| of all its coordinates at those layers."""
 
 
-class Seen(Part):
+class TokensTried(Part):
     """What first tokens reach where the ceilings stand out: each alone at position 0."""
 
     layer: int
@@ -161,7 +161,7 @@ class Seen(Part):
     tokens: tuple[TriedToken, ...]
 
     @model_validator(mode="after")
-    def _counted(self) -> Seen:
+    def _counted(self) -> TokensTried:
         over = sum(abs(token.value) > self.needed for token in self.tokens)
         if not self.tokens or over != self.reached:
             raise ValueError("reached must be how many tokens get above what is needed")
@@ -212,7 +212,7 @@ class WeightScan(Result):
     """What can write into the residual and has no bound here."""
     allowed: Allowed | None = added_later()
     """The size that the ceilings allow; None where nothing stands out."""
-    seen: Seen | None = added_later()
+    seen: TokensTried | None = added_later()
     """What first tokens reach; None where none were run."""
     unseen: str | None = added_later()
     """Why no first tokens were run."""

@@ -25,7 +25,7 @@ from melens.models.loading import read_tokenizer
 from melens.models.multimodal import language_config
 from melens.models.weight_files import read_json, weight_files
 from melens.protocols import Tokenizer
-from melens.results.scan import Allowed, Seen, TriedToken, Why
+from melens.results.scan import Allowed, TokensTried, TriedToken, Why
 from melens.scanning.choosing import SAMPLE, Vocabulary, choose
 from melens.streaming.skeleton import build_skeleton
 from melens.streaming.streamed import folder_of, reading
@@ -52,7 +52,7 @@ class Spot:
 
 def look(
     files: Checkpoint, model: str | Path, spot: Spot, *, device: str, wanted: bool | None
-) -> tuple[Seen | None, str | None]:
+) -> tuple[TokensTried | None, str | None]:
     """Run first tokens where that can be done.
 
     Args:    files: open; of the model. wanted: None = where it costs little, True = it must be.
@@ -95,7 +95,7 @@ def _folder(files: Checkpoint, model: str | Path, *, wanted: bool | None) -> Pat
     return here[0].parent
 
 
-def first_tokens(files: Checkpoint, folder: Path, spot: Spot, *, device: str) -> Seen:
+def first_tokens(files: Checkpoint, folder: Path, spot: Spot, *, device: str) -> TokensTried:
     """BOS, a chat's first token and a sample of the vocabulary, each alone at position 0.
 
     Without a tokenizer BOS is the config's, and any token of the vocabulary may be drawn.
@@ -147,7 +147,7 @@ def seen(
     spot: Spot,
     chosen: dict[int, Why],
     tokenizer: Tokenizer | None = None,
-) -> Seen:
+) -> TokensTried:
     """How far each token gets in the predicted coordinates.
 
     Args:    x: block outputs of ``spot.layers``, one token a row, in the order of ``chosen``.
@@ -171,7 +171,7 @@ def seen(
                 largest=path.abs().max().item(),
             )
         )
-    return Seen(
+    return TokensTried(
         layer=spot.layers[0],
         until=spot.layers[-1],
         needed=needed,

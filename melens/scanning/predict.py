@@ -16,7 +16,7 @@ from melens.models.checkpoint import Checkpoint
 from melens.models.opening import open_checkpoint
 from melens.models.resolve import asked
 from melens.provenance import ModelFacts, RunInfo
-from melens.results.scan import Allowed, Candidate, LayerCeiling, Role, Seen, WeightScan
+from melens.results.scan import Allowed, Candidate, LayerCeiling, Role, TokensTried, WeightScan
 from melens.scanning.firsts import FAR, Spot, look
 from melens.scanning.neurons import LayerScan, scan_layer
 from melens.scanning.plan import CheckpointPlan, has_layout, plan_of
@@ -299,7 +299,7 @@ def scan(
         files.close()
 
 
-def judged(said: Prediction, seen: Seen) -> Prediction:
+def judged(said: Prediction, seen: TokensTried) -> Prediction:
     """The prediction, unless no first token gets there and its ceiling is not far above.
 
     Massive tokens that are never first ones (delimiters alone) are not tried. A ceiling that is

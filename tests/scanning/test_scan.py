@@ -789,6 +789,15 @@ def test_the_command_writes_its_files_and_says_one_sentence(tmp_path, capsys):
     code, said = run("scan", tmp_path / "model", "--json")
     again = WeightScan.from_json(said.out)
     assert again.model_copy(update={"run": result.run}) == result
+    code, said = run("scan", tmp_path / "model", "--no-reach", "--json")
+    update = {"run": result.run, "seen": None}
+    assert WeightScan.from_json(said.out).model_copy(update=update) == (
+        result.model_copy(update=update)
+    )
+    assert "seen" not in json.loads(said.out)
+    code, said = run("scan", tmp_path / "model")
+    assert "x own median" in said.out
+    assert "of 17 first tokens tried, 1 reaches it" in said.out.splitlines()[-1]
     code, said = run("scan", tmp_path / "nowhere")
     assert code == 2
     assert len(said.err.strip().splitlines()) == 1
