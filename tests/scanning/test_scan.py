@@ -873,6 +873,9 @@ def test_smollm2():
     """definitions.md, section 8: the neurons that the running model uses, found without running."""
     found = scan("smollm2-135m")
     assert (found.me_layer, found.erase_layer, found.dims) == (11, 28, (507,))
+    assert (found.allowed.neuron, found.allowed.highest_layer) == (1229, 11)
+    assert (found.seen.reached, len(found.seen.tokens), found.seen.farthest.dim) == (17, 17, 507)
+    assert 19_000 < found.seen.farthest.value < 27_000
     loudest = {(c.layer, c.neuron): c for c in found.candidates if c.dim == 507}
     for at, ceiling, ratio in (
         ((28, 678), 3.4e5, 853),
@@ -895,6 +898,7 @@ def test_smollm2():
 def test_gemma3():
     found = scan("gemma3-270m")
     assert (found.me_layer, found.dims) == (3, (163, 400))
+    assert (found.seen.reached, found.seen.farthest.why) == (17, "bos")
     assert [row.dim for row in found.profile] == [400] * 3 + [163] * 15
     ceilings = [row.ceiling for row in found.profile[:6]]
     assert ceilings == pytest.approx([2840, 2518, 2208, 10259, 13197, 15464], rel=1e-3)
