@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import families
+import planted_gguf
 import pytest
 import torch
 from planted import BOS_ID, batch, plant
@@ -208,6 +209,22 @@ def test_a_scan_goes_on_where_nothing_can_be_run(tmp_path, monkeypatch):
     made.model.save_pretrained(tmp_path)
     unrun = scan(tmp_path, reach=False)
     refused("holds 1 NaN", WeightsError)
+
+
+def test_a_gguf_is_run_only_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
+    made = families.tiny("LlamaForCausalLM")
+    families.plant(made, 1, DIM)
+    path = tmp_path / "a.gguf"
+    tensors = planted_gguf.tensors_of(made, "llama")
+    planted_gguf.write(path, "llama", planted_gguf.fields_of(made.config, "llama"), tensors)
+    found = scan(path)
+    assert (found.me_layer, found.seen) == (1, None)
+    assert "a GGUF is converted before it is run" in found.unseen
+    asked = scan(path, reach=True)
+    assert (asked.me_layer, asked.seen.farthest.token_id, asked.seen.farthest.dim) == (1, 1, DIM)
+    there = outputs(made, [1])[1, 0, DIM].item()
+    assert asked.seen.farthest.value == pytest.approx(there, rel=1e-4)
 
 
 def test_layers_that_are_kept_are_not_scanned_again_for_the_run(tmp_path, monkeypatch):
