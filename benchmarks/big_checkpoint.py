@@ -278,20 +278,20 @@ def report(name: str, seconds: float, memory: float, checks: dict[str, bool]) ->
 
 
 def scanned(folder: Path, shape: Shape) -> bool:
-    """The scan, and whether it foretells what is planted."""
+    """The scan, and whether it predicts what is planted."""
     found, seconds, memory = run(["scan", str(folder), "--json", "--offline", "-q"])
     holds = report(
         "scan",
         seconds,
         memory,
         {
-            f"ME Layer {shape.me_layer} foretold": found["me_layer"] == shape.me_layer,
-            f"dimension {shape.dim} foretold": found["dims"][:1] == [shape.dim],
+            f"ME Layer {shape.me_layer} predicted": found["me_layer"] == shape.me_layer,
+            f"dimension {shape.dim} predicted": found["dims"][:1] == [shape.dim],
         },
     )
     erased = found["erase_layer"]
     print(
-        f"  erase layer foretold: {erased} (planted: {shape.erase_layer}; its neuron writes all "
+        f"  erase layer predicted: {erased} (planted: {shape.erase_layer}; its neuron writes all "
         "that it can, so that its ceiling is far below the maker's)"
     )
     return holds

@@ -1,4 +1,4 @@
-"""11_foresee: does the scan of the weights foretell what running the model finds?
+"""11_foresee: does the scan of the weights predict what running the model finds?
 
     python experiments/11_foresee.py --jobs 2                 # 880 planted models, 10 minutes
     python experiments/11_foresee.py --seeds 1                # half a minute
@@ -40,7 +40,8 @@ from melens.store import write_atomically
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ("layer", "dim", "neuron", "erase", "no false erasure")
-METHODS = ("scan", "largest entry", "column max/mean")
+METHODS = ("scan", "largest entry", "column max/mean", "scan, tokens tried")
+SCANS = ("scan", "scan, tokens tried")
 BANDS = (0.0, 0.25, 0.5, 0.75, 0.9)
 """Of confidence."""
 
@@ -72,7 +73,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Case:
-    """One model: what was found by running it, and what each method foretold."""
+    """One model: what was found by running it, and what each method predicted."""
 
     model: str
     family: str
@@ -85,10 +86,10 @@ class Case:
         """None where there is nothing to be right about, or the method does not say."""
         if question == "no false erasure":
             none = self.foretold[method].erase is None
-            return none if method == "scan" and self.truth.erase is None else None
+            return none if method in SCANS and self.truth.erase is None else None
         truth, said = getattr(self.truth, question), getattr(self.foretold[method], question)
         if question == "erase":
-            return None if method != "scan" or truth is None else truth == said
+            return None if method not in SCANS or truth is None else truth == said
         if question != "layer" and truth is None:
             return None
         if question == "neuron" and not self.right(method, "layer"):
@@ -230,8 +231,12 @@ def _real(name: str) -> Case:
     return Case(name, name, found.verdict, located, located, foretold)
 
 
-def _ask_scan(model: Any) -> Answer:
-    found = scan(model)
+def _ask_tried(model: Any) -> Answer:
+    return _ask_scan(model, reach=True)
+
+
+def _ask_scan(model: Any, *, reach: bool = False) -> Answer:
+    found = scan(model, reach=reach)
     if found.me_layer is None:
         return Answer(None, confidence=found.confidence)
     loudest = max(
@@ -279,7 +284,7 @@ def _ask_columns(model: Any) -> Answer:
 
 
 ASK: dict[str, Callable[[Any], Answer]] = dict(
-    zip(METHODS, (_ask_scan, _ask_largest, _ask_columns), strict=True)
+    zip(METHODS, (_ask_scan, _ask_largest, _ask_columns, _ask_tried), strict=True)
 )
 
 
@@ -297,14 +302,15 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     made = Figure(figsize=(6.9, 4.2), layout="constrained")
     panels = made.subplots(1, 4, sharey=True)
     groups = list(dict.fromkeys(row["group"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     for axes, question in zip(panels, QUESTIONS[:4], strict=True):
-        for i, method in enumerate(METHODS):
+        for i, method in enumerate(methods):
             found = {row["group"]: row[question] for row in rows if row["method"] == method}
             shares = [a / n if n else float("nan") for a, n in (found[g] for g in groups)]
             axes.plot(
                 shares,
-                [y + 0.2 * (i - 1) for y in range(len(groups))],
-                marker="os^"[i],
+                [y + 0.2 * (i - (len(methods) - 1) / 2) for y in range(len(groups))],
+                marker="os^x"[i],
                 ls="",
                 label=method,
             )
@@ -313,7 +319,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axes.set_yticks(range(len(groups)), groups)
     panels[0].invert_yaxis()
     handles, names = panels[0].get_legend_handles_labels()
-    made.legend(handles, names, loc="outside lower center", ncols=3)
+    made.legend(handles, names, loc="outside lower center", ncols=len(methods))
     return made
 
 

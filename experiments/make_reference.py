@@ -35,7 +35,7 @@ MODULES = {
     "melens.interventions": "Edits, each a context manager.",
     "melens.checking": "The check before a model ships.",
     "melens.reporting": "Its page, its text and its model card.",
-    "melens.scanning": "What the weights alone foretell.",
+    "melens.scanning": "What the weights predict, and what first tokens do of it.",
     "melens.comparing": "Two models, or two saved results, side by side.",
     "melens.evaluating": "How a task is run.",
     "melens.patching": "What is patched, and how it is scored.",

@@ -254,7 +254,7 @@ def _check_scan(row: JsonObject, model: str, scan: WeightScan) -> KnownCheck:
         made.append(_compare("ME Layer", layer, scan.me_layer, fits=layer == scan.me_layer))
     for dim in map(int, row.get("dims", {})):
         fits = dim in scan.dims
-        told = "foretold" if fits else "not foretold"
+        told = "predicted" if fits else "not predicted"
         made.append(_compare(f"dimension {dim}", "massive", told, fits=fits))
     if "erase_layer" in row:
         layer = row["erase_layer"]

@@ -258,7 +258,7 @@ def test_only_ids_that_the_tokenizer_has_are_drawn(make_tiny):
     from transformers import PreTrainedTokenizerFast
 
     from melens.measuring.first_tokens import sample_vocabulary
-    from melens.scanning.reaching import _choose
+    from melens.scanning.choosing import Vocabulary, choose
 
     small = Tokenizer(models.WordLevel({"<s>": 1, "a": 7, "b": 9, "c": 30}, unk_token="a"))
     small.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -267,7 +267,7 @@ def test_only_ids_that_the_tokenizer_has_are_drawn(make_tiny):
     assert known_ids(tiny.tokenizer, 64) == [1, 7, 9, 30]
     assert known_ids(tiny.tokenizer, 10) == [1, 7, 9]
     assert set(sample_vocabulary(tiny, count=50, seed=0)) == {7, 9, 30}
-    chosen, _ = _choose(tiny, None, 50, 0)
+    chosen, _ = choose(Vocabulary(tiny.tokenizer, None, 64), None, 50, 0)
     assert set(chosen) == {1, 7, 9, 30}
     assert known_ids(None, 5) == [0, 1, 2, 3, 4]
 

@@ -9,9 +9,7 @@ from pydantic import Field, model_validator
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
-
-Why = Literal["bos", "chat", "given", "sample"]
-"""Why a token was tried: it begins texts, begins chats, was asked for, was drawn."""
+from melens.results.scan import Why
 
 
 class ReachToken(Part):

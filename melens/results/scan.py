@@ -1,4 +1,6 @@
-"""WeightScan: what the weights alone say of where a massive activation is made and erased.
+"""WeightScan: what the weights say of where a massive activation is made and erased.
+
+Where the files are here, a few first tokens are run as well, to see whether that happens.
 
 Layers count from 0, at the block output. A dim is a coordinate of the residual stream and the row
 of a down projection, a neuron its column: ``down_proj.weight[dim, neuron]`` is the entry that
@@ -13,10 +15,12 @@ from pydantic import Field, model_validator
 
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 Role = Literal["emerge", "erase", "other"]
 Sign = Literal[-1, 1]
+Why = Literal["bos", "chat", "given", "sample"]
+"""Why a token was tried: it begins texts, begins chats, was asked for, was drawn."""
 Path = Literal["gated", "plain", "after a norm"]
 
 
@@ -99,8 +103,89 @@ class LayerCeiling(Part):
         return self
 
 
+class Allowed(Part):
+    """What the ceilings allow in the coordinate that stands out, and what massive needs."""
+
+    layer: int
+    """The layer that the ceilings point at; the predicted ME Layer, unless that was denied."""
+    dim: int
+    neuron: int
+    """The neuron with the highest ceiling there."""
+    expert: str | None = None
+    size: float
+    """Its ceiling: the largest |x| that it alone can add to the residual, residual units."""
+    highest: float
+    """The highest ceiling of one such neuron at any layer of the same stage."""
+    highest_layer: int
+    neurons: int
+    """How many stand out and can write this coordinate in this stage."""
+    together: float
+    """Sum of their ceilings; of a layer whose FFN a norm follows the whole FFN's, if larger."""
+    needed: float
+    """|x| above which an activation can be massive (Sun et al. 2024: 100)."""
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether these neurons could make a massive activation at all."""
+        return self.together > self.needed
+
+
+class TriedToken(Part):
+    """A first token that was run, and how far it gets in the predicted coordinates."""
+
+    token_id: int
+    token: str
+    why: Why
+    value: float
+    """Its largest entry in a predicted coordinate, from the predicted layer on; signed."""
+    dim: int
+    layer: int
+    """Where that is."""
+    times: float
+    """|value| over the median |x| of the same token's entries there."""
+    largest: float
+    """The largest |x| of all its coordinates at those layers."""
+
+
+class TokensTried(Part):
+    """What first tokens reach where the ceilings stand out: each alone at position 0."""
+
+    layer: int
+    """The layer that the ceilings point at."""
+    until: int
+    """The last layer that was run: that of the highest ceiling."""
+    needed: float
+    """|x| above which an activation can be massive."""
+    reached: int
+    """How many of the tokens get above that in a predicted coordinate."""
+    tokens: tuple[TriedToken, ...]
+
+    @model_validator(mode="after")
+    def _counted(self) -> TokensTried:
+        over = sum(abs(token.value) > self.needed for token in self.tokens)
+        if not self.tokens or over != self.reached:
+            raise ValueError("reached must be how many tokens get above what is needed")
+        return self
+
+    @property
+    def farthest(self) -> TriedToken:
+        """The token that gets farthest."""
+        return max(self.tokens, key=lambda token: abs(token.value))
+
+    def said(self) -> str:
+        """As a sentence."""
+        top, n = self.farthest, len(self.tokens)
+        tried = "1 first token" if n == 1 else f"{n} first tokens"
+        if not self.reached:
+            return f"no first token of {n} tried gets above {abs(top.value):,.4g} there"
+        return (
+            f"of {tried} tried, {self.reached} reach{'es' if self.reached == 1 else ''} it "
+            f"(largest {top.value:,.0f} at layer {top.layer}, token {top.token!r})"
+        )
+
+
 class WeightScan(Result):
-    """Ceilings by layer, and the emergence and erase layers that they predict."""
+    """Ceilings by layer, the layers that they predict, and what first tokens do there."""
 
     schema_id: ClassVar[str] = "melens/scan/1"
 
@@ -109,7 +194,9 @@ class WeightScan(Result):
     n_layers: int
     d_model: int
     me_layer: int | None
-    """Predicted ME Layer; None where the weights predict none."""
+    """Predicted ME Layer; None where none is predicted: nothing stands out, what does is too small
+    to be massive, or no first token gets there.
+    """
     erase_layer: int | None
     dims: tuple[int, ...]
     """Coordinates that the prediction is about, the strongest first."""
@@ -123,6 +210,12 @@ class WeightScan(Result):
     """Whether every layer's FFN has a bound here."""
     leaves_out: tuple[str, ...]
     """What can write into the residual and has no bound here."""
+    allowed: Allowed | None = added_later()
+    """The size that the ceilings allow; None where nothing stands out."""
+    seen: TokensTried | None = added_later()
+    """What first tokens reach; None where none were run."""
+    unseen: str | None = added_later()
+    """Why no first tokens were run."""
     run: RunInfo
 
     @model_validator(mode="after")
@@ -159,15 +252,44 @@ class WeightScan(Result):
 
     def summary(self) -> str:
         """Plain sentences; layers count from 0."""
-        ends = " Nothing was run: a ceiling says what can happen, not what does."
+        subject, here = self.run.subject, self.allowed
+        if not any(row.covered for row in self.profile):
+            return f"{subject}: nothing is said, {self.profile[0].reason}."
         if self.me_layer is None:
-            if not any(row.covered for row in self.profile):
-                return f"{self.run.subject}: nothing is said, {self.profile[0].reason}."
-            return f"{self.run.subject}: the weights foretell no ME Layer.{ends}"
+            if here is None:
+                return f"{subject}: the weights predict no ME Layer.{self._unrun()}"
+            return f"{subject}: {self._denied(here)}."
         text = (
-            f"{self.run.subject}: the weights foretell ME Layer {self.me_layer} of "
+            f"{subject}: the weights predict ME Layer {self.me_layer} of "
             f"0..{self.n_layers - 1}, dim {', '.join(map(str, self.dims))}"
         )
         if self.erase_layer is not None:
             text += f", and erasure at layer {self.erase_layer}"
-        return f"{text} (layers count from 0; confidence {self.confidence:.2f}).{ends}"
+        text += f" (layers count from 0; confidence {self.confidence:.2f})"
+        if here is not None:
+            text += f"; one neuron can write {here.size:,.0f} there, {here.needed:g} is needed"
+        return f"{text}{self._what_was_seen()}"
+
+    def _denied(self, here: Allowed) -> str:
+        """Why what stands out is no ME Layer."""
+        where = f"ceilings stand out at layer {here.layer}, dim {here.dim}"
+        if self.seen is not None:
+            return (
+                f"{where} (one neuron can write {here.size:,.4g}), but {self.seen.said()}: no "
+                f"massive activation is predicted (|x| above {here.needed:g})"
+            )
+        text = f"{where}, but the largest that one neuron can write is {here.highest:,.4g}"
+        if here.together > here.highest:
+            text += f" (at most {here.together:,.4g} with what can write beside it)"
+        return f"{text}, too small to be massive ({here.needed:g}): no ME Layer is predicted"
+
+    def _what_was_seen(self) -> str:
+        if self.seen is None:
+            return f".{self._unrun()}"
+        if self.seen.reached:
+            return f"; {self.seen.said()}."
+        return f"; {self.seen.said()}; another token may, the ceiling is far above."
+
+    def _unrun(self) -> str:
+        why = "" if self.unseen is None else f" ({self.unseen})"
+        return f" Nothing was run{why}: a ceiling says what can happen, not what does."

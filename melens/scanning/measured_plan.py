@@ -95,8 +95,6 @@ class _Places:
         if row.why or row.ffn_write is None:
             raise _NoPlan(row.why or "it has no FFN")
         block, post = self.blocks[row.layer], row.norms.get("ln2_post")
-        if row.writes[row.ffn_write] != 1.0:
-            raise _NoPlan(f"its FFN's write is multiplied by {row.writes[row.ffn_write]:.3g}")
         if row.ffn_reads is None and post is None:
             raise _NoPlan("no norm bounds what its FFN reads")
         if row.ffn in row.found:
@@ -114,6 +112,7 @@ class _Places:
             norm,
             self._name(block, row.ffn_reads, "bias"),
             self._norm_name(block, row, post),
+            factor=row.writes[row.ffn_write],
         )
 
     def _ffns(self, block: nn.Module, row: Roles) -> tuple[FfnPlan, ...]:

@@ -51,6 +51,8 @@ class Norms:
     gain: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"] | None
     post: Float[Tensor, " d_model"] | None
+    factor: float
+    """What the write is multiplied by, behind all norms."""
 
 
 class Read(NamedTuple):
@@ -111,7 +113,7 @@ def _loudest(ffns: list[_Ffn], every: Tensor, layer: int, median: float) -> list
 def _row(
     layer: LayerPlan, best: Candidate, every: Tensor, median: float, norms: Norms
 ) -> LayerCeiling:
-    whole = None if norms.post is None else whole_after_norm(norms.post)
+    whole = None if norms.post is None else abs(norms.factor) * whole_after_norm(norms.post)
     gated = any(ffn.gate is not None for ffn in layer.ffns)
     return LayerCeiling(
         layer=layer.layer,
@@ -135,7 +137,7 @@ def _norms(files: Checkpoint, plan: CheckpointPlan, layer: LayerPlan) -> Norms:
     gain = torch.ones(d) if layer.norm is None else files.vector(layer.norm, d) + offset
     bias = None if layer.norm_bias is None else files.vector(layer.norm_bias, d)
     post = None if layer.post is None else files.vector(layer.post, d) + offset
-    return Norms(gain, bias, post)
+    return Norms(gain, bias, post, layer.factor)
 
 
 class _Ffn:
@@ -154,6 +156,7 @@ class _Ffn:
                 self.columns.largest, self.columns.squared, plan.d_model
             )
             self.ceilings[self.read.reach.largest == 0] = 0.0
+        self.ceilings *= abs(norms.factor)
 
     def candidates(self, layer: int, neurons: list[int], median: float) -> list[Candidate]:
         """Some neurons with all their particulars."""
@@ -165,7 +168,7 @@ class _Ffn:
     ) -> Candidate:
         dim, value = entry
         positive, negative = (side[neuron].item() for side in self.read.reach)
-        gain = 1.0 if self.norms.post is None else self.norms.post[dim].item()
+        gain = self.norms.factor * (1.0 if self.norms.post is None else self.norms.post[dim].item())
         up = positive >= negative
         ceiling = self.ceilings[neuron].item()
         larger, smaller = max(positive, negative), min(positive, negative)

@@ -195,6 +195,8 @@ class LayerPlan:
     norm: str | None = None
     norm_bias: str | None = None
     post: str | None = None
+    factor: float = 1.0
+    """What the block multiplies the FFN's write by before it is added to the residual."""
     reason: str | None = None
     """Why nothing is said of this layer; None where it is covered."""
 

@@ -1,9 +1,9 @@
-"""scan(): every layer's ceilings from the weights alone, and what they predict."""
+"""scan(): every layer's ceilings from the weights, what they predict, and what of it is seen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,11 +11,13 @@ import torch
 from melens import __version__
 from melens.errors import ModelError
 from melens.locating.thresholds import ERASED_LEFT, FIRST_SHARE, last_body_layer
+from melens.metrics.magnitude import SUN_ABSOLUTE
 from melens.models.checkpoint import Checkpoint
 from melens.models.opening import open_checkpoint
 from melens.models.resolve import asked
 from melens.provenance import ModelFacts, RunInfo
-from melens.results.scan import Candidate, Role, WeightScan
+from melens.results.scan import Allowed, Candidate, LayerCeiling, Role, TokensTried, WeightScan
+from melens.scanning.firsts import FAR, Spot, look
 from melens.scanning.neurons import LayerScan, scan_layer
 from melens.scanning.plan import CheckpointPlan, has_layout, plan_of
 from melens.store import Heading, KeptRows, RowFormat
@@ -42,19 +44,26 @@ RULE = (
     "is highest, if that is in the second half and not of the makers' sign, or where a neuron of "
     f"the other sign has {ERASED_LEFT:g} of the highest maker's; the ME Layer is the first layer "
     f"after an earlier erasure with {FIRST_SHARE:g} of that. Signs are taken as known from a "
-    f"|cosine| of gate and up of {DECIDED:.2f}"
+    f"|cosine| of gate and up of {DECIDED:.2f}. No layer is named where those ceilings add up to "
+    f"{SUN_ABSOLUTE:g} at most, or where first tokens were run, none gets above {SUN_ABSOLUTE:g} "
+    f"and the highest ceiling is below {FAR * SUN_ABSOLUTE:,.0f}"
 )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the ceilings predict; empty where nothing stands out."""
+    """What the ceilings predict; no layer where nothing stands out, or what does is too small."""
 
     me_layer: int | None
     erase_layer: int | None
     dims: tuple[int, ...]
     confidence: float
     candidates: tuple[Candidate, ...]
+    allowed: Allowed | None = None
+
+    def denied(self) -> Prediction:
+        """Without a layer; what stands out stays in sight."""
+        return replace(self, me_layer=None, erase_layer=None, dims=(), confidence=0.0)
 
 
 def predict(scans: list[LayerScan]) -> Prediction:
@@ -70,12 +79,16 @@ def predict(scans: list[LayerScan]) -> Prediction:
     stages = [stage for stage in stages if stage.me_layer is not None]
     if not stages:
         return Prediction(None, None, (), 0.0, tuple(loud))
-    stages.sort(key=lambda stage: -stage.most)
+    rows = [scan.row for scan in scans]
+    sizes = {stage.dim: stage.allowed(loud, rows) for stage in stages}
+    stages.sort(key=lambda stage: (not sizes[stage.dim].is_enough, -stage.most))
     best = stages[0]
     made = tuple(found.model_copy(update={"role": best.role(found)}) for found in loud)
-    return Prediction(
-        best.me_layer, best.erase_layer, tuple(stage.dim for stage in stages), best.confidence, made
+    dims = tuple(stage.dim for stage in stages if sizes[stage.dim].is_enough)
+    found = Prediction(
+        best.me_layer, best.erase_layer, dims, best.confidence, made, sizes[best.dim]
     )
+    return found if sizes[best.dim].is_enough else found.denied()
 
 
 def decided(found: Candidate) -> bool:
@@ -114,7 +127,9 @@ class _Stage:
         before = {layer: f for layer, f in layers.items() if layer <= body and not self.erases(f)}
         self.erase_layer = self._erased_at(before, n_layers)
         end = n_layers if self.erase_layer is None else self.erase_layer
-        makers = self._after_an_erasure({at: f for at, f in before.items() if at < end}, end)
+        self.makers = makers = self._after_an_erasure(
+            {at: f for at, f in before.items() if at < end}, end
+        )
         self.most = most = max((found.ceiling for found in makers.values()), default=0.0)
         self.me_layer = next(
             (layer for layer, f in makers.items() if f.ceiling >= FIRST_SHARE * most), None
@@ -138,6 +153,30 @@ class _Stage:
             return "erase"
         late = self.erase_layer is not None and found.layer > self.erase_layer
         return "other" if late and not self._makes(found) else "emerge"
+
+    def allowed(self, loud: list[Candidate], rows: list[LayerCeiling]) -> Allowed:
+        """The size that this coordinate's writers allow, one and all together."""
+        assert self.me_layer is not None
+        writers = [f for f in loud if f.layer in self.makers and self.role(f) == "emerge"]
+        together = 0.0
+        for layer in self.makers:
+            row = rows[layer]
+            whole = row.whole if row.whole_dim == self.dim else None
+            together += max(sum(f.ceiling for f in writers if f.layer == layer), whole or 0.0)
+        here = self.makers[self.me_layer]
+        most = max(self.makers.values(), key=lambda found: found.ceiling)
+        return Allowed(
+            layer=self.me_layer,
+            dim=self.dim,
+            neuron=here.neuron,
+            expert=here.expert,
+            size=here.ceiling,
+            highest=most.ceiling,
+            highest_layer=most.layer,
+            neurons=len(writers),
+            together=together,
+            needed=SUN_ABSOLUTE,
+        )
 
     def _makes(self, found: Candidate) -> bool:
         return self.sign is not None and decided(found) and found.sign == self.sign
@@ -220,10 +259,13 @@ def scan(
     revision: str | None = None,
     keep: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    reach: bool | None = None,
 ) -> WeightScan:
-    """Predict the ME Layer of a checkpoint from its weights; runs no model, needs no tokenizer.
+    """Predict the ME Layer of a checkpoint from its weights; needs no tokenizer.
 
     Reads the norm gains and FFN matrices, a piece at a time, in whatever dtype they are stored.
+    Where something stands out and the files are here, a few first tokens are then run up to that
+    layer, a block in memory at a time: what no token reaches is not predicted.
 
     Args:    model: a named model, a folder of safetensors, a ``.gguf`` file, or a hub id; of an id
              that is not in the hub's cache only the tensors needed are fetched, by range.
@@ -232,13 +274,50 @@ def scan(
              keep: file that finished layers are kept in, so that an interrupted scan goes on; it
              stays when the scan is done.
              progress: called with (layers done, layers).
+             reach: None = first tokens are run where the files are safetensors on this machine, of
+             8 GB at most; False = nothing is run; True = they must be run.
     Returns: ceilings by layer, candidates, and the predicted layers and dimensions.
-    Raises:  ModelNotFoundError, ModelError: no such model, or a family without a layout.
+    Raises:  ModelNotFoundError, ModelError: no such model, or a family without a layout; with
+             ``reach=True`` also one that cannot be run a block at a time.
              WeightsError: missing, truncated, misshapen or not finite; names file and tensor.
              FetchError: the hub is out of reach, or offline was asked for.
     """
     device = _device(device)
     files = open_checkpoint(model, revision=revision)
+    try:
+        plan, layers = _ceilings(files, model, device, keep, progress)
+        said, seen, unseen = predict(layers), None, None
+        if said.allowed is not None and said.me_layer is not None and reach is not False:
+            spot = Spot(said.allowed, said.dims)
+            seen, unseen = look(files, model, spot, device=device, wanted=reach)
+        if seen is not None:
+            said = judged(said, seen)
+        return _result(files, plan, layers, said, device).model_copy(
+            update={"seen": seen, "unseen": unseen}
+        )
+    finally:
+        files.close()
+
+
+def judged(said: Prediction, seen: TokensTried) -> Prediction:
+    """The prediction, unless no first token gets there and its ceiling is not far above.
+
+    Massive tokens that are never first ones (delimiters alone) are not tried. A ceiling that is
+    far above what is needed leaves room for them, one that is near it does not.
+    """
+    size = said.allowed
+    if seen.reached or size is None or size.highest >= FAR * size.needed:
+        return said
+    return said.denied()
+
+
+def _ceilings(
+    files: Checkpoint,
+    model: str | Path,
+    device: str,
+    keep: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[CheckpointPlan, list[LayerScan]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(
         1
@@ -252,18 +331,19 @@ def scan(
                 kept.add([scan_layer(files, plan, layer, device)])
             if progress is not None:
                 progress(layer.layer + 1, len(plan.layers))
-        return _result(files, plan, kept.found, device)
+        return plan, [kept.found[layer.layer] for layer in plan.layers]
     finally:
         torch.set_num_threads(threads)
-        files.close()
 
 
 def _result(
-    files: Checkpoint, plan: CheckpointPlan, layers: dict[int, LayerScan], device: str
+    files: Checkpoint,
+    plan: CheckpointPlan,
+    scans: list[LayerScan],
+    said: Prediction,
+    device: str,
 ) -> WeightScan:
-    scans = [layers[layer.layer] for layer in plan.layers]
     profile = tuple(found.row for found in scans)
-    said = predict(scans)
     kinds = {files.stored(f.down.name).kind for layer in plan.layers for f in layer.ffns}
     left = LEAVES_OUT
     if plan.layout.post is not None:
@@ -284,6 +364,7 @@ def _result(
         profile=profile,
         covered=all(row.covered for row in profile),
         leaves_out=left,
+        allowed=said.allowed,
         run=RunInfo.collect(
             ModelFacts(files.name, files.revision, None, " ".join(sorted(kinds)) or "-", device),
             seed=0,

@@ -13,22 +13,18 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import stream
-from melens.chat import chat_start, has_template
 from melens.errors import PromptError, ResultError, SiteError
 from melens.formatting import brief
-from melens.framing import frame_of, known_ids
 from melens.models.anatomy import anatomy, resid_post
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
 from melens.protocols import HookedModel, JsonObject, Loadable
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import load_result
-from melens.results.reach import Reach, ReachRow, ReachToken, Why
-from melens.results.scan import LayerCeiling, WeightScan
+from melens.results.reach import Reach, ReachRow, ReachToken
+from melens.results.scan import LayerCeiling, WeightScan, Why
+from melens.scanning.choosing import SAMPLE, Vocabulary, choose
 from melens.streaming.streamed import load_streamed, stream_of
-
-SAMPLE = 16
-"""Tokens drawn from the vocabulary, where none are given."""
 
 
 @dataclass
@@ -88,9 +84,9 @@ def reach(
     if scan is not None:
         _require_same(model, files, scan)
     until = _until(model, scan, until)
-    chosen, lacking = _choose(
-        model, tokens, SAMPLE * (tokens is None) if sample is None else sample, seed
-    )
+    if sample is None:
+        sample = SAMPLE * (tokens is None)
+    chosen, lacking = choose(_vocabulary(model), tokens, sample, seed)
     ceilings = {row.layer: row for row in scan.profile} if scan is not None else {}
     outputs, writes = _run(model, list(chosen), until, ceilings)
     values, dims = (torch.stack(part) for part in zip(*outputs, strict=True))
@@ -178,43 +174,9 @@ def _until(model: HookedModel, scan: WeightScan | None, until: int | None) -> in
     return wanted
 
 
-def _choose(
-    model: HookedModel, tokens: Sequence[int] | None, sample: int, seed: int
-) -> tuple[dict[int, Why], dict[str, str]]:
-    """Token ids in order, each once, with the reason for it; and what could not be tried."""
-    found: dict[int, Why] = {}
-    lacking: dict[str, str] = {}
-    for token in tokens or ():
-        found[token] = "given"
-    if tokens is None and (start := _bos(model)) is not None:
-        found[start] = "bos"
-    if tokens is None and has_template(tokenizer := getattr(model, "tokenizer", None)):
-        try:
-            start = chat_start(tokenizer)
-        except PromptError as error:  # nobody asked for a chat: the other tokens are tried
-            lacking["chat_start"] = str(error)
-        else:
-            found |= {} if start is None or start in found else {start: "chat"}
-    size = model.cfg.d_vocab
-    if too_high := [token for token in found if token >= size]:
-        raise PromptError(f"token {too_high[0]} is outside the vocabulary, 0 to {size - 1}.")
-    known = known_ids(getattr(model, "tokenizer", None), size)
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
-    for token in [known[i] for i in order if known[i] not in found][:sample]:
-        found[token] = "sample"
-    if not found:
-        raise PromptError("this model has no BOS token or chat template; give token ids.")
-    return found, lacking
-
-
-def _bos(model: HookedModel) -> int | None:
-    """BOS, or what the tokenizer puts first in its place."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is not None:
-        start, prefix = tokenizer.bos_token_id, frame_of(tokenizer).prefix
-        return prefix[0] if start is None and prefix else start
+def _vocabulary(model: HookedModel) -> Vocabulary:
     config = getattr(getattr(model, "original_model", None), "config", None)
-    return getattr(config, "bos_token_id", None)
+    return Vocabulary(getattr(model, "tokenizer", None), config, model.cfg.d_vocab)
 
 
 def _run(

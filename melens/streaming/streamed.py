@@ -205,7 +205,7 @@ def load_streamed(
     Raises:  what ``load`` raises; WeightsError: also at the block that is NaN or cut short.
              ModelError: a family that cannot be streamed.
     """
-    folder, name = _folder(str(model), revision)
+    folder, name = folder_of(str(model), revision)
     device = usable_device(device or best_device())
     tokenizer = _tokenizer(folder, needed=need_tokenizer)
     config = language_config(read_json(folder / "config.json"))
@@ -263,8 +263,13 @@ def _bridged(
 
 
 @contextmanager
-def reading(skeleton: Skeleton, checkpoint: Checkpoint) -> Iterator[None]:
-    """Every block's weights are there while it runs, before there is a bridge."""
+def reading(
+    skeleton: Skeleton, checkpoint: Checkpoint, ids: Tensor | None = None
+) -> Iterator[None]:
+    """Every block's weights are there while it runs, before there is a bridge.
+
+    Args:    ids: the only tokens that are run; None = those of the probe.
+    """
     filled: list[Slot] = []
 
     def enter(layer: int) -> Callable[..., None]:
@@ -282,7 +287,10 @@ def reading(skeleton: Skeleton, checkpoint: Checkpoint) -> Iterator[None]:
 
     blocks = layer_list(skeleton.model)
     handles = [b.register_forward_pre_hook(enter(layer)) for layer, b in enumerate(blocks)]
-    _fill_probe_rows(skeleton, checkpoint)
+    if ids is None:
+        _fill_probe_rows(skeleton, checkpoint)
+    else:
+        handles.append(_renumbered(skeleton, checkpoint, ids))
     try:
         yield
     finally:
@@ -290,6 +298,19 @@ def reading(skeleton: Skeleton, checkpoint: Checkpoint) -> Iterator[None]:
             handle.remove()
         leave()
         skeleton.embedding.empty()
+
+
+def _renumbered(skeleton: Skeleton, checkpoint: Checkpoint, ids: Tensor) -> Any:
+    """Only the rows of these tokens in the embedding, which is asked for them from 0 on."""
+    table: Any = skeleton.embedding.module
+    table.padding_idx = None
+    found = ids.unique()
+    name, dtype = skeleton.embedding.pieces[0].name, skeleton.embedding.placeholder.dtype
+    rows = checkpoint.chosen(name, found.tolist(), dtype)
+    skeleton.embedding.fill(rows.to(skeleton.embedding.placeholder.device))
+    return table.register_forward_pre_hook(
+        lambda _, args: (torch.searchsorted(found, args[0].contiguous()), *args[1:])
+    )
 
 
 def stream_of(model: object) -> BlockStream | None:
@@ -326,8 +347,11 @@ def _check(bridge: HookedModel, stream: BlockStream, own: OwnAnswer | None) -> s
     return stream.take_fingerprint()
 
 
-def _folder(name: str, revision: str | None) -> tuple[Path, str]:
-    """Where the files are, and what the model is called in results."""
+def folder_of(name: str, revision: str | None) -> tuple[Path, str]:
+    """Where the files are, and what the model is called in results; a GGUF's are its copy's.
+
+    Raises:  ModelError: a GGUF, and no copy may be kept.
+    """
     wanted = asked(name, revision=revision)
     there = wanted.kind != "named" or on_this_machine(NAMED[name]) == "ready"
     if no_cache() and (not there or wanted.kind == "gguf"):

@@ -1,4 +1,4 @@
-"""The weights-only scan: bounds hold on real modules, files are read right, layers are foretold."""
+"""The scan: bounds hold on real modules, files are read right, layers are predicted."""
 
 from __future__ import annotations
 
@@ -255,12 +255,12 @@ def saved_planted(tmp_path):
 
 
 @pytest.mark.parametrize("family", [*TINY, *OTHERS])
-def test_random_weights_foretell_nothing(family, saved):
+def test_random_weights_predict_nothing(family, saved):
     found = scan(saved(family)[1])
     assert found.me_layer is found.erase_layer is None
     assert (found.dims, found.confidence, found.candidates) == ((), 0.0, ())
     assert max(row.ratio_to_median for row in found.profile) < STANDS_OUT
-    assert "foretell no ME Layer" in found.summary()
+    assert "predict no ME Layer" in found.summary()
 
 
 def profile(path, **options):
@@ -459,7 +459,7 @@ def test_a_scan_follows_the_hub_as_loading_does(saved, tmp_path, monkeypatch):
         ("gpt2", "final-growth"),
     ],
 )
-def test_planted_layers_are_foretold(family, kind, tmp_path):
+def test_planted_layers_are_predicted(family, kind, tmp_path):
     made = plant(family, kind, 3)
     made.model.save_pretrained(tmp_path)
     found = scan(tmp_path)
@@ -770,7 +770,7 @@ def test_the_command_writes_its_files_and_says_one_sentence(tmp_path, capsys):
     out = tmp_path / "out"
     code, said = run("scan", tmp_path / "model", "-o", out)
     assert code == 0
-    assert f"foretell ME Layer {made.truth.me_layer} of" in said.out.splitlines()[-1]
+    assert f"predict ME Layer {made.truth.me_layer} of" in said.out.splitlines()[-1]
     assert {file.name for file in out.iterdir()} == {"scan.json", "scan.png", "scan.svg"}
     result = load_result(out / "scan.json")
     assert {
@@ -789,6 +789,15 @@ def test_the_command_writes_its_files_and_says_one_sentence(tmp_path, capsys):
     code, said = run("scan", tmp_path / "model", "--json")
     again = WeightScan.from_json(said.out)
     assert again.model_copy(update={"run": result.run}) == result
+    code, said = run("scan", tmp_path / "model", "--no-reach", "--json")
+    update = {"run": result.run, "seen": None}
+    assert WeightScan.from_json(said.out).model_copy(update=update) == (
+        result.model_copy(update=update)
+    )
+    assert "seen" not in json.loads(said.out)
+    code, said = run("scan", tmp_path / "model")
+    assert "x own median" in said.out
+    assert "of 17 first tokens tried, 1 reaches it" in said.out.splitlines()[-1]
     code, said = run("scan", tmp_path / "nowhere")
     assert code == 2
     assert len(said.err.strip().splitlines()) == 1
@@ -864,6 +873,9 @@ def test_smollm2():
     """definitions.md, section 8: the neurons that the running model uses, found without running."""
     found = scan("smollm2-135m")
     assert (found.me_layer, found.erase_layer, found.dims) == (11, 28, (507,))
+    assert (found.allowed.neuron, found.allowed.highest_layer) == (1229, 11)
+    assert (found.seen.reached, len(found.seen.tokens), found.seen.farthest.dim) == (17, 17, 507)
+    assert 19_000 < found.seen.farthest.value < 27_000
     loudest = {(c.layer, c.neuron): c for c in found.candidates if c.dim == 507}
     for at, ceiling, ratio in (
         ((28, 678), 3.4e5, 853),
@@ -886,6 +898,7 @@ def test_smollm2():
 def test_gemma3():
     found = scan("gemma3-270m")
     assert (found.me_layer, found.dims) == (3, (163, 400))
+    assert (found.seen.reached, found.seen.farthest.why) == (17, "bos")
     assert [row.dim for row in found.profile] == [400] * 3 + [163] * 15
     ceilings = [row.ceiling for row in found.profile[:6]]
     assert ceilings == pytest.approx([2840, 2518, 2208, 10259, 13197, 15464], rel=1e-3)

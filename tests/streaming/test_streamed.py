@@ -460,7 +460,7 @@ def test_smollm2_streamed_is_the_ordinary_locate(smol):
     assert found.run.weights == expected.run.weights
 
 
-def test_the_big_checkpoint_in_small_is_foretold_and_located(tmp_path):
+def test_the_big_checkpoint_in_small_is_predicted_and_located(tmp_path):
     big = benchmark("big_checkpoint")
     shape = big.SHAPES[0.0001]
     big.write_checkpoint(tmp_path, shape, limit=1_500_000)
@@ -470,14 +470,14 @@ def test_the_big_checkpoint_in_small_is_foretold_and_located(tmp_path):
     from melens import prompts
     from melens.scanning import scan
 
-    foretold = scan(str(tmp_path))
-    assert (foretold.me_layer, foretold.dims[0]) == (shape.me_layer, shape.dim)
+    predicted = scan(str(tmp_path))
+    assert (predicted.me_layer, predicted.dims[0]) == (shape.me_layer, shape.dim)
     streamed = load_streamed(tmp_path, device="cpu")
     found = locate(streamed, prompts(big.words(200), n=2, length=64, bos=True))
     assert (found.me_layer, found.erase_layer) == (shape.me_layer, shape.erase_layer)
     assert (found.massive[0].dim, found.massive[0].token_id) == (shape.dim, big.BOS)
     assert found.massive[0].value == pytest.approx(big.AMOUNT, rel=0.15)
-    reached = reach(streamed, foretold, tokens=[big.BOS, 9], until=shape.me_layer)
+    reached = reach(streamed, predicted, tokens=[big.BOS, 9], until=shape.me_layer)
     row = reached.profile[shape.me_layer]
     assert (row.dim, row.ceiling_dim, row.token_id) == (shape.dim, shape.dim, big.BOS)
     assert row.used == pytest.approx(big.AMOUNT / row.ceiling, rel=0.15)

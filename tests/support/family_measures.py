@@ -233,15 +233,15 @@ def finds_super_weights(family: Family) -> str:
 
 
 def scans(family: Family) -> str:
-    """The weights alone foretell the planted layer."""
+    """The weights alone predict the planted layer."""
     family.bridge  # noqa: B018
-    found = scan(family.saved)
+    found = scan(family.saved, reach=False)
     if family.planted is None:
         return "none"
     reasons = [row.reason for row in found.profile if row.layer == LAYER and row.reason]
     if reasons and found.me_layer != LAYER:
         return f"layer {LAYER} is not covered: {reasons[0]}"
-    assert found.me_layer == LAYER, f"foretells {found.me_layer}"
+    assert found.me_layer == LAYER, f"predicts {found.me_layer}"
     return ""
 
 

@@ -20,21 +20,32 @@ LAYERS = "scan-layers.jsonl"
 
 def scan(
     model: opt.Model,
+    *,
+    reach: Annotated[
+        bool | None,
+        typer.Option(
+            "--reach/--no-reach",
+            help="Run a few first tokens to test the prediction, or run nothing (default: run "
+            "them where the files are here and hold 8 GB at most).",
+        ),
+    ] = None,
     out: opt.Output,
     run: Annotated[opt.RunOptions, without("dtype", "batch_size", "seed", "trust_remote_code")],
 ) -> None:
-    """Predict MODEL's ME Layer from its weights alone: nothing is run, no tokenizer is needed.
+    """Predict MODEL's ME Layer from its weights, and test it with a few first tokens.
 
     For every layer, the most that a single FFN neuron could write into one coordinate of the
     residual stream, norm gains included; then the neurons that stand out, the coordinates they
-    share, and the layers where those are made and erased. Reads the weights a piece at a time, so
+    share, and the layers where those are made and erased. Where something stands out, BOS, a
+    chat's first token and 16 others are run up to that layer, one block in memory at a time; with
+    --no-reach nothing is run. No tokenizer is needed. Reads the weights a piece at a time, so
     models that do not fit into memory can be scanned. Of a Hugging Face id only the tensors that
     are needed are fetched. Interrupted, a scan with --out goes on where it was.
 
     Examples:
       melens scan smollm2-135m --out runs/scan
 
-      melens scan ./Llama-3.1-8B --json
+      melens scan ./Llama-3.1-8B --no-reach --json
     """
     folder = out.out
     output.refuse_unwritable(folder)
@@ -48,6 +59,7 @@ def scan(
             revision=run.revision,
             keep=kept,
             progress=tick,
+            reach=reach,
         )
     output.save(result, folder, "scan", "scan")
     if kept is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from melens.cli.listing import Listing, table_of
 from melens.protocols import JsonObject
 from melens.results.reach import ReachRow
-from melens.results.scan import Candidate, LayerCeiling
+from melens.results.scan import Candidate, LayerCeiling, TriedToken
 
 MOST = 12
 """Candidates that the table lists; the JSON has all."""
@@ -41,8 +41,30 @@ def _scan(result: Any) -> Iterator[Listing]:
         )
         if (more := len(result.candidates) - len(shown)) > 0:
             yield Listing(f"({more} more in the JSON.)")
+    if result.seen is not None:
+        yield Listing(
+            "\nFirst tokens in the predicted coordinates, each alone at position 0 (layers "
+            f"{result.seen.layer} to {result.seen.until}; above {result.seen.needed:g} is needed):",
+            [_tried(token) for token in _farthest(result.seen.tokens)],
+        )
     yield Listing(f"\nRule: {result.rule}.")
     yield Listing(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
+
+
+def _farthest(tokens: tuple[TriedToken, ...]) -> list[TriedToken]:
+    return sorted(tokens, key=lambda token: -abs(token.value))
+
+
+def _tried(token: TriedToken) -> JsonObject:
+    return {
+        "id": token.token_id,
+        "token": repr(token.token),
+        "why": token.why,
+        "value": token.value,
+        "dim": token.dim,
+        "layer": token.layer,
+        "x own median": token.times,
+    }
 
 
 def _layer(row: LayerCeiling) -> JsonObject:
