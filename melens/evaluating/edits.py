@@ -378,7 +378,7 @@ def first_layer(model: HookedModel, edit: Edit, me_layer: MELayer | None) -> int
     if me_layer is None or me_layer.me_layer is None or me_layer.me_layer < 0:
         raise InterventionError(
             f"{edit.name} acts at the ME Layer, and this model has no block of that kind; name "
-            "one with layers=(n,)."
+            "one with layers=(n,) (--mask-layers n)."
         )
     return me_layer.me_layer
 

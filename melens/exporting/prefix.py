@@ -78,7 +78,7 @@ def constant_prefix(model: AnyModel, edit: Edit, me_layer: MELayer | None, token
     if any(getattr(layer, "keys", None) is None for layer in layers):
         raise InterventionError(
             "some layers of this model share the keys of others, which a prefix cannot hold; "
-            "use format='hf'."
+            "use format='hf' (--format hf)."
         )
     pairs = [(layer.keys[0].detach().cpu(), layer.values[0].detach().cpu()) for layer in layers]
     return Prefix(token_id, [key.clone() for key, _ in pairs], [val.clone() for _, val in pairs])
@@ -93,7 +93,8 @@ def _check_constant(
             "ffn-cap": "needs other tokens to compare with",
         }[edit.name]
         raise InterventionError(
-            f"{edit.name} {why}, so it is no constant prefix; use format='hf', or another edit."
+            f"{edit.name} {why}, so it is no constant prefix; use format='hf' (--format hf), or "
+            "another edit."
         )
     from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -101,7 +102,7 @@ def _check_constant(
     if other := sorted(set(kinds) - set(ATTENDING)):
         raise InterventionError(
             f"{type(hf).__name__} has layers of {', '.join(other)}, whose state is not keys and "
-            "values, so a prefix cannot hold it; use format='hf'."
+            "values, so a prefix cannot hold it; use format='hf' (--format hf)."
         )
     if me_layer is None or edit.name == "none":
         return
@@ -109,7 +110,7 @@ def _check_constant(
     if later:
         raise InterventionError(
             f"token {later[0].token!r} is massive after the first position too, and a prefix holds "
-            "the first token alone; use format='hf'."
+            "the first token alone; use format='hf' (--format hf)."
         )
     one = Batch.of(torch.tensor([[token_id]]))
     ((marks, _),) = massive_tokens(hf, me_layer, [one])
@@ -134,7 +135,7 @@ def difference(model: AnyModel, edit: Edit, me_layer: MELayer | None, prefix: Pr
     if dtype_of(hf) == "float32" and not off <= CLOSE * max(scale, 1.0):
         raise InterventionError(
             f"with the prefix the logits of {type(hf).__name__} differ by {off:.2g} from the "
-            "edit's, so it is no exact export here; use format='hf'."
+            "edit's, so it is no exact export here; use format='hf' (--format hf)."
         )
     return off
 
@@ -316,7 +317,8 @@ def row_of(prefix: Prefix) -> Float[Tensor, "1 row"]:
     if len(shapes) != 1:
         raise InterventionError(
             "PEFT's prefix needs keys and values of one shape in all layers, these have "
-            f"{', '.join(str(list(shape)) for shape in sorted(shapes))}; use format='prefix'."
+            f"{', '.join(str(list(shape)) for shape in sorted(shapes))}; "
+            "use format='prefix' (--format prefix)."
         )
     pairs = zip(prefix.keys, prefix.values, strict=True)
     return torch.cat([torch.cat([key.flatten(), value.flatten()]) for key, value in pairs])[None]
@@ -338,7 +340,7 @@ def check_like_peft(hf: TransformersModel, prefix: Prefix) -> None:
     if (heads, width) != expected:
         raise InterventionError(
             f"PEFT expects {expected[0]} x {expected[1]} keys of {type(hf).__name__}, the model "
-            f"has {heads} x {width}; use format='prefix'."
+            f"has {heads} x {width}; use format='prefix' (--format prefix)."
         )
 
 

@@ -60,8 +60,8 @@ class MassiveRule:
         """
         if not me_layer.massive or me_layer.me_layer is None:
             raise InterventionError(
-                f"{me_layer.run.model} has no massive token to edit; say which tokens: 'first', "
-                "'all' or positions."
+                f"{me_layer.run.model} has no massive token to edit; in Python say which "
+                "tokens: 'first', 'all' or positions."
             )
         first, at = me_layer.massive[0], me_layer.me_layer
         own = HALF * abs(first.value) * _share_at(me_layer, at)

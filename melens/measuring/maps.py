@@ -101,6 +101,8 @@ def check_choice(
     """
     parts = anatomy(model)
     able = parts.attention_layers
+    if not able:
+        raise SiteError(f"{parts.why_no_attention()}; so there is none to show.")
     for given in (layers, heads):
         if given is not None and not _whole_numbers(given):
             raise SiteError(f"layers and heads are lists of whole numbers, got {given!r}.")
@@ -113,8 +115,6 @@ def check_choice(
         raise SiteError("no layer or no head was given; leave the argument out for the default.")
     if bad := [head for head in heads or () if not 0 <= head < n_heads]:
         raise SiteError(f"head {bad[0]} is outside 0..{n_heads - 1}. Heads count from 0.")
-    if not able:
-        raise SiteError(f"{parts.why_no_attention()}; so there is none to show.")
 
 
 def _whole_numbers(given: object) -> bool:

@@ -77,7 +77,7 @@ class Decoder:
         if layer not in self.norms:
             raise SiteError(
                 f"the gain of {where} cannot be read in {type(self.model).__name__}: there is "
-                "none; use select='activation'."
+                "none; use select='activation' (--mask-select activation)."
             )
         found = measured_norm(self.norms[layer], self.d_model, where=where)
         if found.is_bare:
