@@ -53,9 +53,7 @@ def _layer(
     stream(model, inputs.batches, {site: others})
     used = experts.route(others.result().to(x)).index
     rows = []
-    for expert in routed.index.unique().tolist():
-        if not 0 <= expert < experts.count:
-            continue
+    for expert in experts.used(routed):
         weight = torch.where(routed.index == expert, routed.weight, 0).sum(1).double()
         down = experts.down(expert)[:, prefixes.dim].double()
         each = experts.product(x, expert).double() * down * (weight * scale)[:, None]

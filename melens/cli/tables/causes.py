@@ -177,9 +177,10 @@ SITES = {"output": "output", "write": "after the norm"}
 
 @table_of("super-weights")
 def _super_weights(result: Any) -> Iterator[Listing]:
+    routed = any(row.expert is not None for row in result.profile)
     yield Listing(
         "Where the FFN stands out (largest |x|; in brackets, times the layer's median):",
-        [_layer(row) for row in result.profile],
+        [_layer(row, routed) for row in result.profile],
         optional=("position", "token"),
     )
     for line in result.missing:
@@ -189,7 +190,7 @@ def _super_weights(result: Any) -> Iterator[Listing]:
         yield Listing(
             f"\nRemoved one at a time; mean loss without any removed {result.base_loss:.4f} nats a "
             "token, differences paired by sequence, 95 % bootstrap:",
-            [{"": result.kind_of(w), **_weight(w)} for w in result.super_weights],
+            [{"": result.kind_of(w), **_weight(w, routed)} for w in result.super_weights],
             optional=("pass", "position", "token"),
         )
         for name, group in (("All together", result.together), ("Control", result.control)):
@@ -201,9 +202,8 @@ def _super_weights(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _layer(row: LayerSpikes) -> JsonObject:
-    made = {
-        "layer": row.layer,
+def _layer(row: LayerSpikes, routed: bool) -> JsonObject:
+    made = _block(row, routed) | {
         "input": _times(row.input, row.input_median),
         "output": _times(row.output, row.output_median),
     }
@@ -219,9 +219,13 @@ def _layer(row: LayerSpikes) -> JsonObject:
     }
 
 
-def _weight(weight: SuperWeight) -> JsonObject:
-    return {
-        "layer": weight.layer,
+def _block(row: LayerSpikes | SuperWeight, routed: bool) -> JsonObject:
+    """The layer, and the expert where any row of the table has one."""
+    return {"layer": row.layer, **({"expert": row.expert} if routed else {})}
+
+
+def _weight(weight: SuperWeight, routed: bool) -> JsonObject:
+    return _block(weight, routed) | {
         "row": weight.row,
         "column": weight.column,
         "value": weight.value,
@@ -237,8 +241,12 @@ def _weight(weight: SuperWeight) -> JsonObject:
 
 
 def _control(group: Removal) -> str:
-    rows = zip(group.weights, group.values, strict=True)
-    return ", ".join(f"({', '.join(map(str, at))}) of {value:.3g}" for at, value in rows)
+    experts = group.experts or (None,) * len(group.weights)
+    rows = zip(group.weights, experts, group.values, strict=True)
+    return ", ".join(
+        f"({', '.join(map(str, at))}{'' if n is None else f' of expert {n}'}) of {value:.3g}"
+        for at, n, value in rows
+    )
 
 
 def _times(value: float, median: float | None) -> str:

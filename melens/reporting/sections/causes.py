@@ -166,13 +166,18 @@ def super_weights(view: PageView) -> PageBlock:
     return made
 
 
+def _of(expert: int | None) -> str:
+    return "" if expert is None else f" of expert {expert}"
+
+
 def _weights(view: PageView) -> Table:
     rows: list[list[Shown]] = []
     for i, weight in enumerate(view.result.super_weights):
         at = f"/super_weights/{i}"
         rows.append(
             [
-                f"{weight.layer}, {weight.row}, {weight.column} ({view.result.kind_of(weight)})",
+                f"{weight.layer}, {weight.row}, {weight.column}{_of(weight.expert)} "
+                f"({view.result.kind_of(weight)})",
                 view.number(f"{at}/value"),
                 view.number(f"{at}/share", "percent"),
                 view.token(weight.token),
