@@ -11,7 +11,7 @@ from melens.protocols import JsonObject
 from melens.results.isolate import cells
 
 if TYPE_CHECKING:
-    from melens.results.isolate import EditedLayer, Interaction, Isolation
+    from melens.results.isolate import EditedLayer, ExpertDamage, Interaction, Isolation
     from melens.results.super_weights import LayerSpikes, Removal, SuperWeight
 
 LISTED = 12
@@ -50,9 +50,33 @@ def _isolate(result: Any) -> Iterator[Listing]:
         )
         names = ", ".join(f"layer {n} expert {e}" for n, e in result.experts_to_protect)
         yield Listing(f"To protect: {names or 'none makes a tenth of its layer'}")
+    if result.pruned_experts:
+        yield Listing(
+            "\nOne expert pruned at every token (its router weight goes to no other), and others "
+            "that about as many ordinary tokens go to:",
+            [row for damage in result.pruned_experts for row in _pruned(damage)],
+        )
+    for damage in result.pruned_experts:
+        yield Listing(damage.sentence())
     for line in result.missing:
         yield Listing(f"Not there: {line}")
     yield Listing("")
+
+
+def _pruned(damage: ExpertDamage) -> list[JsonObject]:
+    return [
+        {
+            "": "control" if i else "pruned",
+            "layer": row.layer,
+            "expert": row.expert,
+            "ordinary tokens": f"{row.others:.1%}",
+            "coordinate left": f"{row.without.left:z.1%}",
+            "loss": row.without.loss,
+            "change": f"{row.without.loss_delta:+.4f}",
+            "95 %": interval(row.without.loss_interval),
+        }
+        for i, row in enumerate((damage.pruned, *damage.controls))
+    ]
 
 
 def _edited_layer(result: Any, edited: Any) -> Iterator[Listing]:

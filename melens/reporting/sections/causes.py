@@ -55,7 +55,9 @@ def isolation(view: PageView) -> PageBlock:
     ]
     if result.neurons:
         made.tables.append(_neurons(view))
-    made.notes = list(result.missing)
+    if result.pruned_experts:
+        made.tables.append(_pruned(view))
+    made.notes = [*(row.sentence() for row in result.pruned_experts), *result.missing]
     return made
 
 
@@ -97,6 +99,34 @@ def _cells(view: PageView, place: str, where: str) -> Table:
             "coordinate",
             "share left",
             "sink rate",
+            "loss change (nats a token)",
+            "95 % interval",
+        ),
+        rows,
+    )
+
+
+def _pruned(view: PageView) -> Table:
+    rows: list[list[Shown]] = []
+    for i, damage in enumerate(view.result.pruned_experts):
+        places = ["pruned", *(f"controls/{n}" for n in range(len(damage.controls)))]
+        for place, row in zip(places, (damage.pruned, *damage.controls), strict=True):
+            at = f"/pruned_experts/{i}/{place}"
+            rows.append(
+                [
+                    f"{row.layer} / {row.expert}{'' if place == 'pruned' else ' (control)'}",
+                    view.number(f"{at}/others", "percent"),
+                    view.number(f"{at}/without/left", "percent"),
+                    view.number(f"{at}/without/loss_delta", "signed"),
+                    view.interval(f"{at}/without/loss_interval"),
+                ]
+            )
+    return Table(
+        "Experts pruned one at a time",
+        (
+            "layer (from 0) / expert",
+            "ordinary tokens that go to it",
+            "share of the coordinate left",
             "loss change (nats a token)",
             "95 % interval",
         ),
