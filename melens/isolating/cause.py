@@ -44,7 +44,7 @@ def isolate(
     Norm and FFN are edited alone and together on the massive tokens; every block's write is
     dropped, and put in alone; the write is split into neurons; the same is done at every other
     layer and with random neurons, as controls. Routed experts that write much are pruned one at a
-    time, and so are others that about as many ordinary tokens go to. Where the emergence has
+    time, and so are others whose share of ordinary tokens is nearest. Where the emergence has
     several steps the edits are made at each: the ME Layer, the main step, and of a multi-step
     emergence every layer that adds at least a tenth. Definitions: docs/definitions.md.
 

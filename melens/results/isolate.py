@@ -156,7 +156,7 @@ class PrunedExpert(Part):
 
 
 class ExpertDamage(Part):
-    """What pruning an expert to protect costs, beside others that about as many tokens go to."""
+    """What pruning an expert to protect costs, beside others whose share of tokens is nearest."""
 
     pruned: PrunedExpert
     controls: tuple[PrunedExpert, ...]
@@ -174,10 +174,12 @@ class ExpertDamage(Part):
             return f"{text}; there is no other expert to compare with."
         shares = _span([_percent(row.others) for row in self.controls])
         losses = _span([f"{row.without.loss_delta:+.3g}" for row in self.controls])
-        many = "another expert" if len(self.controls) == 1 else f"{len(self.controls)} others"
+        one = len(self.controls) == 1
+        others = "another one" if one else f"one of {len(self.controls)} others"
         return (
-            f"{text}; without {many}, used by about as many tokens ({shares} of the ordinary ones; "
-            f"it: {_percent(self.pruned.others)}), the loss changes by {losses}."
+            f"{text}; without {others} whose use is nearest ({shares} of ordinary tokens go to "
+            f"{'it' if one else 'them'}, {_percent(self.pruned.others)} to the first) it changes "
+            f"by {losses}."
         )
 
 

@@ -162,7 +162,7 @@ def test_the_damage_is_said_in_rows_the_sentence_and_the_table(pruned, capsys):
     _, made, _, found, _ = pruned
     name = f"expert {made.expert} of layer {LAYER}"
     assert f"Without {name} the loss changes by " in found.summary()
-    assert "used by about as many tokens (" in found.summary()
+    assert "others whose use is nearest (" in found.summary()
     labels = [row["ffn"] for row in found.rows()]
     assert f"without {name}" in labels
     assert sum(label.endswith("(control)") for label in labels) >= len(

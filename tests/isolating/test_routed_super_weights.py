@@ -152,6 +152,20 @@ def test_a_second_row_of_the_same_neuron_is_found_in_the_next_pass():
     assert len(super_weights(model, [Batch.of(ids())], search=Search(most=1)).super_weights) == 1
 
 
+def test_a_second_neuron_of_the_same_row_is_found_in_the_next_pass():
+    """The removed one still has the largest product; it must not be taken for the cause again."""
+    hf = families.tiny("MixtralForCausalLM")
+    made = families.plant(hf, LAYER, DIM)
+    experts, inner = hf.model.layers[LAYER].mlp.experts, 48
+    reads, down = experts.gate_up_proj.data[made.expert], down_of(hf, made.expert)
+    reads[6], reads[6 + inner] = reads[made.neuron], reads[made.neuron + inner]
+    down[:, 6] = 0.0
+    down[DIM, 6] = 0.8 * down[DIM, made.neuron]
+    found = super_weights(load(hf), [Batch.of(ids())]).super_weights
+    assert [(w.column, w.found_in) for w in found] == [(made.neuron, 1), (6, 2)]
+    assert [w.share for w in found] == pytest.approx([1 / 1.8, 1.0], abs=0.01)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_and_padding_change_nothing(side):
     hf = families.tiny("MixtralForCausalLM")
@@ -171,6 +185,8 @@ def test_batches_and_padding_change_nothing(side):
 
 def test_controls_are_of_the_same_experts_matrix():
     model = load(families.tiny("MixtralForCausalLM"))
+    down = down_of(model.original_model, 2)
+    down[4, :] = down[:, 10] = 0.3  # the nearest in size, and not to be taken
     places, _ = places_of(model)
     found = [Entry(1, 4, 10, 2), Entry(1, 5, 11, 0), Entry(1, 6, 12, 2)]
     others = stand_ins(places, found, seed=3)
@@ -181,7 +197,7 @@ def test_controls_are_of_the_same_experts_matrix():
         assert other.column != one.column
         down = down_of(model.original_model, one.expert).abs()
         assert down[other.row, other.column] == pytest.approx(
-            down[one.row, one.column].item(), abs=0.01
+            down[one.row, one.column].item(), abs=0.05
         )
 
 

@@ -52,8 +52,8 @@ def _isolate(result: Any) -> Iterator[Listing]:
         yield Listing(f"To protect: {names or 'none makes a tenth of its layer'}")
     if result.pruned_experts:
         yield Listing(
-            "\nOne expert pruned at every token (its router weight goes to no other), and others "
-            "that about as many ordinary tokens go to:",
+            "\nOne expert pruned at every token (its router weight goes to no other); controls: "
+            "others whose share of ordinary tokens is nearest:",
             [row for damage in result.pruned_experts for row in _pruned(damage)],
         )
     for damage in result.pruned_experts:
