@@ -60,6 +60,8 @@ def routed_place(model: HookedModel, layer: int) -> RoutedPlace:
     """
     experts = experts_of(model, layer)
     down = experts.down(0)
+    if down.shape[1] != model.cfg.d_model:
+        raise experts.refusal(f"they write {down.shape[1]} dimensions, the residual has others")
     rows = torch.randn(TRIED, down.shape[1], generator=torch.Generator().manual_seed(0))
     experts.route(rows.to(down))
     block = anatomy(model).blocks[layer]
