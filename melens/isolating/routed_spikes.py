@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from melens.batches import Batch
-from melens.isolating.spikes import Entry, LayerTap, Spike
+from melens.isolating.spikes import DownEntry, LayerTap, Spike
 from melens.models.anatomy import anatomy, resid_post, resid_pre
 from melens.models.experts import Experts, Routed, experts_of
 from melens.models.ffn import ffn_output
@@ -43,7 +43,7 @@ class RoutedPlace:
         return self.experts.down(expert)
 
     @contextmanager
-    def reading(self, removed: Collection[Entry], *, medians: bool) -> Iterator[LayerTap]:
+    def reading(self, removed: Collection[DownEntry], *, medians: bool) -> Iterator[LayerTap]:
         """A tap for one pass; it only reads what the experts' module is given and gives."""
         tap = RoutedTap(self, removed, medians=medians)
         handle = self.experts.module.register_forward_hook(tap.keep, with_kwargs=True)
@@ -77,7 +77,9 @@ class RoutedTap(LayerTap):
     output is the experts' weighted sum. Behind a norm the share is of all that the norm reads.
     """
 
-    def __init__(self, place: RoutedPlace, removed: Collection[Entry], *, medians: bool) -> None:
+    def __init__(
+        self, place: RoutedPlace, removed: Collection[DownEntry], *, medians: bool
+    ) -> None:
         layer = place.experts.layer
         sites = {"residual": resid_pre(layer), "end": resid_post(layer)}
         if place.write is not None and place.whole is not None:

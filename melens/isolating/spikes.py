@@ -20,7 +20,7 @@ from melens.results.super_weights import Site
 from melens.shapes import Resid, TokenMask
 
 
-class Entry(NamedTuple):
+class DownEntry(NamedTuple):
     """One entry of a down projection; ``expert`` is None for a dense FFN."""
 
     layer: int
@@ -68,7 +68,7 @@ class LayerTap:
     """
 
     def __init__(
-        self, sites: Mapping[str, str], removed: Collection[Entry], *, medians: bool
+        self, sites: Mapping[str, str], removed: Collection[DownEntry], *, medians: bool
     ) -> None:
         self.sites, self.removed, self.with_medians = sites, removed, medians
         self.rows_done = 0
@@ -165,7 +165,7 @@ class WeightPlace:
         return self.ffn.down
 
     @contextmanager
-    def reading(self, removed: Collection[Entry], *, medians: bool) -> Iterator[LayerTap]:
+    def reading(self, removed: Collection[DownEntry], *, medians: bool) -> Iterator[LayerTap]:
         """A tap for one pass."""
         yield SpikeTap(self, removed, medians=medians)
 
@@ -173,7 +173,9 @@ class WeightPlace:
 class SpikeTap(LayerTap):
     """Reads a dense FFN."""
 
-    def __init__(self, place: WeightPlace, removed: Collection[Entry], *, medians: bool) -> None:
+    def __init__(
+        self, place: WeightPlace, removed: Collection[DownEntry], *, medians: bool
+    ) -> None:
         sites = {"residual": resid_pre(place.ffn.layer), "input": place.ffn.product}
         sites["output"] = place.ffn.output
         if place.write is not None:

@@ -11,7 +11,7 @@ from melens.capture import stream
 from melens.errors import MetricError
 from melens.inputs import Inputs, Source, prepare
 from melens.isolating.routed_spikes import RoutedPlace
-from melens.isolating.spikes import Entry, Seen, Spike
+from melens.isolating.spikes import DownEntry, Seen, Spike
 from melens.isolating.weight_damage import (
     AnyPlace,
     Damages,
@@ -162,8 +162,8 @@ class _Found:
     found_in: int
 
     @property
-    def entry(self) -> Entry:
-        return Entry(self.layer, self.spike.row, self.spike.column, self.spike.expert)
+    def entry(self) -> DownEntry:
+        return DownEntry(self.layer, self.spike.row, self.spike.column, self.spike.expert)
 
 
 class _Hunt:
@@ -279,7 +279,7 @@ def _groups(hunt: _Hunt, damages: Damages) -> tuple[Removal | None, Removal | No
     any_expert = any(entry.expert is not None for entry in found)
     others = stand_ins(hunt.places, found, seed=hunt.search.seed)
 
-    def made(weights: Sequence[Entry]) -> Removal:
+    def made(weights: Sequence[DownEntry]) -> Removal:
         cost = damages.of(weights)
         return Removal(
             weights=tuple((e.layer, e.row, e.column) for e in weights),

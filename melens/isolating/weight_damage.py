@@ -18,7 +18,7 @@ from melens.intervals import mean_interval
 from melens.interventions import ffn_ablate_neurons, ffn_zero_weights
 from melens.interventions.experts import expert_ablate_neuron, expert_zero_weights
 from melens.isolating.routed_spikes import RoutedPlace, routed_place
-from melens.isolating.spikes import Entry, WeightPlace
+from melens.isolating.spikes import DownEntry, WeightPlace
 from melens.metrics import sequence_loss
 from melens.models.anatomy import anatomy
 from melens.models.experts import has_experts
@@ -75,7 +75,7 @@ class Damage:
 
 
 @contextmanager
-def removed(model: HookedModel, weights: Sequence[Entry]) -> Iterator[None]:
+def removed(model: HookedModel, weights: Sequence[DownEntry]) -> Iterator[None]:
     """All these weights at zero, at every token; afterwards the weights are as they were."""
     by_matrix: dict[tuple[int, int | None], list[tuple[int, int]]] = defaultdict(list)
     for layer, row, column, expert in weights:
@@ -119,11 +119,11 @@ class Damages:
         """Mean loss with nothing removed."""
         return float(self.clean.mean())
 
-    def of(self, weights: Sequence[Entry]) -> Damage:
+    def of(self, weights: Sequence[DownEntry]) -> Damage:
         """Of removing these weights together."""
         return self._under(removed(self.inputs.model, weights))
 
-    def of_neuron(self, entry: Entry) -> Damage:
+    def of_neuron(self, entry: DownEntry) -> Damage:
         """Of removing a whole neuron: its whole column of the down projection, at every token."""
         model, layer, neuron = self.inputs.model, entry.layer, entry.column
         if entry.expert is not None:
@@ -140,14 +140,14 @@ class Damages:
 
 
 def stand_ins(
-    places: Mapping[int, AnyPlace], weights: Sequence[Entry], *, seed: int
-) -> list[Entry]:
+    places: Mapping[int, AnyPlace], weights: Sequence[DownEntry], *, seed: int
+) -> list[DownEntry]:
     """For every weight another of the same matrix: the nearest |value|, no shared row or column.
 
     One of the CONTROL_POOL nearest, drawn at random. Every expert has a matrix of its own.
     """
     rng = torch.Generator().manual_seed(seed)
-    made: list[Entry] = []
+    made: list[DownEntry] = []
     for entry in weights:
         size = places[entry.layer].down(entry.expert).float().abs().cpu()
         apart = (size - size[entry.column, entry.row]).abs()
@@ -159,14 +159,14 @@ def stand_ins(
         nearest = apart.flatten().topk(max(1, min(CONTROL_POOL, free)), largest=False).indices
         pick = int(nearest[int(torch.randint(len(nearest), (), generator=rng))])
         width = size.shape[1]
-        made.append(Entry(entry.layer, pick % width, pick // width, entry.expert))
+        made.append(DownEntry(entry.layer, pick % width, pick // width, entry.expert))
     return made
 
 
-def _matrix(entry: Entry) -> tuple[int, int | None]:
+def _matrix(entry: DownEntry) -> tuple[int, int | None]:
     return entry.layer, entry.expert
 
 
-def value_of(places: Mapping[int, AnyPlace], entry: Entry) -> float:
+def value_of(places: Mapping[int, AnyPlace], entry: DownEntry) -> float:
     """The entry itself."""
     return float(places[entry.layer].down(entry.expert)[entry.column, entry.row])

@@ -14,7 +14,7 @@ from melens.batches import Batch
 from melens.errors import InterventionError, SiteError
 from melens.figures.causes import draw_spikes
 from melens.interventions.experts import expert_ablate_neuron, expert_prune, expert_zero_weights
-from melens.isolating.spikes import Entry
+from melens.isolating.spikes import DownEntry
 from melens.isolating.super_weight_search import Search, super_weights
 from melens.isolating.weight_damage import places_of, removed, stand_ins
 from melens.models import load
@@ -188,7 +188,7 @@ def test_controls_are_of_the_same_experts_matrix():
     down = down_of(model.original_model, 2)
     down[4, :] = down[:, 10] = 0.3  # the nearest in size, and not to be taken
     places, _ = places_of(model)
-    found = [Entry(1, 4, 10, 2), Entry(1, 5, 11, 0), Entry(1, 6, 12, 2)]
+    found = [DownEntry(1, 4, 10, 2), DownEntry(1, 5, 11, 0), DownEntry(1, 6, 12, 2)]
     others = stand_ins(places, found, seed=3)
     assert others == stand_ins(places, found, seed=3) != stand_ins(places, found, seed=4)
     for one, other in zip(found, others, strict=True):
@@ -208,7 +208,7 @@ def test_edits_are_those_by_hand_and_are_undone_on_errors(name):
     model, rows = load(hf), ids()
     with torch.no_grad():
         down_of(other, 1)[3, 5] = down_of(other, 1)[4, 6] = 0.0
-        pairs = [Entry(LAYER, 3, 5, 1), Entry(LAYER, 4, 6, 1), Entry(LAYER, 3, 5, 1)]
+        pairs = [DownEntry(LAYER, 3, 5, 1), DownEntry(LAYER, 4, 6, 1), DownEntry(LAYER, 3, 5, 1)]
         with removed(model, pairs):
             made = model(rows, return_type="logits")
         torch.testing.assert_close(made, other(rows).logits, rtol=1e-5, atol=1e-6)

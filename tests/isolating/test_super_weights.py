@@ -13,7 +13,7 @@ from melens import locate, prompts
 from melens.batches import Batch
 from melens.errors import MetricError, ModelError, ResultError, UnknownNameError
 from melens.figures.causes import draw_spikes
-from melens.isolating.spikes import Entry
+from melens.isolating.spikes import DownEntry
 from melens.isolating.super_weight_search import Search, super_weights
 from melens.isolating.weight_damage import places_of, removed, stand_ins
 from melens.models import load
@@ -223,7 +223,7 @@ def test_controls_are_near_in_size_and_elsewhere(make_tiny):
     hf = make_tiny("llama")
     places, _ = places_of(load(hf))
     down = hf.model.layers[1].mlp.down_proj.weight.detach()
-    found = [Entry(1, 4, 10), Entry(1, 5, 11), Entry(1, 6, 12)]
+    found = [DownEntry(1, 4, 10), DownEntry(1, 5, 11), DownEntry(1, 6, 12)]
     others = stand_ins(places, found, seed=3)
     assert others == stand_ins(places, found, seed=3) != stand_ins(places, found, seed=4)
     assert len(set(others)) == 3
@@ -337,7 +337,7 @@ def test_the_model_is_the_same_bit_for_bit_afterwards(make_tiny, texts):
 def test_several_layers_are_removed_together(make_tiny, texts):
     hf = make_tiny("llama")
     model, other = load(hf), copy.deepcopy(hf)
-    weights = [Entry(0, 3, 5), Entry(2, 4, 6), Entry(0, 3, 9)]
+    weights = [DownEntry(0, 3, 5), DownEntry(2, 4, 6), DownEntry(0, 3, 9)]
     with torch.no_grad():
         for layer, row, column, _ in weights:
             other.model.layers[layer].mlp.down_proj.weight[row, column] = 0.0

@@ -6,7 +6,7 @@ from melens.reporting.sections.base import Fact, PageBlock, PageView, Picture, S
 from melens.reporting.source import number_text
 from melens.results.evaluation import Evaluation
 from melens.results.isolate import Isolation
-from melens.results.super_weights import SuperWeights
+from melens.results.super_weights import SuperWeight, SuperWeights
 
 CELLS = {
     "kept_kept": "as it is",
@@ -196,8 +196,9 @@ def super_weights(view: PageView) -> PageBlock:
     return made
 
 
-def _of(expert: int | None) -> str:
-    return "" if expert is None else f" of expert {expert}"
+def _place(weight: SuperWeight, kind: str) -> str:
+    of = "" if weight.expert is None else f" of expert {weight.expert}"
+    return f"{weight.layer}, {weight.row}, {weight.column}{of} ({kind})"
 
 
 def _weights(view: PageView) -> Table:
@@ -206,8 +207,7 @@ def _weights(view: PageView) -> Table:
         at = f"/super_weights/{i}"
         rows.append(
             [
-                f"{weight.layer}, {weight.row}, {weight.column}{_of(weight.expert)} "
-                f"({view.result.kind_of(weight)})",
+                _place(weight, view.result.kind_of(weight)),
                 view.number(f"{at}/value"),
                 view.number(f"{at}/share", "percent"),
                 view.token(weight.token),
