@@ -23,6 +23,7 @@ SHAPES := tests/test_metrics.py \
   'tests/isolating/test_isolate.py::test_what_was_planted_is_blamed[norm-0]' \
   tests/isolating/test_super_weights.py::test_batches_and_padding_change_nothing \
   'tests/isolating/test_routed.py::test_the_planted_expert_and_neuron_are_named[MixtralForCausalLM]' \
+  'tests/isolating/test_routed_super_weights.py::test_batches_and_padding_change_nothing[left]' \
   'tests/patching/test_patching.py::test_loss_kl_and_a_function_of_logits_equal_plain_runs[left]' \
   'tests/patching/test_patching.py::test_massive_coordinate_and_sink_rate_equal_plain_runs[left]' \
   tests/patching/test_patching.py::test_ablation_by_the_mean_and_by_another_sequence \

@@ -232,7 +232,10 @@ def _costs(axes: Axes, result: SuperWeights) -> None:
     if result.large:
         axes.plot([], [], marker="o", color=MUTED, ls="", label="large weight removed")
     axes.plot([], [], marker="x", color=MUTED, ls="", ms=4, label="its whole neuron")
-    names = [f"({w.layer}, {w.row}, {w.column})" for w in result.super_weights]
+    names = [
+        f"({w.layer}, {w.row}, {w.column})" + ("" if w.expert is None else f" of e{w.expert}")
+        for w in result.super_weights
+    ]
     axes.set_yticks(range(n + 2), [*names, f"all {n} together", f"control: {n} of like size"])
     axes.set_ylim(n + 1.6, -0.6)
     axes.set_xscale("symlog", linthresh=0.1)

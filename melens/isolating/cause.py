@@ -12,14 +12,14 @@ from melens.isolating.cells import joined
 from melens.isolating.edited import MOST_SHARE, Edited, LocatedSubject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
 from melens.isolating.path import has_neurons, has_part, ordinary_tokens, share_at, sufficiency
-from melens.isolating.routed import routed_rows
+from melens.isolating.routed import routed_writes
 from melens.isolating.runs import EditedTexts, Finished, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
 from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, require_unfolded
 from melens.protocols import ModelLike
 from melens.results import MELayer
-from melens.results.isolate import Isolation, Neuron, RoutedExpert, Write
+from melens.results.isolate import Isolation, Neuron, Write
 from melens.resume import Resumable
 from melens.settings import Run, setting_of
 from melens.store import digest
@@ -43,9 +43,10 @@ def isolate(
 
     Norm and FFN are edited alone and together on the massive tokens; every block's write is
     dropped, and put in alone; the write is split into neurons; the same is done at every other
-    layer and with random neurons, as controls. Where the emergence has several steps the edits
-    are made at each: the ME Layer, the main step, and of a multi-step emergence every layer that
-    adds at least a tenth. Definitions: docs/definitions.md.
+    layer and with random neurons, as controls. Routed experts that write much are pruned one at a
+    time, and so are others whose share of ordinary tokens is nearest. Where the emergence has
+    several steps the edits are made at each: the ME Layer, the main step, and of a multi-step
+    emergence every layer that adds at least a tenth. Definitions: docs/definitions.md.
 
     Args:    model: anything ``melens.load`` takes.
              me_layer: what ``melens.locate`` found on this model; None = locate first.
@@ -149,7 +150,13 @@ class _Run:
                 f"an effect on the coordinate: it is read at the peak, layer "
                 f"{subject.prefixes.peak}, before layer {first}"
             )
-        every = [change for edited in self.edited for change in edited.changes]
+        self.routed = routed_writes(
+            subject.inputs, subject.located, subject.prefixes, subject.without
+        )
+        subject.missing += [f"experts of layer {n}: {w}" for n, w in self.routed.reasons.items()]
+        self.trials = self.routed.trials
+        parts = (*self.edited, *self.trials)
+        every = [change for part in parts for change in part.changes]
         self.changes = list({change.name: change for change in every}.values())
         """Once each: layers share controls."""
         subject.total = sum(edited.steps for edited in self.edited) + 4 * (subject.upto + 1)
@@ -163,7 +170,7 @@ class _Run:
         found = joined(list(texts.outcomes(self.changes, subject.tick)))
         by_name = {c.name: outcome for c, outcome in zip(self.changes, found, strict=True)}
         here, *others = (edited.result(by_name) for edited in self.edited)
-        clean = subject.prefixes.clean.mean().item()
+        clean, base = subject.prefixes.clean.mean().item(), by_name[first.main[0].name]
         known = [w for n, w in subject.written.items() if w is not None and self._counts(n, clean)]
         subject.tick(max(0, subject.total - subject.done))
         return Isolation(
@@ -175,21 +182,17 @@ class _Run:
             ordinary=ordinary,
             decompositions=tuple(decomposition(written, clean) for written in known),
             neurons=tuple(row for written in known for row in self._rows(written)),
-            experts=self._experts(),
+            experts=tuple(self.routed.rows),
+            pruned_experts=tuple(
+                self.routed.damage(trial, by_name, base, subject.prefixes.groups)
+                for trial in self.trials
+            ),
             missing=tuple(subject.missing),
             run=subject.inputs.run_info(
                 seed=0, me_layer=subject.me.me_layer, layer=first.layer, ffn_edit=subject.kind
             ),
             **subject.facts(),
         )
-
-    def _experts(self) -> tuple[RoutedExpert, ...]:
-        subject = self.subject
-        rows, reasons = routed_rows(
-            subject.inputs, subject.located, subject.prefixes, subject.without
-        )
-        subject.missing += [f"experts of layer {n}: {why}" for n, why in reasons.items()]
-        return tuple(rows)
 
     def _necessity(self) -> tuple[Write, ...]:
         subject, rows = self.subject, []

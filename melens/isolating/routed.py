@@ -1,8 +1,9 @@
-"""How routed experts write the massive coordinate: which expert, which neuron, how many use it."""
+"""How routed experts write the massive coordinate, and which of them are pruned to see the cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -11,37 +12,118 @@ from torch import Tensor
 from melens.capture import stream
 from melens.errors import ModelError, SiteError
 from melens.inputs import Inputs
+from melens.isolating.cells import Groups, cell_of
 from melens.isolating.path import Others
-from melens.isolating.runs import Prefixes
+from melens.isolating.runs import EditOutcome, Prefixes, RunChange, prune
 from melens.measuring.located import Located
 from melens.models.anatomy import anatomy, norm_gain
 from melens.models.experts import Experts, experts_of
 from melens.models.ffn import ffn_input
 from melens.protocols import HookedModel
-from melens.results.isolate import RoutedExpert
+from melens.results.isolate import ExpertDamage, PrunedExpert, RoutedExpert
+
+ExpertAt = tuple[int, int]
+"""(layer, expert)."""
+MOST_PRUNED, CONTROLS, SEED = 3, 3, 0
 
 
-def routed_rows(
+@dataclass
+class RoutedWrites:
+    """What was read of every layer with routed experts, up to the peak."""
+
+    rows: list[RoutedExpert] = field(default_factory=list)
+    """Every expert that a massive token is routed to, the largest of a layer first."""
+    written: dict[int, float] = field(default_factory=dict)
+    """What a layer's FFN writes into the massive dimension."""
+    used: dict[int, Float[Tensor, " expert"]] = field(default_factory=dict)
+    """Share of ordinary tokens that go to each of a layer's experts."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Layers whose experts cannot be read."""
+
+    @property
+    def trials(self) -> list[PruneTrial]:
+        """At most MOST_PRUNED experts to protect, those that write most, with their controls."""
+        protected = [row for row in self.rows if row.is_to_protect]
+        keep = {(row.layer, row.expert) for row in protected}
+        largest = sorted(protected, key=lambda row: -abs(row.share * self.written[row.layer]))
+        return [
+            PruneTrial(at, self._controls(at, keep))
+            for at in ((row.layer, row.expert) for row in largest[:MOST_PRUNED])
+        ]
+
+    def _controls(self, at: ExpertAt, keep: Collection[ExpertAt]) -> tuple[ExpertAt, ...]:
+        """Other experts with the nearest share of ordinary tokens; SEED settles ties.
+
+        Of the same layer, and of the other layers where it has no other one.
+        """
+        every = [(layer, n) for layer, used in self.used.items() for n in range(len(used))]
+        free = [other for other in every if other not in keep]
+        pool = [other for other in free if other[0] == at[0]] or free
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(SEED)).tolist()
+        own = self.share_of(at)
+        near = sorted((pool[i] for i in order), key=lambda other: abs(self.share_of(other) - own))
+        return tuple(near[:CONTROLS])
+
+    def share_of(self, at: ExpertAt) -> float:
+        """Share of ordinary tokens that go to an expert."""
+        return self.used[at[0]][at[1]].item()
+
+    def damage(
+        self, trial: PruneTrial, found: Mapping[str, EditOutcome], base: EditOutcome, groups: Groups
+    ) -> ExpertDamage:
+        """A trial's costs.
+
+        Args:    found: outcomes of the trial's changes, by name.
+        """
+
+        def one(at: ExpertAt) -> PrunedExpert:
+            return PrunedExpert(
+                layer=at[0],
+                expert=at[1],
+                others=self.share_of(at),
+                without=cell_of(found[change_of(at).name], base, groups),
+            )
+
+        return ExpertDamage(pruned=one(trial.at), controls=tuple(map(one, trial.controls)))
+
+
+@dataclass(frozen=True)
+class PruneTrial:
+    """One expert to prune, and others to prune instead."""
+
+    at: ExpertAt
+    controls: tuple[ExpertAt, ...]
+
+    @property
+    def changes(self) -> list[RunChange]:
+        """One run over the texts each."""
+        return [change_of(at) for at in (self.at, *self.controls)]
+
+
+def change_of(at: ExpertAt) -> RunChange:
+    """Without this one expert."""
+    return RunChange(at[0], (prune(*at),))
+
+
+def routed_writes(
     inputs: Inputs, located: Located, prefixes: Prefixes, layers: Sequence[int]
-) -> tuple[list[RoutedExpert], dict[int, str]]:
-    """Every expert that a massive token is routed to, the largest of a layer first.
+) -> RoutedWrites:
+    """Read the experts of all layers up to the peak, a pass over the texts each.
 
     Args:    layers: those whose FFN has no neurons of its own.
-    Returns: the rows, and for layers without any the reason.
     """
-    rows: list[RoutedExpert] = []
-    reasons: dict[int, str] = {}
+    found = RoutedWrites()
     for layer in (n for n in layers if n <= prefixes.peak):
         try:
-            rows += _layer(inputs, located, prefixes, experts_of(inputs.model, layer))
+            _read_layer(found, inputs, located, prefixes, experts_of(inputs.model, layer))
         except (ModelError, SiteError) as error:
-            reasons[layer] = str(error)
-    return rows, reasons
+            found.reasons[layer] = str(error)
+    return found
 
 
-def _layer(
-    inputs: Inputs, located: Located, prefixes: Prefixes, experts: Experts
-) -> list[RoutedExpert]:
+def _read_layer(
+    found: RoutedWrites, inputs: Inputs, located: Located, prefixes: Prefixes, experts: Experts
+) -> None:
     model, layer = inputs.model, experts.layer
     site = ffn_input(model, layer)
     seen = prefixes.read([site])
@@ -51,11 +133,10 @@ def _layer(
     made = (experts.written(x)[:, prefixes.dim].double() * scale).mean()
     others = Others(located.heavy)
     stream(model, inputs.batches, {site: others})
-    used = experts.route(others.result().to(x)).index
+    index = experts.route(others.result().to(x)).index
+    used = torch.stack([(index == n).any(1).double().mean() for n in range(experts.count)]).cpu()
     rows = []
-    for expert in routed.index.unique().tolist():
-        if not 0 <= expert < experts.count:
-            continue
+    for expert in experts.used(routed):
         weight = torch.where(routed.index == expert, routed.weight, 0).sum(1).double()
         down = experts.down(expert)[:, prefixes.dim].double()
         each = experts.product(x, expert).double() * down * (weight * scale)[:, None]
@@ -70,10 +151,11 @@ def _layer(
                 neuron=top,
                 neuron_share=_share(parts[top], made),
                 entry=down[top].item(),
-                others=(used == expert).any(1).double().mean().item(),
+                others=used[expert].item(),
             )
         )
-    return sorted(rows, key=lambda row: -abs(row.share))
+    found.rows += sorted(rows, key=lambda row: -abs(row.share))
+    found.written[layer], found.used[layer] = made.item(), used
 
 
 def _after(model: HookedModel, layer: int, prefixes: Prefixes) -> Float[Tensor, " prefix"]:

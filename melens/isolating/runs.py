@@ -26,6 +26,7 @@ from melens.interventions import (
     norm_shuffle,
     write_block,
 )
+from melens.interventions.experts import expert_prune
 from melens.interventions.target import Choice, these
 from melens.item_rows import ItemRow, Rows
 from melens.measuring.located import Located
@@ -406,6 +407,14 @@ def drop(layer: int, part: str) -> LayerEdit:
     return LayerEdit(
         f"drop {part} at {layer}",
         lambda model, tokens: write_block(model, layer, tokens=tokens, part=part),
+    )
+
+
+def prune(layer: int, expert: int) -> LayerEdit:
+    """A routed expert writes nothing, at any token."""
+    return LayerEdit(
+        f"prune expert {expert} at {layer}",
+        lambda model, tokens: expert_prune(model, layer, expert),
     )
 
 

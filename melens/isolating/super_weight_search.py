@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from melens.capture import stream
 from melens.errors import MetricError
 from melens.inputs import Inputs, Source, prepare
-from melens.isolating.spikes import (
-    At,
+from melens.isolating.routed_spikes import RoutedPlace
+from melens.isolating.spikes import DownEntry, Seen, Spike
+from melens.isolating.weight_damage import (
+    AnyPlace,
     Damages,
-    Seen,
-    Spike,
-    SpikeTap,
-    WeightPlace,
     places_of,
     removed,
     stand_ins,
@@ -77,7 +76,8 @@ def super_weights(
 
     Beyond the original: all texts count, not one prompt; input and output are read at the same
     token; a pruned weight's column does not hide the next one; layers with a norm behind the FFN
-    are judged after that norm, where size before it says nothing.
+    are judged after that norm, where size before it says nothing; of routed experts the entry
+    is that of the expert and neuron with the largest product times the router's weight.
 
     Args:    model: anything ``melens.load`` takes.
              prompts: texts, as for ``melens.locate``.
@@ -162,15 +162,15 @@ class _Found:
     found_in: int
 
     @property
-    def at(self) -> At:
-        return self.layer, self.spike.row, self.spike.column
+    def entry(self) -> DownEntry:
+        return DownEntry(self.layer, self.spike.row, self.spike.column, self.spike.expert)
 
 
 class _Hunt:
     """Pass after pass, each without the weights that the earlier ones found."""
 
     def __init__(
-        self, inputs: Inputs, places: Mapping[int, WeightPlace], search: Search, ticks: _Ticks
+        self, inputs: Inputs, places: Mapping[int, AnyPlace], search: Search, ticks: _Ticks
     ) -> None:
         self.inputs, self.places, self.search, self.ticks = inputs, places, search, ticks
         self.found: list[_Found] = []
@@ -190,17 +190,16 @@ class _Hunt:
 
     def _pass(self) -> dict[int, Seen]:
         self.ticks.expect(1)
-        gone = [item.at for item in self.found]
-        taps = {
-            layer: SpikeTap(
-                place,
-                [(row, column) for at, row, column in gone if at == layer],
-                medians=not self.clean,
-            )
-            for layer, place in self.places.items()
-        }
-        hooks = {hook: part for tap in taps.values() for hook, part in tap.taps.items()}
-        with removed(self.inputs.model, gone):
+        gone, medians = [item.entry for item in self.found], not self.clean
+        with ExitStack() as stack:
+            taps = {
+                layer: stack.enter_context(
+                    place.reading([e for e in gone if e.layer == layer], medians=medians)
+                )
+                for layer, place in self.places.items()
+            }
+            hooks = {hook: part for tap in taps.values() for hook, part in tap.taps.items()}
+            stack.enter_context(removed(self.inputs.model, gone))
             stream(self.inputs.model, self.inputs.batches, hooks, progress=self.ticks.tick)
         return {layer: tap.result() for layer, tap in taps.items()}
 
@@ -254,6 +253,7 @@ class _Hunt:
             rows.append(
                 LayerSpikes(
                     layer=layer,
+                    expert=spike.expert,
                     input=seen.largest["input"],
                     input_median=seen.medians["input"],
                     output=seen.largest["output"],
@@ -273,15 +273,17 @@ class _Hunt:
 
 def _groups(hunt: _Hunt, damages: Damages) -> tuple[Removal | None, Removal | None]:
     """All of them removed together, and as many others."""
-    found = [item.at for item in hunt.found]
+    found = [item.entry for item in hunt.found]
     if not found:
         return None, None
+    any_expert = any(entry.expert is not None for entry in found)
     others = stand_ins(hunt.places, found, seed=hunt.search.seed)
 
-    def made(weights: Sequence[At]) -> Removal:
+    def made(weights: Sequence[DownEntry]) -> Removal:
         cost = damages.of(weights)
         return Removal(
-            weights=tuple(weights),
+            weights=tuple((e.layer, e.row, e.column) for e in weights),
+            experts=tuple(e.expert for e in weights) if any_expert else (),
             values=tuple(value_of(hunt.places, at) for at in weights),
             loss_without=cost.without,
             loss_delta=cost.delta,
@@ -294,13 +296,15 @@ def _groups(hunt: _Hunt, damages: Damages) -> tuple[Removal | None, Removal | No
 def _super_weight(
     hunt: _Hunt, item: _Found, damages: Damages, me_layer: MELayer | None
 ) -> SuperWeight:
-    spike, cost = item.spike, damages.of([item.at])
-    neuron = damages.of_neuron(item.layer, spike.column)
+    spike, cost = item.spike, damages.of([item.entry])
+    neuron = damages.of_neuron(item.entry)
     return SuperWeight(
         layer=item.layer,
+        expert=spike.expert,
+        router_weight=spike.router_weight,
         row=spike.row,
         column=spike.column,
-        value=value_of(hunt.places, item.at),
+        value=value_of(hunt.places, item.entry),
         found_in=item.found_in,
         site=item.site,
         input_spike=spike.product,
@@ -330,7 +334,7 @@ def _role(spike: Spike, me_layer: MELayer) -> Role:
     return "writes" if abs(spike.residual + added) > abs(spike.residual) else "erases"
 
 
-def _rule(search: Search, places: Mapping[int, WeightPlace]) -> str:
+def _rule(search: Search, places: Mapping[int, AnyPlace]) -> str:
     text = (
         f"the FFN's product and its output at one token each at least {search.against_layers:g} x "
         f"the other layers' largest (median) and {search.against_median:g} x the layer's own "
@@ -340,5 +344,10 @@ def _rule(search: Search, places: Mapping[int, WeightPlace]) -> str:
         text += (
             f"; or, as a norm follows the FFN, the write after it at least "
             f"{search.against_median:g} x its own median, with the same share of the output"
+        )
+    if any(isinstance(place, RoutedPlace) for place in places.values()):
+        text += (
+            "; of routed experts the output is their weighted sum, and a weight's share counts the "
+            "router's weight"
         )
     return text

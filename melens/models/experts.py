@@ -34,6 +34,7 @@ class Experts:
     ffn: nn.Module
     """The whole FFN: router, experts, shared experts."""
     module: Any
+    """The experts alone; what it gives is their weighted sum."""
     count: int
 
     def route(self, x: Rows) -> Routed:
@@ -44,7 +45,7 @@ class Experts:
         seen: list[tuple[Args, Kwargs, Tensor]] = []
 
         def keep(module: nn.Module, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-            seen.append((args, kwargs, out))
+            seen.append((args, kwargs, out.clone()))  # shared ones may be added in place
 
         handle = self.module.register_forward_hook(keep, with_kwargs=True)
         try:
@@ -53,12 +54,21 @@ class Experts:
         except torch.OutOfMemoryError:
             raise
         except (TypeError, RuntimeError):
-            raise self._unknown("its FFN takes more than its input") from None
+            raise self.refusal("its FFN takes more than its input") from None
         finally:
             handle.remove()
         if not seen:
-            raise self._unknown("its FFN does not run them")
+            raise self.refusal("its FFN does not run them")
         args, kwargs, out = seen[0]
+        given, routed = self.called(args, kwargs, len(x))
+        self._require_explained(given, routed, out)
+        return routed
+
+    def called(self, args: Args, kwargs: Kwargs, tokens: int) -> tuple[Rows, Routed]:
+        """What a call of the experts' module was given: its tokens, and where they go.
+
+        Raises:  SiteError: it was called otherwise than once with all of these tokens.
+        """
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         index = next((t for t in given if t.ndim == 2 and not t.is_floating_point()), None)
         weight = next(
@@ -69,11 +79,9 @@ class Experts:
             ),
             None,
         )
-        if index is None or weight is None or given[0].shape != x.shape:
-            raise self._unknown("its experts are not called token by token")
-        routed = Routed(index, weight)
-        self._require_explained(given[0], routed, out)
-        return routed
+        if index is None or weight is None or given[0].ndim != 2 or len(given[0]) != tokens:
+            raise self.refusal("its experts are not called token by token")
+        return given[0].detach(), Routed(index, weight.detach())
 
     @torch.no_grad()
     def written(self, x: Rows) -> Rows:
@@ -92,8 +100,17 @@ class Experts:
         return module._apply_gate(made) if module.has_gate else module.act_fn(made)
 
     def down(self, expert: int) -> Float[Tensor, "neuron d_model"]:
-        """Row n is what neuron n writes."""
+        """Row n is what neuron n writes: a view of the stored weights."""
         return self._matrix("down_proj", expert).detach()
+
+    def bias(self, expert: int) -> Float[Tensor, " d_model"] | None:
+        """What its down projection adds: a view of the stored bias; None without one."""
+        stored = getattr(self.module, "down_proj_bias", None)
+        return None if stored is None else stored[expert].detach()
+
+    def used(self, routed: Routed) -> list[int]:
+        """Experts that any token goes to; slots that nothing is routed to are left out."""
+        return [n for n in routed.index.unique().tolist() if 0 <= n < self.count]
 
     def _matrix(self, name: str, expert: int) -> Float[Tensor, "inside outside"]:
         stored = getattr(self.module, name)[expert]
@@ -102,21 +119,25 @@ class Experts:
     @torch.no_grad()
     def _require_explained(self, x: Rows, routed: Routed, out: Tensor) -> None:
         made = torch.zeros_like(x)
-        bias = getattr(self.module, "down_proj_bias", None)
-        for expert in routed.index.unique().tolist():
-            if not 0 <= expert < self.count:  # a slot that nothing is routed to
-                continue
+        for expert in self.used(routed):
+            bias = self.bias(expert)
             token, slot = torch.where(routed.index == expert)
             write = self.product(x[token], expert) @ self.down(expert)
-            write = write if bias is None else write + bias[expert]
+            write = write if bias is None else write + bias
             made.index_add_(0, token, write * routed.weight[token, slot, None].to(write))
         limit = TOLERANCE if x.dtype.itemsize > 2 else HALF_TOLERANCE
         apart = (made - out.reshape(made.shape)).abs().max()
         if not apart <= limit * out.abs().max().clamp_min(1e-30):
-            raise self._unknown("its experts do more than their weights say")
+            raise self.refusal("its experts do more than their weights say")
 
-    def _unknown(self, why: str) -> SiteError:
+    def refusal(self, why: str) -> SiteError:
+        """The error that says why these experts cannot be read."""
         return SiteError(f"block {self.layer}'s experts cannot be told apart: {why}.")
+
+
+def has_experts(model: HookedModel, layer: int) -> bool:
+    """Whether a block keeps routed experts in a way melens knows."""
+    return _found(model, layer) is not None
 
 
 def experts_of(model: HookedModel, layer: int) -> Experts:
@@ -125,10 +146,18 @@ def experts_of(model: HookedModel, layer: int) -> Experts:
     Raises:  SiteError: no such layer, no experts, or experts kept in a way melens does not know.
     """
     check_layer(model, layer)
+    if (found := _found(model, layer)) is None:
+        raise SiteError(f"block {layer} has no routed experts whose weights melens can read.")
+    return found
+
+
+def _found(model: HookedModel, layer: int) -> Experts | None:
     ffn = getattr(getattr(model.blocks[layer], "mlp", None), "original_component", None)
-    for module in ffn.modules() if isinstance(ffn, nn.Module) else ():
+    if not isinstance(ffn, nn.Module):
+        return None
+    for module in ffn.modules():
         down = getattr(module, "down_proj", None)
         known = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-        if isinstance(down, Tensor) and down.ndim == 3 and known and isinstance(ffn, nn.Module):
+        if isinstance(down, Tensor) and down.ndim == 3 and known:
             return Experts(layer, ffn, module, len(down))
-    raise SiteError(f"block {layer} has no routed experts whose weights melens can read.")
+    return None

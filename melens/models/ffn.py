@@ -234,7 +234,7 @@ def ffn_of(model: HookedModel, layer: int) -> FFN:
         gate=f"{prefix}mlp.hook_pre" if gated else None,
         up=f"{prefix}mlp.hook_pre{'_linear' if gated else ''}",
         product=f"{prefix}mlp.hook_post",
-        output=_output(model, layer),
+        output=ffn_output(model, layer),
         weights=weights,
         activation=act,
     )
@@ -300,7 +300,11 @@ def _module(weights: object, part: str) -> torch.nn.Module | None:
     return found if isinstance(found, torch.nn.Module) else None
 
 
-def _output(model: HookedModel, layer: int) -> str:
+def ffn_output(model: HookedModel, layer: int) -> str:
+    """Hook of what the FFN makes, before a norm on its write path.
+
+    Raises:  SiteError: there is no such hook.
+    """
     site = f"blocks.{layer}.mlp.hook_out"
     if site in model.hook_dict:
         return site

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import within
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -132,6 +133,60 @@ class RoutedExpert(Part):
     """Entry (dim, neuron) of its down projection."""
     others: float = Field(ge=0, le=1)
     """Share of ordinary tokens that go to it as well."""
+
+    @property
+    def is_to_protect(self) -> bool:
+        """Whether it makes a tenth of its layer's write or more."""
+        return abs(self.share) >= PROTECTED_SHARE
+
+
+class PrunedExpert(Part):
+    """One expert that writes nothing at any token: what the texts show without it."""
+
+    layer: int
+    expert: int
+    others: float = Field(ge=0, le=1)
+    """Share of ordinary tokens that go to it, as in :class:`RoutedExpert`."""
+    without: Cell
+
+    @property
+    def name(self) -> str:
+        """The place in words."""
+        return f"expert {self.expert} of layer {self.layer}"
+
+
+class ExpertDamage(Part):
+    """What pruning an expert to protect costs, beside others whose share of tokens is nearest."""
+
+    pruned: PrunedExpert
+    controls: tuple[PrunedExpert, ...]
+    """Empty where every expert that was read is one to protect."""
+
+    def sentence(self) -> str:
+        """Both losses; layers count from 0."""
+        cell = self.pruned.without
+        text = (
+            f"Without {self.pruned.name} the loss changes by {cell.loss_delta:+.3g}"
+            f"{within(cell.loss_interval, '+.3g')} nats a token and {_percent(cell.left)} of the "
+            "massive coordinate is left"
+        )
+        if not self.controls:
+            return f"{text}; there is no other expert to compare with."
+        shares = _span([_percent(row.others) for row in self.controls])
+        losses = _span([f"{row.without.loss_delta:+.3g}" for row in self.controls])
+        one = len(self.controls) == 1
+        others = "another one" if one else f"one of {len(self.controls)} others"
+        return (
+            f"{text}; without {others} whose use is nearest ({shares} of ordinary tokens go to "
+            f"{'it' if one else 'them'}, {_percent(self.pruned.others)} to the first) it changes "
+            f"by {losses}."
+        )
+
+
+def _span(shown: list[str]) -> str:
+    """Numbers in a few words: one, or the least and the largest."""
+    found = list(dict.fromkeys(sorted(shown, key=lambda text: float(text.removesuffix(" %")))))
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 class Decomposition(Part):
@@ -271,6 +326,8 @@ class Isolation(Result):
     neurons_for: dict[str, int]
     experts: tuple[RoutedExpert, ...] = added_later(())
     """Those that a massive token is routed to, layer by layer; the largest share first."""
+    pruned_experts: tuple[ExpertDamage, ...] = added_later(())
+    """At most three of ``experts_to_protect``, those that write most; each pruned alone."""
     direction: Direction | None
     gains: Gains | None
     controls: Controls
@@ -281,8 +338,7 @@ class Isolation(Result):
     @property
     def experts_to_protect(self) -> tuple[tuple[int, int], ...]:
         """(layer, expert) of every expert that makes a tenth of its layer's write or more."""
-        found = [row for row in self.experts if abs(row.share) >= PROTECTED_SHARE]
-        return tuple((row.layer, row.expert) for row in found)
+        return tuple((row.layer, row.expert) for row in self.experts if row.is_to_protect)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Isolation:
@@ -290,6 +346,9 @@ class Isolation(Result):
         layers = [self.peak_layer, *(row.layer for row in self.necessity)]
         layers += [row.layer for row in (*self.sufficiency, *self.neurons)]
         layers += [row.layer for row in (*self.edited, *self.controls.layers)]
+        layers += [
+            row.layer for damage in self.pruned_experts for row in (damage.pruned, *damage.controls)
+        ]
         if any(not 0 <= layer < self.n_layers for layer in layers):
             raise ValueError(f"layers must be within 0 and {self.n_layers - 1}")
         for edited in self.edited:
@@ -312,8 +371,18 @@ class Isolation(Result):
         return f"layer {layer}" + (" (another step)" if further else "")
 
     def rows(self) -> list[JsonObject]:
-        """The 2 x 2 of the first edited layer, one row a cell."""
-        return cells(self.factorial)
+        """The 2 x 2 of the first edited layer, one row a cell; then one row a pruned expert."""
+        made = cells(self.factorial)
+        for damage in self.pruned_experts:
+            made += [
+                {
+                    "norm": "kept",
+                    "ffn": f"without {row.name}{'' if row is damage.pruned else ' (control)'}",
+                    **row.without.model_dump(),
+                }
+                for row in (damage.pruned, *damage.controls)
+            ]
+        return made
 
     def least(self, writes: tuple[Write, ...]) -> Write | None:
         """The write without which least is left."""
@@ -346,7 +415,8 @@ class Isolation(Result):
                 f"; least is left without the {found.part} write of layer {found.layer} "
                 f"({_percent(found.left)})"
             )
-        return f"{text} (layers count from 0)."
+        text = f"{text} (layers count from 0)."
+        return " ".join([text, *(damage.sentence() for damage in self.pruned_experts)])
 
 
 def _percent(share: float) -> str:

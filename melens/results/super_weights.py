@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from melens.formatting import within
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 from melens.results.known import KnownCheck
 
 Site = Literal["output", "write"]
@@ -60,6 +60,8 @@ class LayerSpikes(Part):
     token: str
     share: float
     """What that one weight makes of the output there, signed; 1 = all of it."""
+    expert: int | None = added_later()
+    """The routed expert that the column is of; None where the layer's FFN is dense."""
     verdict: str
     """"candidate", or the first condition that fails."""
 
@@ -67,10 +69,14 @@ class LayerSpikes(Part):
 class SuperWeight(Part):
     """One entry of a down projection that makes a spike, in the order in which it was found.
 
+    Of a layer with routed experts it is an entry of one expert's own down projection.
+
     Whether it is a super weight is for :meth:`SuperWeights.is_super` to say: its cost decides.
     """
 
     layer: int
+    expert: int | None = added_later()
+    """Among the layer's routed experts, from 0; None where the FFN is dense."""
     row: int
     column: int
     value: float
@@ -80,11 +86,16 @@ class SuperWeight(Part):
     input_spike: float
     """The column's product at the token, signed."""
     output_spike: float
-    """The row's entry of the down projection's output there, before any norm."""
+    """The row's entry of the down projection's output there, before any norm.
+
+    Of routed experts: of their weighted sum; where a norm follows, of all that the norm reads.
+    """
     write_spike: float | None
     """The same entry after the norm behind the FFN; None where there is none."""
     share: float
-    """input_spike x value / output_spike."""
+    """input_spike x value / output_spike; of an expert times ``router_weight``."""
+    router_weight: float | None = added_later()
+    """What the router multiplies the expert's write by at the token; None where it is dense."""
     sequence: int
     position: int
     token_id: int
@@ -105,8 +116,14 @@ class SuperWeight(Part):
 
     @property
     def at(self) -> tuple[int, int, int]:
-        """(layer, row, column)."""
+        """(layer, row, column); of which expert, ``expert`` says."""
         return self.layer, self.row, self.column
+
+    @property
+    def name(self) -> str:
+        """The place in words; layers count from 0."""
+        of = "" if self.expert is None else f" expert {self.expert}"
+        return f"layer {self.layer}{of} row {self.row} column {self.column}"
 
 
 class Removal(Part):
@@ -114,6 +131,8 @@ class Removal(Part):
 
     weights: tuple[tuple[int, int, int], ...]
     """(layer, row, column)."""
+    experts: tuple[int | None, ...] = added_later(())
+    """Which expert each is of, None of a dense FFN; empty where all are of dense FFNs."""
     values: tuple[float, ...]
     loss_without: float
     loss_delta: float
@@ -154,10 +173,12 @@ class SuperWeights(Result):
         layers = [row.layer for row in self.profile]
         if sorted(set(layers)) != layers or any(not 0 <= i < self.n_layers for i in layers):
             raise ValueError("the profile must have layers in order, from 0 to n_layers - 1")
-        places = [weight.at for weight in self.super_weights]
+        places = [(*weight.at, weight.expert) for weight in self.super_weights]
         if len(set(places)) != len(places) or not {at[0] for at in places} <= set(layers):
             raise ValueError("super weights must differ, and be of layers in the profile")
         groups = [group for group in (self.together, self.control) if group is not None]
+        if any(len(group.experts) not in (0, len(places)) for group in groups):
+            raise ValueError("experts must be said of every weight, or of none")
         if any(len(group.weights) != len(places) for group in groups) or (
             bool(places) != (len(groups) == 2)
         ):
@@ -198,7 +219,15 @@ class SuperWeights(Result):
 
     def rows(self) -> list[JsonObject]:
         """One row a weight that spikes; together and control last."""
-        made = [{"is": self.kind_of(w), **w.model_dump()} for w in self.super_weights]
+        routed = any(w.expert is not None for w in self.super_weights)
+        made = [
+            {
+                "is": self.kind_of(w),
+                **w.model_dump(),
+                **({"expert": w.expert, "router_weight": w.router_weight} if routed else {}),
+            }
+            for w in self.super_weights
+        ]
         groups = {"together": self.together, "control": self.control}
         keys = ("loss_without", "loss_delta", "interval")
         return [{"weights": "one", **row} for row in made] + [
@@ -225,6 +254,8 @@ class SuperWeights(Result):
             "interval",
             "neuron_loss_delta",
         )
+        if any(w.expert is not None for w in self.super_weights):
+            keep = (*keep[:3], "expert", *keep[3:])
         return [{key: row.get(key) for key in keep} for row in self.rows()]
 
     def summary(self) -> str:
@@ -237,7 +268,7 @@ class SuperWeights(Result):
             f"{self.run.subject}: {self._counted()} "
             f"({'no spike left' if self.stopped != 'most' else 'stopped at the most asked for'}, "
             f"pass {self.passes}). Mean loss {self.base_loss:.3f} nats a token; removing the "
-            f"costliest, layer {worst.layer} row {worst.row} column {worst.column}, changes it by "
+            f"costliest, {worst.name}, changes it by "
             f"{worst.loss_delta:+.3g}{within(worst.interval, '+.3g')} (its whole neuron: "
             f"{worst.neuron_loss_delta:+.3g})"
         )

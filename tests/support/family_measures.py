@@ -223,12 +223,13 @@ def edit_of(family: Family) -> str:
 
 
 def finds_super_weights(family: Family) -> str:
-    """The planted column, where one stands out at all."""
+    """The planted column, of the planted expert, where one stands out at all."""
     if family.planted is None:
         return "none"
     found = super_weights(family.bridge, family.batches)
-    columns = [(row.layer, row.column) for row in found.super_weights]
-    assert not columns or (LAYER, family.planted.neuron) in columns, f"found {columns}"
+    places = [(row.layer, row.expert, row.column) for row in found.super_weights]
+    planted = (LAYER, family.planted.expert, family.planted.neuron)
+    assert not places or planted in places, f"found {places}, planted {planted}"
     return ""
 
 

@@ -32,7 +32,10 @@ def super_weight(view: Measured, threshold: float) -> Judgement:
         enumerate(found.super_weights),
         key=lambda pair: (found.is_super(pair[1]), pair[1].loss_delta),
     )
-    where = f"layer {worst.layer} (counted from 0), down projection [{worst.row}, {worst.column}]"
+    of = "" if worst.expert is None else f"expert {worst.expert}'s "
+    where = (
+        f"layer {worst.layer} (counted from 0), {of}down projection [{worst.row}, {worst.column}]"
+    )
     return Judgement(
         found=found.is_super(worst) and worst.loss_delta > threshold,
         value=worst.loss_delta,
@@ -40,6 +43,7 @@ def super_weight(view: Measured, threshold: float) -> Judgement:
         title=f"zeroing one weight, {where}, adds {worst.loss_delta:.3g} {NATS}",
         evidence={
             "layer": worst.layer,
+            **({} if worst.expert is None else {"expert": worst.expert}),
             "row": worst.row,
             "column": worst.column,
             "weight": worst.value,

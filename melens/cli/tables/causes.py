@@ -11,7 +11,7 @@ from melens.protocols import JsonObject
 from melens.results.isolate import cells
 
 if TYPE_CHECKING:
-    from melens.results.isolate import EditedLayer, Interaction, Isolation
+    from melens.results.isolate import EditedLayer, ExpertDamage, Interaction, Isolation
     from melens.results.super_weights import LayerSpikes, Removal, SuperWeight
 
 LISTED = 12
@@ -50,9 +50,33 @@ def _isolate(result: Any) -> Iterator[Listing]:
         )
         names = ", ".join(f"layer {n} expert {e}" for n, e in result.experts_to_protect)
         yield Listing(f"To protect: {names or 'none makes a tenth of its layer'}")
+    if result.pruned_experts:
+        yield Listing(
+            "\nOne expert pruned at every token (its router weight goes to no other); controls: "
+            "others whose share of ordinary tokens is nearest:",
+            [row for damage in result.pruned_experts for row in _pruned(damage)],
+        )
+    for damage in result.pruned_experts:
+        yield Listing(damage.sentence())
     for line in result.missing:
         yield Listing(f"Not there: {line}")
     yield Listing("")
+
+
+def _pruned(damage: ExpertDamage) -> list[JsonObject]:
+    return [
+        {
+            "": "control" if i else "pruned",
+            "layer": row.layer,
+            "expert": row.expert,
+            "ordinary tokens": f"{row.others:.1%}",
+            "coordinate left": f"{row.without.left:z.1%}",
+            "loss": row.without.loss,
+            "change": f"{row.without.loss_delta:+.4f}",
+            "95 %": interval(row.without.loss_interval),
+        }
+        for i, row in enumerate((damage.pruned, *damage.controls))
+    ]
 
 
 def _edited_layer(result: Any, edited: Any) -> Iterator[Listing]:
@@ -177,9 +201,10 @@ SITES = {"output": "output", "write": "after the norm"}
 
 @table_of("super-weights")
 def _super_weights(result: Any) -> Iterator[Listing]:
+    routed = any(row.expert is not None for row in result.profile)
     yield Listing(
         "Where the FFN stands out (largest |x|; in brackets, times the layer's median):",
-        [_layer(row) for row in result.profile],
+        [_layer(row, routed) for row in result.profile],
         optional=("position", "token"),
     )
     for line in result.missing:
@@ -189,7 +214,7 @@ def _super_weights(result: Any) -> Iterator[Listing]:
         yield Listing(
             f"\nRemoved one at a time; mean loss without any removed {result.base_loss:.4f} nats a "
             "token, differences paired by sequence, 95 % bootstrap:",
-            [{"": result.kind_of(w), **_weight(w)} for w in result.super_weights],
+            [{"": result.kind_of(w), **_weight(w, routed)} for w in result.super_weights],
             optional=("pass", "position", "token"),
         )
         for name, group in (("All together", result.together), ("Control", result.control)):
@@ -201,9 +226,8 @@ def _super_weights(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _layer(row: LayerSpikes) -> JsonObject:
-    made = {
-        "layer": row.layer,
+def _layer(row: LayerSpikes, routed: bool) -> JsonObject:
+    made = _block(row, routed) | {
         "input": _times(row.input, row.input_median),
         "output": _times(row.output, row.output_median),
     }
@@ -219,9 +243,13 @@ def _layer(row: LayerSpikes) -> JsonObject:
     }
 
 
-def _weight(weight: SuperWeight) -> JsonObject:
-    return {
-        "layer": weight.layer,
+def _block(row: LayerSpikes | SuperWeight, routed: bool) -> JsonObject:
+    """The layer, and the expert where any row of the table has one."""
+    return {"layer": row.layer, **({"expert": row.expert} if routed else {})}
+
+
+def _weight(weight: SuperWeight, routed: bool) -> JsonObject:
+    return _block(weight, routed) | {
         "row": weight.row,
         "column": weight.column,
         "value": weight.value,
@@ -237,8 +265,12 @@ def _weight(weight: SuperWeight) -> JsonObject:
 
 
 def _control(group: Removal) -> str:
-    rows = zip(group.weights, group.values, strict=True)
-    return ", ".join(f"({', '.join(map(str, at))}) of {value:.3g}" for at, value in rows)
+    experts = group.experts or (None,) * len(group.weights)
+    rows = zip(group.weights, experts, group.values, strict=True)
+    return ", ".join(
+        f"({', '.join(map(str, at))}{'' if n is None else f' of expert {n}'}) of {value:.3g}"
+        for at, n, value in rows
+    )
 
 
 def _times(value: float, median: float | None) -> str:

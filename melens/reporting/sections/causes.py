@@ -6,7 +6,7 @@ from melens.reporting.sections.base import Fact, PageBlock, PageView, Picture, S
 from melens.reporting.source import number_text
 from melens.results.evaluation import Evaluation
 from melens.results.isolate import Isolation
-from melens.results.super_weights import SuperWeights
+from melens.results.super_weights import SuperWeight, SuperWeights
 
 CELLS = {
     "kept_kept": "as it is",
@@ -55,7 +55,9 @@ def isolation(view: PageView) -> PageBlock:
     ]
     if result.neurons:
         made.tables.append(_neurons(view))
-    made.notes = list(result.missing)
+    if result.pruned_experts:
+        made.tables.append(_pruned(view))
+    made.notes = [*(row.sentence() for row in result.pruned_experts), *result.missing]
     return made
 
 
@@ -97,6 +99,34 @@ def _cells(view: PageView, place: str, where: str) -> Table:
             "coordinate",
             "share left",
             "sink rate",
+            "loss change (nats a token)",
+            "95 % interval",
+        ),
+        rows,
+    )
+
+
+def _pruned(view: PageView) -> Table:
+    rows: list[list[Shown]] = []
+    for i, damage in enumerate(view.result.pruned_experts):
+        places = ["pruned", *(f"controls/{n}" for n in range(len(damage.controls)))]
+        for place, row in zip(places, (damage.pruned, *damage.controls), strict=True):
+            at = f"/pruned_experts/{i}/{place}"
+            rows.append(
+                [
+                    f"{row.layer} / {row.expert}{'' if place == 'pruned' else ' (control)'}",
+                    view.number(f"{at}/others", "percent"),
+                    view.number(f"{at}/without/left", "percent"),
+                    view.number(f"{at}/without/loss_delta", "signed"),
+                    view.interval(f"{at}/without/loss_interval"),
+                ]
+            )
+    return Table(
+        "Experts pruned one at a time",
+        (
+            "layer (from 0) / expert",
+            "ordinary tokens that go to it",
+            "share of the coordinate left",
             "loss change (nats a token)",
             "95 % interval",
         ),
@@ -166,13 +196,18 @@ def super_weights(view: PageView) -> PageBlock:
     return made
 
 
+def _place(weight: SuperWeight, kind: str) -> str:
+    of = "" if weight.expert is None else f" of expert {weight.expert}"
+    return f"{weight.layer}, {weight.row}, {weight.column}{of} ({kind})"
+
+
 def _weights(view: PageView) -> Table:
     rows: list[list[Shown]] = []
     for i, weight in enumerate(view.result.super_weights):
         at = f"/super_weights/{i}"
         rows.append(
             [
-                f"{weight.layer}, {weight.row}, {weight.column} ({view.result.kind_of(weight)})",
+                _place(weight, view.result.kind_of(weight)),
                 view.number(f"{at}/value"),
                 view.number(f"{at}/share", "percent"),
                 view.token(weight.token),
