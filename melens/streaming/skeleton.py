@@ -101,7 +101,7 @@ def build_skeleton(
     model = _meta_model(folder, checkpoint.config, dtype)
     stack = layer_list(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
-    translated = _translated(model, checkpoint)
+    translated, joined = _translated(model, checkpoint)
     slots: dict[str, Slot] = {}
     by_id: dict[int, nn.Parameter] = {}
     embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
@@ -114,7 +114,8 @@ def build_skeleton(
                 by_id[id(parameter)] = placeholder_of(shape, parameter.dtype, device)
                 full = f"{path}.{name}"
                 known = translated.get(full, full)
-                pieces = _pieces(checkpoint, known, shape, model.base_model_prefix)
+                pieces = joined.get(full) or _named(checkpoint, known, shape, model)
+                _require_shapes(checkpoint, pieces, shape)
                 slots[full] = Slot(module, name, pieces, by_id[id(parameter)])
             module._parameters[name] = by_id[id(parameter)]
     del by_id
@@ -131,22 +132,51 @@ def build_skeleton(
     return Skeleton(model, blocks, apart[id(embedding)], apart.get(id(unembedding)))
 
 
-def _translated(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """A parameter's name -> the name in the files, where transformers renames it as it loads."""
+def _translated(
+    model: Any, checkpoint: Checkpoint
+) -> tuple[dict[str, str], dict[str, tuple[Piece, ...]]]:
+    """What transformers renames as it loads: a parameter's name -> the one in the files; and what
+    it joins: the name -> the stored tensors, one under the other.
+    """  # noqa: D205
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
+    order = {
+        pattern: i
+        for step in converters
+        if _stacks(step.operations)
+        for i, pattern in enumerate(step.source_patterns)
+    }
     wanted, found = dict(model.named_parameters()), {}
+    parts: dict[str, list[tuple[int, str]]] = {}
     for stored in checkpoint.tensors:
         name, converted = rename_source_key(
             stored, renamings, converters, model.base_model_prefix, wanted
         )
         if converted is None and name in wanted:
             found[name] = stored
-    return found
+        elif converted in order and name in wanted:
+            parts.setdefault(name, []).append((order[converted], stored))
+    return found, {name: _stacked(checkpoint, sorted(held)) for name, held in parts.items()}
+
+
+def _stacks(operations: Any) -> bool:
+    """Whether a conversion only puts whole tensors one under the other."""
+    from transformers.core_model_loading import Concatenate
+
+    return len(operations) == 1 and isinstance(operations[0], Concatenate) and not operations[0].dim
+
+
+def _stacked(checkpoint: Checkpoint, parts: list[tuple[int, str]]) -> tuple[Piece, ...]:
+    made, start = [], 0
+    for _, stored in parts:
+        end = start + checkpoint.tensors[stored].shape[0]
+        made.append(Piece(stored, (slice(start, end),)))
+        start = end
+    return tuple(made)
 
 
 def _meta_model(folder: Path, known: JsonObject, dtype: torch.dtype | str | None) -> Any:
@@ -175,11 +205,11 @@ def _meta_model(folder: Path, known: JsonObject, dtype: torch.dtype | str | None
     return model.eval()
 
 
-def _pieces(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], prefix: str
+def _named(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], model: Any
 ) -> tuple[Piece, ...]:
     """Where a parameter's values lie, under its own name or one that transformers translates."""
-    known = checkpoint.tensors
+    known, prefix = checkpoint.tensors, model.base_model_prefix
     bare = name.removeprefix(f"{prefix}.") if prefix else name
     older = name.replace(".mlp.", ".block_sparse_moe.").replace("lm_head.", "embed_out.")
     spellings = dict.fromkeys((name, bare, older))
@@ -193,8 +223,14 @@ def _pieces(
             f"{checkpoint.name} lacks {name}, or keeps it under a name that melens cannot "
             f"stream; load it whole, or check the index, or else: {what_to_do(known)}"
         )
-    for piece in found:
-        stored, wanted = known.get(piece.name), _shape_of(shape, piece.part)
+    return found
+
+
+def _require_shapes(
+    checkpoint: Checkpoint, pieces: tuple[Piece, ...], shape: tuple[int, ...]
+) -> None:
+    for piece in pieces:
+        stored, wanted = checkpoint.tensors.get(piece.name), _shape_of(shape, piece.part)
         if stored is None:
             raise WeightsError(f"{checkpoint.name} lacks {piece.name}; fetch it again.")
         if stored.shape != wanted:
@@ -202,7 +238,6 @@ def _pieces(
                 f"{stored} has shape {list(stored.shape)}; the config asks for {list(wanted)}."
             )
         _ = stored.dtype
-    return found
 
 
 def _experts(known: Any, name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:

@@ -495,3 +495,16 @@ def benchmark(name):
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_parts_that_are_joined_must_all_be_there(tmp_path):
+    """OLMo hybrid keeps three convolutions apart that transformers joins as it loads."""
+    import families
+
+    families.tiny("OlmoHybridForCausalLM").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("layers.0.linear_attn.k_conv1d.weight"))
+    del tensors[gone]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"conv1d.*has shape \[64, 1, 4\]; the config asks"):
+        load_streamed(tmp_path)
