@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,6 @@ from melens.models.complaints import first_line, what_to_do
 from melens.models.decoder import layer_list
 from melens.models.multimodal import WHOLE, inner_config
 from melens.protocols import JsonObject
-
-EXPERTS = {
-    "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "experts.down_proj": (("down_proj",), ("w2",)),
-}
-"""transformers keeps all experts of a layer in one tensor; files keep them apart, under the names
-that the family chose.
-"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ def build_skeleton(
                 by_id[id(parameter)] = placeholder_of(shape, parameter.dtype, device)
                 full = f"{path}.{name}"
                 known = translated.get(full, full)
-                pieces = joined.get(full) or _named(checkpoint, known, shape, model)
+                pieces = joined.get(full) or _named(checkpoint, known, model)
                 _require_shapes(checkpoint, pieces, shape)
                 slots[full] = Slot(module, name, pieces, by_id[id(parameter)])
             module._parameters[name] = by_id[id(parameter)]
@@ -136,7 +129,7 @@ def _translated(
     model: Any, checkpoint: Checkpoint
 ) -> tuple[dict[str, str], dict[str, tuple[Piece, ...]]]:
     """What transformers renames as it loads: a parameter's name -> the one in the files; and what
-    it joins: the name -> the stored tensors, one under the other.
+    it puts together of several stored tensors: the name -> these.
     """  # noqa: D205
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -145,36 +138,49 @@ def _translated(
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     order = {
-        pattern: i
+        pattern: (i, how)
         for step in converters
-        if _stacks(step.operations)
+        if (how := _way(step.operations)) is not None
         for i, pattern in enumerate(step.source_patterns)
     }
     wanted, found = dict(model.named_parameters()), {}
-    parts: dict[str, list[tuple[int, str]]] = {}
+    parts: dict[str, dict[int, list[str]]] = {}
+    ways: dict[str, str] = {}
     for stored in checkpoint.tensors:
         name, converted = rename_source_key(
             stored, renamings, converters, model.base_model_prefix, wanted
         )
-        if converted is None and name in wanted:
+        if name in wanted and converted is None:
             found[name] = stored
-        elif converted in order and name in wanted:
-            parts.setdefault(name, []).append((order[converted], stored))
-    return found, {name: _stacked(checkpoint, sorted(held)) for name, held in parts.items()}
+        elif name in wanted and converted in order:
+            i, ways[name] = order[converted]
+            parts.setdefault(name, {}).setdefault(i, []).append(stored)
+    joined = {name: _together(checkpoint, held, ways[name]) for name, held in parts.items()}
+    return found, joined
 
 
-def _stacks(operations: Any) -> bool:
-    """Whether a conversion only puts whole tensors one under the other."""
-    from transformers.core_model_loading import Concatenate
+def _way(operations: Any) -> str | None:
+    """How a conversion puts tensors together: one under the other, or an expert each and then one
+    under the other; None for one that computes something.
+    """  # noqa: D205
+    from transformers.core_model_loading import Concatenate, MergeModulelist
 
-    return len(operations) == 1 and isinstance(operations[0], Concatenate) and not operations[0].dim
+    kinds = [(type(step), getattr(step, "dim", None)) for step in operations]
+    if kinds == [(Concatenate, 0)]:
+        return "stacked"
+    merged = (MergeModulelist, 0)
+    return "experts" if kinds in ([merged], [merged, (Concatenate, 1)]) else None
 
 
-def _stacked(checkpoint: Checkpoint, parts: list[tuple[int, str]]) -> tuple[Piece, ...]:
+def _together(checkpoint: Checkpoint, held: dict[int, list[str]], way: str) -> tuple[Piece, ...]:
+    from transformers.core_model_loading import dot_natural_key
+
     made, start = [], 0
-    for _, stored in parts:
-        end = start + checkpoint.tensors[stored].shape[0]
-        made.append(Piece(stored, (slice(start, end),)))
+    for _, names in sorted(held.items()):
+        end = start + checkpoint.tensors[names[0]].shape[0]
+        rows = slice(start, end)
+        for expert, name in enumerate(sorted(names, key=dot_natural_key)):
+            made.append(Piece(name, (rows,) if way == "stacked" else (expert, rows)))
         start = end
     return tuple(made)
 
@@ -205,25 +211,20 @@ def _meta_model(folder: Path, known: JsonObject, dtype: torch.dtype | str | None
     return model.eval()
 
 
-def _named(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], model: Any
-) -> tuple[Piece, ...]:
-    """Where a parameter's values lie, under its own name or one that transformers translates."""
+def _named(checkpoint: Checkpoint, name: str, model: Any) -> tuple[Piece, ...]:
+    """Where a parameter's values lie under its own name, or an older one.
+
+    Raises:  WeightsError: nowhere.
+    """
     known, prefix = checkpoint.tensors, model.base_model_prefix
     bare = name.removeprefix(f"{prefix}.") if prefix else name
-    older = name.replace(".mlp.", ".block_sparse_moe.").replace("lm_head.", "embed_out.")
-    spellings = dict.fromkeys((name, bare, older))
-    found: tuple[Piece, ...] = ()
-    for spelling in spellings:
-        found = found or (
-            (Piece(spelling),) if spelling in known else _experts(known, spelling, shape)
-        )
-    if not found:
-        raise WeightsError(
-            f"{checkpoint.name} lacks {name}, or keeps it under a name that melens cannot "
-            f"stream; load it whole, or check the index, or else: {what_to_do(known)}"
-        )
-    return found
+    for spelling in (name, bare, name.replace("lm_head.", "embed_out.")):
+        if spelling in known:
+            return (Piece(spelling),)
+    raise WeightsError(
+        f"{checkpoint.name} lacks {name}, or keeps it under a name that melens cannot "
+        f"stream; load it whole, or check the index, or else: {what_to_do(known)}"
+    )
 
 
 def _require_shapes(
@@ -238,25 +239,15 @@ def _require_shapes(
                 f"{stored} has shape {list(stored.shape)}; the config asks for {list(wanted)}."
             )
         _ = stored.dtype
+    if len(pieces) > 1 and (held := sum(_size(checkpoint, p) for p in pieces)) != math.prod(shape):
+        raise WeightsError(
+            f"{checkpoint.name}: {pieces[0].name} and {len(pieces) - 1} others have {held:,} "
+            f"numbers together; the config asks for {math.prod(shape):,}. Fetch the model again."
+        )
 
 
-def _experts(known: Any, name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
-    for ending, choices in EXPERTS.items():
-        if not name.endswith(ending):
-            continue
-        stem = name.removesuffix(ending.removeprefix("experts."))
-        for parts in choices:
-            if f"{stem}0.{parts[0]}.weight" not in known:
-                continue
-            height = shape[1] // len(parts)
-            return tuple(
-                Piece(
-                    f"{stem}{expert}.{part}.weight", (expert, slice(i * height, (i + 1) * height))
-                )
-                for expert in range(shape[0])
-                for i, part in enumerate(parts)
-            )
-    return ()
+def _size(checkpoint: Checkpoint, piece: Piece) -> int:
+    return math.prod(checkpoint.tensors[piece.name].shape)
 
 
 def _shape_of(shape: tuple[int, ...], part: tuple[int | slice, ...]) -> tuple[int, ...]:
