@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,15 +238,6 @@ def _require_shapes(
                 f"{stored} has shape {list(stored.shape)}; the config asks for {list(wanted)}."
             )
         _ = stored.dtype
-    if len(pieces) > 1 and (held := sum(_size(checkpoint, p) for p in pieces)) != math.prod(shape):
-        raise WeightsError(
-            f"{checkpoint.name}: {pieces[0].name} and {len(pieces) - 1} others have {held:,} "
-            f"numbers together; the config asks for {math.prod(shape):,}. Fetch the model again."
-        )
-
-
-def _size(checkpoint: Checkpoint, piece: Piece) -> int:
-    return math.prod(checkpoint.tensors[piece.name].shape)
 
 
 def _shape_of(shape: tuple[int, ...], part: tuple[int | slice, ...]) -> tuple[int, ...]:
