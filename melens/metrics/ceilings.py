@@ -6,8 +6,8 @@ input was, |z| <= sqrt(d), and for LayerNorm z also has mean zero. Everything be
 over that sphere, hence over all inputs.
 
 The activation functions that are covered write t as t * g(t) with 0 <= g <= 1 (ReLU, SiLU and every
-GELU; g -> 1 for large t). Two consequences are used: act(t) <= max(t, 0), and
-act(t) >= -FLOORS[name], the depth of the function's small dip.
+GELU; g -> 1 for large t); the square of ReLU has a bound of its own. Two consequences are used:
+act(t) <= max(t, 0), and act(t) >= -FLOORS[name], the depth of the function's small dip.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 Neurons = Float[Tensor, " neuron"]
 
-FLOORS = {
+FLOORS = {  # how deep each covered activation dips below zero, rounded up: -min over t of act(t)
     "silu": 0.27847,
     "swish": 0.27847,
     "gelu": 0.16998,
@@ -30,8 +30,10 @@ FLOORS = {
     "gelu_python": 0.16998,
     "quick_gelu": 0.16362,
     "relu": 0.0,
+    "relu2": 0.0,
 }
-"""How deep each covered activation dips below zero, rounded up: -min over t of act(t)."""
+SQUARED = "relu2"
+"""max(t, 0)^2, of FFNs without a gate (Nemotron, Arcee): see :func:`squared_reach`."""
 
 
 class CeilingReach(NamedTuple):
@@ -99,6 +101,15 @@ def plain_reach(
     sizes = (radius_squared * squared.clamp(min=0)).sqrt()
     below = (sizes - offset).clamp(min=0)
     return CeilingReach((sizes + offset).clamp(min=0), below.clamp(max=floor))
+
+
+def squared_reach(squared: Neurons, offset: Neurons, radius_squared: int) -> CeilingReach:
+    """Range of max(w . z + b, 0)^2 over the sphere: from 0 to (r|w| + b)^2, taken at z = r w/|w|.
+
+    Args:    as :func:`plain_reach`.
+    """
+    ends = plain_reach(squared, offset, radius_squared, 0.0)
+    return CeilingReach(ends.positive.square(), ends.negative)
 
 
 def on_mean_zero(rows: Moments, sums: tuple[Neurons, Neurons], d: int) -> Moments:

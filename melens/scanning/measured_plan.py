@@ -15,7 +15,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from melens.errors import ModelError
-from melens.metrics.ceilings import FLOORS
+from melens.metrics.ceilings import FLOORS, SQUARED
 from melens.models.checkpoint import Checkpoint
 from melens.models.contract import failing, probe_ids
 from melens.models.decoder import layer_list
@@ -176,7 +176,9 @@ class _Places:
         return found
 
     def _ffn(self, block: nn.Module, form: Formula) -> FfnPlan:
-        self._agree("act", _name_of(form.activation))
+        self._agree("act", act := _name_of(form.activation))
+        if form.gate is not None and act == SQUARED:
+            raise _NoPlan(f"melens has no bound for {SQUARED} behind a gate")
         down = block.get_submodule(form.down)
         inner, across = self._shape(down), form.split
         if across.startswith("turns") or (across and self.transposed):

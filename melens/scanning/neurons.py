@@ -13,6 +13,7 @@ from torch import Tensor
 from melens.errors import WeightsError
 from melens.metrics.ceilings import (
     FLOORS,
+    SQUARED,
     CeilingReach,
     Moments,
     alone_after_norm,
@@ -21,6 +22,7 @@ from melens.metrics.ceilings import (
     on_mean_zero,
     plain_reach,
     row_moments,
+    squared_reach,
     whole_after_norm,
     with_constant,
 )
@@ -249,6 +251,8 @@ class _Ffn:
             rows = on_mean_zero(rows, (w_sum, u_sum), d)
         w_offset = w_offset + self._bias(ffn.gate_bias, ffn)
         u_offset = u_offset + self._bias(ffn.up_bias, ffn)
+        if ffn.gate is None and self.plan.act == SQUARED:
+            return Read(squared_reach(rows.second, u_offset, d), None)
         if ffn.gate is None:
             return Read(plain_reach(rows.second, u_offset, d, FLOORS[self.plan.act]), None)
         sizes = (rows.first * rows.second).clamp(min=0).sqrt()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from melens.errors import ModelError, WeightsError
-from melens.metrics.ceilings import FLOORS
+from melens.metrics.ceilings import FLOORS, SQUARED
 from melens.models.checkpoint import Checkpoint
 from melens.models.complaints import what_to_do
 from melens.protocols import JsonObject
@@ -230,6 +230,8 @@ def plan_of(files: Checkpoint) -> CheckpointPlan:
         )
     d_model, n_layers = int(facts["d_model"]), int(facts["n_layers"])
     layers = tuple(_layer(files, layout, layer, d_model, facts) for layer in range(n_layers))
+    if act == SQUARED and any(ffn.gate for layer in layers for ffn in layer.ffns):
+        raise ModelError(f"{files.name} has {act} behind a gate, for which melens has no bound.")
     more = tuple(prefix.format(l=n_layers) for prefix in layout.blocks)
     beyond = n_layers if any(name.startswith(more) for name in files.tensors) else None
     return CheckpointPlan(layout, d_model, act, float(facts["route"]), layers, beyond)

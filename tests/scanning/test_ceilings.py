@@ -14,6 +14,7 @@ from melens.metrics.ceilings import (
     on_mean_zero,
     plain_reach,
     row_moments,
+    squared_reach,
     whole_after_norm,
     with_constant,
 )
@@ -189,6 +190,20 @@ def test_ascent_reaches_the_plain_range(act):
     found = ascend(lambda z: ACTS[act]((z * u * gain).sum(-1) + offset), start=start)
     assert (found <= reach.positive * (1 + 1e-9)).all()
     assert (found >= 0.99 * reach.positive).all()
+
+
+def test_the_squared_relu_is_reached():
+    """The ends of its argument are those of ReLU's, reached there; below zero it writes nothing."""
+    _, u, gain = rows(size=8.0)
+    offset, squared = draw(NEURONS, seed=3), ((u * gain) ** 2).sum(-1)
+    reach = squared_reach(squared, offset, D)
+    z = D**0.5 * nn.functional.normalize(u * gain, dim=-1)
+    made = nn.functional.relu((z * u * gain).sum(-1) + offset).square()
+    torch.testing.assert_close(made, reach.positive)
+    anything = D**0.5 * nn.functional.normalize(draw(INPUTS, D, seed=21), dim=-1)
+    tried = nn.functional.relu(anything @ (u * gain).T + offset).square()
+    assert (tried.amax(0) <= reach.positive * (1 + 1e-9)).all()
+    assert not reach.negative.any()
 
 
 @pytest.mark.parametrize("act", ACTS)
