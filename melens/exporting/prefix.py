@@ -333,10 +333,16 @@ def check_like_peft(hf: TransformersModel, prefix: Prefix) -> None:
     """
     text = hf.config.get_text_config(decoder=True)
     heads, _, width = prefix.keys[0].shape
-    expected = (
-        getattr(text, "num_key_value_heads", None) or heads,
-        getattr(text, "head_dim", None) or width,
-    )
+    try:
+        expected = (
+            getattr(text, "num_key_value_heads", None) or heads,
+            getattr(text, "head_dim", None) or width,
+        )
+    except RuntimeError:  # transformers, of a config that says them layer by layer (Gemma-4)
+        raise InterventionError(
+            f"{type(hf).__name__} has heads of its own in every layer, and PEFT expects the same "
+            "in all; use format='prefix' (--format prefix)."
+        ) from None
     if (heads, width) != expected:
         raise InterventionError(
             f"PEFT expects {expected[0]} x {expected[1]} keys of {type(hf).__name__}, the model "

@@ -86,10 +86,23 @@ def _linear_names(hf: Any, how: Training, me_layer: MELayer | None) -> list[str]
 
     where = layer_list(hf) if how.at == "all" else _at_me_layer(hf, me_layer)[0]
     inside = {id(module) for module in where.modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if how.method == "lora":
+        inside -= _past_adapters(hf)
     found = [name for name, module in hf.named_modules() if id(module) in inside]
     if not found:
         raise InterventionError(f"{type(hf).__name__} has no linear layers that could be trained.")
     return found
+
+
+def _past_adapters(hf: Any) -> set[int]:
+    """Linear layers whose weights a state-space kernel reads past adapters; PEFT refuses them."""
+    named = ((type(module).__name__.lower(), module) for module in hf.modules())
+    mixers = [module for name, module in named if any(mark in name for mark in STATE_SPACE)]
+    return {id(mixer.out_proj) for mixer in mixers if hasattr(mixer, "out_proj")}
+
+
+STATE_SPACE = ("mamba", "mixer")
+"""In the class names of transformers' state-space mixers (MambaMixer, FalconH1Mixer)."""
 
 
 def _norm_names(hf: Any, how: Training, me_layer: MELayer | None) -> list[str]:

@@ -148,8 +148,9 @@ class EmergenceCallback(TrainerCallback):
         sinks = SinkPlan(inputs, located, T_PAPER)
         ranks = RankPlan(inputs, located, attention_sites(inputs.model))
         run_once(inputs, ranks.taps, sinks.taps, progress=None)
+        rated = sinks.result() if sinks.taps else None  # a state-space model has no attention
         seconds = time.perf_counter() - started
-        return row_of(located.me_layer, sinks.result(), ranks.result(), step=step, seconds=seconds)
+        return row_of(located.me_layer, rated, ranks.result(), step=step, seconds=seconds)
 
     def _log(self, row: EmergenceRow) -> None:
         """To the trackers that the trainer has (TensorBoard and the like)."""
@@ -184,9 +185,9 @@ TRACKED = ("me_layer", "coordinate", "norm", "largest", "sink_rate", "key_rank",
 
 
 def row_of(
-    located: MELayer, sinks: Sinks, ranks: Collapse, *, step: int, seconds: float
+    located: MELayer, sinks: Sinks | None, ranks: Collapse, *, step: int, seconds: float
 ) -> EmergenceRow:
-    """The numbers of three results that a row holds."""
+    """The numbers of three results that a row holds; no sink rate without attention."""
     first = located.massive[0] if located.massive else None
     after = [] if located.me_layer is None else ranks.curve("k")[0][max(located.me_layer, 0) + 1 :]
     known = [value for value in after if value is not None]
@@ -200,7 +201,7 @@ def row_of(
         coordinate=first and first.value,
         norm=None if peak is None else located.profile[peak].norm_ratio,
         largest=max(row.max for row in located.profile),
-        sink_rate=sinks.overall[EPSILON],
+        sink_rate=None if sinks is None else sinks.overall[EPSILON],
         key_rank=sum(known) / len(known) if known else None,
         by_layer=tuple(row.max for row in located.profile),
         seconds=seconds,

@@ -16,6 +16,7 @@ from melens.finetuning.data import IGNORED, TokenRows
 from melens.finetuning.run import masked, ready
 from melens.finetuning.settings import Training, training_of
 from melens.finetuning.subject import checked, objective_of
+from melens.models.contract import failing
 from melens.protocols import JsonObject
 from melens.results import MELayer
 
@@ -125,7 +126,10 @@ def _timed(model: Any, rows: TokenRows, how: Training) -> float:
         started = time.perf_counter()
         if how.remedy == "focus":
             _adapt_to(model, batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=how.bf16):
+        with (
+            failing(f"{type(model).__name__} cannot take one training step"),
+            torch.autocast(device.type, torch.bfloat16, enabled=how.bf16),
+        ):
             loss = model(**batch).loss
         float(loss.backward() or loss.detach())  # the value: until then a device may lag behind
         seconds = time.perf_counter() - started

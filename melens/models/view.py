@@ -55,6 +55,16 @@ def _merge(module: nn.Module) -> None:
             _merge(child)
 
 
+def _quiet(config: Any) -> Any:
+    """A copy that asks for logits alone: a trainer wants the routers' as well, and takes them with
+    hooks of its own that a view does not have.
+    """  # noqa: D205
+    made = copy.deepcopy(config)
+    if getattr(made, "output_router_logits", False):
+        made.output_router_logits = False
+    return made
+
+
 def _view(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
     made = copy.copy(module)
     inside = made.__dict__
@@ -66,7 +76,7 @@ def _view(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
     inside.pop("forward", None)  # a wrapper bound to the first tree (autocast of accelerate)
     if "config" in inside:
         config = inside["config"]
-        inside["config"] = configs.setdefault(id(config), copy.deepcopy(config))
+        inside["config"] = configs.setdefault(id(config), _quiet(config))
     for name, child in inside["_modules"].items():
         if child is not None:
             inside["_modules"][name] = _view(child, configs)

@@ -207,6 +207,16 @@ def test_layers_of_different_heads_have_no_adapter(make_tiny):
         row_of(Prefix(1, [two, one], [two, one]))
 
 
+def test_a_config_that_says_heads_layer_by_layer_has_no_adapter():
+    import families
+
+    from melens.exporting.prefix import Prefix, check_like_peft
+
+    keys = [torch.zeros(2, 1, 8)]
+    with pytest.raises(InterventionError, match=r"heads of its own in every layer"):
+        check_like_peft(families.tiny("Gemma4ForCausalLM"), Prefix(1, keys, keys))
+
+
 def test_which_token_comes_first(tokenizer):
     import copy
 

@@ -403,6 +403,27 @@ def test_a_training_with_the_remedy_goes_on_too(folder, rows, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+@pytest.mark.parametrize(
+    ("name", "sinks"), [("Mamba2ForCausalLM", False), ("GptOssForCausalLM", True)]
+)
+def test_models_without_attention_or_with_experts_are_trained_and_looked_at(name, sinks, tmp_path):
+    """A state-space mixer's kernel reads past adapters; TRL asks experts' routers for more."""
+    import families
+    from words import letters
+
+    families.tiny(name).save_pretrained(tmp_path / "model")
+    letters().save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "2 and 2", "answer": "4"}\n' * 4)
+    found = melens.finetune(
+        tmp_path / "model", rows, steps=1, batch_size=2, rank=2, out=tmp_path / "run"
+    )
+    assert [row.sink_rate is not None for row in found.looks] == [sinks] * 2
+    names = weights(tmp_path / "run")
+    assert not any("mixer.out_proj" in name for name in names)
+    assert names
+
+
 def test_a_mask_that_meets_no_token_ends_the_training():
     from melens.finetuning.run import RequireEdited
     from melens.interventions.core import EditedTokens
