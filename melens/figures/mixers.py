@@ -40,8 +40,8 @@ def _bars(axes: Axes, result: Mixers) -> None:
     for kind in dict.fromkeys(row.kind for row in result.layers):
         rows = [row for row in result.layers if row.kind == kind]
         places = [row.layer for row in rows]
-        axes.bar(places, [row.write_share for row in rows], width=0.8, label=kind)
-    rest = [row.ffn_share for row in result.layers]
+        axes.bar(places, [row.write_share or 0.0 for row in rows], width=0.8, label=kind)
+    rest = [row.rest_share for row in result.layers]
     axes.plot([row.layer for row in result.layers], rest, "k_", ms=8, label="rest of the block")
     axes.axhline(0, color="black", lw=0.6)
     axes.set_ylabel("share of its peak")

@@ -1,8 +1,7 @@
 """Output gates of attention: what its output is multiplied by, for the sink token and for others.
 
-A gate closed at a token writes nothing there, without any sink (Qwen3-Next, AFMoE). Where a hook
-shows the gate before its sigmoid, that is read; else the ratio of what the output projection reads
-to what attention mixed, entry by entry.
+A gate closed at a token writes nothing there, without any sink (Qwen3-Next, AFMoE). Measured, not
+read off: the ratio of what the output projection reads to pattern times values, entry by entry.
 """
 
 from __future__ import annotations
@@ -13,37 +12,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from melens.batches import Batch
 from melens.capture import evaluating, forward, hooked
-from melens.models.anatomy import anatomy
+from melens.models.anatomy import pattern_hook
+from melens.models.attention import HeadView, attention_sites
 from melens.protocols import HookedModel
 
-SHOWN = ("attn.hook_q_gate", "attn.hook_gate", "attn.gate.hook_out")
-ONE = 1e-3
-"""Within this of 1 everywhere, nothing is gated."""
-SMALL = 1e-4
+ONE = 1e-2
+"""A ratio within this of 1 everywhere is no gate."""
+SMALL = 1e-2
 """Entries below this share of their token's largest are left out of a ratio."""
+LONGEST = 128
+"""Tokens of a text that are read."""
 
 
 @dataclass
 class GateSums:
-    """One layer's mean gates."""
+    """One layer's mean gates, a text each."""
 
     sink: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     is_open: bool = True
     """Whether everything seen so far was 1."""
 
-    def add(self, gate: Tensor, mask: Tensor, position: int) -> None:
-        """Take in one text's ``[pos, channel]``; entries outside the mask are not counted."""
-        counts = mask.sum(-1).clamp_min(1)
-        means = torch.where(mask, gate, 0).sum(-1) / counts
+    def add(self, mixed: Tensor, read: Tensor, position: int) -> None:
+        """Take in one text's ``[pos, channel]`` before and after the gate."""
+        counted = mixed.abs() > SMALL * mixed.abs().amax(-1, keepdim=True)
+        gate = torch.where(counted, read / torch.where(counted, mixed, 1.0), 0.0)
+        means = gate.sum(-1) / counted.sum(-1).clamp_min(1)
         rest = torch.arange(len(means)) != position
         self.sink.append(means[position].item())
         self.others.append(means[rest].mean().item())
-        self.is_open &= bool(((gate - 1).abs()[mask] < ONE).all())
+        self.is_open &= bool(((gate - 1).abs()[counted] < ONE).all())
 
 
 @torch.no_grad()
@@ -52,69 +55,85 @@ def gates(
 ) -> dict[int, GateSums]:
     """Mean output gate of every attention layer that has one.
 
-    Args:    rows: token ids of each text; positions: its sink token.
+    Args:    rows: token ids of each text; positions: its sink token, among the first 128.
+    Returns: by layer; layers whose ratio is 1 everywhere, or whose values or output projection
+             cannot be read, are left out. A norm or a factor in the gate's place counts as one.
     """
-    found: dict[int, GateSums] = {}
+    sites = attention_sites(model)
+    values = {view.layer: view for view in sites.views if view.site == "v"}
+    sums = {layer: GateSums() for layer in sites.patterns if layer in values}
     with ExitStack() as stack:
-        reads = {layer: _Reader(model, layer, stack) for layer in anatomy(model).attention_layers}
+        readers = [_Reader(model, layer, values[layer], stack) for layer in sums]
+        hooks = [pair for reader in readers for pair in reader.hooks]
         for row, position in zip(rows, positions, strict=True):
-            hooks = [pair for read in reads.values() for pair in read.hooks]
+            for reader in readers:
+                reader.begin(sums[reader.layer], position)
+            ids = torch.tensor([list(row[:LONGEST])])
             with hooked(model, hooks), evaluating(model):
-                forward(model, Batch.of(torch.tensor([row])))
-            for layer, read in reads.items():
-                if (made := read.gate()) is not None:
-                    found.setdefault(layer, GateSums()).add(*made, position)
-    return {layer: sums for layer, sums in found.items() if not sums.is_open}
+                forward(model, Batch.of(ids))
+            for reader in readers:
+                reader.end()
+    return {layer: made for layer, made in sums.items() if made.sink and not made.is_open}
 
 
 class _Reader:
-    """Reads one layer's gate of one text at a time."""
+    """One layer's gate, text by text; nothing but sums is kept of a layer that has run."""
 
-    def __init__(self, model: HookedModel, layer: int, stack: ExitStack) -> None:
-        known, prefix = model.hook_dict, f"blocks.{layer}."
-        self.mixed: Tensor | None = None
-        self.read: Tensor | None = None
-        self.shown: Tensor | None = None
-        site = next((prefix + s for s in SHOWN if prefix + s in known), None)
-        self.hooks: list[tuple[str, Callable[..., None]]] = []
-        if site is not None:
-            self.hooks = [(site, self._keep("shown"))]
+    def __init__(self, model: HookedModel, layer: int, values: HeadView, stack: ExitStack) -> None:
+        self.layer, self.values = layer, values
+        self._mixed: Tensor | None = None
+        self._read: Tensor | None = None
+        self._v: Tensor | None = None
+        self._sums: GateSums | None = None
+        self._position = 0
+        self.hooks: list[tuple[str, Callable[..., None]]] = [
+            (values.hook, self._take_values),
+            (pattern_hook(layer), self._mix),
+        ]
+        attn: Any = model.blocks[layer].attn
+        named = f"blocks.{layer}.attn.o.hook_in"
+        if named in model.hook_dict:
+            self.hooks.append((named, self._take))
             return
-        attn: Any = getattr(model.blocks[layer], "attn", None)
-        inner = getattr(attn, "original_component", None)
-        if isinstance(inner, nn.Module) and hasattr(attn, "show"):  # attention that is observed
-            self.hooks = [(f"{prefix}attn.hook_z", self._keep("mixed"))]
-            for module in inner.modules():
-                if any(True for _ in module.children()):
-                    continue
-                handle = module.register_forward_pre_hook(self._reads)
+        for module in attn.original_component.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and not any(module.children()):
+                handle = module.register_forward_pre_hook(self._take_input)
                 stack.callback(handle.remove)
 
-    def gate(self) -> tuple[Tensor, Tensor] | None:
-        """``[pos, channel]`` and which entries count; None where nothing was shown."""
-        shown, mixed, read = self.shown, self.mixed, self.read
-        self.shown = self.mixed = self.read = None
-        if shown is not None:
-            made = shown[0].float().cpu().flatten(1).sigmoid()
-            return made, torch.ones_like(made, dtype=torch.bool)
-        if mixed is None or read is None:
-            return None
-        z = mixed[0].float().cpu().flatten(1)
-        mask = z.abs() > SMALL * z.abs().amax(-1, keepdim=True)
-        return read[0].float().cpu() / torch.where(mask, z, 1.0), mask
+    def begin(self, sums: GateSums, position: int) -> None:
+        """A text is about to run."""
+        self._sums, self._position = sums, position
 
-    def _keep(self, name: str) -> Callable[..., None]:
-        def keep(x: Tensor, hook: object) -> None:
-            setattr(self, name, x.detach())
+    def end(self) -> None:
+        """It has run."""
+        sums, mixed, read = self._sums, self._mixed, self._read
+        if sums is None or mixed is None or read is None:
+            pass  # a layer that did not show one of them
+        elif mixed.shape == read.shape:
+            sums.add(mixed, read, self._position)
+        self._mixed = self._read = self._v = None
 
-        return keep
+    def _take_values(self, x: Tensor, hook: object) -> None:
+        self._v = self.values.by_head(x.detach())[0]
 
-    def _reads(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """The last layer that reads as many channels as were mixed is the output projection."""
-        x = args[0] if args else None
-        if self.mixed is None or not isinstance(x, Tensor):
+    def _mix(self, x: Tensor, hook: object) -> None:
+        if self._v is None or len(x[0]) % len(self._v):
             return
-        weight = getattr(module, "weight", None)
-        wide = x.ndim == 3 and x.shape[-1] == self.mixed.flatten(2).shape[-1]
-        if wide and isinstance(weight, Tensor) and weight.ndim == 2:
-            self.read = x.detach()
+        v = repeat(self._v, "head pos d -> (head copy) pos d", copy=len(x[0]) // len(self._v))
+        self._mixed = _flat(x.detach()[0].float() @ v.float())
+        self._v = None
+
+    def _take(self, x: Tensor, hook: object) -> None:
+        """What the output projection reads; some bridges show the pattern only after that."""
+        self._read = x.detach()[0].float().flatten(1).cpu()
+
+    def _take_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Of several layers that read as many channels the output projection is the last."""
+        x, mixed = args[0] if args else None, self._mixed
+        if mixed is not None and isinstance(x, Tensor) and x[0].numel() == mixed.numel():
+            self._take(x, None)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return rearrange(x, "head pos d -> pos (head d)").cpu()

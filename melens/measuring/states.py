@@ -25,7 +25,7 @@ from melens.protocols import HookedModel
 
 PAST = "past_key_values"
 STEPS = 32
-"""Later tokens that are followed."""
+"""Later tokens that are followed, at most."""
 CLOSE, HALF_CLOSE = 1e-3, 5e-2
 """Of the largest logit: token after token must give what the whole text gives."""
 
@@ -52,36 +52,38 @@ class _MixerCall:
 
 @torch.no_grad()
 def follow(
-    model: HookedModel, mixers: Mapping[int, nn.Module], row: Sequence[int], at: int
+    model: HookedModel, mixers: Mapping[int, nn.Module], row: Sequence[int], at: int, steps: int
 ) -> dict[int, Followed]:
     """Follow the token at ``at`` through every state that the model's cache exposes.
 
     Args:    mixers: layer -> the module that keeps a state.
-             row: token ids of one text.
+             row: token ids of one text, with at least ``steps`` tokens after ``at``.
+             steps: later tokens to follow, at least 1.
+    Returns: by layer; a layer whose state the cache does not show is left out.
     Raises:  ModelError: the cache does not give what the whole text gives.
     """
     hf: Any = model.original_model
     device = next(hf.parameters()).device
-    ids = torch.tensor([row[: at + 1 + STEPS]], device=device)
+    ids = torch.tensor([row[: at + 1 + steps]], device=device)
     given = {"use_cache": True, _cache_name(hf): (cache := _new_cache(hf))}
     with one_thread(model), evaluating(model), _MixerCalls(mixers) as watch:
         if at > 0:
             hf(ids[:, :at], **given)
-        watch.calls.clear()
+        watch.begin(with_cache=True)
         hf(ids[:, at : at + 1], **given)
-        watched = dict(watch.calls)
         found, without = {}, {}
-        for layer, call in watched.items():
+        for layer, call in watch.calls.items():
             started = _start(mixers[layer], call, cache.layers[layer])
             if started is not None:
                 found[layer], without[layer] = started
-        out = None
+        out: Any = None
         for step in range(at + 1, ids.shape[1]):
-            watch.calls.clear()
+            watch.begin(with_cache=False)
             out = hf(ids[:, step : step + 1], **given)
             for layer, follower in found.items():
                 _step(mixers[layer], watch.calls[layer], without[layer], follower)
-    _require_same(hf, ids, out)
+        watch.begin(with_cache=False)
+        _require_same(hf, ids, out)
     for layer, follower in found.items():
         apart = _apart(_states(cache.layers[layer]), _states(without[layer]))
         follower.left = apart / max(follower.norm, 1e-30)
@@ -101,15 +103,15 @@ def _start(mixer: nn.Module, call: _MixerCall, after: Any) -> tuple[Followed, An
     without = copy.deepcopy(after)
     for state, whole, write in zip(_states(without), real, writes, strict=True):
         state.copy_(whole - write)
-    norm = sum(float(write.double().square().sum()) for write in writes) ** 0.5
+    norm = sum(float(write.cpu().double().square().sum()) for write in writes) ** 0.5
     return Followed(norm, _rank(writes)), without
 
 
 def _step(mixer: nn.Module, call: _MixerCall, without: Any, follower: Followed) -> None:
     """One later token, with and without the write."""
     assert call.out is not None
-    out = call.out.double()
-    missing = _again(mixer, call, without).double()
+    out = call.out.cpu().double()
+    missing = _again(mixer, call, without).cpu().double()
     follower.reads.append(float((out - missing).norm() / out.norm().clamp_min(1e-30)))
 
 
@@ -153,7 +155,7 @@ def _states(layer_cache: Any) -> list[Tensor]:
 
 def _apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     pairs = zip(a, b, strict=True)
-    return sum(float((x.double() - y.double()).square().sum()) for x, y in pairs) ** 0.5
+    return sum(float((x - y).cpu().double().square().sum()) for x, y in pairs) ** 0.5
 
 
 def _rank(writes: Sequence[Tensor]) -> float | None:
@@ -172,8 +174,6 @@ def _first(out: Any) -> Tensor:
 
 
 def _require_same(hf: Any, ids: Tensor, out: Any) -> None:
-    if out is None:
-        return
     whole = hf(ids, use_cache=False).logits[:, -1].float()
     limit = CLOSE if next(hf.parameters()).dtype.itemsize > 2 else HALF_CLOSE
     apart = (whole - out.logits[:, -1].float()).abs().max()
@@ -186,6 +186,11 @@ class _MixerCalls:
 
     def __init__(self, mixers: Mapping[int, nn.Module]) -> None:
         self.mixers, self.calls, self._stack = mixers, dict[int, _MixerCall](), ExitStack()
+        self._with_cache = False
+
+    def begin(self, *, with_cache: bool) -> None:
+        """Forget what was called; keep a copy of each layer's cache before the next calls."""
+        self.calls, self._with_cache = {}, with_cache
 
     def __enter__(self) -> _MixerCalls:
         for layer, mixer in self.mixers.items():
@@ -202,7 +207,8 @@ class _MixerCalls:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caches = [value for value in (*args, *kwargs.values()) if _is_cache(value)]
             if caches:
-                before = copy.deepcopy(caches[0].layers[layer])
+                kept = caches[0].layers[layer]
+                before = copy.deepcopy(kept) if self._with_cache else None
                 self.calls[layer] = _MixerCall(layer, args, kwargs, before)
 
         return note

@@ -18,11 +18,11 @@ from melens.measuring.attention_sinks import LEAST_QUERIES
 from melens.measuring.gates import GateSums, gates
 from melens.measuring.located import Progress, run_once, settle
 from melens.measuring.states import STEPS, Followed, follow
-from melens.metrics import key_attention
+from melens.metrics import key_attention, write_shares
 from melens.metrics.hybrid import (
     Statistic,
     inter_spike_retention,
-    shuffled_places,
+    shifted_places,
     sink_spike_alignment,
 )
 from melens.models.anatomy import Block, anatomy, pattern_hook, resid_post
@@ -33,6 +33,7 @@ from melens.results.mixers import FULL, Gate, MixerRow, Mixers, Rhythm, State, S
 
 WORDS = {
     "sliding_attention": "window attention",
+    "hybrid_sliding": "window attention",
     "chunked_attention": "window attention",
     "linear_attention": "linear attention",
     "conv": "convolution",
@@ -67,14 +68,17 @@ def mixers(
     The sink token of a text is the one that full-attention layers look at most. Said of it: its
     size beside the median token at every layer (also where nothing is massive by Sun et al.'s
     absolute rule), each mixer's write, whether it peaks right before full-attention layers and what
-    stays between, beside a control with these layers at random places; output gates; and what
-    recurrent states hold of it. Definitions: docs/definitions.md.
+    stays between, beside a control with these layers moved; output gates; and what
+    recurrent states hold of it. Gates and states are read in four texts. Definitions:
+    docs/definitions.md.
 
     Args:    model: anything ``melens.load`` takes.
              me_layer: what ``melens.locate`` found on this model; None = locate first.
              prompts: texts, as for ``melens.locate``.
-             seed: draws the places of the control.
+             seed: of ``locate``, where it has to run first.
+             batch_size: texts a forward pass.
              progress: called with (rows done, rows in all).
+    Returns: one row a layer, rhythm and controls; what the model does not show is in ``missing``.
     Raises:  ResultError: ``me_layer`` is of other weights. PromptError, ModelError: as ``locate``.
     Source:  arXiv 2608.12149, for alignment and retention.
     """
@@ -87,9 +91,12 @@ def mixers(
     few = _few(inputs, seen.positions)
     gated = gates(inputs.model, *few)
     states, missing = _states(inputs.model, blocks, few)
+    peak = Counter(path.peak for path in paths).most_common(1)[0][0]
     rows = [
-        _row(layer, kinds[layer], seen, paths, gated.get(layer), states.get(layer))
-        for layer in range(len(blocks))
+        _row(block, kinds[block.layer], seen, paths, peak).model_copy(
+            update={"gate": _gate(gated.get(block.layer)), "state": states.get(block.layer)}
+        )
+        for block in blocks
     ]
     full = tuple(layer for layer, kind in enumerate(kinds) if FULL in kind)
     tops = Counter((row[at], at) for row, at in zip(inputs.rows, seen.positions, strict=True))
@@ -104,12 +111,13 @@ def mixers(
         position=position,
         texts=inputs.total,
         texts_with_it=often,
-        peak_layer=Counter(path.peak for path in paths).most_common(1)[0][0],
-        embedding_share=_mean([path.embedding_share for path in paths]),
+        texts_massive=sum(seen.massive),
+        peak_layer=peak,
+        embedding_share=_mean([_shares(path, path.resid[:1], peak)[0] for path in paths]),
         chosen_by=seen.chosen_by,
         full_layers=full,
-        alignment=_rhythm(sink_spike_alignment, norms, full, seed) if hybrid else None,
-        retention=_rhythm(inter_spike_retention, norms, full, seed) if hybrid else None,
+        alignment=_rhythm(sink_spike_alignment, norms, full) if hybrid else None,
+        retention=_rhythm(inter_spike_retention, norms, full) if hybrid else None,
         layers=tuple(rows),
         missing=missing,
         run=inputs.run_info(seed=seed),
@@ -129,8 +137,11 @@ def kinds_of(model: HookedModel) -> list[tuple[str, ...]]:
         for site, part in mixer_parts(model, block).items():
             kinds.append(_by_class(part) or word or SITES.get(site, "another mixer"))
         if block.unread and not any("attention" in kind for kind in kinds):
-            inside = [_by_class(part) for part in model.blocks[block.layer].modules()]
+            modules = model.blocks[block.layer].modules()
+            inside = [_by_class(part) for part in modules if "Attention" in type(part).__name__]
             kinds.insert(0, "linear attention" if "linear attention" in inside else FULL)
+        if block.untold and not kinds:
+            kinds.append("unknown")
         made.append(tuple(dict.fromkeys(kind for kind in kinds if kind != NOTHING)))
     return made
 
@@ -162,7 +173,8 @@ def _config_types(model: HookedModel) -> Sequence[str]:
     config: Any = getattr(getattr(model, "original_model", None), "config", None)
     n = model.cfg.n_layers
     try:
-        found = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
+        text = config.get_text_config(decoder=True)
+        found = getattr(text, "layer_types", None) or get_layer_types_and_kwargs(text)[0]
     except (AttributeError, TypeError, ValueError, KeyError):
         return [""] * n
     return found if len(found) == n else [""] * n
@@ -212,6 +224,8 @@ class KeyMeans:
 @dataclass(frozen=True)
 class _Seen:
     positions: list[int]
+    massive: list[bool]
+    """Whether that token is massive, text by text."""
     chosen_by: str
     resid: list[TokenSizes]
     writes: dict[int, TokenSizes]
@@ -235,23 +249,25 @@ def _see(
         {blocks[layer].mixer_writes[0]: tap for layer, tap in writes.items()},
         progress=progress,
     )
-    if keys:
-        by_text = zip(*(tap.result() for tap in keys.values()), strict=True)
-        positions = [_most_seen(torch.stack(layers).mean(0)) for layers in by_text]
-        return _Seen(positions, "most attention in full-attention layers", resid, writes)
     marks = [
         marked[mask].tolist()
         for batch, marks in zip(inputs.batches, heavy, strict=True)
         for mask, marked in zip(batch.mask, marks, strict=True)
     ]
-    positions = [row.index(True) if True in row else 0 for row in marks]
-    rule = "no full attention can be read: the first massive token, else the first token"
-    return _Seen(positions, rule, resid, writes)
+    if keys:
+        by_text = zip(*(tap.result() for tap in keys.values()), strict=True)
+        positions = [_most_seen(torch.stack(layers).mean(0)) for layers in by_text]
+        rule = "most attention in full-attention layers"
+    else:
+        positions = [row.index(True) if True in row else 0 for row in marks]
+        rule = "no full attention can be read: the first massive token, else the first token"
+    massive = [bool(row[at]) for row, at in zip(marks, positions, strict=True)]
+    return _Seen(positions, massive, rule, resid, writes)
 
 
 def _most_seen(alpha: Tensor) -> int:
     """The key with the largest mean attention; the last keys have too few queries to count."""
-    return int(alpha[: max(1, len(alpha) - LEAST_QUERIES)].argmax())
+    return int(alpha[: max(1, len(alpha) - LEAST_QUERIES + 1)].argmax())
 
 
 def _paths(inputs: Inputs, positions: Sequence[int]) -> list[Path]:
@@ -278,18 +294,22 @@ def _states(
     hidden = [b.layer for b in blocks if b.untold and b.layer not in keepers and not b.attention]
     if not keepers:
         return {}, _unseen(hidden)
-    sink: dict[int, list[tuple[int, Followed]]] = {}
-    other: dict[int, list[tuple[int, Followed]]] = {}
+    pairs = [(row, at) for row, at in zip(*few, strict=True) if len(row) > at + 2]
+    if not pairs:
+        return {}, ("recurrent states: no text has two tokens after its sink token",)
+    steps = min(STEPS, *(len(row) - at - 2 for row, at in pairs))  # of the next token too
+    sink: dict[int, list[Followed]] = {}
+    other: dict[int, list[Followed]] = {}
     try:
         with failing("recurrent states cannot be followed"):
-            for row, at in zip(*few, strict=True):
+            for row, at in pairs:
                 for kept, place in ((sink, at), (other, at + 1)):
-                    for layer, found in follow(model, keepers, row, place).items():
-                        kept.setdefault(layer, []).append((place, found))
+                    for layer, found in follow(model, keepers, row, place, steps).items():
+                        kept.setdefault(layer, []).append(found)
     except ModelError as error:
         return {}, (str(error),)
     return {
-        layer: State(steps=STEPS, sink=_written(sink[layer]), other=_written(other[layer]))
+        layer: State(steps=steps, sink=_written(sink[layer]), other=_written(other[layer]))
         for layer in sink
     }, _unseen([*hidden, *(layer for layer in keepers if layer not in sink)])
 
@@ -298,32 +318,26 @@ def _unseen(layers: Sequence[int]) -> tuple[str, ...]:
     """What is said of layers whose state is not shown."""
     if not layers:
         return ()
-    return (f"layer {', '.join(map(str, sorted(layers)))}: no recurrent state is shown",)
+    named = ", ".join(map(str, sorted(layers)))
+    return (f"recurrent state of layer {named} (from 0): the model's cache does not show it",)
 
 
-def _written(found: Sequence[tuple[int, Followed]]) -> StateWrite:
-    ranks = [row.rank for _, row in found if row.rank is not None]
-    reads = [sum(row.reads) / len(row.reads) for _, row in found if row.reads]
+def _written(found: Sequence[Followed]) -> StateWrite:
+    ranks = [row.rank for row in found if row.rank is not None]
     return StateWrite(
-        position=_mean([place for place, _ in found]),
-        norm=_mean([row.norm for _, row in found]),
+        norm=_mean([row.norm for row in found]),
         rank=_mean(ranks) if ranks else None,
-        left=_mean([row.left for _, row in found]),
-        read=_mean(reads) if reads else 0.0,
+        left=_mean([row.left for row in found]),
+        read=_mean([_mean(row.reads) for row in found]),
     )
 
 
 def _row(
-    layer: int,
-    kinds: tuple[str, ...],
-    seen: _Seen,
-    paths: Sequence[Path],
-    gate: GateSums | None,
-    state: State | None,
+    block: Block, kinds: tuple[str, ...], seen: _Seen, paths: Sequence[Path], peak: int
 ) -> MixerRow:
-    writes = seen.writes.get(layer)
-    share = [path.part_shares(path.mixer)[layer].item() for path in paths]
-    whole = [path.shares[layer].item() for path in paths]
+    layer, writes = block.layer, seen.writes.get(block.layer)
+    share = _mean([_shares(path, path.mixer, peak)[layer] for path in paths])
+    added = [_shares(path, path.resid.diff(dim=0), peak)[layer] for path in paths]
     return MixerRow(
         layer=layer,
         kinds=kinds,
@@ -332,21 +346,28 @@ def _row(
         largest=max(abs(path.entry(layer)[1]) for path in paths),
         write=None if writes is None else _mean([p.mixer[layer].norm().item() for p in paths]),
         median_write=None if writes is None else writes.median_beside(seen.positions),
-        write_share=_mean(share),
-        ffn_share=_mean(whole) - _mean(share),
-        gate=None if gate is None else Gate(sink=_mean(gate.sink), others=_mean(gate.others)),
-        state=state,
+        write_share=None if block.untold else share,
+        rest_share=_mean(added) - share,
+        gate=None,
+        state=None,
     )
 
 
-def _rhythm(
-    statistic: Statistic, norms: Sequence[float], full: Sequence[int], seed: int
-) -> Rhythm | None:
-    value = statistic(norms, full)
-    control = shuffled_places(statistic, norms, full, seed=seed)
+def _shares(path: Path, writes: Tensor, peak: int) -> list[float]:
+    """Shares of a token's vector at the layer where most texts' tokens peak."""
+    return write_shares(writes, path.resid[peak + 1]).tolist()
+
+
+def _gate(sums: GateSums | None) -> Gate | None:
+    return None if sums is None else Gate(sink=_mean(sums.sink), others=_mean(sums.others))
+
+
+def _rhythm(statistic: Statistic, norms: Sequence[float], full: Sequence[int]) -> Rhythm | None:
+    value, control = statistic(norms, full), shifted_places(statistic, norms, full)
     if value is None or control is None:
         return None
-    return Rhythm(value=value, control=control.mean, interval=(control.low, control.high))
+    low, high = control.low, control.high
+    return Rhythm(value=value, control=control.mean, interval=(low, high), shifts=control.shifts)
 
 
 def _mean(values: Sequence[float]) -> float:

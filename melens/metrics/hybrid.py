@@ -5,12 +5,10 @@ Layers count from 0 at the block output; a norm is the sink token's at that outp
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-DRAWS = 2000
 Statistic = Callable[[Sequence[float], Collection[int]], float | None]
 
 
@@ -18,14 +16,15 @@ def sink_spike_alignment(norms: Sequence[float], full: Collection[int]) -> float
     """Share of full-attention layers before which the sink token's norm peaks, in [0, 1].
 
     Of the layers after the previous full-attention layer and before f, the largest norm is at
-    f - 1. A full-attention layer with no layer between it and the previous one has no say.
+    f - 1. A full-attention layer with fewer than two layers there is left out: one layer is always
+    the largest of one.
 
     Args:    norms: the token's norm at every layer's output, residual units.
              full: the full-attention layers.
-    Returns: None where no layer has a say.
-    Source:  arXiv 2608.12149, there counted from 1.
+    Returns: None where every layer is left out.
+    Source:  arXiv 2608.12149, there counted from 1 and with spans of one layer.
     """
-    spans = [list(range(a + 1, b)) for a, b in pairwise([-1, *sorted(full)]) if b > a + 1]
+    spans = [range(a + 1, b) for a, b in pairwise([-1, *sorted(full)]) if b > a + 2]
     peaks = [max(span, key=lambda layer: norms[layer]) == span[-1] for span in spans]
     return sum(peaks) / len(peaks) if peaks else None
 
@@ -36,6 +35,7 @@ def inter_spike_retention(norms: Sequence[float], full: Collection[int]) -> floa
     The mean over neighbouring peaks (the layers right before full-attention layers), and over the
     layers without full attention between them, of min(1, norm there / the smaller peak).
 
+    Args:    norms, full: as :func:`sink_spike_alignment`.
     Returns: None with fewer than two peaks, or nothing between them.
     Source:  arXiv 2608.12149.
     """
@@ -50,32 +50,33 @@ def inter_spike_retention(norms: Sequence[float], full: Collection[int]) -> floa
 
 
 @dataclass(frozen=True)
-class ShuffledPlaces:
-    """What a statistic reads if as many full-attention layers stood at random places."""
+class ShiftedPlaces:
+    """What a statistic reads if the full-attention layers stood elsewhere, as far apart."""
 
     mean: float
     low: float
     high: float
-    """The middle 95 % of the draws."""
-    draws: int
+    """The smallest and the largest."""
+    shifts: int
+    """How many placements were tried."""
 
 
-def shuffled_places(
-    statistic: Statistic, norms: Sequence[float], full: Collection[int], *, seed: int
-) -> ShuffledPlaces | None:
-    """The control of both measures: the same norms, the places of full attention drawn at random.
+def shifted_places(
+    statistic: Statistic, norms: Sequence[float], full: Collection[int]
+) -> ShiftedPlaces | None:
+    """The control of both measures: the same norms, all full-attention layers moved on by 1, 2, ...
 
-    A norm that only grows is aligned wherever full attention stands, and says nothing.
+    What leaves at the last layer comes in at the first. Distances stay what they are, so that on
+    norms without a rhythm value and control agree. A norm that only grows is as aligned at every
+    place. Shifts that put the layers where others stood are left out.
 
-    Returns: None where no draw gives the statistic a value.
+    Args:    norms, full: as :func:`sink_spike_alignment`.
+    Returns: None where no shift gives the statistic a value.
     """
-    draw = random.Random(seed)
-    layers = range(len(norms))
-    found = [statistic(norms, set(draw.sample(layers, len(full)))) for _ in range(DRAWS)]
-    values = sorted(value for value in found if value is not None)
+    n, places = len(norms), frozenset(full)
+    moved = {frozenset((layer + by) % n for layer in full) for by in range(1, n)} - {places}
+    found = [statistic(norms, there) for there in sorted(moved, key=sorted)]
+    values = [value for value in found if value is not None]
     if not values:
         return None
-    tail = round(0.025 * (len(values) - 1))
-    return ShuffledPlaces(
-        sum(values) / len(values), values[tail], values[len(values) - 1 - tail], len(values)
-    )
+    return ShiftedPlaces(sum(values) / len(values), min(values), max(values), len(values))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import families
 import pytest
 import torch
@@ -14,7 +17,7 @@ from melens.measuring.states import follow
 from melens.measuring.token_mixers import kinds_of, mixer_parts
 from melens.metrics.hybrid import (
     inter_spike_retention,
-    shuffled_places,
+    shifted_places,
     sink_spike_alignment,
 )
 from melens.models import load
@@ -32,26 +35,40 @@ def ids(length=20):
 
 def test_the_rhythm_in_closed_form():
     norms = [1, 9, 2, 4, 8, 3, 5, 2]
-    # before 2: layers 0 and 1, the largest at 1; before 5: 3 and 4, at 4; before 7: 6 alone
+    # before 2: layers 0 and 1, the largest at 1; before 5: 3 and 4, at 4; before 7: 6, left out
     assert sink_spike_alignment(norms, {2, 5, 7}) == 1.0
     # before 3: layers 0 to 2, the largest at 1; before 6: 4 and 5, the largest at 4
     assert sink_spike_alignment(norms, {3, 6}) == 0.0
     assert sink_spike_alignment(norms, {0, 1}) is None
-    # before 3 the largest is at 1, before 5 it is layer 4, alone
-    assert sink_spike_alignment(norms, {3, 5}) == 0.5
+    # before 3 the largest is at 1; before 6, of 4 and 5, at 4; before 9, of 7 and 8, at 8
+    assert sink_spike_alignment([*norms, 6, 1], {3, 6, 9}) == pytest.approx(1 / 3)
+    assert sink_spike_alignment(norms, {1, 3, 5, 7}) is None  # one layer is the largest of one
     # peaks at 1 and 4; between them, without full attention, layer 3: 4 of the smaller peak, 8
     assert inter_spike_retention(norms, {2, 5}) == pytest.approx(4 / 8)
     assert inter_spike_retention(norms, {2}) is None
     assert inter_spike_retention([3, 2, 7, 4], {1, 4}) == 1.0  # capped: a bump is no loss
 
 
-def test_growth_alone_is_as_aligned_at_random_places():
+def test_growth_alone_is_as_aligned_at_other_places():
     grown = list(range(1, 13))
-    control = shuffled_places(sink_spike_alignment, grown, {3, 7, 11}, seed=0)
-    assert (control.mean, control.low) == (1.0, 1.0)
+    control = shifted_places(sink_spike_alignment, grown, {3, 7, 11})
+    assert (control.mean, control.low, control.shifts) == (1.0, 1.0, 3)
     spiky = [9 if layer % 4 == 2 else 1 + layer / 100 for layer in range(12)]
     assert sink_spike_alignment(spiky, {3, 7, 11}) == 1.0
-    assert shuffled_places(sink_spike_alignment, spiky, {3, 7, 11}, seed=0).mean < 0.8
+    # one layer earlier there is no spike between, and what is left grows; else the spike is first
+    assert shifted_places(sink_spike_alignment, spiky, {3, 7, 11}).mean == pytest.approx(1 / 3)
+
+
+def test_on_norms_without_a_rhythm_value_and_control_agree():
+    """One of three layers is the largest in a third of all draws, wherever the three begin."""
+    draw, value, control = random.Random(0), [], []
+    full = set(range(3, 24, 4))
+    for _ in range(400):
+        norms = [draw.random() for _ in range(24)]
+        value.append(sink_spike_alignment(norms, full))
+        control.append(shifted_places(sink_spike_alignment, norms, full).mean)
+    assert sum(value) / 400 == pytest.approx(1 / 3, abs=0.03)
+    assert sum(control) / 400 == pytest.approx(1 / 3, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +78,8 @@ def test_growth_alone_is_as_aligned_at_random_places():
         ("FalconH1ForCausalLM", [(FULL, STATE)] * 3),
         ("GptOssForCausalLM", [("window attention",), (FULL,)] * 2),
         ("NemotronHForCausalLM", [(STATE,), (), (FULL,), ()]),
+        ("BloomForCausalLM/post", [(FULL,)] * 3),
+        ("Gemma4ForCausalLM/shared", [("window attention",), (FULL,)] * 2),
     ],
 )
 def test_kinds_of_mixers(name, kinds):
@@ -89,7 +108,7 @@ def test_a_state_is_what_plain_transformers_keeps():
     parts = {
         b.layer: part for b in anatomy(model).blocks for part in mixer_parts(model, b).values()
     }
-    found = follow(model, parts, row, 0)[0]
+    found = follow(model, parts, row, 0, len(row) - 1)[0]
     assert found.norm == pytest.approx(write.norm().item(), rel=1e-5)
     assert found.rank == pytest.approx(1.0, abs=1e-4)  # one outer product k v'
     assert found.reads[0] == pytest.approx(read, rel=1e-4)
@@ -102,7 +121,7 @@ def test_later_writes_are_told_from_what_was_there():
     parts = {
         b.layer: part for b in anatomy(model).blocks for part in mixer_parts(model, b).values()
     }
-    found = follow(model, parts, ids()[0].tolist(), 7)
+    found = follow(model, parts, ids()[0].tolist(), 7, 12)
     assert sorted(found) == [0, 2]
     for follower in found.values():
         assert follower.rank == pytest.approx(1.0, abs=1e-3)
@@ -110,23 +129,36 @@ def test_later_writes_are_told_from_what_was_there():
         assert follower.reads[0] > 0
 
 
-@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "BailingHybridForCausalLM"])
-def test_an_output_gate_of_zero_weights_is_one_half(name):
-    """sigmoid(0); the first shows its gate, of the second only the ratio can be read."""
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        ("Qwen3NextForCausalLM", 0.5),
+        ("BailingHybridForCausalLM", 0.5),
+        ("AfmoeForCausalLM", 0.5),
+        ("LagunaForCausalLM", math.log(2)),
+    ],
+)
+def test_an_output_gate_of_zero_weights_is_its_activation_at_zero(name, half):
+    """A sigmoid at 0 is 1/2, Laguna's softplus ln 2; with TransformerLens' bridge and with ours."""
     plain = families.tiny(name)
     for block in plain.model.layers:
         mixer = getattr(block, "self_attn", None)
-        if hasattr(mixer, "g_proj"):
-            mixer.g_proj.weight.data.zero_()
+        gate = getattr(mixer, "g_proj", None) or getattr(mixer, "gate_proj", None)
+        if gate is not None:
+            gate.weight.data.zero_()
         elif mixer is not None and hasattr(mixer, "q_proj"):
             weight = mixer.q_proj.weight.data.view(4, 2, -1, mixer.q_proj.weight.shape[1])
             weight[:, 1] = 0  # each head's second half is its gate
     model = load(plain)
     found = gates(model, ids().tolist(), [0, 0, 0])
-    assert sorted(found) == [1, 3]
+    assert set(found) == set(model_layers(model))
     for sums in found.values():
-        assert sums.sink == pytest.approx([0.5] * 3, abs=1e-4)
-        assert sums.others == pytest.approx([0.5] * 3, abs=1e-4)
+        assert sums.sink == pytest.approx([half] * 3, abs=1e-3)
+        assert sums.others == pytest.approx([half] * 3, abs=1e-3)
+
+
+def model_layers(model):
+    return anatomy(model).attention_layers
 
 
 def test_a_model_without_gates_has_none(tiny):
@@ -136,7 +168,7 @@ def test_a_model_without_gates_has_none(tiny):
 def adds_up(found):
     """All writes up to the peak, and the embedding, are the vector there."""
     before = found.layers[: found.peak_layer + 1]
-    shares = sum(row.write_share + row.ffn_share for row in before) + found.embedding_share
+    shares = sum(row.write_share + row.rest_share for row in before) + found.embedding_share
     return shares == pytest.approx(1.0, abs=1e-3)
 
 
@@ -145,13 +177,56 @@ def test_a_planted_token_is_followed_through_a_hybrid():
     made = families.plant(plain, 1, 7)
     found = mixers(load(plain), None, [Batch.of(ids())])
     assert found == Mixers.from_json(found.to_json())
-    assert (found.me_layer, found.full_layers) == (1, (1, 3))
+    assert (found.me_layer, found.full_layers, found.texts_massive) == (1, (1, 3), 3)
     assert found.layers[1].largest == pytest.approx(abs(made.value), rel=1e-3)
     assert found.is_set_apart
     assert adds_up(found)
     assert all((row.state is None) == (row.layer in (1, 3)) for row in found.layers)
-    assert found.alignment is not None
-    assert found.plot().axes
+    assert found.alignment is None  # one layer between full attention: nothing to compare
+    assert len(found.plot().axes[1].patches) == 4  # a bar a layer
+
+
+def test_padding_changes_nothing_and_norms_are_those_of_plain_transformers():
+    plain = families.tiny("OlmoHybridForCausalLM").eval()
+    rows = [row[:n].tolist() for row, n in zip(ids(), (20, 14, 17), strict=True)]
+    model = load(plain)
+    alone = mixers(model, None, [Batch.of(torch.tensor([row])) for row in rows])
+    for side in ("left", "right"):
+        padded = mixers(model, None, [Batch.pad(rows, side=side)])
+        assert [row.norm for row in padded.layers] == pytest.approx(
+            [row.norm for row in alone.layers], rel=1e-4
+        )
+        assert [row.median_norm for row in padded.layers] == pytest.approx(
+            [row.median_norm for row in alone.layers], rel=1e-4
+        )
+        assert padded.position == alone.position
+    with torch.no_grad():
+        states = [
+            families.tiny("OlmoHybridForCausalLM")
+            .eval()(torch.tensor([row]), output_hidden_states=True, use_cache=False)
+            .hidden_states[2][0]
+            for row in rows
+        ]
+    seen = mixers(model, None, [Batch.of(torch.tensor([rows[0]]))])
+    norms = states[0].norm(dim=-1)
+    others = norms[torch.arange(20) != seen.position]
+    assert seen.layers[1].norm == pytest.approx(norms[seen.position].item(), rel=1e-4)
+    assert seen.layers[1].median_norm == pytest.approx(others.median().item(), rel=1e-4)
+
+
+def test_texts_too_short_to_follow_a_state_are_said():
+    model = load(families.tiny("Mamba2ForCausalLM"))
+    found = mixers(model, None, [Batch.of(ids(4)), Batch.of(ids(6))])
+    assert all(row.state is not None and row.state.steps == 2 for row in found.layers)
+    assert found.chosen_by.startswith("no full attention can be read")
+    assert found.full_layers == ()
+    assert "no rhythm" in found.summary()
+
+
+def test_blocks_whose_parts_cannot_be_told_are_not_said_to_write_nothing():
+    found = mixers(load(families.tiny("DogeForCausalLM")), None, [Batch.of(ids())])
+    assert all(row.write_share is None for row in found.layers)
+    assert found.rows()[0]["write_share"] is None
 
 
 def test_small_structure_is_described_and_not_called_none():
@@ -163,7 +238,7 @@ def test_small_structure_is_described_and_not_called_none():
     assert found.me_layer is None
     assert (found.position, found.is_set_apart) == (0, True)
     assert adds_up(found)
-    assert max(abs(row.write_share) for row in found.layers) > 0.01
+    assert max(abs(row.write_share) for row in found.layers) > 0.01  # so that the sum tells
     assert "Sun et al.'s rule asks for 100" in found.summary()
     assert "layers have full attention" in found.summary()
 
