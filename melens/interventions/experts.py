@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from melens.errors import SiteError
 from melens.interventions.context import watching
@@ -30,9 +33,7 @@ def expert_prune(model: HookedModel, layer: int, expert: int) -> Iterator[None]:
     Source:  "Super experts", 2025 (arXiv 2507.23279).
     """
     experts = _checked(model, layer, expert)
-    bias = experts.bias(expert)
-    views = [experts.down(expert), *([] if bias is None else [bias])]
-    with watching(model), _zero(views):
+    with watching(model), _zero(experts, expert, [(slice(None), slice(None))], bias=True):
         yield
 
 
@@ -45,11 +46,12 @@ def expert_zero_weights(
     Args:    weights: (row = residual dimension, column = neuron).
     Raises:  as :func:`expert_prune`; InterventionError: no such row or column.
     """
-    down = _checked(model, layer, expert).down(expert)
+    experts = _checked(model, layer, expert)
+    down = experts.down(expert)
     rows = check_indices("rows", [row for row, _ in weights], down.shape[1], what="d_model")
     columns = check_indices("columns", [c for _, c in weights], len(down), what="the neurons")
-    views = [down[column, row] for row, column in zip(rows, columns, strict=True)]
-    with watching(model), _zero(views):
+    places = list(zip(columns, rows, strict=True))
+    with watching(model), _zero(experts, expert, places):
         yield
 
 
@@ -61,9 +63,9 @@ def expert_ablate_neuron(
 
     Raises:  as :func:`expert_prune`; InterventionError: no such neuron.
     """
-    down = _checked(model, layer, expert).down(expert)
-    check_indices("neuron", [neuron], len(down), what=f"expert {expert}'s neurons")
-    with watching(model), _zero([down[neuron]]):
+    experts = _checked(model, layer, expert)
+    check_indices("neuron", [neuron], len(experts.down(expert)), what=f"expert {expert}'s neurons")
+    with watching(model), _zero(experts, expert, [(neuron, slice(None))]):
         yield
 
 
@@ -78,18 +80,54 @@ def _checked(model: HookedModel, layer: int, expert: int) -> Experts:
     return experts
 
 
+Place = tuple[int | slice, int | slice]
+"""(neuron, residual dimension) in a down projection."""
+
+
+@dataclass
+class _Held:
+    """One expert's stored bits while edits of it are open, and which these are."""
+
+    down: Tensor
+    bias: Tensor | None
+    open: list[tuple[Sequence[Place], bool]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def write(self, experts: Experts, expert: int) -> None:
+        """The stored bits, with the places of every open edit at zero."""
+        down, bias = experts.down(expert), experts.bias(expert)
+        down.copy_(self.down)
+        if bias is not None and self.bias is not None:
+            bias.copy_(self.bias)
+        for places, with_bias in self.open:
+            for place in places:
+                down[place] = 0.0
+            if with_bias and bias is not None:
+                bias.zero_()
+
+
+_HELD: WeakKeyDictionary[nn.Module, dict[int, _Held]] = WeakKeyDictionary()
+"""The experts' module -> expert -> its bits: edits may be left in any order."""
+
+
 @contextmanager
-def _zero(views: Sequence[Tensor]) -> Iterator[None]:
-    """Stored weights at zero; the same bits again at the end, on errors too."""
-    kept: list[Tensor] = []
+def _zero(
+    experts: Experts, expert: int, places: Sequence[Place], *, bias: bool = False
+) -> Iterator[None]:
+    """Places of one expert at zero; the same bits again at the end, on errors too."""
+    module = cast("nn.Module", experts.module)
+    kept = _HELD.setdefault(module, {})
+    if expert not in kept:
+        stored = experts.bias(expert)
+        copied = None if stored is None else stored.clone()
+        kept[expert] = _Held(experts.down(expert).clone(), copied)
+    held, edit = kept[expert], (places, bias)
+    held.open.append(edit)
     try:
-        for view in views:
-            kept.append(view.clone())
-            with torch.no_grad():
-                view.zero_()
+        held.write(experts, expert)
         yield
     finally:
-        # Backwards: of an entry that is named twice the first copy has the bits.
-        for view, bits in reversed(list(zip(views, kept, strict=False))):
-            with torch.no_grad():
-                view.copy_(bits)
+        held.open = [other for other in held.open if other is not edit]
+        held.write(experts, expert)
+        if not held.open:
+            del kept[expert]

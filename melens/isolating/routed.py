@@ -108,32 +108,43 @@ def change_of(at: ExpertAt) -> RunChange:
 def routed_writes(
     inputs: Inputs, located: Located, prefixes: Prefixes, layers: Sequence[int]
 ) -> RoutedWrites:
-    """Read the experts of all layers up to the peak, a pass over the texts each.
+    """Read the experts of all layers up to the peak, in one pass over the texts.
 
     Args:    layers: those whose FFN has no neurons of its own.
     """
-    found = RoutedWrites()
+    found, readable = RoutedWrites(), dict[int, Experts]()
     for layer in (n for n in layers if n <= prefixes.peak):
         try:
-            _read_layer(found, inputs, located, prefixes, experts_of(inputs.model, layer))
+            readable[layer] = experts_of(inputs.model, layer)
+        except SiteError as error:
+            found.reasons[layer] = str(error)
+    sites = {layer: ffn_input(inputs.model, layer) for layer in readable}
+    others = {site: Others(located.heavy) for site in sites.values()}
+    if sites:
+        stream(inputs.model, inputs.batches, others)
+        seen = prefixes.read(list(sites.values()))
+    for layer, site in sites.items():
+        try:
+            here = seen[site], others[site].result()
+            _read_layer(found, prefixes, inputs.model, readable[layer], here)
         except (ModelError, SiteError) as error:
             found.reasons[layer] = str(error)
     return found
 
 
 def _read_layer(
-    found: RoutedWrites, inputs: Inputs, located: Located, prefixes: Prefixes, experts: Experts
+    found: RoutedWrites,
+    prefixes: Prefixes,
+    model: HookedModel,
+    experts: Experts,
+    seen: tuple[Tensor, Tensor],
 ) -> None:
-    model, layer = inputs.model, experts.layer
-    site = ffn_input(model, layer)
-    seen = prefixes.read([site])
-    x = seen[site].to(experts.down(0).dtype)
+    """One layer's rows, from FFN inputs of massive tokens and of ordinary ones."""
+    layer, x = experts.layer, seen[0].to(experts.down(0).dtype)
     scale = _after(model, layer, prefixes).to(x.device)
     routed = experts.route(x)
     made = (experts.written(x)[:, prefixes.dim].double() * scale).mean()
-    others = Others(located.heavy)
-    stream(model, inputs.batches, {site: others})
-    index = experts.route(others.result().to(x)).index
+    index = experts.route(seen[1].to(x)).index
     used = torch.stack([(index == n).any(1).double().mean() for n in range(experts.count)]).cpu()
     rows = []
     for expert in experts.used(routed):
@@ -159,7 +170,7 @@ def _read_layer(
 
 
 def _after(model: HookedModel, layer: int, prefixes: Prefixes) -> Float[Tensor, " prefix"]:
-    """What a norm behind the FFN multiplies the massive dimension by; ones without one."""
+    """What a norm after the FFN multiplies the massive dimension by; ones without one."""
     if "ln2_post" not in anatomy(model).blocks[layer].norms:
         return torch.ones(len(prefixes.clean), dtype=torch.float64)
     site = f"blocks.{layer}.ln2_post.hook_scale"

@@ -45,7 +45,15 @@ def places_of(model: HookedModel) -> tuple[dict[int, AnyPlace], tuple[str, ...]]
             "no layer of this model has an FFN with neurons or experts that can be told apart, so "
             "it has no super weights to look for; melens.locate works on it."
         )
-    return found, tuple(f"layer {layer}: {reason}" for layer, reason in reasons.items())
+    shared = [
+        str(layer)
+        for layer, place in found.items()
+        if isinstance(place, RoutedPlace) and place.experts.has_others
+    ]
+    said = [f"layer {layer}: {reason}" for layer, reason in reasons.items()]
+    if shared:
+        said.append(f"layer {', '.join(shared)}: the shared experts beside the routed ones")
+    return found, tuple(said)
 
 
 def _place(model: HookedModel, layer: int) -> AnyPlace:

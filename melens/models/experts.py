@@ -112,6 +112,14 @@ class Experts:
         """Experts that any token goes to; slots that nothing is routed to are left out."""
         return [n for n in routed.index.unique().tolist() if 0 <= n < self.count]
 
+    @property
+    def has_others(self) -> bool:
+        """Whether other matrices of the FFN write beside them: shared experts."""
+        inside = {id(value) for value in self.module.parameters()}
+        width = self.down(0).shape[1]
+        rest = (value for value in self.ffn.parameters() if id(value) not in inside)
+        return any(value.ndim == 2 and value.shape[0] == width for value in rest)
+
     def _matrix(self, name: str, expert: int) -> Float[Tensor, "inside outside"]:
         stored = getattr(self.module, name)[expert]
         return stored if self.module.is_transposed else stored.T

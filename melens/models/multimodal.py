@@ -21,7 +21,6 @@ SAME_AS = {
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
 }
 """Inner models that have no class of their own -> the model type that computes the same of text:
 their three position ids (time, height, width) are one and the same there, as in ordinary RoPE."""
@@ -51,8 +50,6 @@ def language_config(config: Any) -> Any:
     text: JsonObject = dict(config["text_config"])
     if (kind := _kind(text)) in SAME_AS:
         text |= {"model_type": SAME_AS[kind]} | _one_position(text)
-        if kind == "qwen3_vl_moe_text":
-            text["norm_topk_prob"] = True  # there it is no setting
     own = CAUSAL.get(_kind(text))
     if not whole.endswith("ForConditionalGeneration") or not str(own).endswith("CausalLM"):
         return config

@@ -120,7 +120,10 @@ class Allowed(Part):
     neurons: int
     """How many stand out and can write this coordinate in this stage."""
     together: float
-    """Sum of their ceilings; of a layer whose FFN a norm follows the whole FFN's, if larger."""
+    """Sum of the ceilings of those neurons; of a layer whose FFN a norm follows the whole FFN's, if
+    larger. No bound: neurons that do not stand out, attention and biases write as well."""
+    last_layer: int | None = None
+    """The last layer of the stage in which a neuron stands out; None = ``highest_layer``."""
     needed: float
     """|x| above which an activation can be massive (Sun et al. 2024: 100)."""
 
@@ -141,7 +144,7 @@ class TriedToken(Part):
     dim: int
     layer: int
     """Where that is."""
-    times: float
+    times: float | None
     """|value| over the median |x| of the same token's entries there."""
     largest: float
     """The largest |x| of all its coordinates at those layers."""
@@ -272,7 +275,7 @@ class WeightScan(Result):
 
     def _denied(self, here: Allowed) -> str:
         """Why what stands out is no ME Layer."""
-        where = f"ceilings stand out at layer {here.layer}, dim {here.dim}"
+        where = f"ceilings stand out at layer {here.layer} (from 0), dim {here.dim}"
         if self.seen is not None:
             return (
                 f"{where} (one neuron can write {here.size:,.4g}), but {self.seen.said()}: no "
@@ -280,7 +283,7 @@ class WeightScan(Result):
             )
         text = f"{where}, but the largest that one neuron can write is {here.highest:,.4g}"
         if here.together > here.highest:
-            text += f" (at most {here.together:,.4g} with what can write beside it)"
+            text += f" ({here.together:,.4g} with the others that stand out there)"
         return f"{text}, too small to be massive ({here.needed:g}): no ME Layer is predicted"
 
     def _what_was_seen(self) -> str:

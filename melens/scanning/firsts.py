@@ -46,8 +46,9 @@ class Spot:
 
     @property
     def layers(self) -> range:
-        """From the predicted layer to that of the highest ceiling."""
-        return range(self.allowed.layer, self.allowed.highest_layer + 1)
+        """From the predicted layer to the last in which a neuron stands out."""
+        last = self.allowed.last_layer
+        return range(self.allowed.layer, (self.allowed.highest_layer if last is None else last) + 1)
 
 
 def look(
@@ -130,6 +131,8 @@ def first_tokens(files: Checkpoint, folder: Path, spot: Spot, *, device: str) ->
                 stack.callback(block.register_forward_hook(keep).remove)
         with suppress(EverythingSeen):
             model(ids[:, None], use_cache=False)
+    if len(outputs) != len(spot.layers):
+        raise ModelError("its blocks do not run once each, one after another")
     return seen(torch.stack(outputs), spot, chosen, tokenizer)
 
 
@@ -167,7 +170,7 @@ def seen(
                 value=value,
                 dim=spot.dims[k],
                 layer=spot.layers[at],
-                times=abs(value) / median if median else 0.0,
+                times=abs(value) / median if median else None,
                 largest=path.abs().max().item(),
             )
         )

@@ -17,6 +17,7 @@ from melens.models.opening import open_checkpoint
 from melens.models.resolve import asked
 from melens.provenance import ModelFacts, RunInfo
 from melens.results.scan import Allowed, Candidate, LayerCeiling, Role, TokensTried, WeightScan
+from melens.scanning.choosing import SAMPLE
 from melens.scanning.firsts import FAR, Spot, look
 from melens.scanning.neurons import LayerScan, scan_layer
 from melens.scanning.plan import CheckpointPlan, has_layout, plan_of
@@ -173,6 +174,7 @@ class _Stage:
             size=here.ceiling,
             highest=most.ceiling,
             highest_layer=most.layer,
+            last_layer=max(self.makers),
             neurons=len(writers),
             together=together,
             needed=SUN_ABSOLUTE,
@@ -368,7 +370,12 @@ def _result(
         run=RunInfo.collect(
             ModelFacts(files.name, files.revision, None, " ".join(sorted(kinds)) or "-", device),
             seed=0,
-            settings={"files": files.key(), "format": files.kind, "layers": len(scans)},
+            settings={
+                "files": files.key(),
+                "format": files.kind,
+                "layers": len(scans),
+                "first_tokens_sampled": SAMPLE,
+            },
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +239,12 @@ def _require_shapes(
                 f"{stored} has shape {list(stored.shape)}; the config asks for {list(wanted)}."
             )
         _ = stored.dtype
+    filled = sum(math.prod(checkpoint.tensors[piece.name].shape) for piece in pieces)
+    if filled != math.prod(shape):  # what no piece fills would be whatever was in memory
+        raise WeightsError(
+            f"{checkpoint.name}: {pieces[0].name} and {len(pieces) - 1} others hold {filled:,} "
+            f"numbers; the config asks for {math.prod(shape):,}. Fetch the model again."
+        )
 
 
 def _shape_of(shape: tuple[int, ...], part: tuple[int | slice, ...]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from melens.batches import Batch
 from melens.cli.render import show_listings
 from melens.cli.tables import TABLES
 from melens.errors import SiteError
+from melens.interventions.experts import expert_ablate_neuron, expert_prune
 from melens.isolating import isolate
 from melens.isolating.routed import RoutedWrites
 from melens.models import load
@@ -215,3 +216,21 @@ def test_experts_that_do_more_than_their_weights_say_are_refused():
 def test_a_block_without_experts_has_none(tiny):
     with pytest.raises(SiteError, match="block 1 has no routed experts"):
         experts_of(tiny, 1)
+
+
+def test_edits_of_experts_are_left_in_any_order():
+    """Leaving one takes that one off and no other; the last leaves the bits as they were."""
+    model = load(families.tiny("GptOssForCausalLM"))
+    experts = experts_of(model, LAYER)
+    before, bias = experts.down(0).clone(), experts.bias(0).clone()
+    first, second = expert_prune(model, LAYER, 0), expert_ablate_neuron(model, LAYER, 0, neuron=3)
+    first.__enter__()
+    second.__enter__()
+    assert not experts.down(0).any()
+    first.__exit__(None, None, None)
+    left = before.clone()
+    left[3] = 0
+    assert torch.equal(experts.down(0), left)
+    assert torch.equal(experts.bias(0), bias)
+    second.__exit__(None, None, None)
+    assert torch.equal(experts.down(0), before)

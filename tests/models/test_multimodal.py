@@ -41,7 +41,6 @@ SEEN = {
 QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 14, "intermediate_size": 48}
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 PLACES = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 CONFIGS = {
     "gemma3": lambda: transformers.Gemma3Config(
         text_config=TEXT,
@@ -61,8 +60,8 @@ CONFIGS = {
         vision_config={**QWEN, "out_hidden_size": 32},
         **PLACES,
     ),
-    "qwen3_vl_moe": lambda: transformers.Qwen3VLMoeConfig(
-        text_config={**TEXT, **MOE, "rope_parameters": SECTIONS},
+    "qwen3_vl": lambda: transformers.Qwen3VLConfig(
+        text_config={**TEXT, "rope_parameters": SECTIONS},
         vision_config={**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **PLACES,
     ),

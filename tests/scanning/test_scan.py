@@ -605,7 +605,7 @@ def test_a_wrong_index_is_one_clear_line(make, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"hidden_act": "relu2"}, "activation 'relu2', for which melens has no bound"),
+        ({"hidden_act": "relu2"}, "relu2 behind a gate, for which melens has no bound"),
         ({"quantization_config": {"bits": 4}}, "has a quantization_config"),
         ({"num_hidden_layers": None}, "config.json does not make a model"),
         ({"model_type": "t5"}, "no causal decoder"),

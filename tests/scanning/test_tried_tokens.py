@@ -73,7 +73,7 @@ def test_what_is_too_small_to_be_massive_names_no_layer(tmp_path):
         assert not size.is_enough
         assert [c.at for c in found.candidates] == [(0, DIM, NEURON)]
         assert (
-            "layer 0, dim 9, but the largest that one neuron can write is 62, too small to be"
+            "layer 0 (from 0), dim 9, but the largest that one neuron can write is 62, too small to be"
             in (found.summary())
         )
         assert WeightScan.from_json(found.to_json()) == found

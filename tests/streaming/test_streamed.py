@@ -508,3 +508,21 @@ def test_parts_that_are_joined_must_all_be_there(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"conv1d.*has shape \[64, 1, 4\]; the config asks"):
         load_streamed(tmp_path)
+
+
+def test_a_part_that_nothing_fills_is_refused_by_the_skeleton_too(tmp_path):
+    """The check at loading comes first; without it an expert would be whatever was in memory."""
+    import families
+
+    from melens.models.checkpoint import read_folder
+    from melens.models.weight_files import read_json, weight_files
+    from melens.streaming.skeleton import build_skeleton
+
+    families.tiny("MixtralForCausalLM").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[next(name for name in tensors if "layers.1" in name and "experts.3.w2" in name)]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(tmp_path / "config.json")
+    files = read_folder(weight_files(tmp_path, config), config)
+    with pytest.raises(WeightsError, match=r"experts\.0\.w2.* others hold"):
+        build_skeleton(tmp_path, files, dtype=torch.float32, device="cpu")
