@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import seconds
 
@@ -34,7 +35,7 @@ def prepare(model: str, prompt: int, new: int, located: Path | None) -> dict[str
     from melens.exporting import export, for_generate, load_prefix
     from melens.exporting.prefix import fixed_first
     from melens.models import load, load_plain
-    from melens.results import Edit, load_result
+    from melens.results import Edit, load_located
 
     bridge = load(model, device="cpu")
     first = fixed_first(bridge.tokenizer)
@@ -43,7 +44,7 @@ def prepare(model: str, prompt: int, new: int, located: Path | None) -> dict[str
 
         me_layer = locate(bridge, melens.prompts(bos=first == bridge.tokenizer.bos_token_id))
     else:
-        me_layer = load_result(located)
+        me_layer = load_located(located)
     edit, folder = Edit(), Path(tempfile.mkdtemp()) / "prefix"
     export(bridge, edit, format="prefix", out=folder, me_layer=me_layer)
     rows = melens.prompts(length=prompt).token_rows(bridge.tokenizer)
@@ -52,7 +53,8 @@ def prepare(model: str, prompt: int, new: int, located: Path | None) -> dict[str
     del bridge
     hf, _, _ = load_plain(model, device="cpu")
     cache = load_prefix(folder, hf)
-    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    kept = [(layer.keys, layer.values) for layer in layers]
 
     def generate(**options: object) -> torch.Tensor:
         return hf.generate(

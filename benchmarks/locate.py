@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from common import peak_megabytes, print_added_megabytes, seconds
 
@@ -36,7 +37,7 @@ def prepare(model: str, n: int, length: int) -> dict[str, Callable[[], object]]:
     from melens.locating import locate
     from melens.models import load
 
-    bridge = load(model, device="cpu")
+    bridge: Any = load(model, device="cpu")
     rows = melens.prompts(n=n, length=length).token_rows(bridge.tokenizer)
     row = [token for piece in rows for token in piece][: n * length]
     row = (row * (n * length // len(row) + 1))[: n * length]

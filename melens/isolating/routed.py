@@ -120,9 +120,10 @@ def routed_writes(
             found.reasons[layer] = str(error)
     sites = {layer: ffn_input(inputs.model, layer) for layer in readable}
     others = {site: Others(located.heavy) for site in sites.values()}
-    if sites:
-        stream(inputs.model, inputs.batches, others)
-        seen = prefixes.read(list(sites.values()))
+    if not sites:
+        return found
+    stream(inputs.model, inputs.batches, others)
+    seen = prefixes.read(list(sites.values()))
     for layer, site in sites.items():
         try:
             here = seen[site], others[site].result()

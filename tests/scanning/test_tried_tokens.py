@@ -72,10 +72,9 @@ def test_what_is_too_small_to_be_massive_names_no_layer(tmp_path):
         assert size.needed == 100.0
         assert not size.is_enough
         assert [c.at for c in found.candidates] == [(0, DIM, NEURON)]
-        assert (
-            "layer 0 (from 0), dim 9, but the largest that one neuron can write is 62, too small to be"
-            in (found.summary())
-        )
+        said = found.summary()
+        assert "layer 0 (from 0), dim 9, but the largest that one neuron can write is 62" in said
+        assert "too small to be massive" in said
         assert WeightScan.from_json(found.to_json()) == found
     one_loud_neuron(tmp_path, reads=40.0, ceiling=110.0)
     assert scan(tmp_path, reach=False).me_layer == 0
