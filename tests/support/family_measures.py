@@ -145,8 +145,37 @@ def masks(family: Family) -> str:
     assert (made[0] - made[1]).abs().max() <= 1e-4 * made[1].abs().max(), "two different masks"
     with torch.no_grad():
         plain = family.hf(family.ids, use_cache=False).logits
-    assert not torch.equal(made[1], plain), "the mask changes nothing"
+        assert not torch.equal(made[1], plain), "the mask changes nothing"
+        usual = other_ways(family)
+        with wemask(family.hf, layers=layers, rate=0.25, select="gamma"):
+            masked = other_ways(family)
+    for way, found in usual.items():  # only where the plain model itself gives the same
+        wanted = plain[:, -1] if way != "one row" else plain[:1, -1]
+        if close(found, wanted):
+            under = made[1][:, -1] if way != "one row" else made[1][:1, -1]
+            assert close(masked[way], under), f"the mask, {way}, is another one"
     return ""
+
+
+def other_ways(family: Family) -> dict[str, torch.Tensor]:
+    """Logits of the last token: of one row alone, padded on the left, from a cache."""
+    hf, ids = family.hf, family.ids
+    wide, mask = padded(ids, "left")
+    found = {
+        "one row": hf(ids[:1], use_cache=False).logits[:, -1],
+        "padded": hf(wide, attention_mask=mask, use_cache=False, **at(hf, mask)).logits[:, -1],
+    }
+    start = hf(ids[:, :-1], use_cache=True)
+    for name in ("past_key_values", "cache_params"):
+        if (cache := getattr(start, name, None)) is not None:
+            options = {name: cache, "use_cache": True}
+            found["cached"] = hf(ids[:, -1:], **options).logits[:, -1]
+    return found
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for sums in another order."""
+    return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
 
 
 def patches(family: Family) -> str:
