@@ -74,7 +74,12 @@ def constant_prefix(model: AnyModel, edit: Edit, me_layer: MELayer | None, token
     me_layer = me_layer and with_firsts(hf, me_layer, [token_id])
     ids = torch.tensor([[token_id]], device=next(hf.parameters()).device)
     with applied(model, edit, me_layer):
-        layers = hf(ids, use_cache=True).past_key_values.layers
+        cache = getattr(hf(ids, use_cache=True), "past_key_values", None)
+    if (layers := getattr(cache, "layers", None)) is None:
+        raise InterventionError(
+            f"{type(hf).__name__} keeps no keys and values of a token, so a prefix cannot hold it; "
+            "use format='hf' (--format hf)."
+        )
     if any(getattr(layer, "keys", None) is None for layer in layers):
         raise InterventionError(
             "some layers of this model share the keys of others, which a prefix cannot hold; "

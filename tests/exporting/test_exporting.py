@@ -207,6 +207,15 @@ def test_layers_of_different_heads_have_no_adapter(make_tiny):
         row_of(Prefix(1, [two, one], [two, one]))
 
 
+def test_a_model_without_keys_and_values_has_no_prefix():
+    import families
+
+    from melens.exporting.prefix import constant_prefix
+
+    with pytest.raises(InterventionError, match=r"keeps no keys and values of a token"):
+        constant_prefix(families.tiny("RwkvForCausalLM"), Edit(name="none"), None, 1)
+
+
 def test_a_config_that_says_heads_layer_by_layer_has_no_adapter():
     import families
 
