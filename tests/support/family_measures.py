@@ -260,7 +260,7 @@ def finds_super_weights(family: Family) -> str:
     planted = (LAYER, family.planted.expert, family.planted.neuron)
     if not places:
         lines = [line for line in found.missing if f"layer {LAYER}" in line]
-        return "; ".join(lines) or f"nothing stands out ({found.profile[LAYER].verdict})"
+        return "; ".join(lines) or "what is planted does not pass its thresholds"
     assert planted in places, f"found {places}, planted {planted}"
     return ""
 
