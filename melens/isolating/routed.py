@@ -25,6 +25,8 @@ from melens.results.isolate import ExpertDamage, PrunedExpert, RoutedExpert
 ExpertAt = tuple[int, int]
 """(layer, expert)."""
 MOST_PRUNED, CONTROLS, SEED = 3, 3, 0
+NEAR = 0.25
+"""A control's share of ordinary tokens is at most this far from the own share of the expert."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class RoutedWrites:
         ]
 
     def _controls(self, at: ExpertAt, keep: Collection[ExpertAt]) -> tuple[ExpertAt, ...]:
-        """Other experts with the nearest share of ordinary tokens; SEED settles ties.
+        """Other experts with nearly the same share of ordinary tokens; SEED settles ties.
 
         Of the same layer, and of the other layers where it has no other one.
         """
@@ -62,7 +64,7 @@ class RoutedWrites:
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(SEED)).tolist()
         own = self.share_of(at)
         near = sorted((pool[i] for i in order), key=lambda other: abs(self.share_of(other) - own))
-        return tuple(near[:CONTROLS])
+        return tuple(at for at in near[:CONTROLS] if abs(self.share_of(at) - own) <= NEAR)
 
     def share_of(self, at: ExpertAt) -> float:
         """Share of ordinary tokens that go to an expert."""
@@ -130,6 +132,11 @@ def routed_writes(
             _read_layer(found, prefixes, inputs.model, readable[layer], here)
         except (ModelError, SiteError) as error:
             found.reasons[layer] = str(error)
+    value = located.me_layer.massive[0].value  # at the peak
+    found.rows = [
+        row.model_copy(update={"of_peak": row.share * found.written[row.layer] / value})
+        for row in found.rows
+    ]
     return found
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 from melens.errors import ModelNotFoundError
+from melens.models.weight_files import read_json
 from melens.registry import did_you_mean
 
 YES, NOTHING = "yes", "-"
@@ -30,13 +32,24 @@ def families() -> dict[str, Row]:
 def family(name: str) -> Row:
     """One architecture's row.
 
+    Raises:  as :func:`family_name`.
+    """
+    return families()[family_name(name)]
+
+
+def family_name(name: str) -> str:
+    """The architecture that is meant: a class, the beginning of its name, or a model folder.
+
     Raises:  ModelNotFoundError: it is not in the table; with those that are named alike.
     """
     known = {key.lower(): key for key in families()}
+    if (Path(name) / "config.json").is_file():
+        listed = read_json(Path(name) / "config.json").get("architectures") or [name]
+        name = str(listed[0])
     asked = name.lower()
     for wanted in (asked, f"{asked}forcausallm", f"{asked}lmheadmodel"):
         if wanted in known:
-            return families()[known[wanted]]
+            return known[wanted]
     raise ModelNotFoundError(
         f"no architecture {name!r} was measured, which does not say that it fails."
         f"{did_you_mean(name, families())} `melens models families` lists them."

@@ -133,11 +133,14 @@ class RoutedExpert(Part):
     """Entry (dim, neuron) of its down projection."""
     others: float = Field(ge=0, le=1)
     """Share of ordinary tokens that go to it as well."""
+    of_peak: float | None = added_later()
+    """What it writes into the massive dimension, over the massive token's value at its peak."""
 
     @property
     def is_to_protect(self) -> bool:
-        """Whether it makes a tenth of its layer's write or more."""
-        return abs(self.share) >= PROTECTED_SHARE
+        """Whether it makes a tenth of its layer's write or more, and of the massive coordinate."""
+        little = self.of_peak is not None and abs(self.of_peak) < PROTECTED_SHARE
+        return abs(self.share) >= PROTECTED_SHARE and not little
 
 
 class PrunedExpert(Part):
@@ -160,7 +163,7 @@ class ExpertDamage(Part):
 
     pruned: PrunedExpert
     controls: tuple[PrunedExpert, ...]
-    """Empty where every expert that was read is one to protect."""
+    """Empty where no other expert is used by nearly as many tokens."""
 
     def sentence(self) -> str:
         """Both losses; layers count from 0."""
@@ -171,13 +174,13 @@ class ExpertDamage(Part):
             "massive coordinate is left"
         )
         if not self.controls:
-            return f"{text}; there is no other expert to compare with."
+            return f"{text}; no other expert is used by nearly as many tokens, to compare with."
         shares = _span([_percent(row.others) for row in self.controls])
         losses = _span([f"{row.without.loss_delta:+.3g}" for row in self.controls])
         one = len(self.controls) == 1
         others = "another one" if one else f"one of {len(self.controls)} others"
         return (
-            f"{text}; without {others} whose use is nearest ({shares} of ordinary tokens go to "
+            f"{text}; without {others} used by nearly as many ({shares} of ordinary tokens go to "
             f"{'it' if one else 'them'}, {_percent(self.pruned.others)} to the first) it changes "
             f"by {losses}."
         )
@@ -337,7 +340,9 @@ class Isolation(Result):
 
     @property
     def experts_to_protect(self) -> tuple[tuple[int, int], ...]:
-        """(layer, expert) of every expert that makes a tenth of its layer's write or more."""
+        """(layer, expert) of every expert that makes a tenth or more of its layer's write and of
+        the massive coordinate.
+        """  # noqa: D205
         return tuple((row.layer, row.expert) for row in self.experts if row.is_to_protect)
 
     @model_validator(mode="after")
@@ -416,7 +421,7 @@ class Isolation(Result):
                 f"({_percent(found.left)})"
             )
         text = f"{text} (layers count from 0)."
-        return " ".join([text, *(damage.sentence() for damage in self.pruned_experts)])
+        return text if not self.pruned_experts else f"{text} {self.pruned_experts[0].sentence()}"
 
 
 def _percent(share: float) -> str:

@@ -156,7 +156,7 @@ class Mixers(Result):
                 {
                     "kind": kind,
                     "layers up to the peak": len(rows),
-                    "mixer's share": sum(row.write_share or 0.0 for row in rows),
+                    "mixer's share": _sum([row.write_share for row in rows]),
                     "rest of the block": sum(row.rest_share for row in rows),
                 }
             )
@@ -203,33 +203,46 @@ class Mixers(Result):
     def _size(self) -> str:
         most, peak = max(row.largest for row in self.layers), self.tallest
         token = f"token {self.token!r} at position {self.position}"
-        ratio = f"{peak.norm / max(peak.median_norm, 1e-30):.1f} x the median token norm"
+        ratio = f"{peak.norm / max(peak.median_norm, 1e-30):.1f} x the median token norm at most"
         if self.texts_massive:
-            return f"{token} is massive (|x| reaches {most:,.0f}; {ratio} at layer {peak.layer})"
+            held = f"in {self.texts_massive} of {self.texts} texts the sink token is massive"
+            return (
+                f"{held}, most often {token}: |x| reaches {most:,.0f}; {ratio}, layer {peak.layer}"
+            )
         if self.me_layer is not None:
-            return f"{token} is not the massive token ({ratio} at layer {peak.layer})"
+            return f"{token} is not the massive token ({ratio}, layer {peak.layer})"
         rule = f"|x| reaches {most:,.3g}, Sun et al.'s rule asks for {SUN:.0f}"
         if not self.is_set_apart:
-            return f"{token} is not set apart ({ratio} at layer {peak.layer}; {rule})"
-        return f"{token} is small but set apart: {ratio} at layer {peak.layer} ({rule})"
+            return f"{token} is not set apart ({ratio}, layer {peak.layer}; {rule})"
+        return f"{token} is small but set apart: {ratio}, layer {peak.layer} ({rule})"
 
     def _spikes(self) -> str:
         if len(self.full_layers) == self.n_layers:
-            return "Every layer has full attention, so there is no rhythm to look for."
+            return "Every layer has full attention, so peaks before such layers are not measured."
         if not self.full_layers:
-            return "No layer has full attention, so there is no rhythm to look for."
-        said = [f"{len(self.full_layers)} of {self.n_layers} layers have full attention"]
-        if self.alignment is not None:
-            said.append(f"its norm peaks right before {_beside(self.alignment)} of them")
+            return "No layer has full attention, so peaks before such layers are not measured."
+        text = f"{len(self.full_layers)} of {self.n_layers} layers have full attention (from 0). "
+        if self.alignment is None:
+            text += "Too few layers lie between them to tell peaks. "
+        else:
+            text += f"The norm peaks right before {_beside(self.alignment)}. "
         if self.retention is not None:
-            said.append(f"between peaks {_beside(self.retention)} of the smaller one stays")
-        return "; ".join(said) + " (layers count from 0)."
+            text += "Of the smaller of two peaks there stays between them "
+            text += f"{_beside(self.retention, of='')}."
+        return text.strip()
 
 
-def _beside(found: Rhythm) -> str:
+def _sum(shares: list[float | None]) -> float | None:
+    """None where any is not known."""
+    known = [share for share in shares if share is not None]
+    return sum(known) if len(known) == len(shares) else None
+
+
+def _beside(found: Rhythm, *, of: str = " of them") -> str:
     """A value with its control."""
     low, high = found.interval
+    better = "more than" if found.value > high else "less than" if found.value < low else "as"
     return (
-        f"{found.value:.0%} (the same layers moved: {found.control:.0%}, {low:.0%} to {high:.0%}, "
-        f"{found.shifts} placements)"
+        f"{found.value:.0%}{of} ({better} with these layers elsewhere: {found.control:.0%}, "
+        f"{low:.0%} to {high:.0%}, {found.shifts} placements)"
     )

@@ -267,8 +267,9 @@ class SuperWeights(Result):
         text = (
             f"{self.run.subject}: {self._counted()} "
             f"({'no spike left' if self.stopped != 'most' else 'stopped at the most asked for'}, "
-            f"pass {self.passes}). Mean loss {self.base_loss:.3f} nats a token; removing the "
-            f"costliest, {worst.name}, changes it by "
+            f"pass {self.passes}). Mean loss {self.base_loss:.3f} nats a token; removing "
+            f"{'the costliest' if worst.loss_delta > 0 else 'none raises it: the nearest'}, "
+            f"{worst.name}, changes it by "
             f"{worst.loss_delta:+.3g}{within(worst.interval, '+.3g')} (its whole neuron: "
             f"{worst.neuron_loss_delta:+.3g})"
         )

@@ -69,7 +69,7 @@ def look(
     except MelensError as error:
         if wanted:
             raise
-        return None, f"first tokens cannot be tried: {str(error).rstrip('.')}"
+        return None, f"first tokens were not tried: {str(error).rstrip('.')}"
 
 
 def _folder(files: Checkpoint, model: str | Path, *, wanted: bool | None) -> Path:
@@ -79,7 +79,7 @@ def _folder(files: Checkpoint, model: str | Path, *, wanted: bool | None) -> Pat
     """
     if files.kind == "gguf":
         if not wanted:
-            raise ModelError("a GGUF is converted before it is run; ask for it (--reach)")
+            raise ModelError("a GGUF has to be converted before it is run, which --reach does")
         return folder_of(str(model), None)[0]
     paths = [blob.path for blob in files.blobs]
     here = [path for path in paths if isinstance(path, Path)]

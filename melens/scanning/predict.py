@@ -10,6 +10,7 @@ import torch
 
 from melens import __version__
 from melens.errors import ModelError
+from melens.formatting import brief
 from melens.locating.thresholds import ERASED_LEFT, FIRST_SHARE, last_body_layer
 from melens.metrics.magnitude import SUN_ABSOLUTE
 from melens.models.checkpoint import Checkpoint
@@ -284,6 +285,8 @@ def scan(
              WeightsError: missing, truncated, misshapen or not finite; names file and tensor.
              FetchError: the hub is out of reach, or offline was asked for.
     """
+    if not isinstance(reach, (bool, type(None))):
+        raise ModelError(f"reach must be True, False or None, got {brief(reach)}.")
     device = _device(device)
     files = open_checkpoint(model, revision=revision)
     try:
@@ -292,6 +295,8 @@ def scan(
         if said.allowed is not None and said.me_layer is not None and reach is not False:
             spot = Spot(said.allowed, said.dims)
             seen, unseen = look(files, model, spot, device=device, wanted=reach)
+        elif reach:
+            unseen = "nothing that stands out is large enough, so there is no layer to run to"
         if seen is not None:
             said = judged(said, seen)
         return _result(files, plan, layers, said, device).model_copy(

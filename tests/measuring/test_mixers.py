@@ -220,7 +220,7 @@ def test_texts_too_short_to_follow_a_state_are_said():
     assert all(row.state is not None and row.state.steps == 2 for row in found.layers)
     assert found.chosen_by.startswith("no full attention can be read")
     assert found.full_layers == ()
-    assert "no rhythm" in found.summary()
+    assert "No layer has full attention" in found.summary()
 
 
 def test_blocks_whose_parts_cannot_be_told_are_not_said_to_write_nothing():

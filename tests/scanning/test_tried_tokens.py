@@ -57,6 +57,12 @@ def outputs(model, tokens):
     return torch.stack(made[1:-1])[:, :, 0]
 
 
+@pytest.mark.parametrize("reach", ["no", 0, 2])
+def test_reach_is_one_of_three(tmp_path, reach):
+    with pytest.raises(ModelError, match="reach must be True, False or None"):
+        scan(tmp_path, reach=reach)
+
+
 def test_what_is_too_small_to_be_massive_names_no_layer(tmp_path):
     """Its ceiling is far above the median, and 62."""
     one_loud_neuron(tmp_path, reads=40.0, ceiling=62.0)
@@ -65,7 +71,8 @@ def test_what_is_too_small_to_be_massive_names_no_layer(tmp_path):
         assert found.profile[0].ratio_to_median > ALONE
         assert (found.me_layer, found.erase_layer, found.dims) == (None, None, ())
         assert found.confidence == 0.0
-        assert found.seen is found.unseen is None
+        assert found.seen is None
+        assert (found.unseen is not None) == (asked is True)  # what was asked for is answered
         size = found.allowed
         assert (size.layer, size.dim, size.neuron, size.neurons) == (0, DIM, NEURON, 1)
         assert (size.size, size.together) == pytest.approx((62.0, 62.0), rel=1e-5)
@@ -219,7 +226,7 @@ def test_a_gguf_is_run_only_when_asked_for(tmp_path, monkeypatch):
     planted_gguf.write(path, "llama", planted_gguf.fields_of(made.config, "llama"), tensors)
     found = scan(path)
     assert (found.me_layer, found.seen) == (1, None)
-    assert "a GGUF is converted before it is run" in found.unseen
+    assert "a GGUF has to be converted before it is run" in found.unseen
     asked = scan(path, reach=True)
     assert (asked.me_layer, asked.seen.farthest.token_id, asked.seen.farthest.dim) == (1, 1, DIM)
     there = outputs(made, [1])[1, 0, DIM].item()

@@ -90,7 +90,7 @@ def plot(
     """Draw a saved RESULT again, without the model.
 
     Styles: locate: profile. describe: curves, dimensions. collapse: rank, participation, stable,
-    entropy, top1. metric: layers. sinks: map, curves. attention: panels, or a page where the file ends in .html. isolate:
+    entropy, top1. metric: layers. sinks: map, curves. mixers: layers. attention: panels, or a page where the file ends in .html. isolate:
     factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. evaluate: dose, paired.
     long-context: found, answer-loss, positions. tune: race. finetune: training, layers. check: profile. diff: profiles. reach: reach. scan: ceilings.
 
@@ -193,12 +193,14 @@ def _list(*, as_json: bool) -> None:
 
 def _list_families(name: str | None, *, as_json: bool) -> None:
     """All architectures, or one with the reasons of what it cannot."""
-    from melens.models.families import NOTHING, YES, families, family
+    from melens.models.families import NOTHING, YES, families, family_name
 
     if name is not None:
-        found = family(name)
+        known = family_name(name)
+        found = families()[known]
         rows = [{"measure": measure, "works": said} for measure, said in found.items()]
-        say_json(found) if as_json else show_listings([Listing(name, rows)])
+        caption = f"{known}; bridge: lens = TransformerLens' own, measured = made by measurement"
+        say_json(found) if as_json else show_listings([Listing(caption, rows)])
         return
     if as_json:
         say_json(families())

@@ -139,7 +139,7 @@ def mixers(
     Examples:
       melens mixers smollm2-135m --out runs/mixers
 
-      melens mixers ./Qwen3-Next-80B --located runs/demo/locate.json --json
+      melens mixers ./Qwen3-Next-80B --bos --json
     """
     job = Job.of(model, run, texts=texts, output=out, located=located)
     loaded, prompts = job.load()

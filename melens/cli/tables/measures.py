@@ -156,12 +156,14 @@ def _sink_row(result: Sinks, row: JsonObject) -> JsonObject:
 @table_of("mixers")
 def _mixers(result: Any) -> Iterator[Listing]:
     yield Listing(
-        f"Token {result.token!r} at position {result.position}, the sink token of "
-        f"{result.texts_with_it} of {result.texts} texts ({result.chosen_by}); layers from 0:",
+        f"Token {result.token!r} at position {result.position} is the sink token of "
+        f"{result.texts_with_it} of {result.texts} texts ({result.chosen_by}). Norms are means "
+        "over the texts' own sink tokens, largest |x| the largest of them; layers from 0:",
         result.shown(),
     )
     yield Listing(
-        f"\nShares of its vector at layer {result.peak_layer}, its peak (the embedding's: "
+        f"\nShares of its vector at layer {result.peak_layer}, where its norm peaks (the final "
+        f"layers left out; the embedding's: "
         f"{result.embedding_share:.3g}):",
         result.by_kind(),
     )
