@@ -85,7 +85,8 @@ def _linear_names(hf: Any, how: Training, me_layer: MELayer | None) -> list[str]
     from transformers.pytorch_utils import Conv1D
 
     where = layer_list(hf) if how.at == "all" else _at_me_layer(hf, me_layer)[0]
-    inside = {id(module) for module in where.modules() if isinstance(module, (nn.Linear, Conv1D))}
+    plain = (nn.Linear.forward, Conv1D.forward)  # a router that is a linear layer gives more
+    inside = {id(m) for m in where.modules() if getattr(type(m), "forward", None) in plain}
     if how.method == "lora":
         inside -= _past_adapters(hf)
     found = [name for name, module in hf.named_modules() if id(module) in inside]

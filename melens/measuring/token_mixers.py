@@ -156,8 +156,9 @@ def mixer_parts(model: HookedModel, block: Block) -> dict[str, nn.Module]:
     for site in block.mixer_writes:
         part = site.split(".")[2]
         part = "attn" if part in ("hook_attn_out", "ln1_post") else part
-        if not (part == "attn" and block.attention):
-            found[part] = getattr(model.blocks[block.layer], part)
+        module = getattr(model.blocks[block.layer], part, None)
+        if module is not None and not (part == "attn" and block.attention):
+            found[part] = module
     return found
 
 

@@ -146,7 +146,7 @@ class Evaluation(Result):
         if not len(apart) == len(self.weights) == self.n:
             raise ValueError(f"{condition.name} must have a difference for each of {self.n} items")
         mean = sum(x * w for x, w in zip(apart, self.weights, strict=True)) / sum(self.weights)
-        largest = max(1.0, *map(abs, apart))
+        largest = max(1.0, abs(condition.value), *map(abs, apart))  # losses are float32
         if abs(mean - condition.delta.value) > 1e-6 * largest:
             raise ValueError(f"the differences of {condition.name} must average to its delta")
 

@@ -424,6 +424,21 @@ def test_models_without_attention_or_with_experts_are_trained_and_looked_at(name
     assert names
 
 
+def test_a_router_that_is_a_linear_layer_is_not_adapted():
+    """Llama-4's gives two tensors, which an adapter around it could not add to."""
+    import families
+
+    from melens.finetuning.adapters import trainable
+    from melens.finetuning.settings import Training
+
+    model = trainable(families.tiny("Llama4ForCausalLM"), Training(), None, first_token=None)
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert names
+    assert not any("router" in name for name in names)
+    with torch.no_grad():
+        assert model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
+
+
 def test_a_mask_that_meets_no_token_ends_the_training():
     from melens.finetuning.run import RequireEdited
     from melens.interventions.core import EditedTokens

@@ -210,7 +210,9 @@ def _continue(
         settings |= {"do_sample": True, "temperature": draw["temperature"], "top_k": 0}
     config = GenerationConfig(**settings, eos_token_id=end, pad_token_id=pad)
     row = torch.tensor([list(ids)], device=next(hf.parameters()).device)
-    with torch.random.fork_rng():
+    from melens.models.contract import failing
+
+    with torch.random.fork_rng(), failing(f"{type(hf).__name__} cannot generate"):
         torch.manual_seed(draw["seed"])
         made = hf.generate(row, attention_mask=torch.ones_like(row), generation_config=config)
     return made[0, len(ids) :].tolist()
