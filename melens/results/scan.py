@@ -122,7 +122,7 @@ class Allowed(Part):
     together: float
     """Sum of the ceilings of those neurons; of a layer whose FFN a norm follows the whole FFN's, if
     larger. No bound: neurons that do not stand out, attention and biases write as well."""
-    last_layer: int | None = None
+    last_layer: int | None = added_later()
     """The last layer of the stage in which a neuron stands out; None = ``highest_layer``."""
     needed: float
     """|x| above which an activation can be massive (Sun et al. 2024: 100)."""
