@@ -33,6 +33,7 @@ SHAPES := tests/test_metrics.py \
   tests/scanning/test_scan.py::test_planted_layers_are_predicted \
   tests/scanning/test_ceilings.py::test_the_best_input_is_the_one_that_ascent_finds \
   tests/scanning/test_ceilings.py::test_layer_norm_outputs_are_bounded_with_gain_and_bias \
+  tests/scanning/test_ceilings.py::test_the_squared_relu_is_reached \
   tests/evaluating/test_evaluation.py::test_what_is_paired_cancels \
   tests/evaluating/test_evaluation.py::test_a_ratio_estimate_resamples_items_with_their_weights \
   'tests/streaming/test_streamed.py::test_the_reach_is_the_trajectory_of_locate[llama]' \
