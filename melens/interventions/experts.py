@@ -80,7 +80,7 @@ def _checked(model: HookedModel, layer: int, expert: int) -> Experts:
     return experts
 
 
-Place = tuple[int | slice, int | slice]
+DownPlace = tuple[int | slice, int | slice]
 """(neuron, residual dimension) in a down projection."""
 
 
@@ -90,7 +90,7 @@ class _Held:
 
     down: Tensor
     bias: Tensor | None
-    open: list[tuple[Sequence[Place], bool]] = field(default_factory=list)
+    open: list[tuple[Sequence[DownPlace], bool]] = field(default_factory=list)
 
     @torch.no_grad()
     def write(self, experts: Experts, expert: int) -> None:
@@ -112,7 +112,7 @@ _HELD: WeakKeyDictionary[nn.Module, dict[int, _Held]] = WeakKeyDictionary()
 
 @contextmanager
 def _zero(
-    experts: Experts, expert: int, places: Sequence[Place], *, bias: bool = False
+    experts: Experts, expert: int, places: Sequence[DownPlace], *, bias: bool = False
 ) -> Iterator[None]:
     """Places of one expert at zero; the same bits again at the end, on errors too."""
     module = cast("nn.Module", experts.module)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from melens.batches import Batch
-from melens.isolating.spikes import DownEntry, LayerTap, Spike
+from melens.isolating.spikes import DownEntry, LayerTap, Spike, SpikeAt, SpikeWeight
 from melens.models.anatomy import anatomy, resid_post, resid_pre
 from melens.models.experts import Experts, Routed, experts_of
 from melens.models.ffn import ffn_output
@@ -133,26 +133,12 @@ class RoutedTap(LayerTap):
         token: tuple[Float[Tensor, "1 d_model"], Routed],
         held: Mapping[str, Tensor],
         batch: Batch,
-        at: tuple[int, int, int],
+        at: SpikeAt,
     ) -> Spike:
-        sequence, index, row = at
+        row = at[2]
         expert, column, product, weight = self._strongest(*token, row)
-        output = float(held["output"][at])
         made = weight * product * float(self.experts.down(expert)[column, row])
-        return Spike(
-            sequence=self.rows_done + sequence,
-            position=int(batch.positions[sequence, index]),
-            token_id=int(batch.ids[sequence, index]),
-            row=row,
-            column=column,
-            product=product,
-            output=output,
-            write=float(held["write"][at]) if "write" in held else None,
-            share=made / output if output else 0.0,
-            residual=float(held["residual"][at]),
-            expert=expert,
-            router_weight=weight,
-        )
+        return self._spike(SpikeWeight(column, product, made, expert, weight), held, batch, at)
 
     def _strongest(
         self, x: Float[Tensor, "1 d_model"], routed: Routed, row: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,22 @@ class DownEntry(NamedTuple):
     row: int
     column: int
     expert: int | None = None
+
+
+SpikeAt = tuple[int, int, int]
+"""Sequence of the batch, column of ids, residual dimension."""
+
+
+class SpikeWeight(NamedTuple):
+    """The weight that makes most of a spike."""
+
+    column: int
+    product: float
+    """What the down projection reads there."""
+    made: float
+    """What the weight adds to the output, a router's weight included."""
+    expert: int | None = None
+    router: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Seen:
     spikes: Mapping[Site, Spike]
 
 
-class LayerTap:
+class LayerTap(ABC):
     """One layer's sites read together. Memory: one layer's activations of one batch, then numbers.
 
     Args:    sites: name -> hook, of what is read.
@@ -103,8 +120,30 @@ class LayerTap:
         medians = {site: sum(values) / len(values) for site, values in self._medians.items()}
         return Seen(dict(self._largest), medians, dict(self._spikes))
 
+    @abstractmethod
     def _look(self, held: Mapping[str, Tensor], batch: Batch) -> None:
-        raise NotImplementedError
+        """Note the sizes of one batch, and the spikes that are larger than ever."""
+
+    def _spike(
+        self, weight: SpikeWeight, held: Mapping[str, Tensor], batch: Batch, at: SpikeAt
+    ) -> Spike:
+        """What is noted of a spike, and of the weight that makes most of it."""
+        sequence, index, row = at
+        output = float(held["output"][at])
+        return Spike(
+            sequence=self.rows_done + sequence,
+            position=int(batch.positions[sequence, index]),
+            token_id=int(batch.ids[sequence, index]),
+            row=row,
+            column=weight.column,
+            product=weight.product,
+            output=output,
+            write=float(held["write"][at]) if "write" in held else None,
+            share=weight.made / output if output else 0.0,
+            residual=float(held["residual"][at]),
+            expert=weight.expert,
+            router_weight=weight.router,
+        )
 
     def _spiking(
         self, site: str, values: Float[Tensor, "b pos d"], mask: TokenMask
@@ -191,23 +230,11 @@ class SpikeTap(LayerTap):
             if at is not None and (site == "output" or site == "write"):
                 self._spikes[site] = self._read(held, batch, at)
 
-    def _read(self, held: Mapping[str, Tensor], batch: Batch, at: tuple[int, int, int]) -> Spike:
+    def _read(self, held: Mapping[str, Tensor], batch: Batch, at: SpikeAt) -> Spike:
         sequence, index, row = at
         product = held["input"][sequence, index].float()
         open_ = product.abs()
         open_[[entry.column for entry in self.removed if entry.row == row]] = -1.0
         column = int(open_.argmax())
-        output = float(held["output"][at])
         made = float(product[column]) * float(self.place.ffn.down[column, row])
-        return Spike(
-            sequence=self.rows_done + sequence,
-            position=int(batch.positions[sequence, index]),
-            token_id=int(batch.ids[sequence, index]),
-            row=row,
-            column=column,
-            product=float(product[column]),
-            output=output,
-            write=float(held["write"][at]) if "write" in held else None,
-            share=made / output if output else 0.0,
-            residual=float(held["residual"][at]),
-        )
+        return self._spike(SpikeWeight(column, float(product[column]), made), held, batch, at)

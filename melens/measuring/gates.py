@@ -95,7 +95,8 @@ class _Reader:
         if named in model.hook_dict:
             self.hooks.append((named, self._take))
             return
-        for module in attn.original_component.modules():
+        inner = getattr(attn, "original_component", None)  # a HookedTransformer has none
+        for module in () if inner is None else inner.modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.ndim == 2 and not any(module.children()):
                 handle = module.register_forward_pre_hook(self._take_input)

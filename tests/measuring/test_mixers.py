@@ -11,10 +11,11 @@ import torch
 from transformers import DynamicCache
 
 from melens.batches import Batch
+from melens.locating.trajectory import Path
 from melens.measuring import attention, mixers
 from melens.measuring.gates import gates
 from melens.measuring.states import follow
-from melens.measuring.token_mixers import kinds_of, mixer_parts
+from melens.measuring.token_mixers import _shares, kinds_of, mixer_parts
 from melens.metrics.hybrid import (
     inter_spike_retention,
     shifted_places,
@@ -227,6 +228,16 @@ def test_blocks_whose_parts_cannot_be_told_are_not_said_to_write_nothing():
     found = mixers(load(families.tiny("DogeForCausalLM")), None, [Batch.of(ids())])
     assert all(row.write_share is None for row in found.layers)
     assert found.rows()[0]["write_share"] is None
+
+
+def test_shares_are_of_the_layer_that_is_named_and_not_of_a_texts_own_peak():
+    """Texts may peak elsewhere; all writes up to the named layer are the vector there."""
+    resid = torch.tensor([[1.0, 0], [1, 9], [4, 2], [4, 1]], dtype=torch.float64)
+    path = Path(1, 0, resid, torch.zeros(3, 2), resid.diff(dim=0))
+    assert path.peak == 0
+    added = _shares(path, path.resid.diff(dim=0), 1)
+    assert sum(added[:2]) + _shares(path, resid[:1], 1)[0] == pytest.approx(1.0)
+    assert added[1] == pytest.approx((3 * 4 - 7 * 2) / 20)
 
 
 def test_small_structure_is_described_and_not_called_none():
