@@ -6,7 +6,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.draw import COLUMN, ME_COLOUR, PAGE, Drawing, figure, plain
+from melens.figures.draw import (
+    COLUMN,
+    ME_COLOUR,
+    PAGE,
+    Into,
+    figure,
+    panel,
+    plain,
+    sheet,
+)
 from melens.results.isolate import Cell, Isolation
 from melens.results.super_weights import Interval, SuperWeights
 
@@ -22,9 +31,9 @@ LEAST = 1e-4
 
 
 @figure(Isolation, "factorial")
-def draw_factorial(result: Isolation) -> Figure:
+def draw_factorial(result: Isolation, into: Into = None) -> Figure:
     """Coordinate, sinks and loss in the four cells; grey: the same edits at all other layers."""
-    made = Drawing(figsize=(PAGE, 2.7), layout="constrained")
+    made = sheet(into, PAGE, 2.7)
     left, middle, right = made.subplots(1, 3)
     cells = [getattr(result.factorial, name) for name in CELLS]
     _bars(left, [max(abs(c.left), LEAST) for c in cells], [c.left_interval for c in cells])
@@ -60,9 +69,9 @@ def _dots(axes: Axes, x: float, values: list[float]) -> None:
 
 
 @figure(Isolation, "layers")
-def draw_layers(result: Isolation) -> Figure:
+def draw_layers(result: Isolation, into: Into = None) -> Figure:
     """Every block's write dropped, put in alone; and the two edits at every layer."""
-    made = Drawing(figsize=(PAGE, 5.0), layout="constrained")
+    made = sheet(into, PAGE, 5.0)
     top, middle, bottom = made.subplots(3, 1, sharex=True)
     for axes, writes, title in (
         (top, result.necessity, "left without this write"),
@@ -93,10 +102,9 @@ def draw_layers(result: Isolation) -> Figure:
 
 
 @figure(Isolation, "path")
-def draw_path(result: Isolation) -> Figure:
+def draw_path(result: Isolation, into: Into = None) -> Figure:
     """How the massive token's norm grows against the others' through the FFN branch."""
-    made = Drawing(figsize=(COLUMN, 2.6), layout="constrained")
-    axes = made.add_subplot()
+    made, axes = panel(into, COLUMN, 2.6)
     names = [step.site for step in result.path]
     axes.semilogy(names, [step.ratio for step in result.path], marker="o", color=BLUE)
     for step in result.path:
@@ -117,10 +125,9 @@ def draw_path(result: Isolation) -> Figure:
 
 
 @figure(Isolation, "neurons")
-def draw_neurons(result: Isolation) -> Figure:
+def draw_neurons(result: Isolation, into: Into = None) -> Figure:
     """The neurons that write the massive coordinate, layer by layer."""
-    made = Drawing(figsize=(PAGE, 2.6), layout="constrained")
-    axes = made.add_subplot()
+    made, axes = panel(into, PAGE, 2.6)
     amounts = {row.layer: row.written for row in result.decompositions}
     rows = [n for n in result.neurons if n.layer in amounts]
     labels = [f"{n.layer} / {n.neuron}" for n in rows]
@@ -137,10 +144,9 @@ def draw_neurons(result: Isolation) -> Figure:
 
 
 @figure(Isolation, "gains")
-def draw_gains(result: Isolation) -> Figure:
+def draw_gains(result: Isolation, into: Into = None) -> Figure:
     """What each dimension's gain does: its size, and what is left with it set to the mean."""
-    made = Drawing(figsize=(COLUMN, 2.6), layout="constrained")
-    axes = made.add_subplot()
+    made, axes = panel(into, COLUMN, 2.6)
     if result.gains is None:
         axes.text(0.5, 0.5, "no norm before the FFN", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
@@ -160,13 +166,13 @@ MUTED = "#777777"
 
 
 @figure(SuperWeights, "spikes")
-def draw_spikes(result: SuperWeights) -> Figure:
+def draw_spikes(result: SuperWeights, into: Into = None) -> Figure:
     """Left: largest |input| and |output| by layer. Right: loss without each weight, paired.
 
     Grey: no more than the control.
     """
     bars = len(result.super_weights) + 2 * (result.together is not None)
-    made = Drawing(figsize=(PAGE, max(2.9, 1.2 + 0.19 * bars)), layout="constrained")
+    made = sheet(into, PAGE, max(2.9, 1.2 + 0.19 * bars))
     spikes, costs = made.subplots(1, 2, width_ratios=(1.15, 1))
     _spikes(spikes, result)
     _costs(costs, result)

@@ -6,7 +6,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.draw import LAYER_LABEL, PAGE, Drawing, figure, plain
+from melens.figures.draw import (
+    LAYER_LABEL,
+    PAGE,
+    Into,
+    figure,
+    plain,
+    sheet,
+)
 from melens.results.diff import Difference, SideInfo
 
 A, B = "#0072B2", "#D55E00"
@@ -14,9 +21,9 @@ TICKS = (1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 1000, 10_000, 100_000)
 
 
 @figure(Difference, "profiles")
-def draw_profiles(result: Difference) -> Figure:
+def draw_profiles(result: Difference, into: Into = None) -> Figure:
     """Top: largest |x| of both on a log scale, their ME Layers marked. Bottom: b over a."""
-    made = Drawing(figsize=(PAGE, 3.6), layout="constrained")
+    made = sheet(into, PAGE, 3.6)
     top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _sizes(top, result)
     _ratios(bottom, result)

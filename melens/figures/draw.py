@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from melens.errors import ResultError
-from melens.formatting import printable
+from melens.formatting import brief, printable
 from melens.registry import Registry
 from melens.results.base import Result
 from melens.store import write_atomically
@@ -51,20 +50,24 @@ _MODULES = {
 """The module that draws a kind of result, imported when one is drawn."""
 
 
-class Figures(Mapping[type[Result], Registry[Callable[[Any], Figure]]]):
+Drawer = Callable[..., Figure]
+"""Draws results of one kind: called with the result, and where to draw it."""
+
+
+class Figures(Mapping[type[Result], Registry[Drawer]]):
     """The figures of every kind of result by style, the default first; imported when asked for."""
 
     def __init__(self) -> None:
-        self._styles: dict[type[Result], Registry[Callable[[Any], Figure]]] = {}
+        self._styles: dict[type[Result], Registry[Drawer]] = {}
 
-    def of(self, kind: type[Result]) -> Registry[Callable[[Any], Figure]]:
+    def of(self, kind: type[Result]) -> Registry[Drawer]:
         """The figures of a kind of result by style; empty where it has none."""
         name = kind.schema_id.split("/")[1]
         if name in _MODULES:
             import_module(f"melens.figures.{_MODULES[name]}")
         return self._styles.setdefault(kind, Registry(f"style of {name}"))
 
-    def __getitem__(self, kind: type[Result]) -> Registry[Callable[[Any], Figure]]:
+    def __getitem__(self, kind: type[Result]) -> Registry[Drawer]:
         if styles := self.of(kind):
             return styles
         raise KeyError(kind)
@@ -79,8 +82,6 @@ class Figures(Mapping[type[Result], Registry[Callable[[Any], Figure]]]):
 
 
 FIGURES = Figures()
-Drawer = Callable[[Any], Figure]
-"""Draws results of one kind."""
 
 
 class Drawing(Figure):
@@ -92,6 +93,47 @@ class Drawing(Figure):
     def _repr_png_(self) -> bytes:
         with house_style():
             return rendered(self, "png", dpi=SCREEN)
+
+
+Into = Axes | Figure | SubFigure | None
+"""Where a figure is drawn: axes or a figure of the user's, or a new one."""
+
+
+def sheet(into: Into, width: float, height: float) -> Figure:
+    """The figure that a style of several panels is drawn into; a new one in inches.
+
+    Raises:  ResultError: axes were given, which hold one panel.
+    """
+    if isinstance(into, Axes):
+        raise ResultError(
+            "this style has several panels and does not fit into one ax; pass figure= (a figure "
+            "or subfigure), or choose another style."
+        )
+    return into if into is not None else Drawing(figsize=(width, height), layout="constrained")
+
+
+def panel(into: Into, width: float, height: float) -> tuple[Figure, Axes]:
+    """The figure and the one panel that a style is drawn into."""
+    if isinstance(into, Axes):
+        return into.figure, into
+    made = sheet(into, width, height)
+    return made, made.add_subplot()
+
+
+def title_above(made: Figure, axes: Axes, into: Into, text: str) -> None:
+    """The title of a style of one panel: the user's figure keeps its own."""
+    if isinstance(into, Axes):
+        axes.set_title(plain(text), loc="left")
+    else:
+        made.suptitle(plain(text), fontsize=8)
+
+
+def legend_below(made: Figure, axes: Axes, into: Into, *, columns: int) -> None:
+    """The legend of a style of one panel: below it, or within the user's axes."""
+    if isinstance(into, Axes):
+        axes.legend()
+    else:
+        made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 @contextmanager
@@ -148,14 +190,49 @@ _CANVASES = {
 _NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
-def draw(result: Result, style: str | None = None) -> Figure:
-    """The figure of a result, in melens' style; ``style`` is one of its kind's, None its default.
+def draw(
+    result: Result,
+    style: str | None = None,
+    *,
+    ax: Axes | None = None,
+    figure: Figure | SubFigure | None = None,
+) -> Figure:
+    """The figure of a result; ``style`` is one of its kind's, None its default.
 
-    Raises:  ResultError: a kind of result that has no figure. UnknownNameError: no such style.
+    A new figure is in melens' style; what is drawn into the user's keeps the user's settings.
+
+    Args:    ax: where a style of one panel is drawn. figure: an empty figure or subfigure for any.
+    Raises:  ResultError: a kind of result that has no figure, both ax and figure, or an ax for a
+             style of several panels. UnknownNameError: no such style.
     """
     function = chosen(result, style)
-    with house_style():
-        return function(result)
+    return drawn_into(lambda into: function(result, into), ax, figure)
+
+
+def drawn_into(
+    function: Callable[[Into], Figure], ax: Axes | None, figure: Figure | SubFigure | None
+) -> Figure:
+    """Draw into the user's axes or figure, or into a new one in melens' style.
+
+    Raises:  ResultError: both were given, or something else.
+    """
+    if ax is not None and figure is not None:
+        raise ResultError("ax and figure exclude each other; give one of them.")
+    for name, given, kind in (("ax", ax, Axes), ("figure", figure, (Figure, SubFigure))):
+        if given is not None and not isinstance(given, kind):
+            raise ResultError(f"{name} must be matplotlib's {name}, got {brief(given, 40)}.")
+    into = ax if ax is not None else figure
+    if into is None:
+        with house_style():
+            return function(None)
+    return root_of(function(into))
+
+
+def root_of(made: Figure | SubFigure) -> Figure:
+    """The figure that holds a subfigure."""
+    while isinstance(made, SubFigure):
+        made = made.figure
+    return made
 
 
 def rendered(figure: Figure, kind: str, *, dpi: float | None = None) -> bytes:

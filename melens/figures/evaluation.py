@@ -9,7 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from melens.errors import ResultError
-from melens.figures.draw import ME_COLOUR, PAGE, Drawing, figure, house_style, plain
+from melens.figures.draw import (
+    ME_COLOUR,
+    PAGE,
+    Into,
+    figure,
+    house_style,
+    legend_below,
+    panel,
+    plain,
+    sheet,
+    title_above,
+)
 from melens.results.edit import RATED
 from melens.results.evaluation import ConditionScore, Evaluation
 
@@ -20,12 +31,12 @@ SHOWN = {"dose": "other doses", "edited": "the edit", "control": "controls", "ri
 
 
 @figure(Evaluation, "dose")
-def draw_dose(result: Evaluation) -> Figure:
+def draw_dose(result: Evaluation, into: Into = None) -> Figure:
     """Difference to no edit against the dose; controls and other edits; masked energy below."""
     others = (*result.controls, *result.rivals)
     masks = any(c.energy is not None for c in result.conditions)
     bars = 1 + len(others)
-    made = Drawing(figsize=(PAGE, max(2.9, 1.5 + 0.17 * bars)), layout="constrained")
+    made = sheet(into, PAGE, max(2.9, 1.5 + 0.17 * bars))
     grid = made.add_gridspec(
         2 if masks else 1, 2, width_ratios=(1, 1.05), height_ratios=(3, 1) if masks else (1,)
     )
@@ -137,10 +148,9 @@ def _title(result: Evaluation) -> str:
 
 
 @figure(Evaluation, "paired")
-def draw_paired(result: Evaluation) -> Figure:
+def draw_paired(result: Evaluation, into: Into = None) -> Figure:
     """Every item's difference, sorted, with the mean and its interval."""
-    made = Drawing(figsize=(PAGE, 2.9), layout="constrained")
-    axes = made.add_subplot()
+    made, axes = panel(into, PAGE, 2.9)
     found = sorted(result.differences.get("edited", ()))
     if not found:
         axes.text(
@@ -167,13 +177,9 @@ def draw_paired(result: Evaluation) -> Figure:
     axes.set_xlabel(f"item, sorted ({_counts(result, found)})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
-    made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    made.suptitle(
-        plain(
-            f"{result.run.subject}, {result.task}, {result.n} items: {result.edit.label} - no edit"
-        ),
-        fontsize=8,
-    )
+    legend_below(made, axes, into, columns=3)
+    what = f"{result.run.subject}, {result.task}, {result.n} items: {result.edit.label} - no edit"
+    title_above(made, axes, into, what)
     return made
 
 
@@ -202,7 +208,7 @@ def draw_dose_grid(results: Sequence[Evaluation]) -> Figure:
     strengths = sorted({r.edit.strength for r in results}, reverse=True)
     first = results[0]
     with house_style():
-        made = Drawing(figsize=(PAGE, 3.2), layout="constrained")
+        made = sheet(None, PAGE, 3.2)
         panels = made.subplots(1, len(layers), sharey=True, squeeze=False)[0]
         for axes, chosen in zip(panels, layers, strict=True):
             here = [result for result in results if result.edit.layers == chosen]

@@ -9,7 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from melens.figures.draw import PAGE, Drawing, figure, plain
+from melens.figures.draw import (
+    PAGE,
+    Into,
+    figure,
+    plain,
+    sheet,
+)
 from melens.results.long_context import LengthCell, LongCondition, LongContext
 
 COLOURS = "cividis"
@@ -23,22 +29,22 @@ ROLES = {"base": "no edit", "edited": "edited", "control": "control", "dose": "d
 
 
 @figure(LongContext, "found")
-def draw_found(result: LongContext) -> Figure:
+def draw_found(result: LongContext, into: Into = None) -> Figure:
     """Share of answers found; base, the edit and its controls on one colour scale."""
-    return _maps(result, lambda cell: cell.found / cell.n, 1.0, "share of answers found")
+    return _maps(result, lambda cell: cell.found / cell.n, 1.0, "share of answers found", into)
 
 
 @figure(LongContext, "answer-loss")
-def draw_answer_loss(result: LongContext) -> Figure:
+def draw_answer_loss(result: LongContext, into: Into = None) -> Figure:
     """Mean loss of the answers' tokens: what changes while no answer does."""
     top = max(cell.loss for c in _shown(result) for cell in c.cells) or 1.0
-    return _maps(result, lambda cell: cell.loss, top, "loss of the answer, nats a token")
+    return _maps(result, lambda cell: cell.loss, top, "loss of the answer, nats a token", into)
 
 
 @figure(LongContext, "positions")
-def draw_positions(result: LongContext) -> Figure:
+def draw_positions(result: LongContext, into: Into = None) -> Figure:
     """Left: loss of plain texts by position. Right: every edit's difference, with its interval."""
-    made = Drawing(figsize=(PAGE, 3.4), layout="constrained")
+    made = sheet(into, PAGE, 3.4)
     losses, changes = made.subplots(1, 2)
     if not result.texts:
         for axes in (losses, changes):
@@ -64,13 +70,13 @@ def _shown(result: LongContext) -> tuple[LongCondition, ...]:
 
 
 def _maps(
-    result: LongContext, value: Callable[[LengthCell], float], top: float, label: str
+    result: LongContext, value: Callable[[LengthCell], float], top: float, label: str, into: Into
 ) -> Figure:
     shown = _shown(result)
     across = 2 if len(shown) in (2, 4) else ACROSS
     down = -(-len(shown) // across)
     height = down * (0.75 + 0.24 * max(3, len(result.depths))) + 0.7
-    made = Drawing(figsize=(PAGE, height), layout="constrained")
+    made = sheet(into, PAGE, height)
     panels = made.subplots(down, across, squeeze=False, sharey=True)
     image = None
     for axes, condition in zip(panels.flat, shown, strict=False):

@@ -6,14 +6,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.draw import LAYER_LABEL, PAGE, Drawing, figure, mark_me_layer, plain
+from melens.figures.draw import (
+    LAYER_LABEL,
+    PAGE,
+    Into,
+    figure,
+    mark_me_layer,
+    plain,
+    sheet,
+)
 from melens.results.mixers import Mixers
 
 
 @figure(Mixers, "layers")
-def draw_layers(result: Mixers) -> Figure:
+def draw_layers(result: Mixers, into: Into = None) -> Figure:
     """Above: norms of the sink token and of the median token. Below: write shares, by mixer."""
-    made = Drawing(figsize=(PAGE, 4.2), layout="constrained")
+    made = sheet(into, PAGE, 4.2)
     norms, shares = made.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     layers = [row.layer for row in result.layers]
     norms.semilogy(layers, [row.norm for row in result.layers], marker="o", label="sink token")

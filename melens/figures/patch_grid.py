@@ -9,7 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.draw import PAGE, Drawing, figure, plain
+from melens.figures.draw import (
+    PAGE,
+    Into,
+    figure,
+    plain,
+    sheet,
+)
 from melens.results.patch import Axis, PatchGrid
 
 LONGEST = 14
@@ -26,25 +32,30 @@ MODES = {
 
 
 @figure(PatchGrid, "change")
-def draw_change(result: PatchGrid) -> Figure:
+def draw_change(result: PatchGrid, into: Into = None) -> Figure:
     """The metric's change against the unpatched target run; white is no effect."""
     grids = [_grid(result, site) for site in result.sites]
     limit = max((abs(value) for grid in grids for row in grid for value in row), default=0) or 1.0
-    return _draw(result, grids, limit, f"change of {result.metric}")
+    return _draw(result, grids, limit, f"change of {result.metric}", into)
 
 
 @figure(PatchGrid, "normalised")
-def draw_normalised(result: PatchGrid) -> Figure:
+def draw_normalised(result: PatchGrid, into: Into = None) -> Figure:
     """The change as a share of what lies between the unpatched runs; white is no effect."""
     span = abs(result.clean - (result.clean if result.corrupted is None else result.corrupted))
     if not span:
-        return draw_change(result)  # an ablation, or two runs alike: there is no such share
+        return draw_change(result, into)  # an ablation, or two runs alike: there is no such share
     grids = [[[x / span for x in row] for row in _grid(result, site)] for site in result.sites]
-    return _draw(result, grids, 1.0, f"change of {result.metric}, share of clean - corrupted")
+    label = f"change of {result.metric}, share of clean - corrupted"
+    return _draw(result, grids, 1.0, label, into)
 
 
 def _draw(
-    result: PatchGrid, grids: Sequence[Sequence[Sequence[float]]], limit: float, label: str
+    result: PatchGrid,
+    grids: Sequence[Sequence[Sequence[float]]],
+    limit: float,
+    label: str,
+    into: Into,
 ) -> Figure:
     columns = max(len(grid[0]) for grid in grids)
     wide = PAGE if columns > 24 else 0.65 * PAGE
@@ -52,7 +63,7 @@ def _draw(
     shared = len({result.axes[site][1:] for site in result.sites}) == 1
     height = sum(min(3.2, max(1.3, 0.07 * len(grid) + 0.6)) for grid in grids)
     height += 0.7 + 0.7 * (1 if shared else len(grids))
-    made = Drawing(figsize=(width, height), layout="constrained")
+    made = sheet(into, width, height)
     panels = made.subplots(len(grids), 1, squeeze=False)[:, 0]
     images = []
     for site, grid, axes in zip(result.sites, grids, panels, strict=True):

@@ -13,10 +13,11 @@ from melens.figures.draw import (
     LAYER_LABEL,
     ME_COLOUR,
     PAGE,
-    Drawing,
+    Into,
     figure,
     mark_me_layer,
     plain,
+    sheet,
 )
 from melens.results import CheckReport
 from melens.results.describe import TokenPortrait
@@ -28,9 +29,9 @@ LONGEST_NAME = 60
 
 
 @figure(MELayer, "profile")
-def draw_profile(result: MELayer) -> Figure:
+def draw_profile(result: MELayer, into: Into = None) -> Figure:
     """Two panels over layers (0-based, block outputs): |x| on a log scale, and write shares."""
-    made = Drawing(figsize=(PAGE, 3.6), layout="constrained")
+    made = sheet(into, PAGE, 3.6)
     top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _magnitudes(top, result)
     _shares(bottom, result)
@@ -86,9 +87,9 @@ def _title(result: MELayer) -> str:
 
 
 @figure(TokenPortrait, "curves")
-def draw_curves(result: TokenPortrait) -> Figure:
+def draw_curves(result: TokenPortrait, into: Into = None) -> Figure:
     """Energy in the top coordinates, and cosines, over layers."""
-    made = Drawing(figsize=(PAGE, 3.6), layout="constrained")
+    made = sheet(into, PAGE, 3.6)
     if result.energy_layers is None:
         return nothing(made, result)
     top, bottom = made.subplots(2, 1, sharex=True)
@@ -122,9 +123,9 @@ def _cosines(axes: Axes, result: TokenPortrait) -> None:
 
 
 @figure(TokenPortrait, "dimensions")
-def draw_dimensions(result: TokenPortrait) -> Figure:
+def draw_dimensions(result: TokenPortrait, into: Into = None) -> Figure:
     """|x| of the token over layers and its largest dimensions, as bars in space."""
-    made = Drawing(figsize=(PAGE, 3.8))
+    made = sheet(into, PAGE, 3.8)
     if not result.coordinates:
         return nothing(made, result)
     axes: Any = made.add_axes((0.0, 0.0, 0.98, 0.98), projection="3d")
@@ -162,6 +163,6 @@ def _token_title(result: TokenPortrait) -> str:
 
 
 @figure(CheckReport, "profile")
-def draw_check(result: CheckReport) -> Figure:
+def draw_check(result: CheckReport, into: Into = None) -> Figure:
     """The located ME Layer's profile, drawn from what the report holds of it."""
-    return draw_profile(result.located())
+    return draw_profile(result.located(), into)

@@ -6,7 +6,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.draw import ME_COLOUR, PAGE, Drawing, figure, plain
+from melens.figures.draw import (
+    ME_COLOUR,
+    PAGE,
+    Into,
+    figure,
+    panel,
+    plain,
+    sheet,
+)
 from melens.figures.profile import gaps
 from melens.results.collapse import Collapse
 from melens.results.metric import MetricProfile
@@ -26,38 +34,38 @@ COLUMNS = 3
 
 
 @figure(Collapse, "rank")
-def draw_rank(result: Collapse) -> Figure:
+def draw_rank(result: Collapse, into: Into = None) -> Figure:
     """Effective rank by layer, a panel a site: with the token, without it, and centred."""
-    return _panels(result, "effective_rank", "effective rank")
+    return _panels(result, "effective_rank", "effective rank", into)
 
 
 @figure(Collapse, "participation")
-def draw_participation(result: Collapse) -> Figure:
+def draw_participation(result: Collapse, into: Into = None) -> Figure:
     """Participation ratio by layer, a panel a site."""
-    return _panels(result, "participation_ratio", "participation ratio")
+    return _panels(result, "participation_ratio", "participation ratio", into)
 
 
 @figure(Collapse, "stable")
-def draw_stable(result: Collapse) -> Figure:
+def draw_stable(result: Collapse, into: Into = None) -> Figure:
     """Stable rank by layer, a panel a site."""
-    return _panels(result, "stable_rank", "stable rank")
+    return _panels(result, "stable_rank", "stable rank", into)
 
 
 @figure(Collapse, "entropy")
-def draw_entropy(result: Collapse) -> Figure:
+def draw_entropy(result: Collapse, into: Into = None) -> Figure:
     """Matrix entropy by layer, a panel a site."""
-    return _panels(result, "matrix_entropy", "matrix entropy (nats)")
+    return _panels(result, "matrix_entropy", "matrix entropy (nats)", into)
 
 
 @figure(Collapse, "top1")
-def draw_top1(result: Collapse) -> Figure:
+def draw_top1(result: Collapse, into: Into = None) -> Figure:
     """Share of energy in the top direction by layer, a panel a site."""
-    return _panels(result, "top1_share", "top-1 share")
+    return _panels(result, "top1_share", "top-1 share", into)
 
 
-def _panels(result: Collapse, definition: str, label: str) -> Figure:
+def _panels(result: Collapse, definition: str, label: str, into: Into) -> Figure:
     rows = -(-(len(result.sites) + 1) // COLUMNS)
-    made = Drawing(figsize=(PAGE, 0.3 + 1.5 * rows), layout="constrained")
+    made = sheet(into, PAGE, 0.3 + 1.5 * rows)
     grid = made.subplots(rows, COLUMNS, squeeze=False)
     for axes, site in zip(grid.flat, result.sites, strict=False):
         _panel(axes, result, site, definition)
@@ -90,10 +98,9 @@ def _panel(axes: Axes, result: Collapse, site: str, definition: str) -> None:
 
 
 @figure(MetricProfile, "layers")
-def draw_metric(result: MetricProfile) -> Figure:
+def draw_metric(result: MetricProfile, into: Into = None) -> Figure:
     """A metric by layer: its mean over sequences, and the range of single ones."""
-    made = Drawing(figsize=(PAGE, 2.2), layout="constrained")
-    axes = made.subplots()
+    made, axes = panel(into, PAGE, 2.2)
     rows = result.rows()
     layers = [row["layer"] for row in rows]
     axes.fill_between(

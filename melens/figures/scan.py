@@ -6,7 +6,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from melens.figures.draw import LAYER_LABEL, ME_COLOUR, PAGE, Drawing, figure, plain
+from melens.figures.draw import (
+    LAYER_LABEL,
+    ME_COLOUR,
+    PAGE,
+    Into,
+    figure,
+    plain,
+    sheet,
+)
 from melens.results.reach import Reach
 from melens.results.scan import WeightScan
 
@@ -15,9 +23,9 @@ MARKS = {"emerge": "^", "erase": "v", "other": "o"}
 
 
 @figure(WeightScan, "ceilings")
-def draw_ceilings(result: WeightScan) -> Figure:
+def draw_ceilings(result: WeightScan, into: Into = None) -> Figure:
     """Left: ceiling of each layer's loudest neuron and of its median one. Right: their ratio."""
-    made = Drawing(figsize=(PAGE, 3.1), layout="constrained")
+    made = sheet(into, PAGE, 3.1)
     ceilings, ratios = made.subplots(1, 2)
     _ceilings(ceilings, result)
     _ratios(ratios, result)
@@ -108,9 +116,9 @@ NAMES = {
 
 
 @figure(Reach, "reach")
-def draw_reach(result: Reach) -> Figure:
+def draw_reach(result: Reach, into: Into = None) -> Figure:
     """Left: the residual's largest |x|, one line a token. Right: the largest FFN write."""
-    made = Drawing(figsize=(PAGE, 3.0), layout="constrained")
+    made = sheet(into, PAGE, 3.0)
     tokens, writes = made.subplots(1, 2)
     _tokens(tokens, result)
     _writes(writes, result)

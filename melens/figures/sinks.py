@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from melens.errors import ResultError
 from melens.figures.draw import (
@@ -16,11 +18,14 @@ from melens.figures.draw import (
     LAYER_LABEL,
     ME_COLOUR,
     PAGE,
-    Drawing,
+    Into,
     figure,
     house_style,
+    legend_below,
     mark_me_layer,
+    panel,
     plain,
+    sheet,
 )
 from melens.figures.profile import gaps
 from melens.results.attention import AttentionMaps
@@ -28,15 +33,11 @@ from melens.results.sinks import Sinks
 
 
 @figure(Sinks, "map")
-def draw_map(result: Sinks) -> Figure:
+def draw_map(result: Sinks, into: Into = None) -> Figure:
     """Attention to the first token, layers down, heads across; layers without attention blank."""
-    heads = 1 + max(head.head for head in result.heads)
-    alphas = [[math.nan] * heads for _ in range(result.n_layers)]
-    for head in result.heads:
-        alphas[head.layer][head.head] = head.alpha
+    alphas = _alphas(result)
     height = min(8.0, 1.1 + 0.11 * result.n_layers)
-    made = Drawing(figsize=(COLUMN, height), layout="constrained")
-    axes = made.add_subplot()
+    made, axes = panel(into, COLUMN, height)
     image = axes.imshow(alphas, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
     axes.set_xlabel("head")
     axes.set_ylabel("layer (from 0)")
@@ -45,16 +46,17 @@ def draw_map(result: Sinks) -> Figure:
     if result.me_layer is not None:
         axes.axhline(result.me_layer + 0.5, color=ME_COLOUR, lw=1.0)
         axes.set_title(f"line: output of the ME Layer ({result.me_layer})", loc="left")
-    made.colorbar(image, label=f"attention to the first token (T = {result.t})")
+    made.colorbar(image, ax=axes, label=f"attention to the first token (T = {result.t})")
+    if isinstance(into, Axes):
+        return made
     made.suptitle(plain(result.run.subject), fontsize=8)
     return made
 
 
 @figure(Sinks, "curves")
-def draw_curves(result: Sinks) -> Figure:
+def draw_curves(result: Sinks, into: Into = None) -> Figure:
     """Sink rates and mean attention to the first token by layer."""
-    made = Drawing(figsize=(PAGE, 2.8), layout="constrained")
-    axes = made.add_subplot()
+    made, axes = panel(into, PAGE, 2.8)
     layers = range(result.n_layers)
     for eps, curve in result.sink_rate.items():
         axes.plot(layers, gaps(curve), marker="o", label=f"sink rate, eps {eps}")
@@ -66,12 +68,13 @@ def draw_curves(result: Sinks) -> Figure:
     axes.set_xlabel(LAYER_LABEL)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(plain(f"{result.run.subject}, T = {result.t}"), loc="left")
-    made.legend(loc="outside lower center", ncols=5)
+    legend_below(made, axes, into, columns=5)
     mark_me_layer(axes, result.me_layer)
     return made
 
 
-Map = list[list[float]]
+Map = NDArray[np.float64]
+"""[layer][head]; NaN where a layer has no attention."""
 
 
 def draw_sink_change(before: Sinks, after: Sinks, *, edit: str = "with the edit") -> Figure:
@@ -83,18 +86,14 @@ def draw_sink_change(before: Sinks, after: Sinks, *, edit: str = "with the edit"
     """
     _check_same(before, after)
     maps = [_alphas(result) for result in (before, after)]
-    apart = [
-        [b - a for a, b in zip(*rows, strict=True)] for rows in zip(maps[0], maps[1], strict=True)
-    ]
+    apart = maps[1] - maps[0]
     with house_style():
-        made = Drawing(
-            figsize=(PAGE, min(6.0, 1.4 + 0.075 * before.n_layers)), layout="constrained"
-        )
+        made = sheet(None, PAGE, min(6.0, 1.4 + 0.075 * before.n_layers))
         left, middle, right = made.subplots(1, 3, sharey=True)
         for axes, alphas, title in ((left, maps[0], "no edit"), (middle, maps[1], edit)):
             image: AxesImage = _show(axes, alphas, title, colours="cividis", low=0.0, high=1.0)
         made.colorbar(image, ax=(left, middle), label="attention to the first token", pad=0.02)
-        most = max((abs(x) for row in apart for x in row if not math.isnan(x)), default=0) or 1e-3
+        most = float(np.nanmax(np.abs(apart), initial=0.0)) or 1e-3
         image = _show(right, apart, "difference", colours="PuOr", low=-most, high=most)
         made.colorbar(image, ax=right, label="change of attention", pad=0.04)
         left.set_ylabel("layer (from 0)")
@@ -120,12 +119,7 @@ def _check_same(before: Sinks, after: Sinks) -> None:
 
 
 def _alphas(result: Sinks) -> Map:
-    """[layer][head]; NaN where a layer has no attention."""
-    heads = 1 + max(head.head for head in result.heads)
-    made = [[math.nan] * heads for _ in range(result.n_layers)]
-    for head in result.heads:
-        made[head.layer][head.head] = head.alpha
-    return made
+    return np.array(result.grids()["alpha"], dtype=float)
 
 
 def _show(
@@ -144,7 +138,7 @@ GAMMA = 0.4
 
 
 @figure(AttentionMaps, "panels")
-def draw_panels(result: AttentionMaps) -> Figure:
+def draw_panels(result: AttentionMaps, into: Into = None) -> Figure:
     """Queries down, keys across; massive tokens' columns are ticked; the first MAX_PANELS heads.
 
     A learned sink's share of each row is a column of its own, left of the keys.
@@ -152,7 +146,7 @@ def draw_panels(result: AttentionMaps) -> Figure:
     shown = result.heads[:MAX_PANELS]
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    made = Drawing(figsize=(PAGE, 0.6 + rows * 0.98 * PAGE / COLUMNS), layout="constrained")
+    made = sheet(into, PAGE, 0.6 + rows * 0.98 * PAGE / COLUMNS)
     grid = made.subplots(rows, columns, squeeze=False)
     n = len(result.tokens)
     image = None

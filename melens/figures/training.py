@@ -8,7 +8,16 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from melens.figures.draw import LAYER_LABEL, ME_COLOUR, PAGE, Drawing, figure, plain
+from melens.figures.draw import (
+    LAYER_LABEL,
+    ME_COLOUR,
+    PAGE,
+    Into,
+    figure,
+    panel,
+    plain,
+    sheet,
+)
 from melens.results.finetune import EmergenceRow, FineTuning
 
 KEYS, SINKS = "#0072B2", "#009E73"
@@ -16,9 +25,9 @@ Value = Callable[[EmergenceRow], float | None]
 
 
 @figure(FineTuning, "training")
-def draw_training(result: FineTuning) -> Figure:
+def draw_training(result: FineTuning, into: Into = None) -> Figure:
     """Left: the loss by step. Right: coordinate, sinks and key rank, each over its start."""
-    made = Drawing(figsize=(PAGE, 2.8), layout="constrained")
+    made = sheet(into, PAGE, 2.8)
     losses, looks = made.subplots(1, 2)
     _losses(losses, result)
     _looks(looks, result)
@@ -29,10 +38,9 @@ def draw_training(result: FineTuning) -> Figure:
 
 
 @figure(FineTuning, "layers")
-def draw_layers(result: FineTuning) -> Figure:
+def draw_layers(result: FineTuning, into: Into = None) -> Figure:
     """Largest |x| of every block output, one line a look, the last in colour."""
-    made = Drawing(figsize=(PAGE * 0.6, 2.8), layout="constrained")
-    axes = made.subplots()
+    made, axes = panel(into, PAGE * 0.6, 2.8)
     shades = mpl.colormaps["Greys"]
     looks = [look for look in result.looks if look.by_layer]
     for number, look in enumerate(looks, start=1):

@@ -6,7 +6,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from melens.figures.draw import ME_COLOUR, PAGE, Drawing, figure, plain
+from melens.figures.draw import (
+    ME_COLOUR,
+    PAGE,
+    Into,
+    figure,
+    plain,
+    sheet,
+)
 from melens.results.tune import Confirmed, Trial, Tuning
 
 COLOURS = {"gamma": "C0", "activation": "C2", "product": "C3", "bottom": "C4", "bottom-gamma": "C5"}
@@ -18,10 +25,10 @@ SHIFT = 0.007
 
 
 @figure(Tuning, "race")
-def draw_tuning(result: Tuning) -> Figure:
+def draw_tuning(result: Tuning, into: Into = None) -> Figure:
     """Left: development differences by rate. Right: held-out differences with their intervals."""
     height = max(3.1, 1.3 + 0.3 * len(result.confirmed))
-    made = Drawing(figsize=(PAGE, height), layout="constrained")
+    made = sheet(into, PAGE, height)
     race, held = made.subplots(1, 2, width_ratios=(1.1, 1))
     _race(race, result)
     _held_out(held, result)

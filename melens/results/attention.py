@@ -95,6 +95,12 @@ class AttentionMaps(Result):
             for head in self.heads
         ]
 
+    def grids(self) -> dict[str, list[list[list[float]]]]:
+        """``patterns``: (heads shown, tokens, tokens), query by key; 0 above the diagonal."""
+        n = len(self.tokens)
+        square = [[[*row, *[0.0] * (n - len(row))] for row in head.rows] for head in self.heads]
+        return {"patterns": square}
+
     def view(self) -> HtmlView:
         """Circuitsvis views of this result: one page that works offline."""
         from melens.figures.attention_view import attention_view

@@ -5,20 +5,25 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from melens.errors import ResultError
+from melens.errors import ResultError, UnknownNameError
 from melens.formatting import printable
 from melens.protocols import JsonObject
-from melens.store import RESULT, read_text
+from melens.registry import unknown_name
+from melens.store import RESULT, read_text, write_atomically
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+    from numpy.typing import NDArray
 
 
 _INDEX = re.compile(r"0|[1-9][0-9]*", re.ASCII)
@@ -109,20 +114,103 @@ class Result(Part):
         """The result's main table, one dict a row."""
         raise ResultError(f"{type(self).__name__} has no table.")
 
-    def to_frame(self) -> pd.DataFrame:
-        """The main table as a pandas DataFrame."""
-        import pandas as pd
+    def tables(self) -> dict[str, list[JsonObject]]:
+        """Every table by name: ``main`` (:meth:`rows`), and each list of records in the JSON."""
+        return {"main": self.rows(), **dict(_lists_of_parts(self))}
 
-        return pd.DataFrame(self.rows())
+    def table(self, name: str = "main") -> list[JsonObject]:
+        """One of :meth:`tables`.
 
-    def plot(self, style: str | None = None) -> Figure:
+        Raises:  UnknownNameError: this result has no table of that name.
+        """
+        tables = self.tables()
+        if name not in tables:
+            raise UnknownNameError(unknown_name("table", name, tables))
+        return tables[name]
+
+    def to_frame(self, table: str = "main") -> pd.DataFrame:
+        """A table as a pandas DataFrame, flat: an interval is two columns, ``_low`` and ``_high``.
+
+        Args:    table: a name of :meth:`tables`.
+        Raises:  UnknownNameError: this result has no table of that name.
+        """
+        from melens.results.tabular import frame_of
+
+        return frame_of(self.table(table))
+
+    def to_csv(self, path: str | Path | None = None, *, table: str = "main") -> str:
+        """:meth:`to_frame` as CSV with all digits; written to ``path`` where one is given.
+
+        Raises:  UnknownNameError: no such table. OutputError: the file cannot be written.
+        """
+        from melens.results.tabular import csv_of
+
+        return _kept(csv_of(self.to_frame(table)), path)
+
+    def to_latex(self, path: str | Path | None = None, *, table: str = "main") -> str:
+        """:meth:`to_frame` as a LaTeX table (``booktabs``), numbers rounded by their intervals.
+
+        Raises:  UnknownNameError: no such table. OutputError: the file cannot be written.
+        """
+        from melens.results.tabular import latex_of
+
+        return _kept(latex_of(self.to_frame(table)), path)
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """What the figures show, as numpy arrays by name; what was not measured is NaN.
+
+        ``table.column`` has one number a row of that table; a curve by layer has shape (n_layers,).
+        Kinds whose figures show a grid give it too: see :meth:`grids`.
+        """
+        from melens.results.tabular import array_of, arrays_of
+
+        curves = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            parts = value if isinstance(value, dict) else {"": value}
+            for key, part in parts.items():
+                if isinstance(part, tuple) and (found := array_of(part)) is not None:
+                    curves[f"{name}.{key}" if key else name] = found
+        grids = {name: array_of(value) for name, value in self.grids().items()}
+        dense = {name: value for name, value in grids.items() if value is not None}
+        return {**arrays_of(self.tables()), **curves, **dense}
+
+    def grids(self) -> dict[str, Any]:
+        """Numbers that a figure shows as a grid, as nested lists by name; none by default."""
+        return {}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON atomically; :func:`melens.results.load_result` reads it again.
+
+        Args:    path: a file, or a folder, which gets ``<kind>.json``.
+        Returns: the file.
+        Raises:  OutputError: it cannot be written.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / f"{self.schema_id.split('/')[1]}.json"
+        write_atomically(path, self.to_json())
+        return path
+
+    def plot(
+        self,
+        style: str | None = None,
+        *,
+        ax: Axes | None = None,
+        figure: Figure | SubFigure | None = None,
+    ) -> Figure:
         """Draw this result, in one of its kind's styles (None = the default).
 
         The only place where a result reaches for ``figures``.
+
+        Args:    style: see ``melens plot --help``. ax: where a style of one panel is drawn, with
+                 your matplotlib settings. figure: an empty figure or subfigure for any style.
+        Raises:  ResultError: no figure for this kind, or an ax for a style of several panels.
+                 UnknownNameError: no such style.
         """
         from melens.figures import draw
 
-        return draw(self, style)
+        return draw(self, style, ax=ax, figure=figure)
 
     def summary(self) -> str:
         """One plain sentence."""
@@ -152,6 +240,22 @@ class Result(Part):
             f"<details><summary>{len(frame)}{f' of {total}' * (len(frame) < total)} rows</summary>"
             f"{table}</details>"
         )
+
+
+def _lists_of_parts(part: Part, before: str = "") -> Iterator[tuple[str, list[JsonObject]]]:
+    """Lists of records with their place, as ``controls.layers``; empty ones are no tables."""
+    for name, field in type(part).model_fields.items():
+        value, place = getattr(part, name), f"{before}{field.alias or name}"
+        if isinstance(value, Part):
+            yield from _lists_of_parts(value, f"{place}.")
+        elif isinstance(value, tuple) and value and all(isinstance(row, Part) for row in value):
+            yield place, [row.model_dump() for row in value]
+
+
+def _kept(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        write_atomically(Path(path), text)
+    return text
 
 
 def schema_of(text: str, name: str) -> str | None:

@@ -82,6 +82,16 @@ class Collapse(Result):
         held = {row.site for row in self.rows_}
         return tuple(site for site in SITES if site in held)
 
+    def grids(self) -> dict[str, list[float | None]]:
+        """``definition.site.with_token`` and ``without_token``: (n_layers,), heads averaged."""
+        found = {}
+        for definition in dict.fromkeys(row.definition for row in self.rows_):
+            for site in self.sites:
+                curves = self.curve(site, definition)
+                for name, curve in zip(("with_token", "without_token"), curves, strict=True):
+                    found[f"{definition}.{site}.{name}"] = curve
+        return found
+
     def overview(self, definition: str = "effective_rank") -> list[JsonObject]:
         """By layer and site, heads averaged: the number with / without the token."""
         curves = {site: self.curve(site, definition) for site in self.sites}

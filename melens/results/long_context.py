@@ -171,6 +171,15 @@ class LongContext(Result):
             for cell in c.cells
         ]
 
+    def grids(self) -> dict[str, list[list[list[float]]]]:
+        """``found`` (shares) and ``loss`` (nats a token): (conditions, lengths, depths)."""
+        where = [[(n, depth) for depth in self.depths] for n in self.lengths]
+        cells = [[[c.cell(*at) for at in row] for row in where] for c in self.conditions]
+        return {
+            "found": [[[cell.found / cell.n for cell in row] for row in c] for c in cells],
+            "loss": [[[cell.loss for cell in row] for row in c] for c in cells],
+        }
+
     def shown(self) -> list[JsonObject]:
         """One row a condition."""
         return [

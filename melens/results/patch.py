@@ -103,6 +103,10 @@ class PatchGrid(Result):
             for where, value in self._cells(site)
         ]
 
+    def grids(self) -> dict[str, Any]:
+        """``values.site``: the metric of each patched run, its shape that of the site's axes."""
+        return {f"values.{site}": self.values[site] for site in self.sites}
+
     def strongest(self) -> list[JsonObject]:
         """The rows by size of their change, largest first."""
         return sorted(self.rows(), key=lambda row: -abs(row["change"]))

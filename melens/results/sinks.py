@@ -152,6 +152,14 @@ class Sinks(Result):
             for layer in range(self.n_layers)
         ]
 
+    def grids(self) -> dict[str, list[list[float | None]]]:
+        """``alpha``, attention to the first token: (n_layers, heads), None without attention."""
+        heads = 1 + max(head.head for head in self.heads)
+        alpha: list[list[float | None]] = [[None] * heads for _ in range(self.n_layers)]
+        for head in self.heads:
+            alpha[head.layer][head.head] = head.alpha
+        return {"alpha": alpha}
+
     def summary(self) -> str:
         """One plain sentence; layers count from 0."""
         rates = ", ".join(f"{value:.2f} at eps {eps}" for eps, value in self.overall.items())

@@ -1,0 +1,186 @@
+"""Several models in one figure: a line a model over layers, or a point with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from melens.errors import ResultError
+from melens.figures.draw import LAYER_LABEL, PAGE, Into, legend_below, panel, plain, root_of
+from melens.figures.profile import gaps
+from melens.results.base import Result
+from melens.results.collapse import Collapse
+from melens.results.describe import TokenPortrait
+from melens.results.evaluation import Evaluation
+from melens.results.locate import MELayer
+from melens.results.metric import MetricProfile
+from melens.results.scan import WeightScan
+from melens.results.sinks import SINK_EPS, Sinks
+
+Curve = Sequence[float | None]
+DEPTH_LABEL = "share of the blocks passed (block outputs)"
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """What a kind of result shows of a model, layer by layer."""
+
+    label: Callable[[Any], str]
+    values: Callable[[Any], Curve]
+    without: Callable[[Any], Curve] | None = None
+    """The same without the massive token, dashed."""
+    marked: Callable[[Any], int | None] = lambda result: result.me_layer
+    """A layer that gets a large marker."""
+    log: bool = False
+
+
+COMPARED: dict[type[Result], ByLayer] = {
+    MELayer: ByLayer(
+        lambda _: "largest |x| (residual units)", lambda r: [row.max for row in r.profile], log=True
+    ),
+    TokenPortrait: ByLayer(
+        lambda _: "token's energy in its top coordinate",
+        lambda r: r.energy_layers["1"] if r.energy_layers else [],
+    ),
+    Collapse: ByLayer(
+        lambda _: "effective rank of keys, heads averaged",
+        lambda r: r.curve("k")[0],
+        lambda r: r.curve("k")[1] if r.sequences_massive else [],
+    ),
+    Sinks: ByLayer(
+        lambda r: f"sink rate of the first token (eps {_eps(r)})", lambda r: r.sink_rate[_eps(r)]
+    ),
+    WeightScan: ByLayer(
+        lambda _: "ceiling of the highest neuron (residual units)",
+        lambda r: [row.ceiling for row in r.profile],
+        log=True,
+    ),
+    MetricProfile: ByLayer(
+        lambda r: f"{r.metric} ({r.unit}), mean of sequences",
+        lambda r: [row.mean for row in r.profile],
+        marked=lambda _: None,
+    ),
+}
+
+
+def compare(
+    results: Sequence[Result],
+    *,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw results of one kind from several models into one panel.
+
+    Locate, describe, collapse, sinks, scan and metric results give one line a model over layers;
+    evaluations of one unit give one point an evaluation, with its paired 95 % interval. Models of
+    different depth are drawn over the share of their blocks.
+
+    Args:    results: two or more of one kind. names: one a result; None = the models' names.
+             ax, figure: where to draw, with your own matplotlib settings; None = a new figure.
+    Raises:  ResultError: fewer than two, several kinds, a kind that has no such figure, other
+             metrics or units, or another number of names.
+    """
+    from melens.figures.draw import drawn_into
+
+    results = list(results)
+    named = _checked(results, names)
+    drawer = _forest if isinstance(results[0], Evaluation) else _lines
+    return root_of(drawn_into(lambda into: drawer(results, named, into), ax, figure))
+
+
+def _checked(results: Sequence[Result], names: Sequence[str] | None) -> list[str]:
+    """The name of each result; refuses what cannot stand in one figure."""
+    if len(results) < 2:
+        raise ResultError(f"compare takes two or more results, got {len(results)}.")
+    kinds = list(dict.fromkeys(type(result) for result in results))
+    if len(kinds) > 1:
+        given = ", ".join(kind.__name__ for kind in kinds)
+        raise ResultError(f"compare takes results of one kind, got {given}; draw them apart.")
+    if kinds[0] not in COMPARED and kinds[0] is not Evaluation:
+        fits = ", ".join(kind.__name__ for kind in (*COMPARED, Evaluation))
+        raise ResultError(f"no figure compares {kinds[0].__name__}; it can be of {fits}.")
+    if names is not None and (isinstance(names, str) or len(names) != len(results)):
+        raise ResultError(f"names must be a list of {len(results)}, one a result.")
+    units = {getattr(r, "metric", None) or getattr(r, "unit", None) for r in results}
+    if len(units) > 1:
+        raise ResultError(f"these results are in {len(units)} units or metrics; draw them apart.")
+    return _names(results) if names is None else list(names)
+
+
+def _names(results: Sequence[Any]) -> list[str]:
+    """Models by name; what tells equal names apart is added, and a number where nothing does.
+
+    Evaluations have their task and edit beside the name.
+    """
+    if isinstance(results[0], Evaluation):
+        return [result.run.model for result in results]
+    for parts in (
+        lambda r: (r.run.model,),
+        lambda r: (r.run.subject,),
+        lambda r: (r.run.subject, r.run.dtype),
+        lambda r: (r.run.subject, r.run.dtype, str(r.run.model_revision or r.run.weights)[:8]),
+    ):
+        named = [", ".join(parts(result)) for result in results]
+        if len(set(named)) == len(named):
+            return named
+    return [f"{i}: {name}" for i, name in enumerate(named, start=1)]
+
+
+def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Any:
+    made, axes = panel(into, PAGE, 3.0)
+    what = COMPARED[type(results[0])]
+    curves = [what.values(result) for result in results]
+    same_depth = len({len(curve) for curve in curves}) == 1
+    for i, (result, name, curve) in enumerate(zip(results, names, curves, strict=True)):
+        depth = 1 if same_depth else len(curve)
+        places = [(layer + (not same_depth)) / depth for layer in range(len(curve))]
+        colour = f"C{i}"
+        axes.plot(places, gaps(tuple(curve)), color=colour, label=plain(name), marker="")
+        if what.without is not None and (left := what.without(result)):
+            axes.plot(places, gaps(tuple(left)), color=colour, ls="--", marker="")
+        layer = what.marked(result)
+        if layer is not None and 0 <= layer < len(curve) and curve[layer] is not None:
+            axes.plot(places[layer], curve[layer], marker="o", color=colour, ms=6, ls="")
+    if any(map(what.marked, results)):
+        axes.plot([], [], marker="o", color="black", ms=6, ls="", label="ME Layer")
+    if what.without is not None:
+        axes.plot([], [], color="black", ls="--", label="without the massive token")
+    if what.log:
+        axes.set_yscale("log")
+    axes.set_ylabel(what.label(results[0]))
+    axes.set_xlabel(LAYER_LABEL if same_depth else DEPTH_LABEL)
+    if same_depth:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_below(made, axes, into, columns=3)
+    return made
+
+
+def _forest(results: Sequence[Evaluation], names: Sequence[str], into: Into) -> Any:
+    made, axes = panel(into, PAGE, 1.0 + 0.3 * len(results))
+    for y, result in enumerate(results):
+        if result.delta.interval is not None:
+            axes.plot(result.delta.interval, [y, y], color="C0", lw=1.2, marker="")
+        axes.plot(result.delta.value, y, marker="o", color="C0", ls="")
+    said = [f"{n}\n{r.task}: {r.edit.label}" for n, r in zip(names, results, strict=True)]
+    axes.set_yticks(range(len(results)), [plain(text) for text in said], fontsize=6.5)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.axvline(0, color="black", lw=0.6)
+    better = {True: "higher", False: "lower"}
+    directions = {better[result.higher_is_better] for result in results}
+    axes.set_xlabel(
+        f"edited - unedited, {results[0].unit}"
+        + (f" ({directions.pop()} is better)" if len(directions) == 1 else "")
+    )
+    return made
+
+
+def _eps(result: Sinks) -> str:
+    """The usual eps, or the first that was measured."""
+    usual = str(SINK_EPS)
+    return usual if usual in result.sink_rate else next(iter(result.sink_rate))

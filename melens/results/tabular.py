@@ -1,0 +1,160 @@
+"""Results as tables and arrays: flat columns, intervals as two of them, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from melens.formatting import printable
+from melens.protocols import JsonObject
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+INTERVALS = ("interval", "corrected")
+"""A field whose name ends so holds (low, high) or None, and stands behind the number it is of."""
+LOW, HIGH = "_low", "_high"
+INTERVAL_DIGITS = 2
+"""Significant digits of an interval's half width, to which its row is rounded."""
+DIGITS = 4
+"""Significant digits of a number without an interval."""
+
+
+def flat(row: Mapping[str, Any]) -> JsonObject:
+    """A row with one plain value a column: parts as ``part.field``, an interval as two columns."""
+    made: JsonObject = {}
+    for name, value in row.items():
+        if name.rpartition(".")[2].endswith(INTERVALS):
+            made[name + LOW], made[name + HIGH] = value if value is not None else (None, None)
+        elif isinstance(value, Mapping):
+            made |= flat({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            made[name] = value
+    return made
+
+
+def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as a frame of flat columns."""
+    import pandas as pd
+
+    return pd.DataFrame([flat(row) for row in rows])
+
+
+def csv_of(frame: pd.DataFrame) -> str:
+    """Comma-separated text with all digits; lists in a cell are JSON."""
+    return frame.map(_as_json).to_csv(index=False, lineterminator="\n")
+
+
+def latex_of(frame: pd.DataFrame) -> str:
+    """A LaTeX table with booktabs' rules: text escaped, each number rounded by its interval.
+
+    A number that stands before its interval is given to the digits which two significant digits of
+    the interval's half width allow; one without an interval to four significant digits.
+    """
+    numeric = [name for name in frame.columns if _is_numeric(frame[name])]
+    texts = [name for name in frame.columns if name not in numeric]
+    cells = frame.astype(object)
+    for name in numeric:
+        cells[name] = [_number(value) for value in frame[name]]
+    for name in texts:
+        cells[name] = [_text(value) for value in frame[name]]
+    for place, name in enumerate(frame.columns):
+        if name.endswith(LOW) and name in numeric and place:
+            _round(cells, frame, place)
+    styled = cells.style.hide(axis="index").format(escape="latex", subset=texts)
+    styled = styled.format_index(escape="latex", axis=1)
+    alignment = "".join("r" if name in numeric else "l" for name in frame.columns)
+    return styled.to_latex(hrules=True, column_format=alignment)
+
+
+def _round(cells: pd.DataFrame, frame: pd.DataFrame, low: int) -> None:
+    """Round an interval's two columns, and the number before them, row by row.
+
+    A number outside is not the interval's own: a count stands before the interval of its share.
+    """
+    for row in range(len(frame)):
+        before, least, most = (frame.iat[row, column] for column in (low - 1, low, low + 1))
+        if not (_is_number(least) and _is_number(most)):
+            continue
+        places = decimals_of(most - least)
+        own = _is_number(before) and least <= before <= most
+        for column, value in ((low - 1, before), (low, least), (low + 1, most))[not own :]:
+            cells.iat[row, column] = _math(f"{value:,.{places}f}")
+
+
+def decimals_of(width: float) -> int:
+    """Decimals at which half of an interval's width has two significant digits."""
+    if width <= 0:
+        return DIGITS
+    return max(0, INTERVAL_DIGITS - 1 - math.floor(math.log10(width / 2)))
+
+
+def _number(value: Any) -> str:
+    if not _is_number(value):
+        return "--"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return _math(f"{int(value):,}")
+    if 1000 <= abs(value) < 1e15:
+        return _math(f"{value:,.0f}")
+    mantissa, mark, exponent = f"{value:.{DIGITS}g}".partition("e")
+    return _math(rf"{mantissa} \times 10^{{{int(exponent)}}}" if mark else mantissa)
+
+
+def _math(text: str) -> str:
+    return f"${text}$".replace(",", "{,}")
+
+
+def _text(value: Any) -> str:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "--" if missing else printable(str(_as_json(value)))
+
+
+def _is_number(value: Any) -> bool:
+    import numpy as np
+
+    kinds = (int, float, np.integer, np.floating)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_numeric(column: pd.Series) -> bool:
+    missing = column.isna()
+    return not missing.all() and all(map(_is_number, column[~missing]))
+
+
+def _as_json(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
+
+
+def arrays_of(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, NDArray[np.float64]]:
+    """Every numeric column of every table as ``table.column``; one number a row, None as NaN."""
+    found = {}
+    for table, rows in tables.items():
+        for name in flat(rows[0]) if rows else ():
+            column = array_of([flat(row).get(name) for row in rows])
+            if column is not None:
+                found[f"{table}.{name}"] = column
+    return found
+
+
+def array_of(values: Any) -> NDArray[np.float64] | None:
+    """Nested numbers as an array, None as NaN; None for what is ragged, empty or no numbers."""
+    import numpy as np
+
+    nested = list(values)
+    if not _numbers(nested):
+        return None
+    try:
+        made = np.array(nested, dtype=np.float64)  # None becomes NaN
+    except (ValueError, TypeError):  # ragged
+        return None
+    return made if made.size else None
+
+
+def _numbers(values: Any) -> bool:
+    if isinstance(values, (list, tuple)):
+        return all(map(_numbers, values))
+    return values is None or (isinstance(values, (int, float)) and not isinstance(values, bool))
