@@ -39,7 +39,7 @@ SHAPES := tests/test_metrics.py \
   'tests/streaming/test_streamed.py::test_the_reach_is_the_trajectory_of_locate[llama]' \
   'tests/evaluating/test_evaluation.py::test_a_resumed_run_is_a_whole_run_under_the_edit[llama]'
 
-.PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked notebooks docs check all clean
+.PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked notebooks examples docs check all clean
 
 demo: $(VENV)/.run
 	$(BIN)/melens locate smollm2-135m --out runs/demo
@@ -71,7 +71,12 @@ test-browser: $(VENV)/.test
 # Runs every notebook as it is; its source in percent format is kept beside it.
 notebooks: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= --nbmake --nbmake-timeout=600 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= -m notebooks tests/test_notebooks.py
+
+# Every example of docs/examples.md again: it must print what stands there.
+examples: $(VENV)/.test
+	$(BIN)/melens models get smollm2-135m
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/make_examples.py --check
 
 # The docs as a site in runs/site, warnings as errors.
 docs: $(VENV)/.docs
@@ -86,7 +91,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-all: check test test-shapes notebooks docs test-browser test-hooked demo
+all: check test test-shapes notebooks examples docs test-browser test-hooked demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

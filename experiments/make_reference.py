@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -215,7 +216,19 @@ def _entry(module: str, name: str, *, level: int) -> str:
     if not (inspect.isfunction(item) or inspect.isclass(item)):
         return ""
     head = f"{'#' * level} {module}.{name}\n" if level == 2 else f"{'#' * level} {name}\n"
-    return f"{head}\n```python\n{signature(name, item)}\n```\n\n{_docstring(item)}\n"
+    example = _example(f"{module}.{name}")
+    return f"{head}\n```python\n{signature(name, item)}\n```\n\n{_docstring(item)}\n{example}"
+
+
+@functools.cache
+def _examples_page() -> str:
+    return (ROOT / "docs" / "examples.md").read_text("utf-8") + "\n## "
+
+
+def _example(name: str) -> str:
+    """What docs/examples.md has of a function, with what it printed; nothing where it has none."""
+    found = re.search(rf"^## {re.escape(name)}\n\n(.*?)\n(?=## )", _examples_page(), re.M | re.S)
+    return f"**Example** ([all of them](examples.md))\n\n{found[1].strip()}\n\n" if found else ""
 
 
 def signature(name: str, item: Any) -> str:

@@ -102,3 +102,36 @@ heads
 # %%
 first = {(row["layer"], row["head"]): row["attention_to_first"] for row in heads.rows()}
 assert first[12, 0] > 3 * first[11, 0]
+
+# %% [markdown]
+# The same as a picture without a program, which a page or a pull request shows too.
+
+# %%
+heads.plot()
+
+# %% [markdown]
+# ## The numbers, for a paper or a figure of your own
+#
+# Every result has tables (`to_frame`, `to_csv`, `to_latex`) and arrays, and draws into axes of
+# yours.
+
+# %%
+found.arrays()["alpha"].shape  # attention to the first token: (layers, heads)
+
+# %%
+print(layer.to_latex(table="massive"))
+
+# %%
+import matplotlib.pyplot as plt
+
+page, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(2, 1), layout="constrained")
+found.plot("curves", ax=left)
+found.plot("map", ax=right)
+# %% [markdown]
+# Several models stand in one figure, a line each; here the same one with and without BOS.
+
+# %%
+from melens.figures import compare
+
+without = melens.locate(model, melens.prompts(n=4, length=64, bos=False))
+compare([layer, without])

@@ -83,21 +83,6 @@ def test_files_and_functions_stay_short():
                 assert length <= 40, f"{path.name}: {node.name} has {length} lines"
 
 
-def test_a_notebook_is_its_percent_source():
-    import jupytext
-
-    notebooks = sorted((SRC.parent / "notebooks").glob("*.ipynb"))
-    assert notebooks
-    for notebook in notebooks:
-        cells = [(c.cell_type, c.source) for c in jupytext.read(notebook).cells]
-        source = jupytext.read(notebook.with_suffix(".py")).cells
-        assert cells == [(c.cell_type, c.source) for c in source], (
-            f"make it again: jupytext --to ipynb notebooks/{notebook.stem}.py"
-        )
-        for cell in jupytext.read(notebook).cells:
-            assert not cell.get("outputs"), f"{notebook.name} is kept without outputs"
-
-
 def test_public_names_are_few_and_no_module_shadows_one():
     import melens
 

@@ -44,7 +44,7 @@ class MaskRecord:
     select: str
     edited: EditedTokens = field(default_factory=EditedTokens)
     """How many tokens, in how many rows, and how massive they were."""
-    dims: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    dims: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
     """Layer -> masked dimensions; for rules that read the activation those of the last token."""
     _shares: dict[int, LayerSpan] = field(default_factory=dict, repr=False)
 

@@ -1,0 +1,77 @@
+"""Run the notebooks' sources and write the notebooks with what they show.
+
+    python experiments/make_notebooks.py [NAME ...]      # as 01_explore; all without names
+
+A notebook is its source in percent format (notebooks/NAME.py) run from top to bottom. Kept are
+pictures, tables and plain text; pages that carry a program of their own (circuitsvis) stay out, and
+so does what is said on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from melens.progress import tell
+from melens.store import write_atomically
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+MOST_HTML = 400_000
+"""Characters of an output's HTML that are kept: a figure and a table, not a page with a program."""
+
+
+def executed(source: Path, *, timeout: int = 600) -> NotebookNode:
+    """A notebook made of its percent source, and run.
+
+    Raises:  CellExecutionError: a cell raised.
+    """
+    book = nbformat.from_dict(jupytext.read(source))
+    for number, cell in enumerate(book.cells):
+        cell["id"] = f"cell-{number}"
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    client = NotebookClient(book, timeout=timeout, kernel_name="python3")
+    client.execute(cwd=str(FOLDER.parent), env=environment)
+    return book
+
+
+def images(cell: NotebookNode) -> int:
+    """Pictures among a cell's outputs, alone or inside HTML."""
+    found = [output.get("data", {}) for output in cell.get("outputs", ())]
+    return sum("image/png" in data or "<img " in data.get("text/html", "") for data in found)
+
+
+def trimmed(book: NotebookNode) -> NotebookNode:
+    """The notebook with what is kept of its outputs."""
+    for cell in book.cells:
+        cell["metadata"] = {}
+        if cell.cell_type != "code":
+            continue
+        cell["outputs"] = [out for out in cell.outputs if out.get("name") != "stderr"]
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if len(data.get("text/html", "")) > MOST_HTML:
+                del data["text/html"]
+    return book
+
+
+def main() -> None:
+    """Run and write the notebooks that are named."""
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("names", nargs="*", help="as 01_explore; all without names")
+    names = asked.parse_args().names or sorted(path.stem for path in FOLDER.glob("*.py"))
+    for name in names:
+        book = trimmed(executed(FOLDER / f"{name}.py"))
+        path = FOLDER / f"{name}.ipynb"
+        write_atomically(path, nbformat.writes(book) + "\n")
+        pictures = sum(map(images, book.cells))
+        tell(f"{path.name}: {pictures} pictures, {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
