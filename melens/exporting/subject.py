@@ -10,8 +10,7 @@ import torch
 
 from melens.errors import ModelError, ResultError
 from melens.interventions.target import note_weights, require_located_here, require_room
-from melens.models.decoder import KEPT_BRIDGE
-from melens.models.loading import load, load_plain
+from melens.models.loading import kept_bridge, load, load_plain
 from melens.models.origin import Origin, fingerprint, origin_of
 from melens.protocols import (
     AnyModel,
@@ -95,13 +94,14 @@ def subject_of(
     if isinstance(model, (str, Path)):
         dtype = me_layer.run.dtype if me_layer is not None else None
         found = _of_bridge(load(model, dtype=dtype), source=model)
-    elif hasattr(model, "hook_dict") or KEPT_BRIDGE in getattr(model, "__dict__", {}):
-        found = _of_bridge(vars(model).get(KEPT_BRIDGE, model))
+    elif is_hooked(model):
+        found = _of_bridge(model)
     else:
         found = _of_plain(model, tokenizer)
-    if me_layer is not None and is_hooked(found.runnable):
-        require_located_here(found.runnable, me_layer)
-    elif me_layer is not None:  # a plain model has no fingerprint to compare
+    bridge = kept_bridge(found.runnable)
+    if me_layer is not None and bridge is not None:
+        require_located_here(bridge, me_layer)
+    elif me_layer is not None:  # a plain model that was never bridged has no fingerprint
         text, name = found.hf.config.get_text_config(), found.origin.name
         room = {"n_layers": text.num_hidden_layers, "d_model": text.hidden_size}
         require_room(me_layer, **room, name=name)
@@ -110,8 +110,6 @@ def subject_of(
 
 def transformers_of(model: AnyModel) -> TransformersModel:
     """The transformers module inside a bridge; a plain model is itself."""
-    if isinstance(model, torch.nn.Module) and KEPT_BRIDGE in vars(model):
-        model = vars(model)[KEPT_BRIDGE]
     # a bridge keeps it; else it is one
     return cast("TransformersModel", getattr(model, "original_model", model))
 

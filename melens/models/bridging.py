@@ -99,19 +99,19 @@ Way = Callable[..., HookedModel]
 
 def checked_bridge(
     hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str
-) -> tuple[HookedModel, OwnAnswer, Way]:
+) -> tuple[HookedModel, Way]:
     """A bridge that holds the contract, around a view of the model: the model itself stays as it
     is. TransformerLens' own adapter comes first; where it has none, or one that does not fit this
     model, the bridge is made from what was measured.
 
-    Returns: the bridge, what the model says by itself, and the way in which it was bridged.
+    Returns: the bridge, and the way in which it was bridged.
     Raises:  ModelError, ContractError: neither fits; with TransformerLens' reason and the other.
     """  # noqa: D205
     own = own_answer(hf)
     said: list[Exception] = []
     for way in WAYS:
         try:
-            return _held(way, hf, tokenizer, name, own), own, way
+            return _held(way, hf, tokenizer, name, own), way
         except (ModelError, ContractError) as error:
             said.append(error)
     raise none_fits(said) from None
@@ -131,7 +131,7 @@ def _held(
     name: str,
     own: OwnAnswer,
 ) -> HookedModel:
-    bridge = bridged(way, cast("TransformersModel", view_of(hf)), tokenizer, name=name)
+    bridge = bridged(way, cast("TransformersModel", view_of(hf, hooked=True)), tokenizer, name=name)
     check_contract(bridge, own)
     return bridge
 

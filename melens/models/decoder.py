@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from melens.models.roles import Roles
 
 _ROLES: weakref.WeakKeyDictionary[Any, tuple[Roles, ...]] = weakref.WeakKeyDictionary()
-KEPT_BRIDGE = "_melens_bridge"
-"""Where a plain model keeps the bridge that melens made of it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,6 @@ def decoder_of(model: Any) -> Decoder:
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    model = vars(model).get(KEPT_BRIDGE, model) if hasattr(model, "__dict__") else model
     if hasattr(model, "hook_dict") and hasattr(model, "original_model"):
         parts = anatomy(model)
         name = getattr(model.cfg, "model_name", "this model")

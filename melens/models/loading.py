@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from melens.errors import ContractError, FetchError, ModelError, WeightsError
+from melens.errors import FetchError, ModelError, WeightsError
 from melens.models.bridging import (
-    bridged,
     checked_bridge,
     give_tokenizer,
     require_finite_weights,
@@ -20,8 +19,7 @@ from melens.models.bridging import (
     unwrapped,
 )
 from melens.models.complaints import broken_json, first_line, no_tokenizer
-from melens.models.contract import OwnAnswer, check_contract
-from melens.models.decoder import KEPT_BRIDGE
+from melens.models.contract import check_contract
 from melens.models.dry_load import require_all_there
 from melens.models.files import check_config, check_folder, require_no_adapter
 from melens.models.gguf import (
@@ -49,8 +47,10 @@ from melens.protocols import HookedModel, Loadable, Options, Tokenizer, Transfor
 
 CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
 """Model objects that passed the contract already."""
-REFUSED = "_melens_refused"
-"""On a model object that was bridged and whose hooks did not add up: why."""
+BRIDGES: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, HookedModel]] = (
+    weakref.WeakKeyDictionary()
+)
+"""HF model object -> its state when it was bridged, and the bridge."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,9 +66,10 @@ def load(
     """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
 
     Args:    model: a named model (``melens models``), a folder, a ``.gguf`` file, a Hugging Face
-             id, or a model object: an HF causal LM is bridged in place, a TransformerBridge or
-             HookedTransformer is checked and returned. The network is used for a hub id, and for
-             a named model that is not here yet; MELENS_OFFLINE=1 forbids it.
+             id, or a model object: an HF causal LM stays as it is (the bridge shares its weights),
+             a TransformerBridge or HookedTransformer is checked and returned. The network is
+             used for a hub id, and for a named model that is not here yet; MELENS_OFFLINE=1
+             forbids it.
              device: ``cpu``, ``cuda``, ``mps``, ...; None = CUDA, else MPS, else CPU. An object
              is never moved: naming another device for it is refused.
              dtype: torch dtype or its name, ``auto`` = the checkpoint's own; None = float32 on
@@ -85,7 +86,7 @@ def load(
     hf, tokenizer, origin = _load_hf(
         str(model), _given_tokenizer(tokenizer), device=device, dtype=dtype, options=options
     )
-    bridge, _, _ = checked_bridge(hf, tokenizer, name=str(model))
+    bridge, _ = checked_bridge(hf, tokenizer, name=str(model))
     remember(bridge.eval(), origin)
     CHECKED.add(bridge)
     return bridge
@@ -139,9 +140,8 @@ def adopt(
     tokenizer: Tokenizer | str | Path | None = None,
 ) -> HookedModel:
     """:func:`load` for names and paths; a model object is bridged if need be, checked once, and
-    left on its device, in its dtype and in its mode. An HF model keeps its bridge: bridging
-    replaces its submodules, so that a second one would wrap the first (and saving it no longer
-    works; save a model that was never bridged).
+    left on its device, in its dtype and in its mode. An HF model stays as it is: its bridge runs
+    the same weights in modules of its own, with the hooks that the model has by then.
     """  # noqa: D205
     if isinstance(model, (str, Path)):
         return load(model, device=device, dtype=dtype, tokenizer=tokenizer)
@@ -151,44 +151,44 @@ def adopt(
     tokenizer = _given_tokenizer(tokenizer)
     _refuse_moving(model, device, dtype)
     require_here(model)
-    own = None
-    bridge = _own_bridge(model)
-    if bridge not in CHECKED:
-        require_finite_weights(model)
+    bridge = kept_bridge(model)
     if bridge is None:
-        bridge, own = _bridge_object(model, tokenizer)
+        require_finite_weights(model)
+        bridge = _bridge_object(model, tokenizer)
+        CHECKED.add(bridge)
+        BRIDGES[model] = _state(model), bridge
     if tokenizer is not None and bridge.tokenizer is None:
         give_tokenizer(bridge, tokenizer)
     if bridge not in CHECKED:
-        _check_once(model, bridge, own)
-    if bridge is not model:
-        vars(model)[KEPT_BRIDGE] = bridge
+        require_finite_weights(model)
+        check_contract(bridge)
+        CHECKED.add(bridge)
+    if bridge is not model and bridge.training != model.training:
+        bridge.train(model.training)
     return bridge
 
 
-def _own_bridge(model: Any) -> HookedModel | None:
-    """The bridge that an object is, or keeps; None where it was never bridged.
+def kept_bridge(model: Any) -> HookedModel | None:
+    """The bridge that an object is, or was given; None where it has none that still fits.
 
-    Raises:  ModelError: it was bridged, and refused.
+    A model that was moved, cast, or got other parameters or hooks since needs another bridge.
     """
-    if said := vars(model).get(REFUSED):
-        raise ModelError(f"this object was bridged and then refused ({said}); load it again.")
     if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
         return model
-    return vars(model).get(KEPT_BRIDGE)
+    state, bridge = BRIDGES.get(model, (None, None))
+    return bridge if bridge is not None and state == _state(model) else None
 
 
-def _check_once(model: torch.nn.Module, bridge: HookedModel, own: OwnAnswer | None) -> None:
-    """Hold a bridge to the contract. A model that is refused says so from then on: its submodules
-    are wrapped, and a second bridge would wrap the wrapped.
-    """  # noqa: D205
-    try:
-        check_contract(bridge, own)
-    except ContractError as error:
-        if bridge is not model:
-            vars(model)[REFUSED] = str(error).rstrip(".")
-        raise
-    CHECKED.add(bridge)
+def _state(model: torch.nn.Module) -> Any:
+    """What a bridge shares with its model or took over from it, by identity."""
+    tensors = [*model.parameters(), *model.buffers()]
+    hooks = [
+        tuple(hooks)
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        if hooks
+    ]
+    return [(id(x), x.device, x.dtype) for x in tensors], hooks
 
 
 def source_of(wanted: Asked, *, revision: str | None, trust_remote_code: bool) -> Any:
@@ -346,7 +346,7 @@ def _given_tokenizer(tokenizer: Tokenizer | str | Path | None) -> Tokenizer | No
     return read_tokenizer(folder, {"local_files_only": True, "trust_remote_code": False})
 
 
-def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> tuple[HookedModel, OwnAnswer]:
+def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> HookedModel:
     """Bridge a plain HF model of the caller's."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -362,11 +362,9 @@ def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> tuple[HookedModel
             Path(path), {"local_files_only": True, "trust_remote_code": False}
         )
     name = path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__
-    # tried on a view: an object that cannot be bridged stays as it was
-    _, own, way = checked_bridge(model, tokenizer, name=name)
-    bridge = bridged(way, model, tokenizer, name=name)
+    bridge, _ = checked_bridge(model, tokenizer, name=name)
     remember(bridge, Origin(name))
-    return bridge, own
+    return bridge
 
 
 def usable_device(device: str) -> str:

@@ -18,12 +18,14 @@ OWN = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 """What a module keeps its parts in; the copy has containers of its own, with the same parts."""
 
 
-def view_of(model: nn.Module) -> nn.Module:
-    """The same model as another tree of modules; hooks on the first are not on the second.
+def view_of(model: nn.Module, *, hooked: bool = False) -> nn.Module:
+    """The same model as another tree of modules; hooks set on one later are not on the other.
 
     Configs are copied too: a bridge writes the attention implementation into its own.
+
+    Args:    hooked: the hooks that the first has now are on the second as well.
     """
-    return _view(model, {})
+    return _view(model, {}, hooked=hooked)
 
 
 def merged_view_of(model: nn.Module) -> nn.Module:
@@ -65,19 +67,19 @@ def _quiet(config: Any) -> Any:
     return made
 
 
-def _view(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
+def _view(module: nn.Module, configs: dict[int, Any], *, hooked: bool) -> nn.Module:
     made = copy.copy(module)
     inside = made.__dict__
     for name in OWN:
         inside[name] = copy.copy(inside[name])
     for name, value in list(inside.items()):
         if "_hooks" in name and isinstance(value, dict):
-            inside[name] = type(value)()
+            inside[name] = copy.copy(value) if hooked else type(value)()
     inside.pop("forward", None)  # a wrapper bound to the first tree (autocast of accelerate)
     if "config" in inside:
         config = inside["config"]
         inside["config"] = configs.setdefault(id(config), _quiet(config))
     for name, child in inside["_modules"].items():
         if child is not None:
-            inside["_modules"][name] = _view(child, configs)
+            inside["_modules"][name] = _view(child, configs, hooked=hooked)
     return made

@@ -514,11 +514,10 @@ def test_the_command_runs_lm_evals_own(folder, data, tmp_path, capsys, monkeypat
 @pytest.mark.weights
 def test_without_a_located_layer_it_is_located_and_the_model_stays_plain():
     from melens.evaluating.harness.model import MelensLM
-    from melens.models.decoder import KEPT_BRIDGE
 
     lm = MelensLM("smollm2-135m", device="cpu", mask_rate=0.5, mask_select="activation")
     assert lm.me_layer.me_layer == 11
-    assert KEPT_BRIDGE not in vars(lm.model)
+    assert not any("_original_component" in name for name, _ in lm.model.named_modules())
     masked = lm.loglikelihood(asked("The capital of France is", " Paris"), disable_tqdm=True)
     lm.close()
     base = lm.loglikelihood(asked("The capital of France is", " Paris"), disable_tqdm=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planted import plant
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -18,8 +19,8 @@ from transformers import (
 )
 
 from melens.batches import Batch
-from melens.errors import MelensError, ModelError
-from melens.interventions import drop_key, ffn_scale
+from melens.errors import ContractError, MelensError, ModelError
+from melens.interventions import drop_key, ffn_scale, wemask
 from melens.locating import locate
 from melens.models import load
 from melens.patching import patch
@@ -184,3 +185,66 @@ def test_a_checkpoint_saved_inside_a_wrapper_says_so(prefix, make_tiny, tokenize
         with pytest.raises(MelensError, match=said) as caught:
             read(tmp_path)
         assert "fetch it again" not in str(caught.value)
+
+
+def test_an_object_of_the_callers_stays_as_it_is(make_tiny, tokenizer, tmp_path):
+    """It is not wrapped: its modules, attention, mode and file are those of before."""
+    hf = make_tiny("llama").train()
+    before = [(name, type(module), module.training) for name, module in hf.named_modules()]
+    attention, keys = hf.config._attn_implementation, list(hf.state_dict())
+    bridge = load(hf, tokenizer=tokenizer)
+    assert load(hf) is bridge
+    after = [(name, type(module), module.training) for name, module in hf.named_modules()]
+    assert after == before
+    assert (hf.config._attn_implementation, list(hf.state_dict())) == (attention, keys)
+    hf.save_pretrained(tmp_path)
+    again = type(hf).from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), hf.parameters(), strict=True))
+
+
+def test_the_bridge_of_an_object_has_its_weights_and_hooks(make_tiny, tokenizer):
+    """What is changed in place is seen; a hook of the caller's runs in the bridge as well."""
+    hf, ids = make_tiny("llama"), torch.arange(5, 13)[None]
+    bridge = load(hf, tokenizer=tokenizer)
+    with torch.no_grad():
+        hf.lm_head.weight.mul_(2)
+        torch.testing.assert_close(bridge(ids), hf(ids).logits)
+    mlp, block = hf.model.layers[1].mlp, hf.model.layers[1]
+    handle = mlp.register_forward_hook(lambda module, args, output: 1.5 * output)
+    scaled = load(hf, tokenizer=tokenizer)
+    assert scaled is not bridge
+    with torch.no_grad():
+        torch.testing.assert_close(scaled(ids), hf(ids).logits)
+        assert not torch.allclose(bridge(ids), scaled(ids))
+    handle.remove()
+    assert load(hf, tokenizer=tokenizer) is not scaled
+    steer = torch.randn(hf.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    block.register_forward_hook(lambda module, args, output: output + steer)
+    with pytest.raises(ContractError, match="If hooks are active on the model, leave them first"):
+        load(hf, tokenizer=tokenizer)
+
+
+def test_a_cast_object_is_bridged_again(make_tiny, tokenizer):
+    hf = make_tiny("llama")
+    bridge = load(hf, tokenizer=tokenizer)
+    hf.to(torch.float64)
+    again = load(hf, tokenizer=tokenizer)
+    assert again is not bridge
+    ids = torch.arange(5, 13)[None]
+    assert again(ids).dtype == torch.float64
+    torch.testing.assert_close(again(ids), hf(ids).logits)
+
+
+def test_a_mask_on_an_object_that_was_located_acts_on_its_own_passes():
+    """After ``locate`` the object is still plain: the mask acts where it generates."""
+    hf, made = plant("llama", "single", seed=0).model, torch.tensor([[1, *range(6, 16)]])
+    located = locate(hf, made)
+    with torch.no_grad():
+        plain = hf(made).logits
+        with wemask(hf, located, rate=0.9, select="activation") as record:
+            masked = hf(made).logits
+        assert record.edited.tokens == 1
+        assert not torch.allclose(masked, plain)
+        torch.testing.assert_close(hf(made).logits, plain, rtol=0, atol=0)
+        with wemask(load(hf), located, rate=0.9, select="activation"):
+            torch.testing.assert_close(load(hf)(made), masked)

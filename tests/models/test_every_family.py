@@ -120,7 +120,7 @@ def test_the_page_is_what_the_table_says():
 
 def test_a_measured_model_is_let_go():
     """What is noted beside a model must not keep it."""
-    bridge, _, _ = checked_bridge(families.tiny("HeliumForCausalLM"), None, name="it")
+    bridge, _ = checked_bridge(families.tiny("HeliumForCausalLM"), None, name="it")
     with torch.no_grad():
         bridge(torch.tensor([[1, 5, 9]]), use_cache=False)
     gone = weakref.ref(bridge.original_model)

@@ -63,7 +63,7 @@ class Family:
     @cached_property
     def bridge(self) -> Any:
         """The checked bridge, around a view: the plain model stays plain."""
-        bridge, _, way = checked_bridge(self.hf, tokenizer(), name=self.name)
+        bridge, way = checked_bridge(self.hf, tokenizer(), name=self.name)
         self.way = NAMES[way]
         return bridge
 
