@@ -21,6 +21,7 @@ from melens.interventions.target import note_weights
 from melens.models.anatomy import is_folded
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
+from melens.progress import say_once
 from melens.protocols import HookedModel, JsonObject
 from melens.provenance import ModelFacts, RunInfo
 from melens.store import digest
@@ -114,6 +115,8 @@ class Inputs:
         """
         batches = _batches(self.model, prompts, batch_size, least)
         settings = _settings(self.model, prompts, rows_of(batches))
+        if settings["bos"] is None and settings.get("bos_first") is False:
+            _say_without_bos(self.model, prompts)
         return Inputs(self.model, batches, settings, self.weights)
 
     def ticker(self, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
@@ -136,6 +139,20 @@ def rows_of(batches: Sequence[Batch]) -> list[list[int]]:
         for batch in batches
         for row, mask in zip(batch.ids, batch.mask, strict=True)
     ]
+
+
+def _say_without_bos(model: HookedModel, source: object) -> None:
+    """Say once that TransformerLens would begin these texts otherwise; ids stay as they are."""
+    texts = source is None or isinstance(source, (str, Path, Prompts))
+    if not texts and isinstance(source, Sequence):
+        texts = all(isinstance(text, str) for text in source)
+    start = getattr(model.tokenizer, "bos_token", None)
+    if texts and start is not None and getattr(model.cfg, "default_prepend_bos", False):
+        say_once(
+            f"texts begin without BOS, as this tokenizer begins them; TransformerLens's "
+            f"model.to_tokens(text) puts {start!r} first, where positions and values differ. "
+            "Choose with --bos or --no-bos, in Python melens.prompts(..., bos=True)."
+        )
 
 
 def prepare(
