@@ -152,7 +152,10 @@ def draw_panels(result: AttentionMaps) -> Figure:
     shown = result.heads[:MAX_PANELS]
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    made = Drawing(figsize=(PAGE, 0.6 + rows * 0.98 * PAGE / COLUMNS), layout="constrained")
+    wide = columns * (PAGE / COLUMNS if columns > 1 else 0.36 * PAGE)  # a single one larger
+    beside = PAGE / COLUMNS * (columns < COLUMNS)  # for the bar of colours
+    size = (wide + beside * 0.6, 0.6 + rows * 0.98 * wide / columns)
+    made = Drawing(figsize=size, layout="constrained")
     grid = made.subplots(rows, columns, squeeze=False)
     n = len(result.tokens)
     image = None
@@ -178,6 +181,7 @@ def draw_panels(result: AttentionMaps) -> Figure:
     assert image is not None
     made.colorbar(image, ax=grid, label=f"attention (colour ~ its power {GAMMA})", shrink=0.8)
     part = f", {len(shown)} of {len(result.heads)} heads" if len(shown) < len(result.heads) else ""
-    title = f"{result.run.subject}: queries down, keys across (from 0){part}"
+    between = " " if columns > 2 else "\n"
+    title = f"{result.run.subject}:{between}queries down, keys across (from 0){part}"
     made.suptitle(plain(title), fontsize=8)
     return made
