@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from melens.errors import ResultError
-from melens.figures.own_style import own_settings
+from melens.figures.own_style import apply_own_style
 from melens.formatting import printable
 from melens.registry import Registry
 from melens.results.base import Result
@@ -103,7 +103,7 @@ def house_style() -> Iterator[None]:
     """
     style = resources.files("melens.figures") / "melens.mplstyle"
     with resources.as_file(style) as file, mpl.rc_context(fname=file):
-        mpl.rcParams.update(own_settings())
+        apply_own_style()
         yield
 
 

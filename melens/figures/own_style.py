@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
 from melens.errors import ResultError
 from melens.store import PAGE, read_limited
 
-_OWN: ContextVar[Mapping[str, Any] | None] = ContextVar("own_style", default=None)
+_OWN: ContextVar[str | None] = ContextVar("own_style", default=None)
 
 
 @contextmanager
@@ -25,35 +24,38 @@ def own_style(style: Path | str) -> Iterator[None]:
     Args:    style: a style file as matplotlib reads it, or the name of one of matplotlib's own.
     Raises:  ResultError: no such file or name, or a file that is no style.
     """
-    token = _OWN.set(_settings(style))
+    _refuse_what_is_no_style(str(style))
+    token = _OWN.set(str(style))
     try:
         yield
     finally:
         _OWN.reset(token)
 
 
-def own_settings() -> Mapping[str, Any]:
-    """Settings of the style in force; empty where there is none."""
-    return _OWN.get() or {}
+def apply_own_style() -> None:
+    """Set matplotlib to the style in force, if there is one."""
+    if (own := _OWN.get()) is not None:
+        from matplotlib import style  # reads all of matplotlib's style files
+
+        style.use(own)
 
 
-def _settings(style: Path | str) -> Mapping[str, Any]:
-    from matplotlib import style as styles  # reads all of matplotlib's style files
+def _refuse_what_is_no_style(style: str) -> None:
+    from matplotlib.style import library
 
     if not Path(style).is_file():
-        if str(style) in styles.library:
-            return styles.library[str(style)]
+        if style in library:
+            return
         raise ResultError(
             f"there is no style '{style}'; give a .mplstyle file, or the name of one of "
             "matplotlib's own, such as 'ggplot'."
         )
     _refuse_other_text(Path(style))
     try:
-        found = mpl.rc_params_from_file(style, fail_on_error=True, use_default_template=False)
+        mpl.rc_params_from_file(style, fail_on_error=True, use_default_template=False)
     except ValueError as error:
         said = str(error).splitlines()[-1].strip()
         raise ResultError(f"{style} is no style that matplotlib can read: {said}") from None
-    return {key: found[key] for key in found if key not in styles.core.STYLE_BLACKLIST}
 
 
 def _refuse_other_text(path: Path) -> None:
