@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from markupsafe import Markup
+
+from melens.reporting.sections import Fact
+from melens.reporting.source import Addressed, step
+from melens.results.check import Finding
+
 LAYER = "Layer (from 0)"
-LOW, HIGH = "Loss added, 95 % interval, from (nats a token)", "the same, to (nats a token)"
 FIRST = {
     "first_tokens": "First tokens tried",
     "not_massive": "First tokens that are not massive",
@@ -13,9 +18,9 @@ FIRST = {
 ADDED = {
     "loss": "Loss without the edit (nats a token)",
     "texts": "Texts",
-    "interval_low": LOW,
-    "interval_high": HIGH,
 }
+INTERVAL = "Loss added, 95 % interval (nats a token)"
+ENDS = ("interval_low", "interval_high")
 EVIDENCE: dict[str, dict[str, str]] = {
     "float16-range": {
         "layer": "Layer of the largest |x| (from 0)",
@@ -56,8 +61,6 @@ EVIDENCE: dict[str, dict[str, str]] = {
         "row": "Its row of the down projection (residual dimension, from 0)",
         "column": "Its column of the down projection (FFN neuron, from 0)",
         "weight": "Value of the weight",
-        "interval_low": LOW,
-        "interval_high": HIGH,
     },
     "one-token": {**ADDED, "control": "Loss that the control adds (nats a token)"},
     "kv-eviction": {
@@ -76,6 +79,22 @@ EVIDENCE: dict[str, dict[str, str]] = {
 """Rule -> name of a number of its evidence -> words; names that are words already stay."""
 
 
-def evidence_label(rule: str, name: str) -> str:
-    """The words for one number of a rule's evidence."""
-    return EVIDENCE.get(rule, {}).get(name, name.replace("_", " "))
+def evidence_facts(found: Finding, at: str, source: Addressed) -> list[Fact]:
+    """The finding's number and threshold, then its evidence in the order of :data:`EVIDENCE`.
+
+    Args:    at: pointer of the finding.
+    """
+    made = [
+        Fact(f"Measured: {found.unit or 'no unit'}", source.number(f"{at}/value")),
+        Fact("Policy's threshold, in the same unit", source.number(f"{at}/threshold")),
+    ]
+    place, words = f"{at}/evidence", EVIDENCE.get(found.id, {})
+    if all(end in found.evidence for end in ENDS):
+        low, high = (source.number(f"{place}/{end}") for end in ENDS)
+        made.append(Fact(INTERVAL, Markup("{} to {}").format(low, high)))
+    order = [name for name in words if name in found.evidence]
+    order += [name for name in found.evidence if name not in words and name not in ENDS]
+    for name in order:
+        label = words.get(name, name.replace("_", " "))
+        made.append(Fact(label, source.number(f"{place}{step(name)}")))
+    return made

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from melens.figures.attention_view import DRAW_PANELS, PANEL_STYLE, bundle, content_policy
 from melens.protocols import JsonObject
-from melens.reporting.evidence import evidence_label
+from melens.reporting.evidence import evidence_facts
 from melens.reporting.pictures import picture_uri
 from melens.reporting.sections import SECTIONS, Fact, PageBlock, PageView, Picture, Table, other
 from melens.reporting.shipping import (
@@ -35,7 +35,7 @@ from melens.reporting.source import (
     page_text,
     step,
 )
-from melens.results.check import CheckReport, Finding
+from melens.results.check import CheckReport
 
 VERDICTS = {
     "pass": "✓ Pass: within the policy",
@@ -113,23 +113,12 @@ def finding_views(report: CheckReport, source: Addressed) -> list[FindingView]:
             found.severity,
             SIGNS[found.severity],
             found.title,
-            _facts(found, f"/findings/{i}", source),
+            evidence_facts(found, f"/findings/{i}", source),
             source.link(found.source, found.source),
             found.why,
             found.advice,
         )
         for i, found in enumerate(report.findings)
-    ]
-
-
-def _facts(found: Finding, at: str, source: Addressed) -> list[Fact]:
-    made = [
-        Fact(f"Measured: {found.unit or 'no unit'}", source.number(f"{at}/value")),
-        Fact("Policy's threshold, in the same unit", source.number(f"{at}/threshold")),
-    ]
-    return made + [
-        Fact(evidence_label(found.id, name), source.number(f"{at}/evidence{step(name)}"))
-        for name in found.evidence
     ]
 
 

@@ -16,7 +16,7 @@ NAME = 48
 """Characters of a model's name that a figure has room for."""
 DIGITS = 2
 """Decimals of a place in a drawing, in points: a tenth of what a screen shows."""
-PLAIN = " \"()*,-./:;=?@_!$+{}[]|~^`\\<>"
+PLAIN = ' "()*,-./:;=?@_!$+{}[]|~^`\\<>'
 """Characters that may stand as they are between single quotes of an attribute."""
 _SPARE = re.compile(r"<!--.*?-->|<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", re.DOTALL)
 _PLACES = re.compile(r'( (?:d|x|y|width|height)=")([^"]*)|(translate\()([^)]*)')
@@ -39,9 +39,7 @@ def smaller(svg: str) -> str:
     svg = re.sub(r">\s+<", "><", _SPARE.sub("", svg)).strip()
     named = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg))
     used = {name for pair in named for name in pair}
-    svg = re.sub(
-        r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg
-    )
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = _PLACES.sub(
         lambda found: (found[1] or found[3]) + _rounded(found[2] or found[4] or ""), svg
     )

@@ -58,7 +58,8 @@ def many(n: int, what: str) -> str:
 def _open(report: CheckReport) -> str:
     """How many rules have no answer: a yes is about the others only."""
     n = sum(rule.status == "not measured" for rule in report.rules)
-    return f" {many(n, 'rule')} of {len(report.rules)} not measured." if n else ""
+    verb = "was" if n == 1 else "were"
+    return f" {n} of {len(report.rules)} rules {verb} not measured." if n else ""
 
 
 def to_do(report: CheckReport) -> tuple[Finding, ...]:
@@ -81,7 +82,7 @@ def head_facts(report: CheckReport, source: Addressed) -> list[Fact]:
     run = report.run
     made = [
         Fact("Model or path", source.number("/run/model")),
-        Fact("Date", source.number("/run/created")),
+        Fact("Date", source.link("/run/created", run.created[:16].replace("T", " "))),
         Fact("Number format (dtype)", source.number("/run/dtype")),
     ]
     for name, label in (("sequences", "Texts"), ("length", "Tokens of a text")):
