@@ -59,8 +59,9 @@ FIGURES = {
 """File in docs/figures -> the result it is drawn from, and its style."""
 STUDIES = {"foresee-study.png": ("foresee.json", "11_foresee.py")}
 """File in docs/figures -> the counts in docs/studies, and the experiment that draws them."""
-DRAWING = re.compile(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]+")
-"""A drawing inside a page: its bytes differ by the version of matplotlib."""
+DRAWING = re.compile(r"data:image/svg\+xml,[^']+|(?<=id=\"drawer\">)[A-Za-z0-9+/=]+")
+"""A drawing inside a page, or its packed script: their bytes differ by the versions of matplotlib
+and of zlib."""
 TABLES: dict[str, Callable[[], list[dict[str, Any]]]] = {}
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 Rows = list[dict[str, Any]]

@@ -34,13 +34,22 @@ _LABEL_LENGTH = 14
 """Longest token beside a map; longer ones would leave no room for the map."""
 _MARKS = str.maketrans({"\n": "↵", "\r": "␍", "\t": "⇥"})
 
-BOOT = """
-for (const panel of document.querySelectorAll("[data-component]")) {
-  const props = JSON.parse(document.getElementById(panel.id + "-props").textContent);
-  CircuitsVis.render(panel.id, CircuitsVis[panel.dataset.component], props);
+DRAW_PANELS = """
+function drawPanels() {
+  for (const panel of document.querySelectorAll("[data-component]")) {
+    const draw = () => {
+      const props = JSON.parse(document.getElementById(panel.id + "-props").textContent);
+      CircuitsVis.render(panel.id, CircuitsVis[panel.dataset.component], props);
+    };
+    const folded = panel.closest("details:not([open])");
+    if (folded) folded.addEventListener("toggle", draw, { once: true });
+    else draw();
+  }
 }
 """
-"""Draws every panel of a page, after bundle()."""
+"""Draws every panel of a page, a folded one when it is opened: before, it has no size."""
+BOOT = f"{DRAW_PANELS}drawPanels();\n"
+"""The same at once, after bundle()."""
 PANEL_STYLE = """
 .panel { color-scheme: light; background: #fff; color: #1a1a1a; padding: .8rem;
   border: 1px solid var(--rule); border-radius: 6px; }

@@ -32,21 +32,24 @@ LEAST = 1e-4
 
 @figure(Isolation, "factorial")
 def draw_factorial(result: Isolation, into: Into = None) -> Figure:
-    """Coordinate, sinks and loss in the four cells; grey: the same edits at all other layers."""
+    """Coordinate, sinks and loss in the four cells, as points: a log axis has no foot for a bar.
+
+    Grey: the same edits at all other layers.
+    """
     made = sheet(into, PAGE, 2.7)
     left, middle, right = made.subplots(1, 3)
     cells = [getattr(result.factorial, name) for name in CELLS]
-    _bars(left, [max(abs(c.left), LEAST) for c in cells], [c.left_interval for c in cells])
+    _cells(left, [max(abs(c.left), LEAST) for c in cells], [c.left_interval for c in cells])
     left.set_yscale("log")
     left.set_ylim(LEAST / 2, 3)
     left.set_title("coordinate left (share)", loc="left")
-    _bars(middle, [c.sink_rate for c in cells], [c.sink_interval for c in cells])
+    _cells(middle, [c.sink_rate for c in cells], [c.sink_interval for c in cells])
     middle.set_ylim(0, 1.03)
     middle.set_title("sink rate (alpha > 0.3)", loc="left")
-    _bars(right, [c.loss_delta for c in cells], [c.loss_interval for c in cells])
+    _cells(right, [c.loss_delta for c in cells], [c.loss_interval for c in cells])
     right.axhline(0, color="black", lw=0.6)
     right.set_title("change of loss (nats)", loc="left")
-    for x, name in ((1.4, "flat"), (2.4, "edited")):
+    for x, name in ((1.25, "flat"), (2.25, "edited")):
         others = [c for row in result.controls.layers if (c := getattr(row, name)) is not None]
         _dots(left, x, [max(abs(c.left), LEAST) for c in others])
         _dots(middle, x, [c.sink_rate for c in others])
@@ -56,11 +59,13 @@ def draw_factorial(result: Isolation, into: Into = None) -> Figure:
     return made
 
 
-def _bars(axes: Axes, values: list[float], intervals: list[tuple[float, float] | None]) -> None:
-    axes.bar(range(len(values)), values, width=0.6, color=BLUE)
+def _cells(axes: Axes, values: list[float], intervals: list[tuple[float, float] | None]) -> None:
+    axes.plot(range(len(values)), values, ls="", marker="o", ms=5, color=BLUE)
     for x, found in enumerate(intervals):
         if found is not None:
-            axes.vlines(x, *found, color="black", lw=1)
+            axes.vlines(x, *found, color=BLUE, lw=1.2)
+    axes.grid(visible=True, axis="y")
+    axes.set_xlim(-0.5, len(values) - 0.5)
     axes.set_xticks(range(len(values)), CELLS.values(), rotation=20, fontsize=7)
 
 
@@ -132,10 +137,18 @@ def draw_neurons(result: Isolation, into: Into = None) -> Figure:
     rows = [n for n in result.neurons if n.layer in amounts]
     labels = [f"{n.layer} / {n.neuron}" for n in rows]
     values = [n.share * amounts[n.layer] for n in rows]
-    axes.bar(labels, values, color=[BLUE if v >= 0 else ME_COLOUR for v in values])
+    colours = [BLUE if v >= 0 else ME_COLOUR for v in values]
+    axes.scatter(range(len(rows)), values, c=colours, s=22, zorder=3)
+    axes.set_xticks(range(len(rows)), labels)
+    for x in range(1, len(rows)):
+        if rows[x].layer != rows[x - 1].layer:
+            axes.axvline(x - 0.5, color="0.85", lw=0.6)
+    axes.grid(visible=True, axis="y")
     axes.axhline(0, color="black", lw=0.6)
     largest = max(map(abs, values), default=1.0)
     axes.set_yscale("symlog", linthresh=max(largest / 1000, 1e-9))
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    axes.set_ylim(3 * min(low, -largest / 1000), 3 * max(high, largest / 1000))
     axes.set_ylabel(f"written into dimension {result.dim}")
     axes.tick_params(axis="x", rotation=90)
     axes.set_xlabel("layer (from 0) / neuron")

@@ -17,6 +17,8 @@ from melens.figures.draw import (
 from melens.results.diff import Difference, SideInfo
 
 A, B = "#0072B2", "#D55E00"
+LONGEST = 40
+"""Characters of a name; two and the verdict fit above the figure."""
 TICKS = (1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 1000, 10_000, 100_000)
 
 
@@ -30,6 +32,7 @@ def draw_profiles(result: Difference, into: Into = None) -> Figure:
     bottom.set_xlabel(LAYER_LABEL)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     made.align_ylabels()
+    made.legend(loc="outside lower center", ncols=2)
     return made
 
 
@@ -48,16 +51,14 @@ def _sizes(axes: Axes, result: Difference) -> None:
             ls=line,
             color=colour,
             ms=4,
-            label=f"{name}: {_where(side)}",
+            label=f"{name} ({_where(side)})",
         )
         if side.me_layer is not None:
             axes.axvline(side.me_layer, color=colour, ls=line, lw=0.8)
     axes.set_ylabel("largest |x| (residual units)")
-    axes.set_title(
-        "changed" if result.verdict == "changed" else "the same within tolerance", loc="left"
-    )
+    verdict = "changed" if result.verdict == "changed" else "the same within tolerance"
+    axes.set_title(f"{names[1]}, held against {names[0]}: {verdict}", loc="left")
     axes.grid(visible=True, axis="y")
-    axes.legend(loc="best")
 
 
 def _ratios(axes: Axes, result: Difference) -> None:
@@ -77,13 +78,19 @@ def _ratios(axes: Axes, result: Difference) -> None:
 
 
 def _names(result: Difference) -> tuple[str, str]:
-    """Names of both; told apart where they are one."""
-    first, second = plain(result.a.name), plain(result.b.name)
-    if first != second:
-        return first, second
-    if result.a.dtype != result.b.dtype:
-        return f"{first}, {result.a.dtype}", f"{second}, {result.b.dtype}"
-    return f"A, {first}", f"B, {second}"
+    """A and B by name; with their dtypes where the name is one, so that B / A can be read."""
+    sides = (result.a, result.b)
+    apart = result.a.name == result.b.name and result.a.dtype != result.b.dtype
+    first, second = (
+        plain(f"{_short(side.name)}, {side.dtype}" if apart else _short(side.name))
+        for side in sides
+    )
+    return f"A = {first}", f"B = {second}"
+
+
+def _short(name: str) -> str:
+    """The end of a long name, where the part stands that tells two paths apart."""
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
 
 def _where(side: SideInfo) -> str:

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 
 from melens.errors import ResultError
+from melens.figures.own_style import apply_own_style
 from melens.formatting import brief, printable
 from melens.registry import Registry
 from melens.results.base import Result
@@ -23,7 +24,7 @@ from melens.store import write_atomically
 
 COLUMN, PAGE = 3.3, 6.9
 """Widths in inches of one column and of a page's two."""
-ME_COLOUR = "#D55E00"
+ME_COLOUR, ERASE_COLOUR = "#D55E00", "#0072B2"
 SCREEN = 110
 """Dots an inch in a notebook."""
 LAYER_LABEL = "layer (counted from 0, at the block output)"
@@ -138,9 +139,13 @@ def legend_below(made: Figure, axes: Axes, into: Into, *, columns: int) -> None:
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Settings of matplotlib for every figure of melens, inside the block only."""
+    """Settings of matplotlib for every figure of melens, inside the block only.
+
+    Those of :func:`melens.figures.own_style` come on top.
+    """
     style = resources.files("melens.figures") / "melens.mplstyle"
     with resources.as_file(style) as file, mpl.rc_context(fname=file):
+        apply_own_style()
         yield
 
 
@@ -162,17 +167,31 @@ def chosen(result: Result, style: str | None) -> Drawer:
 
 def mark_me_layer(axes: Axes, layer: int | None, *, at: float = 0.04) -> None:
     """A line at the ME Layer, with its number."""
+    _mark(axes, layer, "ME Layer", ME_COLOUR, at)
+
+
+def mark_erase_layer(axes: Axes, layer: int | None, *, at: float = 0.04) -> None:
+    """A line at the layer that erases most of the massive activation; its number left of it."""
+    _mark(axes, layer, "erase layer", ERASE_COLOUR, at, left=True)
+
+
+def _mark(
+    axes: Axes, layer: int | None, name: str, colour: str, at: float, *, left: bool = False
+) -> None:
+    """The text lies on white, so that no curve strikes it through."""
     if layer is None:
         return
-    axes.axvline(layer, color=ME_COLOUR, lw=0.8)
+    axes.axvline(layer, color=colour, lw=0.8, ls="--" if left else "-")
     axes.annotate(
-        f"ME Layer {layer}",
+        f"{name} {layer}",
         (layer, at),
-        xytext=(4, 0),
+        xytext=(-4 if left else 4, 0),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
-        color=ME_COLOUR,
+        color=colour,
         fontsize=7,
+        ha="right" if left else "left",
+        bbox={"facecolor": mpl.rcParams["axes.facecolor"], "lw": 0, "pad": 0.8, "alpha": 0.85},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -27,6 +28,10 @@ from melens.results.evaluation import ConditionScore, Evaluation
 BLUE, GREY, GREEN, BLACK = "#0072B2", "#777777", "#009E73", "black"
 COLOURS = {"dose": BLUE, "edited": ME_COLOUR, "control": GREY, "rival": GREEN}
 MARKERS = {"dose": "o", "edited": "D", "control": "s", "rival": "^"}
+SHORT = 26
+"""Characters of a label's line that a panel of 1.6 inches holds."""
+ROUNDING = 1e-9
+"""Differences that are smaller everywhere are drawn as none."""
 SHOWN = {"dose": "other doses", "edited": "the edit", "control": "controls", "rival": "other edits"}
 
 
@@ -34,12 +39,28 @@ SHOWN = {"dose": "other doses", "edited": "the edit", "control": "controls", "ri
 def draw_dose(result: Evaluation, into: Into = None) -> Figure:
     """Difference to no edit against the dose; controls and other edits; masked energy below."""
     others = (*result.controls, *result.rivals)
+    if not result.dose:  # one dose is no curve
+        made = sheet(into, PAGE, 1.6 + 0.22 * len(others))
+        beside = made.subplots()
+    else:
+        height = max(3.4, 1.5 + 0.22 * (1 + len(others)))
+        made = sheet(into, PAGE, height)
+        beside = _with_curve(made, result)
+    _beside(beside, result, others)
+    for role in ("dose", "edited", "control", "rival"):
+        if any(c.role == role for c in result.conditions):
+            look = {"ls": "", "marker": MARKERS[role], "color": COLOURS[role]}
+            beside.plot([], [], label=SHOWN[role], **look)  # type: ignore[arg-type]
+    made.legend(*beside.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    made.suptitle(plain(_title(result)), fontsize=8)
+    return made
+
+
+def _with_curve(made: Figure, result: Evaluation) -> Axes:
+    """Draws the effect by dose on the left, with the masked energy below; the axes on the right."""
     masks = any(c.energy is not None for c in result.conditions)
-    bars = 1 + len(others)
-    made = sheet(into, PAGE, max(2.9, 1.5 + 0.17 * bars))
-    grid = made.add_gridspec(
-        2 if masks else 1, 2, width_ratios=(1, 1.05), height_ratios=(3, 1) if masks else (1,)
-    )
+    heights = (3, 1) if masks else (1,)
+    grid = made.add_gridspec(len(heights), 2, width_ratios=(1, 1.05), height_ratios=heights)
     curve = made.add_subplot(grid[0, 0])
     _curve(curve, result)
     if masks:
@@ -50,13 +71,7 @@ def draw_dose(result: Evaluation, into: Into = None) -> Figure:
         made.align_ylabels((curve, below))
     else:
         curve.set_xlabel(_dose_name(result))
-    _beside(made.add_subplot(grid[:, 1]), result, others)
-    for role in ("dose", "edited", "control", "rival"):
-        if any(c.role == role for c in result.conditions):
-            curve.plot([], [], ls="", marker=MARKERS[role], color=COLOURS[role], label=SHOWN[role])
-    made.legend(*curve.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    made.suptitle(plain(_title(result)), fontsize=8)
-    return made
+    return made.add_subplot(grid[:, 1])
 
 
 def _doses(result: Evaluation) -> list[ConditionScore]:
@@ -86,7 +101,14 @@ def _curve(axes: Axes, result: Evaluation) -> None:
         axes.plot(x, _delta(c), MARKERS[c.role], color=COLOURS[c.role], ms=4, zorder=3)
     axes.axhline(0, color=BLACK, lw=0.6)
     axes.set_xlim(0, 1.03)
+    if _all_zero(doses):
+        axes.set_ylim(-0.05, 0.05)
     axes.set_ylabel(_label(result, "\n"))
+
+
+def _all_zero(conditions: Sequence[ConditionScore]) -> bool:
+    """Whether an axis of its own choice would show rounding errors."""
+    return all(abs(x) < ROUNDING for c in conditions for x in (_delta(c), *_interval(c)))
 
 
 def _energy(axes: Axes, doses: Sequence[ConditionScore]) -> None:
@@ -96,7 +118,7 @@ def _energy(axes: Axes, doses: Sequence[ConditionScore]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(-0.05, 1.08)
     axes.set_yticks((0, 0.5, 1))
-    axes.set_ylabel("token's energy\nmasked")
+    axes.set_ylabel("energy\nmasked")
 
 
 def _beside(axes: Axes, result: Evaluation, others: Sequence[ConditionScore]) -> None:
@@ -113,6 +135,8 @@ def _beside(axes: Axes, result: Evaluation, others: Sequence[ConditionScore]) ->
     names = [_edit_name(c) for c in shown]
     axes.set_yticks(range(len(shown)), [plain(name) for name in names], fontsize=6.5)
     axes.set_ylim(len(shown) - 0.5, -0.5)
+    if _all_zero(shown):
+        axes.set_xlim(-0.05, 0.05)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel(_label(result, " "))
 
@@ -136,15 +160,26 @@ def _delta(condition: ConditionScore) -> float:
 
 
 def _label(result: Evaluation, between: str) -> str:
+    """What the difference is in; over lines short enough for a low panel where they may break."""
     better = "higher" if result.higher_is_better else "lower"
-    return f"change, {result.unit}{between}({better} is better)"
+    what = plain(f"change, {result.unit}")
+    if between == "\n":
+        what = textwrap.fill(what, SHORT)
+    return f"{what}{between}({better} is better)"
 
 
 def _title(result: Evaluation) -> str:
     return (
         f"{result.run.subject}, {result.task}, {result.n} items; the edit: {result.edit.label}\n"
-        f"{result.base.value:.4g} {result.unit} without it; bars: 95 % over items, paired"
+        f"{result.base.value:.4g} {result.unit} without it; {_bars(result.conditions)}"
     )
+
+
+def _bars(conditions: Sequence[ConditionScore]) -> str:
+    """What the bars are, where there are any."""
+    if any(c.delta is not None and c.delta.interval is not None for c in conditions):
+        return "bars: 95 % over items, paired"
+    return "paired; no interval, as there are too few items or all are alike"
 
 
 @figure(Evaluation, "paired")
@@ -231,7 +266,7 @@ def draw_dose_grid(results: Sequence[Evaluation]) -> Figure:
         made.suptitle(
             plain(
                 f"{first.run.subject}, {first.task}, {first.n} items, {first.base.value:.4g} "
-                f"{first.unit} without an edit; bars: 95 % over items, paired"
+                f"{first.unit} without an edit; {_bars([c for r in results for c in r.conditions])}"
             ),
             fontsize=8,
         )

@@ -58,10 +58,9 @@ def draw_positions(result: LongContext, into: Into = None) -> Figure:
         _changes(changes, result)
         handles, names = losses.get_legend_handles_labels()
         made.legend(handles, names, loc="outside lower center", ncols=2)
-    made.suptitle(
-        plain(f"{result.run.subject}: {result.texts} plain texts, mean and 95 % over texts"),
-        fontsize=8,
-    )
+    bands = any(part.loss.interval for c in _shown(result) for part in c.bins)
+    said = "mean and 95 % over texts" if bands else "mean"
+    made.suptitle(plain(f"{result.run.subject}: {result.texts} plain texts, {said}"), fontsize=8)
     return made
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,7 +13,9 @@ from melens.figures.draw import (
     PAGE,
     Into,
     figure,
+    mark_erase_layer,
     mark_me_layer,
+    panel,
     plain,
     sheet,
 )
@@ -23,9 +23,9 @@ from melens.results import CheckReport
 from melens.results.describe import TokenPortrait
 from melens.results.locate import MELayer
 
-BESIDE_LEGEND = 30
-"""Characters of a title that fit beside the legend; a longer one gets a line of its own."""
 LONGEST_NAME = 60
+DECADES = 6
+"""Of a heat map's colours; what is smaller has the darkest."""
 
 
 @figure(MELayer, "profile")
@@ -38,6 +38,7 @@ def draw_profile(result: MELayer, into: Into = None) -> Figure:
     bottom.set_xlabel(LAYER_LABEL)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     made.align_ylabels()
+    made.legend(loc="outside lower center", ncols=3)
     return made
 
 
@@ -57,7 +58,7 @@ def _magnitudes(axes: Axes, result: MELayer) -> None:
     axes.set_title(_title(result), loc="left")
     axes.grid(visible=True, axis="y")
     mark_me_layer(axes, result.me_layer)
-    axes.legend(loc="lower right", ncols=3, bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    mark_erase_layer(axes, result.erase_layer, at=0.16)  # clear of the other where both are near
 
 
 def _shares(axes: Axes, result: MELayer) -> None:
@@ -75,15 +76,12 @@ def _shares(axes: Axes, result: MELayer) -> None:
 
 
 def _title(result: MELayer) -> str:
-    """The model and how its texts began; what does not fit beside the legend gets its own."""
+    """The model, how its texts began, and the verdict."""
     name, start = result.run.model, result.run.start
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
     said = f" ({start})" if start else ""
-    title = f"{plain(name)}{said}: {result.verdict}"
-    if len(title) <= BESIDE_LEGEND:
-        return title
-    return f"{plain(name)}: {result.verdict}\n{start or ''}"
+    return f"{plain(name)}{said}: {result.verdict}"
 
 
 @figure(TokenPortrait, "curves")
@@ -98,7 +96,7 @@ def draw_curves(result: TokenPortrait, into: Into = None) -> Figure:
         top.plot(layers, gaps(curve), marker="o", label=f"top {k}")
     top.set_ylabel("share of energy")
     top.set_ylim(0, 1.03)
-    top.set_title(_token_title(result), loc="left")
+    made.suptitle(_token_title(result), fontsize=8)
     top.legend(loc="lower right", ncols=4, bbox_to_anchor=(1, 1), borderaxespad=0.2)
     mark_me_layer(top, result.me_layer)
     _cosines(bottom, result)
@@ -119,30 +117,36 @@ def _cosines(axes: Axes, result: TokenPortrait) -> None:
     axes.axvline(result.me_layer or 0, color=ME_COLOUR, lw=0.8)
     axes.set_ylabel("cosine")
     axes.set_ylim(top=1.03)
-    axes.legend(loc="lower right", ncols=3)
+    axes.legend(loc="lower right", ncols=3, bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
 
 @figure(TokenPortrait, "dimensions")
 def draw_dimensions(result: TokenPortrait, into: Into = None) -> Figure:
-    """|x| of the token over layers and its largest dimensions, as bars in space."""
-    made = sheet(into, PAGE, 3.8)
-    if not result.coordinates:
-        return nothing(made, result)
-    axes: Any = made.add_axes((0.0, 0.0, 0.98, 0.98), projection="3d")
+    """|x| of the token on a log scale: layers across, its largest dimensions down."""
     shown = result.coordinates
-    colours = mpl.colormaps["cividis"]
-    for place, coordinate in enumerate(shown):
-        heights = [abs(value) for value in coordinate.values]
-        colour = colours(1 - place / max(len(shown) - 1, 1))
-        axes.bar(range(len(heights)), heights, zs=place, zdir="y", color=colour, width=0.8)
+    if not shown:
+        return nothing(sheet(into, PAGE, 1.3), result)
+    made, axes = panel(into, PAGE, 1.3 + 0.2 * len(shown))
+    sizes = [[abs(value) for value in coordinate.values] for coordinate in shown]
+    top = max(map(max, sizes)) or 1.0
+    floor = min((x for row in sizes for x in row if x > 0), default=top / 10)
+    floor = max(min(floor, top / 10), top / 10**DECADES)
+    image = axes.imshow(
+        [[max(value, floor) for value in row] for row in sizes],
+        cmap="cividis",
+        norm=LogNorm(floor, top),
+        aspect="auto",
+        interpolation="nearest",
+    )
     axes.set_yticks(range(len(shown)), [str(coordinate.dim) for coordinate in shown])
-    axes.tick_params(axis="z", pad=5)
-    axes.set_xlabel("layer (from 0)")
     axes.set_ylabel("dimension")
-    axes.set_zlabel("|x| (residual units)", labelpad=8)
-    axes.set_box_aspect((2.2, 1.4, 1), zoom=1.0)
-    axes.view_init(elev=24, azim=-62)
-    made.suptitle(_token_title(result), x=0.02, y=0.98, ha="left", fontsize=8)
+    axes.set_xlabel(LAYER_LABEL)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(_token_title(result), loc="left")
+    if result.me_layer is not None:
+        axes.axvline(result.me_layer - 0.5, color=ME_COLOUR, lw=1.2)
+        axes.set_title(f"line: before the ME Layer ({result.me_layer})", loc="right", fontsize=7)
+    made.colorbar(image, ax=axes, label="|x| (residual units)", pad=0.02)
     return made
 
 

@@ -66,15 +66,17 @@ def draw_top1(result: Collapse, into: Into = None) -> Figure:
 def _panels(result: Collapse, definition: str, label: str, into: Into) -> Figure:
     rows = -(-(len(result.sites) + 1) // COLUMNS)
     made = sheet(into, PAGE, 0.3 + 1.5 * rows)
-    grid = made.subplots(rows, COLUMNS, squeeze=False)
+    grid = made.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True)  # to be compared
     for axes, site in zip(grid.flat, result.sites, strict=False):
         _panel(axes, result, site, definition)
     for axes in grid.flat[len(result.sites) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
-        axes.set_ylabel(label)
+        axes.set_ylabel(label.replace(" (", "\n("))
+    grid[0, 0].set_ylim(bottom=0)
     for axes in grid.flat[max(0, len(result.sites) - COLUMNS) : len(result.sites)]:
         axes.set_xlabel("layer (from 0)")
+        axes.tick_params(labelbottom=True)
     grid.flat[-1].legend(*grid.flat[0].get_legend_handles_labels(), loc="center")
     made.suptitle(plain(f"{result.run.subject}: {label}, heads averaged"), fontsize=8)
     return made
@@ -93,7 +95,6 @@ def _panel(axes: Axes, result: Collapse, site: str, definition: str) -> None:
     if result.me_layer is not None:
         axes.axvline(result.me_layer, color=ME_COLOUR, lw=0.8, label="ME Layer")
     axes.set_title(NAMES[site], loc="left")
-    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

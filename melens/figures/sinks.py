@@ -47,9 +47,8 @@ def draw_map(result: Sinks, into: Into = None) -> Figure:
         axes.axhline(result.me_layer + 0.5, color=ME_COLOUR, lw=1.0)
         axes.set_title(f"line: output of the ME Layer ({result.me_layer})", loc="left")
     made.colorbar(image, ax=axes, label=f"attention to the first token (T = {result.t})")
-    if isinstance(into, Axes):
-        return made
-    made.suptitle(plain(result.run.subject), fontsize=8)
+    if not isinstance(into, Axes):
+        made.suptitle(plain(result.run.subject), fontsize=8)
     return made
 
 
@@ -146,7 +145,10 @@ def draw_panels(result: AttentionMaps, into: Into = None) -> Figure:
     shown = result.heads[:MAX_PANELS]
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    made = sheet(into, PAGE, 0.6 + rows * 0.98 * PAGE / COLUMNS)
+    wide = columns * (PAGE / COLUMNS if columns > 1 else 0.36 * PAGE)  # a single one larger
+    beside = PAGE / COLUMNS * (columns < COLUMNS)  # for the bar of colours
+    size = (wide + beside * 0.6, 0.6 + rows * 0.98 * wide / columns)
+    made = sheet(into, *size)
     grid = made.subplots(rows, columns, squeeze=False)
     n = len(result.tokens)
     image = None
@@ -172,6 +174,7 @@ def draw_panels(result: AttentionMaps, into: Into = None) -> Figure:
     assert image is not None
     made.colorbar(image, ax=grid, label=f"attention (colour ~ its power {GAMMA})", shrink=0.8)
     part = f", {len(shown)} of {len(result.heads)} heads" if len(shown) < len(result.heads) else ""
-    title = f"{result.run.subject}: queries down, keys across (from 0){part}"
+    between = " " if columns > 2 else "\n"
+    title = f"{result.run.subject}:{between}queries down, keys across (from 0){part}"
     made.suptitle(plain(title), fontsize=8)
     return made

@@ -112,7 +112,9 @@ def _legend(result: Tuning) -> list[Line2D]:
         made.append(sign("hollow left: stopped early", mfc="none", color=CONTROL))
     if result.confirmed:
         made.append(sign("the same in development", "x"))
+    if any(row.interval is not None for row in result.confirmed):
         made.append(sign("95 % interval", "", ls="-", lw=2.2))
+    if any(row.corrected is not None for row in result.confirmed):
         made.append(sign("corrected for those confirmed", "", ls="-", lw=0.8))
     if result.best is not None:
         made.append(sign("found better", color=ME_COLOUR))

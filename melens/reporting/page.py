@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html
 import json
 from dataclasses import dataclass
@@ -11,9 +13,19 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from melens.figures.attention_view import BOOT, PANEL_STYLE, bundle, content_policy
+from melens.figures.attention_view import DRAW_PANELS, PANEL_STYLE, bundle, content_policy
 from melens.protocols import JsonObject
+from melens.reporting.evidence import evidence_facts
+from melens.reporting.pictures import picture_uri
 from melens.reporting.sections import SECTIONS, Fact, PageBlock, PageView, Picture, Table, other
+from melens.reporting.shipping import (
+    QUESTION,
+    SIGNS,
+    head_facts,
+    nothing_to_do,
+    ship_answer,
+    to_do,
+)
 from melens.reporting.source import (
     GLOSSARY,
     Addressed,
@@ -21,10 +33,9 @@ from melens.reporting.source import (
     anchor,
     attribute_text,
     page_text,
-    picture_uri,
     step,
 )
-from melens.results.check import CheckReport, Finding
+from melens.results.check import CheckReport
 
 VERDICTS = {
     "pass": "✓ Pass: within the policy",
@@ -80,10 +91,6 @@ def key_facts(report: CheckReport, parts: list[PagePart]) -> list[Fact]:
     return offered + _counts(report)
 
 
-SIGNS = {"critical": "✗", "warning": "▲", "info": "●"}
-"""Beside the word, so that no colour has to say it."""
-
-
 @dataclass(frozen=True)
 class FindingView:
     """One finding, its numbers with their addresses."""
@@ -93,7 +100,6 @@ class FindingView:
     sign: str
     title: str
     facts: list[Fact]
-    unit: str
     source: Linked
     why: str
     advice: str
@@ -107,24 +113,12 @@ def finding_views(report: CheckReport, source: Addressed) -> list[FindingView]:
             found.severity,
             SIGNS[found.severity],
             found.title,
-            _facts(found, f"/findings/{i}", source),
-            found.unit or "none",
+            evidence_facts(found, f"/findings/{i}", source),
             source.link(found.source, found.source),
             found.why,
             found.advice,
         )
         for i, found in enumerate(report.findings)
-    ]
-
-
-def _facts(found: Finding, at: str, source: Addressed) -> list[Fact]:
-    made = [
-        Fact("Measured", source.number(f"{at}/value")),
-        Fact("Policy's threshold", source.number(f"{at}/threshold")),
-    ]
-    return made + [
-        Fact(name.replace("_", " "), source.number(f"{at}/evidence{step(name)}"))
-        for name in found.evidence
     ]
 
 
@@ -315,9 +309,9 @@ def _escaped(value: object) -> str:
     return html.escape(_json(value), quote=False)
 
 
-LARGEST = 4_700_000
-"""Characters of a page; one may be three bytes, so the file stays below 5 MB."""
-REST = 500_000
+LARGEST = 1_950_000
+"""Characters of a page; few are more than a byte, so the file stays below 2 MB."""
+REST = 300_000
 """Of these, for tables, words and the ids in the JSON."""
 
 
@@ -332,11 +326,17 @@ def html_page(report: CheckReport) -> str:
     blocks = [block for part in parts for block in part.blocks]
     panels = any(block.panels for block in blocks)
     js, css = _asset("page.js"), _asset("page.css") + PANEL_STYLE
-    scripts = [js, *((bundle()[0], BOOT) if panels else ())]
+    boot = f"{DRAW_PANELS}{_asset('unpack.js')}"
+    drawer = bundle()[0] if panels else ""
+    ship = ship_answer(report)
     values: JsonObject = {
         "report": report,
         "title": f"melens check: {report.model}",
-        "verdict": {"css": report.verdict, "text": VERDICTS[report.verdict]},
+        "question": QUESTION,
+        "ship": ship,
+        "to_do": _places(report),
+        "nothing_to_do": nothing_to_do(report),
+        "head": head_facts(report, source),
         "tiles": key_facts(report, parts),
         "findings": finding_views(report, source),
         "rules": rule_table(report, source),
@@ -348,11 +348,11 @@ def html_page(report: CheckReport) -> str:
         "policy": policy_table(report, source),
         "glossary": list(GLOSSARY.items()),
         "panels": panels,
-        "csp": Markup(content_policy(*scripts)),
+        "csp": Markup(content_policy(js, *((drawer, boot) if panels else ()))),
         "css": Markup(css),
         "js": Markup(js),
-        "bundle": Markup(scripts[1]) if panels else "",
-        "boot": Markup(BOOT),
+        "bundle": Markup(packed(drawer)),
+        "boot": Markup(boot),
     }
     values["contents"] = _contents(values)
     values["pieces"] = [
@@ -360,6 +360,17 @@ def html_page(report: CheckReport) -> str:
         for piece in pieces(source.data, source.taken, _room(values))
     ]
     return _environment().get_template("page.html.j2").render(values) + "\n"
+
+
+@cache
+def packed(script: str) -> str:
+    """A script as base64 of gzip: a third of its size; unpack.js puts it back into the page."""
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
+
+
+def _places(report: CheckReport) -> list[JsonObject]:
+    """What to do now: the advice, and the number of the finding on the page."""
+    return [{"at": report.findings.index(f) + 1, "finding": f} for f in to_do(report)]
 
 
 def _draw(picture: Picture, name: str) -> JsonObject:

@@ -1,22 +1,17 @@
-"""What a page is made of: numbers with an address, safe text, pictures, words explained."""
+"""What a page is made of: numbers with an address, safe text, words explained."""
 
 from __future__ import annotations
 
-import base64
 import re
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-import matplotlib as mpl
 from markupsafe import Markup, escape
 
-from melens.figures import draw
 from melens.figures.attention_view import marked, shown
-from melens.figures.draw import house_style, rendered
-from melens.formatting import printable
 from melens.protocols import JsonObject
-from melens.results.base import Result, look_up
+from melens.results.base import look_up
 
 _RIGHT = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff"
 """Blocks of scripts that run from right to left."""
@@ -148,27 +143,6 @@ def anchor(pointer: str) -> str:
 def step(key: str | int) -> str:
     """One part of a pointer, escaped."""
     return "/" + str(key).replace("~", "~0").replace("/", "~1")
-
-
-NAME = 48
-"""Characters of a model's name that a figure has room for."""
-
-
-def picture_uri(result: Result, style: str | None) -> str:
-    """The figure as a ``data:`` SVG; letters are drawn as paths, so that no font is needed."""
-    with house_style(), mpl.rc_context({"svg.fonttype": "path"}):
-        made = rendered(draw(_with_plain_name(result), style), "svg")
-    return "data:image/svg+xml;base64," + base64.b64encode(made).decode()
-
-
-def _with_plain_name(result: Result) -> Result:
-    """A copy whose model's name the figures' font can show; the page has the whole name."""
-    run = getattr(result, "run", None)
-    if run is None:
-        return result
-    name = printable(run.model).encode("ascii", "backslashreplace").decode()
-    name = name if len(name) <= NAME else f"{name[: NAME - 3]}..."
-    return result.model_copy(update={"run": run.model_copy(update={"model": name})})
 
 
 GLOSSARY = {

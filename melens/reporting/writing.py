@@ -7,8 +7,9 @@ from pathlib import Path
 from pydantic.json_schema import models_json_schema
 
 from melens.protocols import JsonObject
-from melens.reporting.page import SIGNS, VERDICTS, canonical, html_page, key_facts, report_parts
+from melens.reporting.page import VERDICTS, canonical, html_page, key_facts, report_parts
 from melens.reporting.sections import SECTIONS
+from melens.reporting.shipping import QUESTION, SIGNS, nothing_to_do, ship_answer, to_do
 from melens.reporting.source import Addressed, code_span, markdown_text, number_text
 from melens.results.base import Result
 from melens.results.check import CheckReport
@@ -27,7 +28,9 @@ def markdown_body(report: CheckReport, *, level: int) -> str:
     source = Addressed(report.to_dict())
     facts = key_facts(report, report_parts(report, source))
     pieces = [
-        f"**{VERDICTS[report.verdict]}.** {markdown_text(report.answer)}",
+        f"**{QUESTION} {markdown_text(ship_answer(report).text)}**",
+        _to_do(report),
+        f"{VERDICTS[report.verdict]}. {markdown_text(report.answer)}",
         _table(("number", "value"), [(fact.label, str(fact.value)) for fact in facts]),
         f"{mark} Findings",
         _findings(report),
@@ -36,6 +39,15 @@ def markdown_body(report: CheckReport, *, level: int) -> str:
         _origin(report),
     ]
     return "\n\n".join(pieces) + "\n"
+
+
+def _to_do(report: CheckReport) -> str:
+    """What to do now, a point a finding."""
+    found = to_do(report)
+    if not found:
+        return f"What to do now: {nothing_to_do(report)}"
+    lines = [f"{i}. {markdown_text(f.advice)} ({f.id})" for i, f in enumerate(found, start=1)]
+    return "\n".join(("What to do now:", "", *lines))
 
 
 def _findings(report: CheckReport) -> str:

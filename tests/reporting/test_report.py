@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import planted_report as planted
 import pytest
 
 from melens.errors import OutputError, ResultError
+from melens.figures.attention_view import bundle
 from melens.reporting import (
     html_page,
     json_schema,
@@ -85,14 +87,7 @@ def page(which: str) -> Page:
     return Page(html(which))
 
 
-@cache
-def html(which: str) -> str:
-    return html_page(made(which))
-
-
-@cache
-def made(which: str) -> CheckReport:
-    return planted.hostile() if which == "hostile" else planted.report(which)
+html, made = planted.page, planted.checked
 
 
 MODELS = ("smollm2", "gemma")
@@ -130,7 +125,7 @@ def test_every_link_has_a_target_and_nothing_leaves_the_page(which):
     for element in page(which).made:
         for name in ("src", "href", "srcset", "action", "data", "poster"):
             if name in element and element[name] is not None:
-                assert element[name].startswith(("#", "data:image/svg+xml;base64,")), element
+                assert element[name].startswith(("#", "data:image/svg+xml,")), element
         if element["tag"] == "a":
             assert element["href"][1:] in ids
         assert not [name for name in element if name.startswith("on") or name == "style"]
@@ -142,8 +137,13 @@ def test_every_link_has_a_target_and_nothing_leaves_the_page(which):
 def test_the_policy_allows_the_pages_own_scripts_and_no_network(which):
     csp = next(e["content"] for e in page(which).all("meta") if "http-equiv" in e)
     parts = dict(part.split(maxsplit=1) for part in csp.split("; "))
-    code = [e["text"] for e in page(which).all("script") if e.get("type") != "application/json"]
-    assert len(code) == 3
+    scripts = page(which).all("script")
+    code = [e["text"] for e in scripts if "type" not in e]
+    assert len(code) == 2
+    (drawer,) = (e["text"] for e in scripts if e.get("id") == "drawer")
+    code.append(gzip.decompress(base64.b64decode(drawer)).decode())
+    assert code[-1] == bundle()[0]
+    assert {e.get("type") for e in scripts} == {None, "application/json", "application/gzip"}
     hashes = {
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for text in code
@@ -156,7 +156,7 @@ def test_the_policy_allows_the_pages_own_scripts_and_no_network(which):
 
 @pytest.mark.parametrize("which", ALL)
 def test_the_page_is_small(which):
-    assert len(html(which).encode()) < 5_000_000
+    assert len(html(which).encode()) < 2_000_000
     assert html(which).startswith("<!doctype html>")
 
 
@@ -175,6 +175,7 @@ def test_the_page_has_what_it_promises_in_order(which):
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     ids = [e["id"] for e in page(which).all("h2")]
     assert ids == [
+        "now",
         "contents",
         "findings",
         "recommendation",
@@ -192,7 +193,7 @@ def test_the_page_has_what_it_promises_in_order(which):
         "json-title",
     ]
     listed = [e["href"][1:] for e in page(which).all("a") if "nav" in e["inside"]]
-    assert listed == [*ids[1:-1], "json"]
+    assert listed == [*ids[2:-1], "json"]
     tags = [e["tag"] for e in page(which).made]
     for landmark in ("header", "nav", "main", "footer"):
         assert tags.count(landmark) == 1
@@ -210,11 +211,11 @@ def test_figures_are_drawn_and_described_with_their_numbers(which):
     images = page(which).all("img")
     assert len(images) == 9
     for image in images:
-        data = base64.b64decode(image["src"].split(",", 1)[1])
+        data = unquote(image["src"].split(",", 1)[1])
         root = ET.fromstring(data)
         assert root.tag.endswith("svg")
         assert len(list(root.iter())) > 100
-        assert b"<text" not in data  # no font of the reader's is needed
+        assert "<text" not in data  # no font of the reader's is needed
         assert len(re.findall(r"\d", image["alt"])) >= 4, image["alt"]
     alt = page("smollm2").all("img")[0]["alt"]
     assert "at layer 10 to 24,926 at layer 11" in alt
@@ -232,21 +233,20 @@ def test_tables_are_labelled(which):
 
 
 def test_the_embedded_json_is_the_report():
-    texts = [e["text"] for e in page("smollm2").all("pre")]
-    data = made("smollm2").to_dict()
+    data = report_page.canonical(made("smollm2")).to_dict()
+    found = report_page.pieces(data, {"/model", "/results/sinks/overall/0.3"}, 9_000_000)
+    texts = [Page(f"<pre>{piece.html}</pre>").all("pre")[0]["text"] for piece in found]
     whole = json.loads(texts[0])
     names = sorted(data["results"])
     assert whole | {"results": {}} == data | {"results": {}}
     for name, text in zip(names, texts[1:], strict=True):
         assert json.loads(text) == data["results"][name]
+    assert not any(piece.cut for piece in found)
 
 
-def test_too_much_json_is_cut_but_for_what_is_linked(monkeypatch):
-    monkeypatch.setattr(report_page, "LARGEST", 2_500_000)
-    monkeypatch.setattr(report_page, "picture_uri", lambda result, style: "data:,")
-    text = html_page(made("smollm2"))
-    small = Page(text)
-    assert len(text) < 2_500_000 < len(html("smollm2")) - 1_000_000
+def test_too_much_json_is_cut_but_for_what_is_linked():
+    small = page("smollm2")
+    assert len(html("smollm2")) < report_page.LARGEST
     ids = small.ids()
     links = [e["href"][1:] for e in small.all("a") if e.get("class") == "n"]
     assert set(links) <= set(ids)
@@ -263,7 +263,8 @@ def test_hostile_text_is_text():
     found = page("hostile")
     assert {e["tag"] for e in found.made} <= {e["tag"] for e in page("smollm2").made} | {"bdi"}
     assert len(found.all("img")) == 4
-    assert [e["text"] for e in found.all("script")][-1] == page("smollm2").all("script")[-1]["text"]
+    own, other = ([e["text"] for e in p.all("script")][-1] for p in (found, page("smollm2")))
+    assert own == other
     shown = found.all("main")[0]["text"]
     for token in planted.HOSTILE[:5]:
         assert token in shown
@@ -308,10 +309,8 @@ def test_a_title_stays_clear_of_the_legend(name):
     axes = made.axes[0]
     (title,) = [part for part in axes.get_children() if getattr(part, "_text", "").startswith(name)]
     window = title.get_window_extent()
-    legend = axes.get_legend().get_window_extent()
-    lines = 1 + title.get_text().count("\n")
-    bottom = window.y0 + window.height * (lines - 1) / lines  # below it no letter
-    assert window.x1 < legend.x0 or bottom > legend.y0 + legend.height * 0.6
+    (legend,) = made.legends
+    assert not window.overlaps(legend.get_window_extent())
     assert window.x1 <= made.bbox.x1
 
 
@@ -450,7 +449,8 @@ def test_a_kind_without_a_section_is_shown_as_it_is():
 def test_markdown_says_the_verdict_the_numbers_and_the_command():
     text = markdown_report(made("smollm2"))
     assert text.startswith("# melens check: ")
-    assert "**✗ Findings: not within the policy.**" in text
+    assert "**Can I ship this? Not as it is: 1 critical finding under" in text
+    assert text.index("Can I ship") < text.index("What to do now:") < text.index("✗ Findings: not")
     assert "| ME Layer (from 0) | 11 |" in text
     assert "| The massive token reaches | 24,926 |" in text
     assert "✗ critical" in text

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from melens.provenance import RunInfo
+from melens.reporting import html_page
 from melens.results import AttentionMaps, HeadMap, TokenNorms, load_result
 from melens.results.check import (
     CacheNorms,
@@ -213,3 +214,15 @@ def hostile() -> CheckReport:
         run=run,
         stages=(StageRecord(name="x", status="failed", seconds=0, reason=HOSTILE[0]),),
     )
+
+
+@cache
+def checked(which: str) -> CheckReport:
+    """One of the checks by name: of a model in MODELS, or the hostile one."""
+    return hostile() if which == "hostile" else report(which)
+
+
+@cache
+def page(which: str) -> str:
+    """Its page, drawn once for all tests of a process."""
+    return html_page(checked(which))

@@ -86,6 +86,14 @@ def plot(
         typer.Option("--out", "-o", help="File to write: .png, .svg or .pdf; .html for attention."),
     ],
     style: Annotated[str | None, typer.Option(help="Which figure (default: the first).")] = None,
+    mplstyle: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Matplotlib's settings on top of melens': a .mplstyle file, or the name of one of "
+            "matplotlib's own styles.",
+        ),
+    ] = None,
 ) -> None:
     """Draw a saved RESULT again, without the model.
 
@@ -94,11 +102,22 @@ def plot(
     factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. evaluate: dose, paired.
     long-context: found, answer-loss, positions. tune: race. finetune: training, layers. check: profile. diff: profiles. reach: reach. scan: ceilings.
 
-    Example:  melens plot runs/demo/locate.json -o profile.pdf
+    Examples:
+      melens plot runs/demo/locate.json -o profile.pdf
+
+      melens plot runs/demo/locate.json -o profile.pdf --mplstyle thesis.mplstyle
     """
     from melens.results import load_result
 
-    output.show_path(output.draw(load_result(result), out, style), as_json=False)
+    found = load_result(result)
+    if mplstyle is None:
+        made = output.draw(found, out, style)
+    else:
+        from melens.figures import own_style
+
+        with own_style(mplstyle):
+            made = output.draw(found, out, style)
+    output.show_path(made, as_json=False)
 
 
 class Action(StrEnum):

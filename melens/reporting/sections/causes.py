@@ -265,8 +265,7 @@ def edits(view: PageView) -> PageBlock:
             result,
             "dose",
             result.summary(),
-            "Difference to no edit, by dose and beside the "
-            "controls; bars are 95 % intervals over items.",
+            _caption(result),
         )
     ]
     made.tables = [_conditions(view)]
@@ -274,8 +273,18 @@ def edits(view: PageView) -> PageBlock:
     return made
 
 
+def _caption(result: Evaluation) -> str:
+    """What the figure has: a curve only of several doses, bars only of known intervals."""
+    said = "Difference to no edit, by dose and beside the controls"
+    if not result.dose:
+        said = "Difference to no edit" + ", beside its controls" * bool(result.controls)
+    bars = any(c.delta is not None and c.delta.interval is not None for c in result.conditions)
+    return said + ("; bars are 95 % intervals over items." if bars else ".")
+
+
 def _conditions(view: PageView) -> Table:
     result: Evaluation = view.result
+    masks = any(condition.energy is not None for condition in result.conditions)
     places = ["/base", "/edited"]
     for group in ("dose", "controls", "rivals"):
         places += [f"/{group}/{i}" for i in range(len(getattr(result, group)))]
@@ -290,12 +299,15 @@ def _conditions(view: PageView) -> Table:
                 view.number(f"{at}/value"),
                 view.number(f"{at}/delta/value", "signed") if delta else "",
                 view.interval(f"{at}/delta/interval") if delta else "",
-                view.number(f"{at}/energy", "percent") if energy else "",
+                *([view.number(f"{at}/energy", "percent") if energy else ""] * masks),
             ]
         )
     return Table(
         f"Every condition, in {result.unit} ({'more' if result.higher_is_better else 'less'} is "
         "better)",
-        ("condition", "role", "value", "difference", "95 % interval", "energy masked"),
+        (
+            *("condition", "role", "value", "difference", "95 % interval"),
+            *(["energy masked"] * masks),
+        ),
         rows,
     )

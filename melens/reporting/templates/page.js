@@ -22,6 +22,14 @@ addEventListener("beforeprint", () => {
 addEventListener("afterprint", () => {
   for (const box of closed) box.open = false;
 });
+// A narrow screen shows a figure whole; enlarged, it is moved sideways.
+for (const button of document.querySelectorAll(".enlarge")) {
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    const large = button.closest("figure").classList.toggle("large");
+    button.setAttribute("aria-pressed", large);
+  });
+}
 // circuitsvis draws maps without names, and enlarges them for a mouse only.
 function reachable(panel) {
   for (const title of panel.querySelectorAll("h4")) {
