@@ -115,7 +115,7 @@ def test_names_that_no_file_can_have():
 
 
 def test_bad_arguments_are_refused(tokenizer):
-    with pytest.raises(PromptError, match="n=0"):
+    with pytest.raises(PromptError, match="n must be a whole number, at least 1, got 0"):
         prompts("w5", n=0)
     with pytest.raises(PromptError, match="drop bos"):
         prompts("w5", chat=True, bos=True)

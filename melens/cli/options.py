@@ -41,7 +41,8 @@ Length = Annotated[
 Located = Annotated[
     Path | None,
     typer.Option(
-        help="This model's locate.json, or a check's report.json (default: locate first)."
+        help="This model's locate.json or a check's report.json; a scan.json only predicts, so "
+        "the layer is located and both are said (default: locate first)."
     ),
 ]
 

@@ -22,6 +22,7 @@ from melens.errors import MelensError, ModelError
 from melens.interventions import drop_key, ffn_scale
 from melens.locating import locate
 from melens.models import load
+from melens.models.origin import name_of
 from melens.patching import patch
 from melens.scanning import scan
 from melens.streaming.streamed import load_streamed
@@ -184,3 +185,34 @@ def test_a_checkpoint_saved_inside_a_wrapper_says_so(prefix, make_tiny, tokenize
         with pytest.raises(MelensError, match=said) as caught:
             read(tmp_path)
         assert "fetch it again" not in str(caught.value)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_hooks_of_the_callers_own_work_or_are_named(make_tiny, factor):
+    """What looks goes on looking; what changes a value is said, with the way out."""
+    hf, seen = make_tiny("llama"), []
+
+    def look(module, args, out):
+        seen.append(module)
+        return out * factor
+
+    hf.get_submodule("model.layers.1.mlp").register_forward_hook(look)
+    if factor == 1:
+        assert locate(hf, torch.arange(5, 25).reshape(2, 10)).n_layers
+        assert len(seen) > 1  # by itself, and through its bridge
+    else:
+        with pytest.raises(MelensError, match=r"hooks of its own at model\.layers\.1\.mlp: remove"):
+            locate(hf, torch.arange(5, 25).reshape(2, 10))
+
+
+def test_a_model_object_keeps_its_name(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for path, name in (
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
+        ("gpt2", "gpt2"),
+        (str(tmp_path / "mine"), "mine"),
+        (f"{tmp_path}/gone/", "gone"),
+        ("./models/mine", "mine"),
+        ("", ""),
+    ):
+        assert name_of(path) == name

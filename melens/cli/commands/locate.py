@@ -61,7 +61,7 @@ def known(
     """
     from melens import published
     from melens.results import WeightScan, load_result
-    from melens.results.check import located_of
+    from melens.results.reading import located_of
 
     found = load_result(result)
     names: tuple[str, ...] = (model,)
