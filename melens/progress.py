@@ -35,6 +35,11 @@ def hush() -> None:
         os.environ.update(dict.fromkeys(BARS, "1"))
 
 
+def is_quiet() -> bool:
+    """Whether nothing but results and errors is to be said."""
+    return HUSHED.is_set()
+
+
 @contextmanager
 def one_command() -> Iterator[None]:
     """What one command was told to keep silent about, the next one says again."""

@@ -113,12 +113,12 @@ class Job:
         """Progress over sequences, or other units of work."""
         return progress_on(unit)
 
-    def finish(self, result: Any, *, same_texts: bool = True) -> None:
+    def finish(self, result: Any, *, same_texts: bool = True, explain: bool = False) -> None:
         """Save and print; remark where the ME Layer is of other texts, if that matters here."""
         if self.saved is not None and (said := _other_texts(self.saved, result, same_texts)):
             output.note(said)
         output.save(result, self.out, result.kind, result.kind)
-        output.show(result, as_json=self.output.as_json, folder=self.out)
+        output.show(result, as_json=self.output.as_json, folder=self.out, explain=explain)
 
     def _read_located(self) -> MELayer | None:
         if self.located is None:

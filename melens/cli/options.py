@@ -28,6 +28,9 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Print the rule that decides, with its constants.")
+]
 Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Force BOS on or off (default: as the tokenizer does)."),
@@ -153,7 +156,8 @@ class RunOptions:
             "--quiet",
             "-q",
             callback=_obey(hush),
-            help="No progress and no notes on stderr, only errors and what an edit missed.",
+            help="Print the summary line alone: no tables, progress or notes, only errors and what "
+            "an edit missed. --json is as ever.",
         ),
     ] = False
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import typer
 
+from melens.cli.listing import Listing
 from melens.cli.render import say, show_listings
 from melens.errors import OutputError, PromptError, ResultError
-from melens.progress import remark
+from melens.progress import is_quiet, remark
 
 BUNDLED = "bundled"
 
@@ -85,8 +86,11 @@ def note(text: str) -> None:
     remark(f"note: {text}")
 
 
-def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
-    """Print a result: JSON alone, or its tables and one plain sentence."""
+def show(result: Any, *, as_json: bool, folder: Path | None = None, explain: bool = False) -> None:
+    """Print a result: JSON alone, or its tables and one plain sentence; with --quiet the latter.
+
+    Args:    explain: print the rule that the result was decided by, too.
+    """
     from melens.cli.tables import TABLES
 
     if mute := _no_evidence(result):
@@ -94,8 +98,11 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     if as_json:
         say(result.to_json().rstrip("\n"))
         return
-    show_listings(TABLES[result.kind](result))
-    say(result.summary())
+    if not is_quiet():
+        show_listings(TABLES[result.kind](result))
+    if explain:
+        show_listings([Listing(f"Rule: {result.rule}.")])
+    show_listings([Listing(" ".join(result.summary().split()))])
     if folder is not None:
         remark(f"wrote {folder}")
 

@@ -114,12 +114,27 @@ def test_a_sign_without_a_header_is_no_name_of_a_row():
 
 
 def test_a_file_gets_wide_tables_whatever_the_terminal(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "20")
-    show_listings([Listing("", ROWS), Listing("")])
+    monkeypatch.delenv("COLUMNS", raising=False)
+    caption = "a word " * 40
+    show_listings([Listing(caption, ROWS), Listing("")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["layer", "first", "value", "note", "loss"]
-    assert len(lines) == 5
+    assert lines[0] == caption
+    assert lines[1].split() == ["layer", "first", "value", "note", "loss"]
+    assert len(lines) == 6
     assert lines[-1] == ""
+
+
+def test_columns_are_kept_in_a_pipe_too(monkeypatch, capsys, on_a_terminal):
+    listings = [Listing("a word " * 20, ROWS)]
+    monkeypatch.setenv("COLUMNS", "30")
+    show_listings(listings)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 30
+    assert lines == on_a_terminal(listings, 30)
+    for nothing in ("", "wide"):
+        monkeypatch.setenv("COLUMNS", nothing)
+        show_listings(listings)
+        assert "a word " * 20 in capsys.readouterr().out
 
 
 def test_a_table_of_massive_tokens_says_that_it_is_cut():
