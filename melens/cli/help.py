@@ -78,7 +78,7 @@ def _prose(text: str, width: int) -> Iterator[str]:
 
 
 def _command_line(text: str, width: int) -> str:
-    """An example that can be copied: what is quoted stays whole, and a line says that it goes on."""
+    """An example to copy: what is quoted stays whole, and a line says that it goes on."""
     held = QUOTED.sub(lambda found: found[0].replace(" ", HELD), text)
     lines = _filled(held, width - 2, "    ", "  ").replace(HELD, " ").splitlines()
     return " \\\n".join(lines)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from melens.cli.listing import Listing
 from melens.cli.render import say, show_listings
 from melens.errors import OutputError, PromptError, ResultError
 from melens.progress import is_quiet, remark
+
+if TYPE_CHECKING:
+    from melens.results import CheckReport
 
 BUNDLED = "bundled"
 
@@ -57,7 +60,7 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
     from melens.store import write_atomically
 
     write_atomically(folder / f"{name}.json", result.to_json())
-    save_figure(result.plot(), *(folder / f"{figure}.{kind}" for kind in ("png", "svg")))
+    save_figure(result.plot(), *(folder / f"{figure}.{kind}" for kind in PICTURES))
 
 
 def draw(result: Any, path: Path, style: str | None) -> Path:
@@ -73,6 +76,57 @@ def draw(result: Any, path: Path, style: str | None) -> Path:
     if style is not None:
         raise ResultError("a page has no style; drop --style, or end the file in .png.")
     return result.view().save_html(path)
+
+
+FIGURES = "figures"
+"""Folder in a check's --out with a figure of every stage that has one."""
+PICTURES = ("png", "svg")
+
+
+def save_figures(report: CheckReport, folder: Path) -> None:
+    """Each stage's figure in its default style: figures/STAGE.png and .svg."""
+    from melens.figures import save_figure
+
+    for stage in drawable(report):
+        paths = [folder / FIGURES / f"{stage}.{kind}" for kind in PICTURES]
+        save_figure(report.result(stage).plot(), *paths)
+
+
+def drawable(report: CheckReport) -> list[str]:
+    """Names of the results in a report that have a figure."""
+    from melens.figures import FIGURES as KINDS
+
+    return [stage for stage in report.results if type(report.result(stage)) in KINDS]
+
+
+def draw_all(folder: Path, into: Path, kind: str, style: str | None) -> list[Path]:
+    """Every saved result of a folder as NAME.STYLE.KIND; files that are none are left out.
+
+    Args:    style: None = every style of its kind, "default" = its kind's first; of another name,
+             of those kinds that have it.
+    Raises:  ResultError: no result in the folder, or none of that style.
+    """
+    from melens.figures import FIGURES as KINDS
+    from melens.figures import save_figure
+    from melens.results import load_result
+
+    made: list[Path] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = load_result(path)
+        except ResultError as error:
+            note(f"left out: {error}")
+            continue
+        styles = list(KINDS.of(type(result)))
+        if style is not None:
+            styles = styles[:1] if style == "default" else [s for s in styles if s == style]
+        for name in styles:
+            made.append(into / f"{path.stem}.{name}.{kind}")
+            save_figure(result.plot(name), made[-1])
+    if not made:
+        which = "" if style is None else f" with a style {style!r}"
+        raise ResultError(f"{folder} holds no saved result{which} that can be drawn.")
+    return made
 
 
 def save_page(result: Any, folder: Path | None) -> None:

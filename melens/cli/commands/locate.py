@@ -79,13 +79,38 @@ def known(
     output.show(made, as_json=as_json)
 
 
+class Picture(StrEnum):
+    """What a figure is written as."""
+
+    pdf = "pdf"
+    png = "png"
+    svg = "svg"
+
+
 def plot(
-    result: Annotated[Path, typer.Argument(help="Any saved result.")],
+    result: Annotated[Path, typer.Argument(help="Any saved result; with --all a folder of them.")],
     out: Annotated[
-        Path,
-        typer.Option("--out", "-o", help="File to write: .png, .svg or .pdf; .html for attention."),
-    ],
-    style: Annotated[str | None, typer.Option(help="Which figure (default: the first).")] = None,
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="File to write: .png, .svg or .pdf; .html for attention. With --all a folder "
+            "(default: beside the results).",
+        ),
+    ] = None,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            help="Which figure (default: the first; with --all every one, or default for the first)."
+        ),
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Draw all results of a folder: RESULT.STYLE.FORMAT for each."),
+    ] = False,
+    format: Annotated[
+        Picture | None, typer.Option(help="Of the files of --all (default: png).")
+    ] = None,
 ) -> None:
     """Draw a saved RESULT again, without the model.
 
@@ -94,8 +119,23 @@ def plot(
     factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. evaluate: dose, paired.
     long-context: found, answer-loss, positions. tune: race. finetune: training, layers. check: profile. diff: profiles. reach: reach. scan: ceilings.
 
-    Example:  melens plot runs/demo/locate.json -o profile.pdf
+    Examples:
+      melens plot runs/demo/locate.json -o profile.pdf
+
+      melens plot runs/demo --all --format pdf --out figures
     """
+    if every:
+        if not result.is_dir():
+            raise typer.BadParameter(f"--all draws a folder of results; {result} is none.")
+        output.refuse_unwritable(out)
+        kind = (format or Picture.png).value
+        for path in output.draw_all(result, out or result, kind, style):
+            output.show_path(path, as_json=False)
+        return
+    if format is not None:
+        raise typer.BadParameter("--format goes with --all; the ending of --out says it otherwise.")
+    if out is None:
+        raise typer.BadParameter("name the file with --out, or draw a folder with --all.")
     from melens.results import load_result
 
     output.show_path(output.draw(load_result(result), out, style), as_json=False)

@@ -137,9 +137,7 @@ def _tune(result: Any) -> Iterator[Listing]:
             f"\nHeld out, {result.confirmed[0].items} other items (unedited {result.base:.4g}):",
             [_confirmed(row) for row in result.confirmed],
         )
-    yield Listing(
-        "\nRule: the best of the race is confirmed on held-out items (in full: --explain)."
-    )
+    yield Listing("\nRule: the race's best, confirmed on held-out items (in full: --explain).")
     if result.best is not None:
         yield Listing(f"\nTo use it: {flags(result.best)}")
     yield Listing("")
