@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melens.cli import completing
 from melens.cli.groups import without
 from melens.errors import InterventionError, MelensError, ResultError
 from melens.formatting import brief
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A named model (see: melens models), a folder, a .gguf file or a Hugging Face id."
+        help="A named model (see: melens models), a folder, a .gguf file or a Hugging Face id.",
+        autocompletion=completing.models,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]

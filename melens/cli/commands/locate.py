@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from melens.cli import completing, output
 from melens.cli import options as opt
-from melens.cli import output
 from melens.cli.job import Job, locate_streamed
 from melens.cli.listing import Listing
 from melens.cli.render import say, say_json, show_listings
@@ -157,7 +157,10 @@ def models(
     ] = Action.ls,
     name: Annotated[
         str | None,
-        typer.Argument(help="A named model, for get and rm; an architecture, for families."),
+        typer.Argument(
+            help="A named model, for get and rm; an architecture, for families.",
+            autocompletion=completing.named_models,
+        ),
     ] = None,
     accept: Annotated[
         str | None, typer.Option("--accept-license", help="The word that accepts its licence.")
