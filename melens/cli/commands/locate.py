@@ -79,7 +79,7 @@ def known(
     output.show(made, as_json=as_json)
 
 
-class Picture(StrEnum):
+class FileKind(StrEnum):
     """What a figure is written as."""
 
     pdf = "pdf"
@@ -109,7 +109,7 @@ def plot(
         typer.Option("--all", help="Draw all results of a folder: RESULT.STYLE.FORMAT for each."),
     ] = False,
     format: Annotated[
-        Picture | None, typer.Option(help="Of the files of --all (default: png).")
+        FileKind | None, typer.Option(help="Of the files of --all (default: png).")
     ] = None,
 ) -> None:
     """Draw a saved RESULT again, without the model.
@@ -128,7 +128,7 @@ def plot(
         if not result.is_dir():
             raise typer.BadParameter(f"--all draws a folder of results; {result} is none.")
         output.refuse_unwritable(out)
-        kind = (format or Picture.png).value
+        kind = (format or FileKind.png).value
         for path in output.draw_all(result, out or result, kind, style):
             output.show_path(path, as_json=False)
         return
