@@ -134,8 +134,8 @@ def require_whole(
     """
     if value is None and or_none:
         return
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= value < LARGEST:
+    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if whole is None or not least <= whole < LARGEST:
         raise error(f"{name} must be a whole number, at least {least}, got {brief(value, 40)}.")
 
 

@@ -58,9 +58,9 @@ def located_of(result: Result, name: str = "this") -> MELayer:
         raise ResultError(f"{name}: {error}") from None
 
 
-def predicted(scan: WeightScan) -> str:
+def predicted(scan: Result) -> str:
     """What a scan says of the ME Layer, as the rest of a sentence about it."""
-    if scan.me_layer is None:
+    if not isinstance(scan, WeightScan) or scan.me_layer is None:
         return "is a scan and predicts no ME Layer"
     return f"is a scan and only predicts an ME Layer ({scan.me_layer}, from 0)"
 
