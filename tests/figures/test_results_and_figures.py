@@ -84,6 +84,8 @@ def test_ties_and_what_the_confidence_is_about_are_said():
     assert (ties.alike, fixed.alike) == (8, 1)
     assert "token '{' at position 0 (the middle one of 8 equally frequent ones)" in ties.summary()
     assert "equally" not in fixed.summary()
+    rarer = [token.model_copy(update={"frequency": 0.1}) for token in ties.massive[-1:]]
+    assert ties.model_copy(update={"massive": (*ties.massive[:-1], *rarer)}).alike == 7
     assert fixed.summary().endswith("(confidence that one layer explains it: 0.91, high).")
     none = fixed.model_copy(
         update={"verdict": "none", "me_layer": None, "massive": (), "confidence": 0.5}
