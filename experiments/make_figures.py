@@ -242,7 +242,7 @@ def located() -> Rows:
                 "dimension": first.dim,
                 "value": first.value,
                 "FFN's part": percent(found.writer.ffn),
-                "confidence": f"{found.confidence:.2f}",
+                "confidence in one layer": f"{found.confidence:.2f}",
             }
         )
     names = [row.pop("") for row in made]

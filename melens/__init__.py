@@ -61,12 +61,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load public names on first use, so that ``import melens`` never imports torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'melens' has no attribute {name!r}; it has {__all__}.")
+    """Load public names and modules on first use, so that ``import melens`` imports no torch."""
     import importlib
+    import importlib.util
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"melens.{name}") is not None:
+        return importlib.import_module(f"melens.{name}")
+    raise AttributeError(f"module 'melens' has no attribute {name!r}; it has {__all__}.")
 
 
 def __dir__() -> list[str]:

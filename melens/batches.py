@@ -15,6 +15,7 @@ from melens.errors import PromptError
 from melens.formatting import brief
 from melens.framing import cut, frame_of, split_text
 from melens.protocols import Tokenizer
+from melens.settings import require_whole
 from melens.shapes import TokenIds, TokenMask
 from melens.store import TEXT, decoded, lines_of, read_limited, read_stdin
 from melens.token_ids import padded, read_ids, require_no_hole
@@ -105,8 +106,7 @@ class Batch:
 
         Raises:  PromptError: a size below 1.
         """
-        if size < 1:
-            raise PromptError(f"batch size {size} is below 1.")
+        require_whole("batch_size", size, error=PromptError)
         parts = (part.split(size) for part in (self.ids, self.mask, self.positions))
         return [Batch(*part) for part in zip(*parts, strict=True)]
 
@@ -167,8 +167,7 @@ class Prompts:
 
         Raises:  PromptError: as :meth:`token_rows`, or a batch size below 1.
         """
-        if batch_size < 1:
-            raise PromptError(f"batch size {batch_size} is below 1.")
+        require_whole("batch_size", batch_size, error=PromptError)
         rows = self.token_rows(tokenizer, max_length=max_length)
         return [
             Batch.pad(rows[i : i + batch_size], side=side) for i in range(0, len(rows), batch_size)
@@ -197,8 +196,11 @@ def prompts(
              the template then decides about BOS.
     Raises:  PromptError: nothing to read, not UTF-8, empty texts, or n or length below 1.
     """
-    if (length is not None and length < 1) or (n is not None and n < 1):
-        raise PromptError(f"n and length must be at least 1, got n={n}, length={length}.")
+    for name, value in (("n", n), ("length", length)):
+        require_whole(name, value, or_none=True, error=PromptError)
+    for name, value in (("bos", bos), ("chat", chat)):
+        if value is not None and not isinstance(value, bool):
+            raise PromptError(f"{name} must be True, False or None, got {brief(value, 40)}.")
     if chat and bos is not None:
         raise PromptError("chat=True leaves BOS to the chat template; drop bos.")
     texts, least = _texts(source, chat=chat)

@@ -24,6 +24,7 @@ from melens.models.origin import fingerprint, origin_of
 from melens.progress import say_once
 from melens.protocols import HookedModel, JsonObject
 from melens.provenance import ModelFacts, RunInfo
+from melens.settings import require_whole
 from melens.store import digest
 
 
@@ -174,6 +175,7 @@ def prepare(
 
 
 def _batches(model: HookedModel, source: object, batch_size: int, least: int) -> list[Batch]:
+    require_whole("batch_size", batch_size, error=PromptError)
     limit = getattr(model.cfg, "n_ctx", None)
     batches = _ready(source := _listed(source), pad_id_of(model), batch_size)
     if batches is None:

@@ -35,6 +35,11 @@ def hush() -> None:
         os.environ.update(dict.fromkeys(BARS, "1"))
 
 
+def is_quiet() -> bool:
+    """Whether nothing but results and errors is to be said."""
+    return HUSHED.is_set()
+
+
 @contextmanager
 def one_command() -> Iterator[None]:
     """What one command was told to keep silent about, the next one says again."""
@@ -159,8 +164,7 @@ def progress_on(unit: str | None, *, what: str | None = None) -> Iterator[Displa
     if HUSHED.is_set():
         yield Display(unit, what)
         return
-    terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-    made = (Bar if terminal else Lines)(unit, what)
+    made = (Bar if _draws_bars() else Lines)(unit, what)
     over = threading.Event()
     beat = threading.Thread(target=_beat, args=(made, over), name="progress", daemon=True)
     beat.start()
@@ -170,6 +174,13 @@ def progress_on(unit: str | None, *, what: str | None = None) -> Iterator[Displa
         over.set()
         beat.join()
         made.close()
+
+
+def _draws_bars() -> bool:
+    """Whether stderr is a terminal that a line can be drawn again on; lines say the same."""
+    if sys.stderr is None or sys.stderr.closed or not sys.stderr.isatty():
+        return False
+    return os.environ.get("TERM") != "dumb" and not os.environ.get("TQDM_DISABLE")
 
 
 def _beat(made: Display, over: threading.Event) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from melens.errors import DuplicateNameError, UnknownNameError
-from melens.formatting import clipped
+from melens.formatting import brief, clipped
 
 T = TypeVar("T")
 
@@ -31,11 +31,11 @@ class Registry(Mapping[str, T], Generic[T]):
         return lambda item: self.add(name, item)
 
     def __getitem__(self, name: str) -> T:
-        if name in self._items:
+        if isinstance(name, str) and name in self._items:
             return self._items[name]
         raise UnknownNameError(self.unknown(name))
 
-    def unknown(self, name: str) -> str:
+    def unknown(self, name: object) -> str:
         """The message for a name that is not here, with the closest one that is."""
         return unknown_name(self.kind, name, self._items)
 
@@ -57,8 +57,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return "" if close is None else f" Did you mean '{close}'?"
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is not known, with the closest one that is."""
+    if not isinstance(name, str):
+        return f"a {kind} is chosen by its name, got {brief(name)}. Known: {', '.join(known)}."
     name, known = clipped(name), list(known)
     return (
         f"unknown {kind} '{name}'.{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."

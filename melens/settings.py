@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TypeVar
 
-from melens.errors import InterventionError
+from melens.errors import InterventionError, MelensError
 from melens.formatting import brief
 
 Progress = Callable[[int, int], None]
@@ -15,6 +16,8 @@ Progress = Callable[[int, int], None]
 RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
 STRENGTHS = (0.25, 0.5, 0.75)
 CONTROL_SEEDS = (0, 1, 2)
+LARGEST = 2**63
+"""Whole numbers of a setting are below it: they have 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Items:
         """Refuse what is no path, number or switch."""
         if self.data is not None:
             object.__setattr__(self, "data", _path("data", self.data))
-        _whole("n", self.n, or_none=True)
-        _whole("length", self.length)
+        require_whole("n", self.n, or_none=True)
+        require_whole("length", self.length)
         for name in ("bos", "chat"):
             if getattr(self, name) not in (None, True, False):
                 raise InterventionError(
@@ -70,7 +73,7 @@ class Compare:
             if isinstance(dose, (bool, str)) or not 0 <= dose <= 1:
                 raise InterventionError(f"a dose must be from 0 to 1, got {brief(dose, 40)}.")
         for seed in self.seeds:
-            _whole("a seed", seed, least=0)
+            require_whole("a seed", seed, least=0)
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,10 @@ class Run:
 
     def __post_init__(self) -> None:
         """Refuse sizes below 1, and a file that is no path."""
-        _whole("seed", self.seed, least=0)
+        require_whole("seed", self.seed, least=0)
         for name in ("batch_tokens", "batch_size"):
-            _whole(name, getattr(self, name))
-        _whole("max_new_tokens", self.max_new_tokens, or_none=True)
+            require_whole(name, getattr(self, name))
+        require_whole("max_new_tokens", self.max_new_tokens, or_none=True)
         if self.keep is not None:
             object.__setattr__(self, "keep", _path("keep", self.keep))
 
@@ -117,13 +120,33 @@ def setting_of(given: Setting | None, kind: type[Setting], name: str) -> Setting
     return given
 
 
-def _whole(name: str, value: object, *, least: int = 1, or_none: bool = False) -> None:
+def require_whole(
+    name: str,
+    value: object,
+    *,
+    least: int = 1,
+    or_none: bool = False,
+    error: type[MelensError] = InterventionError,
+) -> None:
+    """Refuse what is not a whole number, or one that is too small or needs more than 64 bits.
+
+    Raises:  ``error``: naming the setting and what was given.
+    """
     if value is None and or_none:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InterventionError(
-            f"{name} must be a whole number, at least {least}, got {brief(value, 40)}."
-        )
+    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if whole is None or not least <= whole < LARGEST:
+        raise error(f"{name} must be a whole number, at least {least}, got {brief(value, 40)}.")
+
+
+def require_seed(seed: object) -> None:
+    """Refuse what is not a seed: torch takes Python's own whole numbers of 64 bits.
+
+    Raises:  InterventionError: with what was given.
+    """
+    if not isinstance(seed, int):
+        raise InterventionError(f"seed must be a whole number from 0 on, got {brief(seed, 40)}.")
+    require_whole("seed", seed, least=0)
 
 
 def _path(name: str, value: object) -> Path:

@@ -115,13 +115,13 @@ def test_names_that_no_file_can_have():
 
 
 def test_bad_arguments_are_refused(tokenizer):
-    with pytest.raises(PromptError, match="n=0"):
+    with pytest.raises(PromptError, match="n must be a whole number, at least 1, got 0"):
         prompts("w5", n=0)
     with pytest.raises(PromptError, match="drop bos"):
         prompts("w5", chat=True, bos=True)
     with pytest.raises(PromptError, match="no chat template"):
         prompts("w5", chat=True).token_rows(tokenizer)
-    with pytest.raises(PromptError, match="batch size 0"):
+    with pytest.raises(PromptError, match="batch_size must be a whole number, at least 1, got 0"):
         prompts("w5").pack(tokenizer, batch_size=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -212,6 +213,42 @@ def test_the_code_of_the_pages_runs():
     assert "the ME Layer did not move: 11 in both" in shown
     assert "ME Layer 11 of 30" in shown
     assert "capitals, 4 items" in shown
+
+
+METRIC_CONTRACT = """
+import pytest, sys
+import test_metrics as contract
+for check in (
+    contract.test_every_metric_ignores_row_order_and_knows_its_scale,
+    contract.test_every_metric_refuses_what_it_is_undefined_on,
+):
+    check("entry_kurtosis")
+"""
+
+
+def test_the_metric_of_the_page_lives_in_a_file_as_the_page_says(tmp_path):
+    """In a scratch copy of melens: a file, its import, and the contract that walks the registry."""
+    copy = tmp_path / "melens"
+    shutil.copytree(ROOT / "melens", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    first = FENCE.search((DOCS / "extend" / "metric.md").read_text("utf-8"))
+    (copy / "metrics" / "kurtosis.py").write_text(
+        first[2].replace("from melens.metrics import METRICS, metric", IMPORTS), "utf-8"
+    )
+    with (copy / "metrics" / "__init__.py").open("a", encoding="utf-8") as file:
+        file.write("from melens.metrics.kurtosis import entry_kurtosis\n")
+    path = ":".join([str(tmp_path), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", METRIC_CONTRACT],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+IMPORTS = "from melens.metrics.magnitude import METRICS, metric"
+"""Inside the package a name comes from where it is defined."""
 
 
 def test_every_python_block_is_run_by_a_test():

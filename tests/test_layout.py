@@ -94,12 +94,18 @@ def test_public_names_are_few_and_no_module_shadows_one():
         assert name in dir(melens)
     with pytest.raises(AttributeError, match="no attribute 'lokate'"):
         melens.lokate  # noqa: B018
+    before = dir(melens)
+    assert melens.comparing.diff
+    assert melens.measuring.mixers
+    assert melens.figures
+    assert dir(melens) == before  # modules can be had, and are not public names
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "import melens",
+        "import melens; assert melens.comparing.Side and melens.results.load_result",
         "from melens.cli.app import _run; assert _run(['--help'], debug=False) == 0",
         "from melens.cli.app import _run; assert _run(['locate', '--help'], debug=False) == 0",
         f"from melens.comparing import diff; assert diff({SAVED}, {SAVED}).verdict",

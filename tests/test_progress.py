@@ -102,6 +102,8 @@ def test_another_part_of_the_work_is_said_at_once(capsys):
 def test_on_a_terminal_it_is_a_bar(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     with progress_on("rows") as tick:
         tick(3, 12, "locate")
         tick(12, 12)
@@ -143,3 +145,14 @@ def test_only_the_command_line_tells_what_quiet_does_not_silence():
         if re.search(r"(?<![\w.])tell\(|stderr\.write", path.read_text("utf-8"))
     }
     assert telling == ALWAYS_SAID
+
+
+@pytest.mark.parametrize("setting", [("TERM", "dumb"), ("TQDM_DISABLE", "1")])
+def test_where_no_bar_can_be_drawn_the_stages_are_lines(monkeypatch, setting):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv(*setting)
+    with progress_on(None) as tick:
+        tick(0, 1000, "locate")
+        tick(500, 1000, "sinks")
+    assert [line.split(":")[1] for line in screen.getvalue().splitlines()] == [" locate", " sinks"]

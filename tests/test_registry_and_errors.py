@@ -21,6 +21,11 @@ def test_registry_refuses_duplicates_and_suggests_what_was_meant():
         "unknown metric 'efective_rank'. Did you mean 'effective_rank'? Known: effective_rank."
     )
 
+    for wrong in (3, None, [], {}):
+        assert wrong not in things
+        with pytest.raises(errors.UnknownNameError, match="a metric is chosen by its name, got"):
+            things[wrong]
+
 
 def test_every_error_has_an_exit_code_of_the_convention():
     classes = [k for _, k in inspect.getmembers(errors, inspect.isclass)]

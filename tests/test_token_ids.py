@@ -6,13 +6,14 @@ import copy
 import io
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from melens import locate, patch
+from melens import locate, patch, prompts
 from melens.batches import Batch, strings_of
 from melens.capture import ChannelMax, stream
-from melens.errors import PromptError
+from melens.errors import InterventionError, PromptError
 from melens.inputs import _batches, prepare, rows_of
 from melens.models import load
 
@@ -144,6 +145,10 @@ def test_searching_takes_ids(tiny):
         (b"w5 w6 w7 w8", "got a bytes"),
         ({"w5 w6 w7 w8"}, "got a set"),
         (dict.fromkeys(TEXTS).keys(), "got a dict_keys"),
+        (pd.DataFrame({TEXTS[0]: [1]}), "got a DataFrame"),
+        (pd.DataFrame({"input_ids": ROWS}), "got a DataFrame"),
+        (bytearray(b"w5 w6 w7 w8"), "got a bytearray"),
+        (1.5, "got a float"),
         (5, "got a int"),
         (object(), "got a object"),
         ([], "at least one string"),
@@ -168,6 +173,37 @@ def test_what_is_neither_text_nor_ids_is_refused_by_its_type(tiny, wrong, says):
     with pytest.raises(PromptError, match=says) as said:
         _batches(tiny, wrong, 4, 1)
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("size", ["a", 0, -1, 1.5, None, True, [2], 2**70])
+def test_a_batch_size_that_is_none_is_one_line(tiny, size):
+    for call in (
+        lambda: locate(tiny, ROWS, batch_size=size),
+        lambda: Batch.pad(ROWS).split(size),
+        lambda: prompts(TEXTS).pack(tiny.tokenizer, batch_size=size),
+    ):
+        with pytest.raises(PromptError, match="batch_size must be a whole number, at least 1, got"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"n": "a"}, "n must be a whole number"),
+        ({"length": 1.5}, "length must be a whole number"),
+        ({"bos": "yes"}, "bos must be True, False or None"),
+        ({"chat": 1}, "chat must be True, False or None"),
+    ],
+)
+def test_settings_of_texts_are_refused_by_their_kind(setting, says):
+    with pytest.raises(PromptError, match=says):
+        prompts(TEXTS, **setting)
+
+
+@pytest.mark.parametrize("seed", ["a", None, 1.5, True, -1, 2**80])
+def test_a_seed_that_torch_cannot_take_is_one_line(seed):
+    with pytest.raises(InterventionError, match="seed must be a whole number"):
+        locate("no-such-model", seed=seed)
 
 
 def test_prompts_says_where_ids_go():

@@ -173,6 +173,8 @@ def read_policy(given: str | Path | Policy | None = None) -> Policy:
         return given
     if given is None or str(given) in PRESETS:
         return _preset(str(given or "default"))
+    if not isinstance(given, (str, Path)):
+        raise PolicyError(f"a policy is a name, a .toml file or a Policy, got {brief(given, 40)}.")
     path = Path(given).expanduser()
     if path.suffix.lower() != ".toml":
         known: Registry[None] = Registry("policy")

@@ -25,6 +25,7 @@ from melens.cli.commands.measure import attention, collapse, describe, metric, m
 from melens.cli.commands.patch import patch
 from melens.cli.commands.scan import reach, scan
 from melens.cli.groups import grouped
+from melens.cli.help import HelpedCommand, HelpedGroup
 from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
 from melens.formatting import LAYOUT, printable
 from melens.network import pass_on
@@ -40,6 +41,7 @@ QUOTED = re.compile(r"'([^']*)'")
 
 app = typer.Typer(
     name="melens",
+    cls=HelpedGroup,
     help="Find the layer where a language model's massive activations emerge, and what they do. "
     "Layers count from 0, at the block output. Exit codes: 0 done, 1 a finding or a difference, "
     "2 bad usage or bad input, 3 could not run, 130 interrupted.",
@@ -106,7 +108,7 @@ COMMANDS = (
     env,
 )
 for _command in COMMANDS:
-    app.command("eval" if _command is evaluate else None)(grouped(_command))
+    app.command("eval" if _command is evaluate else None, cls=HelpedCommand)(grouped(_command))
 
 
 def main(arguments: list[str] | None = None) -> None:

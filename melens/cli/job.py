@@ -39,6 +39,8 @@ class Job:
     """The texts' source, once looked at."""
     saved: MELayer | None = None
     """The ME Layer that ``located`` holds."""
+    predicted: str = ""
+    """What ``located`` says of it where it is a scan, which predicts and does not locate."""
 
     @classmethod
     def of(cls, model: str, run: RunOptions, *, edits: bool = False, **options: Any) -> Job:
@@ -100,6 +102,9 @@ class Job:
                 seed=self.run.seed,
                 progress=tick,
             )
+        if self.predicted:
+            layer = "none" if found.me_layer is None else found.me_layer
+            output.note(f"{self.located} {self.predicted}; located now, the ME Layer is {layer}.")
         if overwrite or self.out is None or not (self.out / "locate.json").exists():
             output.save(found, self.out, "locate", "profile")
         return found
@@ -108,19 +113,24 @@ class Job:
         """Progress over sequences, or other units of work."""
         return progress_on(unit)
 
-    def finish(self, result: Any, *, same_texts: bool = True) -> None:
+    def finish(self, result: Any, *, same_texts: bool = True, explain: bool = False) -> None:
         """Save and print; remark where the ME Layer is of other texts, if that matters here."""
         if self.saved is not None and (said := _other_texts(self.saved, result, same_texts)):
             output.note(said)
         output.save(result, self.out, result.kind, result.kind)
-        output.show(result, as_json=self.output.as_json, folder=self.out)
+        output.show(result, as_json=self.output.as_json, folder=self.out, explain=explain)
 
     def _read_located(self) -> MELayer | None:
         if self.located is None:
             return None
-        from melens.results import load_located
+        from melens.results import load_result
+        from melens.results.reading import measured_or_none, predicted
 
-        return load_located(self.located)
+        result = load_result(self.located)
+        found = measured_or_none(result, str(self.located))
+        if found is None:
+            self.predicted = predicted(result)
+        return found
 
 
 def _other_texts(saved: MELayer, result: Any, same_texts: bool) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from melens.cli import completing
 from melens.cli.groups import without
 from melens.errors import InterventionError, MelensError, ResultError
 from melens.formatting import brief
@@ -24,10 +25,14 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A named model (see: melens models), a folder, a .gguf file or a Hugging Face id."
+        help="A named model (see: melens models), a folder, a .gguf file or a Hugging Face id.",
+        autocompletion=completing.models,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Print the rule that decides, with its constants.")
+]
 Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Force BOS on or off (default: as the tokenizer does)."),
@@ -41,7 +46,8 @@ Length = Annotated[
 Located = Annotated[
     Path | None,
     typer.Option(
-        help="This model's locate.json, or a check's report.json (default: locate first)."
+        help="This model's locate.json or a check's report.json; a scan.json only predicts, so "
+        "the layer is located and both are said (default: locate first)."
     ),
 ]
 
@@ -152,7 +158,8 @@ class RunOptions:
             "--quiet",
             "-q",
             callback=_obey(hush),
-            help="No progress and no notes on stderr, only errors and what an edit missed.",
+            help="Print the summary line alone: no tables, progress or notes, only errors and what "
+            "an edit missed. --json is as ever.",
         ),
     ] = False
 

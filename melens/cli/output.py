@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from melens.cli.listing import Listing
 from melens.cli.render import say, show_listings
 from melens.errors import OutputError, PromptError, ResultError
-from melens.progress import remark
+from melens.progress import is_quiet, remark
+
+if TYPE_CHECKING:
+    from melens.results import CheckReport
 
 BUNDLED = "bundled"
 
@@ -56,7 +61,7 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
     from melens.store import write_atomically
 
     write_atomically(folder / f"{name}.json", result.to_json())
-    save_figure(result.plot(), *(folder / f"{figure}.{kind}" for kind in ("png", "svg")))
+    save_figure(result.plot(), *(folder / f"{figure}.{kind}" for kind in PICTURES))
 
 
 def draw(result: Any, path: Path, style: str | None) -> Path:
@@ -74,6 +79,77 @@ def draw(result: Any, path: Path, style: str | None) -> Path:
     return result.view().save_html(path)
 
 
+FIGURES = "figures"
+"""Folder in a check's --out with a figure of every stage that has one."""
+PICTURES = ("png", "svg")
+
+
+def save_figures(report: CheckReport, folder: Path) -> None:
+    """Each stage's figure in its default style: figures/STAGE.png and .svg."""
+    from melens.figures import save_figure
+
+    for stage in drawable(report):
+        paths = [folder / FIGURES / f"{stage}.{kind}" for kind in PICTURES]
+        save_figure(report.result(stage).plot(), *paths)
+
+
+def drawable(report: CheckReport) -> list[str]:
+    """Names of the results in a report that have a figure."""
+    from melens.figures import FIGURES as KINDS
+
+    return [stage for stage in report.results if type(report.result(stage)) in KINDS]
+
+
+def draw_files(files: Sequence[Path], path: Path, style: str | None) -> Path:
+    """One figure of a saved result, or one that compares several."""
+    from melens.figures import compare, save_figure
+    from melens.results import load_result
+
+    found = [load_result(file) for file in files]
+    if len(found) == 1:
+        return draw(found[0], path, style)
+    return save_figure(compare(found), path)
+
+
+def in_style(style: str | None) -> AbstractContextManager[None]:
+    """The reader's own style of matplotlib inside the block, if there is one."""
+    if style is None:
+        return nullcontext()
+    from melens.figures import own_style
+
+    return own_style(style)
+
+
+def draw_all(folder: Path, into: Path, kind: str, style: str | None) -> list[Path]:
+    """Every saved result of a folder as NAME.STYLE.KIND; files that are none are left out.
+
+    Args:    style: None = every style of its kind, "default" = its kind's first; of another name,
+             of those kinds that have it.
+    Raises:  ResultError: no result in the folder, or none of that style.
+    """
+    from melens.figures import FIGURES as KINDS
+    from melens.figures import save_figure
+    from melens.results import load_result
+
+    made: list[Path] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = load_result(path)
+        except ResultError as error:
+            note(f"left out: {error}")
+            continue
+        styles = list(KINDS.of(type(result)))
+        if style is not None:
+            styles = styles[:1] if style == "default" else [s for s in styles if s == style]
+        for name in styles:
+            made.append(into / f"{path.stem}.{name}.{kind}")
+            save_figure(result.plot(name), made[-1])
+    if not made:
+        which = "" if style is None else f" with a style {style!r}"
+        raise ResultError(f"{folder} holds no saved result{which} that can be drawn.")
+    return made
+
+
 def save_page(result: Any, folder: Path | None) -> None:
     """The circuitsvis page of a result."""
     if folder is not None:
@@ -85,8 +161,11 @@ def note(text: str) -> None:
     remark(f"note: {text}")
 
 
-def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
-    """Print a result: JSON alone, or its tables and one plain sentence."""
+def show(result: Any, *, as_json: bool, folder: Path | None = None, explain: bool = False) -> None:
+    """Print a result: JSON alone, or its tables and one plain sentence; with --quiet the latter.
+
+    Args:    explain: print the rule that the result was decided by, too.
+    """
     from melens.cli.tables import TABLES
 
     if mute := _no_evidence(result):
@@ -94,8 +173,11 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None) -> None:
     if as_json:
         say(result.to_json().rstrip("\n"))
         return
-    show_listings(TABLES[result.kind](result))
-    say(result.summary())
+    if not is_quiet():
+        show_listings(TABLES[result.kind](result))
+    if explain:
+        show_listings([Listing(f"Rule: {result.rule}.")])
+    show_listings([Listing(" ".join(result.summary().split()))])
     if folder is not None:
         remark(f"wrote {folder}")
 

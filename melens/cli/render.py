@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +38,10 @@ def say_json(value: Any) -> None:
 
 
 def show_listings(listings: Iterable[Listing]) -> None:
-    """Print captions and tables, as wide as the terminal is."""
+    """Print captions and tables, as wide as the terminal is, or as COLUMNS says."""
     for one in listings:
         if one.caption or not one.rows:
-            say(one.caption)
+            say(folded(one.caption))
         if one.rows:
             _show_table(one)
 
@@ -125,11 +127,10 @@ def fitted(
 
 
 def _show_table(listing: Listing) -> None:
-    columns = columns_of(listing.rows)
-    if not _on_a_terminal():
+    columns, room = columns_of(listing.rows), room_for_lines()
+    if room is None:
         _print(_made(columns, None), in_a_file=IN_A_FILE)
         return
-    room = Console(file=sys.stdout).width
     tables, left_out = fitted(columns, room, listing.optional)
     for i, table in enumerate(tables):
         if i:
@@ -155,13 +156,28 @@ def _made(columns: Sequence[Column], widths: list[int] | None) -> Table:
 
 def _print(made: Table, *, in_a_file: int) -> None:
     console = Console(file=sys.stdout, highlight=False)
-    if not _on_a_terminal():
+    if room_for_lines() is None:
         console.width = max(console.width, in_a_file)
     console.print(made)
 
 
-def _on_a_terminal() -> bool:
-    return sys.stdout is not None and sys.stdout.isatty()
+def room_for_lines() -> int | None:
+    """Columns of the terminal, or those that COLUMNS asks for; None in a file or a pipe."""
+    asked = os.environ.get("COLUMNS", "")
+    if not asked.isdecimal() and not (sys.stdout is not None and sys.stdout.isatty()):
+        return None
+    return Console(file=sys.stdout).width
+
+
+def folded(text: str) -> str:
+    """A paragraph with no word over the terminal's edge; in a file or a pipe as it is."""
+    room = room_for_lines()
+    if room is None:
+        return text
+    return "\n".join(
+        textwrap.fill(line, room, break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    )
 
 
 def _longest_word(text: str) -> int:

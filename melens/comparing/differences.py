@@ -110,12 +110,22 @@ def _notes(a: Side, b: Side) -> list[str]:
     if first.weights is not None and first.weights == second.weights:
         made.append("both have the same weights (by a sample of every tensor)")
     elif first.weights is not None and second.weights is not None:
-        made.append("the weights differ (by a sample of every tensor)")
+        made.append(_other_weights(first.dtype, second.dtype))
     if a.family and b.family and a.family != b.family:
         made.append(f"two families: {a.family} and {b.family}")
     if first.dtype != second.dtype:
         made.append(f"computed in {first.dtype} and in {second.dtype}")
     return made
+
+
+def _other_weights(first: str, second: str) -> str:
+    """What two hashes say that are not the same: a dtype of its own makes another one."""
+    if first == second:
+        return "the weights differ (by a sample of every tensor)"
+    return (
+        f"whether the weights differ is not known: they were read in {first} and in {second}, and "
+        "hashes of two dtypes cannot be compared"
+    )
 
 
 def _run(a: Side, b: Side, tolerances: Tolerances) -> RunInfo:

@@ -106,7 +106,12 @@ def layer_rows(a: MELayer, b: MELayer) -> Iterator[Change]:
             "; ".join(moved),
             why_not="not judged: criteria disagree within one model too",
         )
-    yield equal("confidence", a.confidence, b.confidence, why_not="not judged: it follows the rest")
+    yield equal(
+        "confidence in one layer",
+        a.confidence,
+        b.confidence,
+        why_not="not judged: it follows the rest",
+    )
 
 
 def token_rows(a: MELayer, b: MELayer, limits: Tolerances) -> Iterator[Change]:

@@ -13,8 +13,9 @@ from melens.models.resolve import asked
 from melens.protocols import JsonObject, ModelLike
 from melens.provenance import bos_said
 from melens.results import MELayer, Result, load_result
-from melens.results.check import CheckReport, located_of
+from melens.results.check import CheckReport
 from melens.results.diff import SideInfo
+from melens.results.reading import located_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,6 +25,7 @@ from melens.protocols import AnyModel, HookedModel, Prepared
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
+from melens.results.reading import HoldsMELayer, located_in
 from melens.settings import Compare, setting_of
 
 Maker = Callable[[HookedModel, Edit, MELayer, Tokens], AbstractContextManager[object]]
@@ -264,16 +265,17 @@ def check_unedited(model: HookedModel) -> None:
         )
 
 
-def unedited(model: Any, me_layer: MELayer | None) -> Inputs:
-    """A model made ready, once for a whole call, that no edit is open on.
+def unedited(model: Any, me_layer: HoldsMELayer | None) -> tuple[Inputs, MELayer | None]:
+    """A model made ready, once for a whole call, that no edit is open on; the ME Layer given.
 
     Raises:  InterventionError: one is. ResultError: ``me_layer`` is of another model.
     """
     ready = Inputs.of(model)
     check_unedited(ready.model)
-    if me_layer is not None:
-        check_same_model(ready, me_layer)
-    return ready
+    found = located_in(me_layer)
+    if found is not None:
+        check_same_model(ready, found)
+    return ready, found
 
 
 def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> None:

@@ -27,7 +27,6 @@ from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
 from melens.protocols import JsonObject, ModelLike
 from melens.provenance import RunInfo
-from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Delta, Score
 from melens.results.long_context import (
@@ -38,6 +37,7 @@ from melens.results.long_context import (
     PositionBin,
     Retrieval,
 )
+from melens.results.reading import HoldsMELayer
 from melens.settings import Compare, Run, setting_of
 from melens.store import digest
 
@@ -66,7 +66,7 @@ def long_context(
     model: ModelLike,
     edit: Edit | None = None,
     *,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     haystack: Haystack | None = None,
     compare: Compare | None = None,
     run: Run | None = None,
@@ -90,12 +90,12 @@ def long_context(
     """
     edit, haystack = edit or Edit(), haystack or Haystack()
     check_edit(edit)
-    inputs = unedited(model, me_layer)
+    inputs, found = unedited(model, me_layer)
     hidden, plain = items_of(inputs.model, haystack)
-    me_layer = me_layer or locating.locate(inputs, prompts(bos=haystack.bos, chat=haystack.chat))
-    chosen = conditions(inputs.model, edit, me_layer, compare or light_comparison(edit))
+    found = found or locating.locate(inputs, prompts(bos=haystack.bos, chat=haystack.chat))
+    chosen = conditions(inputs.model, edit, found, compare or light_comparison(edit))
     job = _LongJob(
-        Setup(inputs, chosen, me_layer, setting_of(run, Run, "run")), haystack, hidden, plain
+        Setup(inputs, chosen, found, setting_of(run, Run, "run")), haystack, hidden, plain
     )
     return job.assembled(job.rows())
 

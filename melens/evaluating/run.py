@@ -26,9 +26,9 @@ from melens.evaluating.tasks import FORCED_TASKS, ForcedTask, alike
 from melens.framing import bos_first, require_known
 from melens.item_rows import ItemRow
 from melens.protocols import HookedModel, ModelLike
-from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.results.evaluation import Evaluation
+from melens.results.reading import HoldsMELayer
 from melens.settings import Compare, Items, Run, setting_of
 
 __all__ = ["evaluate", "score_of"]
@@ -42,7 +42,7 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     task: str,
     edit: Edit | None = None,
     *,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     items: Items | None = None,
     compare: Compare | None = None,
     run: Run | None = None,
@@ -68,16 +68,16 @@ def evaluate(  # noqa: PLR0913 (task, edit and how to run it are three things)
     edit = edit or Edit()
     check_edit(edit)
     check_source(task, items)
-    inputs = unedited(model, me_layer)
+    inputs, found = unedited(model, me_layer)
     bridge = inputs.model
     if bridge.tokenizer is None:
         raise PromptError("this model has no tokenizer; load it with melens.load(..., tokenizer=).")
     made = None if task in GENERATION_TASKS else FORCED_TASKS[task](bridge.tokenizer, items)
     if made is not None:
         _check_context(bridge, made)
-    me_layer = me_layer or locating.locate(inputs, alike(bridge.tokenizer, task, items))
-    chosen = conditions(bridge, edit, me_layer, compare)
-    bench = Setup(inputs, chosen, me_layer, run)
+    found = found or locating.locate(inputs, alike(bridge.tokenizer, task, items))
+    chosen = conditions(bridge, edit, found, compare)
+    bench = Setup(inputs, chosen, found, run)
     if made is None:
         return generated(bench, GENERATION_TASKS[task], items)
     return _forced(bench, made, items)

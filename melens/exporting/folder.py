@@ -37,6 +37,7 @@ from melens.protocols import Loadable, Tokenizer, TransformersModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.edit import Edit, EditFile, Format, PrefixFacts
+from melens.results.reading import HoldsMELayer, located_in
 from melens.store import write_folder
 
 README = "README.md"
@@ -84,7 +85,7 @@ def export(  # noqa: PLR0913 (one call for three formats)
     *,
     format: str = "hf",
     out: str | Path,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     first_token: str | int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Path:
@@ -118,19 +119,20 @@ def export(  # noqa: PLR0913 (one call for three formats)
             f"edit must be a melens.results.edit.Edit, got {type(edit).__name__}."
         )
     target = check_out(out)
-    subject = subject_of(model, me_layer, tokenizer=tokenizer)
-    check_edit(subject.runnable, edit, me_layer)
+    found = located_in(me_layer, here=False)
+    subject = subject_of(model, found, tokenizer=tokenizer)
+    check_edit(subject.runnable, edit, found)
     if kind == "hf":
         hf, tokenizer = plain_to_save(subject)
-        record = _record(subject, edit, me_layer, "hf")
+        record = _record(subject, edit, found, "hf")
         return _place(target, lambda folder: _write_model(hf, tokenizer, folder), record)
     token = fixed_first(subject.tokenizer, first_token)
     require_known([[token]], vocabulary_of(subject.hf))
-    prefix = constant_prefix(subject.runnable, edit, me_layer, token)
+    prefix = constant_prefix(subject.runnable, edit, found, token)
     facts = facts_of(
-        subject.hf, prefix, subject.tokenizer, difference(subject.runnable, edit, me_layer, prefix)
+        subject.hf, prefix, subject.tokenizer, difference(subject.runnable, edit, found, prefix)
     )
-    record = _record(subject, edit, me_layer, kind, facts)
+    record = _record(subject, edit, found, kind, facts)
     return _place(target, _writer(subject, prefix, kind), record)
 
 

@@ -11,7 +11,7 @@ import torch
 from melens.errors import ModelError, ResultError
 from melens.interventions.target import note_weights, require_located_here, require_room
 from melens.models.loading import kept_bridge, load, load_plain
-from melens.models.origin import Origin, fingerprint, origin_of
+from melens.models.origin import Origin, fingerprint, name_of, origin_of
 from melens.protocols import (
     AnyModel,
     HookedModel,
@@ -86,11 +86,6 @@ def subject_of(
     Raises:  ModelError and its kinds: it cannot be had, or is a PEFT model with weights of its own.
              ResultError: the ME Layer was located on other weights.
     """
-    if me_layer is not None and not isinstance(me_layer, MELayer):
-        raise ResultError(
-            f"me_layer must be what melens.locate returns, got {type(me_layer).__name__}; read a "
-            "saved one with melens.results.load_located(path)."
-        )
     if isinstance(model, (str, Path)):
         dtype = me_layer.run.dtype if me_layer is not None else None
         found = _of_bridge(load(model, dtype=dtype), source=model)
@@ -190,7 +185,7 @@ def _of_plain(model: Any, tokenizer: Tokenizer | None) -> Subject:
         raise ModelError(f"export() got a {type(model).__name__}; give a name, a path or a model.")
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     folder = _folder(model)
-    origin = Origin(name.rstrip("/").rsplit("/", 1)[-1])
+    origin = Origin(name_of(name))
     return Subject(model, tokenizer or _tokenizer_in(folder), origin, None, folder)
 
 

@@ -18,7 +18,7 @@ from melens.finetuning.settings import Training, training_of
 from melens.finetuning.subject import checked, objective_of
 from melens.models.contract import failing
 from melens.protocols import JsonObject
-from melens.results import MELayer
+from melens.results.reading import HoldsMELayer
 
 DPO_PASSES = 2.7
 """Times one answer with its gradients: of a pair two such, and two of the reference without."""
@@ -71,7 +71,7 @@ def plan(
     how: Training | None = None,
     *,
     held_out: Path | str | None = None,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     **settings: Any,
 ) -> Plan:
     """Steps, tokens, memory and time of :func:`melens.finetune` with the same arguments.

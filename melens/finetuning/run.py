@@ -47,6 +47,7 @@ from melens.protocols import JsonObject
 from melens.provenance import RunInfo, versions
 from melens.results import MELayer
 from melens.results.finetune import FineTuning
+from melens.results.reading import HoldsMELayer
 from melens.settings import Progress
 from melens.store import hash_facts, write_atomically
 
@@ -58,7 +59,7 @@ def finetune(  # noqa: PLR0913 (settings of the training come on top)
     *,
     out: Path | str,
     held_out: Path | str | None = None,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> FineTuning:

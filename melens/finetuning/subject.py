@@ -25,6 +25,7 @@ from melens.models.view import view_of
 from melens.protocols import Tokenizer
 from melens.provenance import ModelFacts
 from melens.results import MELayer
+from melens.results.reading import HoldsMELayer, located_in
 
 LOCATED = 8
 """Rows of the training data that the ME Layer is located on."""
@@ -78,7 +79,7 @@ def checked(
     how: Training,
     *,
     held_out: Path | str | None = None,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
 ) -> TrainingSubject:
     """Everything that can be refused, refused; then the model with its rows.
 
@@ -98,7 +99,7 @@ def checked(
             f"{others.path} has rows of the kind {others.kind}, and {rows.path} of the kind "
             f"{rows.kind}; held-out rows must be of the same kind."
         )
-    return _subject_of(model, rows, others, how, me_layer)
+    return _subject_of(model, rows, others, how, located_in(me_layer))
 
 
 def _check_fits(how: Training, rows: TrainingData) -> None:

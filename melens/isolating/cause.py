@@ -20,6 +20,7 @@ from melens.models.anatomy import check_layer, require_unfolded
 from melens.protocols import ModelLike
 from melens.results import MELayer
 from melens.results.isolate import Isolation, Neuron, Write
+from melens.results.reading import HoldsMELayer
 from melens.resume import Resumable
 from melens.settings import Run, setting_of
 from melens.store import digest
@@ -32,7 +33,7 @@ PARTS: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
 
 def isolate(
     model: ModelLike,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     prompts: Source = None,
     *,
     layer: int | None = None,

@@ -23,6 +23,7 @@ from melens.isolating.weight_damage import (
 from melens.measuring.located import Progress, check_same_model
 from melens.protocols import ModelLike
 from melens.results.locate import MELayer
+from melens.results.reading import HoldsMELayer, located_in
 from melens.results.super_weights import (
     LayerSpikes,
     Removal,
@@ -32,6 +33,7 @@ from melens.results.super_weights import (
     SuperWeights,
     Thresholds,
 )
+from melens.settings import require_seed
 
 AGAINST_LAYERS = 3.0
 """A spike stands out among the layers, which is what the published plots show. On SmolLM2-135M the
@@ -63,7 +65,7 @@ def super_weights(
     model: ModelLike,
     prompts: Source = None,
     *,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     search: Search = SEARCH,
     batch_size: int = 4,
     progress: Progress = None,
@@ -92,10 +94,11 @@ def super_weights(
     Source:  Yu et al., "The Super Weight in Large Language Models", 2024 (arXiv 2411.07191).
     """
     check_search(search)
+    located = located_in(me_layer, here=False)
     inputs = prepare(model, prompts, batch_size=batch_size)
     places, missing = places_of(inputs.model)
-    if me_layer is not None:
-        check_same_model(inputs, me_layer)
+    if located is not None:
+        check_same_model(inputs, located)
     ticks = _Ticks(inputs.total, progress)
     hunt = _Hunt(inputs, places, search, ticks)
     hunt.run()
@@ -104,7 +107,7 @@ def super_weights(
     together, control = _groups(hunt, damages)
     return SuperWeights(
         n_layers=inputs.model.cfg.n_layers,
-        super_weights=tuple(_super_weight(hunt, item, damages, me_layer) for item in hunt.found),
+        super_weights=tuple(_super_weight(hunt, item, damages, located) for item in hunt.found),
         base_loss=damages.base,
         together=together,
         control=control,
@@ -129,6 +132,7 @@ def check_search(search: Search) -> None:
     """
     if isinstance(search.most, bool) or not isinstance(search.most, int) or search.most < 1:
         raise MetricError(f"most must be a whole number of at least 1, got {search.most!r}.")
+    require_seed(search.seed)
     for name in ("against_layers", "against_median", "least_share"):
         value = getattr(search, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:

@@ -18,6 +18,7 @@ from melens.locating.trajectory import Path, trace
 from melens.models.anatomy import resid_post, resid_pre
 from melens.protocols import HookedModel, ModelLike
 from melens.results import MELayer
+from melens.settings import require_seed
 
 FIRST_PROBES = 8
 """Other first tokens tried alone, sampled from the texts' own tokens."""
@@ -48,6 +49,7 @@ def locate(
     Raises:  PromptError: no row of at least 4 tokens, or no tokenizer to make rows with.
              ModelError and its kinds: the model cannot be loaded or its hooks do not add up.
     """
+    require_seed(seed)
     inputs = prepare(model, prompts, batch_size=batch_size)
     return locate_in(inputs, seed=seed, progress=progress)
 

@@ -19,7 +19,8 @@ from melens.metrics import uniform_alpha
 from melens.metrics.attention import attention_entropy, key_attention
 from melens.models.anatomy import anatomy, pattern_hook
 from melens.protocols import HookedModel, ModelLike
-from melens.results import MELayer, Sinks
+from melens.results import Sinks
+from melens.results.reading import HoldsMELayer
 from melens.results.sinks import SINK_EPS, HeadSink, KeySink, Span, TokenSink
 
 EPSILONS = (0.2, 0.3, 0.5)
@@ -192,7 +193,7 @@ ONSET_SHARE = 0.5
 
 def sinks(
     model: ModelLike,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     prompts: Source = None,
     *,
     t: int = T_PAPER,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from melens.capture import Reducer, stream
-from melens.errors import ResultError
 from melens.inputs import Inputs
 from melens.interventions.target import note_weights, require_located_here
 from melens.locating.profile import LayerProfile
@@ -18,6 +17,8 @@ from melens.locating.search import locate_in
 from melens.locating.thresholds import last_body_layer
 from melens.models.anatomy import resid_post
 from melens.results import MELayer
+from melens.results.reading import HoldsMELayer, located_in
+from melens.settings import require_seed
 
 Progress = Callable[[int, int], None] | None
 
@@ -37,42 +38,38 @@ class Located:
 
 
 def settle(
-    inputs: Inputs, me_layer: MELayer | None, *, seed: int = 0, progress: Progress = None
+    inputs: Inputs, me_layer: HoldsMELayer | None, *, seed: int = 0, progress: Progress = None
 ) -> Located:
     """Locate if that was not done, and mark the massive tokens of the texts, in any dimension.
 
     Raises:  ResultError: ``me_layer`` was located on other weights.
     """
-    if me_layer is None:
-        me_layer = locate_in(inputs, seed=seed, progress=progress)
-    check_same_model(inputs, me_layer)
-    return Located(me_layer, mark(inputs, me_layer))
+    require_seed(seed)
+    found = located_in(me_layer)
+    if found is None:
+        found = locate_in(inputs, seed=seed, progress=progress)
+    check_same_model(inputs, found)
+    return Located(found, mark(inputs, found))
 
 
-def settle_primary(inputs: Inputs, me_layer: MELayer | None) -> Located:
+def settle_primary(inputs: Inputs, me_layer: HoldsMELayer | None) -> Located:
     """:func:`settle`, marking only tokens that are massive in the primary dimension.
 
     A token of another dimension may have another cause.
     """
-    if me_layer is None:
-        me_layer = locate_in(inputs)
-    check_same_model(inputs, me_layer)
-    dim = me_layer.massive[0].dim if me_layer.massive else None
-    return Located(me_layer, mark(inputs, me_layer, dim=dim))
+    found = located_in(me_layer) or locate_in(inputs)
+    check_same_model(inputs, found)
+    dim = found.massive[0].dim if found.massive else None
+    return Located(found, mark(inputs, found, dim=dim))
 
 
 def check_same_model(inputs: Inputs, me_layer: MELayer) -> None:
-    """Refuse what is no ME Layer, or one of another model.
+    """Refuse an ME Layer of another model.
 
     As for an edit: what was located on the object is good, and what an export's probe accepted.
 
     Raises:  ResultError: naming both.
     """
-    if not isinstance(me_layer, MELayer):
-        raise ResultError(
-            f"me_layer must be what melens.locate returns, got {type(me_layer).__name__}; read a "
-            "saved one with melens.results.load_located(path)."
-        )
     note_weights(inputs.model, inputs.weights)
     require_located_here(inputs.model, me_layer)
 

@@ -18,6 +18,7 @@ from melens.models.anatomy import anatomy, check_layer, pattern_hook, resid_post
 from melens.protocols import HookedModel, ModelLike
 from melens.results import AttentionMaps, MELayer
 from melens.results.attention import MOST_TOKENS, HeadMap, TokenNorms, most_heads
+from melens.results.reading import HoldsMELayer, located_in
 
 DIGITS = 4
 
@@ -41,7 +42,7 @@ class FirstSequence:
 
 def attention(
     model: ModelLike,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     prompts: Source = None,
     *,
     layers: Sequence[int] | None = None,
@@ -61,7 +62,7 @@ def attention(
     """
     inputs = prepare(model, prompts)
     check_choice(inputs.model, layers, heads)
-    found = me_layer if me_layer is not None else locate_in(inputs)
+    found = located_in(me_layer) or locate_in(inputs)
     check_same_model(inputs, found)
     row = inputs.rows[0][:MOST_TOKENS]
     chosen = sorted(set(_telling_layers(inputs, found) if layers is None else layers))

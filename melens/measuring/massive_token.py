@@ -32,6 +32,7 @@ from melens.results.describe import (
     StepLayer,
 )
 from melens.results.locate import MassiveToken
+from melens.results.reading import HoldsMELayer
 
 CHUNK_BYTES = 2**28
 """Activations of at most this size are held at a time while inputs are compared."""
@@ -134,7 +135,7 @@ FIRST_TOKENS = 64
 
 def describe(
     model: ModelLike,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     prompts: Source = None,
     *,
     first_tokens: int = FIRST_TOKENS,

@@ -11,7 +11,8 @@ from melens.measuring.massive_token import FIRST_TOKENS, portray
 from melens.measuring.rank_collapse import RankPlan
 from melens.models.attention import attention_sites
 from melens.protocols import ModelLike
-from melens.results import Collapse, MELayer, Sinks, TokenPortrait
+from melens.results import Collapse, Sinks, TokenPortrait
+from melens.results.reading import HoldsMELayer
 
 
 class Measurements(NamedTuple):
@@ -24,7 +25,7 @@ class Measurements(NamedTuple):
 
 def measure_all(
     model: ModelLike,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     prompts: Source = None,
     *,
     t: int = T_PAPER,

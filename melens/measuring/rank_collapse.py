@@ -20,8 +20,9 @@ from melens.measuring.located import Located, Progress, run_once, settle
 from melens.metrics.spectrum import SPECTRAL
 from melens.models.attention import AttentionSites, HeadView, attention_sites
 from melens.protocols import ModelLike
-from melens.results import Collapse, MELayer
+from melens.results import Collapse
 from melens.results.collapse import CollapseRow
+from melens.results.reading import HoldsMELayer
 
 FLUSH_BYTES = 2**25
 """Matrices that wait are solved before they would pass this; one batch of a site may be more."""
@@ -216,7 +217,7 @@ def _count(keep: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch 1 1 1"]:
 
 def collapse(
     model: ModelLike,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     prompts: Source = None,
     *,
     batch_size: int = 4,

@@ -28,8 +28,8 @@ from melens.metrics.hybrid import (
 from melens.models.anatomy import Block, anatomy, pattern_hook, resid_post
 from melens.models.contract import failing
 from melens.protocols import HookedModel, ModelLike
-from melens.results import MELayer
 from melens.results.mixers import FULL, Gate, MixerRow, Mixers, Rhythm, State, StateWrite
+from melens.results.reading import HoldsMELayer
 
 WORDS = {
     "sliding_attention": "window attention",
@@ -56,7 +56,7 @@ FEW_TEXTS = 4
 
 def mixers(
     model: ModelLike,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     prompts: Source = None,
     *,
     seed: int = 0,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from melens.errors import FoldedWeightsError, ModelError, SiteError
 from melens.protocols import HookedModel
+from melens.settings import LARGEST, require_whole
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,7 @@ def check_layer(model: HookedModel, layer: int) -> None:
     Raises:  SiteError: with the range that fits.
     """
     n = model.cfg.n_layers
+    require_whole("layer", layer, least=-LARGEST, error=SiteError)
     if not 0 <= layer < n:
         name = getattr(model.cfg, "model_name", "this model")
         raise SiteError(f"layer {layer} is outside 0..{n - 1} of {name}. Layers count from 0.")

@@ -114,14 +114,15 @@ def checked_bridge(
             return _held(way, hf, tokenizer, name, own), way
         except (ModelError, ContractError) as error:
             said.append(error)
-    raise none_fits(said) from None
+    raise none_fits(said, own.hooks_said()) from None
 
 
-def none_fits(said: Sequence[Exception]) -> Exception:
+def none_fits(said: Sequence[Exception], way_out: str = "") -> Exception:
     """One error of why no bridge fits: TransformerLens' reason first, then the last one."""
     first, last = (str(error).rstrip(".") for error in (said[0], said[-1]))
     more = f"; nor by measuring its parts ({last})" if first != last else ""
-    return type(said[0])(f"{first}{more}.")
+    out = "" if way_out in first else way_out
+    return type(said[0])(f"{first}{more}.{out}")
 
 
 def _held(

@@ -70,6 +70,8 @@ class OwnAnswer:
     """Layer to the residual that leaves it, as far as its layers could be told."""
     logits: Float[Tensor, "batch pos d_vocab"] | None
     """None where only the first blocks were run."""
+    hooked: tuple[str, ...] = ()
+    """Modules with hooks of the caller's own, which a bridge may not run as the model does."""
 
     def require_same(self, blocks: dict[int, Tensor], logits: Tensor | None) -> None:
         """Hold a bridge's run of the same tokens against this.
@@ -92,7 +94,9 @@ class OwnAnswer:
         where = f"from block {min(off)} on" if off else "in its logits"
         final = max(final, *off.values()) if off else final
         way_out = ""
-        if self.adapted:
+        if self.hooked:
+            way_out = self.hooks_said()
+        elif self.adapted:
             way_out = " Merge its adapter first (merge_and_unload)."
         elif self.attention != "eager":
             way_out = (
@@ -105,6 +109,15 @@ class OwnAnswer:
             f"would be of another model.{way_out}"
         )
 
+    def hooks_said(self) -> str:
+        """Which hooks of the caller's act, and the way out; empty without any."""
+        if not self.hooked:
+            return ""
+        return (
+            f" It has hooks of its own at {', '.join(self.hooked[:3])}: remove those that change "
+            "a value (handle.remove()), and make the change with melens.interventions."
+        )
+
 
 @torch.no_grad()
 def own_answer(model: Any, *, upto: int | None = None) -> OwnAnswer:
@@ -113,7 +126,7 @@ def own_answer(model: Any, *, upto: int | None = None) -> OwnAnswer:
     Args:    upto: the last block to run; None = all of it.
     Raises:  ModelError: it cannot run.
     """
-    name = type(model).__name__
+    name, hooked = type(model).__name__, _hooked(model)
     ids = probe_ids(model.config).to(model.get_input_embeddings().weight.device)
     blocks: dict[int, Tensor] = {}
 
@@ -133,7 +146,16 @@ def own_answer(model: Any, *, upto: int | None = None) -> OwnAnswer:
         with suppress(_Enough):
             logits = model(ids, use_cache=False).logits.detach()
     attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
-    return OwnAnswer(name, attention, is_adapted(model), ids, blocks, logits)
+    return OwnAnswer(name, attention, is_adapted(model), ids, blocks, logits, hooked)
+
+
+def _hooked(model: nn.Module) -> tuple[str, ...]:
+    """Modules whose forward pass somebody looks into, or changes."""
+    return tuple(
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    )
 
 
 def probe_ids(config: Any) -> TokenIds:

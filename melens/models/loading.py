@@ -39,7 +39,7 @@ from melens.models.multimodal import (
     quietly,
 )
 from melens.models.named import NAMED, fetch, kept_copy
-from melens.models.origin import Origin, remember
+from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
@@ -361,7 +361,7 @@ def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> HookedModel:
         tokenizer = read_tokenizer(
             Path(path), {"local_files_only": True, "trust_remote_code": False}
         )
-    name = path.rstrip("/").rsplit("/", 1)[-1] or type(model).__name__
+    name = name_of(path) or type(model).__name__
     bridge, _ = checked_bridge(model, tokenizer, name=name)
     remember(bridge, Origin(name))
     return bridge

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -32,6 +33,13 @@ _ORIGINS: weakref.WeakKeyDictionary[object, Origin] = weakref.WeakKeyDictionary(
 def remember(model: HookedModel, origin: Origin) -> None:
     """Note where a model came from, for as long as it lives."""
     _ORIGINS[model] = origin
+
+
+def name_of(path: str) -> str:
+    """What results call a model that was read from ``path``: a folder's last part, or a hub id."""
+    path = path.rstrip("/")
+    is_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    return path if is_id and not Path(path).is_dir() else path.rsplit("/", 1)[-1]
 
 
 def origin_of(model: HookedModel) -> Origin:

@@ -13,6 +13,7 @@ from melens.interventions.core import as_index
 from melens.patching.sites import BY_HEAD, SITES, PatchPlace
 from melens.patching.waves import PatchCell
 from melens.registry import Registry
+from melens.settings import require_seed
 
 MODES: Registry[str] = Registry("patching mode")
 MODES.add("denoising", "a clean activation in the corrupted run: what is enough to restore")
@@ -50,6 +51,7 @@ class Sweep:
     paired: bool = True
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         for name in ("layers", "positions"):
             given = getattr(self, name)
             if given is not None and not all(as_index(i) is not None for i in _listed(given)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from melens.results.base import Result, load_result
+from melens.results.base import Result
 
 if TYPE_CHECKING:
     from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         Recommendation,
         RuleOutcome,
         StageRecord,
-        load_located,
     )
     from melens.results.collapse import Collapse, CollapseRow
     from melens.results.describe import TokenPortrait
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from melens.results.mixers import Mixers
     from melens.results.patch import Axis, PatchGrid
     from melens.results.reach import Reach
+    from melens.results.reading import load_located, load_result
     from melens.results.scan import Candidate, LayerCeiling, WeightScan
     from melens.results.sinks import Sinks
     from melens.results.super_weights import SuperWeight, SuperWeights
@@ -94,7 +94,8 @@ _HOMES = {
     "Tuning": "tune",
     "WeightScan": "scan",
     "Writer": "locate",
-    "load_located": "check",
+    "load_located": "reading",
+    "load_result": "reading",
 }
 
 __all__ = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -12,7 +11,7 @@ from pydantic import Field, model_validator
 from melens.errors import ResultError
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result, kind_of, load_result, look_up
+from melens.results.base import Part, Result, kind_of, look_up
 from melens.results.locate import MELayer
 
 
@@ -287,29 +286,3 @@ class CheckReport(Result):
     def summary(self) -> str:
         """The answer."""
         return self.answer
-
-
-def located_of(result: Result, name: str = "this") -> MELayer:
-    """The ME Layer of a saved result: it is one, or a check's report, which holds one.
-
-    Raises:  ResultError: neither, or a report whose locate stage did not finish.
-    """
-    if isinstance(result, MELayer):
-        return result
-    if not isinstance(result, CheckReport):
-        raise ResultError(
-            f"{name} holds a result of '{result.schema_id.split('/')[1]}'; give a locate.json or "
-            "the report.json of a check."
-        )
-    try:
-        return result.located()
-    except ResultError as error:
-        raise ResultError(f"{name}: {error}") from None
-
-
-def load_located(path: str | Path) -> MELayer:
-    """Read the ME Layer of a locate.json, or of the report.json of a check.
-
-    Raises:  ResultError: as :func:`melens.results.load_result`, or no ME Layer in it.
-    """
-    return located_of(load_result(path), str(path))

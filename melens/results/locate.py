@@ -248,6 +248,11 @@ class MELayer(Result):
         return "high" if self.confidence >= 0.7 else "medium" if self.confidence >= 0.4 else "low"
 
     @property
+    def claim(self) -> str:
+        """What the confidence is about."""
+        return "there is none" if self.verdict == "none" else "one layer explains it"
+
+    @property
     def near_miss(self) -> str:
         """What came nearest to being massive, to follow a sentence that says that nothing is."""
         return "" if self.nearest is None else f"; {self.nearest.said()}"
@@ -264,13 +269,30 @@ class MELayer(Result):
             text += f"main step at layer {self.main_layer}"
         text += (
             f", ME Layer {self.me_layer} of {self.n_layers} (counted from 0, at the block output), "
-            f"{self._origin()}; token {first.token!r} at position {first.position} reaches "
-            f"{first.value:,.0f} in dimension {first.dim}"
+            f"{self._origin()}; token {first.token!r} at position {first.position}{self._tie()} "
+            f"reaches {first.value:,.0f} in dimension {first.dim}"
         )
         if self.erase_layer is not None:
             text += f"; erase layer {self.erase_layer}"
         text += self._of_texts()
         return f"{text} ({self._sureness()})."
+
+    @property
+    def alike(self) -> int:
+        """Massive tokens as frequent as the primary one, itself included."""
+        most: dict[tuple[bool, int], float] = {}
+        for token in self.massive:
+            at = token.position == 0, token.token_id
+            most[at] = max(most.get(at, 0.0), token.frequency)
+        primary = next(iter(most), None)
+        return sum(
+            primary is not None and at[0] == primary[0] and share == most[primary]
+            for at, share in most.items()
+        )
+
+    def _tie(self) -> str:
+        """That others are as frequent as the token that speaks for the model."""
+        return "" if self.alike < 2 else f" (the middle one of {self.alike} equally frequent ones)"
 
     def _of_texts(self) -> str:
         """How many texts this is said of, where it is not all of them."""
@@ -324,4 +346,4 @@ class MELayer(Result):
         )
 
     def _sureness(self) -> str:
-        return f"confidence {self.confidence:.2f}, {self.level}"
+        return f"confidence that {self.claim}: {self.confidence:.2f}, {self.level}"

@@ -268,7 +268,7 @@ class WeightScan(Result):
         )
         if self.erase_layer is not None:
             text += f", and erasure at layer {self.erase_layer}"
-        text += f" (layers count from 0; confidence {self.confidence:.2f})"
+        text += f" (layers count from 0; confidence that it stands out: {self.confidence:.2f})"
         if here is not None:
             text += f"; one neuron can write {here.size:,.0f} there, {here.needed:g} is needed"
         return f"{text}{self._what_was_seen()}"

@@ -24,6 +24,7 @@ from melens.results import load_result
 from melens.results.reach import Reach, ReachRow, ReachToken
 from melens.results.scan import LayerCeiling, WeightScan, Why
 from melens.scanning.choosing import SAMPLE, Vocabulary, choose
+from melens.settings import require_seed
 from melens.streaming.streamed import load_streamed, stream_of
 
 
@@ -77,6 +78,7 @@ def reach(
              ResultError: a scan of another model, or a file that holds none.
              SiteError: no such layer. What ``load_streamed`` raises.
     """
+    require_seed(seed)
     tokens = _check(tokens, sample)
     scan = _read_scan(scan)
     model = _bridge(model)

@@ -25,6 +25,7 @@ from melens.models.decoder import decoder_of
 from melens.protocols import HookedModel, JsonObject, ModelLike
 from melens.results import MELayer
 from melens.results.edit import Edit
+from melens.results.reading import HoldsMELayer
 from melens.results.tune import Tuning
 from melens.settings import Run, setting_of
 from melens.tuning.assemble import Found, Ledger, assembled, made_controls
@@ -62,7 +63,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     metric: object = "loss",
     budget: Budget | int | None = None,
     *,
-    me_layer: MELayer | None = None,
+    me_layer: HoldsMELayer | None = None,
     space: Space | None = None,
     run: Run | None = None,
 ) -> Tuning:
@@ -108,17 +109,17 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     _check_resumable(metric, run)
     texts = read_once(texts, metric)
     check_enough(texts, metric, budget.held_out)
-    inputs = unedited(model, me_layer)
+    inputs, found = unedited(model, me_layer)
     bridge = inputs.model
     objective, items = items_of(bridge, texts, metric)
     halves = split(items, share=budget.held_out, seed=run.seed)
     _check_rates(bridge, space)
     if budget.seconds is None:  # refuses too small a budget before locating
         _plan(space, halves, budget, int(budget.evaluations or 0))
-    me_layer = me_layer or locating.locate(inputs, alike_items(bridge.tokenizer, texts, metric))
+    found = found or locating.locate(inputs, alike_items(bridge.tokenizer, texts, metric))
     search = _Search(
         inputs,
-        me_layer,
+        found,
         objective,
         halves,
         space,

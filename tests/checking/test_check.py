@@ -935,7 +935,7 @@ def test_a_folder_that_may_not_be_written_is_refused_early(run, tmp_path):
 
 def test_incomplete_is_could_not_run(run, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "collapse", lambda *_args, **_options: failing())
-    usual = (saved, "--prompt", words(30), "--bos", "--policy", "research", "-q")
+    usual = (saved, "--prompt", words(30), "--bos", "--policy", "research")
     code, stdout, _ = run(*usual)
     assert code == 3
     assert "Stage collapse could not run: RuntimeError: no such kernel" in stdout

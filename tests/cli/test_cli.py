@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from planted import plant
 
+from melens.cli import output
 from melens.cli.app import main
+from melens.results import load_result
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,70 @@ def test_an_older_locate_json_stays_and_other_texts_are_noted(run, model, locate
     (tmp_path / "older.json").write_text(json.dumps(older))
     _, _, stderr = run("sinks", model, "--prompt", words, "--located", tmp_path / "older.json")
     assert "note: the ME Layer was located on other texts; whether they began with BOS is" in stderr
+
+
+SAVED = Path(__file__).parents[2] / "docs" / "results"
+SCAN = SAVED / "smollm2-135m.scan.json"
+
+
+def test_quiet_prints_the_summary_line_alone_and_json_is_as_ever(capsys):
+    from melens.progress import hush, one_command
+
+    result = load_result(SCAN)
+    with one_command():
+        hush()
+        output.show(result, as_json=False, folder=Path("out"))
+        assert capsys.readouterr() == (f"{result.summary()}\n", "")
+        output.show(result, as_json=True)
+        assert capsys.readouterr().out == result.to_json()
+    output.show(result, as_json=False, folder=Path("out"))
+    loud = capsys.readouterr()
+    assert loud.out.endswith(f"\n{result.summary()}\n")
+    assert loud.out.count("\n") > 30
+    assert loud.err == "melens: wrote out\n"
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m.scan", "gemma3-270m.super-weights"])
+def test_the_rule_in_full_is_said_when_asked_for(capsys, name):
+    result = load_result(SAVED / f"{name}.json")
+    output.show(result, as_json=False)
+    plain = capsys.readouterr().out
+    assert result.rule not in plain
+    assert "(in full: --explain)." in plain
+    output.show(result, as_json=False, explain=True)
+    assert f"\nRule: {result.rule}.\n" in capsys.readouterr().out
+
+
+def test_plot_all_draws_a_folder(run, tmp_path):
+    for name in ("describe", "sinks"):
+        shutil.copy(SAVED / f"smollm2-135m.{name}.json", tmp_path / f"{name}.json")
+    (tmp_path / "other.json").write_text("{}")
+    code, stdout, stderr = run("plot", tmp_path, "--all", "--format", "svg", "--style", "curves")
+    assert code == 0
+    assert stdout.splitlines() == [f"{tmp_path}/{n}.curves.svg" for n in ("describe", "sinks")]
+    assert f"note: left out: {tmp_path}/other.json has schema None" in stderr
+    into = tmp_path / "into"
+    code, stdout, _ = run("plot", tmp_path, "--all", "--style", "default", "-o", into)
+    assert sorted(path.name for path in into.iterdir()) == ["describe.curves.png", "sinks.map.png"]
+    assert code == 0
+    for wrong, says in (
+        ((tmp_path / "sinks.json", "--all"), "--all draws a folder of results"),
+        ((tmp_path, "--all", "--style", "curve"), "no saved result with a style 'curve'"),
+        ((tmp_path / "sinks.json",), "name the file with --out"),
+        ((tmp_path / "sinks.json", "--format", "pdf"), "--format goes with --all"),
+    ):
+        code, stdout, stderr = run("plot", *wrong)
+        assert (code, stdout) == (2, "")
+        assert says in stderr
+
+
+def test_a_check_has_its_figures_as_files(tmp_path, monkeypatch):
+    report = load_result(SAVED.parent / "reports" / "smollm2-135m.json")
+    held = report.model_copy(update={"results": {"sinks": report.results["sinks"]}})
+    assert output.drawable(report)[:2] == ["attention", "collapse"]
+    output.save_figures(held, tmp_path)
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+    assert names == ["figures/sinks.png", "figures/sinks.svg"]
 
 
 def test_plot_help_names_every_style(run):

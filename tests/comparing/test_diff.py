@@ -213,6 +213,14 @@ def test_other_weights_and_families_are_said_where_nothing_is_massive(make_tiny)
     assert "the weights differ (by a sample of every tensor)" in notes
 
 
+def test_hashes_of_two_dtypes_do_not_say_that_the_weights_differ(base):
+    side = copy.deepcopy(base.located.to_dict())
+    side["run"] |= {"dtype": "bfloat16", "weights": "other"}
+    notes = compare(base, Side(MELayer.from_json(json.dumps(side)), "locate")).notes
+    assert not [note for note in notes if note.startswith("the weights differ")]
+    assert any("float32 and in bfloat16, and hashes of two dtypes" in note for note in notes)
+
+
 def test_other_shapes_are_said_and_not_judged_by_number(base, make_tiny):
     deeper = next(
         side

@@ -464,7 +464,6 @@ def test_the_command_writes_shows_and_goes_on(folder, capsys, tmp_path):
         "--texts",
         "1",
         "--bos",
-        "-q",
         "-o",
         tmp_path,
     )

@@ -78,6 +78,24 @@ def test_the_json_has_what_it_promises(results):
         assert results[kind].to_dict()["me_layer"] is None
 
 
+def test_ties_and_what_the_confidence_is_about_are_said():
+    saved = Path(__file__).parents[2] / "docs" / "results"
+    ties, fixed = (load_result(saved / f"smollm2-135m{n}.locate.json") for n in ("", "-bos"))
+    assert (ties.alike, fixed.alike) == (8, 1)
+    assert "token '{' at position 0 (the middle one of 8 equally frequent ones)" in ties.summary()
+    assert "equally" not in fixed.summary()
+    rarer = [token.model_copy(update={"frequency": 0.1}) for token in ties.massive[-1:]]
+    assert ties.model_copy(update={"massive": (*ties.massive[:-1], *rarer)}).alike == 7
+    assert fixed.summary().endswith("(confidence that one layer explains it: 0.91, high).")
+    none = fixed.model_copy(
+        update={"verdict": "none", "me_layer": None, "massive": (), "confidence": 0.5}
+    )
+    assert none.summary().endswith("(confidence that there is none: 0.50, medium).")
+    assert none.alike == 0
+    scan = load_result(saved / "smollm2-135m.scan.json")
+    assert "confidence that it stands out: 0.92" in scan.summary()
+
+
 def test_broken_results_are_refused(tmp_path, results):
     data = results["single"].to_dict()
     with pytest.raises(ResultError, match=r"me_layer: Input should be a valid integer"):

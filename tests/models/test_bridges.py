@@ -23,6 +23,7 @@ from melens.errors import ContractError, MelensError, ModelError
 from melens.interventions import drop_key, ffn_scale, wemask
 from melens.locating import locate
 from melens.models import load
+from melens.models.origin import name_of
 from melens.patching import patch
 from melens.scanning import scan
 from melens.streaming.streamed import load_streamed
@@ -220,7 +221,7 @@ def test_the_bridge_of_an_object_has_its_weights_and_hooks(make_tiny, tokenizer)
     assert load(hf, tokenizer=tokenizer) is not scaled
     steer = torch.randn(hf.config.hidden_size, generator=torch.Generator().manual_seed(0))
     block.register_forward_hook(lambda module, args, output: output + steer)
-    with pytest.raises(ContractError, match="If hooks are active on the model, leave them first"):
+    with pytest.raises(ContractError, match=r"hooks of its own at model\.layers\.1: remove"):
         load(hf, tokenizer=tokenizer)
 
 
@@ -248,3 +249,24 @@ def test_a_mask_on_an_object_that_was_located_acts_on_its_own_passes():
         torch.testing.assert_close(hf(made).logits, plain, rtol=0, atol=0)
         with wemask(load(hf), located, rate=0.9, select="activation"):
             torch.testing.assert_close(load(hf)(made), masked)
+
+
+def test_hooks_of_the_callers_own_look_on(make_tiny):
+    hf, seen = make_tiny("llama"), []
+    look = lambda module, args, out: seen.append(module)  # noqa: E731
+    hf.get_submodule("model.layers.1.mlp").register_forward_hook(look)
+    assert locate(hf, torch.arange(5, 25).reshape(2, 10)).n_layers
+    assert len(seen) > 1  # by itself, and through its bridge
+
+
+def test_a_model_object_keeps_its_name(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for path, name in (
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
+        ("gpt2", "gpt2"),
+        (str(tmp_path / "mine"), "mine"),
+        (f"{tmp_path}/gone/", "gone"),
+        ("./models/mine", "mine"),
+        ("", ""),
+    ):
+        assert name_of(path) == name

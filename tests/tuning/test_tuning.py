@@ -535,7 +535,6 @@ def test_the_command_writes_its_files_and_takes_them_up(run, folder, tmp_path):
         "0.1,0.5",
         "--strengths",
         "1",
-        "-q",
         "-o",
         out,
     )

@@ -58,8 +58,9 @@ def check(
     """Check MODEL before it is deployed: one verdict, one page, every number behind it.
 
     Exit codes: 0 within the policy, 1 a finding that the policy counts, 2 bad usage, 3 could not
-    run or not in full, 130 interrupted. --out gets report.html, report.md, report.json and every
-    finished stage; the same command again goes on from there.
+    run or not in full, 130 interrupted. --out gets report.html, report.md, report.json, a figure of
+    every stage that has one (figures/STAGE.png and .svg, as figures/locate.svg) and every finished
+    stage; the same command again goes on from there.
 
     Examples:
       melens check smollm2-135m --out runs/check
@@ -140,6 +141,7 @@ def _pages(report: CheckReport, folder: Path | None, card: Path | None) -> None:
     from melens.reporting import update_card, write_report
 
     if folder is not None and not _drawn(report, folder):
+        output.save_figures(report, folder)
         write_report(report, folder)
     if card is not None:
         update_card(card, report)
@@ -155,7 +157,9 @@ def _drawn(report: Any, folder: Path) -> bool:
     try:
         same = (folder / "report.md").read_text("utf-8") == markdown_report(report)
         held = (folder / "report.json").read_text("utf-8")
-        return same and (folder / "report.html").is_file() and held == report.to_json()
+        names = [f"{output.FIGURES}/{stage}.svg" for stage in output.drawable(report)]
+        there = all((folder / name).is_file() for name in ("report.html", *names))
+        return same and there and held == report.to_json()
     except (OSError, ValueError):
         return False
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from melens.cli import completing, output
 from melens.cli import options as opt
-from melens.cli import output
 from melens.cli.job import Job
 
 
@@ -16,11 +16,18 @@ def diff(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", help="A model (see: melens models), or a saved locate.json or report.json."
+            metavar="A",
+            help="A model (see: melens models), or a saved locate.json or report.json.",
+            autocompletion=completing.models_and_results,
         ),
     ],
     b: Annotated[
-        str, typer.Argument(metavar="B", help="The one to hold against it: either kind too.")
+        str,
+        typer.Argument(
+            metavar="B",
+            help="The one to hold against it: either kind too.",
+            autocompletion=completing.models_and_results,
+        ),
     ],
     *,
     tolerance: Annotated[

@@ -283,6 +283,7 @@ def tune(
         int | None, typer.Option("--n", "-n", min=1, help="Items, both halves (default: 64).")
     ] = None,
     length: opt.Length = None,
+    explain: opt.Explain = False,
     out: opt.Output,
     run: Annotated[TuneRun, without("batch_size")],
 ) -> None:
@@ -331,7 +332,7 @@ def tune(
             space=space,
             run=Run(run.seed, keep=kept, progress=tick),
         )
-    job.finish(result, same_texts=False)
+    job.finish(result, same_texts=False, explain=explain)
     if job.out is not None:
         _save_edit(job.out / EDIT, result.best)
 

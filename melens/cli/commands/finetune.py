@@ -276,9 +276,13 @@ def _mask(edit: opt.EditOptions) -> Edit:
 def _located(path: Path | None) -> Any:
     if path is None:
         return None
-    from melens.results import load_located
+    from melens.results import load_result
+    from melens.results.reading import measured_or_none, predicted
 
-    return load_located(path)
+    result = load_result(path)
+    if (found := measured_or_none(result, str(path))) is None:
+        output.note(f"{path} {predicted(result)}; it is located where it is needed.")
+    return found
 
 
 def _show_plan(model: str, data: Path, how: Any, *, as_json: bool, **given: Any) -> None:

@@ -88,6 +88,7 @@ def super_weights(
             help="A published name to hold the coordinates against, e.g. mistralai/Mistral-7B-v0.1."
         ),
     ] = None,
+    explain: opt.Explain = False,
     texts: opt.TextOptions,
     out: opt.Output,
     run: opt.RunOptions,
@@ -124,4 +125,4 @@ def super_weights(
             batch_size=run.batch_size,
             progress=tick,
         )
-    job.finish(result if known is None else with_known(result, known))
+    job.finish(result if known is None else with_known(result, known), explain=explain)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from melens.cli import completing, output
 from melens.cli import options as opt
-from melens.cli import output
 from melens.cli.job import Job, locate_streamed
 from melens.cli.listing import Listing
 from melens.cli.render import say, say_json, show_listings
@@ -61,7 +61,7 @@ def known(
     """
     from melens import published
     from melens.results import WeightScan, load_result
-    from melens.results.check import located_of
+    from melens.results.reading import located_of
 
     found = load_result(result)
     names: tuple[str, ...] = (model,)
@@ -79,13 +79,45 @@ def known(
     output.show(made, as_json=as_json)
 
 
+class FileKind(StrEnum):
+    """What a figure is written as."""
+
+    pdf = "pdf"
+    png = "png"
+    svg = "svg"
+
+
 def plot(
-    result: Annotated[Path, typer.Argument(help="Any saved result.")],
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", help="File to write: .png, .svg or .pdf; .html for attention."),
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULT...",
+            help="A saved result; several of one kind for a figure that compares them; with --all "
+            "a folder of results.",
+        ),
     ],
-    style: Annotated[str | None, typer.Option(help="Which figure (default: the first).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="File to write: .png, .svg or .pdf; .html for attention. With --all a folder "
+            "(default: beside the results).",
+        ),
+    ] = None,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            help="Which figure (default: the first; with --all every one, or default for the first)."
+        ),
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Draw all results of a folder: RESULT.STYLE.FORMAT for each."),
+    ] = False,
+    format: Annotated[
+        FileKind | None, typer.Option(help="Of the files of --all (default: png).")
+    ] = None,
     mplstyle: Annotated[
         str | None,
         typer.Option(
@@ -102,22 +134,37 @@ def plot(
     factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. evaluate: dose, paired.
     long-context: found, answer-loss, positions. tune: race. finetune: training, layers. check: profile. diff: profiles. reach: reach. scan: ceilings.
 
+    Several results of locate, describe, collapse, sinks, scan, metric or evaluate give one figure: one
+    line or point a result.
+
     Examples:
       melens plot runs/demo/locate.json -o profile.pdf
 
       melens plot runs/demo/locate.json -o profile.pdf --mplstyle thesis.mplstyle
+
+      melens plot runs/demo/locate.json runs/bos/locate.json -o both.pdf
+
+      melens plot runs/demo --all --format pdf --out figures
     """
-    from melens.results import load_result
-
-    found = load_result(result)
-    if mplstyle is None:
-        made = output.draw(found, out, style)
-    else:
-        from melens.figures import own_style
-
-        with own_style(mplstyle):
-            made = output.draw(found, out, style)
-    output.show_path(made, as_json=False)
+    if format is not None and not every:
+        raise typer.BadParameter("--format goes with --all; the ending of --out says it otherwise.")
+    if every and (len(results) > 1 or not results[0].is_dir()):
+        named = " ".join(map(str, results))
+        raise typer.BadParameter(f"--all draws one folder of results, got {named}.")
+    if not every and out is None:
+        raise typer.BadParameter("name the file with --out, or draw a folder with --all.")
+    if len(results) > 1 and style is not None:
+        raise typer.BadParameter("--style is of one result; several give one figure that compares.")
+    with output.in_style(mplstyle):
+        if every:
+            output.refuse_unwritable(out)
+            kind = (format or FileKind.png).value
+            made = output.draw_all(results[0], out or results[0], kind, style)
+        else:
+            assert out is not None
+            made = [output.draw_files(results, out, style)]
+    for path in made:
+        output.show_path(path, as_json=False)
 
 
 class Action(StrEnum):
@@ -136,7 +183,10 @@ def models(
     ] = Action.ls,
     name: Annotated[
         str | None,
-        typer.Argument(help="A named model, for get and rm; an architecture, for families."),
+        typer.Argument(
+            help="A named model, for get and rm; an architecture, for families.",
+            autocompletion=completing.named_models,
+        ),
     ] = None,
     accept: Annotated[
         str | None, typer.Option("--accept-license", help="The word that accepts its licence.")

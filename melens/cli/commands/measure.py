@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from melens.cli import completing, output
 from melens.cli import options as opt
-from melens.cli import output
 from melens.cli.groups import without
 from melens.cli.job import Job
 
@@ -71,7 +71,13 @@ def collapse(
 
 def metric(
     model: opt.Model,
-    name: Annotated[str, typer.Argument(help="A metric, e.g. effective_rank or max_magnitude.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A metric, e.g. effective_rank or max_magnitude.",
+            autocompletion=completing.metrics,
+        ),
+    ],
     texts: opt.TextOptions,
     out: opt.Output,
     run: Annotated[opt.RunOptions, without("seed")],

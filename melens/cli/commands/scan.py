@@ -29,6 +29,7 @@ def scan(
             "them where the files are here and hold 8 GB at most).",
         ),
     ] = None,
+    explain: opt.Explain = False,
     out: opt.Output,
     run: Annotated[opt.RunOptions, without("dtype", "batch_size", "seed", "trust_remote_code")],
 ) -> None:
@@ -64,7 +65,7 @@ def scan(
     output.save(result, folder, "scan", "scan")
     if kept is not None:
         remove_file(kept)
-    output.show(result, as_json=out.as_json, folder=folder)
+    output.show(result, as_json=out.as_json, folder=folder, explain=explain)
 
 
 def reach(

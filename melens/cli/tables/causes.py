@@ -209,7 +209,10 @@ def _super_weights(result: Any) -> Iterator[Listing]:
     )
     for line in result.missing:
         yield Listing(f"Not looked at: {line}")
-    yield Listing(f"\nRule: {result.rule}.")
+    yield Listing(
+        "\nRule: one weight makes most of a spike that stands out in its layer and among layers "
+        "(in full: --explain)."
+    )
     if result.super_weights:
         yield Listing(
             f"\nRemoved one at a time; mean loss without any removed {result.base_loss:.4f} nats a "

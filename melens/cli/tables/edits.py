@@ -124,10 +124,9 @@ LISTED = 12
 @table_of("tune")
 def _tune(result: Any) -> Iterator[Listing]:
     better = "higher" if result.higher_is_better else "lower"
-    yield Listing(f"Rule: {result.rule}.")
     ranked = sorted(result.trials, key=lambda trial: -result.sign * trial.delta)
     yield Listing(
-        f"\nDevelopment, differences to the unedited model in {result.unit} ({better} is better), "
+        f"Development, differences to the unedited model in {result.unit} ({better} is better), "
         "95 % for each alone:",
         [_trial(trial) for trial in ranked[:LISTED]],
     )
@@ -138,6 +137,7 @@ def _tune(result: Any) -> Iterator[Listing]:
             f"\nHeld out, {result.confirmed[0].items} other items (unedited {result.base:.4g}):",
             [_confirmed(row) for row in result.confirmed],
         )
+    yield Listing("\nRule: the race's best, confirmed on held-out items (in full: --explain).")
     if result.best is not None:
         yield Listing(f"\nTo use it: {flags(result.best)}")
     yield Listing("")

@@ -26,7 +26,7 @@ def _known(result: Any) -> Iterator[Listing]:
 def _describe(result: Any) -> Iterator[Listing]:
     if result.massive:
         yield Listing("", [_described_row(result, row) for row in result.rows()])
-        about = "the first row is the primary one, which all else is about:"
+        about = "the first row is the primary token, which all else is about:"
         yield from _massive(result, f"\nMassive tokens; {about}")
         yield Listing(f"\nEnergy at layer {result.peak_layer}: {_energies(result)}")
         if next_norm := _next_norm(result):
@@ -179,12 +179,16 @@ def _attention(result: Any) -> Iterator[Listing]:
 
 @table_of("locate")
 def _locate(result: Any) -> Iterator[Listing]:
-    yield Listing("", [_locate_row(result, row) for row in result.profile])
+    yield Listing(
+        "Each layer's output, layers from 0; max |x| is over all texts and tokens:",
+        [_locate_row(result, row) for row in result.profile],
+    )
     if result.massive:
+        among = f", the middle one of {result.alike} equally frequent ones" * (result.alike > 1)
         yield from _massive(
             result,
-            "\nMassive tokens, largest entry before the final layers; the first row is the "
-            "primary one, which shares, stages and the sentence below are about:",
+            "\nMassive tokens, each one's own largest entry before the final layers; the first row "
+            f"is the primary token{among}; write share, stages and the last sentence are about it:",
         )
     answers = result.criteria.model_dump().items()
     yield Listing("\nCriteria: " + ", ".join(f"{name} {cell(layer)}" for name, layer in answers))

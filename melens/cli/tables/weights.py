@@ -47,7 +47,10 @@ def _scan(result: Any) -> Iterator[Listing]:
             f"{result.seen.layer} to {result.seen.until}; above {result.seen.needed:g} is needed):",
             [_tried(token) for token in _farthest(result.seen.tokens)],
         )
-    yield Listing(f"\nRule: {result.rule}.")
+    yield Listing(
+        "\nRule: a neuron whose ceiling stands out names the layer, unless first tokens that were "
+        "run deny it (in full: --explain)."
+    )
     yield Listing(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
 
 
