@@ -334,13 +334,34 @@ def _results() -> str:
         for kind in Result.__subclasses__()
         if kind.__module__.startswith("melens.results.")
     )
-    methods = ("to_json", "from_json", "to_dict", "rows", "to_frame", "plot", "summary")
+    methods = (
+        "summary",
+        "plot",
+        "rows",
+        "tables",
+        "to_frame",
+        "to_csv",
+        "to_latex",
+        "arrays",
+        "grids",
+        "save",
+        "to_json",
+        "from_json",
+        "to_dict",
+    )
     said = [f"- `{name}`: {_first(getattr(Result, name))}\n" for name in methods]
     return (
         "## melens.results\n\nWhat functions return and commands save. All are frozen, and all "
         f"have:\n\n{''.join(said)}\n`load_result(path)` reads any of them back.\n\n"
         + _table(("schema", "class", "what it is"), rows)
+        + "\nGrids that `arrays()` gives beside columns and curves:\n\n"
+        + _table(("class", "names and shapes"), _grids())
     )
+
+
+def _grids() -> list[tuple[str, ...]]:
+    kinds = sorted(Result.__subclasses__(), key=lambda kind: kind.__name__)
+    return [(f"`{k.__name__}`", _first(k.grids)) for k in kinds if "grids" in vars(k)]
 
 
 def _first(item: Any) -> str:

@@ -85,7 +85,7 @@ def load(
     off. Measurements that are given a name or a folder use the model without the edit.
 
     Args:    model: a named model (``melens models``), a folder, a ``.gguf`` file, a Hugging Face
-             id, or a model object: an HF causal LM is bridged in place, a TransformerBridge or
+             id, or a model object: an HF causal LM stays as it is, a TransformerBridge or
              HookedTransformer is checked and returned. The network is used for a hub id, and for
              a named model that is not here yet.
              device: ``cpu``, ``cuda``, ``mps``, ...; None = CUDA, else MPS, else CPU. An object
