@@ -15,14 +15,16 @@ from melens import __version__
 from melens.batches import Batch, Prompts, strings_of
 from melens.batches import prompts as make_prompts
 from melens.capture import fit_ids, pad_id_of
-from melens.errors import PromptError
+from melens.errors import InterventionError, PromptError
 from melens.framing import bos_first, unknown_rows
+from melens.interventions.context import is_edited
 from melens.interventions.target import note_weights
 from melens.models.anatomy import is_folded
+from melens.models.bridging import unwrapped
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
 from melens.progress import say_once
-from melens.protocols import HookedModel, JsonObject
+from melens.protocols import HookedModel, JsonObject, is_hooked
 from melens.provenance import ModelFacts, RunInfo
 from melens.settings import require_whole
 from melens.store import digest
@@ -103,6 +105,7 @@ class Inputs:
         """
         if isinstance(model, cls):
             return model
+        _require_reach(model)
         hooked = adopt(model)
         weights = fingerprint(hooked)
         note_weights(hooked, weights)
@@ -131,6 +134,18 @@ class Inputs:
                 progress(done, self.total)
 
         return tick
+
+
+def _require_reach(model: Any) -> None:
+    """Refuse an object that is edited itself: what is measured runs its bridge."""
+    if isinstance(model, (str, Path)) or is_hooked(model):
+        return
+    if any(is_edited(one) for one in (model, unwrapped(model))):
+        raise InterventionError(
+            f"an edit is open on this {type(model).__name__} itself, and melens measures through "
+            "its bridge, which that edit does not reach; open the edit on the bridge: "
+            "bridge = melens.load(model)."
+        )
 
 
 def rows_of(batches: Sequence[Batch]) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,13 @@ from melens.models.multimodal import (
 from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
+from melens.models.view import KEPT
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
 CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
 """Model objects that passed the contract already."""
-BRIDGES: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, HookedModel]] = (
-    weakref.WeakKeyDictionary()
-)
-"""HF model object -> its state when it was bridged, and the bridge."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -156,7 +154,7 @@ def adopt(
         require_finite_weights(model)
         bridge = _bridge_object(model, tokenizer)
         CHECKED.add(bridge)
-        BRIDGES[model] = _state(model), bridge
+        vars(model)[KEPT] = Kept(_state(model, bridge), bridge)
     if tokenizer is not None and bridge.tokenizer is None:
         give_tokenizer(bridge, tokenizer)
     if bridge not in CHECKED:
@@ -168,27 +166,49 @@ def adopt(
     return bridge
 
 
+@dataclass
+class Kept:
+    """The bridge that an HF model object was given, on the object; no copy of it has one."""
+
+    state: Any = None
+    """The object's when it was bridged."""
+    bridge: HookedModel | None = None
+
+    def __deepcopy__(self, memo: object) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
 def kept_bridge(model: Any) -> HookedModel | None:
     """The bridge that an object is, or was given; None where it has none that still fits.
 
-    A model that was moved, cast, or got other parameters or hooks since needs another bridge.
+    A model that was moved, cast, or got other parameters or hooks since needs another bridge, and
+    so does one whose weights changed where the bridge has copies of them (queries, keys and values
+    out of one matrix).
     """
     if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
         return model
-    state, bridge = BRIDGES.get(model, (None, None))
-    return bridge if bridge is not None and state == _state(model) else None
+    kept = getattr(model, "__dict__", {}).get(KEPT)
+    if kept is None or kept.bridge is None:
+        return None
+    return kept.bridge if kept.state == _state(model, kept.bridge) else None
 
 
-def _state(model: torch.nn.Module) -> Any:
-    """What a bridge shares with its model or took over from it, by identity."""
+def _state(model: torch.nn.Module, bridge: HookedModel) -> Any:
+    """What a bridge shares with its model or took over from it: by identity, copies by version."""
     tensors = [*model.parameters(), *model.buffers()]
+    held = {x.untyped_storage().data_ptr() for x in tensors}
+    copies = any(x.untyped_storage().data_ptr() not in held for x in bridge.parameters())
     hooks = [
         tuple(hooks)
         for module in model.modules()
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         if hooks
     ]
-    return [(id(x), x.device, x.dtype) for x in tensors], hooks
+    versions = [x._version for x in tensors if not x.is_inference()] if copies else []
+    return [(id(x), x.device, x.dtype) for x in tensors], versions, hooks
 
 
 def source_of(wanted: Asked, *, revision: str | None, trust_remote_code: bool) -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+KEPT = "_melens_bridge"
+"""Where a model object keeps the bridge that it was given; a view has none."""
 OWN = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 """What a module keeps its parts in; the copy has containers of its own, with the same parts."""
 
@@ -75,6 +77,7 @@ def _view(module: nn.Module, configs: dict[int, Any], *, hooked: bool) -> nn.Mod
     for name, value in list(inside.items()):
         if "_hooks" in name and isinstance(value, dict):
             inside[name] = copy.copy(value) if hooked else type(value)()
+    inside.pop(KEPT, None)
     inside.pop("forward", None)  # a wrapper bound to the first tree (autocast of accelerate)
     if "config" in inside:
         config = inside["config"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from planted import plant
@@ -19,10 +23,11 @@ from transformers import (
 )
 
 from melens.batches import Batch
-from melens.errors import ContractError, MelensError, ModelError
+from melens.errors import ContractError, InterventionError, MelensError, ModelError
 from melens.interventions import drop_key, ffn_scale, wemask
 from melens.locating import locate
-from melens.models import load
+from melens.measuring import sinks
+from melens.models import load, loading
 from melens.models.origin import name_of
 from melens.patching import patch
 from melens.scanning import scan
@@ -251,6 +256,34 @@ def test_a_mask_on_an_object_that_was_located_acts_on_its_own_passes():
             torch.testing.assert_close(load(hf)(made), masked)
 
 
+@pytest.mark.parametrize(("family", "copies"), [("neox", True), ("gpt2", False)])
+def test_a_trained_object_is_measured_as_it_is_now(family, copies, make_tiny, tokenizer):
+    """GPT-NeoX's bridge has queries, keys and values of its own, which a step does not reach."""
+    hf, ids = make_tiny(family), torch.arange(5, 13)[None]
+    bridge = load(hf, tokenizer=tokenizer)
+    assert load(hf, tokenizer=tokenizer) is bridge
+    optimiser = torch.optim.SGD(hf.parameters(), lr=0.5)
+    hf(ids, labels=ids).loss.backward()
+    optimiser.step()
+    again = load(hf, tokenizer=tokenizer)
+    assert (again is bridge) == (not copies)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids), hf(ids).logits)
+
+
+def test_an_object_that_is_edited_itself_is_not_measured():
+    """Measures run the bridge, where the edit on the object would silently be missing."""
+    hf, made = plant("llama", "single", seed=0).model, torch.tensor([[1, *range(6, 26)]])
+    located = locate(hf, made)
+    with wemask(hf, located, rate=0.9, select="activation"):
+        hf(made)
+        with pytest.raises(InterventionError, match=r"itself.* bridge = melens\.load"):
+            sinks(hf, located, made)
+    plain = sinks(hf, located, made)
+    with wemask(load(hf), located, rate=0.9, select="activation"):
+        assert sinks(hf, located, made).attention_to_token != plain.attention_to_token
+
+
 def test_hooks_of_the_callers_own_look_on(make_tiny):
     hf, seen = make_tiny("llama"), []
     look = lambda module, args, out: seen.append(module)  # noqa: E731
@@ -270,3 +303,22 @@ def test_a_model_object_keeps_its_name(tmp_path):
         ("", ""),
     ):
         assert name_of(path) == name
+
+
+def test_the_bridge_goes_with_its_object_and_not_with_copies(make_tiny, tokenizer, tmp_path):
+    hf = make_tiny("llama")
+    hf.model.layers[0].mlp.register_forward_hook(lambda *_, own=hf: None)  # a cycle
+    bridge = load(hf, tokenizer=tokenizer)
+    twin = copy.deepcopy(hf)
+    assert load(twin, tokenizer=tokenizer) is not bridge
+    hf.model.layers[0].mlp._forward_hooks.clear()
+    torch.save(hf, tmp_path / "whole.pt")
+    read = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert (tmp_path / "whole.pt").stat().st_size < 1.5 * sum(
+        p.numel() * p.element_size() for p in hf.parameters()
+    )
+    assert loading.kept_bridge(read) is None
+    gone = weakref.ref(hf)
+    del hf, bridge, twin, read
+    gc.collect()
+    assert gone() is None
