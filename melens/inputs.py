@@ -22,6 +22,7 @@ from melens.interventions.target import note_weights
 from melens.models.anatomy import is_folded
 from melens.models.bridging import unwrapped
 from melens.models.loading import adopt
+from melens.models.object_bridges import last_bridge
 from melens.models.origin import fingerprint, origin_of
 from melens.progress import say_once
 from melens.protocols import HookedModel, JsonObject, is_hooked
@@ -106,7 +107,13 @@ class Inputs:
         if isinstance(model, cls):
             return model
         _require_reach(model)
+        before = last_bridge(model)
         hooked = adopt(model)
+        if before is not None and before.bridge is not hooked and is_edited(before.bridge):
+            raise InterventionError(
+                f"an edit is open on the bridge of this {type(model).__name__}, which has changed "
+                "since: its new bridge does not have the edit; leave it first."
+            )
         weights = fingerprint(hooked)
         note_weights(hooked, weights)
         return cls(hooked, [], {}, weights)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def judged(
     view: Measured, policy: Policy, stages: Sequence[StageRecord]
 ) -> tuple[tuple[RuleOutcome, ...], tuple[Finding, ...]]:
-    """Every rule's outcome in the registry's order, and what was found, the gravest first."""
+    """Every rule's outcome in the registry's order, and what was found, the most severe first."""
     why_not = {stage.name: stage for stage in stages if stage.status != "done"}
     outcomes, findings = [], []
     for name, one in RULES.items():
@@ -171,7 +171,7 @@ def answered(
     rules = f"the policy '{policy.name}'"
     if counted:
         first = counted[0]
-        text = f"{model} has {_count(len(counted), 'finding')} under {rules}; the gravest, "
+        text = f"{model} has {_count(len(counted), 'finding')} under {rules}; the most severe, "
         text += f"{first.id} ({first.severity}): {first.title}.{also}"
         return "findings", text + _unrun(failed)
     if failed:

@@ -23,6 +23,8 @@ GAP = 2
 """Blanks between two columns."""
 MOST_LINES = 3
 """Of a cell, about; a column that needs more goes on in a table below."""
+LEAST_ROOM = 20
+"""Columns below which no table can be laid out, whatever the terminal says."""
 IN_A_FILE = 120
 """Columns at least where stdout is no terminal: a file or a pipe needs no narrow lines."""
 
@@ -164,9 +166,10 @@ def _print(made: Table, *, in_a_file: int) -> None:
 def room_for_lines() -> int | None:
     """Columns of the terminal, or those that COLUMNS asks for; None in a file or a pipe."""
     asked = os.environ.get("COLUMNS", "")
-    if not asked.isdecimal() and not (sys.stdout is not None and sys.stdout.isatty()):
+    told = asked.isdecimal() and int(asked) > 0
+    if not told and not (sys.stdout is not None and sys.stdout.isatty()):
         return None
-    return Console(file=sys.stdout).width
+    return max(LEAST_ROOM, Console(file=sys.stdout).width)
 
 
 def folded(text: str) -> str:

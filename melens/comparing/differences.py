@@ -90,7 +90,7 @@ def _cannot(a: Side, b: Side) -> list[str]:
     if not a.located.massive and not b.located.massive:
         made.append(
             "token, dimension, value and direction: neither has a massive token, so only shapes "
-            "and each layer's largest |x| were held against each other"
+            "and each layer's largest |x| were compared"
         )
     elif not a.located.massive or not b.located.massive:
         made.append("token, dimension and value: not both have a massive token")

@@ -10,7 +10,8 @@ import torch
 
 from melens.errors import ModelError, ResultError
 from melens.interventions.target import note_weights, require_located_here, require_room
-from melens.models.loading import kept_bridge, load, load_plain
+from melens.models.loading import load, load_plain
+from melens.models.object_bridges import kept_bridge
 from melens.models.origin import Origin, fingerprint, name_of, origin_of
 from melens.protocols import (
     AnyModel,
@@ -219,7 +220,7 @@ def plain_to_save(subject: Subject) -> tuple[TransformersModel, Tokenizer]:
     if subject.source is None:
         raise ModelError(
             "a bridged model cannot be saved, and the folder of its weights is not known; give "
-            "the model's name or folder, or a transformers model that was never bridged."
+            "the model's name or folder, or the transformers model itself."
         )
     hub = str(subject.source) == subject.origin.name and subject.origin.revision is not None
     hf, tokenizer, _ = load_plain(

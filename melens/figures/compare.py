@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from melens.errors import ResultError
-from melens.figures.draw import LAYER_LABEL, PAGE, Into, legend_below, panel, plain, root_of
+from melens.figures.draw import LAYER_LABEL, PAGE, Into, drawn_into, legend_below, panel, plain
 from melens.figures.profile import gaps
 from melens.results.base import Result
 from melens.results.collapse import Collapse
@@ -86,12 +86,10 @@ def compare(
     Raises:  ResultError: fewer than two, several kinds, a kind that has no such figure, other
              metrics or units, or another number of names.
     """
-    from melens.figures.draw import drawn_into
-
     results = list(results)
     named = _checked(results, names)
-    drawer = _forest if isinstance(results[0], Evaluation) else _lines
-    return root_of(drawn_into(lambda into: drawer(results, named, into), ax, figure))
+    drawer: Callable[..., Figure] = _forest if isinstance(results[0], Evaluation) else _lines
+    return drawn_into(lambda into: drawer(results, named, into), ax, figure)
 
 
 def _checked(results: Sequence[Result], names: Sequence[str] | None) -> list[str]:
@@ -101,16 +99,24 @@ def _checked(results: Sequence[Result], names: Sequence[str] | None) -> list[str
     kinds = list(dict.fromkeys(type(result) for result in results))
     if len(kinds) > 1:
         given = ", ".join(kind.__name__ for kind in kinds)
-        raise ResultError(f"compare takes results of one kind, got {given}; draw them apart.")
+        raise ResultError(f"compare takes results of one kind, got {given}; draw each by itself.")
     if kinds[0] not in COMPARED and kinds[0] is not Evaluation:
         fits = ", ".join(kind.__name__ for kind in (*COMPARED, Evaluation))
         raise ResultError(f"no figure compares {kinds[0].__name__}; it can be of {fits}.")
     if names is not None and (isinstance(names, str) or len(names) != len(results)):
         raise ResultError(f"names must be a list of {len(results)}, one a result.")
-    units = {getattr(r, "metric", None) or getattr(r, "unit", None) for r in results}
-    if len(units) > 1:
-        raise ResultError(f"these results are in {len(units)} units or metrics; draw them apart.")
+    labels = {_label(result) for result in results}
+    if len(labels) > 1:
+        raise ResultError(
+            f"these results are of {len(labels)} units or metrics ({', '.join(sorted(labels))}); "
+            "draw each in a figure of its own."
+        )
     return _names(results) if names is None else list(names)
+
+
+def _label(result: Any) -> str:
+    """What is drawn of a result, with its unit."""
+    return result.unit if isinstance(result, Evaluation) else COMPARED[type(result)].label(result)
 
 
 def _names(results: Sequence[Any]) -> list[str]:
@@ -132,7 +138,7 @@ def _names(results: Sequence[Any]) -> list[str]:
     return [f"{i}: {name}" for i, name in enumerate(named, start=1)]
 
 
-def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Any:
+def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Figure:
     made, axes = panel(into, PAGE, 3.0)
     what = COMPARED[type(results[0])]
     curves = [what.values(result) for result in results]
@@ -145,9 +151,10 @@ def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Any:
         if what.without is not None and (left := what.without(result)):
             axes.plot(places, gaps(tuple(left)), color=colour, ls="--", marker="")
         layer = what.marked(result)
-        if layer is not None and 0 <= layer < len(curve) and curve[layer] is not None:
-            axes.plot(places[layer], curve[layer], marker="o", color=colour, ms=6, ls="")
-    if any(map(what.marked, results)):
+        height = curve[layer] if layer is not None and 0 <= layer < len(curve) else None
+        if layer is not None and height is not None:
+            axes.plot(places[layer], height, marker="o", color=colour, ms=6, ls="")
+    if any(what.marked(result) is not None for result in results):
         axes.plot([], [], marker="o", color="black", ms=6, ls="", label="ME Layer")
     if what.without is not None:
         axes.plot([], [], color="black", ls="--", label="without the massive token")
@@ -161,7 +168,7 @@ def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Any:
     return made
 
 
-def _forest(results: Sequence[Evaluation], names: Sequence[str], into: Into) -> Any:
+def _forest(results: Sequence[Evaluation], names: Sequence[str], into: Into) -> Figure:
     made, axes = panel(into, PAGE, 1.0 + 0.3 * len(results))
     for y, result in enumerate(results):
         if result.delta.interval is not None:

@@ -57,7 +57,7 @@ def _sizes(axes: Axes, result: Difference) -> None:
             axes.axvline(side.me_layer, color=colour, ls=line, lw=0.8)
     axes.set_ylabel("largest |x| (residual units)")
     verdict = "changed" if result.verdict == "changed" else "the same within tolerance"
-    axes.set_title(f"{names[1]}, held against {names[0]}: {verdict}", loc="left")
+    axes.set_title(f"{names[1]} compared with {names[0]}: {verdict}", loc="left")
     axes.grid(visible=True, axis="y")
 
 

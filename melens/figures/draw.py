@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module, resources
 from pathlib import Path
+from typing import cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -110,13 +111,15 @@ def sheet(into: Into, width: float, height: float) -> Figure:
             "this style has several panels and does not fit into one ax; pass figure= (a figure "
             "or subfigure), or choose another style."
         )
-    return into if into is not None else Drawing(figsize=(width, height), layout="constrained")
+    if into is None:
+        return Drawing(figsize=(width, height), layout="constrained")
+    return cast("Figure", into)  # a subfigure has all that styles use of a figure
 
 
 def panel(into: Into, width: float, height: float) -> tuple[Figure, Axes]:
     """The figure and the one panel that a style is drawn into."""
     if isinstance(into, Axes):
-        return into.figure, into
+        return cast("Figure", into.figure), into
     made = sheet(into, width, height)
     return made, made.add_subplot()
 

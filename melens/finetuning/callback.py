@@ -74,7 +74,7 @@ class EmergenceCallback(TrainerCallback):
         self.every, self.share, self.rows = every, share, list[EmergenceRow]()
         self._tokenizer, self._texts, self.report = tokenizer, texts, report
         self._file = None if file is None else Path(file)
-        self._began, self._spent, self._bridge = 0.0, 0.0, None
+        self._began, self._spent, self._view = 0.0, 0.0, None
 
     def on_train_begin(
         self,
@@ -140,10 +140,11 @@ class EmergenceCallback(TrainerCallback):
         if self._texts is None:
             self._texts = prompts(n=N_SEQ, length=LENGTH)
         if is_adapted(plain):  # what is added to the weights changes with every step
-            self._bridge = adopt(merged_view_of(plain), tokenizer=tokenizer)
-        elif self._bridge is None:
-            self._bridge = adopt(view_of(plain), tokenizer=tokenizer)
-        inputs = prepare(self._bridge, self._texts)
+            self._view = merged_view_of(plain)
+        elif self._view is None:
+            self._view = view_of(plain)
+        # bridged again where its bridge has copies of weights, which a step does not reach
+        inputs = prepare(adopt(self._view, tokenizer=tokenizer), self._texts)
         located = settle(inputs, None)
         sinks = SinkPlan(inputs, located, T_PAPER)
         ranks = RankPlan(inputs, located, attention_sites(inputs.model))

@@ -115,7 +115,8 @@ class OwnAnswer:
             return ""
         return (
             f" It has hooks of its own at {', '.join(self.hooked[:3])}: remove those that change "
-            "a value (handle.remove()), and make the change with melens.interventions."
+            "a value (handle.remove(), del module.forward), and make the change with "
+            "melens.interventions."
         )
 
 
@@ -150,11 +151,11 @@ def own_answer(model: Any, *, upto: int | None = None) -> OwnAnswer:
 
 
 def _hooked(model: nn.Module) -> tuple[str, ...]:
-    """Modules whose forward pass somebody looks into, or changes."""
+    """Modules whose forward pass somebody looks into, or changes, or has put another one for."""
     return tuple(
         name or type(model).__name__
         for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     )
 
 

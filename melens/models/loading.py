@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,9 @@ from melens.models.multimodal import (
     quietly,
 )
 from melens.models.named import NAMED, fetch, kept_copy
+from melens.models.object_bridges import keep_bridge, kept_bridge, last_bridge
 from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
-from melens.models.view import KEPT
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
@@ -152,63 +151,19 @@ def adopt(
     bridge = kept_bridge(model)
     if bridge is None:
         require_finite_weights(model)
+        before = last_bridge(model)
+        if tokenizer is None and before is not None and before.bridge is not None:
+            tokenizer = before.bridge.tokenizer
         bridge = _bridge_object(model, tokenizer)
         CHECKED.add(bridge)
-        vars(model)[KEPT] = Kept(_state(model, bridge), bridge)
+        keep_bridge(model, bridge)
     if tokenizer is not None and bridge.tokenizer is None:
         give_tokenizer(bridge, tokenizer)
     if bridge not in CHECKED:
         require_finite_weights(model)
         check_contract(bridge)
         CHECKED.add(bridge)
-    if bridge is not model and bridge.training != model.training:
-        bridge.train(model.training)
     return bridge
-
-
-@dataclass
-class Kept:
-    """The bridge that an HF model object was given, on the object; no copy of it has one."""
-
-    state: Any = None
-    """The object's when it was bridged."""
-    bridge: HookedModel | None = None
-
-    def __deepcopy__(self, memo: object) -> Kept:
-        return Kept()
-
-    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        return Kept, ()
-
-
-def kept_bridge(model: Any) -> HookedModel | None:
-    """The bridge that an object is, or was given; None where it has none that still fits.
-
-    A model that was moved, cast, or got other parameters or hooks since needs another bridge, and
-    so does one whose weights changed where the bridge has copies of them (queries, keys and values
-    out of one matrix).
-    """
-    if hasattr(model, "hook_dict") and hasattr(model, "run_with_hooks"):
-        return model
-    kept = getattr(model, "__dict__", {}).get(KEPT)
-    if kept is None or kept.bridge is None:
-        return None
-    return kept.bridge if kept.state == _state(model, kept.bridge) else None
-
-
-def _state(model: torch.nn.Module, bridge: HookedModel) -> Any:
-    """What a bridge shares with its model or took over from it: by identity, copies by version."""
-    tensors = [*model.parameters(), *model.buffers()]
-    held = {x.untyped_storage().data_ptr() for x in tensors}
-    copies = any(x.untyped_storage().data_ptr() not in held for x in bridge.parameters())
-    hooks = [
-        tuple(hooks)
-        for module in model.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        if hooks
-    ]
-    versions = [x._version for x in tensors if not x.is_inference()] if copies else []
-    return [(id(x), x.device, x.dtype) for x in tensors], versions, hooks
 
 
 def source_of(wanted: Asked, *, revision: str | None, trust_remote_code: bool) -> Any:

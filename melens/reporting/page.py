@@ -78,7 +78,7 @@ def report_parts(report: CheckReport, source: Addressed) -> list[PagePart]:
 
 
 def _counts(report: CheckReport) -> list[Fact]:
-    """How many findings of each severity, the gravest first."""
+    """How many findings of each severity, the most severe first."""
     return [
         Fact(f"{severity} findings", str(sum(f.severity == severity for f in report.findings)))
         for severity in ("critical", "warning", "info")
@@ -106,7 +106,7 @@ class FindingView:
 
 
 def finding_views(report: CheckReport, source: Addressed) -> list[FindingView]:
-    """In the report's order, the gravest first."""
+    """In the report's order, the most severe first."""
     return [
         FindingView(
             found.id,

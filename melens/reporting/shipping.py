@@ -10,11 +10,11 @@ from melens.reporting.source import Addressed, step
 from melens.results.check import CheckReport, Finding
 
 Level = Literal["pass", "info", "warning", "critical", "incomplete"]
-"""The gravest finding that the policy counts; red is for ``critical`` alone."""
+"""The most severe finding that the policy counts; red is for ``critical`` alone."""
 QUESTION = "Can I ship this?"
 SIGNS = {"critical": "✗", "warning": "▲", "info": "●", "pass": "✓", "incomplete": "?"}
 """Beside the word, so that no colour has to say it."""
-GRAVE = {"critical": "critical finding", "warning": "warning", "info": "remark"}
+SEVERITY_NAMES = {"critical": "critical finding", "warning": "warning", "info": "remark"}
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,18 @@ def ship_answer(report: CheckReport) -> ShipAnswer:
     rules = f"the policy '{report.policy.name}'"
     found = report.counted()
     open_ = _open(report)
+    failed = ", ".join(stage.name for stage in report.stages if stage.status == "failed")
+    could_not = f" {failed} could not run." if failed else ""
     if found:
-        gravest = found[0].severity
-        said = "Not as it is" if gravest == "critical" else "Only with care"
-        if gravest == "info":
-            said = "Yes, with remarks"
-        counts = [(grave, sum(f.severity == grave for f in found)) for grave in GRAVE]
-        kinds = " and ".join(many(n, GRAVE[grave]) for grave, n in counts if n)
-        return ShipAnswer(gravest, f"{said}: {kinds} under {rules}.{open_}")
-    if report.verdict == "incomplete":
-        failed = ", ".join(stage.name for stage in report.stages if stage.status == "failed")
-        return ShipAnswer("incomplete", f"Not known yet: {failed} could not run.{open_}")
+        worst = found[0].severity
+        said = {"critical": "Not as it is", "warning": "Only with care"}.get(worst)
+        if said is None:
+            said = "Not known yet" if failed else "Yes, with remarks"
+        counts = [(one, sum(f.severity == one for f in found)) for one in SEVERITY_NAMES]
+        kinds = " and ".join(many(n, SEVERITY_NAMES[one]) for one, n in counts if n)
+        return ShipAnswer(worst, f"{said}: {kinds} under {rules}.{could_not}{open_}")
+    if failed or report.verdict == "incomplete":
+        return ShipAnswer("incomplete", f"Not known yet:{could_not}{open_}")
     beside = many(len(report.findings), "remark") if report.findings else "nothing"
     return ShipAnswer("pass", f"Yes, as far as {rules} asks; {beside} found beside it.{open_}")
 
@@ -63,7 +64,7 @@ def _open(report: CheckReport) -> str:
 
 
 def to_do(report: CheckReport) -> tuple[Finding, ...]:
-    """Findings whose advice comes first: those that the policy counts, the gravest first.
+    """Findings whose advice comes first: those that the policy counts, the most severe first.
 
     Where it counts none, those above a remark.
     """

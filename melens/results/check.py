@@ -77,7 +77,7 @@ class CacheNorms(Result):
 Budget = Literal["quick", "standard", "full"]
 Severity = Literal["info", "warning", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
-"""From the least to the gravest."""
+"""From least to most severe."""
 Number = float | int | str | None
 Interval = tuple[float, float]
 
@@ -172,7 +172,7 @@ class CheckReport(Result):
     policy: PolicyUsed
     stages: tuple[StageRecord, ...]
     findings: tuple[Finding, ...]
-    """The gravest first."""
+    """The most severe first."""
     rules: tuple[RuleOutcome, ...]
     """Every rule there is, in the order of the registry."""
     results: dict[str, JsonObject]

@@ -205,7 +205,7 @@ class Evaluation(Result):
         if not any("layer" in c.name for c in self.controls):
             text += " No other layers were left for a control."
         if not any("random" in c.name for c in self.controls):
-            text += " This edit was not held against random dimensions."
+            text += " This edit has no control of random dimensions."
         if self.massive is not None:
             text += f" {self.massive.said()}."
         if self.with_token is not None and self.with_token < len(self.weights or ()):

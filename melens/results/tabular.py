@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INTERVALS = ("interval", "corrected")
-"""A field whose name ends so holds (low, high) or None, and stands behind the number it is of."""
+"""A field whose name ends like this holds (low, high) or None, and follows its number."""
 LOW, HIGH = "_low", "_high"
 INTERVAL_DIGITS = 2
 """Significant digits of an interval's half width, to which its row is rounded."""
@@ -41,7 +41,18 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as a frame of flat columns."""
     import pandas as pd
 
-    return pd.DataFrame([flat(row) for row in rows])
+    made = [flat(row) for row in rows]
+    names = dict.fromkeys(name for row in made for name in row)
+    return pd.DataFrame({name: _column([row.get(name) for row in made]) for name in names})
+
+
+def _column(values: list[Any]) -> Any:
+    """Whole numbers stay whole where some are missing."""
+    import pandas as pd
+
+    known = [value for value in values if value is not None]
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in known)
+    return pd.array(values, dtype="Int64") if whole and 0 < len(known) < len(values) else values
 
 
 def csv_of(frame: pd.DataFrame) -> str:
@@ -65,8 +76,10 @@ def latex_of(frame: pd.DataFrame) -> str:
     for place, name in enumerate(frame.columns):
         if name.endswith(LOW) and name in numeric and place:
             _round(cells, frame, place)
-    styled = cells.style.hide(axis="index").format(escape="latex", subset=texts)
-    styled = styled.format_index(escape="latex", axis=1)
+    styled = cells.style
+    styled.hide(axis="index")
+    styled.format(escape="latex", subset=texts)
+    styled.format_index(escape="latex", axis=1)
     alignment = "".join("r" if name in numeric else "l" for name in frame.columns)
     return styled.to_latex(hrules=True, column_format=alignment)
 
@@ -74,22 +87,27 @@ def latex_of(frame: pd.DataFrame) -> str:
 def _round(cells: pd.DataFrame, frame: pd.DataFrame, low: int) -> None:
     """Round an interval's two columns, and the number before them, row by row.
 
-    A number outside is not the interval's own: a count stands before the interval of its share.
+    A whole number is not the interval's own: a count stands before the interval of its share.
     """
     for row in range(len(frame)):
         before, least, most = (frame.iat[row, column] for column in (low - 1, low, low + 1))
         if not (_is_number(least) and _is_number(most)):
             continue
+        if most == least:
+            continue
         places = decimals_of(most - least)
-        own = _is_number(before) and least <= before <= most
+        own = isinstance(before, float) and least <= before <= most
         for column, value in ((low - 1, before), (low, least), (low + 1, most))[not own :]:
-            cells.iat[row, column] = _math(f"{value:,.{places}f}")
+            cells.iat[row, column] = _math(_fixed(value, places))
+
+
+def _fixed(value: float, places: int) -> str:
+    """So many decimals; what is 0 at them has no sign."""
+    return f"{round(value, places) + 0.0:,.{places}f}"
 
 
 def decimals_of(width: float) -> int:
-    """Decimals at which half of an interval's width has two significant digits."""
-    if width <= 0:
-        return DIGITS
+    """Decimals at which half of an interval's width, above 0, has two significant digits."""
     return max(0, INTERVAL_DIGITS - 1 - math.floor(math.log10(width / 2)))
 
 
@@ -120,7 +138,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_numeric(column: pd.Series) -> bool:
+def _is_numeric(column: Any) -> bool:
     missing = column.isna()
     return not missing.all() and all(map(_is_number, column[~missing]))
 
@@ -133,8 +151,9 @@ def arrays_of(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, ND
     """Every numeric column of every table as ``table.column``; one number a row, None as NaN."""
     found = {}
     for table, rows in tables.items():
-        for name in flat(rows[0]) if rows else ():
-            column = array_of([flat(row).get(name) for row in rows])
+        made = [flat(row) for row in rows]
+        for name in dict.fromkeys(name for row in made for name in row):
+            column = array_of([row.get(name) for row in made])
             if column is not None:
                 found[f"{table}.{name}"] = column
     return found

@@ -134,7 +134,7 @@ def test_both_sides_of_a_difference_have_their_names(name, dtype, a, b):
     assert said.count(a) >= 2  # in the title and in the legend
     assert said.count(b) >= 2
     made.draw_without_rendering()
-    (title,) = (t for t in made.findobj(mpl.text.Text) if "held against" in t.get_text())
+    (title,) = (t for t in made.findobj(mpl.text.Text) if "compared with" in t.get_text())
     assert title.get_window_extent().x1 < made.bbox.x1
 
 

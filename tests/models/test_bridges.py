@@ -271,6 +271,74 @@ def test_a_trained_object_is_measured_as_it_is_now(family, copies, make_tiny, to
         torch.testing.assert_close(again(ids), hf(ids).logits)
 
 
+def _pre_hook(hf):
+    hf.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: None)
+
+
+def _other_buffer(hf):
+    hf.model.rotary_emb.register_buffer("inv_freq", hf.model.rotary_emb.inv_freq.clone())
+
+
+def _other_data(hf):
+    hf.lm_head.weight.data = hf.lm_head.weight.data.clone() * 2
+
+
+def _other_module(hf):
+    hf.model.layers[0].mlp.act_fn = nn.GELU()
+
+
+def _other_scale(hf):
+    hf.model.layers[0].self_attn.scaling *= 2
+
+
+@pytest.mark.parametrize(
+    "change", [_pre_hook, _other_buffer, _other_data, _other_module, _other_scale]
+)
+def test_an_object_that_changed_is_bridged_again(change, make_tiny, tokenizer):
+    hf, ids = make_tiny("llama"), torch.arange(5, 13)[None]
+    bridge = load(hf, tokenizer=tokenizer)
+    change(hf)
+    again = load(hf)
+    assert again is not bridge
+    assert again.tokenizer is tokenizer
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids), hf(ids).logits)
+
+
+def test_an_adapter_that_is_turned_off_or_changed_is_bridged_again(make_tiny, tokenizer):
+    peft = pytest.importorskip("peft")
+    hf, ids = make_tiny("llama"), torch.arange(5, 13)[None]
+    config = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(hf, config)
+    model.add_adapter("two", config)
+    first = load(model, tokenizer=tokenizer)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(load(model)(ids), model(ids).logits)
+    model.set_adapter("two")
+    second = load(model)
+    assert second is not first
+    with torch.no_grad():
+        torch.testing.assert_close(second(ids), model(ids).logits)
+
+
+def test_a_forward_of_the_callers_own_is_named(make_tiny, tokenizer):
+    hf = make_tiny("llama")
+    mlp = hf.model.layers[1].mlp
+    mlp.forward = lambda x, forward=mlp.forward: 2 * forward(x)
+    with pytest.raises(ContractError, match=r"hooks of its own at model\.layers\.1\.mlp: remove"):
+        load(hf, tokenizer=tokenizer)
+
+
+def test_an_edit_on_a_bridge_that_no_longer_fits_is_not_forgotten():
+    hf, made = plant("llama", "single", seed=0).model, torch.tensor([[1, *range(6, 26)]])
+    located = locate(hf, made)
+    with wemask(load(hf), located, rate=0.9, select="activation"):
+        sinks(hf, located, made)
+        _pre_hook(hf)
+        with pytest.raises(InterventionError, match="its new bridge does not have the edit"):
+            sinks(hf, located, made)
+
+
 def test_an_object_that_is_edited_itself_is_not_measured():
     """Measures run the bridge, where the edit on the object would silently be missing."""
     hf, made = plant("llama", "single", seed=0).model, torch.tensor([[1, *range(6, 26)]])

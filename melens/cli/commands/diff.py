@@ -25,7 +25,7 @@ def diff(
         str,
         typer.Argument(
             metavar="B",
-            help="The one to hold against it: either kind too.",
+            help="The one to compare with it: either kind too.",
             autocompletion=completing.models_and_results,
         ),
     ],
