@@ -121,7 +121,7 @@ def in_style(style: str | None) -> AbstractContextManager[None]:
 
 
 def draw_all(folder: Path, into: Path, kind: str, style: str | None) -> list[Path]:
-    """Every saved result of a folder as NAME.STYLE.KIND; files that are none are left out.
+    """Every saved result in a folder as NAME.STYLE.KIND, subfolders too; other files are left out.
 
     Args:    style: None = every style of its kind, "default" = its kind's first; of another name,
              of those kinds that have it.
@@ -132,7 +132,7 @@ def draw_all(folder: Path, into: Path, kind: str, style: str | None) -> list[Pat
     from melens.results import load_result
 
     made: list[Path] = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         try:
             result = load_result(path)
         except ResultError as error:
@@ -142,7 +142,7 @@ def draw_all(folder: Path, into: Path, kind: str, style: str | None) -> list[Pat
         if style is not None:
             styles = styles[:1] if style == "default" else [s for s in styles if s == style]
         for name in styles:
-            made.append(into / f"{path.stem}.{name}.{kind}")
+            made.append(into / path.relative_to(folder).with_name(f"{path.stem}.{name}.{kind}"))
             save_figure(result.plot(name), made[-1])
     if not made:
         which = "" if style is None else f" with a style {style!r}"

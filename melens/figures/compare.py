@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from melens.errors import ResultError
 from melens.figures.draw import LAYER_LABEL, PAGE, Into, drawn_into, legend_below, panel, plain
 from melens.figures.profile import gaps
+from melens.formatting import brief
 from melens.results.base import Result
 from melens.results.collapse import Collapse
 from melens.results.describe import TokenPortrait
@@ -23,6 +24,10 @@ from melens.results.scan import WeightScan
 from melens.results.sinks import SINK_EPS, Sinks
 
 Curve = Sequence[float | None]
+LONGEST_NAME = 40
+"""Characters of a name; a longer one loses its middle."""
+LINES = ("-", ":", "-.")
+"""From one to the next where the ten colours begin again; dashes have a meaning of their own."""
 DEPTH_LABEL = "share of the blocks passed (block outputs)"
 
 
@@ -68,50 +73,83 @@ COMPARED: dict[type[Result], ByLayer] = {
 }
 
 
+@overload
 def compare(
-    results: Sequence[Result],
+    results: Result | Sequence[Result],
+    *,
+    names: Sequence[str] | None = None,
+    figure: Figure | SubFigure | None = None,
+) -> Figure: ...
+@overload
+def compare(
+    results: Result | Sequence[Result], *, names: Sequence[str] | None = None, ax: Axes
+) -> Axes: ...
+def compare(
+    results: Result | Sequence[Result],
     *,
     names: Sequence[str] | None = None,
     ax: Axes | None = None,
-    figure: Figure | None = None,
-) -> Figure:
-    """Draw results of one kind from several models into one panel.
+    figure: Figure | SubFigure | None = None,
+) -> Figure | Axes:
+    """Draw results of one kind, of several models or of one, into one panel.
 
     Locate, describe, collapse, sinks, scan and metric results give one line a model over layers;
     evaluations of one unit give one point an evaluation, with its paired 95 % interval. Models of
     different depth are drawn over the share of their blocks.
 
-    Args:    results: two or more of one kind. names: one a result; None = the models' names.
+    Args:    results: of one kind. names: one a result; None = the models' names.
              ax, figure: where to draw, with your own matplotlib settings; None = a new figure.
-    Raises:  ResultError: fewer than two, several kinds, a kind that has no such figure, other
-             metrics or units, or another number of names.
+    Returns: the new figure; what it was drawn into: the ax, or the whole figure.
+    Raises:  ResultError: none, several kinds, a kind that has no such figure, other metrics or
+             units, or other names than one a result.
     """
-    results = list(results)
-    named = _checked(results, names)
-    drawer: Callable[..., Figure] = _forest if isinstance(results[0], Evaluation) else _lines
-    return drawn_into(lambda into: drawer(results, named, into), ax, figure)
+    given = [results] if isinstance(results, Result) else list(results)
+    named = _checked(given, names)
+    drawer: Callable[..., Figure] = _forest if isinstance(given[0], Evaluation) else _lines
+    return drawn_into(lambda into: drawer(given, named, into), ax, figure)
 
 
 def _checked(results: Sequence[Result], names: Sequence[str] | None) -> list[str]:
     """The name of each result; refuses what cannot stand in one figure."""
-    if len(results) < 2:
-        raise ResultError(f"compare takes two or more results, got {len(results)}.")
+    if not results:
+        raise ResultError("compare got no results; give a list of them.")
     kinds = list(dict.fromkeys(type(result) for result in results))
+    if not all(issubclass(kind, Result) for kind in kinds):
+        said = ", ".join(kind.__name__ for kind in kinds)
+        raise ResultError(
+            f"compare takes results, got {said}; read saved ones with "
+            "melens.results.load_result(path)."
+        )
     if len(kinds) > 1:
-        given = ", ".join(kind.__name__ for kind in kinds)
-        raise ResultError(f"compare takes results of one kind, got {given}; draw each by itself.")
+        said = ", ".join(kind.__name__ for kind in kinds)
+        raise ResultError(f"compare takes results of one kind, got {said}; draw each by itself.")
     if kinds[0] not in COMPARED and kinds[0] is not Evaluation:
         fits = ", ".join(kind.__name__ for kind in (*COMPARED, Evaluation))
         raise ResultError(f"no figure compares {kinds[0].__name__}; it can be of {fits}.")
-    if names is not None and (isinstance(names, str) or len(names) != len(results)):
-        raise ResultError(f"names must be a list of {len(results)}, one a result.")
     labels = {_label(result) for result in results}
     if len(labels) > 1:
         raise ResultError(
             f"these results are of {len(labels)} units or metrics ({', '.join(sorted(labels))}); "
             "draw each in a figure of its own."
         )
-    return _names(results) if names is None else list(names)
+    return _names(results) if names is None else _given_names(names, len(results))
+
+
+def _given_names(names: Sequence[str], count: int) -> list[str]:
+    fits = not isinstance(names, str) and len(names) == count
+    if not fits or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ResultError(
+            f"names must be a list of {count} texts, one a result, got {brief(names, 60)}."
+        )
+    return list(names)
+
+
+def _shown(name: str) -> str:
+    """A name for the legend: not too long, and not hidden as matplotlib hides what begins so."""
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
+    text = plain(name)
+    return f" {text}" if text.startswith("_") else text
 
 
 def _label(result: Any) -> str:
@@ -139,7 +177,7 @@ def _names(results: Sequence[Any]) -> list[str]:
 
 
 def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Figure:
-    made, axes = panel(into, PAGE, 3.0)
+    made, axes = panel(into, PAGE, 2.7 + 0.12 * len(results))
     what = COMPARED[type(results[0])]
     curves = [what.values(result) for result in results]
     same_depth = len({len(curve) for curve in curves}) == 1
@@ -147,7 +185,13 @@ def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Figure:
         depth = 1 if same_depth else len(curve)
         places = [(layer + (not same_depth)) / depth for layer in range(len(curve))]
         colour = f"C{i}"
-        axes.plot(places, gaps(tuple(curve)), color=colour, label=plain(name), marker="")
+        axes.plot(
+            places,
+            gaps(tuple(curve)),
+            color=colour,
+            label=_shown(name),
+            ls=LINES[i // 10 % len(LINES)],
+        )
         if what.without is not None and (left := what.without(result)):
             axes.plot(places, gaps(tuple(left)), color=colour, ls="--", marker="")
         layer = what.marked(result)
@@ -174,8 +218,11 @@ def _forest(results: Sequence[Evaluation], names: Sequence[str], into: Into) -> 
         if result.delta.interval is not None:
             axes.plot(result.delta.interval, [y, y], color="C0", lw=1.2, marker="")
         axes.plot(result.delta.value, y, marker="o", color="C0", ls="")
-    said = [f"{n}\n{r.task}: {r.edit.label}" for n, r in zip(names, results, strict=True)]
-    axes.set_yticks(range(len(results)), [plain(text) for text in said], fontsize=6.5)
+    said = [
+        f"{_shown(n)}\n{plain(f'{r.task}: {r.edit.label}')}"
+        for n, r in zip(names, results, strict=True)
+    ]
+    axes.set_yticks(range(len(results)), said, fontsize=6.5)
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.axvline(0, color="black", lw=0.6)
     better = {True: "higher", False: "lower"}

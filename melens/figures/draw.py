@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module, resources
 from pathlib import Path
-from typing import cast
+from typing import cast, overload
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -104,15 +104,22 @@ Into = Axes | Figure | SubFigure | None
 def sheet(into: Into, width: float, height: float) -> Figure:
     """The figure that a style of several panels is drawn into; a new one in inches.
 
-    Raises:  ResultError: axes were given, which hold one panel.
+    Raises:  ResultError: axes were given, which hold one panel, or a figure that is not empty.
     """
     if isinstance(into, Axes):
         raise ResultError(
             "this style has several panels and does not fit into one ax; pass figure= (a figure "
-            "or subfigure), or choose another style."
+            "or subfigure), or draw melens.figures.compare([result], ax=ax)."
         )
     if into is None:
         return Drawing(figsize=(width, height), layout="constrained")
+    if into.axes:
+        raise ResultError(
+            f"this figure holds {len(into.axes)} axes already; give an empty one, or clear() it."
+        )
+    whole = root_of(into)
+    if whole.get_layout_engine() is None:  # legends stand outside the panels
+        whole.set_layout_engine("constrained")
     return cast("Figure", into)  # a subfigure has all that styles use of a figure
 
 
@@ -212,18 +219,25 @@ _CANVASES = {
 _NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
+@overload
+def draw(
+    result: Result, style: str | None = None, *, figure: Figure | SubFigure | None = None
+) -> Figure: ...
+@overload
+def draw(result: Result, style: str | None = None, *, ax: Axes) -> Axes: ...
 def draw(
     result: Result,
     style: str | None = None,
     *,
     ax: Axes | None = None,
     figure: Figure | SubFigure | None = None,
-) -> Figure:
+) -> Figure | Axes:
     """The figure of a result; ``style`` is one of its kind's, None its default.
 
     A new figure is in melens' style; what is drawn into the user's keeps the user's settings.
 
     Args:    ax: where a style of one panel is drawn. figure: an empty figure or subfigure for any.
+    Returns: the new figure; what it was drawn into: the ax, or the whole figure.
     Raises:  ResultError: a kind of result that has no figure, both ax and figure, or an ax for a
              style of several panels. UnknownNameError: no such style.
     """
@@ -233,21 +247,24 @@ def draw(
 
 def drawn_into(
     function: Callable[[Into], Figure], ax: Axes | None, figure: Figure | SubFigure | None
-) -> Figure:
+) -> Figure | Axes:
     """Draw into the user's axes or figure, or into a new one in melens' style.
 
     Raises:  ResultError: both were given, or something else.
     """
     if ax is not None and figure is not None:
         raise ResultError("ax and figure exclude each other; give one of them.")
-    for name, given, kind in (("ax", ax, Axes), ("figure", figure, (Figure, SubFigure))):
-        if given is not None and not isinstance(given, kind):
-            raise ResultError(f"{name} must be matplotlib's {name}, got {brief(given, 40)}.")
-    into = ax if ax is not None else figure
-    if into is None:
-        with house_style():
-            return function(None)
-    return root_of(function(into))
+    if ax is not None and not isinstance(ax, Axes):
+        raise ResultError(f"ax must be matplotlib Axes, got {brief(ax, 40)}.")
+    if figure is not None and not isinstance(figure, (Figure, SubFigure)):
+        raise ResultError(f"figure must be a matplotlib Figure, got {brief(figure, 40)}.")
+    if ax is not None:
+        function(ax)
+        return ax
+    if figure is not None:
+        return root_of(function(figure))
+    with house_style():
+        return function(None)
 
 
 def root_of(made: Figure | SubFigure) -> Figure:

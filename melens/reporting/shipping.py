@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from melens.reporting.sections import Fact
 from melens.reporting.source import Addressed, step
-from melens.results.check import CheckReport, Finding
+from melens.results.check import SEVERITIES, CheckReport, Finding
 
 Level = Literal["pass", "info", "warning", "critical", "incomplete"]
 """The most severe finding that the policy counts; red is for ``critical`` alone."""
@@ -37,18 +38,28 @@ def ship_answer(report: CheckReport) -> ShipAnswer:
     open_ = _open(report)
     failed = ", ".join(stage.name for stage in report.stages if stage.status == "failed")
     could_not = f" {failed} could not run." if failed else ""
+    if report.policy.fail_on == "never" and report.findings:
+        worst = max((f.severity for f in report.findings), key=SEVERITIES.index)
+        kinds = _kinds(report.findings)
+        return ShipAnswer(
+            worst, f"Your decision: {rules} only reports, and found {kinds}.{could_not}{open_}"
+        )
     if found:
         worst = found[0].severity
         said = {"critical": "Not as it is", "warning": "Only with care"}.get(worst)
         if said is None:
             said = "Not known yet" if failed else "Yes, with remarks"
-        counts = [(one, sum(f.severity == one for f in found)) for one in SEVERITY_NAMES]
-        kinds = " and ".join(many(n, SEVERITY_NAMES[one]) for one, n in counts if n)
-        return ShipAnswer(worst, f"{said}: {kinds} under {rules}.{could_not}{open_}")
+        return ShipAnswer(worst, f"{said}: {_kinds(found)} under {rules}.{could_not}{open_}")
     if failed or report.verdict == "incomplete":
         return ShipAnswer("incomplete", f"Not known yet:{could_not}{open_}")
     beside = many(len(report.findings), "remark") if report.findings else "nothing"
     return ShipAnswer("pass", f"Yes, as far as {rules} asks; {beside} found beside it.{open_}")
+
+
+def _kinds(found: Sequence[Finding]) -> str:
+    """How many findings of each severity."""
+    counts = [(one, sum(f.severity == one for f in found)) for one in SEVERITY_NAMES]
+    return " and ".join(many(n, SEVERITY_NAMES[one]) for one, n in counts if n)
 
 
 def many(n: int, what: str) -> str:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from melens.errors import ResultError, UnknownNameError
-from melens.formatting import printable
+from melens.formatting import brief, printable
 from melens.protocols import JsonObject
 from melens.registry import unknown_name
 from melens.store import RESULT, read_text, write_atomically
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
@@ -128,38 +127,55 @@ class Result(Part):
             raise UnknownNameError(unknown_name("table", name, tables))
         return tables[name]
 
-    def to_frame(self, table: str = "main") -> pd.DataFrame:
+    def to_frame(
+        self, table: str = "main", *, columns: Sequence[str] | None = None
+    ) -> pd.DataFrame:
         """A table as a pandas DataFrame, flat: an interval is two columns, ``_low`` and ``_high``.
 
-        Args:    table: a name of :meth:`tables`.
-        Raises:  UnknownNameError: this result has no table of that name.
+        Args:    table: a name of :meth:`tables`. columns: those to keep, in this order; the ends of
+                 an interval are named as one (``delta_interval``). None = all.
+        Raises:  UnknownNameError: this result has no such table or column.
         """
-        from melens.results.tabular import frame_of
+        from melens.results.tabular import chosen, frame_of
 
-        return frame_of(self.table(table))
+        frame = frame_of(self.table(table))
+        return frame if columns is None else frame[chosen(frame, columns)]
 
-    def to_csv(self, path: str | Path | None = None, *, table: str = "main") -> str:
-        """:meth:`to_frame` as CSV with all digits; written to ``path`` where one is given.
+    def to_csv(
+        self,
+        table: str = "main",
+        *,
+        columns: Sequence[str] | None = None,
+        path: str | Path | None = None,
+    ) -> str:
+        """:meth:`to_frame` as CSV with all digits; also written to ``path`` where one is given.
 
-        Raises:  UnknownNameError: no such table. OutputError: the file cannot be written.
+        Raises:  UnknownNameError: no such table or column. OutputError: it cannot be written.
         """
         from melens.results.tabular import csv_of
 
-        return _kept(csv_of(self.to_frame(table)), path)
+        return _kept(csv_of(self.to_frame(table, columns=columns)), path)
 
-    def to_latex(self, path: str | Path | None = None, *, table: str = "main") -> str:
+    def to_latex(
+        self,
+        table: str = "main",
+        *,
+        columns: Sequence[str] | None = None,
+        path: str | Path | None = None,
+    ) -> str:
         """:meth:`to_frame` as a LaTeX table (``booktabs``), numbers rounded by their intervals.
 
-        Raises:  UnknownNameError: no such table. OutputError: the file cannot be written.
+        Raises:  UnknownNameError: no such table or column. OutputError: it cannot be written.
         """
         from melens.results.tabular import latex_of
 
-        return _kept(latex_of(self.to_frame(table)), path)
+        return _kept(latex_of(self.to_frame(table, columns=columns)), path)
 
-    def arrays(self) -> dict[str, NDArray[np.float64]]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
         """What the figures show, as numpy arrays by name; what was not measured is NaN.
 
-        ``table.column`` has one number a row of that table; a curve by layer has shape (n_layers,).
+        ``table.column`` has one entry a row of that table (text columns too, to choose rows by); a
+        curve by layer has shape (n_layers,).
         Kinds whose figures show a grid give it too: see :meth:`grids`.
         """
         from melens.results.tabular import array_of, arrays_of
@@ -182,35 +198,54 @@ class Result(Part):
     def save(self, path: str | Path) -> Path:
         """Write the JSON atomically; :func:`melens.results.load_result` reads it again.
 
-        Args:    path: a file, or a folder, which gets ``<kind>.json``.
+        Args:    path: a .json file, or a folder, which gets ``<kind>.json``.
         Returns: the file.
-        Raises:  OutputError: it cannot be written.
+        Raises:  OutputError: it cannot be written. ResultError: no path, or not a .json file.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / f"{self.schema_id.split('/')[1]}.json"
-        write_atomically(path, self.to_json())
-        return path
+        if not isinstance(path, (str, Path)) or not str(path):
+            raise ResultError(f"save() got {brief(path, 40)}; name a .json file or a folder.")
+        file = Path(path)
+        if file.is_dir():
+            file = file / f"{self.schema_id.split('/')[1]}.json"
+        if file.suffix.lower() != ".json":
+            raise ResultError(
+                f"a result is saved as JSON, and {brief(file.name, 60)} says otherwise; end it in "
+                ".json (a figure: melens.figures.save_figure(result.plot(), path))."
+            )
+        write_atomically(file, self.to_json())
+        return file
 
+    @overload
+    def plot(
+        self, style: str | None = None, *, figure: Figure | SubFigure | None = None
+    ) -> Figure: ...
+    @overload
+    def plot(self, style: str | None = None, *, ax: Axes) -> Axes: ...
     def plot(
         self,
         style: str | None = None,
         *,
         ax: Axes | None = None,
         figure: Figure | SubFigure | None = None,
-    ) -> Figure:
+    ) -> Figure | Axes:
         """Draw this result, in one of its kind's styles (None = the default).
 
         The only place where a result reaches for ``figures``.
 
         Args:    style: see ``melens plot --help``. ax: where a style of one panel is drawn, with
-                 your matplotlib settings. figure: an empty figure or subfigure for any style.
-        Raises:  ResultError: no figure for this kind, or an ax for a style of several panels.
-                 UnknownNameError: no such style.
+                 your matplotlib settings. figure: an empty figure or subfigure for any style, about
+                 as large as the style is by itself.
+        Returns: the new figure; what it was drawn into: the ax, or the whole figure.
+        Raises:  ResultError: no figure for this kind, an ax for a style of several panels, or a
+                 figure that is not empty. UnknownNameError: no such style.
         """
         from melens.figures import draw
 
-        return draw(self, style, ax=ax, figure=figure)
+        if ax is not None and figure is None:
+            return draw(self, style, ax=ax)
+        if ax is not None:
+            raise ResultError("ax and figure exclude each other; give one of them.")
+        return draw(self, style, figure=figure)
 
     def summary(self) -> str:
         """One plain sentence."""

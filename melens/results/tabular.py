@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from melens.errors import UnknownNameError
 from melens.formatting import printable
 from melens.protocols import JsonObject
+from melens.registry import unknown_name
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
@@ -22,6 +23,18 @@ INTERVAL_DIGITS = 2
 """Significant digits of an interval's half width, to which its row is rounded."""
 DIGITS = 4
 """Significant digits of a number without an interval."""
+LATEX = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\\": r"\textbackslash{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+    }
+)
+"""Signs of a text that LaTeX reads as its own, or prints as others in its oldest fonts."""
 
 
 def flat(row: Mapping[str, Any]) -> JsonObject:
@@ -55,6 +68,23 @@ def _column(values: list[Any]) -> Any:
     return pd.array(values, dtype="Int64") if whole and 0 < len(known) < len(values) else values
 
 
+def chosen(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """Names of a frame's columns; an interval's two by one name.
+
+    Raises:  UnknownNameError: the frame has no such column.
+    """
+    made: list[str] = []
+    for name in [columns] if isinstance(columns, str) else columns:
+        both = [name + LOW, name + HIGH]
+        if name in frame.columns:
+            made.append(name)
+        elif both[0] in frame.columns:
+            made += both
+        else:
+            raise UnknownNameError(unknown_name("column", name, map(str, frame.columns)))
+    return made
+
+
 def csv_of(frame: pd.DataFrame) -> str:
     """Comma-separated text with all digits; lists in a cell are JSON."""
     return frame.map(_as_json).to_csv(index=False, lineterminator="\n")
@@ -72,14 +102,13 @@ def latex_of(frame: pd.DataFrame) -> str:
     for name in numeric:
         cells[name] = [_number(value) for value in frame[name]]
     for name in texts:
-        cells[name] = [_text(value) for value in frame[name]]
+        cells[name] = [_text(value).translate(LATEX) for value in frame[name]]
     for place, name in enumerate(frame.columns):
         if name.endswith(LOW) and name in numeric and place:
             _round(cells, frame, place)
+    cells.columns = [name.translate(LATEX) for name in cells.columns]
     styled = cells.style
     styled.hide(axis="index")
-    styled.format(escape="latex", subset=texts)
-    styled.format_index(escape="latex", axis=1)
     alignment = "".join("r" if name in numeric else "l" for name in frame.columns)
     return styled.to_latex(hrules=True, column_format=alignment)
 
@@ -147,8 +176,8 @@ def _as_json(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
 
 
-def arrays_of(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, NDArray[np.float64]]:
-    """Every numeric column of every table as ``table.column``; one number a row, None as NaN."""
+def arrays_of(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, NDArray[Any]]:
+    """Every column of numbers or texts as ``table.column``, one entry a row."""
     found = {}
     for table, rows in tables.items():
         made = [flat(row) for row in rows]
@@ -159,11 +188,14 @@ def arrays_of(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, ND
     return found
 
 
-def array_of(values: Any) -> NDArray[np.float64] | None:
-    """Nested numbers as an array, None as NaN; None for what is ragged, empty or no numbers."""
+def array_of(values: Any) -> NDArray[Any] | None:
+    """Nested numbers as an array, None as NaN; texts, None as ""; None for anything else."""
     import numpy as np
 
     nested = list(values)
+    if any(isinstance(value, str) for value in nested):
+        texts = [value for value in nested if isinstance(value, str) or value is None]
+        return np.array([text or "" for text in texts]) if len(texts) == len(nested) else None
     if not _numbers(nested):
         return None
     try:

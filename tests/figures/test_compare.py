@@ -48,10 +48,10 @@ def test_a_style_is_drawn_where_the_user_wants_it(name):
         assert not right.axes
         ax = Figure().add_subplot()
         if style in ONE_PANEL.get(name.rpartition(".")[2], ()):
-            assert result.plot(style, ax=ax) is ax.figure
+            assert result.plot(style, ax=ax) is ax
             assert ax.has_data()
         else:
-            with pytest.raises(ResultError, match=r"several panels .* pass figure="):
+            with pytest.raises(ResultError, match=r"several panels .* pass figure=.*compare"):
                 result.plot(style, ax=ax)
             assert not ax.has_data()
 
@@ -62,7 +62,7 @@ def test_the_users_settings_stay_in_force():
     with mpl.rc_context({"axes.spines.right": True, "lines.linewidth": 7.0}):
         mine = sinks.plot("curves", ax=Figure().add_subplot())
         own = sinks.plot("curves")
-    assert mine.axes[0].lines[0].get_linewidth() == 7.0
+    assert mine.lines[0].get_linewidth() == 7.0
     assert own.axes[0].lines[0].get_linewidth() < 3
     again = sinks.plot("curves")
     assert rendered(own, "png", dpi=50) == rendered(again, "png", dpi=50)
@@ -73,8 +73,16 @@ def test_what_is_no_place_to_draw_is_refused():
     figure = Figure()
     with pytest.raises(ResultError, match="ax and figure exclude each other"):
         sinks.plot("curves", ax=figure.add_subplot(), figure=figure)
-    with pytest.raises(ResultError, match="ax must be matplotlib's ax, got 3"):
+    with pytest.raises(ResultError, match="ax must be matplotlib Axes, got 3"):
         sinks.plot("curves", ax=3)
+    with pytest.raises(ResultError, match=r"holds 1 axes already; give an empty one, or clear"):
+        sinks.plot("curves", figure=figure)
+
+
+def test_a_plain_figure_gets_a_layout_in_which_legends_fit():
+    figure = Figure()
+    saved("smollm2-135m-bos.locate").plot(figure=figure)
+    assert type(figure.get_layout_engine()).__name__ == "ConstrainedLayoutEngine"
 
 
 def test_two_models_have_a_line_each():
@@ -96,7 +104,9 @@ def test_equal_models_are_told_apart_and_stand_over_layers():
     assert "smollm2-135m (without BOS)" in names
     assert "counted from 0" in axes.get_xlabel()
     twice = compare([bos, bos], names=["one", "$x_1$"], ax=Figure().add_subplot())
-    assert [line.get_label() for line in twice.axes[0].lines][:3:2] == ["one", r"\$x_1\$"]
+    assert [line.get_label() for line in twice.lines][:3:2] == ["one", r"\$x_1\$"]
+    assert compare([bos], names=["_mine"]).axes[0].lines[0].get_label() == " _mine"
+    assert "…" in compare(bos, names=["x" * 300]).axes[0].lines[0].get_label()
 
 
 def test_without_the_massive_token_is_dashed():
@@ -117,15 +127,18 @@ def test_evaluations_are_points_with_their_intervals():
 
 def test_what_cannot_stand_in_one_figure_is_refused():
     locate, sinks = saved("smollm2-135m-bos.locate"), saved("smollm2-135m-bos.sinks")
-    with pytest.raises(ResultError, match="two or more results, got 1"):
-        compare([locate])
+    with pytest.raises(ResultError, match="compare got no results"):
+        compare([])
+    with pytest.raises(ResultError, match=r"got str; read saved ones with melens\.results\.load"):
+        compare(["locate.json"])
+    for names in ("ab", ["a"], ["a", ""], [1, 2]):
+        with pytest.raises(ResultError, match="names must be a list of 2 texts"):
+            compare([locate, locate], names=names)
     with pytest.raises(ResultError, match="got MELayer, Sinks"):
         compare([locate, sinks])
     isolation = saved("smollm2-135m-bos.isolate")
     with pytest.raises(ResultError, match="no figure compares Isolation; it can be of MELayer"):
         compare([isolation, isolation])
-    with pytest.raises(ResultError, match="names must be a list of 2"):
-        compare([locate, locate], names="ab")
     of_units = [
         saved(f"smollm2-135m-bos.{name}.evaluate") for name in ("perplexity-gamma", "ifeval")
     ]

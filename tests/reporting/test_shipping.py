@@ -39,6 +39,14 @@ def checked(found, fail_on="warning", **changes):
         ((REMARK,), {"fail_on": "info", "verdict": "findings"}, "info", "Yes, with rem", REMARK),
         ((REMARK,), {"verdict": "pass"}, "pass", "Yes, as far as the policy 'default'", None),
         ((), {"verdict": "incomplete", "stages": (FAILED,)}, "incomplete", "Not known yet", None),
+        ((REMARK, WARNED), {"fail_on": "never"}, "warning", "Your decision: the policy", WARNED),
+        (
+            (REMARK,),
+            {"fail_on": "info", "verdict": "findings", "stages": (FAILED,)},
+            "info",
+            "Not known yet: 1 remark under the policy 'default'. sinks could not run.",
+            REMARK,
+        ),
     ],
 )
 def test_the_first_line_answers_and_the_list_says_what_to_do(found, changes, level, says, first):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from melens.errors import UnknownNameError
+from melens.errors import ResultError, UnknownNameError
 from melens.results import load_result
 from melens.results.tabular import arrays_of, csv_of, decimals_of, flat, frame_of, latex_of
 
@@ -83,6 +83,22 @@ def test_csv_keeps_every_digit():
     assert back["said"][0] == 'a "word", and'
 
 
+def test_signs_of_latex_are_printed_as_they_are():
+    table = latex_of(frame_of([{"token": "<|im_start|>~^\\{", "a|b": "x"}]))
+    start = r"\textless{}\textbar{}im\_start\textbar{}\textgreater{}"
+    assert start + r"\textasciitilde{}\textasciicircum{}\textbackslash{}\{ & x" in table
+    assert r"token & a\textbar{}b \\" in table
+
+
+def test_columns_are_chosen_and_an_interval_by_one_name():
+    result = load_result(SAVED[NAMES.index("evaluate")])
+    frame = result.to_frame(columns=["condition", "delta", "delta_interval"])
+    assert list(frame) == ["condition", "delta", "delta_interval_low", "delta_interval_high"]
+    assert r"condition & delta & delta\_interval\_low" in result.to_latex(columns=list(frame))
+    with pytest.raises(UnknownNameError, match=r"unknown column 'detla'\. Did you mean 'delta'"):
+        result.to_csv(columns=["detla"])
+
+
 def test_every_kind_has_its_tables(result):
     tables = result.tables()
     assert next(iter(tables)) == "main"
@@ -114,7 +130,10 @@ def test_arrays_are_what_the_tables_hold(result):
             if isinstance(rows[0][column], float):
                 held = [np.nan if row.get(column) is None else row[column] for row in rows]
                 np.testing.assert_array_equal(arrays[f"{name}.{column}"], held)
-    assert all(array.dtype == np.float64 and array.size for array in arrays.values())
+            if isinstance(rows[0][column], str):
+                held = [row.get(column) or "" for row in rows]
+                assert arrays[f"{name}.{column}"].tolist() == held
+    assert all(array.dtype.kind in "fU" and array.size for array in arrays.values())
 
 
 def test_grids_have_the_shapes_of_their_figures():
@@ -142,6 +161,13 @@ def test_a_result_is_saved_and_read_again(tmp_path):
     result = load_result(SAVED[0])
     assert load_result(result.save(tmp_path / "mine.json")) == result
     assert result.save(tmp_path) == tmp_path / "locate.json"
-    assert result.to_csv(tmp_path / "profile.csv") == (tmp_path / "profile.csv").read_text("utf-8")
-    latex = result.to_latex(tmp_path / "massive.tex", table="massive")
+    csv = result.to_csv(path=tmp_path / "profile.csv")
+    assert csv == (tmp_path / "profile.csv").read_text("utf-8")
+    latex = result.to_latex("massive", path=tmp_path / "massive.tex")
     assert latex == (tmp_path / "massive.tex").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", ["", None, "figure.pdf", "table.csv"])
+def test_where_no_json_can_go_is_refused(path):
+    with pytest.raises(ResultError, match=r"\.json"):
+        load_result(SAVED[0]).save(path)
