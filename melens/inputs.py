@@ -109,7 +109,7 @@ class Inputs:
         _require_reach(model)
         before = last_bridge(model)
         hooked = adopt(model)
-        if before is not None and before.bridge is not hooked and is_edited(before.bridge):
+        if before is not None and before is not hooked and is_edited(before):
             raise InterventionError(
                 f"an edit is open on the bridge of this {type(model).__name__}, which has changed "
                 "since: its new bridge does not have the edit; leave it first."

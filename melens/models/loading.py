@@ -152,8 +152,8 @@ def adopt(
     if bridge is None:
         require_finite_weights(model)
         before = last_bridge(model)
-        if tokenizer is None and before is not None and before.bridge is not None:
-            tokenizer = before.bridge.tokenizer
+        if tokenizer is None and before is not None:
+            tokenizer = before.tokenizer
         bridge = _bridge_object(model, tokenizer)
         CHECKED.add(bridge)
         keep_bridge(model, bridge)

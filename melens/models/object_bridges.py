@@ -36,14 +36,17 @@ def kept_bridge(model: Any) -> HookedModel | None:
     """
     if is_hooked(model):
         return model
-    kept = last_bridge(model)
-    return kept.bridge if kept is not None and kept.state == state_of(model, kept.bridge) else None
+    bridge = last_bridge(model)
+    return bridge if bridge is not None and _kept(model).state == state_of(model, bridge) else None
 
 
-def last_bridge(model: object) -> Kept | None:
-    """What an object was given last, whether it still fits or not."""
-    kept = getattr(model, "__dict__", {}).get(KEPT)
-    return kept if kept is not None and kept.bridge is not None else None
+def last_bridge(model: object) -> HookedModel | None:
+    """The bridge that an object was given last, whether it still fits or not."""
+    return _kept(model).bridge
+
+
+def _kept(model: object) -> Kept:
+    return getattr(model, "__dict__", {}).get(KEPT) or Kept()
 
 
 def keep_bridge(model: nn.Module, bridge: HookedModel) -> None:

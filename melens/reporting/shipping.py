@@ -39,10 +39,10 @@ def ship_answer(report: CheckReport) -> ShipAnswer:
     failed = ", ".join(stage.name for stage in report.stages if stage.status == "failed")
     could_not = f" {failed} could not run." if failed else ""
     if report.policy.fail_on == "never" and report.findings:
-        worst = max((f.severity for f in report.findings), key=SEVERITIES.index)
+        level = SEVERITIES[max(SEVERITIES.index(f.severity) for f in report.findings)]
         kinds = _kinds(report.findings)
         return ShipAnswer(
-            worst, f"Your decision: {rules} only reports, and found {kinds}.{could_not}{open_}"
+            level, f"Your decision: {rules} only reports, and found {kinds}.{could_not}{open_}"
         )
     if found:
         worst = found[0].severity

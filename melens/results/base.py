@@ -139,7 +139,7 @@ class Result(Part):
         from melens.results.tabular import chosen, frame_of
 
         frame = frame_of(self.table(table))
-        return frame if columns is None else frame[chosen(frame, columns)]
+        return frame if columns is None else frame.loc[:, chosen(frame, columns)]
 
     def to_csv(
         self,

@@ -305,6 +305,7 @@ def test_an_object_that_changed_is_bridged_again(change, make_tiny, tokenizer):
         torch.testing.assert_close(again(ids), hf(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_that_is_turned_off_or_changed_is_bridged_again(make_tiny, tokenizer):
     peft = pytest.importorskip("peft")
     hf, ids = make_tiny("llama"), torch.arange(5, 13)[None]
