@@ -239,12 +239,12 @@ def _ask_scan(model: Any, *, reach: bool = False) -> Answer:
     found = scan(model, reach=reach)
     if found.me_layer is None:
         return Answer(None, confidence=found.confidence)
-    loudest = max(
+    highest = max(
         (c for c in found.candidates if c.layer == found.me_layer and c.dim == found.dims[0]),
         key=lambda c: c.ceiling,
     )
     return Answer(
-        found.me_layer, found.dims[0], loudest.neuron, found.erase_layer, found.confidence
+        found.me_layer, found.dims[0], highest.neuron, found.erase_layer, found.confidence
     )
 
 

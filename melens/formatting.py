@@ -79,5 +79,5 @@ def brief(value: object, longest: int = 60) -> str:
 
 
 def within(interval: tuple[float, float] | None, spec: str) -> str:
-    """An interval in brackets, to stand behind its number; nothing where there is none."""
+    """An interval in brackets, to follow its number; nothing where there is none."""
     return "" if interval is None else f" ({interval[0]:{spec}} to {interval[1]:{spec}})"

@@ -222,7 +222,7 @@ def _listed(source: Any) -> Any:
     A column of a table gives its own list.
     """
     if isinstance(source, io.IOBase):
-        raise PromptError("an open file is no text; pass pathlib.Path(its name), or its text.")
+        raise PromptError("an open file is not a text; pass pathlib.Path(its name), or its text.")
     if isinstance(source, Iterator):
         return list(source)
     if hasattr(source, "tolist") and getattr(getattr(source, "dtype", None), "kind", "i") in "OTU":

@@ -38,7 +38,7 @@ class ItemRow:
 
 
 FOREIGN = "{path} is not a file of items; choose another folder."
-DAMAGED = "{path} is damaged; delete it to start anew, or choose another folder."
+DAMAGED = "{path} is damaged; delete it to start again, or choose another folder."
 
 
 class Rows(KeptRows[tuple[str, str], ItemRow]):
@@ -54,7 +54,7 @@ class Rows(KeptRows[tuple[str, str], ItemRow]):
         self.key = hash_facts(facts)
         other = (
             f"{{path}} is of another {of} (other weights, items, edits or version of melens); "
-            "delete it to start anew, or choose another folder."
+            "delete it to start again, or choose another folder."
         )
         form = RowFormat(_name, _line, _row, Refusal(DAMAGED, FOREIGN, other))
         super().__init__(path, form, Heading(SCHEMA, self.key, facts))

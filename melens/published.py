@@ -1,4 +1,4 @@
-"""Results held against published numbers; the numbers and their sources ship with melens."""
+"""Results compared with published numbers; the numbers and their sources ship with melens."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ class Resumable:
     def logits(self, resid: Resid) -> Float[Tensor, "batch pos d_vocab"]:
         """Final norm, unembedding and the model's own cap or scale on the logits.
 
-        Give it only the positions whose logits are wanted: the unembedding is dear.
+        Give it only the positions whose logits are wanted: the unembedding is expensive.
         """
         if self.whole_head:
             return self._whole_logits(resid)
@@ -316,7 +316,7 @@ class Resumable:
     def _which_are_per_row(self) -> dict[str, bool]:
         """For each tensor that blocks are called with, whether its first axis grows with the rows.
 
-        Masks, positions and biases are built anew for every batch, and no shape tells how: the
+        Masks, positions and biases are built again for every batch, and no shape tells how: the
         axis may be rows, rows x heads, or heads alone. So the model is called once more with every
         row twice, up to the first block that shows all of them.
         """

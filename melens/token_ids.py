@@ -80,7 +80,7 @@ def require_no_hole(mask: Tensor) -> None:
 
 def _of_mapping(source: Mapping[str, object], pad_id: int | None) -> tuple[Rows, list[list[bool]]]:
     if "input_ids" not in source:
-        raise PromptError(f"a {type(source).__name__} without 'input_ids' is no text; {FITS}.")
+        raise PromptError(f"a {type(source).__name__} without 'input_ids' is not a text; {FITS}.")
     if unread := [name for name in ("position_ids", "inputs_embeds") if name in source]:
         raise PromptError(f"{unread[0]} would not be used; melens counts positions itself.")
     found = read_ids(source["input_ids"], pad_id=pad_id)

@@ -65,7 +65,7 @@ def test_a_check_prepares_once_for_all_its_stages(model, planted, counted):
 
 
 def test_an_evaluation_that_locates_first_prepares_once(model, counted, tmp_path):
-    """Its rival by the mean measures that mean, and is entered anew for every batch."""
+    """Its rival by the mean measures that mean, and is entered again for every batch."""
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(f"w{i} " + "w7 w9 w11 w13 " * 6 for i in range(20, 24)))
     compare = Compare(rates=(), strengths=(), seeds=(0,), rivals=("mean",))

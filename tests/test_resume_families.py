@@ -1,4 +1,4 @@
-"""Families whose masks, positions or biases are built anew for every batch: resumed and edited."""
+"""Families whose masks, positions or biases are built again for every batch: resumed and edited."""
 
 from __future__ import annotations
 

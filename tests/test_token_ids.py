@@ -138,7 +138,7 @@ def test_searching_takes_ids(tiny):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"a": "b"}, "a dict without 'input_ids' is no text"),
+        ({"a": "b"}, "a dict without 'input_ids' is not a text"),
         ({"text": TEXTS}, "without 'input_ids'"),
         ({"input_ids": "w5"}, "hold no token ids"),
         ({"input_ids": [5, 6], "attention_mask": [1]}, "the shape of input_ids"),
@@ -166,7 +166,7 @@ def test_searching_takes_ids(tiny):
         ([[5, 6, 7, 64]], "the vocabulary is 0 to 63"),
         ([[5, -1, 7, 6]], "token ids run from -1"),
         ([Batch.pad(ROWS), TEXTS[0]], "mixed with something else"),
-        (io.StringIO("w5 w6 w7 w8"), "an open file is no text"),
+        (io.StringIO("w5 w6 w7 w8"), "an open file is not a text"),
     ],
 )
 def test_what_is_neither_text_nor_ids_is_refused_by_its_type(tiny, wrong, says):

@@ -111,7 +111,7 @@ def recommended(dose: Evaluation) -> Recommendation:
     lower = interval is not None and interval[1] < 0
     equals = [c.name for c in dose.controls if not _below(apart, best.name, c.name, weights, doses)]
     if lower and not dose.controls:
-        action, text = "leave it", f"Leave it: {said}, but it was held against no control."
+        action, text = "leave it", f"Leave it: {said}, but it was compared with no control."
     elif lower and not equals:
         action = "mask"
         text = f"Mask: {said}, and each of {len(dose.controls)} controls lowers it less. "

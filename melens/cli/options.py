@@ -85,7 +85,7 @@ class OutputOptions:
         Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the figures.")
     ] = None
     force: Annotated[
-        bool, typer.Option("--force", help="Start anew in an --out of another evaluation.")
+        bool, typer.Option("--force", help="Overwrite results of a different evaluation in --out.")
     ] = False
     as_json: Json = False
 

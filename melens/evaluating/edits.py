@@ -138,7 +138,7 @@ def _mean(
 
 
 def _means(ready: Inputs, me_layer: MELayer, at: int | None, dims: list[int]) -> dict[int, float]:
-    """Measured once for a model's weights: an edit is entered anew for every batch."""
+    """Measured once for a model's weights: an edit is entered again for every batch."""
     located = me_layer.run.settings
     key = (ready.weights, me_layer.me_layer, located.get("ids"), at, tuple(dims))
     kept = _KEPT_MEANS.setdefault(ready.model, {})

@@ -1,4 +1,4 @@
-"""The folder that an evaluation is kept in: one evaluation each, taken up again or begun anew."""
+"""The folder that an evaluation is kept in: one evaluation each, taken up again or begun again."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def check_folder(folder: Path, task: str, edit: Edit) -> None:
     if not (path.is_file() and path.stat().st_size):
         if (folder / RESULT).exists():
             raise ResultError(
-                f"{folder} holds an {RESULT} without its {ITEMS}; choose another folder, or start "
-                "anew with --force."
+                f"{folder} holds an {RESULT} without its {ITEMS}; choose another folder, or "
+                "overwrite it with --force."
             )
         return
     held, wanted = _held(head_of(path).get("of")), (task, edit.model_dump(mode="json"))
     if held != wanted and _has_rows(path):
         raise ResultError(
             f"{path} is of another evaluation ({clipped(str(held[0]))}, {_label(held[1])}); choose "
-            "another folder, or start anew with --force."
+            "another folder, or overwrite it with --force."
         )
 
 
@@ -45,7 +45,7 @@ def _held(of: object) -> tuple[Any, Any]:
     return facts.get("task"), edits[-1] if edits else None
 
 
-def start_anew(folder: Path) -> None:
+def start_again(folder: Path) -> None:
     """Remove an earlier evaluation's items and result; nothing else in the folder.
 
     Raises:  OutputError: a file cannot be removed.

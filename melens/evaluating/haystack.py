@@ -234,7 +234,7 @@ class _Needle:
 def _item(
     tokenizer: Tokenizer, haystack: Haystack, filler: Filler, length: int, depth: float, number: int
 ) -> Forced:
-    # Each cell draws anew: items that shared text or numbers would not be independent.
+    # Each cell draws again: items that shared text or numbers would not be independent.
     rng = random.Random(f"{haystack.seed} {haystack.task} {length} {depth:g} {number}")
     needles = _needles(haystack, depth, rng)
     asked = needles[0]

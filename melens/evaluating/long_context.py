@@ -51,7 +51,7 @@ ABOUT = {
 
 
 def light_comparison(edit: Edit) -> Compare:
-    """What is compared unless told otherwise, since long runs are dear.
+    """What is compared unless told otherwise, since long runs are expensive.
 
     Half the edit's dose, half-way from it to the whole, and one draw of random dimensions.
     """

@@ -114,7 +114,7 @@ def load(
 
 
 def _edit_in(model: Loadable) -> EditFile | None:
-    """The edit that a model's folder says to apply; refuses what is no model folder."""
+    """The edit that a model's folder says to apply; refuses what is not a model folder."""
     record = read_edit(model) if isinstance(model, (str, Path)) else None
     if record is not None and record.format != "hf":
         how = "melens.exporting.load_prefix" if record.format == "prefix" else "PEFT"

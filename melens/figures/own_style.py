@@ -22,7 +22,7 @@ def own_style(style: Path | str) -> Iterator[None]:
     It stands above melens' own style; colours that mean something (the ME Layer's) stay.
 
     Args:    style: a style file as matplotlib reads it, or the name of one of matplotlib's own.
-    Raises:  ResultError: no such file or name, or a file that is no style.
+    Raises:  ResultError: no such file or name, or a file that is not a style.
     """
     _refuse_what_is_no_style(str(style))
     token = _OWN.set(str(style))
@@ -55,7 +55,7 @@ def _refuse_what_is_no_style(style: str) -> None:
         mpl.rc_params_from_file(style, fail_on_error=True, use_default_template=False)
     except ValueError as error:
         said = str(error).splitlines()[-1].strip()
-        raise ResultError(f"{style} is no style that matplotlib can read: {said}") from None
+        raise ResultError(f"{style} is not a style that matplotlib can read: {said}") from None
 
 
 def _refuse_other_text(path: Path) -> None:
@@ -69,6 +69,6 @@ def _refuse_other_text(path: Path) -> None:
         key = said.partition(":")[0].strip()
         if said and (":" not in said or key not in mpl.rcParams):
             raise ResultError(
-                f"{path} is no style of matplotlib: line {number} is {said[:60]!r}; each line "
+                f"{path} is not a matplotlib style: line {number} is {said[:60]!r}; each line "
                 "reads 'setting: value', as 'font.size: 9'."
             )

@@ -24,7 +24,7 @@ MARKS = {"emerge": "^", "erase": "v", "other": "o"}
 
 @figure(WeightScan, "ceilings")
 def draw_ceilings(result: WeightScan, into: Into = None) -> Figure:
-    """Left: ceiling of each layer's loudest neuron and of its median one. Right: their ratio."""
+    """Left: ceiling of each layer's highest neuron and of its median one. Right: their ratio."""
     made = sheet(into, PAGE, 3.1)
     ceilings, ratios = made.subplots(1, 2)
     _ceilings(ceilings, result)
@@ -39,7 +39,7 @@ def draw_ceilings(result: WeightScan, into: Into = None) -> Figure:
 def _ceilings(axes: Axes, result: WeightScan) -> None:
     if any(row.whole is not None for row in result.profile):
         axes.plot(*_line(result, "whole"), color="black", ls=":", label="bound of the whole FFN")
-    axes.plot(*_line(result, "ceiling"), color=MUTED, label="loudest neuron")
+    axes.plot(*_line(result, "ceiling"), color=MUTED, label="highest neuron")
     axes.plot(*_line(result, "median"), color=MUTED, ls="--", label="median neuron")
     _points(axes, result, "ceiling")
     axes.set_ylabel("ceiling (residual units)")
@@ -49,7 +49,7 @@ def _ceilings(axes: Axes, result: WeightScan) -> None:
 def _ratios(axes: Axes, result: WeightScan) -> None:
     axes.plot(*_line(result, "ratio_to_median"), color=MUTED)
     _points(axes, result, "ratio_to_median")
-    axes.set_ylabel("loudest / median neuron")
+    axes.set_ylabel("highest / median neuron")
     _frame(axes, result)
 
 

@@ -121,7 +121,7 @@ class _Projection:
             self.directions = None
         if (here > 1).any():
             raise InterventionError(
-                "a sequence holds several chosen tokens, so there is no one direction to take out; "
+                "a sequence holds several chosen tokens, so there is not one direction to remove; "
                 "choose one of them, e.g. tokens='first'."
             )
         if here.all():
@@ -131,7 +131,7 @@ class _Projection:
         elif here.any() or self.directions is None or len(self.directions) != len(x):
             raise InterventionError(
                 "some sequence does not hold the chosen token, or its prefill was not seen, so it "
-                "has no direction to take out."
+                "has no direction to remove."
             )
 
 

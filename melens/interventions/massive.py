@@ -2,7 +2,7 @@
 
 A token's id says nothing of a later position: a newline may be massive in one context and ordinary
 in the next. What ``locate`` saw at the ME Layer's output gives a limit that any single token can
-be held against, so that cache, padding and the rest of a batch do not matter.
+be compared with, so that cache, padding and the rest of a batch do not matter.
 """
 
 from __future__ import annotations

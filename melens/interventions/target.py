@@ -20,7 +20,7 @@ from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
 _HELD: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
-"""Weights that a model was found to have: an edit is entered anew for every batch."""
+"""Weights that a model was found to have: an edit is entered again for every batch."""
 
 
 def _require_weights(me_layer: MELayer, model: HookedModel, weights: str | None) -> None:

@@ -1,4 +1,4 @@
-"""WeMask: loosen the massive token where attention reads it, and nowhere else."""
+"""WeMask: weaken the massive token where attention reads it, and nowhere else."""
 
 from __future__ import annotations
 

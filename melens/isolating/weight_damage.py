@@ -116,7 +116,7 @@ def losses(inputs: Inputs, tick: Tick) -> Float[Tensor, " sequence"]:
 
 
 class Damages:
-    """Runs over the same texts with weights removed, each held against the unedited run."""
+    """Runs over the same texts with weights removed, each compared with the unedited run."""
 
     def __init__(self, inputs: Inputs, *, seed: int, tick: Tick) -> None:
         self.inputs, self.seed, self.tick = inputs, seed, tick

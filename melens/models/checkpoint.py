@@ -95,7 +95,7 @@ class Blob:
         return bytes(found)
 
     def close(self) -> None:
-        """Give the file back; a later read opens it anew."""
+        """Give the file back; a later read opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None

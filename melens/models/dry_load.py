@@ -1,4 +1,4 @@
-"""A checkpoint held against its config before anything is built."""
+"""A checkpoint compared with its config before anything is built."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from melens.protocols import JsonObject, TransformersModel
 COUNTS = re.compile(r"layer|expert|block|label|depth")
 """Settings that a config or a model's constructor may loop over."""
 WIDTHS = re.compile(r"size|dim|vocab|width|capacity")
-"""Those of them that are sides of a tensor: no loop, and held against the shapes later."""
+"""Those of them that are sides of a tensor: no loop, and compared with the shapes later."""
 FEWEST = 512
 """Such a count is never refused: it costs nothing, whatever the files hold."""
 LONGEST = 1 << 20

@@ -61,7 +61,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, name: str) -> dict
     """Every tensor by name, in the order of the header.
 
     Args:    read: (start, length) -> that many bytes of the file.
-             size: the file's bytes; every count in the header is held against them.
+             size: the file's bytes; every count in the header is compared with them.
     Raises:  WeightsError: no header, fewer bytes than it announces, or tensors that overlap, leave
              bytes between them, or are as long as their shape does not say.
     """

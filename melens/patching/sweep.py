@@ -50,10 +50,10 @@ from melens.store import (
 
 SCHEMA = "melens/patch-cells/1"
 REFUSAL = Refusal(
-    damaged="the checkpoint {path} is damaged; delete it to start anew.",
+    damaged="the checkpoint {path} is damaged; delete it to start again.",
     foreign="{path} is no patching checkpoint; choose another path.",
     other="the checkpoint {path} is of another sweep (other weights, tokens, sites, metric or "
-    "mode); delete it to start anew, or choose another path.",
+    "mode); delete it to start again, or choose another path.",
 )
 SECONDS = 3.0
 """Between two savings: what a power cut may cost."""

@@ -265,7 +265,7 @@ class LayerControl(Part):
 
 
 class Controls(Part):
-    """What every claim has to be held against."""
+    """What every claim has to be compared with."""
 
     layers: tuple[LayerControl, ...]
     neurons: tuple[float, ...]

@@ -65,7 +65,7 @@ class Candidate(Part):
 
 
 class LayerCeiling(Part):
-    """A layer's loudest neuron, or why nothing is said of it."""
+    """A layer's highest neuron, or why nothing is said of it."""
 
     layer: int
     covered: bool

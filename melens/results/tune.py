@@ -1,4 +1,4 @@
-"""Tuning: which settings of the mask were tried, and whether any betters the model."""
+"""Tuning: which settings of the mask were tried, and whether any improves the model."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ class Tuning(Result):
         return text + " Layers count from 0."
 
     def verdict(self) -> str:
-        """Whether any setting betters the metric on held-out items, in plain words."""
+        """Whether any setting improves the metric on held-out items, in plain words."""
         if not self.confirmed:
             return "Nothing was confirmed: no time was left for held-out items."
         verb = "raises" if self.higher_is_better else "lowers"

@@ -31,10 +31,10 @@ from melens.results.base import Part
 from melens.results.scan import Candidate, LayerCeiling, Needs
 from melens.scanning.plan import CheckpointPlan, FfnPlan, LayerPlan, Matrix
 
-LOUDEST = 8
+HIGHEST = 8
 """Neurons of a layer that are kept with all their particulars, at most."""
 LOUD = 10.0
-"""Times the median neuron's ceiling; below it only a layer's loudest is kept."""
+"""Times the median neuron's ceiling; below it only a layer's highest is kept."""
 NEEDED = 8
 """Coordinates kept of the input that a neuron needs."""
 
@@ -43,7 +43,7 @@ class LayerScan(Part):
     """A scanned layer, as it is kept on disk."""
 
     row: LayerCeiling
-    loudest: tuple[Candidate, ...]
+    highest: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,20 @@ class Columns(NamedTuple):
 
 @torch.no_grad()
 def scan_layer(files: Checkpoint, plan: CheckpointPlan, layer: LayerPlan, device: str) -> LayerScan:
-    """Every neuron's ceiling in one layer, and the particulars of the loudest.
+    """Every neuron's ceiling in one layer, and the particulars of the highest.
 
     Raises:  WeightsError: NaN or Inf, or a file that ends early; names the tensor.
     """
     if layer.reason is not None:
         return LayerScan(
-            row=LayerCeiling(layer=layer.layer, covered=False, reason=layer.reason), loudest=()
+            row=LayerCeiling(layer=layer.layer, covered=False, reason=layer.reason), highest=()
         )
     norms = _norms(files, plan, layer)
     ffns = [_Ffn(files, plan, ffn, norms, device) for ffn in layer.ffns]
     every = torch.cat([ffn.ceilings for ffn in ffns])
     median = _median(every)
-    loudest = _loudest(ffns, every, layer.layer, median)
-    return LayerScan(row=_row(layer, loudest[0], every, median, norms), loudest=tuple(loudest))
+    highest = _highest(ffns, every, layer.layer, median)
+    return LayerScan(row=_row(layer, highest[0], every, median, norms), highest=tuple(highest))
 
 
 def _median(ceilings: Float[Tensor, " neuron"]) -> float:
@@ -99,9 +99,9 @@ def _median(ceilings: Float[Tensor, " neuron"]) -> float:
     return alive.median().item() if alive.numel() else 0.0
 
 
-def _loudest(ffns: list[_Ffn], every: Tensor, layer: int, median: float) -> list[Candidate]:
+def _highest(ffns: list[_Ffn], every: Tensor, layer: int, median: float) -> list[Candidate]:
     """The neurons with the highest ceilings of all of a layer's FFNs, the highest first."""
-    top = every.topk(min(LOUDEST, every.numel()))
+    top = every.topk(min(HIGHEST, every.numel()))
     best = top.indices[: max(1, int((top.values >= LOUD * median).sum()))].tolist()
     found: list[Candidate] = []
     first = 0

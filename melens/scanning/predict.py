@@ -26,7 +26,7 @@ from melens.store import Heading, KeptRows, RowFormat
 
 STANDS_OUT = 15.0
 """Times its layer's median neuron. SmolLM2: those on dim 507 have 17 to 853, the other layers'
-loudest 3 to 12; Gemma: 15 to 73 in layers 0 to 11 and 15 to 17, 5 to 12 elsewhere. Random weights
+highest 3 to 12; Gemma: 15 to 73 in layers 0 to 11 and 15 to 17, 5 to 12 elsewhere. Random weights
 give 2 to 5."""
 ALONE = 100.0
 """The same for a coordinate that stands out in one layer only. SmolLM2's two makers have 104 and
@@ -71,7 +71,7 @@ class Prediction:
 def predict(scans: list[LayerScan]) -> Prediction:
     """Follow the coordinate that neurons stand out on."""
     loud = [
-        found for scan in scans for found in scan.loudest if found.ratio_to_median >= STANDS_OUT
+        found for scan in scans for found in scan.highest if found.ratio_to_median >= STANDS_OUT
     ]
     body = last_body_layer(len(scans))
     stages = [
@@ -110,7 +110,7 @@ def _dims(loud: list[Candidate], body: int) -> list[int]:
 
 
 def _by_layer(loud: list[Candidate], dim: int) -> dict[int, Candidate]:
-    """The loudest neuron on a coordinate, by layer, in order."""
+    """The highest neuron on a coordinate, by layer, in order."""
     found: dict[int, Candidate] = {}
     for candidate in sorted(loud, key=lambda c: c.ceiling):
         if candidate.dim == dim:
@@ -232,7 +232,7 @@ SCHEMA = "melens/scan-layers/1"
 def kept_layers(path: Path | None, key: str) -> KeptRows[int, LayerScan]:
     """Finished layers by number; on disk if there is a path.
 
-    A file of other weights, or one that is damaged, is begun anew: a scan is cheap, and the
+    A file of other weights, or one that is damaged, is begun again: a scan is cheap, and the
     user's --out may hold an older model's.
 
     Raises:  OutputError: the file cannot be written. ResultError: it cannot be read.

@@ -38,7 +38,7 @@ class Heading:
     def fits(self, found: Json | None, refusal: Refusal | None, path: Path) -> bool:
         """Whether what is kept with this head may be taken up; None is no head at all.
 
-        Args:    refusal: None = what does not fit is begun anew.
+        Args:    refusal: None = what does not fit is begun again.
         Raises:  ResultError: it does not fit, and there is a refusal.
         """
         if found is None:
@@ -75,7 +75,7 @@ class RowFormat(Generic[Name, Row]):
     read: Callable[[str], Row | None]
     """None for a row that is of something else; raises ValueError where a line is no row."""
     refusal: Refusal | None
-    """None = a file of something else, or a damaged one, is begun anew."""
+    """None = a file of something else, or a damaged one, is begun again."""
 
 
 class KeptRows(Generic[Name, Row]):
@@ -137,7 +137,7 @@ class KeptRows(Generic[Name, Row]):
         assert self.heading is not None
         found = json_object(head.decode(errors="replace"))
         if found is not None and found.get("schema") == self.heading.schema and not rows:
-            return False  # nothing is lost where it is begun anew
+            return False  # nothing is lost where it is begun again
         return self.heading.fits(found, self.form.refusal, path)
 
     def _read(self, line: bytes, number: int, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Whether any setting of the mask betters a model: a search, confirmed on held-out items."""
+"""Whether any setting of the mask improves a model: a search, confirmed on held-out items."""
 
 from melens.tuning.items import Objective
 from melens.tuning.search import tune

@@ -67,7 +67,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     space: Space | None = None,
     run: Run | None = None,
 ) -> Tuning:
-    """Search for a setting of the mask that betters a model, and say whether there is one.
+    """Search for a setting of the mask that improves a model, and say whether there is one.
 
     Items are divided at random into development and held-out ones. On the development items the
     settings race by successive halving: all run on a few items, paired against the unedited model;

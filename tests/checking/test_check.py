@@ -596,7 +596,7 @@ def test_a_mask_is_recommended_only_beyond_doubt():
     assert "tasks was not measured" in helped.text
     alone = recommended(dose_of({"a": WORSE, "b": BETTER}, {}))
     assert (alone.action, alone.edit) == ("leave it", None)
-    assert "held against no control" in alone.text
+    assert "compared with no control" in alone.text
     assert (helped.action, helped.source) == ("mask", "/results/dose/dose/0/delta")
     assert helped.interval[1] < 0
     assert helped.delta == pytest.approx(-0.15)

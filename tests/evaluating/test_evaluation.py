@@ -792,7 +792,7 @@ def test_a_result_without_its_items_is_not_written_over(run, tmp_path):
     (tmp_path / "evaluate.json").write_text("{}")
     code, _, stderr = run("eval", "./no-such-model", "-o", tmp_path)
     assert code == 2
-    assert "start anew with --force" in stderr
+    assert "overwrite it with --force" in stderr
 
 
 def test_an_exported_folders_edit_is_the_default_and_its_base_is_unedited(

@@ -276,7 +276,7 @@ def test_an_exported_folder_is_a_model_and_its_edit_comes_back(saved, tmp_path, 
 
 
 def test_a_located_mask_comes_back_in_another_dtype(tokenizer, tmp_path):
-    """Its weights are held against the probe, not against those of the dtype it was located in."""
+    """Its weights are compared with the probe, not against those of the dtype it was located in."""
     from planted import batch, plant
 
     from melens import locate

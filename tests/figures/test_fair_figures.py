@@ -182,5 +182,5 @@ def test_plot_takes_a_style_file(tmp_path, capsys):
         assert (done.value.code or 0) == code
     assert "#eeeedd" in out.read_text("utf-8")
     said = capsys.readouterr().err
-    assert "is no style of matplotlib: line 1 is '{'" in said
+    assert "is not a matplotlib style: line 1 is '{'" in said
     assert said.count("\n") == 1

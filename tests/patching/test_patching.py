@@ -446,7 +446,7 @@ def test_an_interrupted_sweep_goes_on_and_a_stale_checkpoint_is_refused(
     assert len(ran) == 42 - len(saved)
     for site in options["sites"]:
         assert torch.tensor(again.values[site]).allclose(torch.tensor(whole.values[site]))
-    with pytest.raises(ResultError, match=r"is of another sweep .* delete it to start anew"):
+    with pytest.raises(ResultError, match=r"is of another sweep .* delete it to start again"):
         patch(tiny, clean, corrupted, sites="resid_pre", metric=DIFFERENCE, checkpoint=path)
     path.write_text("{}")
     with pytest.raises(ResultError, match="is no patching checkpoint"):

@@ -30,7 +30,7 @@ from melens.published import known_scan, published_rows
 from melens.results import WeightScan, load_result
 from melens.scanning import predict as weights
 from melens.scanning import scan
-from melens.scanning.neurons import LOUDEST
+from melens.scanning.neurons import HIGHEST
 from melens.scanning.plan import GGUF, HF
 from melens.scanning.predict import STANDS_OUT
 
@@ -191,7 +191,7 @@ def test_no_residual_makes_a_neuron_write_more_than_its_ceiling(family, saved):
     assert found.covered
     opened = open_checkpoint(folder)
     plan = weights.plan_of(opened)
-    top = weights.scan_layer(opened, plan, plan.layers[1], "cpu").loudest[0]
+    top = weights.scan_layer(opened, plan, plan.layers[1], "cpu").highest[0]
     assert top.ceiling == found.profile[1].ceiling
     one = OneNeuron(family, blocks_of(hf)[1], top)
     sizes = 10.0 ** torch.linspace(-1, 3, 4000)[:, None]
@@ -676,7 +676,7 @@ def test_a_hub_id_is_read_by_range_and_only_what_is_needed(make, tmp_path, monke
     monkeypatch.setattr(checkpoint, "EDGE", 100)
     sizes = {name: 4 * value.numel() for name, value in hf.state_dict().items()}
     needed = sum(n for name, n in sizes.items() if "mlp" in name or "post_attention" in name)
-    again = sum(n for name, n in sizes.items() if "down_proj" in name) + 3 * LOUDEST * 2 * 32 * 4
+    again = sum(n for name, n in sizes.items() if "down_proj" in name) + 3 * HIGHEST * 2 * 32 * 4
     for folder in ("one", "many"):
         server = Server(tmp_path / folder)
         monkeypatch.setattr(
@@ -806,7 +806,7 @@ def test_the_command_writes_its_files_and_says_one_sentence(tmp_path, capsys):
 def test_a_scan_is_held_against_published_numbers(saved, capsys, tmp_path):
     folder = saved("llama")[1]
     found, row = scan(folder), published_rows("meta-llama/Llama-2-7b-hf")[0]
-    fake, one = found.profile[0], _layers(folder)[0].loudest[0]
+    fake, one = found.profile[0], _layers(folder)[0].highest[0]
     made = [
         one.model_copy(update={"layer": at, "dim": dim, "neuron": neuron})
         for at, dim, neuron in row["super_weights"]
@@ -845,7 +845,7 @@ def test_a_scan_is_held_against_published_numbers(saved, capsys, tmp_path):
 def test_a_sign_that_is_not_known_is_not_said(saved):
     from melens.cli.tables.weights import _candidate
 
-    one = _layers(saved("llama")[1])[0].loudest[0]
+    one = _layers(saved("llama")[1])[0].highest[0]
     for cosine, role, said in (
         (0.1, "emerge", "may make"),
         (0.9, "emerge", "makes"),
@@ -876,16 +876,16 @@ def test_smollm2():
     assert (found.allowed.neuron, found.allowed.highest_layer) == (1229, 11)
     assert (found.seen.reached, len(found.seen.tokens), found.seen.farthest.dim) == (17, 17, 507)
     assert 19_000 < found.seen.farthest.value < 27_000
-    loudest = {(c.layer, c.neuron): c for c in found.candidates if c.dim == 507}
+    highest = {(c.layer, c.neuron): c for c in found.candidates if c.dim == 507}
     for at, ceiling, ratio in (
         ((28, 678), 3.4e5, 853),
         ((11, 1229), 5.1e4, 181),
         ((2, 90), 1.7e4, 104),
         ((9, 200), 1.0e4, 43),
     ):
-        assert loudest[at].ceiling == pytest.approx(ceiling, rel=0.04)
-        assert loudest[at].ratio_to_median == pytest.approx(ratio, rel=0.02)
-    roles = {at: c.role for at, c in loudest.items()}
+        assert highest[at].ceiling == pytest.approx(ceiling, rel=0.04)
+        assert highest[at].ratio_to_median == pytest.approx(ratio, rel=0.02)
+    roles = {at: c.role for at, c in highest.items()}
     assert [roles[at] for at in ((11, 1229), (28, 678), (9, 200), (2, 430))] == [
         "emerge",
         "erase",

@@ -98,7 +98,7 @@ def known_layer(view: Measured, threshold: float) -> Judgement | Unmeasured:
         return Unmeasured("nothing published is on record for this model")
     held = [row for row in found.comparisons if row.place and row.verdict != "unknown"]
     if not held:
-        return Unmeasured("no published layer or dimension can be held against these texts")
+        return Unmeasured("no published layer or dimension can be compared with these texts")
     bad = [row for row in held if row.verdict == "mismatch"]
     if bad and _texts_say_little(view):
         return Unmeasured(

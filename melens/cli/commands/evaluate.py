@@ -107,7 +107,7 @@ def evaluate(
     """
     chosen = opt.edit_of(edit, model)
     compare = comparison_of(rates, control_seeds, rivals, rated=chosen.name == "wemask")
-    from melens.evaluating.folder import check_folder, start_anew
+    from melens.evaluating.folder import check_folder, start_again
     from melens.evaluating.tasks import alike
     from melens.settings import Items, Run
 
@@ -121,7 +121,7 @@ def evaluate(
     from melens.evaluating.run import evaluate as measure
 
     if job.out is not None and out.force:
-        start_anew(job.out)
+        start_again(job.out)
     texts = alike(loaded.tokenizer, task, items)
     found = _kept(job, loaded, texts) or job.locate(loaded, texts, overwrite=out.force)
     with job.bar("items") as tick:
@@ -287,9 +287,9 @@ def tune(
     out: opt.Output,
     run: Annotated[TuneRun, without("batch_size")],
 ) -> None:
-    """Search for a mask that betters MODEL, and confirm it on items that were not searched on.
+    """Search for a mask that improves MODEL, and confirm it on items that were not searched on.
 
-    Random dimensions race as controls. That no setting betters the model is a result like any
+    Random dimensions race as controls. That no setting improves the model is a result like any
     other. With --out an interrupted search goes on where it was when the same command is given
     again, and edit.json holds the best setting, if there is one.
 

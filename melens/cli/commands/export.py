@@ -125,7 +125,7 @@ class EditJob:
             try:
                 accept(loaded, record, name=f"the edit in {self.job.model}")
             except ResultError as error:
-                output.note(f"{error} The ME Layer is located anew.")
+                output.note(f"{error} The ME Layer is located again.")
             else:
                 if self.job.saved is None:
                     return record.me_layer

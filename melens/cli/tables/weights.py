@@ -25,7 +25,7 @@ ROLES = {"emerge": ("makes", "may make"), "erase": ("erases", "may erase"), "oth
 def _scan(result: Any) -> Iterator[Listing]:
     paths = sorted({PATHS[row.path] for row in result.profile if row.path is not None})
     yield Listing(
-        f"The loudest neuron of each layer, by what it could write ({'; '.join(paths)}):",
+        f"The highest neuron of each layer, by what it could write ({'; '.join(paths)}):",
         [_layer(row) for row in result.profile],
     )
     for row in result.profile:
