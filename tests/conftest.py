@@ -19,6 +19,7 @@ CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 def pytest_configure(config):
     """Workers share the cores; more threads than cores would spin against each other."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    os.environ.pop("COLUMNS", None)  # a worker's, which would fold what commands print
     if workers > 1:
         import torch
 

@@ -191,7 +191,7 @@ def test_plot_all_draws_a_folder(run, tmp_path):
     assert sorted(path.name for path in into.iterdir()) == ["describe.curves.png", "sinks.map.png"]
     assert code == 0
     for wrong, says in (
-        ((tmp_path / "sinks.json", "--all"), "--all draws a folder of results"),
+        ((tmp_path / "sinks.json", "--all"), "--all draws one folder of results"),
         ((tmp_path, "--all", "--style", "curve"), "no saved result with a style 'curve'"),
         ((tmp_path / "sinks.json",), "name the file with --out"),
         ((tmp_path / "sinks.json", "--format", "pdf"), "--format goes with --all"),
