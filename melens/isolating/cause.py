@@ -8,6 +8,7 @@ from typing import Any, Literal
 from melens.errors import InterventionError, ResultError, SiteError
 from melens.inputs import Inputs, Source, prepare
 from melens.interventions.context import require_no_edit
+from melens.interventions.residual import write_sites
 from melens.isolating.cells import joined
 from melens.isolating.edited import MOST_SHARE, Edited, LocatedSubject
 from melens.isolating.neurons import Written, decomposition, neuron_rows
@@ -211,17 +212,24 @@ class _Run:
             subject.missing.append("sufficiency: the texts hold no ordinary token")
             return (), None
         prefixes = subject.prefixes
-        runner = Resumable(subject.model, ordinary)
+        runner = Resumable(subject.model, ordinary, check=False)  # the texts' own is checked
+        parts: list[tuple[int, Literal["attention", "ffn"]]] = [
+            (n, part)
+            for n in range(subject.upto + 1)
+            for part in PARTS
+            if has_part(subject.model, n, part)
+        ]
+        # one pass for all of them
+        prefixes.read([s for n, part in parts for s in write_sites(subject.model, n, part)])
         own = share_at(runner.resid_pre(prefixes.peak + 1), ordinary, prefixes)
-        for n in range(subject.upto + 1):
-            for part in PARTS:
-                if has_part(subject.model, n, part):
-                    left = subject.finished.number(
-                        f"put in {part} at {n}",
-                        lambda n=n, part=part: sufficiency(prefixes, ordinary, n, part, runner),
-                    )
-                    rows.append(Write(layer=n, part=part, left=left))
-                subject.tick()
+        for n, part in parts:
+            left = subject.finished.number(
+                f"put in {part} at {n}",
+                lambda n=n, part=part: sufficiency(prefixes, ordinary, n, part, runner),
+            )
+            rows.append(Write(layer=n, part=part, left=left))
+            subject.tick()
+        subject.tick(2 * (subject.upto + 1) - len(parts))
         return tuple(rows), own
 
     def _counts(self, layer: int, clean: float) -> bool:

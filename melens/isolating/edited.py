@@ -16,6 +16,7 @@ from melens.isolating.neurons import (
     direction_of,
     gains_of,
     input_sites,
+    sites_of_writes,
     written_at,
 )
 from melens.isolating.path import Branch, branch_of, has_part, sizes_of
@@ -66,6 +67,8 @@ class LocatedSubject:
         self.blocks = anatomy(self.model).blocks
         self.prefixes = Prefixes(self.inputs, self.located, self.dim, self.finished)
         self.upto = min(me.peak_layer, len(self.blocks) - 1)
+        # one pass for all layers, each of which would run the model again
+        self.prefixes.read(sites_of_writes(self.model, [block.layer for block in self.blocks]))
         self.written = {block.layer: self._written(block.layer) for block in self.blocks}
         if self.without:
             layers = ", ".join(map(str, self.without))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.errors import SiteError
 from melens.isolating.runs import Prefixes, RunChange, ablate
 from melens.models.anatomy import anatomy, norm_gain, norm_of
 from melens.models.ffn import FFN, ffn_input, ffn_of
@@ -52,18 +54,36 @@ class Written:
         return self.contributions.abs().argsort(descending=True)[:count].tolist()
 
 
+def sites_of_writes(model: HookedModel, layers: Iterable[int]) -> list[str]:
+    """All that :func:`written_at` reads of these layers; nothing of one without neurons."""
+    made: list[str] = []
+    for layer in layers:
+        with suppress(SiteError):
+            made += _read_at(model, layer, ffn_of(model, layer))
+    return made
+
+
+def _read_at(model: HookedModel, layer: int, ffn: FFN) -> list[str]:
+    write = anatomy(model).blocks[layer].ffn_write
+    sites = [ffn.up, ffn.product, ffn.output, write, ffn.gate, _scale_site(model, layer)]
+    return [site for site in dict.fromkeys(sites) if site]
+
+
+def _scale_site(model: HookedModel, layer: int) -> str | None:
+    """What the norm behind the FFN divides by; None without one."""
+    after = "ln2_post" in anatomy(model).blocks[layer].norms
+    return f"blocks.{layer}.ln2_post.hook_scale" if after else None
+
+
 def written_at(model: HookedModel, layer: int, prefixes: Prefixes) -> Written:
     """Read one layer's neurons at the massive tokens.
 
     Raises:  SiteError: the block has no FFN with neurons.
     """
     ffn = ffn_of(model, layer)
-    block = anatomy(model).blocks[layer]
-    write = block.ffn_write
+    write, norm = anatomy(model).blocks[layer].ffn_write, _scale_site(model, layer)
     assert write is not None
-    norm = f"blocks.{layer}.ln2_post.hook_scale" if "ln2_post" in block.norms else None
-    sites = [ffn.up, ffn.product, ffn.output, write, ffn.gate, norm]
-    found = prefixes.read([site for site in dict.fromkeys(sites) if site])
+    found = prefixes.read(_read_at(model, layer, ffn))
     seen = {site: x.double() for site, x in found.items()}
     dim = prefixes.dim
     weights = ffn.down[:, dim].double()

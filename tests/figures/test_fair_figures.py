@@ -158,7 +158,7 @@ def test_an_own_style_stands_above_ours_inside_the_block_only(tmp_path):
     [
         (b"font.size: 9\nfont size = 9\n", "line 2 is 'font size = 9'"),
         (b"# A title\n\nSome text: more\n", "line 3 is 'Some text: more'"),
-        (b"font.size: large-ish\n", "no style that matplotlib can read: .*font.size"),
+        (b"font.size: large-ish\n", "not a style that matplotlib can read: .*font.size"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "as text; give a .mplstyle file"),
         (None, "there is no style '.*thesis.mplstyle'; give a .mplstyle file"),
     ],
