@@ -126,7 +126,8 @@ class Inputs:
         """
         batches = _batches(self.model, prompts, batch_size, least)
         settings = _settings(self.model, prompts, rows_of(batches))
-        if settings["bos"] is None and settings.get("bos_first") is False:
+        chosen = settings["bos"] is not None or settings["chat"]  # a template has its own way
+        if not chosen and settings.get("bos_first") is False:
             _say_without_bos(self.model, prompts)
         return Inputs(self.model, batches, settings, self.weights)
 

@@ -52,6 +52,10 @@ DOES_NOT_FIT = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 """What a block raises where its arguments do not fit each other; melens' own errors are others."""
 
 
+Ways = tuple[bool, bool]
+"""Whether the model is run whole where its blocks, and its head, do not run by themselves."""
+
+
 class Resumable:
     """One batch's clean run, kept so that it can be resumed at any layer and position.
 
@@ -64,13 +68,12 @@ class Resumable:
     """
 
     @torch.no_grad()
-    def __init__(self, model: HookedModel, batch: Batch, *, check: bool = True) -> None:
+    def __init__(self, model: HookedModel, batch: Batch, *, ways: Ways | None = None) -> None:
         """Record the clean run, and check that resuming gives the same numbers.
 
         Args:    model: a TransformerBridge or HookedTransformer; never moved.
                  batch: token ids, padded on either side or not at all.
-                 check: False trusts an earlier batch's check of the same model, which costs three
-                 runs; whole sequences only.
+                 ways: an earlier batch's of the same model: whole sequences, no check (three runs).
         Raises:  ContractError: resumed runs differ from the full one, so this model cannot be
                  resumed. PromptError: token ids that the model does not have.
         """
@@ -83,15 +86,19 @@ class Resumable:
         self._resids: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._per_row: dict[str, bool] = {}
-        self.whole_blocks = self.whole_head = False
-        """Whether the model is run whole where blocks, or the head, do not run by themselves."""
-        self.suffixes = check and self._can_cut() and not reads_whole(model)
+        self.whole_blocks, self.whole_head = ways or (False, False)
+        self.suffixes = ways is None and self._can_cut() and not reads_whole(model)
         """Whether runs can start behind position 0; else every run takes whole sequences."""
         with one_thread(model), evaluating(model):
             last = self._record_what_can_be()
             self._per_row = self._which_are_per_row()
-            if check:
+            if ways is None:
                 self._check(last)
+
+    @property
+    def ways(self) -> Ways:
+        """What this batch's check found, for later batches of the same model."""
+        return self.whole_blocks, self.whole_head
 
     def resid_pre(self, layer: int) -> Resid:
         """The clean residual entering ``layer``; ``n_layers`` = what leaves the last block.

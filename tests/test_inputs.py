@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from planted import batch, plant
 from planted_faults import own_texts, tokenizer_for
 
-from melens import inputs
-from melens.batches import Batch
+from melens import inputs, progress
+from melens.batches import Batch, prompts
 from melens.checking import check
 from melens.evaluating import evaluate
 from melens.inputs import Inputs, prepare
@@ -108,3 +109,28 @@ def test_a_model_without_texts_takes_those_it_is_given(model):
     assert not ready.batches
     made = prepare(ready, [[1, 5, 6, 7]])
     assert torch.equal(made.batches[0].ids, torch.tensor([[1, 5, 6, 7]]))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (["w3 w4 w5 w6 w7"], True),
+        (prompts(["w3 w4 w5 w6 w7"]), True),
+        (prompts(["w3 w4 w5 w6 w7"], bos=False), False),
+        (prompts(["w3 w4 w5 w6 w7"], bos=True), False),
+        (prompts(["w3 w4 w5 w6 w7"], chat=True), False),
+        (torch.arange(3, 11)[None], False),
+    ],
+)
+def test_another_beginning_than_transformer_lens_has_is_said_once(
+    source, said, planted, capsys, monkeypatch
+):
+    """Only where nobody chose: not of ids, not of a chat template, not with bos=."""
+    monkeypatch.setattr(progress, "_SAID", set())
+    tokenizer = tokenizer_for()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    model = load(copy.deepcopy(planted.model), tokenizer=tokenizer)
+    monkeypatch.setattr(model.cfg, "default_prepend_bos", True)
+    for _ in range(2):
+        prepare(model, source)
+    assert capsys.readouterr().err.count("texts begin without BOS") == said

@@ -24,7 +24,7 @@ from melens.interventions.massive import MassiveRule
 from melens.interventions.target import these
 from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
-from melens.resume import Resumable
+from melens.resume import Resumable, Ways
 from melens.shapes import TokenMask
 
 AT_ONCE = 256
@@ -139,7 +139,7 @@ class Runner:
         self.conditions = tuple(conditions)
         self.starts = [first_layer(self.model, c.edit, me_layer) for c in self.conditions]
         self.batch_tokens = batch_tokens
-        self._checked = False
+        self._ways: Ways | None = None
 
     def run(self, items: Sequence[Forced]) -> Iterator[ForcedOutcome]:
         """Batches of items of like length, longest first (what does not fit fails at once)."""
@@ -153,8 +153,8 @@ class Runner:
         """One batch under some of the conditions; the unedited run comes first, always."""
         batch = Batch.pad([list(item.ids) for item in items])
         batch = fit_ids(self.model, batch)
-        clean = Resumable(self.model, batch, check=not self._checked)
-        self._checked = True
+        clean = Resumable(self.model, batch, ways=self._ways)
+        self._ways = clean.ways
         marks, massive = self._massive(clean)
         tokens = None if marks is None else these(marks)
         finals, energy = {}, {}

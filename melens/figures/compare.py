@@ -11,7 +11,16 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from melens.errors import ResultError
-from melens.figures.draw import LAYER_LABEL, PAGE, Into, drawn_into, legend_below, panel, plain
+from melens.figures.draw import (
+    LAYER_LABEL,
+    PAGE,
+    Into,
+    drawn_into,
+    legend_below,
+    named,
+    panel,
+    plain,
+)
 from melens.figures.profile import gaps
 from melens.formatting import brief
 from melens.results.base import Result
@@ -24,8 +33,6 @@ from melens.results.scan import WeightScan
 from melens.results.sinks import SINK_EPS, Sinks
 
 Curve = Sequence[float | None]
-LONGEST_NAME = 40
-"""Characters of a name; a longer one loses its middle."""
 LINES = ("-", ":", "-.")
 """From one to the next where the ten colours begin again; dashes have a meaning of their own."""
 DEPTH_LABEL = "share of the blocks passed (block outputs)"
@@ -104,9 +111,9 @@ def compare(
              units, or other names than one a result.
     """
     given = [results] if isinstance(results, Result) else list(results)
-    named = _checked(given, names)
+    shown = _checked(given, names)
     drawer: Callable[..., Figure] = _forest if isinstance(given[0], Evaluation) else _lines
-    return drawn_into(lambda into: drawer(given, named, into), ax, figure)
+    return drawn_into(lambda into: drawer(given, shown, into), ax, figure)
 
 
 def _checked(results: Sequence[Result], names: Sequence[str] | None) -> list[str]:
@@ -145,10 +152,8 @@ def _given_names(names: Sequence[str], count: int) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    """A name for the legend: not too long, and not hidden as matplotlib hides what begins so."""
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
-    text = plain(name)
+    """A name for the legend, which leaves out what begins with an underscore."""
+    text = named(name)
     return f" {text}" if text.startswith("_") else text
 
 
@@ -170,17 +175,17 @@ def _names(results: Sequence[Any]) -> list[str]:
         lambda r: (r.run.subject, r.run.dtype),
         lambda r: (r.run.subject, r.run.dtype, str(r.run.model_revision or r.run.weights)[:8]),
     ):
-        named = [", ".join(parts(result)) for result in results]
-        if len(set(named)) == len(named):
-            return named
-    return [f"{i}: {name}" for i, name in enumerate(named, start=1)]
+        made = [", ".join(parts(result)) for result in results]
+        if len(set(made)) == len(made):
+            return made
+    return [f"{i}: {name}" for i, name in enumerate(made, start=1)]
 
 
 def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Figure:
     made, axes = panel(into, PAGE, 2.7 + 0.12 * len(results))
     what = COMPARED[type(results[0])]
     curves = [what.values(result) for result in results]
-    same_depth = len({len(curve) for curve in curves}) == 1
+    same_depth = len({len(curve) for curve in curves if curve}) == 1  # none without a token
     for i, (result, name, curve) in enumerate(zip(results, names, curves, strict=True)):
         depth = 1 if same_depth else len(curve)
         places = [(layer + (not same_depth)) / depth for layer in range(len(curve))]

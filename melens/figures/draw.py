@@ -210,6 +210,17 @@ def plain(text: str) -> str:
     return printable(text, keep="\n").replace("$", r"\$")
 
 
+LONGEST_NAME = 40
+"""Characters of a model's name in a legend."""
+
+
+def named(name: str, longest: int = LONGEST_NAME) -> str:
+    """A model's name as a figure shows it; a longer one loses its middle."""
+    if len(name) > longest:
+        name = f"{name[: longest // 2]}…{name[-longest // 2 :]}"
+    return plain(name)
+
+
 FORMATS = ("png", "svg", "pdf")
 _CANVASES = {
     "png": ("matplotlib.backends.backend_agg", "FigureCanvasAgg"),
@@ -224,7 +235,13 @@ def draw(
     result: Result, style: str | None = None, *, figure: Figure | SubFigure | None = None
 ) -> Figure: ...
 @overload
-def draw(result: Result, style: str | None = None, *, ax: Axes) -> Axes: ...
+def draw(
+    result: Result,
+    style: str | None = None,
+    *,
+    ax: Axes | None,
+    figure: Figure | SubFigure | None = None,
+) -> Figure | Axes: ...
 def draw(
     result: Result,
     style: str | None = None,

@@ -15,6 +15,7 @@ from melens.figures.draw import (
     figure,
     mark_erase_layer,
     mark_me_layer,
+    named,
     panel,
     plain,
     sheet,
@@ -77,11 +78,8 @@ def _shares(axes: Axes, result: MELayer) -> None:
 
 def _title(result: MELayer) -> str:
     """The model, how its texts began, and the verdict."""
-    name, start = result.run.model, result.run.start
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
-    said = f" ({start})" if start else ""
-    return f"{plain(name)}{said}: {result.verdict}"
+    said = f" ({result.run.start})" if result.run.start else ""
+    return f"{named(result.run.model, LONGEST_NAME)}{said}: {result.verdict}"
 
 
 @figure(TokenPortrait, "curves")

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from melens.figures.draw import (
+    ERASE_COLOUR,
     LAYER_LABEL,
     ME_COLOUR,
     PAGE,
@@ -18,7 +19,7 @@ from melens.figures.draw import (
 from melens.results.reach import Reach
 from melens.results.scan import WeightScan
 
-MUTED, ERASE_COLOUR = "#999999", "#0072B2"
+MUTED = "#999999"
 MARKS = {"emerge": "^", "erase": "v", "other": "o"}
 
 

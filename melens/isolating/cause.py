@@ -212,7 +212,7 @@ class _Run:
             subject.missing.append("sufficiency: the texts hold no ordinary token")
             return (), None
         prefixes = subject.prefixes
-        runner = Resumable(subject.model, ordinary, check=False)  # the texts' own is checked
+        runner = Resumable(subject.model, ordinary)
         parts: list[tuple[int, Literal["attention", "ffn"]]] = [
             (n, part)
             for n in range(subject.upto + 1)

@@ -180,8 +180,6 @@ class EditedTexts:
     dim: int
     finished: Finished = field(default_factory=lambda: Finished(None, {}))
     clean: dict[int, Float[Tensor, "batch head"]] = field(default_factory=dict)
-    checked: bool = False
-    """Whether a batch's resumed runs were compared with the full one: once for a model."""
 
     def outcomes(
         self, changes: Sequence[RunChange], tick: Callable[[int], None]
@@ -213,9 +211,7 @@ class EditedTexts:
         """One batch's clean run, with its attention: a change leaves that before its layer."""
         me = self.located.me_layer
         assert me.me_layer is not None
-        batch = self.inputs.batches[number]
-        runner = Resumable(self.inputs.model, batch, check=not self.checked)
-        self.checked = True
+        runner = Resumable(self.inputs.model, self.inputs.batches[number])
         marked = Marked(runner, self.located.heavy[number], me)
         return marked, self._outcome(marked, RunChange(me.me_layer + 1))
 

@@ -241,11 +241,7 @@ class Result(Part):
         """
         from melens.figures import draw
 
-        if ax is not None and figure is None:
-            return draw(self, style, ax=ax)
-        if ax is not None:
-            raise ResultError("ax and figure exclude each other; give one of them.")
-        return draw(self, style, figure=figure)
+        return draw(self, style, ax=ax, figure=figure)
 
     def summary(self) -> str:
         """One plain sentence."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import comb
 
+import families
 import pytest
 import torch
 from planted import batch, plant
+from words import tokenizer
 
 from melens.batches import Batch
 from melens.errors import InterventionError, MetricError, ResultError
@@ -159,3 +161,24 @@ def test_tune_refuses_a_layer_of_another_model(made):
     other = me.model_copy(update={"run": me.run.model_copy(update={"weights": "0" * 16})})
     with pytest.raises(ResultError):
         tune(model, me_layer=other)
+
+
+@pytest.mark.parametrize("name", ["MiniCPM3ForCausalLM", "Gemma4ForCausalLM", "xLSTMForCausalLM"])
+def test_later_batches_run_as_the_first_was_found_to(name):
+    """Models whose head is more than a norm and a matrix: every batch is a plain pass's."""
+    hf = families.tiny(name)
+    model, rng = load(hf, tokenizer=tokenizer()), torch.Generator().manual_seed(0)
+    ids = [[1, *torch.randint(3, 60, (n,), generator=rng).tolist()] for n in (15, 11, 7)]
+    items = [
+        Forced(str(i), tuple(row), (False, *[True] * (len(row) - 1)), {})
+        for i, row in enumerate(ids)
+    ]
+    base = EditCondition("base", "base", BASE)
+    runner = Runner(model, (base,), None, batch_tokens=8)  # one item a batch
+    found = {one.item.id: one.plain.loss for out in runner.run(items) for one in out.each()}
+    for item in items:
+        row = torch.tensor([item.ids])
+        with torch.no_grad():
+            logits = hf(row, use_cache=False).logits[0, :-1].float()
+        plain = torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")
+        torch.testing.assert_close(found[item.id], plain, rtol=1e-4, atol=1e-4)

@@ -144,3 +144,11 @@ def test_what_cannot_stand_in_one_figure_is_refused():
     ]
     with pytest.raises(ResultError, match=r"of 2 units or metrics \(.*draw each"):
         compare(of_units)
+
+
+def test_a_model_without_a_massive_token_has_no_curve_and_changes_no_axis():
+    token = saved("smollm2-135m-bos.describe")
+    nothing = token.model_copy(update={"energy_layers": None, "me_layer": None})
+    axes = compare([token, nothing], names=["one", "none"]).axes[0]
+    assert "counted from 0" in axes.get_xlabel()
+    assert axes.lines[0].get_xdata()[-1] == token.n_layers - 1
