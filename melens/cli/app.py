@@ -183,7 +183,7 @@ def attempt(arguments: list[str], *, debug: bool = False) -> Ended:
         if debug:
             raise
         return Ended(BAD_INPUT, _usage(error))
-    except BrokenPipeError:
+    except (BrokenPipeError, typer.Abort):
         raise
     except Exception as error:  # the last resort: a user never sees a traceback unasked
         if is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""Sweep: which cells there are, and how each of them ended."""
+"""SweepReport: which cells there are, and how each of them ended."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class CellRow(Part):
     """The result's file, seen from the sweep's folder."""
 
 
-class Sweep(Result):
+class SweepReport(Result):
     """All cells of a sweep, in the order of the config."""
 
     schema_id: ClassVar[str] = "melens/sweep/1"

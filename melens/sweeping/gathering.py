@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from melens.formatting import brief
 from melens.intervals import mean_interval
 from melens.registry import unknown_name
 from melens.results.base import Result, load_result
-from melens.results.sweep import CellRow, Sweep
+from melens.results.sweep import CellRow, SweepReport
 from melens.sweeping.tables import ROWS, SUMMARY, keep_rows
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ CELLS_KIND = "sweep"
 """Kind whose table is the list of cells, whatever they measured."""
 
 
-def read_sweep(folder: str | Path) -> Sweep:
+def read_sweep(folder: str | Path) -> SweepReport:
     """The cells of a sweep's folder as they are now, those that run elsewhere included.
 
     Raises:  ResultError: it is no sweep's folder.
@@ -34,7 +35,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     if not (folder / RECORD).is_file():
         raise ResultError(f"{folder} is not a sweep's folder: it has no {RECORD}.")
     found = load_result(folder / RECORD)
-    if not isinstance(found, Sweep):
+    if not isinstance(found, SweepReport):
         raise ResultError(f"{folder / RECORD} holds a result of {found.schema_id!r}, not a sweep.")
     now = tuple(row_of(folder / CELLS / row.cell) or row for row in found.cells)
     return found.model_copy(update={"cells": now})
@@ -82,7 +83,8 @@ def gather(
         write_rows_again(folder, sweep)
         frame = _queried(source, where, sweep.cells)
     if group_by:
-        frame = _grouped(frame, _existing(frame, group_by), columns)
+        axes = {name for row in sweep.cells for name in _axes(row)}
+        frame = _grouped(frame, _existing(frame, group_by), columns, axes)
         columns = ()
     return frame.loc[:, _existing(frame, columns)] if columns else frame
 
@@ -114,17 +116,19 @@ def _queried(source: Any, where: str | None, cells: Sequence[CellRow]) -> pd.Dat
         order = pd.DataFrame({"cell": [row.cell for row in cells], "_place": range(len(cells))})
         session.register("_cells", order)
         if isinstance(source, str):
-            found = "read_parquet(?, union_by_name = true, hive_partitioning = false)"
+            how = "union_by_name = true, hive_partitioning = false, file_row_number = true"
+            wanted = "* exclude (file_row_number), file_row_number as _row"
+            query = f"create temp table _all as select {wanted} from read_parquet(?, {how})"
             try:
-                session.execute(f"create temp table _all as select * from {found}", [source])
+                session.execute(query, [source])
             except (duckdb.IOException, duckdb.InvalidInputException):
                 raise DamagedRows from None
         else:
-            session.register("_all", source)
+            session.register("_all", source.assign(_row=0))
         condition = f"where {where}" if where else ""
         query = (
-            f"select * exclude (_place) from (select * from _all {condition}) "
-            "join _cells using (cell) order by _place"
+            f"select * exclude (_place, _row) from (select * from _all {condition}) "
+            "join _cells using (cell) order by _place, _row"
         )
         try:
             return session.execute(query).df()
@@ -139,11 +143,18 @@ def _existing(frame: pd.DataFrame, names: Sequence[str]) -> list[str]:
     return chosen(frame, list(names))
 
 
-def _grouped(frame: pd.DataFrame, keys: list[str], columns: Sequence[str]) -> pd.DataFrame:
-    """Means of the numbers over each group's rows, with their intervals."""
+def _axes(row: CellRow) -> list[str]:
+    return ["model", *(name.replace("-", "_") for name in row.options)]
+
+
+def _grouped(
+    frame: pd.DataFrame, keys: list[str], columns: Sequence[str], axes: set[str]
+) -> pd.DataFrame:
+    """Means of the numbers over each group's rows, with their intervals; of no axis unasked."""
     import pandas as pd
 
-    wanted = _existing(frame, columns) if columns else list(frame.columns)
+    unasked = [name for name in frame.columns if name not in axes]
+    wanted = _existing(frame, columns) if columns else unasked
     numbers = [name for name in wanted if name not in keys and _is_number(frame[name])]
     made = []
     for values, group in frame.groupby(keys, dropna=False, sort=False):
@@ -160,14 +171,13 @@ def _is_number(column: Any) -> bool:
     return bool(types.is_numeric_dtype(column) and not types.is_bool_dtype(column))
 
 
-def _mean(name: str, column: Any) -> dict[str, float | None]:
+def _mean(name: str, column: Any) -> dict[str, float]:
     import torch
 
     known = torch.tensor(column.dropna().astype(float).tolist(), dtype=torch.float64)
-    if not len(known):
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    low, high = mean_interval(known) or (None, None)
-    return {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
+    low, high = mean_interval(known) or (math.nan, math.nan)
+    mean = float(known.mean()) if len(known) else math.nan
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
 def results_of(folder: str | Path, kind: str | None = None) -> list[tuple[CellRow, Result]]:
@@ -183,7 +193,7 @@ def results_of(folder: str | Path, kind: str | None = None) -> list[tuple[CellRo
     ]
 
 
-def write_rows_again(folder: Path, sweep: Sweep) -> int:
+def write_rows_again(folder: Path, sweep: SweepReport) -> int:
     """Write the Parquet folder again from the JSON of each cell; gives the number of cells."""
     from melens.sweeping.cells import SweepCell
     from melens.sweeping.tables import forget_rows

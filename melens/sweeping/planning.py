@@ -1,6 +1,4 @@
-"""What a sweep would cost, before it runs: hours from the passes each command needs, memory from
-the weights.
-"""
+"""What a sweep would cost: hours from each command's forward passes, memory from the weights."""
 
 from __future__ import annotations
 

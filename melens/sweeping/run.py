@@ -16,7 +16,7 @@ from melens.errors import OutputError, ResultError, SweepError
 from melens.formatting import brief
 from melens.provenance import command_line, versions
 from melens.results.base import load_result
-from melens.results.sweep import CellRow, Sweep
+from melens.results.sweep import CellRow, SweepReport
 from melens.store import write_atomically
 from melens.store.disk import real_path
 from melens.sweeping.cells import SweepCell, cells_of
@@ -33,7 +33,7 @@ Given = str | Path | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepJob:
     """A sweep that was understood: its cells, where they go and what runs them."""
 
     config: SweepConfig
@@ -49,7 +49,7 @@ def sweep(
     workers: int | None = None,
     address: str | None = None,
     quiet: bool = False,
-) -> Sweep:
+) -> SweepReport:
     """Run every cell of a sweep that is not done yet, and list how each ended.
 
     A cell is one command of melens (``locate``, ``eval``, ...) on one model, with one value of
@@ -69,7 +69,7 @@ def sweep(
     _make(asked.folder)
     with _alone(asked.folder), engine_of(asked.config.engine, asked.folder) as ready:
         record = _record(asked)
-        preflight(asked.cells, asked.folder)
+        preflight(_waiting(asked), asked.folder)
         write_atomically(asked.folder / RECORD, record([]).to_json())
         try:
             _run(ready, asked, quiet=quiet)
@@ -86,7 +86,7 @@ def understood(
     engine: str | None = None,
     workers: int | None = None,
     address: str | None = None,
-) -> Asked:
+) -> SweepJob:
     """A config with what was said beside it; nothing is run and nothing is written.
 
     Raises:  SweepError: what has no meaning.
@@ -103,7 +103,7 @@ def understood(
     if folder is None:
         raise SweepError("a sweep needs a folder for its results: --out DIR, or out in the config.")
     read = replace(read, engine=how)
-    return Asked(read, tuple(cells_of(read)), folder)
+    return SweepJob(read, tuple(cells_of(read)), folder)
 
 
 def plan(config: Given, **beside: Any) -> SweepPlan:
@@ -115,9 +115,8 @@ def plan(config: Given, **beside: Any) -> SweepPlan:
     return plan_of(asked.cells, asked.config.engine, asked.folder)
 
 
-def _run(engine: Engine, asked: Asked, *, quiet: bool) -> None:
-    how, rows = asked.config.engine, rows_of(asked.folder, asked.cells)
-    waiting = [cell for cell, row in zip(asked.cells, rows, strict=True) if row.status != "done"]
+def _run(engine: Engine, asked: SweepJob, *, quiet: bool) -> None:
+    how, waiting = asked.config.engine, _waiting(asked)
     session = uuid.uuid4().hex
     works = [
         Work.of(asked.folder, part, session=session, retries=how.retries)
@@ -127,9 +126,14 @@ def _run(engine: Engine, asked: Asked, *, quiet: bool) -> None:
         engine.run(works)
 
 
-def _record(asked: Asked) -> Callable[[Sequence[CellRow]], Sweep]:
+def _waiting(asked: SweepJob) -> list[SweepCell]:
+    rows = rows_of(asked.folder, asked.cells)
+    return [cell for cell, row in zip(asked.cells, rows, strict=True) if row.status != "done"]
+
+
+def _record(asked: SweepJob) -> Callable[[Sequence[CellRow]], SweepReport]:
     how, rows = asked.config.engine, list(rows_of(asked.folder, asked.cells))
-    made = Sweep(
+    made = SweepReport(
         folder=str(asked.folder),
         engine=how.name,
         workers=how.workers,
@@ -152,7 +156,7 @@ def _make(folder: Path) -> None:
             found = load_result(folder / RECORD)
         except ResultError:
             return  # a damaged list is written again; each cell keeps its own state
-        if not isinstance(found, Sweep):
+        if not isinstance(found, SweepReport):
             raise SweepError(f"{folder / RECORD} is not of a sweep; choose another --out.")
 
 

@@ -147,7 +147,7 @@ def run_cell(folder: Path, cell: SweepCell, models: LastModel | None = None) -> 
 
 def _attempt(argv: list[str], log: Path) -> tuple[Any, str]:
     """How a command ended, and what it printed; notes and progress go to the log."""
-    from melens.cli.app import attempt
+    from melens.cli.app import INTERRUPTED, attempt
 
     printed, typed = io.StringIO(), sys.argv
     with log.open("a", encoding="utf-8") as noted:
@@ -158,6 +158,8 @@ def _attempt(argv: list[str], log: Path) -> tuple[Any, str]:
                 ended = attempt(argv)
         finally:
             sys.argv = typed
+        if ended.code == INTERRUPTED:
+            raise KeyboardInterrupt
         if ended.error:
             noted.write(printable(f"{ended.error}\n", keep=LAYOUT))
     return ended, printed.getvalue()

@@ -15,9 +15,13 @@ MOST = 40
 
 @table_of("sweep")
 def _sweep(result: Any) -> Iterator[Listing]:
-    rows = result.cells
+    rows, fixed = result.cells, _fixed(result.cells)
+    said = " ".join(f"{name}={value}" for name, value in fixed.items())
     shown = sorted(rows, key=lambda row: row.status == "done")[:MOST]
-    yield Listing("Cells (options as in the config):", [_cell(row) for row in shown])
+    everywhere = f"; everywhere {said}" if said else ""
+    yield Listing(
+        f"Cells (options as in the config{everywhere}):", [_cell(row, fixed) for row in shown]
+    )
     yield from rest(len(shown), len(rows), "cells")
     kinds = Counter(row.kind for row in rows if row.kind is not None)
     if kinds:
@@ -28,11 +32,21 @@ def _sweep(result: Any) -> Iterator[Listing]:
         )
 
 
-def _cell(row: Any) -> JsonObject:
+def _fixed(rows: Any) -> JsonObject:
+    """Options that have one value in every cell that has them."""
+    values: dict[str, list[Any]] = {}
+    for row in rows:
+        for name, value in row.options.items():
+            values.setdefault(name, []).append(value)
+    return {name: found[0] for name, found in values.items() if found.count(found[0]) == len(found)}
+
+
+def _cell(row: Any, fixed: JsonObject) -> JsonObject:
+    given = {name: value for name, value in row.options.items() if name not in fixed}
     return {
         "command": row.command,
         "model": row.model,
-        "options": " ".join(f"{name}={value}" for name, value in row.options.items()),
+        "options": " ".join(f"{name}={value}" for name, value in given.items()),
         "status": row.status,
         "seconds": row.seconds,
         "error": row.error or "; ".join(row.notes),
