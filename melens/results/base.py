@@ -321,6 +321,7 @@ _MODULES = {
     "patch": "patch",
     "reach": "reach",
     "scan": "scan",
+    "sidecar": "sidecar",
     "sinks": "sinks",
     "super-weights": "super_weights",
     "sweep": "sweep",
