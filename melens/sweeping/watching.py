@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from melens.formatting import brief, printable
+from melens.formatting import clipped, printable
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.work import CELLS, read_state
 
@@ -31,10 +31,8 @@ class Board:
         self.folder, self.cells, self.workers = folder, cells, workers
         self.session, self.start = session, time.monotonic()
         self.states = {cell.id: "waiting" for cell in cells}
-        self.seconds: list[float] = []
         self.update()
         self.before = self.count("done")
-        self.seconds.clear()
 
     def update(self) -> list[tuple[SweepCell, dict[str, Any]]]:
         """Cells that ended since the last look, each with its row."""
@@ -48,9 +46,7 @@ class Board:
             if status == "done" or (ours and status in ("failed", "running")):
                 self.states[cell.id] = str(status)
             if self.states[cell.id] in ("done", "failed"):
-                row = found.get("row") or {}
-                self.seconds.append(row.get("seconds") or 0.0)
-                ended.append((cell, row))
+                ended.append((cell, found.get("row") or {}))
         return ended
 
     def count(self, state: str, model: str | None = None) -> int:
@@ -67,15 +63,20 @@ class Board:
         rest = (len(self.cells) - self.before - ended) / ended * (time.monotonic() - self.start)
         return f"about {_time(rest)} left" if rest else ""
 
-    def line(self, cell: SweepCell, row: dict[str, Any]) -> str:
-        """That a cell has ended."""
-        ended = self.count("done") + self.count("failed")
+    def lines(self) -> Iterator[str]:
+        """One for each cell that has ended since the last look."""
+        ended = self.update()
+        before = self.count("done") + self.count("failed") - len(ended)
+        for number, (cell, row) in enumerate(ended, before + 1):
+            yield self._line(number, cell, row)
+
+    def _line(self, number: int, cell: SweepCell, row: dict[str, Any]) -> str:
         how = f"done in {row.get('seconds') or 0:.1f} s"
         if self.states[cell.id] == "failed":
-            how = f"failed: {brief(row.get('error', ''), 200)}"
+            how = f"failed: {clipped(row.get('error', ''), 200)}"
         notes = "".join(f"; {note}" for note in row.get("notes", ()))
         left = f"; {said}" if (said := self.left()) else ""
-        return f"{ended} of {len(self.cells)} cells: {cell.title}: {how}{notes}{left}"
+        return f"{number} of {len(self.cells)} cells: {cell.title}: {how}{notes}{left}"
 
 
 def _time(seconds: float) -> str:
@@ -128,8 +129,8 @@ def _watch(board: Board, over: threading.Event, stream: Any, live: Any) -> None:
 
 def _write(board: Board, stream: Any) -> None:
     try:
-        for cell, row in board.update():
-            stream.write(f"melens: {printable(board.line(cell, row))}\n")
+        for line in board.lines():
+            stream.write(f"melens: {printable(line)}\n")
         stream.flush()
     except (OSError, ValueError):  # nobody reads it any more
         return

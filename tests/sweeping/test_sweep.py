@@ -359,3 +359,63 @@ def test_a_cells_files_are_its_command_s_own(gathered):
     assert {path.name for path in home.iterdir()} == {"cell.json", "log.txt", "out"}
     assert [path.name for path in (home / "out").iterdir()] == ["locate.json"]  # no figures
     assert (home / "log.txt").read_text("utf-8").startswith(f"$ melens {' '.join(row.argv)}")
+
+
+def test_every_command_that_measures_a_model_is_a_cell(folders, tmp_path):
+    """Two of them refuse this model and these texts by themselves."""
+    import melens
+    from melens.cli.app import group
+    from melens.sweeping.cells import NO_RESULT
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "w1 w2", "completion": "w4 w5 w6"}\n' * 4, "utf-8")
+    own = {
+        "metric": {"name": "effective_rank"},
+        "patch": {"clean": "w1 w2 w3", "corrupted": "w1 w5 w3", "metric": "loss"},
+        "eval": {"n": 2},
+        "tune": {"n": 40},
+        "long-context": {"lengths": "32", "depths": "0.5", "seeds": 1},
+        "check": {"budget": "quick"},
+        "reach": {"token": [1]},
+        "finetune": {"data": str(rows), "steps": 1, "chat": False},
+    }
+    names = [name for name in group().commands if name not in NO_RESULT]
+    config = {
+        "model": str(folders["llama"]),
+        "n-seq": 2,
+        "length": 16,
+        "bos": True,
+        "run": [{"command": name, **own.get(name, {})} for name in names],
+    }
+    made = melens.sweep(config, out=tmp_path / "out", quiet=True)
+    failed = {row.command: row.error for row in made.cells if row.status != "done"}
+    assert set(failed) == {"long-context", "tune"}
+    assert "cannot write the number" in failed["long-context"]
+    kinds = [row.kind for row in made.cells if row.status == "done"]
+    assert len(kinds) == len(set(kinds)) == len(names) - 2
+
+
+def test_the_live_table_counts_by_model(tmp_path, config, folders):
+    import io
+
+    from rich.console import Console
+
+    from melens.sweeping.cells import cells_of
+    from melens.sweeping.config import read_config
+    from melens.sweeping.watching import Board, table_of_board
+    from melens.sweeping.work import CELLS, _write_state
+
+    config["model"] = [str(folder) for folder in folders.values()]
+    cells = cells_of(read_config(config))
+    board = Board(tmp_path, cells, 1, "now")
+    _write_state(tmp_path / CELLS / cells[0].id, {"status": "running", "session": "now"})
+    _write_state(tmp_path / CELLS / cells[1].id, {"status": "running", "session": "earlier"})
+    _write_state(tmp_path / CELLS / cells[2].id, {"status": "failed", "session": "now"})
+    _write_state(tmp_path / CELLS / cells[3].id, {"status": "done", "session": "earlier"})
+    board.update()
+    text = io.StringIO()
+    Console(file=text, width=200).print(table_of_board(board))
+    lines = text.getvalue().splitlines()
+    assert lines[0].split() == ["model", "done", "running", "failed", "waiting"]
+    assert [line.split()[1:] for line in lines[1:4]] == [list("0111"), list("1002"), list("1113")]
+    assert lines[4].startswith("about ")

@@ -16,11 +16,10 @@ MOST = 40
 @table_of("sweep")
 def _sweep(result: Any) -> Iterator[Listing]:
     rows, fixed = result.cells, _fixed(result.cells)
-    said = " ".join(f"{name}={value}" for name, value in fixed.items())
     shown = sorted(rows, key=lambda row: row.status == "done")[:MOST]
-    everywhere = f"; everywhere {said}" if said else ""
     yield Listing(
-        f"Cells (options as in the config{everywhere}):", [_cell(row, fixed) for row in shown]
+        "Cells, with the options that differ between them (the JSON has all):",
+        [_cell(row, fixed) for row in shown],
     )
     yield from rest(len(shown), len(rows), "cells")
     kinds = Counter(row.kind for row in rows if row.kind is not None)
