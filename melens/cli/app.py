@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from melens import __version__
+from melens.cli.commands.census import census
 from melens.cli.commands.check import check
 from melens.cli.commands.diff import diff
 from melens.cli.commands.evaluate import evaluate, tune
@@ -102,6 +103,7 @@ COMMANDS = (
     check,
     diff,
     reach,
+    census,
     known,
     plot,
     models,

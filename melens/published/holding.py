@@ -55,7 +55,7 @@ def known(model: str, result: Result, *, d_model: int | None = None) -> KnownChe
     if isinstance(result, CheckReport):
         return _hold_report(model, result, d_model)
     if isinstance(result, WeightScan):
-        return known_scan(model, result)
+        return known_scan(model, result, d_model=d_model)
     if isinstance(result, SuperWeights):
         return hold_super_weights(model, result)
     if isinstance(result, Sinks):
@@ -69,14 +69,14 @@ def known(model: str, result: Result, *, d_model: int | None = None) -> KnownChe
 
 
 def _hold_located(model: str, result: MELayer, d_model: int | None) -> KnownCheck:
-    rows = [row for row in published_rows(model) if _fits(row, result.n_layers, d_model)]
+    rows = [row for row in published_rows(model) if fits_model(row, result.n_layers, d_model)]
     with_bos = result.run.settings.get("bos_first")  # None: some texts, or an old result is silent
     if with_bos is not None:
         rows = [row for row in rows if row["bos"] in (None, with_bos)] or rows
     made = [item for row in rows for item in _compared(row, result)]
     sources = [row["source"] for row in rows]
     profile = published_profile(model)
-    if profile is not None and _fits(profile.model_dump(), result.n_layers, d_model):
+    if profile is not None and fits_model(profile.model_dump(), result.n_layers, d_model):
         made += _profile_compared(profile, result)
         sources.append(profiles().source)
     start = with_bos if isinstance(with_bos, bool) else None
@@ -125,7 +125,7 @@ def known_by(names: Iterable[str], hold: Callable[[str], KnownCheck]) -> KnownCh
     return next((check for check in checks if check.source is not None), checks[0])
 
 
-def _fits(row: JsonObject, n_layers: int, d_model: int | None) -> bool:
+def fits_model(row: JsonObject, n_layers: int, d_model: int | None) -> bool:
     """Whether a model of this size can be the published one; None = taken at its word."""
     return d_model is None or (row["n_layers"], row["d_model"]) == (n_layers, d_model)
 

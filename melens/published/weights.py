@@ -8,6 +8,7 @@ from melens.published.holding import (
     Held,
     checked,
     compared,
+    fits_model,
     layer_compared,
     profile_layer,
 )
@@ -25,18 +26,21 @@ CONVENTION = (
 )
 
 
-def known_scan(model: str, scan: WeightScan) -> KnownCheck:
+def known_scan(model: str, scan: WeightScan, *, d_model: int | None = None) -> KnownCheck:
     """Hold a scan's predicted layers, dimensions and entries against what was published.
 
     A published number that the scan does not predict is a mismatch: weights do not depend on how
     a text begins. Sizes are left out, a ceiling is none.
 
     Args:    model: a row's name (``org/name``, or its last part, or a named model).
+             d_model: as for :func:`melens.published.known`.
     """
-    rows = [row for row in published_rows(model) if _of_weights(row)]
+    rows = [row for row in published_rows(model) if fits_model(row, scan.n_layers, d_model)]
+    rows = [row for row in rows if _of_weights(row)]
     made = [item for row in rows for item in _scan_compared(row, scan)]
     sources = [row["source"] for row in rows]
-    if (profile := published_profile(model)) is not None:
+    profile = published_profile(model)
+    if profile is not None and fits_model(profile.model_dump(), scan.n_layers, d_model):
         about = {"source": profiles().source}
         made.append(profile_layer(profile, scan.me_layer, about))
         sources.append(about["source"])
