@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from melens.measuring import collapse, describe, sinks
     from melens.patching import patch
     from melens.scanning import scan
+    from melens.sweeping import sweep
     from melens.tuning import tune
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOMES = {
     "scan": "melens.scanning",
     "sinks": "melens.measuring",
     "super_weights": "melens.isolating",
+    "sweep": "melens.sweeping",
     "tune": "melens.tuning",
     "wemask": "melens.interventions",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "scan",
     "sinks",
     "super_weights",
+    "sweep",
     "tune",
     "wemask",
 ]

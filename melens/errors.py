@@ -98,6 +98,16 @@ class ResultError(MelensError):
     """A saved result that cannot be read, or is of another kind."""
 
 
+class SweepError(MelensError):
+    """A sweep that cannot be understood, or whose machines cannot be had."""
+
+
+class EngineError(SweepError):
+    """Machines, a scheduler or a cluster that do not answer."""
+
+    exit_code = COULD_NOT_RUN
+
+
 class PolicyError(MelensError):
     """A policy that cannot be read, or that asks for what there is not."""
 
@@ -112,3 +122,13 @@ class MissingPackageError(MelensError):
     """An extra's package, or data of one, that is not installed."""
 
     exit_code = COULD_NOT_RUN
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's own allocator or the operating system had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in said or "not enough memory" in said or "can't allocate memory" in said
+    )

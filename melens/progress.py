@@ -42,12 +42,15 @@ def is_quiet() -> bool:
 
 @contextmanager
 def one_command() -> Iterator[None]:
-    """What one command was told to keep silent about, the next one says again."""
-    before = {name: os.environ.get(name) for name in BARS}
+    """What one command was told to keep silent about, the next one says again; a command that
+    runs others stays as it was told.
+    """  # noqa: D205
+    before, hushed = {name: os.environ.get(name) for name in BARS}, HUSHED.is_set()
     try:
         yield
     finally:
-        HUSHED.clear()
+        if not hushed:
+            HUSHED.clear()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -30,15 +30,16 @@ ROWS = [
     {"measuring", "scanning", "published"},
     {"isolating", "patching"},
     {"evaluating"},
-    {"tuning", "exporting", "sweep"},
+    {"tuning", "exporting"},
     {"finetuning"},
     {"figures"},
     {"checking", "comparing"},
     {"reporting"},
     {"cli"},
+    {"sweeping"},
 ]
 LEVEL = {module: row for row, modules in enumerate(ROWS) for module in modules}
-LAZY = {("results", "figures")}
+LAZY = {("results", "figures"), ("cli", "sweeping")}
 FILES = sorted(SRC.rglob("*.py"))
 
 
@@ -86,7 +87,7 @@ def test_files_and_functions_stay_short():
 def test_public_names_are_few_and_no_module_shadows_one():
     import melens
 
-    assert len(melens.__all__) <= 17
+    assert len(melens.__all__) <= 18
     modules = {path.stem if path.is_file() else path.name for path in SRC.iterdir()}
     assert not modules & set(melens.__all__)
     for name in melens.__all__:

@@ -8,9 +8,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from melens import __version__
 from melens.cli.commands.census import census
@@ -25,9 +28,16 @@ from melens.cli.commands.long_context import long_context
 from melens.cli.commands.measure import attention, collapse, describe, metric, mixers, sinks
 from melens.cli.commands.patch import patch
 from melens.cli.commands.scan import reach, scan
+from melens.cli.commands.sweep import results, sweep
 from melens.cli.groups import grouped
 from melens.cli.help import HelpedCommand, HelpedGroup
-from melens.errors import BAD_INPUT, COULD_NOT_RUN, EditWarning, MelensError
+from melens.errors import (
+    BAD_INPUT,
+    COULD_NOT_RUN,
+    EditWarning,
+    MelensError,
+    is_out_of_memory,
+)
 from melens.formatting import LAYOUT, printable
 from melens.network import pass_on
 from melens.progress import one_command, tell
@@ -104,6 +114,8 @@ COMMANDS = (
     diff,
     reach,
     census,
+    sweep,
+    results,
     known,
     plot,
     models,
@@ -126,33 +138,62 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
-        with one_command(), _edits_said():
-            code = app(arguments, prog_name="melens", standalone_mode=False)
-    except MelensError as error:
-        return _end(str(error), error.exit_code, debug=debug)
-    except ClickException as error:
-        if debug:
-            raise
-        return _usage(error)
+        ended = attempt(arguments, debug=debug)
     except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+        ended = Ended(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        return _end(
-            "out of memory; try a smaller --batch-size or --length.", COULD_NOT_RUN, debug=debug
-        )
-    except Exception as error:  # the last resort: a user never sees a traceback unasked
-        first = (str(error).strip().splitlines() or [""])[0][:300]
-        text = f"could not run ({type(error).__name__}: {first}); --debug shows where."
-        return _end(text, COULD_NOT_RUN, debug=debug)
-    if code == INTERRUPTED:
+    if ended.code == INTERRUPTED:
         tell(
             "interrupted; no half-written file is left, and what --out holds of finished work is "
             "kept. Run the same command again."
         )
-    return code if isinstance(code, int) else 0
+    elif ended.error:
+        tell(ended.error)
+    return ended.code
+
+
+@cache
+def group() -> Any:
+    """All commands as click has them, made once: one process may run many."""
+    return get_command(app)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    error: str = ""
+    """What went wrong, in one line."""
+    out_of_memory: bool = False
+
+
+def attempt(arguments: list[str], *, debug: bool = False) -> Ended:
+    """Run a command; what goes wrong is returned, not told.
+
+    Raises:  KeyboardInterrupt, typer.Abort, BrokenPipeError: nobody waits for it any more.
+    """
+    try:
+        with one_command(), _edits_said():
+            code = group()(arguments, prog_name="melens", standalone_mode=False)
+        return Ended(code if isinstance(code, int) else 0)
+    except MelensError as error:
+        return _ended(str(error), error.exit_code, debug=debug)
+    except ClickException as error:
+        if debug:
+            raise
+        return Ended(BAD_INPUT, _usage(error))
+    except (BrokenPipeError, typer.Abort):
+        raise
+    except Exception as error:  # the last resort: a user never sees a traceback unasked
+        if is_out_of_memory(error):
+            said = "out of memory; try a smaller --batch-size or --length."
+            return replace(_ended(said, COULD_NOT_RUN, debug=debug), out_of_memory=True)
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        text = f"could not run ({type(error).__name__}: {first}); --debug shows where."
+        return _ended(text, COULD_NOT_RUN, debug=debug)
 
 
 @contextmanager
@@ -171,13 +212,11 @@ def _edits_said() -> Iterator[None]:
             warnings.showwarning(one.message, one.category, one.filename, one.lineno)
 
 
-def _usage(error: Any) -> int:
+def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     hint = f" See: {context.command_path} --help" if context else ""
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
-    if message:
-        tell(" ".join(f"{message}.{_meant(message)}{hint}".split()))
-    return BAD_INPUT
+    return " ".join(f"{message}.{_meant(message)}{hint}".split()) if message else ""
 
 
 def _meant(message: str) -> str:
@@ -186,13 +225,12 @@ def _meant(message: str) -> str:
     return did_you_mean(refused[1], QUOTED.findall(refused[2])) if refused else ""
 
 
-def _end(text: str, code: int, *, debug: bool) -> int:
+def _ended(text: str, code: int, *, debug: bool) -> Ended:
     if debug:
         import traceback
 
         sys.stderr.write(printable(traceback.format_exc(), keep=LAYOUT))
-    tell(" ".join(text.split()))
-    return code
+    return Ended(code, " ".join(text.split()))
 
 
 def _quiet_libraries(*, debug: bool) -> None:

@@ -128,11 +128,11 @@ def _spelt(param: Any) -> str:
 def _takes(param: Any) -> str:
     if getattr(param, "is_flag", False):
         return ""
-    kind = _kind(param)
+    kind = value_kind(param)
     return param.metavar or ("NAME" if kind.choices else WORDS.get(kind.name, "TEXT"))
 
 
-class Kind(NamedTuple):
+class ValueKind(NamedTuple):
     """What a parameter takes."""
 
     name: str
@@ -141,7 +141,7 @@ class Kind(NamedTuple):
     high: float | None
 
 
-def _kind(param: Any) -> Kind:
+def value_kind(param: Any) -> ValueKind:
     """Of a typer that keeps the annotation, or of one that makes click's types of it."""
     described = getattr(param, "type_descriptor", None)
     if described is None:
@@ -154,12 +154,12 @@ def _kind(param: Any) -> Kind:
         choices = tuple(found) if issubclass(found, Enum) else ()
     low, high = getattr(kind, "min", None), getattr(kind, "max", None)
     named = tuple(str(getattr(item, "value", item)) for item in choices)
-    return Kind(name, named, low, None if high is None or high > OFFERED else high)
+    return ValueKind(name, named, low, None if high is None or high > OFFERED else high)
 
 
 def _said(param: Any) -> str:
     """The help text, with choices, range, default and variable as far as it does not say them."""
-    said, kind = " ".join((param.help or "").split()), _kind(param)
+    said, kind = " ".join((param.help or "").split()), value_kind(param)
     flag, default = getattr(param, "is_flag", False), getattr(param.default, "value", param.default)
     notes = []
     if any(choice not in said for choice in kind.choices):

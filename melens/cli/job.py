@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from melens.results import MELayer
 
 ALL_BUNDLED = TextOptions()
+LOADER: ContextVar[Callable[..., Any] | None] = ContextVar("loader", default=None)
+"""What gives commands their model, where it is not loaded for one command alone."""
 NOT_SAVED = OutputOptions()
 
 
@@ -80,11 +83,9 @@ class Job:
 
     def load(self) -> tuple[Any, Any]:
         """The model, and the texts."""
-        from melens.models import load  # not melens.load, which puts a saved edit in force
-
         texts = self.prompts()
         self.saved = self._read_located()
-        return load(self.model, **self.run.loading()), texts
+        return (LOADER.get() or _load)(self.model, **self.run.loading()), texts
 
     def locate(self, model: HookedModel, texts: Prompts, *, overwrite: bool = False) -> MELayer:
         """The ME Layer: read, or found now; saved beside what comes next, never over an older one
@@ -131,6 +132,12 @@ class Job:
         if found is None:
             self.predicted = predicted(result)
         return found
+
+
+def _load(model: str, **how: Any) -> Any:
+    from melens.models import load  # not melens.load, which puts a saved edit in force
+
+    return load(model, **how)
 
 
 def _other_texts(saved: MELayer, result: Any, same_texts: bool) -> str:

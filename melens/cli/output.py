@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from melens.results import CheckReport
 
 BUNDLED = "bundled"
+DRAWS: ContextVar[bool] = ContextVar("draws", default=True)
+"""Whether commands draw figures beside their JSON; `melens plot` draws the same ones later."""
 
 
 def source(
@@ -57,11 +60,19 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
     """Write a result's JSON and its figure (PNG and SVG)."""
     if folder is None:
         return
-    from melens.figures import save_figure
     from melens.store import write_atomically
 
     write_atomically(folder / f"{name}.json", result.to_json())
-    save_figure(result.plot(), *(folder / f"{figure}.{kind}" for kind in PICTURES))
+    save_picture(result, folder / figure)
+
+
+def save_picture(result: Any, place: Path, style: str | None = None) -> None:
+    """A result's figure as PNG and SVG, unless nobody looks at figures now."""
+    from melens.figures import save_figure
+
+    if DRAWS.get():
+        figure = result.plot() if style is None else result.plot(style)
+        save_figure(figure, *(place.with_name(f"{place.name}.{kind}") for kind in PICTURES))
 
 
 def draw(result: Any, path: Path, style: str | None) -> Path:
@@ -86,11 +97,8 @@ PICTURES = ("png", "svg")
 
 def save_figures(report: CheckReport, folder: Path) -> None:
     """Each stage's figure in its default style: figures/STAGE.png and .svg."""
-    from melens.figures import save_figure
-
     for stage in drawable(report):
-        paths = [folder / FIGURES / f"{stage}.{kind}" for kind in PICTURES]
-        save_figure(report.result(stage).plot(), *paths)
+        save_picture(report.result(stage), folder / FIGURES / stage)
 
 
 def drawable(report: CheckReport) -> list[str]:

@@ -324,6 +324,7 @@ _MODULES = {
     "scan": "scan",
     "sinks": "sinks",
     "super-weights": "super_weights",
+    "sweep": "sweep",
     "tune": "tune",
 }
 """The module of each kind of result: a kind is made ready for reading when it is asked for."""

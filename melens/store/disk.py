@@ -43,12 +43,13 @@ _NOT_REGULAR = {
 }
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
+def write_atomically(path: Path, data: str | bytes, *, flush: bool = True) -> None:
     """Write beside ``path`` and move into place, on disk when this returns.
 
     A link is followed: the file that it points to is replaced, and the link stays. An existing
     file keeps its permissions; a new one has those that any new file gets.
 
+    Args:    flush: False = do not wait for the disk, where the file can be made again.
     Raises:  OutputError: the folder cannot be made or written, or ``path`` is not a
              file to replace.
     """
@@ -60,13 +61,14 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         sweep(target)
         part = beside(target, "tmp")
         try:
-            _write_new(part, raw)
+            _write_new(part, raw, flush=flush)
             if target.exists():
                 part.chmod(target.stat().st_mode & 0o7777)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
-        flush_folder(target.parent)
+        if flush:
+            flush_folder(target.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
 
@@ -204,12 +206,13 @@ def stem_of(target: Path) -> str:
     return f".{name[:40]}.{digest([os.fsencode(name)], length=8)}"
 
 
-def _write_new(path: Path, raw: bytes) -> None:
+def _write_new(path: Path, raw: bytes, *, flush: bool) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CLOSE | _BINARY, 0o666)
     with os.fdopen(handle, "wb") as file:
         file.write(raw)
         file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:

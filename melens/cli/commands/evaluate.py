@@ -220,10 +220,7 @@ def _finish(job: Job, result: Result) -> None:
     """Save the result and its figures, and show it."""
     output.save(result, job.out, "evaluate", "dose")
     if job.out is not None:
-        from melens.figures import save_figure
-
-        for kind in ("png", "svg"):
-            save_figure(result.plot("paired"), job.out / f"paired.{kind}")
+        output.save_picture(result, job.out / "paired", "paired")
     output.show(result, as_json=job.output.as_json, folder=job.out)
 
 
