@@ -314,9 +314,7 @@ def test_results_as_csv_latex_json_and_a_figure(gathered, tmp_path, capsys):
     columns = ["--columns", "seed,me_layer,verdict"]
     code, printed, _ = run(["results", str(out), "--kind", "locate", *columns, "--json"], capsys)
     assert json.loads(printed)[0] == {"seed": 0, "me_layer": 3, "verdict": "single"}
-    code, printed, _ = run(
-        ["results", str(out), "--kind", "locate", *columns, "--csv", "-"], capsys
-    )
+    code, printed, _ = run(["results", str(out), "--kind", "locate", *columns, "--csv", "-"], capsys)
     assert printed.splitlines()[:2] == ["seed,me_layer,verdict", "0,3,single"]
     latex = tmp_path / "table.tex"
     run(["results", str(out), "--kind", "locate", *columns, "--latex", str(latex)], capsys)
