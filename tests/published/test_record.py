@@ -134,6 +134,16 @@ def test_a_size_in_doubt_is_never_a_mismatch(located):
     assert held(check)["dimension 2100"][0] == "mismatch"  # its place is not in doubt
 
 
+def test_a_doubt_counts_where_both_begin_with_bos(located, monkeypatch):
+    row = published_rows("Llama-3.2-1B")[0]
+    token = located.massive[0].model_copy(update={"dim": 400, "value": 900.0})
+    here = renamed(located, me_layer=1, massive=(token,))
+    for more, verdict in (({}, "mismatch"), ({"doubt": "one text"}, "unknown")):
+        rows = [{**row, **more, "dims": {"400": 217}}]
+        monkeypatch.setattr("melens.published.holding.published_rows", lambda _, rows=rows: rows)
+        assert held(known("x", here))["|x| in dimension 400"] == (verdict, "4.1 x as large")
+
+
 def test_a_profile_has_a_layer_and_an_order_of_size(located):
     check = known("Qwen3-8B", renamed(located, me_layer=6))
     by_profile = "ME Layer by the published profile (single)"
@@ -213,5 +223,8 @@ def test_criteria_on_a_profile_by_hand():
     erased = [1.0, 500.0, 500.0, 100.0, 900.0, 900.0, 900.0, 900.0]
     again = answer_of(erased, [0.1] * 8, d_model=64)
     assert (again.verdict, again.me_layer) == ("re-emergent", 4)
+    wide = answer_of([1.0, 200.0, 200.0], [0.1] * 3, d_model=10**6)  # 1.3 x the typical norm
+    assert wide.verdict == "none"
+    assert answer_of([1.0, 200.0, 200.0], [0.1] * 3, d_model=64).verdict == "single"
     with pytest.raises(ResultError, match="a maximum and a median"):
         answer_of([1.0], [1.0], d_model=64)
