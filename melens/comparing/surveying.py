@@ -22,7 +22,7 @@ from melens.results.known import KnownCheck
 from melens.results.locate import MELayer
 from melens.results.scan import WeightScan
 from melens.results.sinks import SINK_EPS, Sinks
-from melens.store import Heading, KeptRows, Refusal, RowFormat, hash_facts, write_atomically
+from melens.store import Heading, KeptRows, Refusal, RowFormat, digest, hash_facts, write_atomically
 
 if TYPE_CHECKING:
     from melens.batches import Prompts
@@ -42,6 +42,7 @@ REFUSAL = Refusal(
     "it, or choose another --out.",
 )
 LONGEST_ERROR = 300
+LONGEST_FOLDER = 100
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _row(
         before = kept.found.get(one.name)
         if before is not None and before.files == row.files:
             return before
-        place = None if folder is None else folder / "models" / _slug(one.name)
+        place = None if folder is None else folder / "models" / folder_of(one.name)
         made = _measured(one, row, survey, prompts, place)
     except OutputError:
         raise
@@ -191,8 +192,12 @@ def _count(shape: Sequence[int]) -> int:
     return made
 
 
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip(".") or "model"
+def folder_of(name: str) -> str:
+    """A folder's name for a model: its own where that is one, else one that no other model has."""
+    plain = "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip(".")[
+        -LONGEST_FOLDER:
+    ]
+    return plain if plain == name else f"{plain}-{digest([name], length=8)}"
 
 
 def _measured(

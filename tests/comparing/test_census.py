@@ -184,7 +184,9 @@ def test_an_interrupted_census_goes_on(machine, tmp_path, monkeypatch):
     assert measured == ["a-planted", "org/nothing-here"]  # what failed to open is tried again
     assert [row.name for row in again.models] == NAMES
     assert load_result(out / "models" / "a-planted" / "scan.json").me_layer is not None
-    assert (out / "models" / "org_nothing-here" / "scan.json").is_file()
+    assert (out / "models" / surveying.folder_of("org/nothing-here") / "scan.json").is_file()
+    assert surveying.folder_of("a/b") != surveying.folder_of("a_b") == "a_b"
+    assert surveying.folder_of("../..").count("/") == 0
     with pytest.raises(ResultError, match="other settings"):
         census([place], survey=Survey(reach=False, seed=1), out=out)
     changed = tmp_path / "changed"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from melens.published import profiles, published_profile
+from melens.published import profiles, published_profile, record
 from melens.results import load_result
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,6 +92,12 @@ def test_the_sentences_on_families_are_the_studys(study):
     assert all(row["passing_a_text"] > 1000 for row in of("Gemma 3"))
     small = next(row for row in rows if row["model"] == "Qwen2.5-1.5B")
     assert (small["peak"], small["criteria"]["sun_token"]) == (7968, None)
+
+
+def test_the_page_counts_the_record():
+    rows = record().models
+    models = len({row.model for row in rows})
+    assert f"has {len(rows)} rows of {models} models beside the {len(profiles().profiles)}" in PAGE
 
 
 def test_the_weak_case_and_the_profile_without_bos():
