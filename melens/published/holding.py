@@ -189,9 +189,11 @@ def layer_compared(
     if published != measured and None not in (published, measured):
         gap = int(measured or 0) - int(published or 0)
         off = f"{abs(gap)} layer{'s' * (abs(gap) != 1)} {'later' if gap > 0 else 'earlier'}"
-    return compared(
+    made = compared(
         what, (published, measured), row, fits=published == measured, place=place, off=off
     )
+    doubtful = row.get("layer_in_doubt") and made.verdict == "mismatch"
+    return unsure(made) if doubtful else made
 
 
 def _dims(row: JsonObject, result: MELayer) -> list[Comparison]:
@@ -257,7 +259,7 @@ def _profile_compared(profile: PublishedProfile, result: MELayer) -> list[Compar
     about = {"source": profiles().source, "bos": profiles().bos, "exactness": "exact"}
     made = [profile_layer(profile, result.me_layer, about)]
     if not _same_kind(about, result):
-        made = [one if one.verdict == "match" else _unsure(one) for one in made]
+        made = [one if one.verdict == "match" else unsure(one) for one in made]
     body = result.profile[: last_body_layer(result.n_layers) + 1]
     here, there = max(row.max for row in body), profile.answer().peak
     fits = there > 0 and 1 / SAME_ORDER <= here / there <= SAME_ORDER
@@ -268,7 +270,7 @@ def _profile_compared(profile: PublishedProfile, result: MELayer) -> list[Compar
         fits=fits,
         off=None if fits else percent_off(there, here),
     )
-    return [*made, size if fits else _unsure(size)]
+    return [*made, size if fits else unsure(size)]
 
 
 def profile_layer(profile: PublishedProfile, measured: int | None, row: JsonObject) -> Comparison:
@@ -282,11 +284,12 @@ def profile_layer(profile: PublishedProfile, measured: int | None, row: JsonObje
     made = layer_compared(what, found.me_layer, measured, row, place=True)
     clear = found.verdict in ("single", "multi-step")
     if made.verdict == "mismatch" and (not clear or measured in found.steps):
-        return _unsure(made)
+        return unsure(made)
     return made
 
 
-def _unsure(item: Comparison) -> Comparison:
+def unsure(item: Comparison) -> Comparison:
+    """The same, as no evidence against the model."""
     return item.model_copy(update={"verdict": "unknown"})
 
 

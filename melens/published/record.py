@@ -40,6 +40,8 @@ class PublishedRow(Part):
     layers: Layers
     me_layer: Layer = None
     """Left out where the source names none; null where it says that there is none."""
+    layer_in_doubt: bool = False
+    """Whether ``doubt`` is about the layer too, so that it cannot contradict a run."""
     steps: tuple[int, ...] = ()
     """Layers of several steps, in the place of one ME Layer."""
     dims: dict[str, float] = Field(default={})
@@ -78,6 +80,8 @@ class PublishedRow(Part):
             raise ValueError(f"{self.model}: a layer is outside 0..{self.n_layers - 1}")
         if any(not 0 <= dim < self.d_model for dim in dims):
             raise ValueError(f"{self.model}: a dimension is outside 0..{self.d_model - 1}")
+        if self.layer_in_doubt and not self.doubt:
+            raise ValueError(f"{self.model}: a layer in doubt says why")
         return self
 
 

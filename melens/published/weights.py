@@ -54,8 +54,9 @@ def _of_weights(row: JsonObject) -> bool:
 
 def _scan_compared(row: JsonObject, scan: WeightScan) -> list[Comparison]:
     made = []
-    if "me_layer" in row or row.get("steps"):
-        layer = row["me_layer"] if "me_layer" in row else row["steps"][0]
+    layer = row["me_layer"] if "me_layer" in row else next(iter(row.get("steps", ())), None)
+    hidden = layer is None and row["bos"] is False  # weights hold what only BOS shows
+    if ("me_layer" in row or row.get("steps")) and not hidden:
         made.append(layer_compared("ME Layer", layer, scan.me_layer, row))
     for dim in map(int, row.get("dims", {})):
         fits = dim in scan.dims

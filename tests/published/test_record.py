@@ -144,6 +144,17 @@ def test_a_doubt_counts_where_both_begin_with_bos(located, monkeypatch):
         assert held(known("x", here))["|x| in dimension 400"] == (verdict, "4.1 x as large")
 
 
+def test_a_layer_in_doubt_contradicts_nothing(located):
+    scan = load_result(RESULTS / "smollm2-135m.scan.json")
+    for result in (renamed(located, me_layer=4), scan):
+        verdict, off = held(known("gemma-2-2b", result))["ME Layer"]
+        assert verdict == "unknown"
+        assert off.endswith("later")
+    row = {**published_rows("falcon-7b")[0], "layer_in_doubt": True}
+    with pytest.raises(ValidationError, match="says why"):
+        PublishedRow.model_validate(row)
+
+
 def test_a_profile_has_a_layer_and_an_order_of_size(located):
     check = known("Qwen3-8B", renamed(located, me_layer=6))
     by_profile = "ME Layer by the published profile (single)"
