@@ -39,7 +39,7 @@ SHAPES := tests/test_metrics.py \
   'tests/streaming/test_streamed.py::test_the_reach_is_the_trajectory_of_locate[llama]' \
   'tests/evaluating/test_evaluation.py::test_a_resumed_run_is_a_whole_run_under_the_edit[llama]'
 
-.PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked notebooks examples docs check all clean
+.PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked test-engines notebooks examples docs check all clean
 
 demo: $(VENV)/.run
 	$(BIN)/melens locate smollm2-135m --out runs/demo
@@ -68,6 +68,10 @@ test-families: $(VENV)/.test
 test-browser: $(VENV)/.test
 	$(BIN)/python -m pytest -m browser tests/figures/test_attention_view.py tests/reporting/test_report_browser.py
 
+# Sweeps on a Ray cluster of two nodes and through submitit, all on this machine.
+test-engines: $(VENV)/.engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/sweeping/test_engines.py
+
 # Runs every notebook as it is; its source in percent format is kept beside it.
 notebooks: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
@@ -91,7 +95,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-all: check test test-shapes notebooks examples docs test-browser test-hooked demo
+all: check test test-shapes test-engines notebooks examples docs test-browser test-hooked demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -108,6 +112,12 @@ $(VENV)/.test: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
 $(VENV)/.docs: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet \
 	  "$$(sed -n 's/^docs = \["\(.*\)"\]$$/\1/p' pyproject.toml)"
+	touch $@
+
+# The extras alone: melens itself is there, and may be running.
+$(VENV)/.engines: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet \
+	  $$(sed -n 's/^\(ray\|slurm\) = \["\(.*\)"\]$$/\2/p' pyproject.toml)
 	touch $@
 
 .venv-hooked/.test: pyproject.toml constraints-hooked.txt

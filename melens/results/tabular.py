@@ -94,11 +94,11 @@ def csv_of(frame: pd.DataFrame) -> str:
 def require_parquet() -> None:
     """Refuse where nothing here writes Parquet.
 
-    Raises:  MissingPackageError: naming the extra.
+    Raises:  MissingPackageError: naming the package.
     """
     if find_spec("pyarrow") is None:
         raise MissingPackageError(
-            "a .parquet file needs pyarrow, which is not installed: pip install 'melens[parquet]'."
+            "a .parquet file needs pyarrow, which is not installed; run: pip install pyarrow"
         )
 
 

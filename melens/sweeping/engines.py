@@ -312,26 +312,30 @@ class OnSlurm:
 
     def _again(self, job: Any, work: Work, lost: dict[int, int]) -> list[Work]:
         """The work of a job that did not come to its end."""
-        try:
-            error = job.exception()
-        except self.submitit.core.utils.UncompletedJobError as gone:
-            error = gone
-        if error is None:
+        said = _failure(job, self.submitit)
+        if said is None:
             return []
-        if "EngineError" in str(error):
-            raise EngineError(f"a worker could not begin: {_last(error)}")
+        if "EngineError" in said:
+            raise EngineError(f"a worker could not begin: {said}")
         times = lost.get(id(work), 0)
         if times > self.how.retries * len(work.cells):
-            raise EngineError(f"jobs were lost {times} times: {_last(error)}")
-        _say_lost(_last(error), wait := FIRST_WAIT * 2 ** min(times, 5))
+            raise EngineError(f"jobs were lost {times} times: {said}")
+        _say_lost(said, wait := FIRST_WAIT * 2 ** min(times, 5))
         time.sleep(wait)
         lost[id(work)] = times + 1
         return [work]
 
 
-def _last(error: object) -> str:
+def _failure(job: Any, submitit: Any) -> str | None:
+    """What became of a job that has ended; None where it came to its end."""
+    try:
+        error = job.exception()
+    except submitit.core.utils.UncompletedJobError:
+        return f"job {job.job_id} left no result, see {job.paths.stderr}"
+    if error is None:
+        return None
     lines = [line for line in str(error).strip().splitlines() if line.strip("- ")]
-    return (lines or [type(error).__name__])[-1][:160]
+    return (lines or [type(error).__name__])[-1][:200]
 
 
 @contextmanager

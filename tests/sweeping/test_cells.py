@@ -20,9 +20,7 @@ def test_cells_are_the_product_of_the_lists():
     found = cells({"model": ["b", "a"], "seed": seeds, "run": [run]})
     expected = {
         ("eval", model, f"--seed={seed}", f"--mask-rate={rate}", bos, "--edit=wemask")
-        for model, seed, rate, bos in itertools.product(
-            "ab", seeds, rates, ("--bos", "--no-bos")
-        )
+        for model, seed, rate, bos in itertools.product("ab", seeds, rates, ("--bos", "--no-bos"))
     }
     assert {cell.argv for cell in found} == expected
     assert len(found) == len(expected) == len({cell.id for cell in found})

@@ -285,13 +285,13 @@ def test_what_is_not_there_is_named(gathered, tmp_path):
     _, out = gathered
     with pytest.raises(ResultError, match="several kinds of results; name one: locate, scan"):
         gather(out)
-    with pytest.raises(UnknownNameError, match="unknown kind 'lokate'. Did you mean 'locate'"):
+    with pytest.raises(UnknownNameError, match=r"unknown kind 'lokate'. Did you mean 'locate'"):
         gather(out, "lokate")
-    with pytest.raises(UnknownNameError, match="unknown table 'profil'. Did you mean 'profile'"):
+    with pytest.raises(UnknownNameError, match=r"unknown table 'profil'. Did you mean 'profile'"):
         gather(out, "locate", "profil")
     with pytest.raises(UnknownNameError, match="unknown column 'me'"):
         gather(out, "locate", columns=["me"])
-    with pytest.raises(ResultError, match="'sead = 1' cannot be used: .*sead"):
+    with pytest.raises(ResultError, match=r"'sead = 1' cannot be used: .*sead"):
         gather(out, "locate", where="sead = 1")
     with pytest.raises(ResultError, match=r"not a sweep's folder: it has no sweep\.json"):
         gather(tmp_path, "locate")
@@ -314,7 +314,9 @@ def test_results_as_csv_latex_json_and_a_figure(gathered, tmp_path, capsys):
     columns = ["--columns", "seed,me_layer,verdict"]
     code, printed, _ = run(["results", str(out), "--kind", "locate", *columns, "--json"], capsys)
     assert json.loads(printed)[0] == {"seed": 0, "me_layer": 3, "verdict": "single"}
-    code, printed, _ = run(["results", str(out), "--kind", "locate", *columns, "--csv", "-"], capsys)
+    code, printed, _ = run(
+        ["results", str(out), "--kind", "locate", *columns, "--csv", "-"], capsys
+    )
     assert printed.splitlines()[:2] == ["seed,me_layer,verdict", "0,3,single"]
     latex = tmp_path / "table.tex"
     run(["results", str(out), "--kind", "locate", *columns, "--latex", str(latex)], capsys)
