@@ -28,6 +28,7 @@ from melens.cli.commands.long_context import long_context
 from melens.cli.commands.measure import attention, collapse, describe, metric, mixers, sinks
 from melens.cli.commands.patch import patch
 from melens.cli.commands.scan import reach, scan
+from melens.cli.commands.sidecar import sidecar
 from melens.cli.commands.sweep import results, sweep
 from melens.cli.groups import grouped
 from melens.cli.help import HelpedCommand, HelpedGroup
@@ -108,6 +109,7 @@ COMMANDS = (
     long_context,
     export,
     generate,
+    sidecar,
     tune,
     finetune,
     check,

@@ -322,6 +322,7 @@ _MODULES = {
     "patch": "patch",
     "reach": "reach",
     "scan": "scan",
+    "sidecar": "sidecar",
     "sinks": "sinks",
     "super-weights": "super_weights",
     "sweep": "sweep",

@@ -18,7 +18,18 @@ from melens.sweeping.config import RunConfig, SweepConfig, combinations
 
 SET_BY_SWEEP = ("out", "as_json", "force", "quiet", "dry_run", "edit_model")
 """Options that a sweep gives its cells itself, or that make no result."""
-NO_RESULT = ("generate", "export", "plot", "known", "models", "env", "diff", "sweep", "results")
+NO_RESULT = (
+    "generate",
+    "export",
+    "sidecar",
+    "plot",
+    "known",
+    "models",
+    "env",
+    "diff",
+    "sweep",
+    "results",
+)
 """Commands that measure no single model, or keep no result."""
 
 

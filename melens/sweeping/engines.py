@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from melens.errors import EngineError, MissingPackageError, SweepError
 from melens.formatting import brief
-from melens.progress import tell
+from melens.progress import remark
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.config import EngineConfig
 from melens.sweeping.work import Work, run_work
@@ -225,7 +225,7 @@ def require_shared(work: Work) -> None:
 
 
 def _say_lost(error: object, wait: float) -> None:
-    tell(f"a worker was lost ({_first(error)}); its open cells begin again in {wait:g} s.")
+    remark(f"a worker was lost ({_first(error)}); its open cells begin again in {wait:g} s.")
 
 
 def _first(error: object) -> str:

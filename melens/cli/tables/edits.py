@@ -231,3 +231,37 @@ def _percent(share: float | None) -> str:
 @table_of("edit")
 def _edit(result: Any) -> Iterator[Listing]:
     yield Listing("", result.rows())
+
+
+@table_of("sidecar")
+def _sidecar(result: Any) -> Iterator[Listing]:
+    told = [row for row in result.layers if row.coordinate is not None]
+    if told:
+        yield Listing(
+            f"Massive where |x[{result.dim}]| is above the threshold (block outputs, residual "
+            "units); clip = 0.999 quantile of other tokens:",
+            [_told(row) for row in told],
+        )
+    if result.protected:
+        yield Listing(
+            "\nWeights to keep in high precision, down_proj.weight[dim, neuron]:",
+            [one.model_dump() for one in result.protected],
+        )
+    if result.outlier_dimensions:
+        yield Listing(
+            "\nDimensions that are large on nearly all tokens:",
+            [one.model_dump() for one in result.outlier_dimensions],
+        )
+    yield Listing("")
+
+
+def _told(row: Any) -> JsonObject:
+    pairs = zip(row.dims, row.values, strict=True)
+    return {
+        "layer": row.layer,
+        "threshold": row.coordinate,
+        "norm": row.norm or None,
+        "massive": ", ".join(f"{dim}: {value:,.0f}" for dim, value in pairs),
+        "clip": row.clip,
+        "right_here": row.told,
+    }

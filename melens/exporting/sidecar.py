@@ -1,0 +1,229 @@
+"""sidecar(): what quantisers, servers and trainers need of a located model, measured and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.capture import stream
+from melens.errors import InterventionError
+from melens.inputs import Inputs, Source, prepare
+from melens.interventions.massive import FirstRule, IdRule, MassiveRule, massive_tokens
+from melens.metrics.magnitude import SUN_ABSOLUTE, SUN_RATIO
+from melens.models.anatomy import resid_post
+from melens.protocols import JsonObject, Loadable
+from melens.results.reading import HoldsMELayer, located_in
+from melens.results.scan import WeightScan
+from melens.results.sidecar import OutlierDimension, Protected, Sidecar, SidecarLayer
+from melens.results.super_weights import SuperWeights
+from melens.shapes import Resid, TokenMask
+from melens.store import write_atomically
+
+CLIP = 0.999
+"""Quantile of ordinary tokens to which a massive dimension is cut."""
+BROAD, NEARLY_ALL = 10.0, 0.9
+"""A dimension is an outlier of its own class where |x| is over BROAD times the median |x| of all
+dimensions on at least NEARLY_ALL of the ordinary tokens."""
+MASK_FILE = Path(__file__).with_name("massive_mask.py")
+"""The reader that needs neither melens nor TransformerLens."""
+
+
+def sidecar(
+    model: Loadable | Inputs,
+    me_layer: HoldsMELayer,
+    texts: Source = None,
+    *,
+    scan: WeightScan | None = None,
+    super_weights: SuperWeights | None = None,
+) -> Sidecar:
+    """Measure, layer by layer, how massive tokens are told from others, and what makes them.
+
+    At the ME Layer's output the rule is melens' own (:class:`MassiveRule`). At every other layer
+    the threshold lies between the largest ordinary and the smallest massive |x[dim]| of the
+    reference texts, on a log scale; there is none where these overlap, or where massive tokens
+    are not massive by Sun's rule (100 and 1000 times the median |x|).
+
+    Args:    me_layer: what ``locate`` or a check gave for this model. texts: reference texts.
+             scan: adds the neurons that make and erase the activation. super_weights: adds those.
+    Raises:  InterventionError: nothing massive was located, or no text holds a massive token.
+    """
+    ready, located = prepare(model, texts), located_in(me_layer)
+    rule, firsts, ids = (kind.of(located) for kind in (MassiveRule, FirstRule, IdRule))
+    n_layers = ready.model.cfg.n_layers
+    kept = [LayerSizes(rule.dim) for _ in range(n_layers)]
+    for batch, (marks, _) in zip(
+        ready.batches, massive_tokens(ready.model, located, ready.batches), strict=True
+    ):
+        for sizes in kept:
+            sizes.marks = marks
+        taps = {resid_post(layer): sizes for layer, sizes in enumerate(kept)}
+        stream(ready.model, [batch], taps)
+    if not kept[0].massive:
+        raise InterventionError(
+            f"no text holds a massive token of {located.run.model}; give texts that begin as those "
+            "it was located on (--bos, --chat)."
+        )
+    protected = [*_of_scan(scan), *_of_search(super_weights)]
+    run = ready.run_info(seed=0)
+    return Sidecar(
+        model=run.model,
+        revision=run.model_revision,
+        weights=run.weights,
+        n_layers=n_layers,
+        d_model=ready.model.cfg.d_model,
+        me_layer=rule.layer,
+        peak_layer=located.peak_layer,
+        erase_layer=located.erase_layer,
+        dim=rule.dim,
+        first_ids=tuple(i for i, massive in firsts.known if massive is not firsts.others),
+        other_first_tokens=firsts.others,
+        anywhere_ids=ids.later,
+        layers=_layers(kept, rule),
+        outlier_dimensions=tuple(_outliers(kept)),
+        protected=tuple(protected),
+        experts=tuple(dict.fromkeys(one.expert for one in protected if one.expert is not None)),
+        tokens=kept[0].tokens,
+        massive_tokens=len(kept[0].stacked()),
+        run=run,
+    )
+
+
+@dataclass
+class LayerSizes:
+    """What one layer's output looks like on massive and on ordinary tokens."""
+
+    dim: int
+    massive: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
+    others: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
+    """Half precision would round a limit: float32."""
+    marks: TokenMask | None = None
+    """Massive tokens of the batch that comes next."""
+
+    def update(self, x: Resid, batch: Batch) -> None:
+        """Keep one batch's tokens, massive and others."""
+        assert self.marks is not None
+        wide, here = x.detach().float(), self.marks.to(x.device)
+        self.massive += [wide[here].cpu()] if here.any() else []
+        self.others.append(wide[batch.mask & ~here].cpu())
+
+    @property
+    def tokens(self) -> int:
+        """All that were seen."""
+        return sum(map(len, (*self.massive, *self.others)))
+
+    def stacked(self) -> Float[Tensor, "token d_model"]:
+        """The massive ones."""
+        return torch.cat(self.massive)
+
+    def row(self, layer: int, rule: MassiveRule) -> SidecarLayer:
+        """Thresholds and sizes of this layer."""
+        massive, others = self.stacked(), torch.cat(self.others)
+        median = float(others.abs().median())
+        typical = massive.median(dim=0).values
+        least = max(SUN_ABSOLUTE, SUN_RATIO * median)
+        dims = [
+            d for d in typical.abs().argsort(descending=True).tolist() if abs(typical[d]) > least
+        ]
+        coordinate, norm = self._threshold(layer, rule, massive, others, least)
+        where = dims or [self.dim]
+        return SidecarLayer(
+            layer=layer,
+            coordinate=coordinate,
+            norm=norm,
+            dims=tuple(dims),
+            values=tuple(float(typical[d]) for d in dims),
+            clip=float(others[:, where].abs().flatten().quantile(CLIP)) if len(others) else 0.0,
+            told=None if coordinate is None else self._told(coordinate, norm, massive, others),
+        )
+
+    def _threshold(
+        self, layer: int, rule: MassiveRule, massive: Tensor, others: Tensor, least: float
+    ) -> tuple[float | None, float]:
+        if layer == rule.layer:
+            return rule.coordinate, rule.norm
+        low, high = float(others[:, self.dim].abs().max()), float(massive[:, self.dim].abs().min())
+        if layer < rule.layer or low >= high or high <= least:
+            return None, 0.0
+        return max(low * high, 0.0) ** 0.5, 0.0
+
+    def _told(self, limit: float, norm: float, massive: Tensor, others: Tensor) -> float:
+        found = [
+            (x[:, self.dim].abs() > limit) & (x.norm(dim=-1) >= norm) for x in (massive, others)
+        ]
+        right = int(found[0].sum()) + int((~found[1]).sum())
+        return right / (len(massive) + len(others))
+
+
+def _layers(kept: Sequence[LayerSizes], rule: MassiveRule) -> tuple[SidecarLayer, ...]:
+    made = [sizes.row(layer, rule) for layer, sizes in enumerate(kept)]
+    embedding = SidecarLayer(
+        layer=-1, coordinate=None, norm=0.0, dims=(), values=(), clip=0.0, told=None
+    )
+    return (embedding, *made)
+
+
+def _outliers(kept: Sequence[LayerSizes]) -> Iterable[OutlierDimension]:
+    """Dimensions that are large on nearly all ordinary tokens."""
+    found: dict[int, list[tuple[int, float]]] = {}
+    for layer, sizes in enumerate(kept):
+        others = torch.cat(sizes.others).abs()
+        median = others.median().clamp_min(torch.finfo(torch.float32).tiny)
+        broad = (others > BROAD * median).float().mean(dim=0) >= NEARLY_ALL
+        for dim in broad.nonzero().flatten().tolist():
+            ratio = float(others[:, dim].median() / median)
+            found.setdefault(dim, []).append((layer, ratio))
+    for dim, at in sorted(found.items()):
+        yield OutlierDimension(
+            dim=dim, first_layer=at[0][0], layers=len(at), ratio=max(ratio for _, ratio in at)
+        )
+
+
+def _of_scan(scan: WeightScan | None) -> Iterable[Protected]:
+    for one in () if scan is None else scan.candidates:
+        if one.role != "other":
+            yield Protected(
+                layer=one.layer,
+                neuron=one.neuron,
+                dim=one.dim,
+                expert=one.expert,
+                why=one.role,
+                source="scan",
+            )
+
+
+def _of_search(found: SuperWeights | None) -> Iterable[Protected]:
+    for one in () if found is None else found.super_weights:
+        layer, row, column = one.at
+        yield Protected(
+            layer=layer,
+            neuron=column,
+            dim=row,
+            expert=None if one.expert is None else str(one.expert),
+            why="super weight",
+            source="super-weights",
+        )
+
+
+def write_sidecar(made: Sidecar, path: Path, *, reader: bool = False) -> list[Path]:
+    """The JSON, and beside it ``massive_mask.py`` where asked for.
+
+    Returns: the files. Raises: OutputError: they cannot be written.
+    """
+    write_atomically(path, made.to_json())
+    if not reader:
+        return [path]
+    beside = path.with_name(MASK_FILE.name)
+    write_atomically(beside, MASK_FILE.read_text("utf-8"))
+    return [path, beside]
+
+
+def sidecar_schema() -> JsonObject:
+    """JSON Schema (draft 2020-12) of a sidecar; docs/sidecar.schema.json is this."""
+    made = Sidecar.model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
