@@ -44,9 +44,11 @@ NAMES = {
     G: "Gemma-3-270M, BOS first",
     G_RAW: "Gemma-3-270M, no BOS",
 }
+CENSUS = "small-models.census"
 FIGURES = {
     "gemma3-270m.png": (f"{G}.locate", "profile"),
     "gemma3-270m.scan.png": (f"{G}.scan", "ceilings"),
+    "small-models.census.png": (CENSUS, "depth"),
     "smollm2-135m-bos.collapse.png": (f"{S}.collapse", "rank"),
     "smollm2-135m-bos.dose.png": (f"{S}.perplexity-gamma.evaluate", "dose"),
     "smollm2-135m-bos.isolate-layers.png": (f"{S}.isolate", "layers"),
@@ -57,8 +59,11 @@ FIGURES = {
     "smollm2-135m.sinks.png": (f"{S_RAW}.sinks", "curves"),
 }
 """File in docs/figures -> the result it is drawn from, and its style."""
-STUDIES = {"foresee-study.png": ("foresee.json", "11_foresee.py")}
-"""File in docs/figures -> the counts in docs/studies, and the experiment that draws them."""
+STUDIES = {
+    "census-study.png": ("census.json", "09_census.py", "profiles"),
+    "foresee-study.png": ("foresee.json", "11_foresee.py", "rates"),
+}
+"""File in docs/figures -> the study, the experiment that draws it, and the part that it draws."""
 DRAWING = re.compile(r"data:image/svg\+xml,[^']+|(?<=id=\"drawer\">)[A-Za-z0-9+/=]+")
 """A drawing inside a page, or its packed script: their bytes differ by the versions of matplotlib
 and of zlib."""
@@ -105,9 +110,9 @@ def plotted(result: str, style: str, path: Path) -> Path:
     return save_figure(saved(result).plot(style), path)
 
 
-def study(counts: str, experiment: str, path: Path) -> Path:
+def study(counts: str, experiment: str, part: str, path: Path) -> Path:
     """A study's counts as its experiment draws them."""
-    found = json.loads((ROOT / "docs" / "studies" / counts).read_text("utf-8"))
+    found = studied(counts)
     spec = importlib.util.spec_from_file_location("study", ROOT / "experiments" / experiment)
     assert spec is not None
     assert spec.loader is not None
@@ -115,7 +120,7 @@ def study(counts: str, experiment: str, path: Path) -> Path:
     sys.modules[spec.name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)
     with house_style():
-        return save_figure(module.draw(found["rates"]), path)
+        return save_figure(module.draw(found[part]), path)
 
 
 def same_picture(one: Path, two: Path) -> bool:
@@ -174,6 +179,12 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value).replace("|", r"\|").replace("\n", " ")
+
+
+@cache
+def studied(name: str) -> Any:
+    """A study of docs/studies."""
+    return json.loads((ROOT / "docs" / "studies" / name).read_text("utf-8"))
 
 
 @cache
@@ -453,6 +464,115 @@ def policy() -> Rows:
         )
     assert {row["rule"].strip("`") for row in made} == set(rules), "a rule without a comment"
     return made
+
+
+@table("census-profiles")
+def census_profiles() -> Rows:
+    """Every published profile by melens' criteria."""
+    return [
+        {
+            "checkpoint": row["model"],
+            "blocks": row["n_layers"],
+            "verdict": row["verdict"],
+            "ME Layer": row["me_layer"],
+            "relative depth": _two_digits(row["depth"]),
+            "main step": row["main_layer"],
+            "its share": percent(row["share"]),
+            "layers that add a tenth": ", ".join(map(str, row["at_least_a_tenth"])) or None,
+            "largest": row["peak"],
+            "Sun's rule first at": row["criteria"]["sun_layer"],
+            "its own median": row["criteria"]["sun_token"],
+            "tokens a text that pass": row["passing_a_text"],
+        }
+        for row in studied("census.json")["profiles"]
+    ]
+
+
+def _two_digits(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
+
+
+def _by_name(layers: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {cell(layer)}" for name, layer in layers.items())
+
+
+@table("census-questions")
+def census_questions() -> Rows:
+    """Whether groups of checkpoints have one ME Layer."""
+    return [
+        {
+            "question": row["question"],
+            "group": row["group"],
+            "ME Layers": _by_name(row["ME Layers"]),
+            "one layer": "yes" if row["same ME Layer"] else "no",
+            "main steps": _by_name(row["main steps"]),
+            "one main step": "yes" if row["same main step"] else "no",
+        }
+        for row in studied("census.json")["questions"]
+    ]
+
+
+@table("census-pairs")
+def census_pairs() -> Rows:
+    """Pairs of pretrained models, within a family and across."""
+    return [
+        {
+            "pairs of": row["pairs of"],
+            "with the same ME Layer": f"{row['same ME Layer']} of {row['pairs']}",
+            "median gap in relative depth": _two_digits(row["median gap in relative depth"]),
+        }
+        for row in studied("census.json")["pairs"]
+    ]
+
+
+@table("census-others")
+def census_others() -> Rows:
+    """Layers that other sources published."""
+    return [
+        {
+            "family": row["family"],
+            "first layer": _by_name(row["layers"]),
+            "one layer": "yes" if row["same"] else "no",
+            "of super weights alone": ", ".join(row["of super weights"]) or None,
+        }
+        for row in studied("census.json")["others"]
+    ]
+
+
+@table("census-agree")
+def census_agree() -> Rows:
+    """Profiles beside a layer that was published for the same model."""
+    return [
+        {
+            "checkpoint": row["model"],
+            "by its profile": row["by the profile"],
+            "published": row["published"],
+            "the same": "yes" if row["same"] else "no",
+            "source": row["source"],
+        }
+        for row in studied("census.json")["agree"]
+    ]
+
+
+@table("census-real")
+def census_real() -> Rows:
+    """The named models, located."""
+    return [
+        {
+            "model": f"[{row.name}](results/{CENSUS}.json)",
+            "parameters": f"{row.parameters:,}",
+            "ME Layer": f"{row.me_layer} of {row.n_layers}",
+            "relative depth": _two_digits(row.depth),
+            "verdict": row.verdict,
+            "predicted": row.predicted,
+            "dimensions": ", ".join(map(str, row.dims)),
+            "largest": row.largest,
+            "sink rate": f"{row.sink_rate:.2f}",
+            "published": row.published,
+            "match": row.match,
+        }
+        for row in saved(CENSUS).models
+    ]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import typer
 from typer.main import get_command
 
 from melens import __version__
+from melens.cli.commands.census import census
 from melens.cli.commands.check import check
 from melens.cli.commands.diff import diff
 from melens.cli.commands.evaluate import evaluate, tune
@@ -114,6 +115,7 @@ COMMANDS = (
     check,
     diff,
     reach,
+    census,
     sweep,
     results,
     known,

@@ -139,7 +139,8 @@ def _show_table(listing: Listing) -> None:
             say("")
         _print(_made(table, widths_of(table, room)), in_a_file=IN_A_FILE)
     if left_out:
-        say(f"(No room here for: {', '.join(left_out)}; a wider terminal or --json has them.)")
+        left = ", ".join(left_out)
+        say(folded(f"(No room here for: {left}; a wider terminal or --json has them.)"))
 
 
 def _made(columns: Sequence[Column], widths: list[int] | None) -> Table:

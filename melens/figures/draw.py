@@ -30,6 +30,7 @@ SCREEN = 110
 """Dots an inch in a notebook."""
 LAYER_LABEL = "layer (counted from 0, at the block output)"
 _MODULES = {
+    "census": "census",
     "locate": "profile",
     "describe": "profile",
     "collapse": "ranks",

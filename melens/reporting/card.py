@@ -1,4 +1,4 @@
-"""update_card(): one section of a model's README, and not a byte outside it."""
+"""One section of a model's README, and not a byte outside it: a check's, or a census's."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import re
 from pathlib import Path
 
 from melens.errors import ResultError
+from melens.formatting import printable
 from melens.reporting.writing import markdown_body
+from melens.results.census import Census, CensusRow
 from melens.results.check import CheckReport
 from melens.store import PAGE, read_limited, write_atomically
 
-START = "<!-- melens check: start -->"
-END = "<!-- melens check: end -->"
+Marks = tuple[str, str]
+"""The lines that a section begins and ends with."""
+CHECK: Marks = ("<!-- melens check: start -->", "<!-- melens check: end -->")
+CENSUS: Marks = ("<!-- melens census: start -->", "<!-- melens census: end -->")
+START, END = CHECK
 _LINE = rb"^[ \t]*%s[ \t]*\r?$"
-_MARKER = {mark: re.compile(_LINE % re.escape(mark.encode()), re.M) for mark in (START, END)}
+CELLS = ("model", "parameters", "ME Layer", "depth", "verdict", "largest", "published", "match")
 
 
 def update_card(readme: Path, report: CheckReport) -> None:
@@ -25,19 +30,59 @@ def update_card(readme: Path, report: CheckReport) -> None:
     Raises:  ResultError: no such file, not UTF-8, or markers that do not make one section.
              OutputError: a file that cannot be written.
     """
+    body = f"## Massive activations\n\n{markdown_body(report, level=3)}"
+    _write(readme, CHECK, body)
+
+
+def update_census_card(readme: Path, census: Census) -> None:
+    """Put a census into a README, as :func:`update_card` does a check, in a section of its own.
+
+    Raises:  as update_card.
+    """
+    rows = [_census_row(row) for row in census.models]
+    lines = [CELLS, ("---",) * len(CELLS), *rows]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    said = printable(census.summary()).replace("<", "&lt;")
+    _write(readme, CENSUS, f"## ME Layers\n\n{table}\n{said} (melens census)\n")
+
+
+def _census_row(row: CensusRow) -> tuple[str, ...]:
+    if row.error is not None:
+        shown = (row.name, None, None, None, f"failed: {row.error}", None, None, None)
+    else:
+        layer = "none" if row.me_layer is None else row.me_layer
+        shown = (
+            row.name,
+            None if row.parameters is None else f"{row.parameters:,}",
+            f"{layer} of {row.n_layers}",
+            None if row.depth is None else f"{row.depth:.2f}",
+            row.verdict or row.how,
+            None if row.largest is None else f"{row.largest:,.0f}",
+            row.published,
+            row.match,
+        )
+    return tuple("-" if cell is None else _cell(cell) for cell in shown)
+
+
+def _cell(text: str) -> str:
+    """No name breaks out of its cell, or is HTML."""
+    plain = printable(" ".join(text.split()))
+    return plain.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def _write(readme: Path, marks: Marks, body: str) -> None:
     old = _read(readme)
-    new = _updated(old, _section(report), str(readme))
-    if new == old:
-        return
-    write_atomically(readme, new)
+    new = _updated(old, f"{marks[0]}\n{body}{marks[1]}", str(readme), marks)
+    if new != old:
+        write_atomically(readme, new)
 
 
-def refuse_bad_card(readme: Path) -> None:
+def refuse_bad_card(readme: Path, marks: Marks = CHECK) -> None:
     """What :func:`update_card` would refuse, said before any work.
 
     Raises:  ResultError: as update_card.
     """
-    _updated(_read(readme), "", str(readme))
+    _updated(_read(readme), "", str(readme), marks)
 
 
 def _read(readme: Path) -> bytes:
@@ -53,15 +98,12 @@ def _read(readme: Path) -> bytes:
     return raw
 
 
-def _section(report: CheckReport) -> str:
-    return f"{START}\n## Massive activations\n\n{markdown_body(report, level=3)}{END}"
-
-
-def _updated(old: bytes, section: str, name: str) -> bytes:
+def _updated(old: bytes, section: str, name: str, marks: Marks) -> bytes:
     """The file with the section in it, in the file's own line ends."""
     end = b"\r\n" if b"\r\n" in old else b"\n"
     made = section.encode().replace(b"\n", end)
-    starts, ends = (list(_MARKER[mark].finditer(old)) for mark in (START, END))
+    lines = (re.compile(_LINE % re.escape(mark.encode()), re.M) for mark in marks)
+    starts, ends = (list(line.finditer(old)) for line in lines)
     if not starts and not ends:
         if not old:
             return made + end
@@ -69,7 +111,7 @@ def _updated(old: bytes, section: str, name: str) -> bytes:
         return old + gap + made + end
     if len(starts) != 1 or len(ends) != 1 or starts[0].start() > ends[0].start():
         raise ResultError(
-            f"{name} has {_lines(len(starts), START)} and {_lines(len(ends), END)}; "
+            f"{name} has {_lines(len(starts), marks[0])} and {_lines(len(ends), marks[1])}; "
             "it must have one of each, in this order, or none."
         )
     stop = ends[0].end()

@@ -9,6 +9,7 @@ from melens.results.base import Result
 
 if TYPE_CHECKING:
     from melens.results.attention import AttentionMaps, HeadMap, TokenNorms
+    from melens.results.census import Census, CensusRow
     from melens.results.check import (
         CacheNorms,
         CheckReport,
@@ -54,6 +55,8 @@ _HOMES = {
     "Axis": "patch",
     "CacheNorms": "check",
     "Candidate": "scan",
+    "Census": "census",
+    "CensusRow": "census",
     "CheckReport": "check",
     "Collapse": "collapse",
     "CollapseRow": "collapse",
@@ -103,6 +106,8 @@ __all__ = [
     "Axis",
     "CacheNorms",
     "Candidate",
+    "Census",
+    "CensusRow",
     "CheckReport",
     "Collapse",
     "CollapseRow",

@@ -306,6 +306,7 @@ _MODULES = {
     "attention": "attention",
     "locate": "locate",
     "cache-norms": "check",
+    "census": "census",
     "check": "check",
     "collapse": "collapse",
     "describe": "describe",

@@ -1,4 +1,4 @@
-"""KnownCheck: a located ME Layer beside what was published about the same model."""
+"""KnownCheck: a result beside what was published about the same model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ class Comparison(Part):
     published one, or may make it differ."""
     place: bool = False
     """A layer or a dimension, which is the model's; sizes and stages are the text's as well."""
+    off: str | None = added_later()
+    """By how much it does not fit: layers, percent, a factor."""
+    source: str | None = added_later()
+    """Whose number it is; several sources with the same number are one row."""
 
 
 class KnownCheck(Result):
-    """A located ME Layer against what was published about the same model."""
+    """A result against what was published about the same model."""
 
     schema_id: ClassVar[str] = "melens/known/1"
 
@@ -48,14 +52,23 @@ class KnownCheck(Result):
 
     def rows(self) -> list[JsonObject]:
         """One row a published number."""
-        return [row.model_dump() for row in self.comparisons]
+        return [
+            {name: getattr(row, name) for name in Comparison.model_fields}
+            for row in self.comparisons
+        ]
 
     def summary(self) -> str:
         """One plain sentence."""
         if self.source is None:
             hint = f" Did you mean {self.meant}?" if self.meant else ""
             return f"{self.model}: unknown, nothing published is on record for this name.{hint}"
-        bad = [row.what for row in self.comparisons if row.verdict == "mismatch"]
+        bad = [
+            f"{row.what} ({row.measured}, published {row.published}: {row.off})"
+            if row.off
+            else row.what
+            for row in self.comparisons
+            if row.verdict == "mismatch"
+        ]
         detail = f" in {', '.join(bad)}" if bad else ""
         start = "" if self.bos_first is None else f" ({bos_said(self.bos_first)})"
         return f"{self.model}{start}: {self.verdict}{detail} (source: {self.source})."

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from melens.errors import UnknownNameError
+from melens.errors import MissingPackageError, UnknownNameError
 from melens.formatting import printable
 from melens.protocols import JsonObject
 from melens.registry import unknown_name
@@ -88,6 +89,26 @@ def chosen(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
 def csv_of(frame: pd.DataFrame) -> str:
     """Comma-separated text with all digits; lists in a cell are JSON."""
     return frame.map(_as_json).to_csv(index=False, lineterminator="\n")
+
+
+def require_parquet() -> None:
+    """Refuse where nothing here writes Parquet.
+
+    Raises:  MissingPackageError: naming the package.
+    """
+    if find_spec("pyarrow") is None:
+        raise MissingPackageError(
+            "a .parquet file needs pyarrow, which is not installed; run: pip install pyarrow"
+        )
+
+
+def parquet_of(frame: pd.DataFrame) -> bytes:
+    """A Parquet file's bytes, types and lists kept.
+
+    Raises:  MissingPackageError: as :func:`require_parquet`.
+    """
+    require_parquet()
+    return frame.to_parquet(None, engine="pyarrow", index=False)
 
 
 def latex_of(frame: pd.DataFrame) -> str:

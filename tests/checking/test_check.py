@@ -299,8 +299,12 @@ def test_sink_window(lean):
     assert "sink-window" not in found_in(no_sink)
 
 
-def test_known_layer(lean):
+def test_known_layer(lean, monkeypatch):
     """Published as layer 6: one of these models fits the name, the other cannot be it."""
+    row = {"model": "Qwen/Qwen3-4B", "n_layers": 10, "d_model": 64, "me_layer": 6, "bos": None}
+    row |= {"source": "a paper", "exactness": "exact"}
+    rows = [{**row, "n_layers": 36, "me_layer": 5}, row]  # the first is of another size
+    monkeypatch.setattr("melens.published.holding.published_rows", lambda _: rows)
 
     def report(seed):
         planted = plant("llama", "single", seed)

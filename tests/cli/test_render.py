@@ -94,7 +94,8 @@ def test_what_is_left_out_is_said(on_a_terminal):
     listing = Listing("Layers:", ROWS, optional=("note", "loss"))
     lines = on_a_terminal([listing], 39)
     assert lines[0] == "Layers:"
-    assert lines[-1] == "(No room here for: note; a wider terminal or --json has them.)"
+    told = " ".join(lines[-2:])  # folded, as the caption is
+    assert told == "(No room here for: note; a wider terminal or --json has them.)"
     assert "ordinary" not in " ".join(lines)
     assert "No room" not in " ".join(on_a_terminal([listing], 40))
     assert fitted(columns_of(ROWS), 12, listing.optional)[1] == ["note", "loss"]

@@ -232,20 +232,20 @@ def test_known_holds_a_run_against_the_row_of_its_own_kind(results):
 
 
 def test_numbers_with_bos_say_nothing_against_a_run_without(results):
-    """Llama-2-13b is on record with BOS only: ME Layer 3."""
+    """falcon-7b is on record with BOS only: ME Layer 3."""
 
     def verdicts(bos):
-        check = known("Llama-2-13b-hf", _as_llama(results["single"], bos=bos, value=205.0))
+        check = known("falcon-7b", _as_llama(results["single"], bos=bos, value=205.0))
         return {row.what: row.verdict for row in check.comparisons}
 
-    assert verdicts(bos=True)["ME Layer"] == verdicts(bos=True)["dimension 4743"] == "mismatch"
+    assert verdicts(bos=True)["ME Layer"] == verdicts(bos=True)["dimension 2002"] == "mismatch"
     assert set(verdicts(bos=False).values()) == {"unknown"}
 
 
 def test_a_result_that_is_silent_about_bos_is_not_without_it(results):
     silent = _as_llama(results["single"], bos=None, value=205.0)
     del silent.run.settings["bos_first"]
-    for name, says in (("Llama-3.2-1B", {"match"}), ("Llama-2-13b-hf", {"unknown"})):
+    for name, says in (("Llama-3.2-1B", {"match"}), ("falcon-7b", {"unknown"})):
         check = known(name, silent)
         assert check.bos_first is None
         # no row is known to be of its kind, so that nothing speaks against it

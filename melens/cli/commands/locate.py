@@ -50,18 +50,25 @@ def known(
         str,
         typer.Argument(help="A published name, e.g. Qwen/Qwen3-4B, or a .gguf file that says it."),
     ],
-    result: Annotated[Path, typer.Argument(help="locate.json, report.json or scan.json of a run.")],
+    result: Annotated[
+        Path,
+        typer.Argument(help="locate, scan, super-weights, sinks or report.json of a run."),
+    ],
     as_json: opt.Json = False,
 ) -> None:
-    """Hold a located or predicted ME Layer against the published numbers of MODEL.
+    """Hold a result against the published numbers of MODEL.
 
-    Says match, mismatch or unknown, number by number, with the index convention spelled out.
+    Says match, mismatch or unknown, number by number, by how much what does not fit is off, and
+    whose number it is, with the index convention spelled out. Of a check's report every stage
+    that something is published about is compared.
 
-    Example:  melens known smollm2-135m runs/demo/locate.json
+    Examples:
+      melens known smollm2-135m runs/demo/locate.json
+
+      melens known Qwen/Qwen3-8B runs/scan/scan.json --json
     """
     from melens import published
-    from melens.results import WeightScan, load_result
-    from melens.results.reading import located_of
+    from melens.results import load_result
 
     found = load_result(result)
     names: tuple[str, ...] = (model,)
@@ -69,13 +76,7 @@ def known(
         from melens.models.gguf import given_names
 
         names = (Path(model).name, *given_names(Path(model).expanduser()))
-    if isinstance(found, WeightScan):
-        from melens.published import known_scan
-
-        made = published.known_by(names, lambda name: known_scan(name, found))
-    else:
-        located = located_of(found, str(result))
-        made = published.known_by(names, lambda name: published.known(name, located))
+    made = published.known_by(names, lambda name: published.known(name, found))
     output.show(made, as_json=as_json)
 
 
@@ -132,7 +133,7 @@ def plot(
     Styles: locate: profile. describe: curves, dimensions. collapse: rank, participation, stable,
     entropy, top1. metric: layers. sinks: map, curves. mixers: layers. attention: panels, or a page where the file ends in .html. isolate:
     factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. evaluate: dose, paired.
-    long-context: found, answer-loss, positions. tune: race. finetune: training, layers. check: profile. diff: profiles. reach: reach. scan: ceilings.
+    long-context: found, answer-loss, positions. tune: race. finetune: training, layers. check: profile. diff: profiles. reach: reach. scan: ceilings. census: depth.
 
     Several results of locate, describe, collapse, sinks, scan, metric or evaluate give one figure: one
     line or point a result.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from melens.cli.listing import Listing, cell, rest, table_of
+from melens.cli.tables.measures import held_listings
 from melens.formatting import within
 from melens.protocols import JsonObject
 from melens.results.isolate import cells
@@ -224,8 +225,7 @@ def _super_weights(result: Any) -> Iterator[Listing]:
             yield Listing(f"{name}: {group.loss_delta:+.4f}{within(group.interval, '+.4f')}")
         yield Listing(f"Control removed instead: {_control(result.control)}")
     if result.known is not None and result.known.comparisons:
-        yield Listing("\nPublished coordinates:", result.known.rows())
-        yield Listing(result.known.convention)
+        yield from held_listings(result.known, "\nPublished coordinates:")
     yield Listing("")
 
 

@@ -17,9 +17,26 @@ MOST_TOKENS = 8
 
 @table_of("known")
 def _known(result: Any) -> Iterator[Listing]:
-    if rows := result.rows():
-        yield Listing("", rows)
-        yield Listing(result.convention)
+    if result.comparisons:
+        yield from held_listings(result)
+
+
+def held_listings(result: Any, caption: str = "") -> Iterator[Listing]:
+    """Published numbers beside measured ones, their sources, and the convention."""
+    sources = list(dict.fromkeys(row.source for row in result.comparisons if row.source))
+    rows = []
+    for row in result.comparisons:
+        made = {"what": row.what, "published": row.published, "measured": row.measured}
+        made["verdict"] = row.verdict
+        if any(one.off for one in result.comparisons):
+            made["off by"] = row.off
+        if sources:
+            made["source"] = f"[{sources.index(row.source) + 1}]" if row.source else None
+        rows.append(made)
+    yield Listing(caption, rows)
+    if sources:
+        yield Listing("\n".join(f"[{i}] {source}" for i, source in enumerate(sources, start=1)))
+    yield Listing(result.convention)
 
 
 @table_of("describe")

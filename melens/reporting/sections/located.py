@@ -215,6 +215,10 @@ def published(view: PageView) -> PageBlock:
     ]
     if rows:
         columns = ("what", "published", "measured", "verdict")
+        if any(row.off for row in view.result.comparisons):
+            columns = (*columns, "off by")
+            for row, made_of in zip(rows, view.result.comparisons, strict=True):
+                row.append(made_of.off or "")
         made.tables = [Table("Published beside measured", columns, rows)]
     made.notes = [view.result.convention]
     return made
