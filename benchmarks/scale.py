@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import tempfile
@@ -57,7 +58,7 @@ def workers(n_seq: int, length: int, folder: Path) -> dict[str, float]:
 
     import melens
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     took = {}
     for count in (1, 2):
         run = {"command": "collapse", "seed": list(range(8)), "n-seq": n_seq, "length": length}
@@ -71,7 +72,7 @@ def workers(n_seq: int, length: int, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Print both as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cells", type=int, default=12, help="cells of the overhead")
     parser.add_argument("--n", type=int, default=4, help="sequences of a cell, for the workers")
     parser.add_argument("--length", type=int, default=128)

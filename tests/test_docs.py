@@ -206,12 +206,14 @@ def test_the_code_of_the_pages_runs():
         "extend/figure.md",
         "check.md",
         "index.md",
+        "sweep.md",
         "extend/task.md",
         "extend/metric.md",
     )
     assert "blocks.0.hook_resid_post" in shown
     assert "the ME Layer did not move: 11 in both" in shown
     assert "ME Layer 11 of 30" in shown
+    assert "1 of 1 cells are done." in shown
     assert "capitals, 4 items" in shown
 
 

@@ -53,8 +53,11 @@ def sidecar(
              scan: adds the neurons that make and erase the activation. super_weights: adds those.
     Raises:  InterventionError: nothing massive was located, or no text holds a massive token.
     """
-    ready, located = prepare(model, texts), located_in(me_layer)
-    rule, firsts, ids = (kind.of(located) for kind in (MassiveRule, FirstRule, IdRule))
+    located = located_in(me_layer)
+    if located is None:
+        raise InterventionError("a sidecar describes a located ME Layer; call melens.locate first.")
+    ready, rule = prepare(model, texts), MassiveRule.of(located)
+    firsts, ids = FirstRule.of(located), IdRule.of(located)
     n_layers = ready.model.cfg.n_layers
     kept = [LayerSizes(rule.dim) for _ in range(n_layers)]
     for batch, (marks, _) in zip(
@@ -89,7 +92,7 @@ def sidecar(
         protected=tuple(protected),
         experts=tuple(dict.fromkeys(one.expert for one in protected if one.expert is not None)),
         tokens=kept[0].tokens,
-        massive_tokens=len(kept[0].stacked()),
+        massive_tokens=len(kept[0].result()),
         run=run,
     )
 
@@ -117,13 +120,13 @@ class LayerSizes:
         """All that were seen."""
         return sum(map(len, (*self.massive, *self.others)))
 
-    def stacked(self) -> Float[Tensor, "token d_model"]:
+    def result(self) -> Float[Tensor, "token d_model"]:
         """The massive ones."""
         return torch.cat(self.massive)
 
     def row(self, layer: int, rule: MassiveRule) -> SidecarLayer:
         """Thresholds and sizes of this layer."""
-        massive, others = self.stacked(), torch.cat(self.others)
+        massive, others = self.result(), torch.cat(self.others)
         median = float(others.abs().median())
         typical = massive.median(dim=0).values
         least = max(SUN_ABSOLUTE, SUN_RATIO * median)

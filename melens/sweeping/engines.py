@@ -112,7 +112,9 @@ def _ray(how: EngineConfig) -> Iterator[Any]:
 def _connect(ray: Any, how: EngineConfig) -> None:
     if how.address is not None and how.address != "auto":
         _require_answer(how.address)
-    where = {"address": how.address} if how.address else {"include_dashboard": False}
+    where: dict[str, Any] = (
+        {"address": how.address} if how.address else {"include_dashboard": False}
+    )
     if how.address is None and how.workers > (os.cpu_count() or 1):
         where["num_cpus"] = how.workers * (how.cpus or 1)
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from melens.errors import ResultError, UnknownNameError
 from melens.formatting import brief
 from melens.intervals import mean_interval
+from melens.protocols import JsonObject
 from melens.registry import unknown_name
 from melens.results.base import Result, load_result
 from melens.results.sweep import CellRow, SweepReport
@@ -157,8 +158,9 @@ def _grouped(
     wanted = _existing(frame, columns) if columns else unasked
     numbers = [name for name in wanted if name not in keys and _is_number(frame[name])]
     made = []
-    for values, group in frame.groupby(keys, dropna=False, sort=False):
-        row = dict(zip(keys, values, strict=True)) | {"rows": len(group)}
+    groups: Any = frame.groupby(keys, dropna=False, sort=False)
+    for values, group in groups:
+        row: JsonObject = dict(zip(keys, values, strict=True)) | {"rows": len(group)}
         for name in numbers:
             row |= _mean(name, group[name])
         made.append(row)

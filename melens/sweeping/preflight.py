@@ -94,8 +94,7 @@ def _require_takes_edit(cell: SweepCell) -> None:
     edit = edit_of(EditOptions(**{name: given[name] for name in fields}), cell.argv[1])
     config = _config_of(cell.argv[1], given.get("revision"))
     depth = config.get("num_hidden_layers")
-    beyond = [at for at in edit.layers if at >= depth] if _counts(edit, depth) else []
-    if beyond:
+    if isinstance(depth, int) and (beyond := _beyond(edit, depth)):
         raise SiteError(
             f"layer {beyond[0]} is outside 0..{depth - 1} of {cell.model}. Layers count from 0."
         )
@@ -103,8 +102,9 @@ def _require_takes_edit(cell: SweepCell) -> None:
         raise InterventionError(f"{cell.model} takes no mask: {said}")
 
 
-def _counts(edit: Any, depth: object) -> bool:
-    return isinstance(edit.layers, tuple) and isinstance(depth, int)
+def _beyond(edit: Any, depth: int) -> list[int]:
+    """Layers of an edit that the model has not."""
+    return [at for at in edit.layers if at >= depth] if isinstance(edit.layers, tuple) else []
 
 
 def _config_of(model: str, revision: str | None) -> JsonObject:
