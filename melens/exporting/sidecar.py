@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.batches import Batch
-from melens.capture import stream
+from melens.capture import Reducer, stream
 from melens.errors import InterventionError
 from melens.inputs import Inputs, Source, prepare
 from melens.interventions.massive import FirstRule, IdRule, MassiveRule, massive_tokens
 from melens.metrics.magnitude import SUN_ABSOLUTE, SUN_RATIO
 from melens.models.anatomy import resid_post
 from melens.protocols import JsonObject, Loadable
+from melens.results.locate import MELayer
 from melens.results.reading import HoldsMELayer, located_in
 from melens.results.scan import WeightScan
 from melens.results.sidecar import OutlierDimension, Protected, Sidecar, SidecarLayer
@@ -58,15 +59,7 @@ def sidecar(
         raise InterventionError("a sidecar describes a located ME Layer; call melens.locate first.")
     ready, rule = prepare(model, texts), MassiveRule.of(located)
     firsts, ids = FirstRule.of(located), IdRule.of(located)
-    n_layers = ready.model.cfg.n_layers
-    kept = [LayerSizes(rule.dim) for _ in range(n_layers)]
-    for batch, (marks, _) in zip(
-        ready.batches, massive_tokens(ready.model, located, ready.batches), strict=True
-    ):
-        for sizes in kept:
-            sizes.marks = marks
-        taps = {resid_post(layer): sizes for layer, sizes in enumerate(kept)}
-        stream(ready.model, [batch], taps)
+    n_layers, kept = ready.model.cfg.n_layers, _sizes(ready, located, rule.dim)
     if not kept[0].massive:
         raise InterventionError(
             f"no text holds a massive token of {located.run.model}; give texts that begin as those "
@@ -95,6 +88,18 @@ def sidecar(
         massive_tokens=len(kept[0].result()),
         run=run,
     )
+
+
+def _sizes(ready: Inputs, located: MELayer, dim: int) -> list[LayerSizes]:
+    """All layers' tokens; held on the CPU, tokens x layers x d_model floats."""
+    kept = [LayerSizes(dim) for _ in range(ready.model.cfg.n_layers)]
+    marked = massive_tokens(ready.model, located, ready.batches)
+    for batch, (marks, _) in zip(ready.batches, marked, strict=True):
+        for sizes in kept:
+            sizes.marks = marks
+        taps: dict[str, Reducer] = {resid_post(at): sizes for at, sizes in enumerate(kept)}
+        stream(ready.model, [batch], taps)
+    return kept
 
 
 @dataclass
