@@ -36,6 +36,7 @@ from melens.interventions.context import PassTokens, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.decoder import Keeping, RecordedPrefix
 from melens.models.origin import origin_of
+from melens.placement import input_device
 from melens.protocols import Args, Called, HookedModel, Kwargs
 from melens.shapes import Resid
 
@@ -79,7 +80,7 @@ class Resumable:
         """
         batch = fit_ids(model, batch)
         self.model = model
-        self.batch = batch.to(next(model.parameters()).device)
+        self.batch = batch.to(input_device(model))
         self.n_layers: int = model.cfg.n_layers
         self._names = [_parameters(block) for block in model.blocks]
         self._calls: list[Kwargs] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,13 @@ from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
+from melens.placement import placement_options, require_undivided
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
 CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
 """Model objects that passed the contract already."""
+DeviceMap = str | Mapping[str, int | str | torch.device] | None
+PLACES = ("device_map", "max_memory", "offload_folder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,6 +63,9 @@ def load(
     revision: str | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
     trust_remote_code: bool = False,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> HookedModel:
     """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
 
@@ -74,12 +81,17 @@ def load(
              revision: branch, tag or commit of a hub id.
              tokenizer: needed only for an HF model object whose folder holds none; a transformers
              tokenizer, or the path of a folder with one.
+             device_map, max_memory, offload_folder: as transformers has them, for a model that
+             does not fit on one device (docs/scale.md): ``"auto"``, or module -> device.
     Raises:  ModelNotFoundError, WeightsError, LicenceError, FetchError: it cannot be had.
              ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
     """
     if not isinstance(model, (str, Path)):
+        if device_map is not None:
+            raise ModelError("device_map is for a name or a path; this object is placed already.")
         return adopt(model, device=device, dtype=dtype, tokenizer=tokenizer).eval()
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= placement_options(device_map, max_memory, offload_folder, device=device)
     hf, tokenizer, origin = _load_hf(
         str(model), _given_tokenizer(tokenizer), device=device, dtype=dtype, options=options
     )
@@ -96,6 +108,9 @@ def load_plain(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[TransformersModel, Tokenizer, Origin]:
     """A transformers causal LM that is not bridged, its tokenizer, and where it came from.
 
@@ -103,6 +118,7 @@ def load_plain(
     are :func:`load`'s.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= placement_options(device_map, max_memory, offload_folder, device=device)
     return _load_hf(str(model), None, device=device, dtype=dtype, options=options)
 
 
@@ -115,18 +131,19 @@ def _load_hf(
     options: Options,
 ) -> tuple[TransformersModel, Tokenizer, Origin]:
     revision, trusted = options["revision"], options["trust_remote_code"]
+    where = {name: options.pop(name) for name in PLACES if name in options}
     wanted = asked(name, revision=revision)
     source = source_of(wanted, revision=revision, trust_remote_code=trusted)
     device = usable_device(device or best_device())
     options = {**options, "local_files_only": wanted.is_local or is_offline()}
     tokenizer = tokenizer or read_tokenizer(source, options)
-    hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
+    hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options, where=where)
     commit = getattr(hf.config, "_commit_hash", None)
     if commit is None and not wanted.is_local and isinstance(source, Path):
         commit = source.name  # the hub's cache names its folders by commit
     also = given_names(source) if wanted.is_local else ()
     origin = Origin(wanted.shown, revision=commit or revision, also=also)
-    return hf.to(device).eval(), tokenizer, origin
+    return (hf if where else hf.to(device)).eval(), tokenizer, origin
 
 
 def adopt(
@@ -147,6 +164,7 @@ def adopt(
         raise ModelError(f"load() got a {type(model).__name__}; give a name, a path or a model.")
     tokenizer = _given_tokenizer(tokenizer)
     _refuse_moving(model, device, dtype)
+    require_undivided(model)
     require_here(model)
     bridge = kept_bridge(model)
     if bridge is None:
@@ -208,7 +226,9 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
     check_config(config, name=name, trust_remote_code=trust_remote_code)
 
 
-def _read_weights(source: str | Path, *, dtype: torch.dtype | str | None, options: Options) -> Any:
+def _read_weights(
+    source: str | Path, *, dtype: torch.dtype | str | None, options: Options, where: Options
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM
@@ -219,6 +239,7 @@ def _read_weights(source: str | Path, *, dtype: torch.dtype | str | None, option
     if folder is not None and (inner := _inner(folder, options)) is not None:
         reader, more = inner
         options = {**options, **more}
+    options = {**options, **where}
     quiet = quietly() if "key_mapping" in options else nullcontext()
     try:
         with quiet:
