@@ -219,7 +219,7 @@ def execution_device(hook: Any) -> torch.device | None:
     """The device that a hook of accelerate moves its module's inputs to."""
     for one in getattr(hook, "hooks", (hook,)):
         if (found := getattr(one, "execution_device", None)) is not None:
-            return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+            return torch.device(found)  # a number is one of this machine's accelerators
     return None
 
 

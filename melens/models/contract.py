@@ -254,6 +254,8 @@ def check_contract(model: HookedModel, own: OwnAnswer | None = None) -> Anatomy:
     def close(block: Block) -> Callable[..., None]:
         def read(x: Tensor, hook: object) -> None:
             seen[resid_post(block.layer)] = x.detach()
+            # what enters the first block of a device is still on the one before
+            seen.update({site: value.to(x.device) for site, value in seen.items()})
             _check_block(model, block, seen)
             last[:] = [wide(seen[resid_post(block.layer)])]
             if own is not None and block.layer in own.blocks:

@@ -108,6 +108,7 @@ class _BlockWatch:
             if given is None or made is None or given.shape != made.shape or given.ndim != 3:
                 done(replace(_untold(self.layer, "its residual is no stream"), is_stream=False))
             else:
+                given = given.to(made.device)  # the first block of a device moves what it is given
                 once = {p: pair for p, pair in self.seen.items() if p not in self.often}
                 done(_measured(self.layer, self.block, given, made, once))
             self.seen.clear()
