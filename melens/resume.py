@@ -62,7 +62,8 @@ class Resumable:
 
     ``P`` variants of the batch run at once: residuals are ``[P * b, chunk, d_model]``, variant by
     variant, ``b`` the rows of the batch and ``chunk`` its positions from ``start`` on. Memory kept:
-    every layer's residual, keys and values, in the model's dtype and on its device.
+    every layer's residual, keys and values, in the model's dtype. Of a model on several devices the
+    residuals are on the first one, where the tokens go; keys and values stay with their layer.
 
     Interventions that are active when this is made are part of the clean run; those entered later
     act on what is resumed, but not on the prefix before ``start``.
@@ -150,7 +151,7 @@ class Resumable:
             cache = next(name for name in CACHES if name in self._names[layer])
             named[cache] = RecordedPrefix(self._pairs[layer], start, copies)
         out = self.model.blocks[layer](resid, **named)
-        return out[0] if isinstance(out, tuple) else out
+        return (out[0] if isinstance(out, tuple) else out).to(resid.device)
 
     @torch.no_grad()
     def run(
@@ -196,7 +197,7 @@ class Resumable:
         """
         if self.whole_head:
             return self._whole_logits(resid)
-        logits = self.model.unembed(self.model.ln_final(resid))
+        logits = self.model.unembed(self.model.ln_final(resid)).to(resid.device)
         transform = getattr(
             getattr(self.model, "adapter", None), "apply_output_logits_transform", None
         )
@@ -223,7 +224,7 @@ class Resumable:
             return (resid, *out[1:]) if isinstance(out, tuple) else resid
 
         def stop_here(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> None:
-            seen.append((out[0] if isinstance(out, tuple) else out).detach())
+            seen.append((out[0] if isinstance(out, tuple) else out).detach().to(resid.device))
             if stop < self.n_layers:
                 raise EverythingSeen
 
@@ -286,7 +287,7 @@ class Resumable:
                 named = {**dict(zip(self._names[layer], args, strict=False)), **kwargs}
                 require_this_thread(self.model)
                 resid = named.pop(self._names[layer][0])
-                self._resids.append(resid.detach())
+                self._resids.append(resid.detach().to(self.batch.ids.device))
                 self._calls.append(named)
                 if not self.suffixes:
                     return None
@@ -297,7 +298,8 @@ class Resumable:
             return note
 
         def after(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> None:
-            self._resids.append((out[0] if isinstance(out, tuple) else out).detach())
+            final = (out[0] if isinstance(out, tuple) else out).detach()
+            self._resids.append(final.to(self.batch.ids.device))
 
         blocks = list(self.model.blocks)
         handles = [

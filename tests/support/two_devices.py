@@ -120,6 +120,8 @@ class Made(TorchFunctionMode):
             device = kwargs.pop("device", None)
             made = func(*args, **kwargs)
             return made if device is None else made.to(device)
+        if func is torch.unravel_index and isinstance(args[0], There):
+            return run(func, args, kwargs, [])
         return func(*args, **kwargs)
 
 
@@ -132,12 +134,13 @@ class Devices(TorchDispatchMode):
 
     def __enter__(self):
         torch.cuda._initialized = True  # or torch would look for a driver
+        self.memory, torch.cuda.mem_get_info = torch.cuda.mem_get_info, lambda _: (2**31, 2**31)
         self.made = Made()
         self.made.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
-        torch.cuda._initialized = False
+        torch.cuda._initialized, torch.cuda.mem_get_info = False, self.memory
         self.made.__exit__(*error)
         return super().__exit__(*error)
 
