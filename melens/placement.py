@@ -1,8 +1,8 @@
 """Where a model's weights are: on one device, on several, or offloaded and read as they are needed.
 
-accelerate's ``device_map`` puts each block on a device. What fits on none stays in the host's memory
-or on the disk: outside its own forward pass such a weight is a meta tensor, without values. Here is
-what melens asks of such a model, so that nothing else has to know.
+accelerate's ``device_map`` puts each block on a device. What fits on none stays in the host's
+memory or on the disk: outside its own forward pass such a weight is a meta tensor, without values.
+Here is what melens asks of such a model, so that nothing else has to know.
 """
 
 from __future__ import annotations
@@ -232,6 +232,15 @@ def placed(model: Any) -> str:
     devices |= {str(device_of(part)) for part in _offloaded(inner)}
     said = " + ".join(sorted(devices)) or str(next(model.parameters()).device)
     return f"{said} (offloaded)" if is_offloaded(inner) else said
+
+
+def spread(model: nn.Module) -> str:
+    """How much of a model is where, in words."""
+    sizes: dict[str, int] = {}
+    for value in model.parameters():
+        place = "offloaded and read in every pass" if value.is_meta else f"on {value.device}"
+        sizes[place] = sizes.get(place, 0) + value.numel() * value.element_size()
+    return ", ".join(f"{size / 1e9:,.2f} GB {place}" for place, size in sorted(sizes.items()))
 
 
 def same_hooks(made: nn.Module) -> None:

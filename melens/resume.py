@@ -36,7 +36,7 @@ from melens.interventions.context import PassTokens, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.decoder import Keeping, RecordedPrefix
 from melens.models.origin import origin_of
-from melens.placement import input_device
+from melens.placement import device_of, input_device
 from melens.protocols import Args, Called, HookedModel, Kwargs
 from melens.shapes import Resid
 
@@ -197,7 +197,8 @@ class Resumable:
         """
         if self.whole_head:
             return self._whole_logits(resid)
-        logits = self.model.unembed(self.model.ln_final(resid)).to(resid.device)
+        final = self.model.ln_final(resid.to(device_of(self.model.ln_final)))
+        logits = self.model.unembed(final.to(device_of(self.model.unembed))).to(resid.device)
         transform = getattr(
             getattr(self.model, "adapter", None), "apply_output_logits_transform", None
         )

@@ -45,7 +45,8 @@ from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
-from melens.placement import placement_options, require_undivided
+from melens.placement import placement_options, require_undivided, spread
+from melens.progress import say_once
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
 CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
@@ -55,7 +56,7 @@ PLACES = ("device_map", "max_memory", "offload_folder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(
+def load(  # noqa: PLR0913 (what is loaded, and where it goes, are two things)
     model: Loadable,
     *,
     device: str | None = None,
@@ -101,7 +102,7 @@ def load(
     return bridge
 
 
-def load_plain(
+def load_plain(  # noqa: PLR0913 (as load)
     model: str | Path,
     *,
     device: str | None = None,
@@ -143,6 +144,8 @@ def _load_hf(
         commit = source.name  # the hub's cache names its folders by commit
     also = given_names(source) if wanted.is_local else ()
     origin = Origin(wanted.shown, revision=commit or revision, also=also)
+    if where:
+        say_once(f"weights of {wanted.shown}: {spread(hf)}.")
     return (hf if where else hf.to(device)).eval(), tokenizer, origin
 
 
@@ -240,7 +243,7 @@ def _read_weights(
         reader, more = inner
         options = {**options, **more}
     options = {**options, **where}
-    quiet = quietly() if "key_mapping" in options else nullcontext()
+    quiet = quietly() if "key_mapping" in options or where else nullcontext()
     try:
         with quiet:
             loaded: Any = reader.from_pretrained(
