@@ -45,7 +45,7 @@ from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
-from melens.placement import placement_options, require_undivided, spread
+from melens.placement import placement_options, require_undivided, spread, unreported
 from melens.progress import say_once
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
@@ -245,7 +245,7 @@ def _read_weights(
     options = {**options, **where}
     quiet = quietly() if "key_mapping" in options or where else nullcontext()
     try:
-        with quiet:
+        with quiet, unreported():
             loaded: Any = reader.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
