@@ -253,7 +253,7 @@ def spread(model: nn.Module) -> str:
     for value in model.parameters():
         place = "offloaded and read in every pass" if value.is_meta else f"on {value.device}"
         sizes[place] = sizes.get(place, 0) + value.numel() * value.element_size()
-    return ", ".join(f"{size / 1e9:,.2f} GB {place}" for place, size in sorted(sizes.items()))
+    return ", ".join(f"{size / 1e6:,.1f} MB {place}" for place, size in sorted(sizes.items()))
 
 
 def same_hooks(made: nn.Module) -> None:
