@@ -179,7 +179,7 @@ def _own_weights_here(module: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def filled_state(model: nn.Module, take: Callable[[Tensor], Any]) -> Iterator[dict[int, Any]]:
+def filled_state(model: Any, take: Callable[[Tensor], Any]) -> Iterator[dict[int, Any]]:
     """Inside, ``model.state_dict()`` has a small stand-in for every offloaded tensor.
 
     Yields:  ``take`` of each such tensor's values, by the stand-in's id; one module at a time.
@@ -216,8 +216,8 @@ def input_device(model: Any) -> torch.device:
     return first.device
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """The device that a module computes on."""
+def device_of(module: Any, default: torch.device | None = None) -> torch.device:
+    """The device that a module computes on; ``default``, else the CPU, where it has no weights."""
     first = next(iter([*module.parameters(), *module.buffers()]), None)
     if first is not None and not first.is_meta:
         return first.device
@@ -225,7 +225,12 @@ def device_of(module: nn.Module) -> torch.device:
         hook = vars(part).get("_hf_hook")
         if hook is not None and (found := execution_device(hook)) is not None:
             return found
-    return torch.device("cpu")
+    return default or torch.device("cpu")
+
+
+def called_there(module: Any, x: Tensor) -> Tensor:
+    """What a module makes of ``x``, on the device that the module computes on."""
+    return module(x.to(device_of(module, x.device)))
 
 
 def execution_device(hook: Any) -> torch.device | None:
