@@ -254,8 +254,7 @@ def check_contract(model: HookedModel, own: OwnAnswer | None = None) -> Anatomy:
     def close(block: Block) -> Callable[..., None]:
         def read(x: Tensor, hook: object) -> None:
             seen[resid_post(block.layer)] = x.detach()
-            # what enters the first block of a device is still on the one before
-            seen.update({site: value.to(x.device) for site, value in seen.items()})
+            _move(seen, x.device)
             _check_block(model, block, seen)
             last[:] = [wide(seen[resid_post(block.layer)])]
             if own is not None and block.layer in own.blocks:
@@ -280,6 +279,11 @@ def check_contract(model: HookedModel, own: OwnAnswer | None = None) -> Anatomy:
     if own is not None:
         own.require_same(blocks, logits)
     return parts
+
+
+def _move(seen: dict[str, Tensor], device: torch.device) -> None:
+    """What enters the first block of a device is still on the one before."""
+    seen.update({site: value.to(device) for site, value in seen.items()})
 
 
 def wide(x: Tensor) -> Tensor:
