@@ -13,7 +13,7 @@ from melens.interventions.target import note_weights, require_located_here, requ
 from melens.models.loading import load, load_plain
 from melens.models.object_bridges import kept_bridge
 from melens.models.origin import Origin, fingerprint, name_of, origin_of
-from melens.placement import require_whole
+from melens.placement import input_device, require_whole
 from melens.protocols import (
     AnyModel,
     HookedModel,
@@ -114,7 +114,7 @@ def transformers_of(model: AnyModel) -> TransformersModel:
 @torch.no_grad()
 def answer(hf: TransformersModel, ids: tuple[int, ...], at: tuple[int, ...]) -> list[float]:
     """Logits at the last of ``ids``, at the vocabulary entries ``at``."""
-    device = next(hf.parameters()).device
+    device = input_device(hf)
     row = hf(torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
     return row[list(at)].double().tolist()
 
