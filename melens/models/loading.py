@@ -230,19 +230,25 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
 
 
 def _read_weights(
-    source: str | Path, *, dtype: torch.dtype | str | None, options: Options, where: Options
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None,
+    options: Options,
+    where: Options | None = None,
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM
     folder = source
     if isinstance(source, Path) and source.is_file():  # a .gguf of which no copy is to be kept
+        if where:
+            raise ModelError("device_map reads a .gguf's converted copy; drop --no-cache.")
         (reader, weights), folder = read_gguf_whole(source), None
         options = {**options, **weights}
     if folder is not None and (inner := _inner(folder, options)) is not None:
         reader, more = inner
         options = {**options, **more}
-    options = {**options, **where}
+    options = {**options, **(where or {})}
     quiet = quietly() if "key_mapping" in options or where else nullcontext()
     try:
         with quiet, unreported():
