@@ -17,6 +17,7 @@ from torch import Tensor
 from melens.batches import Batch, Prompts
 from melens.errors import BusyError, CaptureError, PromptError, SiteError
 from melens.framing import require_known
+from melens.placement import input_device
 from melens.protocols import AnyModel, HookedModel
 
 T = TypeVar("T")
@@ -333,8 +334,7 @@ def fit_ids(model: HookedModel, batch: Batch) -> Batch:
 
 def forward(model: HookedModel, batch: Batch) -> None:
     """One forward pass without logits; ends where the last needed hook says so."""
-    device = next(model.parameters()).device
-    here = batch.to(device)
+    here = batch.to(input_device(model))
     options: dict[str, object] = {"attention_mask": here.mask.long()} if here.padded else {}
     if hasattr(model, "original_model"):
         options["use_cache"] = False  # keys and values of all layers would outlive their use

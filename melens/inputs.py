@@ -24,6 +24,7 @@ from melens.models.bridging import unwrapped
 from melens.models.loading import adopt
 from melens.models.object_bridges import last_bridge
 from melens.models.origin import fingerprint, origin_of
+from melens.placement import input_device, placed
 from melens.progress import say_once
 from melens.protocols import HookedModel, JsonObject, is_hooked
 from melens.provenance import ModelFacts, RunInfo
@@ -83,7 +84,7 @@ class Inputs:
             revision=origin.revision,
             weights=self.weights,
             dtype=str(parameter.dtype).removeprefix("torch."),
-            device=str(parameter.device),
+            device=placed(self.model),
         )
         return RunInfo.collect(facts, seed=seed, settings={**self.settings, **settings})
 
@@ -94,7 +95,7 @@ class Inputs:
             "melens": __version__,
             "weights": self.weights,
             "dtype": str(parameter.dtype),
-            "device": parameter.device.type,
+            "device": input_device(self.model).type,
             "transformers": version("transformers"),
         }
 

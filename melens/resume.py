@@ -36,6 +36,7 @@ from melens.interventions.context import PassTokens, passing, reads_whole
 from melens.models.anatomy import anatomy, residual_dtype
 from melens.models.decoder import Keeping, RecordedPrefix
 from melens.models.origin import origin_of
+from melens.placement import called_there, input_device
 from melens.protocols import Args, Called, HookedModel, Kwargs
 from melens.shapes import Resid
 
@@ -50,8 +51,6 @@ NUDGE = 1.5
 """Factor by which the check edits a residual: visible, and still ordinary."""
 DOES_NOT_FIT = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 """What a block raises where its arguments do not fit each other; melens' own errors are others."""
-
-
 Ways = tuple[bool, bool]
 """Whether the model is run whole where its blocks, and its head, do not run by themselves."""
 
@@ -61,7 +60,7 @@ class Resumable:
 
     ``P`` variants of the batch run at once: residuals are ``[P * b, chunk, d_model]``, variant by
     variant, ``b`` the rows of the batch and ``chunk`` its positions from ``start`` on. Memory kept:
-    every layer's residual, keys and values, in the model's dtype and on its device.
+    every layer's residual (on the device of the token ids), keys and values (on the layer's own).
 
     Interventions that are active when this is made are part of the clean run; those entered later
     act on what is resumed, but not on the prefix before ``start``.
@@ -79,7 +78,7 @@ class Resumable:
         """
         batch = fit_ids(model, batch)
         self.model = model
-        self.batch = batch.to(next(model.parameters()).device)
+        self.batch = batch.to(input_device(model))
         self.n_layers: int = model.cfg.n_layers
         self._names = [_parameters(block) for block in model.blocks]
         self._calls: list[Kwargs] = []
@@ -149,7 +148,7 @@ class Resumable:
             cache = next(name for name in CACHES if name in self._names[layer])
             named[cache] = RecordedPrefix(self._pairs[layer], start, copies)
         out = self.model.blocks[layer](resid, **named)
-        return out[0] if isinstance(out, tuple) else out
+        return (out[0] if isinstance(out, tuple) else out).to(resid.device)
 
     @torch.no_grad()
     def run(
@@ -195,10 +194,10 @@ class Resumable:
         """
         if self.whole_head:
             return self._whole_logits(resid)
-        logits = self.model.unembed(self.model.ln_final(resid))
-        transform = getattr(
-            getattr(self.model, "adapter", None), "apply_output_logits_transform", None
-        )
+        final = called_there(self.model.ln_final, resid)
+        logits = called_there(self.model.unembed, final).to(resid.device)
+        adapter = getattr(self.model, "adapter", None)
+        transform = getattr(adapter, "apply_output_logits_transform", None)
         if transform is not None:
             return transform(logits)
         cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
@@ -222,7 +221,7 @@ class Resumable:
             return (resid, *out[1:]) if isinstance(out, tuple) else resid
 
         def stop_here(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> None:
-            seen.append((out[0] if isinstance(out, tuple) else out).detach())
+            seen.append((out[0] if isinstance(out, tuple) else out).detach().to(resid.device))
             if stop < self.n_layers:
                 raise EverythingSeen
 
@@ -280,12 +279,15 @@ class Resumable:
         self._calls, self._resids, self._pairs = [], [], []
         kept: list[Keeping] = []
 
+        def keep(resid: Tensor) -> None:
+            self._resids.append(resid.detach().to(self.batch.ids.device))
+
         def before(layer: int) -> Callable[..., object]:
             def note(module: nn.Module, args: Args, kwargs: Kwargs) -> Called:
                 named = {**dict(zip(self._names[layer], args, strict=False)), **kwargs}
                 require_this_thread(self.model)
                 resid = named.pop(self._names[layer][0])
-                self._resids.append(resid.detach())
+                keep(resid)
                 self._calls.append(named)
                 if not self.suffixes:
                     return None
@@ -296,7 +298,7 @@ class Resumable:
             return note
 
         def after(module: nn.Module, args: Args, out: Tensor | tuple[Tensor, ...]) -> None:
-            self._resids.append((out[0] if isinstance(out, tuple) else out).detach())
+            keep(out[0] if isinstance(out, tuple) else out)
 
         blocks = list(self.model.blocks)
         handles = [
@@ -395,9 +397,8 @@ class Resumable:
         except DOES_NOT_FIT as error:
             return f"its blocks do not run by themselves ({str(error)[:120]})", both
         miss = self._miss(whole[: len(both) // 2], self._resids[-1])
-        if miss > self._tolerance:
-            return f"resumed at layer 0 it misses the full run by {miss:.1e}", whole
-        return "", whole
+        wrong = f"resumed at layer 0 it misses the full run by {miss:.1e}"
+        return (wrong if miss > self._tolerance else ""), whole
 
     def _head_wrong(self, last: Tensor) -> str:
         final = self._resids[-1]
@@ -408,9 +409,8 @@ class Resumable:
             raise
         except DOES_NOT_FIT as error:
             return f"its head does not run by itself ({str(error)[:120]})"
-        return (
-            f"its logits miss those of the full run by {miss:.1e}" if miss > self._tolerance else ""
-        )
+        wrong = f"its logits miss those of the full run by {miss:.1e}"
+        return wrong if miss > self._tolerance else ""
 
     def _miss(self, found: Tensor, expected: Tensor, start: int = 0) -> float:
         real = self.batch.mask[:, start:].repeat(len(found) // len(self.batch), 1)

@@ -18,7 +18,7 @@ SAVED = repr(str(SRC.parent / "docs" / "results" / "smollm2-135m.locate.json"))
 ROWS = [
     {"formatting", "intervals", "protocols"},
     {"errors", "shapes", "provenance", "network", "progress", "chat_child"},
-    {"registry", "settings", "store", "framing", "token_ids"},
+    {"registry", "settings", "store", "framing", "token_ids", "placement"},
     {"chat"},
     {"metrics", "results", "batches"},
     {"capture", "item_rows"},

@@ -15,7 +15,7 @@ import typer
 
 from melens.cli import output
 from melens.cli.options import OutputOptions, RunOptions, TextOptions
-from melens.errors import ResultError
+from melens.errors import ModelError, ResultError
 from melens.progress import Display, progress_on
 from melens.protocols import HookedModel
 
@@ -176,6 +176,8 @@ def streamed(
 
     keep = None if folder is None else folder / KEPT
     how = run.loading()
+    if "device_map" in how:
+        raise ModelError("--stream reads one block at a time by itself; drop --device-map.")
     del how["trust_remote_code"]
     bridge = load_streamed(model, **how, need_tokenizer=need_tokenizer, keep=keep)
     reading: Any = stream_of(bridge)

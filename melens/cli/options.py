@@ -144,6 +144,28 @@ class RunOptions:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model repository's own code.")
     ] = False
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map",
+            help="For a model that fits on no one device: auto, balanced or sequential over GPUs, "
+            "memory and disk; see docs/scale.md.",
+        ),
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            help="With --device-map: what each device may hold, e.g. 0=20GB,cpu=4GB. The rest is "
+            "read from disk in every pass.",
+        ),
+    ] = None
+    offload_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--offload-folder", help="With --device-map: folder for weights that go to disk."
+        ),
+    ] = None
     offline: Annotated[
         bool,
         typer.Option(
@@ -164,15 +186,27 @@ class RunOptions:
     ] = False
 
     def loading(self) -> dict[str, Any]:
-        """What the functions that load a model are told."""
+        """What the functions that load a model are told; refuses what does not fit together."""
         return {
+            **self._placed(),
             "device": None if self.device == "auto" else self.device,
             "dtype": self.dtype.value if self.dtype else None,
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
         }
 
+    def _placed(self) -> dict[str, Any]:
+        if not (self.device_map or self.max_memory or self.offload_folder):
+            return {}
+        from melens.placement import memory_limits, placement_options
 
+        device = None if self.device == "auto" else self.device
+        limits = memory_limits(self.max_memory)
+        return placement_options(self.device_map, limits, self.offload_folder, device=device)
+
+
+PLACED = ("device_map", "max_memory", "offload_folder")
+"""Options of :class:`RunOptions` for models on several devices."""
 SeededRun = Annotated[RunOptions, without("batch_size")]
 """Of a command that runs one sequence, or one item, at a time."""
 

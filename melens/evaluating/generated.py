@@ -23,6 +23,7 @@ from melens.framing import bos_first
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule, massive_tokens, with_firsts
 from melens.item_rows import ItemRow, Rows
+from melens.placement import input_device
 from melens.protocols import JsonObject
 from melens.results.evaluation import Evaluation
 from melens.settings import Items
@@ -167,7 +168,7 @@ def masked_energy(bench: Setup, condition: EditCondition, rows: PromptIds) -> fl
     edit = where_held(applied(model, condition.edit, me_layer))
     with edit as record, evaluating(model):
         for ids in rows:
-            model(Batch.pad([ids]).ids.to(next(model.parameters()).device))
+            model(Batch.pad([ids]).ids.to(input_device(model)))
     return record.mean_energy if isinstance(record, MaskRecord) else None
 
 

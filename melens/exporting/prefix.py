@@ -25,6 +25,7 @@ from melens.exporting.subject import (
 )
 from melens.framing import frame_of, plain_ids
 from melens.interventions.massive import massive_tokens, with_firsts
+from melens.placement import input_device
 from melens.protocols import AnyModel, KeyValueCache, Tokenizer, TransformersModel
 from melens.results import MELayer
 from melens.results.edit import Edit, PrefixFacts
@@ -72,7 +73,7 @@ def constant_prefix(model: AnyModel, edit: Edit, me_layer: MELayer | None, token
     hf = transformers_of(model)
     _check_constant(hf, edit, me_layer, token_id)
     me_layer = me_layer and with_firsts(hf, me_layer, [token_id])
-    ids = torch.tensor([[token_id]], device=next(hf.parameters()).device)
+    ids = torch.tensor([[token_id]], device=input_device(hf))
     with applied(model, edit, me_layer):
         cache = getattr(hf(ids, use_cache=True), "past_key_values", None)
     if (layers := getattr(cache, "layers", None)) is None:
@@ -153,7 +154,7 @@ def change(hf: TransformersModel, prefix: Prefix) -> float:
 
 def _few(hf: TransformersModel, prefix: Prefix) -> Tensor:
     rest = spread(vocabulary_of(hf), CHECKED)
-    return torch.tensor([[prefix.token_id, *rest]], device=next(hf.parameters()).device)
+    return torch.tensor([[prefix.token_id, *rest]], device=input_device(hf))
 
 
 def _off(hf: TransformersModel, prefix: Prefix, wanted: Tensor) -> float:

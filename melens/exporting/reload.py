@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from melens.errors import ResultError
 from melens.evaluating.edits import applied
 from melens.exporting.subject import accept, read_edit
 from melens.interventions.core import EditedTokens, warn_of
+from melens.models.loading import DeviceMap
 from melens.protocols import AnyModel, HookedModel, Loadable, Tokenizer
 from melens.results import MELayer
 from melens.results.edit import Edit, EditFile
@@ -69,7 +71,7 @@ KEPT_EDIT = "melens_edit"
 """Where a bridge keeps the edit that is open on it."""
 
 
-def load(
+def load(  # noqa: PLR0913 (what is loaded, and where it goes, are two things)
     model: Loadable,
     *,
     device: str | None = None,
@@ -77,6 +79,9 @@ def load(
     revision: str | None = None,
     tokenizer: Tokenizer | None = None,
     trust_remote_code: bool = False,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> HookedModel:
     """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
 
@@ -94,6 +99,10 @@ def load(
              the CPU, the checkpoint's own elsewhere.
              revision: branch, tag or commit of a hub id.
              tokenizer: needed only for an HF model object whose folder holds none.
+             device_map: for a model that does not fit on one device: ``"auto"``, or a dict of
+             module names and devices, ``disk`` among them; as transformers has it. docs/scale.md.
+             max_memory: with device_map: device -> bytes or a size, ``{"cpu": "4GB", 0: "20GB"}``.
+             offload_folder: with device_map: where weights for ``disk`` are written.
     Raises:  ModelNotFoundError, WeightsError, LicenceError, FetchError: it cannot be had.
              ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
              ResultError: a melens.json that is broken, or of other weights.
@@ -106,6 +115,9 @@ def load(
         revision=revision,
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
     )
     if record is not None:
         accept(bridge, record, name=f"the edit in {model}")

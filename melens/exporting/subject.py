@@ -13,6 +13,7 @@ from melens.interventions.target import note_weights, require_located_here, requ
 from melens.models.loading import load, load_plain
 from melens.models.object_bridges import kept_bridge
 from melens.models.origin import Origin, fingerprint, name_of, origin_of
+from melens.placement import input_device, require_whole
 from melens.protocols import (
     AnyModel,
     HookedModel,
@@ -113,7 +114,7 @@ def transformers_of(model: AnyModel) -> TransformersModel:
 @torch.no_grad()
 def answer(hf: TransformersModel, ids: tuple[int, ...], at: tuple[int, ...]) -> list[float]:
     """Logits at the last of ``ids``, at the vocabulary entries ``at``."""
-    device = next(hf.parameters()).device
+    device = input_device(hf)
     row = hf(torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
     return row[list(at)].double().tolist()
 
@@ -216,6 +217,7 @@ def plain_to_save(subject: Subject) -> tuple[TransformersModel, Tokenizer]:
                 "the folder of this model's tokenizer is not known; save model and tokenizer with "
                 "save_pretrained() and give that folder."
             )
+        require_whole(subject.hf, "an export of weights")
         return subject.hf, subject.tokenizer
     if subject.source is None:
         raise ModelError(

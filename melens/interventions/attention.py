@@ -223,6 +223,7 @@ def _dtype(args: Args, kwargs: Kwargs) -> torch.dtype:
 
 def _hidden_from(columns: Tensor, late: Tensor) -> Bool[Tensor, "batch 1 query key"]:
     """What is hidden from whom: a key from late queries behind it."""
+    late = late.to(columns.device)  # positions are where the tokens went in
     total, chunk = columns.shape[1], late.shape[1]
     query = torch.arange(total - chunk, total, device=columns.device)
     key = torch.arange(total, device=columns.device)

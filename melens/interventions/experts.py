@@ -18,6 +18,7 @@ from melens.errors import SiteError
 from melens.interventions.context import watching
 from melens.interventions.core import check_indices
 from melens.models.experts import Experts, experts_of
+from melens.placement import require_whole
 from melens.protocols import HookedModel
 
 
@@ -72,6 +73,7 @@ def expert_ablate_neuron(
 def _checked(model: HookedModel, layer: int, expert: int) -> Experts:
     experts = experts_of(model, layer)
     check_indices("expert", [expert], experts.count, what=f"layer {layer}'s experts")
+    require_whole(experts.module, "an edit of experts")
     if experts.down(expert).is_meta:
         raise SiteError(
             f"block {layer}'s experts are not in memory, so they cannot be edited; load the whole "

@@ -23,6 +23,7 @@ from melens.interventions.context import PassTokens, pass_of, watching
 from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
 from melens.models.anatomy import resid_post, resid_pre
 from melens.models.decoder import decoder_of
+from melens.placement import input_device
 from melens.protocols import AnyModel, Args, Kwargs, is_hooked
 from melens.results.locate import FirstToken, MassiveToken, MELayer
 from melens.shapes import Resid, TokenMask
@@ -266,7 +267,7 @@ def massive_tokens(
     """
     rule, decoder = MassiveRule.of(me_layer), decoder_of(model)
     inner = getattr(decoder.model, "original_model", decoder.model)
-    device = next(inner.parameters()).device
+    device = input_device(inner)
 
     def stop(now: PassTokens) -> None:
         raise EverythingSeen

@@ -239,7 +239,8 @@ class EditedTexts:
         if not self.clean:
             self.clean.update(alphas)
         rows = torch.arange(len(first))
-        coordinate = peak[0][rows, first.clamp_min(0), self.dim].float().cpu()
+        at_first = first.clamp_min(0).to(peak[0].device)  # a hook reads on its layer's device
+        coordinate = peak[0][rows, at_first, self.dim].float().cpu()
         loss = torch.cat([_loss(runner, final, i) for i in range(len(final))])
         return EditOutcome(
             coordinate.masked_fill(first.cpu() < 0, torch.nan).double(),
@@ -270,8 +271,9 @@ def _alpha_into(
 def _sink_rate(alphas: dict[int, Tensor], first: Tensor) -> Tensor:
     if not alphas:
         return torch.zeros(len(first))
-    over = torch.stack([(alpha > SINK_EPS).float().mean(-1) for alpha in alphas.values()])
-    return over.mean(0).cpu()
+    # a number a row and layer, of layers that may be on several devices
+    over = torch.stack([(alpha > SINK_EPS).float().mean(-1).cpu() for alpha in alphas.values()])
+    return over.mean(0)
 
 
 def _loss(runner: Resumable, final: Tensor, row: int) -> Tensor:

@@ -23,6 +23,7 @@ from melens.metrics import sequence_loss
 from melens.models.anatomy import anatomy
 from melens.models.experts import has_experts
 from melens.models.ffn import ffn_of
+from melens.placement import input_device
 from melens.protocols import HookedModel
 
 AnyPlace = WeightPlace | RoutedPlace
@@ -102,7 +103,7 @@ def removed(model: HookedModel, weights: Sequence[DownEntry]) -> Iterator[None]:
 def losses(inputs: Inputs, tick: Tick) -> Float[Tensor, " sequence"]:
     """Every sequence's mean next-token loss (nats a token, float64); one batch's logits at once."""
     model, found = inputs.model, []
-    device = next(model.parameters()).device
+    device = input_device(model)
     for batch in inputs.batches:
         here = batch.to(device)
         options: dict[str, object] = {"attention_mask": here.mask.long()} if here.padded else {}

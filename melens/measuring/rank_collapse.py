@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,9 +64,14 @@ def solve(batches: list[Tensor]) -> list[Tensor]:
     LAPACK takes matrices one after another, and its own threads gain nothing on small ones (288 of
     64 x 64: 31 ms with one thread and with two, 16 ms on two threads of ours): each of ours takes
     a share, and for that time torch is told to use one thread a call.
+
+    On an accelerator all matrices of one size are one call, there; MELENS_EIG_DEVICE=cpu moves them
+    to the CPU, once for all that wait, and solves them as above.
     """
+    if eigen_device() == "cpu":
+        batches = [batch.cpu() for batch in batches]
     if any(batch.device.type != "cpu" for batch in batches):
-        return [torch.linalg.eigvalsh(batch) for batch in batches]
+        return _solved_there(batches)
     shares = [batch.split(SHARE) for batch in batches]
     with _ALONE:
         threads = torch.get_num_threads()
@@ -77,6 +83,30 @@ def solve(batches: list[Tensor]) -> list[Tensor]:
                 return [torch.cat([next(done) for _ in share]) for share in shares]
         finally:
             torch.set_num_threads(threads)
+
+
+def eigen_device() -> str:
+    """Where eigenvalues are computed: ``same`` as the activations, or ``cpu``.
+
+    Raises:  ModelError: MELENS_EIG_DEVICE says something else.
+    """
+    chosen = os.environ.get("MELENS_EIG_DEVICE") or "same"
+    if chosen not in ("cpu", "same"):
+        raise ModelError(f"MELENS_EIG_DEVICE is {chosen!r:.40}; it takes cpu or same.")
+    return chosen
+
+
+def _solved_there(batches: list[Tensor]) -> list[Tensor]:
+    """One call for each size and device: an accelerator is slow to start, not to compute."""
+    groups: dict[tuple[torch.device, int], list[int]] = {}
+    for number, batch in enumerate(batches):
+        groups.setdefault((batch.device, batch.shape[-1]), []).append(number)
+    found: dict[int, Tensor] = {}
+    for numbers in groups.values():
+        solved = torch.linalg.eigvalsh(torch.cat([batches[number] for number in numbers]))
+        parts = solved.split([len(batches[number]) for number in numbers])
+        found |= dict(zip(numbers, parts, strict=True))
+    return [found[number] for number in range(len(batches))]
 
 
 VARIANTS = ("with", "with_centred", "without", "without_centred")
@@ -236,6 +266,7 @@ def collapse(
              progress: called with (rows done, rows in all).
     Raises:  ResultError: ``me_layer`` is of other weights. PromptError, ModelError: as ``locate``.
     """
+    eigen_device()  # refused before work starts
     inputs = prepare(model, prompts, batch_size=batch_size)
     located = settle(inputs, me_layer, progress=progress)
     plan = RankPlan(inputs, located, attention_sites(inputs.model))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from melens.capture import evaluating, one_thread
 from melens.errors import ModelError
 from melens.metrics import effective_rank
+from melens.placement import input_device
 from melens.protocols import HookedModel
 
 PAST = "past_key_values"
@@ -63,7 +64,7 @@ def follow(
     Raises:  ModelError: the cache does not give what the whole text gives.
     """
     hf: Any = model.original_model
-    device = next(hf.parameters()).device
+    device = input_device(hf)
     ids = torch.tensor([row[: at + 1 + steps]], device=device)
     given = {"use_cache": True, _cache_name(hf): (cache := _new_cache(hf))}
     with one_thread(model), evaluating(model), _MixerCalls(mixers) as watch:

@@ -22,6 +22,7 @@ from melens.models.contract import (
     probe_ids,
 )
 from melens.models.view import view_of
+from melens.placement import missing_weights, named_weights
 from melens.protocols import AnyModel, HookedModel, Tokenizer, TransformersModel
 
 PARALLEL = ("DataParallel", "DistributedDataParallel")
@@ -65,12 +66,12 @@ def require_here(model: nn.Module) -> None:
 
     Raises:  ModelError: naming the first, and what to do.
     """
-    away = [name for name, value in model.named_parameters() if value.is_meta]
+    away = missing_weights(model)
     if away:
         raise ModelError(
             f"{len(away)} tensors of this {type(model).__name__} are not in memory, first "
-            f"{away[0]} (on the meta device: offloaded, or never loaded); for a model that does "
-            "not fit give its folder to `melens locate --stream` or melens.streaming.streamed."
+            f"{away[0]} (on the meta device: never loaded); for a model that does not fit give "
+            "its folder to melens.load(folder, device_map='auto') or `melens locate --stream`."
         )
 
 
@@ -79,7 +80,7 @@ def require_finite_weights(model: nn.Module) -> None:
 
     Raises:  WeightsError: naming the first such tensor and how many of its values are bad.
     """
-    for name, value in model.named_parameters():
+    for name, value in named_weights(model):
         if not value.is_floating_point() or not value.numel():  # quantised, or empty
             continue
         small = value.element_size() == 1  # of 8-bit floats no extremes are to be had

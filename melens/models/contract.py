@@ -30,6 +30,7 @@ from melens.models.anatomy import (
 from melens.models.complaints import first_line
 from melens.models.decoder import layer_list
 from melens.models.ffn import is_adapted
+from melens.placement import has_other_forward, input_device
 from melens.protocols import HookedModel, TransformersModel
 from melens.shapes import TokenIds
 
@@ -128,7 +129,7 @@ def own_answer(model: Any, *, upto: int | None = None) -> OwnAnswer:
     Raises:  ModelError: it cannot run.
     """
     name, hooked = type(model).__name__, _hooked(model)
-    ids = probe_ids(model.config).to(model.get_input_embeddings().weight.device)
+    ids = probe_ids(model.config).to(input_device(model))
     blocks: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -155,7 +156,7 @@ def _hooked(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         name or type(model).__name__
         for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if module._forward_hooks or module._forward_pre_hooks or has_other_forward(module)
     )
 
 
@@ -253,6 +254,7 @@ def check_contract(model: HookedModel, own: OwnAnswer | None = None) -> Anatomy:
     def close(block: Block) -> Callable[..., None]:
         def read(x: Tensor, hook: object) -> None:
             seen[resid_post(block.layer)] = x.detach()
+            _move(seen, x.device)
             _check_block(model, block, seen)
             last[:] = [wide(seen[resid_post(block.layer)])]
             if own is not None and block.layer in own.blocks:
@@ -277,6 +279,11 @@ def check_contract(model: HookedModel, own: OwnAnswer | None = None) -> Anatomy:
     if own is not None:
         own.require_same(blocks, logits)
     return parts
+
+
+def _move(seen: dict[str, Tensor], device: torch.device) -> None:
+    """What enters the first block of a device is still on the one before."""
+    seen.update({site: value.to(device) for site, value in seen.items()})
 
 
 def wide(x: Tensor) -> Tensor:

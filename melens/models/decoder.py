@@ -15,6 +15,7 @@ from torch import Tensor
 from melens.errors import FoldedWeightsError, InterventionError, ModelError, SiteError
 from melens.models.anatomy import anatomy, holds_attention, norm_gain
 from melens.models.norms import measured_norm
+from melens.placement import require_undivided
 from melens.protocols import HookedModel, TransformersModel
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def decoder_of(model: Any) -> Decoder:
 
     A plain model is looked at, never changed: no submodule is replaced.
 
-    Raises:  InterventionError: something else. ModelError: its parts cannot be told.
+    Raises:  InterventionError: something else. ModelError: its parts cannot be told, or it is
+             tensor-parallel.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -125,6 +127,7 @@ def decoder_of(model: Any) -> Decoder:
             "this edit needs a TransformerBridge or a transformers causal LM, got "
             f"{type(model).__name__}; melens.load it first."
         )
+    require_undivided(model)
     return _plain(model)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from melens.errors import SiteError
 from melens.models.anatomy import check_layer
+from melens.placement import weights_here
 from melens.protocols import Args, HookedModel, Kwargs
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
@@ -95,7 +96,8 @@ class Experts:
         module = self.module
         name = "gate_up_proj" if module.has_gate else "up_proj"
         made = x @ self._matrix(name, expert)
-        bias = getattr(module, f"{name}_bias", None)
+        with weights_here(module):
+            bias = getattr(module, f"{name}_bias", None)
         made = made if bias is None else made + bias[expert]
         return module._apply_gate(made) if module.has_gate else module.act_fn(made)
 
@@ -105,7 +107,8 @@ class Experts:
 
     def bias(self, expert: int) -> Float[Tensor, " d_model"] | None:
         """What its down projection adds: a view of the stored bias; None without one."""
-        stored = getattr(self.module, "down_proj_bias", None)
+        with weights_here(self.module):
+            stored = getattr(self.module, "down_proj_bias", None)
         return None if stored is None else stored[expert].detach()
 
     def used(self, routed: Routed) -> list[int]:
@@ -121,7 +124,8 @@ class Experts:
         return any(value.ndim == 2 and value.shape[0] == width for value in rest)
 
     def _matrix(self, name: str, expert: int) -> Float[Tensor, "inside outside"]:
-        stored = getattr(self.module, name)[expert]
+        with weights_here(self.module):
+            stored = getattr(self.module, name)[expert]
         return stored if self.module.is_transposed else stored.T
 
     @torch.no_grad()

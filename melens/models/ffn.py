@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from melens.errors import SiteError
 from melens.models.anatomy import anatomy, check_layer
 from melens.models.ffn_formula import bends
+from melens.placement import device_of, has_other_forward, weights_here
 from melens.protocols import HookedModel
 
 LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
@@ -75,7 +76,7 @@ def _added(module: Any, kept: Tensor) -> Tensor | None:
 
 def _is_plain(module: nn.Module) -> bool:
     """By the class itself: PEFT and quantisers call theirs Linear too."""
-    return _kind(module) in (LINEAR, CONV1D) and "forward" not in vars(module)
+    return _kind(module) in (LINEAR, CONV1D) and not has_other_forward(module)
 
 
 def _kind(module: object) -> str:
@@ -112,8 +113,9 @@ def _like(module: nn.Module, x: Tensor) -> Tensor:
     """In the dtype and on the device of what the module computes with."""
     values = [*module.parameters(), *module.buffers()]
     wide = next((v for v in values if v.is_floating_point() and v.dtype.itemsize > 1), None)
-    device = values[0].device if values else x.device
-    return x.to(device, torch.float32 if wide is None else wide.dtype)
+    return x.to(
+        device_of(module) if values else x.device, torch.float32 if wide is None else wide.dtype
+    )
 
 
 def _inside(module: nn.Module) -> int:
@@ -183,7 +185,8 @@ class FFN:
         return gate, self._matrix("in", "W_in").T
 
     def _matrix(self, part: str, stored: str) -> Tensor:
-        found = matrix_of(_module(self.weights, part), lambda: getattr(self.weights, stored))
+        with weights_here(self.weights):
+            found = matrix_of(_module(self.weights, part), lambda: getattr(self.weights, stored))
         if found is None:
             raise SiteError(f"block {self.layer}'s {stored} cannot be read; dequantise it first.")
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,18 @@ from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
+from melens.placement import placement_options, require_undivided, spread, unreported
+from melens.progress import say_once
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
 CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
 """Model objects that passed the contract already."""
+DeviceMap = str | Mapping[str, int | str | torch.device] | None
+PLACES = ("device_map", "max_memory", "offload_folder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(
+def load(  # noqa: PLR0913 (what is loaded, and where it goes, are two things)
     model: Loadable,
     *,
     device: str | None = None,
@@ -59,6 +64,9 @@ def load(
     revision: str | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
     trust_remote_code: bool = False,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> HookedModel:
     """A TransformerBridge in eval mode with its tokenizer, its hooks checked.
 
@@ -74,12 +82,17 @@ def load(
              revision: branch, tag or commit of a hub id.
              tokenizer: needed only for an HF model object whose folder holds none; a transformers
              tokenizer, or the path of a folder with one.
+             device_map, max_memory, offload_folder: as transformers has them, for a model that
+             does not fit on one device (docs/scale.md): ``"auto"``, or module -> device.
     Raises:  ModelNotFoundError, WeightsError, LicenceError, FetchError: it cannot be had.
              ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
     """
     if not isinstance(model, (str, Path)):
+        if device_map is not None:
+            raise ModelError("device_map is for a name or a path; this object is placed already.")
         return adopt(model, device=device, dtype=dtype, tokenizer=tokenizer).eval()
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= placement_options(device_map, max_memory, offload_folder, device=device)
     hf, tokenizer, origin = _load_hf(
         str(model), _given_tokenizer(tokenizer), device=device, dtype=dtype, options=options
     )
@@ -89,13 +102,16 @@ def load(
     return bridge
 
 
-def load_plain(
+def load_plain(  # noqa: PLR0913 (as load)
     model: str | Path,
     *,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[TransformersModel, Tokenizer, Origin]:
     """A transformers causal LM that is not bridged, its tokenizer, and where it came from.
 
@@ -103,6 +119,7 @@ def load_plain(
     are :func:`load`'s.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= placement_options(device_map, max_memory, offload_folder, device=device)
     return _load_hf(str(model), None, device=device, dtype=dtype, options=options)
 
 
@@ -115,18 +132,21 @@ def _load_hf(
     options: Options,
 ) -> tuple[TransformersModel, Tokenizer, Origin]:
     revision, trusted = options["revision"], options["trust_remote_code"]
+    where = {name: options.pop(name) for name in PLACES if name in options}
     wanted = asked(name, revision=revision)
     source = source_of(wanted, revision=revision, trust_remote_code=trusted)
     device = usable_device(device or best_device())
     options = {**options, "local_files_only": wanted.is_local or is_offline()}
     tokenizer = tokenizer or read_tokenizer(source, options)
-    hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options)
+    hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options, where=where)
     commit = getattr(hf.config, "_commit_hash", None)
     if commit is None and not wanted.is_local and isinstance(source, Path):
         commit = source.name  # the hub's cache names its folders by commit
     also = given_names(source) if wanted.is_local else ()
     origin = Origin(wanted.shown, revision=commit or revision, also=also)
-    return hf.to(device).eval(), tokenizer, origin
+    if where:
+        say_once(f"weights of {wanted.shown}: {spread(hf)}.")
+    return (hf if where else hf.to(device)).eval(), tokenizer, origin
 
 
 def adopt(
@@ -147,6 +167,7 @@ def adopt(
         raise ModelError(f"load() got a {type(model).__name__}; give a name, a path or a model.")
     tokenizer = _given_tokenizer(tokenizer)
     _refuse_moving(model, device, dtype)
+    require_undivided(model)
     require_here(model)
     bridge = kept_bridge(model)
     if bridge is None:
@@ -208,20 +229,29 @@ def _check_hub(name: str, *, revision: str | None, trust_remote_code: bool) -> N
     check_config(config, name=name, trust_remote_code=trust_remote_code)
 
 
-def _read_weights(source: str | Path, *, dtype: torch.dtype | str | None, options: Options) -> Any:
+def _read_weights(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None,
+    options: Options,
+    where: Options | None = None,
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM
     folder = source
     if isinstance(source, Path) and source.is_file():  # a .gguf of which no copy is to be kept
+        if where:
+            raise ModelError("device_map reads a .gguf's converted copy; drop --no-cache.")
         (reader, weights), folder = read_gguf_whole(source), None
         options = {**options, **weights}
     if folder is not None and (inner := _inner(folder, options)) is not None:
         reader, more = inner
         options = {**options, **more}
-    quiet = quietly() if "key_mapping" in options else nullcontext()
+    options = {**options, **(where or {})}
+    quiet = quietly() if "key_mapping" in options or where else nullcontext()
     try:
-        with quiet:
+        with quiet, unreported():
             loaded: Any = reader.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )

@@ -37,6 +37,7 @@ from melens.models.norms import Norm as Measured
 from melens.models.norms import measured_norm
 from melens.models.observed import CALLED, NAME, SEATS, register
 from melens.models.roles import Roles, roles_of
+from melens.placement import input_device
 from melens.protocols import TransformersModel
 from melens.shapes import TokenIds
 
@@ -177,7 +178,7 @@ def measured_bridge(
     kind = type(hf).__name__
     cfg = build_bridge_config_from_hf(config, kind, name, next(hf.parameters()).dtype)
     adapter = MeasuredAdapter(cfg, hf, roles, _observed(hf, ids) if observe else {})
-    cfg.device = str(next(hf.parameters()).device)
+    cfg.device = str(input_device(hf))
     return TransformerBridge(hf, adapter, None, driver=TransformersDriver(hf, adapter, None))
 
 

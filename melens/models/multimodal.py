@@ -126,7 +126,7 @@ def own_name(name: str) -> str | None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' list of the other parts' tensors, all of which are left out."""
+    """Without transformers' own report of what it loaded: melens says what matters of it."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from melens.errors import FoldedWeightsError, ModelError
+from melens.placement import weights_here
 
 Row = Float[Tensor, " d_model"]
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -50,7 +51,9 @@ def measured_norm(module: nn.Module, width: int, *, where: str) -> Norm:
     Args:    where: for errors, e.g. ``layer 3's norm before attention``.
     Raises:  ModelError: what it does is no normalisation times a gain.
     """
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    with weights_here(module):
+        weights = list(module.parameters())
+    weight = next((p for p in weights if p.is_floating_point()), None)
     gain, bias, x, made = _gain_and_bias(module, width, weight)
     kind = _kind(x, made, gain, bias, weight)
     if kind is None:
@@ -58,7 +61,7 @@ def measured_norm(module: nn.Module, width: int, *, where: str) -> Norm:
             f"{where}, a {type(module).__name__}, is no normalisation times a gain, so its gain "
             "cannot be read."
         )
-    for _, stored in module.named_parameters():
+    for stored in weights:
         if stored.shape != gain.shape:
             continue
         apart = gain - stored.detach().float().cpu()

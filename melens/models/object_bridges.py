@@ -57,10 +57,12 @@ def keep_bridge(model: nn.Module, bridge: HookedModel) -> None:
 def state_of(model: nn.Module, bridge: Any) -> object:
     """All that a bridge took over from its model, to be compared later."""
     tensors = [*model.parameters(), *model.buffers()]
-    held = {x.untyped_storage().data_ptr() for x in tensors}
-    copies = any(x.untyped_storage().data_ptr() not in held for x in bridge.parameters())
+    held = {x.untyped_storage().data_ptr() for x in tensors if not x.is_meta}
+    own = (x for x in bridge.parameters() if not x.is_meta)
+    copies = any(x.untyped_storage().data_ptr() not in held for x in own)
     versions = [x._version for x in tensors if not x.is_inference()] if copies else []
-    places = [(id(x), x.data_ptr()) for x in tensors]
+    # offloaded: another tensor after every pass
+    places = [(0, 0) if x.is_meta else (id(x), x.data_ptr()) for x in tensors]
     return places, versions, [tuple(_of_module(module)) for module in model.modules()]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from melens.placement import filled_state
 from melens.protocols import HookedModel
 from melens.store import hash_tensors
 
@@ -59,7 +60,9 @@ def fingerprint(model: HookedModel) -> str:
     """
     if model in _ORIGINS and (known := _ORIGINS[model].weights):
         return known
-    return digest_of((name, sample(value)) for name, value in model.state_dict().items())
+    with filled_state(getattr(model, "original_model", model), sample) as filled:
+        state = model.state_dict()
+        return digest_of((n, filled.get(id(x)) or sample(x)) for n, x in state.items())
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from melens.errors import ModelError
 from melens.models.decoder import layer_list
 from melens.models.ffn_formula import Formula, formula_of
 from melens.models.norms import Norm, measured_norm
+from melens.placement import input_device
 from melens.protocols import TransformersModel
 from melens.shapes import TokenIds
 
@@ -74,8 +75,7 @@ def roles_of(model: TransformersModel, ids: TokenIds) -> tuple[Roles, ...]:
     with evaluating(model), ExitStack() as stack:
         for watch in watches:
             watch.open(stack, found.append)
-        table: Any = model.get_input_embeddings()
-        model(ids.to(table.weight.device), use_cache=False)
+        model(ids.to(input_device(model)), use_cache=False)
     return tuple(found)
 
 
@@ -108,6 +108,7 @@ class _BlockWatch:
             if given is None or made is None or given.shape != made.shape or given.ndim != 3:
                 done(replace(_untold(self.layer, "its residual is no stream"), is_stream=False))
             else:
+                given = given.to(made.device)  # the first block of a device moves what it is given
                 once = {p: pair for p, pair in self.seen.items() if p not in self.often}
                 done(_measured(self.layer, self.block, given, made, once))
             self.seen.clear()

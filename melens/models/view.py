@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from melens.placement import same_hooks
+
 KEPT = "_melens_bridge"
 """Where a model object keeps the bridge that it was given; a view has none."""
 OWN = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -79,6 +81,7 @@ def _view(module: nn.Module, configs: dict[int, Any], *, hooked: bool) -> nn.Mod
             inside[name] = copy.copy(value) if hooked else type(value)()
     inside.pop(KEPT, None)
     inside.pop("forward", None)  # a wrapper bound to the first tree (autocast of accelerate)
+    same_hooks(made)
     if "config" in inside:
         config = inside["config"]
         inside["config"] = configs.setdefault(id(config), _quiet(config))

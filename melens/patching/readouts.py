@@ -230,7 +230,7 @@ class SinkReadout(Readout):
                 head=pattern.shape[1],
                 query=pattern.shape[2],
             )
-            column = pattern.gather(-1, key)[..., 0].float()
+            column = pattern.gather(-1, key.to(pattern.device))[..., 0].float().to(key.device)
             if self.start == 0 and layer not in self.before:
                 self.before[layer], self.heads = column, pattern.shape[1]
             prefix = self.before[layer][:, :, : self.start].repeat(copies, 1, 1)

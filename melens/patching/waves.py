@@ -207,7 +207,8 @@ def _edits(
 
 def _write(cell: PatchCell, view: Tensor, value: Tensor, start: int) -> None:
     columns = torch.tensor(cell.columns, device=view.device)
-    write_into(view, value[:, columns].to(view.dtype), columns - start, cell.head)
+    value = value.to(view.device)[:, columns].to(view.dtype)
+    write_into(view, value, columns - start, cell.head)
 
 
 Values = Mapping[PatchPlace, Tensor]
@@ -243,7 +244,7 @@ def values_of(
     for place in places:
         made[place] = place.view(taps[place.hook].result())
         if place.middle:
-            made[place] = made[place] + taps[resid_pre(place.layer)].result()
+            made[place] = made[place] + taps[resid_pre(place.layer)].result().to(made[place])
     return made
 
 
@@ -292,7 +293,7 @@ def written(values: Values, stream_at: Callable[[int], Tensor]) -> dict[PatchPla
     def write(place: PatchPlace, x: Tensor) -> Tensor:
         if not place.middle:
             return x
-        return (x.float() - stream_at(place.layer).float()).to(x.dtype)
+        return (x.float() - stream_at(place.layer).to(x.device).float()).to(x.dtype)
 
     return {place: write(place, x) for place, x in values.items()}
 

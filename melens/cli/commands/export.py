@@ -199,6 +199,7 @@ def _continue(
     from transformers import GenerationConfig
 
     from melens.exporting.subject import transformers_of
+    from melens.placement import input_device
 
     hf = transformers_of(model)
     own = getattr(hf, "generation_config", None)
@@ -209,7 +210,7 @@ def _continue(
     if draw["temperature"] > 0:
         settings |= {"do_sample": True, "temperature": draw["temperature"], "top_k": 0}
     config = GenerationConfig(**settings, eos_token_id=end, pad_token_id=pad)
-    row = torch.tensor([list(ids)], device=next(hf.parameters()).device)
+    row = torch.tensor([list(ids)], device=input_device(hf))
     from melens.models.contract import failing
 
     with torch.random.fork_rng(), failing(f"{type(hf).__name__} cannot generate"):

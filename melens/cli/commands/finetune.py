@@ -177,7 +177,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="Say what it would take, and train nothing.")
     ] = False,
     as_json: opt.Json = False,
-    run: Annotated[TrainRun, without("dtype", "revision", "trust_remote_code")],
+    run: Annotated[TrainRun, without("dtype", "revision", "trust_remote_code", *opt.PLACED)],
 ) -> None:
     """Fine-tune MODEL with a mask in force, and watch what becomes of its ME Layer.
 

@@ -31,7 +31,9 @@ def scan(
     ] = None,
     explain: opt.Explain = False,
     out: opt.Output,
-    run: Annotated[opt.RunOptions, without("dtype", "batch_size", "seed", "trust_remote_code")],
+    run: Annotated[
+        opt.RunOptions, without("dtype", "batch_size", "seed", "trust_remote_code", *opt.PLACED)
+    ],
 ) -> None:
     """Predict MODEL's ME Layer from its weights, and test it with a few first tokens.
 
@@ -91,7 +93,7 @@ def reach(
         ),
     ] = None,
     out: opt.Output,
-    run: Annotated[opt.RunOptions, without("batch_size", "trust_remote_code")],
+    run: Annotated[opt.RunOptions, without("batch_size", "trust_remote_code", *opt.PLACED)],
 ) -> None:
     """Follow first tokens through MODEL, one block in memory at a time.
 
