@@ -153,7 +153,8 @@ def _values(option: Any, value: Any, name: str) -> list[Any]:
 
 def _cell(command: Any, name: str, model: str, options: JsonObject, run: str) -> SweepCell:
     known = options_of(command)
-    words, beside = [name, _absolute(model)], []
+    place = _model_place(model)
+    words, beside = [name, place], []
     for key, value in options.items():
         param = known[_plain(key)]
         made = _typed(param, value, f"{run}: {key}")
@@ -166,7 +167,7 @@ def _cell(command: Any, name: str, model: str, options: JsonObject, run: str) ->
         "command": name,
         "model": model,
         "melens": __version__,
-        "files": _files(_absolute(model)),
+        "files": _files(place) if place != model or Path(model).is_absolute() else None,
     }
     facts["options"] = _checked(command, words[1:], run)
     return SweepCell(hash_facts(facts), name, model, dict(options), tuple(words))
@@ -230,6 +231,17 @@ def _stamp(path: Path) -> JsonObject:
     """Weights are too large to be read for this."""
     found = path.stat()
     return {"bytes": found.st_size, "changed": found.st_mtime_ns}
+
+
+def _model_place(model: str) -> str:
+    """A model as every worker finds it: a folder or file by its whole path, others by name.
+
+    Raises:  ModelError: it leads nowhere.
+    """
+    from melens.models.resolve import asked
+
+    found = asked(model)
+    return str(found.path.resolve()) if found.kind in ("folder", "gguf") else model
 
 
 def _absolute(name: str) -> str:

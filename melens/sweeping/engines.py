@@ -170,20 +170,29 @@ class OnRay:
     def run(self, works: Sequence[Work]) -> None:
         """Run it; work whose worker or machine was lost begins again, at its first open cell."""
         tasks = {self._start(work): (work, 0) for work in works}
-        while tasks:
-            ended, _ = self.ray.wait(list(tasks), num_returns=1)
-            work, lost = tasks.pop(ended[0])
-            try:
-                self.ray.get(ended[0])
-            except self.ray.exceptions.RayTaskError as error:
-                raise EngineError(f"a worker could not begin: {_first(error.cause)}") from None
-            except self.ray.exceptions.RayError as error:
-                # A cell that loses its worker ends by itself after so many times.
-                if lost > self.how.retries * len(work.cells):
-                    raise EngineError(f"workers were lost {lost} times: {_first(error)}") from None
-                _say_lost(error, wait := FIRST_WAIT * 2 ** min(lost, 5))
-                time.sleep(wait)
-                tasks[self._start(work)] = (work, lost + 1)
+        try:
+            while tasks:
+                self._wait(tasks)
+        except BaseException:
+            for task in tasks:
+                self.ray.cancel(task, force=True)
+            raise
+
+    def _wait(self, tasks: dict[Any, tuple[Work, int]]) -> None:
+        """Until one task has ended; start it again where its worker was lost."""
+        ended, _ = self.ray.wait(list(tasks), num_returns=1)
+        work, lost = tasks.pop(ended[0])
+        try:
+            self.ray.get(ended[0])
+        except self.ray.exceptions.RayTaskError as error:
+            raise EngineError(f"a worker could not begin: {_first(error.cause)}") from None
+        except self.ray.exceptions.RayError as error:
+            # A cell that loses its worker ends by itself after so many times.
+            if lost > self.how.retries * len(work.cells):
+                raise EngineError(f"workers were lost {lost} times: {_first(error)}") from None
+            _say_lost(error, wait := FIRST_WAIT * 2 ** min(lost, 5))
+            time.sleep(wait)
+            tasks[self._start(work)] = (work, lost + 1)
 
     def _start(self, work: Work) -> Any:
         cpus = self.how.cpus or max(1, (os.cpu_count() or 1) // self.how.workers)

@@ -99,6 +99,8 @@ def understood(
     except ValidationError as error:
         first = error.errors()[0]
         raise SweepError(f"engine: {first['loc'][0]}: {first['msg']}.") from None
+    if how.address is not None and how.name != "ray":
+        raise SweepError(f"address belongs to Ray, and the engine is {how.name}; add --engine ray.")
     folder = read.out if out is None else Path(out).expanduser()
     if folder is None:
         raise SweepError("a sweep needs a folder for its results: --out DIR, or out in the config.")

@@ -82,22 +82,35 @@ def run_work(work: Work, *, told: Callable[[CellRow], None] | None = None) -> No
     from melens.cli.job import LOADER
     from melens.cli.output import DRAWS
 
-    if work.threads is not None:
-        import torch
-
-        torch.set_num_threads(work.threads)
     models = LastModel()
     before, drawn = LOADER.set(models), DRAWS.set(False)
     try:
-        for given in work.cells:
-            cell = SweepCell(**{**given, "argv": tuple(given["argv"])})
-            row = _run_once(Path(work.folder), cell, work, models)
-            if row is not None and told is not None:
-                told(row)
+        with _threads(work.threads):
+            for given in work.cells:
+                cell = SweepCell(**{**given, "argv": tuple(given["argv"])})
+                row = _run_once(Path(work.folder), cell, work, models)
+                if row is not None and told is not None:
+                    told(row)
     finally:
         LOADER.reset(before)
         DRAWS.reset(drawn)
         models.forget()
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """As many of torch's threads as a worker has cores; None = as they are."""
+    if count is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run_once(folder: Path, cell: SweepCell, work: Work, models: LastModel) -> CellRow | None:

@@ -102,3 +102,16 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path):
         read_config(path)
     with pytest.raises(SweepError, match="cannot read the config"):
         read_config(tmp_path / "none.toml")
+
+
+def test_a_named_model_is_meant_where_a_folder_has_its_name_and_a_folder_by_its_whole_path(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = cells({"model": ["smollm2-135m", "mine"], "run": [{"command": "locate"}]})
+    assert [cell.argv[1] for cell in found] == ["smollm2-135m", str(tmp_path / "mine")]
+    assert [cell.model for cell in found] == ["smollm2-135m", "mine"]
+    (tmp_path / "mine" / "config.json").write_text("{}", "utf-8")
+    assert cells({"model": "mine", "run": [{"command": "locate"}]})[0].id != found[1].id

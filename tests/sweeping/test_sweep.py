@@ -188,6 +188,7 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(config, folders, tmp_pa
     [
         ({"model": "./nowhere"}, "ModelNotFoundError", "no file or folder"),
         ({"engine": {"workers": 2}}, "SweepError", "engine ray"),
+        ({"engine": {"address": "h:1"}}, "SweepError", "address belongs to Ray"),
         ({"run": [{"command": "eval", "task": "perplexty"}]}, "UnknownNameError", "perplexty"),
         ({"run": [{"command": "eval", "mask-layers": "3-19"}]}, "SiteError", r"outside 0\.\.9"),
         ({"run": [{"command": "locate", "text": "none.txt"}]}, "PromptError", "none.txt"),
