@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from melens import __version__
 from melens.errors import ResultError
+from melens.placement import filled_state, is_offloaded
 from melens.protocols import HookedModel, JsonObject, Tokenizer
 from melens.provenance import versions
 from melens.results.base import Result, load_result
@@ -25,6 +26,8 @@ from melens.store import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from melens.checking.bench import Bench
 
 SCHEMA = "melens/check-stage/2"
@@ -117,9 +120,18 @@ def full_hash(model: Any) -> str:
 
     The fingerprint of a RunInfo samples; a damaged entry between its samples would go unseen.
     """
+    inner = getattr(model, "original_model", model)
+    if is_offloaded(inner):
+        with filled_state(inner, _hash_of) as filled:
+            state = sorted(model.state_dict().items())
+            return digest((f"{n} {filled.get(id(x)) or _hash_of(x)}" for n, x in state), length=64)
     weights = sorted(model.state_dict().items())
     labelled = ((f"{name}{tuple(value.shape)}{value.dtype}", value) for name, value in weights)
     return hash_tensors(labelled, length=64)
+
+
+def _hash_of(value: Tensor) -> str:
+    return hash_tensors([(f"{tuple(value.shape)}{value.dtype}", value)], length=64)
 
 
 def config_of(model: HookedModel) -> JsonObject:

@@ -18,7 +18,7 @@ DEEPEST = 6
 """Folders below the one given that are looked into."""
 MOST = 10_000
 """Models in one place; more is a mistake in the path."""
-REPOSITORY = re.compile(r"models--(.+?)--(.+)")
+REPOSITORY = re.compile(r"models--(?:(.+?)--)?(.+)")
 LATER_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$", re.IGNORECASE)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -127,7 +127,7 @@ def _walk(folder: Path, deeper: int) -> Iterator[FoundModel]:
         return
     names = {entry.name for entry in entries}
     if (match := REPOSITORY.fullmatch(folder.name)) and "snapshots" in names:
-        yield from _snapshot(folder, f"{match[1]}/{match[2]}")
+        yield from _snapshot(folder, "/".join(filter(None, match.groups())))
         return
     if "config.json" in names and any(name.endswith(WEIGHTS) for name in names):
         yield FoundModel(folder.resolve().name, "folder", str(folder))

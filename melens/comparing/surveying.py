@@ -154,7 +154,7 @@ def _row(
         made = _measured(one, row, survey, prompts, place)
     except OutputError:
         raise
-    except (MelensError, MemoryError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a senseless config leads its readers to anything
         return row.model_copy(update={"error": _told(error), "how": None})
     finally:
         gc.collect()
@@ -219,7 +219,7 @@ def _measured(
         return CensusRow.model_validate(made.model_copy(update={"note": why}).model_dump())
     try:
         located, sinks, note = _run(one, survey, prompts)
-    except (MelensError, MemoryError, RuntimeError) as error:
+    except Exception as error:  # the scan stays
         note = f"not located: {_told(error)}"
         return CensusRow.model_validate(made.model_copy(update={"note": note}).model_dump())
     _save(located, place, "locate")

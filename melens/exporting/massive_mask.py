@@ -21,10 +21,7 @@ class MassiveMask:
     """The rules of one model."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read a sidecar.
-
-        Raises:  ValueError: the file is another one.
-        """
+        """Read a sidecar; another file is a ValueError."""
         self.data = json.loads(Path(path).read_text("utf-8"))
         if self.data.get("schema") != "melens/sidecar/1":
             raise ValueError(f"{path} is not a melens sidecar.")
@@ -33,14 +30,20 @@ class MassiveMask:
     def mask(self, resid: Tensor, ids: Tensor | None, layer: int) -> Tensor:
         """Which tokens are massive, [batch, pos].
 
-        Where the rule of the layer is a threshold, ``ids`` may be None. Before the ME Layer a token
-        is told by its id: those that become massive as the first token.
+        Where the layer has a threshold, ``ids`` may be None. Before the ME Layer tokens are told by
+        id: those that become massive as the first token. From the erase layer on none is massive.
+        Raises:  ValueError: a layer after the ME Layer that cannot tell them.
         """
         row = self._row(resid, layer)
         if row["coordinate"] is not None:
             wide = resid.detach().to(torch.promote_types(resid.dtype, torch.float32))
             large = wide[..., self.data["dim"]].abs() > row["coordinate"]
             return large & (wide.norm(dim=-1) >= row["norm"])
+        if layer > self.data["me_layer"]:
+            erased = self.data["erase_layer"]
+            if erased is None or layer < erased:
+                raise ValueError(f"layer {layer} cannot tell massive tokens from others.")
+            return torch.zeros(resid.shape[:-1], dtype=torch.bool, device=resid.device)
         if ids is None:
             raise ValueError(f"layer {layer} has no threshold; pass ids, which tell tokens there.")
         first = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids) == 0

@@ -25,7 +25,8 @@ from melens.exporting.subject import (
 )
 from melens.framing import frame_of, plain_ids
 from melens.interventions.massive import massive_tokens, with_firsts
-from melens.placement import input_device
+from melens.models.decoder import decoder_of
+from melens.placement import device_of, input_device
 from melens.protocols import AnyModel, KeyValueCache, Tokenizer, TransformersModel
 from melens.results import MELayer
 from melens.results.edit import Edit, PrefixFacts
@@ -54,10 +55,11 @@ class Prefix:
         """A fresh transformers cache that holds it, of the model's dtype and device."""
         from transformers import DynamicCache
 
-        like = next(hf.parameters())
+        dtype, blocks = next(hf.parameters()).dtype, decoder_of(hf).blocks
         made = DynamicCache(config=hf.config)
         for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
-            key, value = (part.to(like)[None].repeat(batch, 1, 1, 1) for part in pair)
+            there = device_of(blocks[layer], input_device(hf))
+            key, value = (x.to(there, dtype)[None].repeat(batch, 1, 1, 1) for x in pair)
             made.update(key, value, layer)
         return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from melens.capture import Reducer, stream
 from melens.errors import InterventionError
 from melens.inputs import Inputs, Source, prepare
 from melens.interventions.massive import FirstRule, IdRule, MassiveRule, massive_tokens
+from melens.measuring.located import check_same_model
 from melens.metrics.magnitude import SUN_ABSOLUTE, SUN_RATIO
 from melens.models.anatomy import resid_post
 from melens.protocols import JsonObject, Loadable
@@ -58,8 +60,12 @@ def sidecar(
     if located is None:
         raise InterventionError("a sidecar describes a located ME Layer; call melens.locate first.")
     ready, rule = prepare(model, texts), MassiveRule.of(located)
+    check_same_model(ready, located)
+    _check_of_this_model(ready, scan, super_weights)
     firsts, ids = FirstRule.of(located), IdRule.of(located)
     n_layers, kept = ready.model.cfg.n_layers, _sizes(ready, located, rule.dim)
+    if not sum(map(len, kept[0].others)):
+        raise InterventionError("every token of these texts is massive; give longer texts.")
     if not kept[0].massive:
         raise InterventionError(
             f"no text holds a massive token of {located.run.model}; give texts that begin as those "
@@ -88,6 +94,25 @@ def sidecar(
         massive_tokens=len(kept[0].result()),
         run=run,
     )
+
+
+def _check_of_this_model(
+    ready: Inputs, scan: WeightScan | None, found: SuperWeights | None
+) -> None:
+    """Refuse what was found in another model.
+
+    Raises:  InterventionError: naming both.
+    """
+    n_layers, width = ready.model.cfg.n_layers, ready.model.cfg.d_model
+    if scan is not None and (scan.n_layers, scan.d_model) != (n_layers, width):
+        raise InterventionError(
+            f"the scan is of a model with {scan.n_layers} layers of width {scan.d_model}; this one "
+            f"has {n_layers} of {width}. Scan this model."
+        )
+    if found is not None and found.run.weights != ready.weights:
+        raise InterventionError(
+            f"the super weights are of {found.run.model} with other weights; search this model."
+        )
 
 
 def _sizes(ready: Inputs, located: MELayer, dim: int) -> list[LayerSizes]:
@@ -146,7 +171,7 @@ class LayerSizes:
             norm=norm,
             dims=tuple(dims),
             values=tuple(float(typical[d]) for d in dims),
-            clip=float(others[:, where].abs().flatten().quantile(CLIP)) if len(others) else 0.0,
+            clip=_quantile(others[:, where].abs().flatten(), CLIP),
             told=None if coordinate is None else self._told(coordinate, norm, massive, others),
         )
 
@@ -166,6 +191,11 @@ class LayerSizes:
         ]
         right = int(found[0].sum()) + int((~found[1]).sum())
         return right / (len(massive) + len(others))
+
+
+def _quantile(values: Float[Tensor, " value"], share: float) -> float:
+    """The smallest value with at least that share of them at or below it, whatever their number."""
+    return float(values.kthvalue(max(1, math.ceil(share * len(values)))).values)
 
 
 def _layers(kept: Sequence[LayerSizes], rule: MassiveRule) -> tuple[SidecarLayer, ...]:

@@ -88,8 +88,9 @@ def load(  # noqa: PLR0913 (what is loaded, and where it goes, are two things)
              ModelError: no causal LM, remote code. ContractError: its hooks do not add up.
     """
     if not isinstance(model, (str, Path)):
-        if device_map is not None:
-            raise ModelError("device_map is for a name or a path; this object is placed already.")
+        for name, given in zip(PLACES, (device_map, max_memory, offload_folder), strict=True):
+            if given is not None:
+                raise ModelError(f"{name} is for a name or a path; this object is placed already.")
         return adopt(model, device=device, dtype=dtype, tokenizer=tokenizer).eval()
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= placement_options(device_map, max_memory, offload_folder, device=device)

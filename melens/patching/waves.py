@@ -244,7 +244,7 @@ def values_of(
     for place in places:
         made[place] = place.view(taps[place.hook].result())
         if place.middle:
-            made[place] = made[place] + taps[resid_pre(place.layer)].result().to(made[place])
+            made[place] = made[place] + taps[resid_pre(place.layer)].result().to(made[place].device)
     return made
 
 

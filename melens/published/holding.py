@@ -233,7 +233,7 @@ def percent_off(published: float, measured: float) -> str:
 
 def _jump(row: JsonObject, result: MELayer) -> Comparison | None:
     """The largest |x| that the ME Layer leaves."""
-    if "jump" not in row or not result.me_layer:
+    if "jump" not in row or not result.me_layer or result.me_layer < 0:
         return None
     found = result.profile[result.me_layer].max
     return size_compared("max |x| after the ME Layer", row["jump"][1], found, row)

@@ -27,9 +27,10 @@ class SidecarLayer(Part):
     """Their signed median over massive tokens."""
     clip: float
     """The 0.999 quantile of |x| over the other tokens in these dimensions (in ``dim``, where there
-    are none)."""
+    are none): the smallest value with that share at or below it."""
     told: float | None
-    """Share of the reference tokens of which the threshold says the same as the ME Layer's."""
+    """Share of the reference tokens of which the threshold says the same as the ME Layer's rule; 1
+    after the ME Layer, since the threshold was chosen on them."""
 
 
 class OutlierDimension(Part):

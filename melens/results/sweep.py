@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from melens.protocols import JsonObject
 from melens.results.base import Part, Result
@@ -16,7 +17,7 @@ Status = Literal["done", "failed", "missing"]
 class CellRow(Part):
     """One command on one model, and how it ended."""
 
-    cell: str
+    cell: str = Field(pattern="^[0-9a-f]{16}$")
     """A hash of command, options, texts and melens' version."""
     command: str
     model: str
@@ -37,6 +38,13 @@ class CellRow(Part):
     result: str | None = None
     """The result's file, seen from the sweep's folder."""
 
+    @field_validator("result")
+    @classmethod
+    def _inside(cls, value: str | None) -> str | None:
+        if value is not None and (Path(value).is_absolute() or ".." in Path(value).parts):
+            raise ValueError("a result's file lies inside the sweep's folder")
+        return value
+
 
 class SweepReport(Result):
     """All cells of a sweep, in the order of the config."""
@@ -56,19 +64,20 @@ class SweepReport(Result):
 
     def rows(self) -> list[JsonObject]:
         """One row a cell, its options as columns."""
-        return [
-            {
-                "cell": row.cell,
-                "command": row.command,
-                "model": row.model,
-                **{name.replace("-", "_"): value for name, value in row.options.items()},
+        made = []
+        for row in self.cells:
+            own = {
                 "status": row.status,
                 "kind": row.kind,
                 "seconds": row.seconds,
                 "said": row.error or row.summary,
             }
-            for row in self.cells
-        ]
+            first = {"cell": row.cell, "command": row.command, "model": row.model}
+            options = {name.replace("-", "_"): value for name, value in row.options.items()}
+            taken = first | own
+            named = {f"{n}_option" if n in taken else n: v for n, v in options.items()}
+            made.append({**first, **named, **own})
+        return made
 
     def count(self, status: Status) -> int:
         """How many cells ended like this."""

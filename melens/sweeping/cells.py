@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from melens import __version__
 from melens.errors import MelensError, SweepError
 from melens.formatting import brief
 from melens.progress import one_command
 from melens.protocols import JsonObject
+from melens.provenance import versions
 from melens.registry import unknown_name
 from melens.store import hash_facts, hash_file
 from melens.sweeping.config import RunConfig, SweepConfig, combinations
 
-SET_BY_SWEEP = ("out", "as_json", "force", "quiet", "dry_run", "edit_model")
+SET_BY_SWEEP = (
+    *("out", "as_json", "force", "quiet", "dry_run", "offline"),
+    *("junit", "card", "merge"),  # one file for all cells
+)
 """Options that a sweep gives its cells itself, or that make no result."""
 NO_RESULT = (
     "generate",
@@ -54,6 +57,11 @@ class SweepCell:
             name.replace("-", "_"): value for name, value in self.options.items()
         }
 
+    def params(self) -> dict[str, Any]:
+        """Every option as the command reads it."""
+        command = command_of(self.command, self.title)
+        return command.make_context("melens", list(self.argv[1:])).params
+
     @property
     def title(self) -> str:
         """For a line of a log."""
@@ -85,7 +93,7 @@ def _cells_of_run(config: SweepConfig, run: RunConfig, name: str) -> Iterator[Sw
     axes: dict[str, list[Any]] = {"model": list(run.models)}
     for key, value in asked.items():
         option = _option(known, key, name)
-        axes[key] = _values(option, value, f"{name}: {key}")
+        axes[_shown(option)] = _values(option, value, f"{name}: {key}")
     for choice in combinations(axes):
         model = choice.pop("model")
         yield _cell(command, run.command, model, choice, name)
@@ -166,7 +174,7 @@ def _cell(command: Any, name: str, model: str, options: JsonObject, run: str) ->
     facts = {
         "command": name,
         "model": model,
-        "melens": __version__,
+        "versions": versions(),
         "files": _files(place) if place != model or Path(model).is_absolute() else None,
     }
     facts["options"] = _checked(command, words[1:], run)
@@ -183,6 +191,10 @@ def _typed(param: Any, value: Any, name: str) -> list[str]:
     if isinstance(value, bool):
         raise SweepError(f"{name} takes a value, got {str(value).lower()}.")
     several = value if isinstance(value, list) else [value]
+    if _is_path(param) and "-" in several:
+        raise SweepError(
+            f"{name}: '-' is standard input, which many cells cannot read; name a file."
+        )
     texts = [_absolute(str(one)) if _is_path(param) else str(one) for one in several]
     if param.param_type_name == "argument":
         return texts
@@ -223,7 +235,7 @@ def _files(name: str) -> JsonObject | None:
         return {"sha256": hash_file(path)} if path.suffix != ".gguf" else _stamp(path)
     if not path.is_dir():
         return None
-    inside = sorted(one for one in path.rglob("*") if one.is_file())
+    inside = sorted(one for one in path.rglob("*") if one.is_file() and one.suffix != ".md")
     return {str(one.relative_to(path)): _stamp(one) for one in inside}
 
 
@@ -240,6 +252,8 @@ def _model_place(model: str) -> str:
     """
     from melens.models.resolve import asked
 
+    if model.startswith("-"):
+        raise SweepError(f"a model's name cannot begin with -, got {brief(model, 40)}.")
     found = asked(model)
     return str(found.path.resolve()) if found.kind in ("folder", "gguf") else model
 

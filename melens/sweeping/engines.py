@@ -26,6 +26,8 @@ from melens.sweeping.work import Work, run_work
 
 FIRST_WAIT = 1.0
 """Seconds before work that was lost begins again; doubled each time."""
+SESSION = ".session"
+"""File in a sweep's folder that names the sweep at work."""
 JOBS = "jobs"
 """Folder for submitit's own files."""
 EVERY = 0.5
@@ -66,6 +68,8 @@ def engine_of(how: EngineConfig, folder: Path) -> Iterator[Engine]:
         with _ray(how) as ray:
             yield OnRay(how, ray)
     else:
+        if how.gpus != int(how.gpus):
+            raise SweepError(f"a SLURM job has whole GPUs, got gpus = {how.gpus:g}.")
         yield OnSlurm(how, folder, _submitit(how))
 
 
@@ -115,8 +119,8 @@ def _connect(ray: Any, how: EngineConfig) -> None:
     where: dict[str, Any] = (
         {"address": how.address} if how.address else {"include_dashboard": False}
     )
-    if how.address is None and how.workers > (os.cpu_count() or 1):
-        where["num_cpus"] = how.workers * (how.cpus or 1)
+    if how.address is None:
+        where["num_cpus"] = max(how.workers * (how.cpus or 1), os.cpu_count() or 1)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **where)
     except Exception as error:  # ConnectionError, RuntimeError, and what its libraries raise
@@ -152,11 +156,11 @@ def _require_resources(ray: Any, how: EngineConfig) -> None:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": how.cpus or 1, "GPU": how.gpus, "memory": (how.memory_gb or 0) * 1e9}
     if not any(all(m.get(name, 0) >= need for name, need in wanted.items()) for m in machines):
-        held = max(m.get("CPU", 0) for m in machines), max(m.get("GPU", 0) for m in machines)
+        held = [max(m.get(name, 0) for m in machines) for name in wanted]
         raise SweepError(
             f"a worker is to have {wanted['CPU']} CPUs, {how.gpus:g} GPUs and "
-            f"{how.memory_gb or 0:g} GB; the largest machine of this cluster has {held[0]:g} CPUs "
-            f"and {held[1]:g} GPUs."
+            f"{how.memory_gb or 0:g} GB; this cluster's machines have at most {held[0]:g} CPUs, "
+            f"{held[1]:g} GPUs and {held[2] / 1e9:.1f} GB."
         )
 
 
@@ -169,9 +173,11 @@ class OnRay:
 
     def run(self, works: Sequence[Work]) -> None:
         """Run it; work whose worker or machine was lost begins again, at its first open cell."""
-        tasks = {self._start(work): (work, 0) for work in works}
+        waiting, tasks = list(works), dict[Any, tuple[Work, int]]()
         try:
-            while tasks:
+            while waiting or tasks:
+                while waiting and len(tasks) < self.how.workers:
+                    tasks[self._start(waiting[0])] = (waiting.pop(0), 0)
                 self._wait(tasks)
         except BaseException:
             for task in tasks:
@@ -195,9 +201,9 @@ class OnRay:
             tasks[self._start(work)] = (work, lost + 1)
 
     def _start(self, work: Work) -> Any:
-        cpus = self.how.cpus or max(1, (os.cpu_count() or 1) // self.how.workers)
+        cpus = self.how.cpus or 1  # of another machine; this one's cores say nothing about it
         task = self.ray.remote(_begin).options(
-            num_cpus=self.how.cpus or 1,
+            num_cpus=cpus,
             num_gpus=self.how.gpus,
             memory=None if self.how.memory_gb is None else int(self.how.memory_gb * 1e9),
             max_retries=0,
@@ -207,9 +213,16 @@ class OnRay:
 
 
 def environment() -> dict[str, str]:
-    """What a worker needs of this process's environment: melens' own switches, and offline."""
+    """What a worker needs of this process's environment: melens' own switches, and offline.
+
+    No token: schedulers show the environment of what they run.
+    """
     prefixes = ("MELENS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_")
-    kept = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(prefixes) and "TOKEN" not in name.removeprefix("TOKENIZERS_")
+    }
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
@@ -220,15 +233,17 @@ def _begin(work: Work) -> None:
 
 
 def require_shared(work: Work) -> None:
-    """Refuse a machine that does not see the sweep's folder.
+    """Refuse a machine that does not see this sweep's folder.
 
     Raises:  EngineError: naming the machine.
     """
     import platform
 
-    from melens.sweeping.gathering import RECORD
-
-    if not (Path(work.folder) / RECORD).is_file():
+    try:
+        seen = (Path(work.folder) / SESSION).read_text("utf-8")
+    except OSError:
+        seen = ""
+    if seen != work.session:
         raise EngineError(
             f"{platform.node()} does not see {work.folder}; put --out on a disk that all machines "
             "share."

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 RECORD = "sweep.json"
 """File in a sweep's folder that lists its cells."""
+NO_PATTERN = str.maketrans({sign: f"[{sign}]" for sign in "[*?"})
+"""DuckDB takes a file's name for a pattern."""
 CELLS_KIND = "sweep"
 """Kind whose table is the list of cells, whatever they measured."""
 
@@ -65,24 +67,22 @@ def gather(
              list of cells. table: a name of the result's ``tables()``, dots as underscores;
              ``summary`` has one row a cell. columns: those to keep, in this order. where: a
              condition in DuckDB's SQL, e.g. ``"me_layer > 3 and model like 'smol%'"``.
-             group_by: columns; every number becomes its mean over the rows of a group, with the
-             95 % bootstrap interval over rows (``_low``, ``_high``; empty below 5 rows), and
-             ``rows`` counts them.
+             group_by: columns; every number becomes the mean over a group's cells of each cell's
+             own mean (rows of one cell are not independent), with the 95 % bootstrap interval over
+             cells (``_low``, ``_high``; empty below 5 cells). ``cells`` counts those of the group;
+             where some have no such number, ``_cells`` counts those that have.
     Raises:  ResultError: no sweep, or a condition that DuckDB refuses. UnknownNameError: no such
              kind, table or column.
     """
     folder = Path(folder).expanduser()
     sweep = read_sweep(folder)
     if kind == CELLS_KIND:
-        source = sweep.to_frame()
+        frame = _queried(sweep.to_frame().assign(_row=0), where, sweep.cells)
     else:
+        done = [row for row in sweep.cells if row.status == "done"]
+        keep_missing_rows(folder, done)
         kind, table = _require_table(folder, kind, table)
-        source = str(folder / ROWS / f"kind={kind}" / f"table={table}" / "*.parquet")
-    try:
-        frame = _queried(source, where, sweep.cells)
-    except DamagedRows:
-        write_rows_again(folder, sweep)
-        frame = _queried(source, where, sweep.cells)
+        frame = _read(folder, kind, table, where, [row for row in done if row.kind == kind])
     if group_by:
         axes = {name for row in sweep.cells for name in _axes(row)}
         frame = _grouped(frame, _existing(frame, group_by), columns, axes)
@@ -104,28 +104,44 @@ def _require_table(folder: Path, kind: str | None, table: str) -> tuple[str, str
     return kind, table
 
 
-class DamagedRows(Exception):
-    """A Parquet file that a power failure left half written."""
+def _read(
+    folder: Path, kind: str, table: str, where: str | None, cells: Sequence[CellRow]
+) -> pd.DataFrame:
+    """One table of these cells; damaged files are made again, once."""
+    import duckdb
+
+    place = folder / ROWS / f"kind={kind}" / f"table={table}"
+    files = [place / f"{row.cell}.parquet" for row in cells]
+    there = [str(file) for file in files if file.is_file()]
+    try:
+        return _queried(there, where, cells)
+    except (duckdb.IOException, duckdb.InvalidInputException):
+        keep_missing_rows(folder, cells, again=True)
+    try:
+        return _queried(there, where, cells)
+    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        said = str(error).strip().splitlines()[0]
+        raise ResultError(f"cannot read the tables in {place}: {said[:200]}") from None
 
 
-def _queried(source: Any, where: str | None, cells: Sequence[CellRow]) -> pd.DataFrame:
-    """Rows of the sweep's own cells, in its order, which fulfil a condition."""
+def _queried(
+    source: list[str] | pd.DataFrame, where: str | None, cells: Sequence[CellRow]
+) -> pd.DataFrame:
+    """Rows of these cells, in their order, which fulfil a condition."""
     import duckdb
     import pandas as pd
 
     with duckdb.connect() as session:
         order = pd.DataFrame({"cell": [row.cell for row in cells], "_place": range(len(cells))})
         session.register("_cells", order)
-        if isinstance(source, str):
+        if isinstance(source, list):
             how = "union_by_name = true, hive_partitioning = false, file_row_number = true"
             wanted = "* exclude (file_row_number), file_row_number as _row"
+            literal = [name.translate(NO_PATTERN) for name in source]
             query = f"create temp table _all as select {wanted} from read_parquet(?, {how})"
-            try:
-                session.execute(query, [source])
-            except (duckdb.IOException, duckdb.InvalidInputException):
-                raise DamagedRows from None
+            session.execute(query, [literal])
         else:
-            session.register("_all", source.assign(_row=0))
+            session.register("_all", source)
         condition = f"where {where}" if where else ""
         query = (
             f"select * exclude (_place, _row) from (select * from _all {condition}) "
@@ -157,12 +173,15 @@ def _grouped(
     unasked = [name for name in frame.columns if name not in axes]
     wanted = _existing(frame, columns) if columns else unasked
     numbers = [name for name in wanted if name not in keys and _is_number(frame[name])]
+    if clash := [name for name in numbers if name in ("cells", *keys)]:
+        raise ResultError(f"a column is called {clash[0]}, as the count of a group's cells is.")
     made = []
     groups: Any = frame.groupby(keys, dropna=False, sort=False)
     for values, group in groups:
-        row: JsonObject = dict(zip(keys, values, strict=True)) | {"rows": len(group)}
+        cells = group.groupby("cell", sort=False)
+        row: JsonObject = dict(zip(keys, values, strict=True)) | {"cells": len(cells)}
         for name in numbers:
-            row |= _mean(name, group[name])
+            row |= _mean(name, cells[name].mean(), len(cells))
         made.append(row)
     return pd.DataFrame(made)
 
@@ -173,13 +192,15 @@ def _is_number(column: Any) -> bool:
     return bool(types.is_numeric_dtype(column) and not types.is_bool_dtype(column))
 
 
-def _mean(name: str, column: Any) -> dict[str, float]:
+def _mean(name: str, column: Any, cells: int) -> dict[str, float]:
+    """Of the cells' own means; how many there are, where it is not all."""
     import torch
 
     known = torch.tensor(column.dropna().astype(float).tolist(), dtype=torch.float64)
     low, high = mean_interval(known) or (math.nan, math.nan)
     mean = float(known.mean()) if len(known) else math.nan
-    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+    made = {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return made if len(known) == cells else made | {f"{name}_cells": len(known)}
 
 
 def results_of(folder: str | Path, kind: str | None = None) -> list[tuple[CellRow, Result]]:
@@ -195,14 +216,16 @@ def results_of(folder: str | Path, kind: str | None = None) -> list[tuple[CellRo
     ]
 
 
-def write_rows_again(folder: Path, sweep: SweepReport) -> int:
-    """Write the Parquet folder again from the JSON of each cell; gives the number of cells."""
-    from melens.sweeping.cells import SweepCell
-    from melens.sweeping.tables import forget_rows
+def keep_missing_rows(folder: Path, cells: Sequence[CellRow], *, again: bool = False) -> None:
+    """Make Parquet of the JSON of those cells that have none: a power failure may take it.
 
-    forget_rows(folder)
-    found = results_of(folder)
-    for row, result in found:
+    Args:    again: of all of them.
+    """
+    from melens.sweeping.cells import SweepCell
+
+    for row in cells:
+        made = folder / ROWS / f"kind={row.kind}" / f"table={SUMMARY}" / f"{row.cell}.parquet"
+        if row.result is None or (made.is_file() and not again):
+            continue
         cell = SweepCell(row.cell, row.command, row.model, dict(row.options), row.argv)
-        keep_rows(folder, cell, result)
-    return len(found)
+        keep_rows(folder, cell, load_result(folder / row.result))

@@ -6,14 +6,14 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from melens.errors import MelensError
 from melens.protocols import JsonObject
-from melens.sweeping.cells import SweepCell, command_of
+from melens.sweeping.cells import SweepCell
 from melens.sweeping.config import EngineConfig
 from melens.sweeping.work import CELLS, row_of
 
@@ -100,10 +100,11 @@ def plan_of(cells: Sequence[SweepCell], engine: EngineConfig, folder: Path) -> S
     sizes = {cell.model: _parameters(cell.argv[1]) for cell in cells}
     done = [cell.id for cell in cells if (row := ended[cell.id]) and row.status == "done"]
     costs = [0.0 if cell.id in done else _seconds(cell, sizes[cell.model], seen) for cell in cells]
-    memory = {
-        cell.model: None if (size := sizes[cell.model]) is None else size * _width(cell) + ROOM
-        for cell in cells
-    }
+    memory: dict[str, float | None] = {}
+    for cell in cells:
+        size, most = sizes[cell.model], memory.get(cell.model)
+        needed = None if size is None else size * _width(cell) + ROOM
+        memory[cell.model] = needed if most is None or needed is None else max(most, needed)
     return SweepPlan(tuple(cells), len(done), engine, tuple(costs), memory)
 
 
@@ -119,19 +120,15 @@ def _seconds(
         return parameters * 2 / 1e9 + 1
     if cell.command not in PASSES:
         return None
-    given = _params(cell)
+    given = cell.params()
     count = given.get("n_seq") or given.get("n") or SEQUENCES
     tokens = count * (given.get("length") or LENGTH)
     return LOADING + PASSES[cell.command] * 2 * parameters * tokens / _speed()
 
 
-def _params(cell: SweepCell) -> dict[str, Any]:
-    return command_of(cell.command, cell.title).make_context("melens", list(cell.argv[1:])).params
-
-
 def _width(cell: SweepCell) -> int:
     """Bytes of a weight."""
-    dtype = getattr(_params(cell).get("dtype"), "value", None)
+    dtype = getattr(cell.params().get("dtype"), "value", None)
     return 2 if dtype in ("bfloat16", "float16") else 4
 
 
@@ -140,7 +137,8 @@ def _parameters(model: str) -> int | None:
     from melens.models.opening import open_checkpoint
 
     try:
-        return sum(math.prod(shape) for shape in open_checkpoint(model).shapes.values())
+        with closing(open_checkpoint(model)) as files:
+            return sum(math.prod(shape) for shape in files.shapes.values())
     except MelensError:
         return None
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from melens.errors import InterventionError, MelensError, SiteError
+from melens.errors import InterventionError, MelensError, SiteError, SweepError
 from melens.protocols import JsonObject
-from melens.sweeping.cells import SweepCell, command_of
+from melens.sweeping.cells import SweepCell
 from melens.sweeping.work import CELLS, OUT
 
 EDITING = ("eval", "long-context")
@@ -23,14 +24,17 @@ class _ModelReachedError(Exception):
 
 def preflight(cells: Sequence[SweepCell], folder: Path) -> None:
     """Refuse models that are not there, settings that a command refuses, and masks that a family
-    refuses; no weights are read.
+    refuses; nothing is run. A named model is fetched and a ``.gguf`` converted, once for all cells.
 
     Raises:  MelensError: naming the cell.
     """  # noqa: D205
-    for model in dict.fromkeys(cell.argv[1] for cell in cells):
-        first = next(cell for cell in cells if cell.argv[1] == model)
-        with _named(first):
-            _require_model(model, first)
+    seen: set[tuple[str, object]] = set()
+    for cell in cells:
+        key = (cell.argv[1], cell.options.get("revision"))
+        if key not in seen:
+            seen.add(key)
+            with _named(cell):
+                _require_model(cell.argv[1], cell)
     for cell in cells:
         with _named(cell):
             _refuse_early(cell, folder / CELLS / cell.id / OUT)
@@ -44,18 +48,16 @@ def _named(cell: SweepCell) -> Iterator[None]:
     except MelensError as error:
         made = type(error)(f"{cell.title}: {error}")
         raise made from None
-
-
-def _params(cell: SweepCell) -> dict[str, Any]:
-    command = command_of(cell.command, cell.title)
-    return command.make_context("melens", list(cell.argv[1:])).params
+    except Exception as error:  # click's own, and what a library raises
+        said = getattr(error, "format_message", lambda: str(error))()
+        raise SweepError(f"{cell.title}: {said or type(error).__name__}") from None
 
 
 def _require_model(model: str, cell: SweepCell) -> None:
     from melens.models.loading import source_of
     from melens.models.resolve import asked
 
-    given = _params(cell)
+    given = cell.params()
     revision, trusted = given.get("revision"), bool(given.get("trust_remote_code"))
     source_of(asked(model, revision=revision), revision=revision, trust_remote_code=trusted)
 
@@ -66,7 +68,8 @@ def _refuse_early(cell: SweepCell, out: Path) -> None:
     from melens.cli.job import LOADER
     from melens.progress import one_command
 
-    if cell.command in ("scan", "reach", "finetune"):  # they load in their own way
+    # these load in ways of their own
+    if cell.command in ("scan", "reach", "finetune") or cell.params().get("stream"):
         return
 
     def reached(*_: Any, **__: Any) -> None:
@@ -89,7 +92,7 @@ def _require_takes_edit(cell: SweepCell) -> None:
 
     if cell.command not in EDITING:
         return
-    given = _params(cell)
+    given = cell.params()
     fields = EditOptions.__dataclass_fields__
     edit = edit_of(EditOptions(**{name: given[name] for name in fields}), cell.argv[1])
     config = _config_of(cell.argv[1], given.get("revision"))
@@ -111,7 +114,8 @@ def _config_of(model: str, revision: str | None) -> JsonObject:
     from melens.models.multimodal import language_config
     from melens.models.opening import open_checkpoint
 
-    return language_config(open_checkpoint(model, revision=revision).config)
+    with closing(open_checkpoint(model, revision=revision)) as files:
+        return language_config(files.config)
 
 
 def _mask_refusal(config: JsonObject) -> str:

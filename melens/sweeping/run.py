@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from melens.errors import OutputError, ResultError, SweepError
 from melens.formatting import brief
+from melens.progress import remark
 from melens.provenance import command_line, versions
 from melens.results.base import load_result
 from melens.results.sweep import CellRow, SweepReport
@@ -21,8 +22,8 @@ from melens.store import write_atomically
 from melens.store.disk import real_path
 from melens.sweeping.cells import SweepCell, cells_of
 from melens.sweeping.config import EngineConfig, SweepConfig, read_config
-from melens.sweeping.engines import Engine, engine_of, parts_of
-from melens.sweeping.gathering import RECORD
+from melens.sweeping.engines import SESSION, Engine, engine_of, parts_of
+from melens.sweeping.gathering import RECORD, read_sweep
 from melens.sweeping.planning import SweepPlan, plan_of
 from melens.sweeping.preflight import preflight
 from melens.sweeping.watching import watching
@@ -68,6 +69,7 @@ def sweep(
     asked = understood(config, out=out, engine=engine, workers=workers, address=address)
     _make(asked.folder)
     with _alone(asked.folder), engine_of(asked.config.engine, asked.folder) as ready:
+        _say_left_out(asked)
         record = _record(asked)
         preflight(_waiting(asked), asked.folder)
         write_atomically(asked.folder / RECORD, record([]).to_json())
@@ -120,12 +122,27 @@ def plan(config: Given, **beside: Any) -> SweepPlan:
 def _run(engine: Engine, asked: SweepJob, *, quiet: bool) -> None:
     how, waiting = asked.config.engine, _waiting(asked)
     session = uuid.uuid4().hex
+    write_atomically(asked.folder / SESSION, session)
     works = [
         Work.of(asked.folder, part, session=session, retries=how.retries)
         for part in parts_of(waiting, how.workers)
     ]
-    with watching(asked.folder, asked.cells, how.workers, session, quiet=quiet):
+    with watching(asked.folder, asked.cells, session, quiet=quiet):
         engine.run(works)
+
+
+def _say_left_out(asked: SweepJob) -> None:
+    """An earlier config's cells stay on disk, but are in no table any more."""
+    if not (asked.folder / RECORD).exists():
+        return
+    with contextlib.suppress(ResultError):
+        now = {cell.id for cell in asked.cells}
+        gone = [row for row in read_sweep(asked.folder).cells if row.cell not in now]
+        if gone:
+            remark(
+                f"note: {len(gone)} cells of the last config in {asked.folder} are not in this "
+                "one; their files stay, and they leave the tables."
+            )
 
 
 def _waiting(asked: SweepJob) -> list[SweepCell]:
@@ -170,7 +187,9 @@ def _alone(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
-    except (Timeout, OSError):
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror or error}.") from None
+    except Timeout:
         raise OutputError(
             f"another sweep is at work in {brief(str(folder), 80)}; wait for it, or choose another "
             "--out."

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melens.errors import OutputError
 from melens.protocols import JsonObject
 from melens.store import write_atomically
 
@@ -30,8 +28,9 @@ def keep_rows(folder: Path, cell: SweepCell, result: Result) -> None:
 
     Raises:  OutputError: it cannot be written.
     """
-    kind = result.schema_id.split("/")[1]
-    for table, rows in tables_of(result).items():
+    kind, tables = result.schema_id.split("/")[1], tables_of(result)
+    tables[SUMMARY] = tables.pop(SUMMARY)  # the last one: where it is, the others are
+    for table, rows in tables.items():
         path = folder / ROWS / f"kind={kind}" / f"table={table}" / f"{cell.id}.parquet"
         if made := [_with_axes(cell, kind, row) for row in rows]:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,13 +104,3 @@ def _column(values: list[Any]) -> Any:
     if len(kinds) > 1:
         return pa.array([None if value is None else str(value) for value in values])
     return pa.array(values)
-
-
-def forget_rows(folder: Path) -> None:
-    """Remove the Parquet folder, to write it again."""
-    try:
-        shutil.rmtree(folder / ROWS, ignore_errors=False)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(f"cannot remove {folder / ROWS}: {error.strerror}.") from None

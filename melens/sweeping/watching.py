@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -24,12 +25,10 @@ MOST = 12
 class Board:
     """The state of every cell, read from the sweep's folder: whoever runs them writes there."""
 
-    def __init__(
-        self, folder: Path, cells: Sequence[SweepCell], workers: int, session: str
-    ) -> None:
+    def __init__(self, folder: Path, cells: Sequence[SweepCell], session: str) -> None:
         """Look once: what is done already costs no time."""
-        self.folder, self.cells, self.workers = folder, cells, workers
-        self.session, self.start = session, time.monotonic()
+        self.folder, self.cells, self.session = folder, cells, session
+        self.start = time.monotonic()
         self.states = {cell.id: "waiting" for cell in cells}
         self.update()
         self.before = self.count("done")
@@ -87,13 +86,13 @@ def _time(seconds: float) -> str:
 
 @contextmanager
 def watching(
-    folder: Path, cells: Sequence[SweepCell], workers: int, session: str, *, quiet: bool = False
+    folder: Path, cells: Sequence[SweepCell], session: str, *, quiet: bool = False
 ) -> Iterator[None]:
     """Show the cells while they run, whatever runs them."""
     if quiet or sys.stderr is None or sys.stderr.closed:
         yield
         return
-    board, over = Board(folder, cells, workers, session), threading.Event()
+    board, over = Board(folder, cells, session), threading.Event()
     stream = sys.stderr  # cells have their own while they run
     live = _live(stream) if stream.isatty() else None
     beat = threading.Thread(target=_watch, args=(board, over, stream, live), daemon=True)
@@ -119,7 +118,7 @@ def _watch(board: Board, over: threading.Event, stream: Any, live: Any) -> None:
             _write(board, stream)
         _write(board, stream)
         return
-    with live:
+    with contextlib.suppress(OSError, ValueError), live:  # the terminal may go away
         last = False
         while not last:
             last = over.wait(EVERY)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from melens.errors import ResultError
+from melens.errors import COULD_NOT_RUN, OutputError, ResultError
 from melens.formatting import LAYOUT, printable
 from melens.protocols import JsonObject
 from melens.results.sweep import CellRow
@@ -24,7 +24,7 @@ from melens.store.disk import PAGE, read_text
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.tables import keep_rows
 
-CELLS, STATE, LOG, OUT = "cells", "cell.json", "log.txt", "out"
+CELLS, STATE, LOG, OUT, LOCK = "cells", "cell.json", "log.txt", "out", ".lock"
 """Names in a sweep's folder."""
 SIZES = ("batch_size", "batch_tokens")
 """Options that are halved where memory runs out."""
@@ -40,8 +40,6 @@ class Work:
     """The sweep that sent it: a worker lost in another one does not count here."""
     retries: int = 3
     threads: int | None = None
-    paths: tuple[str, ...] = ()
-    """Where the sender finds its modules."""
 
     @classmethod
     def of(cls, folder: Path, cells: Sequence[SweepCell], **how: Any) -> Work:
@@ -116,13 +114,43 @@ def _threads(count: int | None) -> Iterator[None]:
 def _run_once(folder: Path, cell: SweepCell, work: Work, models: LastModel) -> CellRow | None:
     """A cell that is neither done nor failed in this session."""
     home = folder / CELLS / cell.id
+    with _alone(home):
+        return _run_unless_done(folder, cell, work, models)
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One worker a cell: one that an earlier sweep left behind on another machine may be at it."""
+    from filelock import FileLock
+
+    home.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(home / LOCK)
+    try:
+        lock.acquire()
+    except OSError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run_unless_done(
+    folder: Path, cell: SweepCell, work: Work, models: LastModel
+) -> CellRow | None:
+    home = folder / CELLS / cell.id
     state = read_state(home)
     ours = state.get("session") == work.session
-    if state.get("status") == "done" or (ours and state.get("status") == "failed"):
+    before = row_of(home)
+    if before is not None and (before.status == "done" or ours):
         return None
     lost = int(state.get("begun", 0)) if ours else 0
     if lost > work.retries:
-        said = f"its worker was lost {lost} times; see {LOG}, and give it more memory."
+        said = (
+            f"its worker was lost {lost} times (out of memory, killed, or over a job's time "
+            f"limit); see {LOG}."
+        )
         return _end(home, _row(cell, "failed", error=said), work.session)
     _write_state(home, {"status": "running", "session": work.session, "begun": lost + 1})
     try:
@@ -142,13 +170,16 @@ def run_cell(folder: Path, cell: SweepCell, models: LastModel | None = None) -> 
     smaller = _halved(cell) if ended.out_of_memory else None
     if smaller is not None:
         if models is not None:
-            _free_memory()
+            models.forget()
+        _free_memory()
         words, note = smaller
         notes.append(f"out of memory; run again with {note}")
         ended, printed = _attempt([*words, *argv[len(cell.argv) :]], home / LOG)
     made: JsonObject = {"error": ended.error, "exit_code": ended.code}
     if not ended.error:
         made |= _kept_result(folder, cell, printed)
+    if ended.code == COULD_NOT_RUN and not made["error"]:
+        made["error"] = f"not run in full: {made.get('summary', '')}"
     return _row(
         cell,
         "failed" if made["error"] else "done",
@@ -160,7 +191,7 @@ def run_cell(folder: Path, cell: SweepCell, models: LastModel | None = None) -> 
 
 def _attempt(argv: list[str], log: Path) -> tuple[Any, str]:
     """How a command ended, and what it printed; notes and progress go to the log."""
-    from melens.cli.app import INTERRUPTED, attempt
+    from melens.cli.app import INTERRUPTED, Ended, attempt
 
     printed, typed = io.StringIO(), sys.argv
     with log.open("a", encoding="utf-8") as noted:
@@ -169,6 +200,8 @@ def _attempt(argv: list[str], log: Path) -> tuple[Any, str]:
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(noted):
                 ended = attempt(argv)
+        except (SystemExit, BrokenPipeError) as error:  # a library's, or a model's own code
+            ended = Ended(COULD_NOT_RUN, f"could not run ({type(error).__name__}: {error}).")
         finally:
             sys.argv = typed
         if ended.code == INTERRUPTED:
@@ -187,29 +220,36 @@ def _kept_result(folder: Path, cell: SweepCell, printed: str) -> JsonObject:
         if kind is None:
             raise ResultError("it printed no result.")
         result = kind.validated(printed)
-    except ResultError as error:
+        file = _file_of(folder / CELLS / cell.id, printed)
+        keep_rows(folder, cell, result)
+    except OutputError:
+        raise
+    except Exception as error:  # Parquet refuses what no column can hold
         return {"error": f"no result: {error}"}
-    file = _file_of(folder / CELLS / cell.id / OUT, printed)
-    keep_rows(folder, cell, result)
-    kept = None if file is None else str(file.relative_to(folder))
+    kept = str(file.relative_to(folder))
     return {"kind": kind.schema_id.split("/")[1], "summary": result.summary(), "result": kept}
 
 
-def _file_of(folder: Path, printed: str) -> Path | None:
-    """The file that holds what was printed."""
-    for path in sorted(folder.glob("*.json")):
+def _file_of(home: Path, printed: str) -> Path:
+    """The file that holds what was printed; where a command keeps it in none, one beside them."""
+    for path in sorted((home / OUT).glob("*.json")):
         if path.read_text("utf-8").strip() == printed.strip():
             return path
-    return None
+    return write_result(home / "result.json", printed)
+
+
+def write_result(path: Path, printed: str) -> Path:
+    """A result as it was printed."""
+    write_atomically(path, printed)
+    return path
 
 
 def _halved(cell: SweepCell) -> tuple[list[str], str] | None:
     """The command with half its batch, and what to say of it; None where it has none to halve."""
     from melens.sweeping.cells import command_of, options_of
 
-    command = command_of(cell.command, cell.title)
-    named = {param.name: param for param in options_of(command).values()}
-    given = command.make_context("melens", list(cell.argv[1:])).params
+    named = {p.name: p for p in options_of(command_of(cell.command, cell.title)).values()}
+    given = cell.params()
     words, said = list(cell.argv), []
     for name in SIZES:
         size = given.get(name)

@@ -94,8 +94,11 @@ def _in_a_process(config, out):
     """A sweep in a forked process, which has the libraries already."""
 
     def run():
+        import torch
+
         import melens
 
+        torch.set_num_threads(1)  # the parent's threads are not in a fork
         melens.sweep(config, out=out, quiet=True)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -259,7 +262,7 @@ def test_group_means_have_the_interval_over_rows(gathered):
     found = gather(out, "locate", "profile", where="layer = 3", columns=["max"], group_by=["model"])
     for _, row in found.iterrows():
         values = torch.tensor(frame[frame["model"] == row["model"]]["max"].tolist()).double()
-        assert row["rows"] == len(values) == 6
+        assert row["cells"] == len(values) == 6
         assert row["max"] == pytest.approx(float(values.mean()))
         if (interval := mean_interval(values)) is not None:
             assert (row["max_low"], row["max_high"]) == pytest.approx(interval)
@@ -270,13 +273,69 @@ def test_group_means_have_the_interval_over_rows(gathered):
     assert everything["me_layer"].tolist() == [3, 3]
 
 
-def test_a_damaged_table_is_made_again_of_the_json(gathered):
+def test_a_damaged_or_lost_table_is_made_again_of_the_json(gathered):
     from melens.sweeping import gather
 
     _, out = gathered
     before = summary(out, "locate")
-    next(out.glob("rows/kind=locate/table=summary/*.parquet")).write_bytes(b"PAR1")
+    some = sorted(out.glob("rows/kind=locate/table=summary/*.parquet"))
+    some[0].write_bytes(b"PAR1")
     assert gather(out, "locate").drop(columns=list(TIMED)).equals(before)
+    some[1].unlink()
+    assert gather(out, "locate").drop(columns=list(TIMED)).equals(before)
+
+
+def test_the_interval_is_over_cells_and_not_over_their_rows(tmp_path):
+    """By hand: six cells of three rows each, one cell without the number."""
+    import pandas as pd
+    import torch
+
+    from melens.intervals import mean_interval
+    from melens.sweeping.gathering import _grouped
+
+    values = [[1.0, 2, 3], [4, 5, 6], [2, 2, 2], [9, 9, 0], [7, 1, 1], [float("nan")] * 3]
+    rows = [{"cell": str(i), "model": "m", "x": x} for i, three in enumerate(values) for x in three]
+    found = _grouped(pd.DataFrame(rows), ["model"], [], {"model"}).iloc[0]
+    means = torch.tensor([sum(three) / 3 for three in values[:5]]).double()
+    assert (found["cells"], found["x_cells"]) == (6, 5)
+    assert found["x"] == pytest.approx(float(means.mean()))
+    assert (found["x_low"], found["x_high"]) == pytest.approx(mean_interval(means))
+
+
+def test_a_folder_whose_name_is_a_pattern(folders, tmp_path):
+    import melens
+    from melens.sweeping import gather
+
+    config = {"model": str(folders["llama"]), "run": [{"command": "scan", "reach": False}]}
+    out = tmp_path / "s[1]*"
+    melens.sweep(config, out=out, quiet=True)
+    assert gather(out, "scan")["me_layer"].tolist() == [3]
+
+
+def test_a_record_that_leads_outside_is_refused(gathered, tmp_path):
+    from melens.errors import ResultError
+    from melens.sweeping import read_sweep
+
+    made, _ = gathered
+    for name, value in (("cell", "../../x"), ("result", "/etc/passwd"), ("result", "../a.json")):
+        data = json.loads(made.to_json())
+        data["cells"][0][name] = value
+        (tmp_path / "sweep.json").write_text(json.dumps(data), "utf-8")
+        with pytest.raises(ResultError, match=name):
+            read_sweep(tmp_path)
+
+
+def test_a_check_that_did_not_run_in_full_is_no_done_cell(config, tmp_path, monkeypatch):
+    import melens
+
+    monkeypatch.setattr("melens.cli.commands.check.EXIT_CODES", dict.fromkeys(CODES, 3))
+    config["run"] = [{"command": "check", "budget": "quick", "n-seq": 2, "length": 16}]
+    row = melens.sweep(config, out=tmp_path, quiet=True).cells[0]
+    assert (row.status, row.exit_code, row.kind) == ("failed", 3, "check")
+    assert row.error.startswith("not run in full: ")
+
+
+CODES = ("pass", "findings", "incomplete")
 
 
 def test_what_is_not_there_is_named(gathered, tmp_path):
@@ -357,7 +416,7 @@ def test_a_cells_files_are_its_command_s_own(gathered):
     made, out = gathered
     row = made.cells[0]
     home = Path(out) / "cells" / row.cell
-    assert {path.name for path in home.iterdir()} == {"cell.json", "log.txt", "out"}
+    assert {path.name for path in home.iterdir()} == {".lock", "cell.json", "log.txt", "out"}
     assert [path.name for path in (home / "out").iterdir()] == ["locate.json"]  # no figures
     assert (home / "log.txt").read_text("utf-8").startswith(f"$ melens {' '.join(row.argv)}")
 
@@ -408,7 +467,7 @@ def test_the_live_table_counts_by_model(tmp_path, config, folders):
 
     config["model"] = [str(folder) for folder in folders.values()]
     cells = cells_of(read_config(config))
-    board = Board(tmp_path, cells, 1, "now")
+    board = Board(tmp_path, cells, "now")
     _write_state(tmp_path / CELLS / cells[0].id, {"status": "running", "session": "now"})
     _write_state(tmp_path / CELLS / cells[1].id, {"status": "running", "session": "earlier"})
     _write_state(tmp_path / CELLS / cells[2].id, {"status": "failed", "session": "now"})

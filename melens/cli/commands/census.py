@@ -50,7 +50,7 @@ def census(
     ] = None,
     texts: opt.TextOptions,
     out: opt.Output,
-    run: Annotated[opt.RunOptions, without("revision", "trust_remote_code")],
+    run: Annotated[opt.RunOptions, without("revision", "trust_remote_code", *opt.PLACED)],
 ) -> None:
     """Find the ME Layer of every model on this machine, and compare with the published record.
 

@@ -17,7 +17,7 @@ from melens.errors import ResultError
 from melens.progress import hush, is_quiet, remark
 
 FAILED = 3
-"""Exit code where a cell failed."""
+"""Exit code where a cell failed, or could not run."""
 
 
 class EngineKind(StrEnum):
@@ -92,7 +92,7 @@ def sweep(
         return
     made = run.sweep(config, **beside, quiet=is_quiet())
     output.show(made, as_json=as_json, folder=Path(made.folder))
-    if made.count("failed"):
+    if made.count("done") < len(made.cells):
         raise typer.Exit(FAILED)
 
 
@@ -168,14 +168,18 @@ def results(
     _obey(offline=False, quiet=quiet)
     from melens.sweeping import gathering
 
+    found = gathering.read_sweep(folder)
     if kind is None and len(kinds := gathering.kinds_of(folder)) != 1:
-        if where or group_by or columns or csv or latex or plot:
+        if kinds and (where or group_by or columns or csv or latex or plot):
             names = ", ".join([*kinds, gathering.CELLS_KIND])
             raise ResultError(f"{folder} holds several kinds of results; add --kind: {names}.")
-        _show_kinds(gathering.read_sweep(folder), kinds, as_json=as_json)
+        _show_kinds(found, kinds, as_json=as_json)
         return
     if plot is not None:
-        _plot(gathering.results_of(folder, kind), plot)
+        if group_by is not None:
+            raise ResultError("--plot draws cells, not group means; drop --group-by.")
+        wanted = set(gathering.gather(folder, kind, table, where=where)["cell"])
+        _plot([r for row, r in gathering.results_of(folder, kind) if row.cell in wanted], plot)
     frame = gathering.gather(
         folder, kind, table, columns=_names(columns), where=where, group_by=_names(group_by)
     )
@@ -193,10 +197,9 @@ def _show_kinds(found: Any, kinds: dict[str, list[str]], *, as_json: bool) -> No
         show_listings([Listing("\nTables, for --kind and --table:", rows)])
 
 
-def _plot(found: list[Any], path: Path) -> None:
+def _plot(results: list[Any], path: Path) -> None:
     from melens.figures import compare, save_figure
 
-    results = [result for _, result in found]
     if not results:
         raise ResultError("there is no finished cell of that kind to draw.")
     save_figure(results[0].plot() if len(results) == 1 else compare(results), path)
