@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from melens.exporting.subject import (
     transformers_of,
     vocabulary_of,
 )
-from melens.framing import frame_of, plain_ids
+from melens.framing import doubled_first, frame_of, plain_ids
 from melens.interventions.massive import massive_tokens, with_firsts
 from melens.protocols import AnyModel, KeyValueCache, Tokenizer, TransformersModel
 from melens.results import MELayer
@@ -231,7 +232,9 @@ def _read_prefix(folder: Path, facts: PrefixFacts) -> Prefix:
     return Prefix(facts.token_id, keys, values)
 
 
-def for_generate(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+def for_generate(
+    ids: Tensor, mask: Tensor | None = None, *, first_token: int | None = None
+) -> dict[str, Tensor]:
     """Inputs of ``generate`` beside a prefix: whole prompts, the first token before any padding.
 
     transformers leaves out as many columns as the cache holds; that column must be the first
@@ -239,6 +242,10 @@ def for_generate(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     sliding-window layers such a row is exact up to the window only, where padding counts.
 
     Args:    ids: ``[batch, pos]``, each row with its first token. mask: 0 or False at padding.
+             first_token: id that the prefix stands for (``read_edit(folder).prefix.token_id``):
+             rows that begin with another are refused; None = not looked at.
+    Raises:  PromptError: a row of one token, one that begins with its first token twice (the chat
+             template and the tokenizer both put BOS), or with another one than the prefix's.
     """
     mask = torch.ones_like(ids) if mask is None else mask.long()
     require_no_hole(mask)
@@ -246,15 +253,33 @@ def for_generate(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         raise PromptError("every row must hold its first token and at least one after it.")
     ids, mask = ids.clone(), mask.clone()
     at = mask.argmax(dim=-1)
+    _check_starts([row[n : n + 2].tolist() for row, n in zip(ids, at, strict=True)], first_token)
     rows = torch.arange(len(ids), device=ids.device)
     ids[rows, at], ids[:, 0] = ids[:, 0].clone(), ids[rows, at]
     mask[rows, at], mask[:, 0] = mask[:, 0].clone(), 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def for_call(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+def _check_starts(starts: Sequence[Sequence[int]], first_token: int | None) -> None:
+    """Refuse a second first token: the prefix stands for one, and the model would see the other."""
+    if (row := doubled_first(starts)) is not None:
+        raise PromptError(
+            f"row {row} begins with token {starts[row][0]} twice, and the prefix stands for one; "
+            "encode chat texts with add_special_tokens=False, or drop one."
+        )
+    wrong = [row for row, start in enumerate(starts) if first_token not in (None, start[0])]
+    if wrong:
+        raise PromptError(
+            f"row {wrong[0]} begins with token {starts[wrong[0]][0]}, the prefix stands for "
+            f"{first_token}; ids hold the whole prompt, its first token included."
+        )
+
+
+def for_call(
+    ids: Tensor, mask: Tensor | None = None, *, first_token: int | None = None
+) -> dict[str, Tensor]:
     """Inputs of the model itself beside a prefix: as :func:`for_generate`, without the token."""
-    made = for_generate(ids, mask)
+    made = for_generate(ids, mask, first_token=first_token)
     whole = made["attention_mask"]
     positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)
     return {

@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
+from melens.results.baked import Baked
 from melens.results.base import Part, Result, added_later
 from melens.results.locate import MELayer
 
@@ -152,6 +153,8 @@ class EditFile(Result):
     the first token."""
     probe: Probe
     prefix: PrefixFacts | None = None
+    baked: tuple[Baked, ...] = added_later(())
+    """Changes that the weights beside this file hold already, the oldest first."""
     files: tuple[str, ...] = ()
     """Names beside this file that the export wrote: all that a later one may replace."""
     run: RunInfo
@@ -161,6 +164,8 @@ class EditFile(Result):
         """Refuse what no export can have made."""
         if (self.prefix is None) != (self.format == "hf"):
             raise ValueError("prefix facts belong to the formats prefix and peft")
+        if self.baked and self.format != "hf":
+            raise ValueError("baked weights belong to the format hf")
         if len(self.probe.at) != len(self.probe.logits):
             raise ValueError("the probe must have one logit an entry")
         return self
@@ -177,6 +182,16 @@ class EditFile(Result):
     def summary(self) -> str:
         """One plain sentence."""
         start = f"{self.run.subject} with the edit {self.edit.label}"
+        if self.prefix is None and self.edit.name == "none" and self.baked:
+            last, earlier = self.baked[-1], len(self.baked) - 1
+            more = f" (after {earlier} earlier exports of this kind)" if earlier else ""
+            said = "; ".join(edit.label for edit in last.edits[:3])
+            rest = f"; and {len(last.edits) - 3} more" if len(last.edits) > 3 else ""
+            return (
+                f"{self.run.subject} with changed weights{more}: {said}{rest}. Logits moved by up "
+                f"to {last.logit_change:.2g}, and differ from the edits on the running model by at "
+                f"most {last.logit_difference:.1g}. Any engine that loads the folder has them."
+            )
         if self.prefix is None:
             return f"{start}, to be applied again by melens.load."
         if self.prefix.learned:
