@@ -86,7 +86,7 @@ def dense(norm, *, first):
         "neuron:0,3,-2.5": lambda b: ffn_ablate_neurons(b, 0, neurons=[3], factor=-2.5, **EVERY),
         "neuron:1,9": lambda b: ffn_ablate_neurons(b, 1, neurons=[9], **EVERY),
         f"gain:2,{norm},5,3": lambda b: norm_scale_dims(
-            b, 2, dims=[5], norm=norm, factor=3, **EVERY
+            b, 2, dims=[5], norm=norm, factor=3.0, **EVERY
         ),
     }
     if first:
