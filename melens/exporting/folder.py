@@ -18,6 +18,7 @@ from melens.exporting.prefix import (
     facts_of,
     fixed_first,
     row_of,
+    token_prefix,
     write_adapter,
     write_prefix,
 )
@@ -39,7 +40,7 @@ from melens.protocols import Loadable, Tokenizer, TransformersModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.baked import BAKED, Baked, baked_in
-from melens.results.edit import Edit, EditFile, Format, PrefixFacts
+from melens.results.edit import ChosenPrefix, Edit, EditFile, Format, PrefixFacts
 from melens.results.reading import HoldsMELayer, located_in
 from melens.store import write_folder
 
@@ -118,7 +119,7 @@ def export(  # noqa: PLR0913 (one call for three formats)
     format: str = "hf",
     out: str | Path,
     me_layer: HoldsMELayer | None = None,
-    first_token: str | int | None = None,
+    first_token: str | int | ChosenPrefix | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Save an edit so that it can be used elsewhere; the folder appears when it is whole.
@@ -132,7 +133,8 @@ def export(  # noqa: PLR0913 (one call for three formats)
              out: a new or empty folder, or an earlier export, which is replaced.
              me_layer: what ``melens.locate`` returned; None only where the edit names its layers.
              first_token: of prefix and peft, an id or a text of one token; None = what the
-             tokenizer puts first, or what the chat template starts with.
+             tokenizer puts first, or what the chat template starts with. Or what
+             :func:`melens.exporting.choose_prefix` returns, with the edit ``none``: its tokens.
              tokenizer: of a transformers model whose own folder has none.
     Raises:  InterventionError: an edit that this model or format cannot have. ResultError: an
              ``out`` that holds something else, or a ME Layer of other weights. PromptError: no one
@@ -158,14 +160,31 @@ def export(  # noqa: PLR0913 (one call for three formats)
         hf, tokenizer = plain_to_save(subject)
         record = record_of(subject, edit, found, "hf", baked=baked_in(hf.config))
         return place(target, lambda folder: write_model(hf, tokenizer, folder, record), record)
-    token = fixed_first(subject.tokenizer, first_token)
-    require_known([[token]], vocabulary_of(subject.hf))
-    prefix = constant_prefix(subject.runnable, edit, found, token)
-    facts = facts_of(
-        subject.hf, prefix, subject.tokenizer, difference(subject.runnable, edit, found, prefix)
-    )
+    prefix, facts = _prefix(subject, edit, found, first_token)
     record = record_of(subject, edit, found, kind, facts)
     return place(target, _writer(subject, prefix, kind), record)
+
+
+def _prefix(
+    subject: Subject,
+    edit: Edit,
+    found: MELayer | None,
+    first_token: str | int | ChosenPrefix | None,
+) -> tuple[Prefix, PrefixFacts]:
+    """Keys and values of the fixed first token under the edit, or of tokens that were searched."""
+    chosen = None
+    if isinstance(first_token, ChosenPrefix):
+        if edit.name != "none":
+            raise InterventionError("a searched prefix holds no edit; give Edit(name='none').")
+        chosen = first_token
+        require_known([chosen.token_ids], vocabulary_of(subject.hf))
+        prefix = token_prefix(subject.runnable, chosen.token_ids)
+    else:
+        token = fixed_first(subject.tokenizer, first_token)
+        require_known([[token]], vocabulary_of(subject.hf))
+        prefix = constant_prefix(subject.runnable, edit, found, token)
+    off = difference(subject.runnable, edit, found, prefix)
+    return prefix, facts_of(subject.hf, prefix, subject.tokenizer, off, chosen)
 
 
 def _writer(subject: Subject, prefix: Prefix, format: Format) -> Callable[[Path], None]:

@@ -119,6 +119,36 @@ class Probe(Part):
     dtype: str
 
 
+class ChosenPrefix(Part):
+    """Tokens put before every text, so that no later token turns massive; found by search.
+
+    Source: PrefixQuant, 2024 (arXiv 2410.05265).
+    """
+
+    token_ids: tuple[int, ...] = Field(min_length=1)
+    tokens: tuple[str, ...]
+    starts_texts: bool
+    """Whether the first of them is what the texts begin with (BOS): it then stands for theirs."""
+    tried: int
+    """Prefixes that were run."""
+    counted: int
+    """Tokens of the reference texts, those that the prefix stands for left out."""
+    massive_without: int
+    massive_with: int
+    """How many of them are massive without the prefix, and with it."""
+    loss_without: float
+    loss_with: float
+    """Nats a token, over every text's tokens after its first."""
+
+    def sentence(self) -> str:
+        """What it does, in words."""
+        return (
+            f"{self.massive_with} of {self.counted} tokens after the prefix are massive "
+            f"({self.massive_without} without it); loss {self.loss_with:.3f} nats per token "
+            f"({self.loss_without:.3f} without it)"
+        )
+
+
 class PrefixFacts(Part):
     """The first token whose keys and values were exported in its place."""
 
@@ -137,6 +167,8 @@ class PrefixFacts(Part):
     """Largest, on a few tokens, from the model with the edit and the token itself."""
     learned: bool = added_later(False)
     """Whether the column was trained: it is no edit of the token any more."""
+    chosen: ChosenPrefix | None = added_later(None)
+    """The tokens of a prefix that was searched; the first of them is ``token_id``."""
 
 
 class EditFile(Result):
@@ -194,6 +226,11 @@ class EditFile(Result):
             )
         if self.prefix is None:
             return f"{start}, to be applied again by melens.load."
+        if (chosen := self.prefix.chosen) is not None:
+            return (
+                f"{self.run.subject} with keys and values of {', '.join(map(repr, chosen.tokens))} "
+                f"before every text ({self.format}): {chosen.sentence()}."
+            )
         if self.prefix.learned:
             return (
                 f"{self.run.subject} with a learned key and value in place of the first token "

@@ -167,6 +167,20 @@ def _require_edited(rows: Sequence[JsonObject], edit: Edit) -> None:
     warnings.warn(said, EditWarning, stacklevel=3)
 
 
+def export_searched(job: Job, format: str, out: Path, most: int) -> Path:
+    """Write the keys and values of the tokens that a search puts before every text."""
+    from melens.exporting.folder import check_out, export
+    from melens.exporting.prefix_search import choose_prefix
+    from melens.results.edit import Edit
+
+    check_out(out)
+    loaded, texts = job.load()
+    found = job.locate(loaded, texts)
+    chosen = choose_prefix(loaded, texts, me_layer=found, most=most)
+    none = Edit(name="none")
+    return export(loaded, none, format=format, out=out, me_layer=found, first_token=chosen)
+
+
 def export_baked(model: str, run: opt.RunOptions, edits: Sequence[WeightEdit], out: Path) -> Path:
     """Write a model whose weights hold the edits."""
     from melens.exporting.bake import bake
@@ -178,24 +192,19 @@ def export_baked(model: str, run: opt.RunOptions, edits: Sequence[WeightEdit], o
     )
 
 
-def _weight_edits(
-    texts: Sequence[str], edit: opt.EditOptions, others: Mapping[str, object]
-) -> tuple[WeightEdit, ...]:
-    """What ``--bake`` says; it goes with no other edit.
+def _refuse_beside(
+    option: str, way_out: str, edit: opt.EditOptions, others: Mapping[str, object]
+) -> None:
+    """Refuse an edit, or another option, beside one that is an export of its own.
 
-    Raises:  InterventionError: another edit, or an option of one, beside it.
+    Raises:  InterventionError: naming it.
     """
-    from melens.results.baked import weight_edits
-
-    found = weight_edits(texts)
     given = {f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)}
     given |= others
     if named := [name for name, value in given.items() if value is not None]:
         raise InterventionError(
-            f"--bake changes the weights alone; drop --{named[0].replace('_', '-')}, or export "
-            "that edit of the baked folder."
+            f"{option} takes no other edit; drop --{named[0].replace('_', '-')}, or {way_out}."
         )
-    return found
 
 
 def prompts_of(given: Sequence[str] | None) -> list[str]:
@@ -357,6 +366,15 @@ def export(
             "it first, or what the chat template starts with)."
         ),
     ] = None,
+    search_prefix: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4,
+            help="For prefix and peft: no edit, but the fewest tokens, up to this many, after "
+            "which no token of the texts is massive. They are put before every text.",
+        ),
+    ] = None,
     texts: Annotated[opt.TextOptions, without("text", "lines", "prompt", "chat")],
     as_json: opt.Json = False,
     run: opt.SeededRun,
@@ -381,10 +399,21 @@ def export(
 
       melens export smollm2-135m --format prefix --located runs/demo/locate.json -o runs/prefix
     """
+    beside: dict[str, object] = {"first_token": first_token, "bake": bake}
+    if search_prefix is not None:
+        beside["format"] = format if format is ExportFormat.hf else None
+        _refuse_beside("--search-prefix", "use --format prefix or peft", edit, beside)
+        searched = Job.of(model, run, edits=True, texts=texts, located=located)
+        made = export_searched(searched, format.value, out, search_prefix)
+        show_export(made, as_json=as_json)
+        return
     if bake is not None:
-        beside = {"located": located, "first_token": first_token}
+        from melens.results.baked import weight_edits
+
+        edits = weight_edits(bake)
+        beside |= {"located": located, "bake": None}
         beside["format"] = None if format is ExportFormat.hf else format
-        edits = _weight_edits(bake, edit, beside)
+        _refuse_beside("--bake", "export that edit of the baked folder", edit, beside)
         show_export(export_baked(model, run, edits, out), as_json=as_json)
         return
     job = EditJob.of(model, run, edit, texts=texts, located=located)
