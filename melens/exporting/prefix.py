@@ -26,6 +26,7 @@ from melens.exporting.subject import (
 )
 from melens.framing import doubled_first, frame_of, plain_ids
 from melens.interventions.massive import massive_tokens, with_firsts
+from melens.progress import say_once
 from melens.protocols import AnyModel, KeyValueCache, Tokenizer, TransformersModel
 from melens.results import MELayer
 from melens.results.edit import ChosenPrefix, Edit, PrefixFacts
@@ -252,6 +253,11 @@ def load_prefix(folder: str | Path, model: AnyModel, *, batch: int = 1) -> KeyVa
     if batch < 1:
         raise ResultError(f"batch must be at least 1, got {batch}.")
     check_probe(hf, record.probe, name=str(folder))
+    if record.prefix.chosen is not None:
+        say_once(
+            f"{folder} holds tokens that are put before every text: give "
+            "prefix=read_edit(folder).prefix to for_generate and for_call, or prompts lose tokens."
+        )
     return _read_prefix(folder, record.prefix).cache(hf, batch)
 
 

@@ -20,6 +20,7 @@ from melens.exporting import (
     load_prefix,
     read_edit,
 )
+from melens.exporting.prefix_search import _searched, _Texts
 from melens.interventions.massive import massive_tokens
 from melens.locating import locate
 from melens.models import load
@@ -98,6 +99,31 @@ def test_texts_without_a_common_start_are_kept_whole(newline):
     ((token,),) = [chosen.token_ids]
     moved = torch.cat([torch.full((6, 1), token), rows], dim=1)
     assert chosen.massive_with == count(bridge, me_layer, moved, 1)
+
+
+MASSIVE = {(1,): 4, (2,): 2, (1, 2): 0, (2, 1): 0}
+LOSS = {(1, 2): 3.0, (2, 1): 2.0}
+
+
+class Table(_Texts):
+    """What prefixes leave massive, and their loss, without a model."""
+
+    def __init__(self):
+        """Nothing to run."""
+
+    def massive(self, tokens):
+        return MASSIVE[tokens]
+
+    def loss(self, tokens):
+        return LOSS[tokens]
+
+
+def test_fewest_tokens_then_the_lowest_loss_then_the_fewest_massive():
+    def prefixes(size):
+        return (tokens for tokens in MASSIVE if len(tokens) == size)
+
+    assert _searched(Table(), prefixes, 2) == (2, 1)
+    assert _searched(Table(), prefixes, 1) == (2,)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
