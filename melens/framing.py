@@ -146,6 +146,11 @@ def bos_first(tokenizer: Tokenizer | None, rows: Sequence[Sequence[int]]) -> boo
     return found.pop() if len(found) == 1 else None
 
 
+def doubled_first(rows: Sequence[Sequence[int]]) -> int | None:
+    """The first of the rows that begins with one token twice; None where none does."""
+    return next((n for n, row in enumerate(rows) if len(row) > 1 and row[0] == row[1]), None)
+
+
 def known_ids(tokenizer: Tokenizer | None, size: int) -> list[int]:
     """The ids that stand for something: embeddings often have rows that no token has.
 

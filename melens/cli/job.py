@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from melens.cli import output
-from melens.cli.options import OutputOptions, RunOptions, TextOptions
+from melens.cli.options import OutputOptions, RunOptions, TextOptions, has_edit
 from melens.errors import ModelError, ResultError
 from melens.progress import Display, progress_on
 from melens.protocols import HookedModel
@@ -55,7 +55,7 @@ class Job:
         job = cls(model, run, **options)
         texts = job.texts
         job.source = output.source(texts.text, texts.prompt, lines=texts.lines)
-        if not edits and (Path(model).expanduser() / "melens.json").is_file():
+        if not edits and has_edit(model):
             output.note(f"{model} has a melens.json; its edit is not applied here.")
         output.refuse_unwritable(job.out)
         return job

@@ -341,6 +341,15 @@ def edit_beside(model: str | Path | None) -> Edit | None:
     return read_edit_file(path) if path is not None and path.is_file() else None
 
 
+def has_edit(model: str | Path) -> bool:
+    """Whether a melens.json beside a model's weights names an edit, or cannot be read."""
+    try:
+        found = edit_beside(model)
+    except ResultError:
+        return True
+    return found is not None and found.name != "none"
+
+
 def read_edit_file(path: Path) -> Edit:
     """The edit that a JSON file names under "edit".
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import get_args
 
 from melens.errors import InterventionError, OutputError, ResultError
 from melens.exporting.prefix import (
+    FIRST_ONLY,
     Prefix,
     check_like_peft,
     constant_prefix,
@@ -16,6 +18,7 @@ from melens.exporting.prefix import (
     facts_of,
     fixed_first,
     row_of,
+    token_prefix,
     write_adapter,
     write_prefix,
 )
@@ -36,21 +39,26 @@ from melens.framing import require_known
 from melens.protocols import Loadable, Tokenizer, TransformersModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
-from melens.results.edit import Edit, EditFile, Format, PrefixFacts
+from melens.results.baked import BAKED, Baked, baked_in
+from melens.results.edit import ChosenPrefix, Edit, EditFile, Format, PrefixFacts
 from melens.results.reading import HoldsMELayer, located_in
 from melens.store import write_folder
 
 README = "README.md"
+CONFIG, NOT_APPLIED = "config.json", "melens_edit"
+"""The field of config.json that says of an edit that the weights do not hold it."""
 WARNING = (
-    "loaded by transformers, vLLM or anything but melens, this folder is the model WITHOUT the "
-    "edit, and nothing says so"
+    "loaded by transformers, vLLM or anything but melens, this folder is the model WITHOUT the edit"
 )
 _TEXT = """# {model}, with an edit kept beside it
 
 **{warning}.** The weights here are those of `{model}`, unchanged. The edit
-(`{edit}`) is in `melens.json`; it acts while the model runs.
+(`{edit}`) is in `melens.json`; it acts while the model runs, on massive tokens alone, so no weight
+can hold it. `config.json` says `"melens_edit": {{"applied": false, ...}}`.
 
-This loads the model with its edit, in force on every forward pass and in `generate`:
+## What works
+
+1. `melens.load`: the edit is in force on every forward pass and in `generate`:
 
 ```python
 import melens
@@ -65,18 +73,43 @@ On the command line, side by side with the model that is not edited:
 melens generate PATH-OF-THIS-FOLDER --prompt "Once upon a time"
 ```
 
-For use without melens export the same edit again as `--format prefix` or `--format peft`: with a
-fixed first token these hold what the mask does to it.
+{constant}
+"""
+_CONSTANT = """2. A prefix: with a fixed first token the edit is a constant key and value of it.
+   `melens export MODEL --format prefix ... -o DIR`, then in transformers
+   `hf.generate(**for_generate(ids, mask), past_key_values=load_prefix(DIR, hf))`
+   (both of `melens.exporting`).
+3. A PEFT adapter, which needs no melens: `melens export MODEL --format peft ... -o DIR`, then
+   `peft.PeftModel.from_pretrained(hf, DIR)`, and the first token left out of the input."""
+_NEVER = """`--format prefix` and `--format peft` cannot hold `{name}`: it is no constant change of
+one token's key and value."""
+_BAKED = """# {model}, with changed weights
+
+The weights here are not those of `{model}`: whatever loads this folder has the changes. They act at
+every token. `config.json` keeps them under `melens_baked`, `melens.json` as well.
+
+{rows}
 """
 
 
-def readme(record: EditFile) -> str:
-    """The text for one export."""
-    warning = WARNING[:1].upper() + WARNING[1:]
+def readme(record: EditFile) -> str | None:
+    """The text for one export; None where the folder is the model and nothing else."""
     model, edit = (
         clipped(text).replace("`", "'") for text in (record.run.model, record.edit.label)
     )
-    return _TEXT.format(model=model, edit=edit, warning=warning)
+    if record.edit.name != "none":
+        warning = WARNING[:1].upper() + WARNING[1:]
+        name = record.edit.name
+        constant = _CONSTANT if name in FIRST_ONLY else _NEVER.format(name=name)
+        return _TEXT.format(model=model, edit=edit, warning=warning, constant=constant)
+    if not record.baked:
+        return None
+    rows = [
+        f"- {clipped(change.label)} (on {clipped(made.model)}, weights {clipped(made.weights)})"
+        for made in record.baked
+        for change in made.edits
+    ]
+    return _BAKED.format(model=model, rows="\n".join(rows).replace("`", "'"))
 
 
 def export(  # noqa: PLR0913 (one call for three formats)
@@ -86,7 +119,7 @@ def export(  # noqa: PLR0913 (one call for three formats)
     format: str = "hf",
     out: str | Path,
     me_layer: HoldsMELayer | None = None,
-    first_token: str | int | None = None,
+    first_token: str | int | ChosenPrefix | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Save an edit so that it can be used elsewhere; the folder appears when it is whole.
@@ -100,7 +133,8 @@ def export(  # noqa: PLR0913 (one call for three formats)
              out: a new or empty folder, or an earlier export, which is replaced.
              me_layer: what ``melens.locate`` returned; None only where the edit names its layers.
              first_token: of prefix and peft, an id or a text of one token; None = what the
-             tokenizer puts first, or what the chat template starts with.
+             tokenizer puts first, or what the chat template starts with. Or what
+             :func:`melens.exporting.choose_prefix` returns, with the edit ``none``: its tokens.
              tokenizer: of a transformers model whose own folder has none.
     Raises:  InterventionError: an edit that this model or format cannot have. ResultError: an
              ``out`` that holds something else, or a ME Layer of other weights. PromptError: no one
@@ -124,16 +158,33 @@ def export(  # noqa: PLR0913 (one call for three formats)
     check_edit(subject.runnable, edit, found)
     if kind == "hf":
         hf, tokenizer = plain_to_save(subject)
-        record = _record(subject, edit, found, "hf")
-        return _place(target, lambda folder: _write_model(hf, tokenizer, folder), record)
-    token = fixed_first(subject.tokenizer, first_token)
-    require_known([[token]], vocabulary_of(subject.hf))
-    prefix = constant_prefix(subject.runnable, edit, found, token)
-    facts = facts_of(
-        subject.hf, prefix, subject.tokenizer, difference(subject.runnable, edit, found, prefix)
-    )
-    record = _record(subject, edit, found, kind, facts)
-    return _place(target, _writer(subject, prefix, kind), record)
+        record = record_of(subject, edit, found, "hf", baked=baked_in(hf.config))
+        return place(target, lambda folder: write_model(hf, tokenizer, folder, record), record)
+    prefix, facts = _prefix(subject, edit, found, first_token)
+    record = record_of(subject, edit, found, kind, facts)
+    return place(target, _writer(subject, prefix, kind), record)
+
+
+def _prefix(
+    subject: Subject,
+    edit: Edit,
+    found: MELayer | None,
+    first_token: str | int | ChosenPrefix | None,
+) -> tuple[Prefix, PrefixFacts]:
+    """Keys and values of the fixed first token under the edit, or of tokens that were searched."""
+    chosen = None
+    if isinstance(first_token, ChosenPrefix):
+        if edit.name != "none":
+            raise InterventionError("a searched prefix holds no edit; give Edit(name='none').")
+        chosen = first_token
+        require_known([chosen.token_ids], vocabulary_of(subject.hf))
+        prefix = token_prefix(subject.runnable, chosen.token_ids)
+    else:
+        token = fixed_first(subject.tokenizer, first_token)
+        require_known([[token]], vocabulary_of(subject.hf))
+        prefix = constant_prefix(subject.runnable, edit, found, token)
+    off = difference(subject.runnable, edit, found, prefix)
+    return prefix, facts_of(subject.hf, prefix, subject.tokenizer, off, chosen)
 
 
 def _writer(subject: Subject, prefix: Prefix, format: Format) -> Callable[[Path], None]:
@@ -145,18 +196,35 @@ def _writer(subject: Subject, prefix: Prefix, format: Format) -> Callable[[Path]
     return lambda folder: write_adapter(prefix, folder, base=base, revision=revision)
 
 
-def _write_model(hf: TransformersModel, tokenizer: Tokenizer, folder: Path) -> None:
+def write_model(
+    hf: TransformersModel, tokenizer: Tokenizer, folder: Path, record: EditFile
+) -> None:
+    """A model folder, whose config says what its weights hold of the record, and what not."""
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    path = folder / CONFIG
+    config = json.loads(path.read_text("utf-8"))
+    for name in (NOT_APPLIED, BAKED):  # of an earlier export
+        config.pop(name, None)
+    if record.edit.name != "none":
+        note = f"{WARNING}; see README.md"
+        shown = {"name": record.edit.name, "label": record.edit.label}
+        config[NOT_APPLIED] = {**shown, "applied": False, "note": note}
+    if record.baked:
+        config[BAKED] = [made.model_dump(mode="json") for made in record.baked]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _record(
+def record_of(
     subject: Subject,
     edit: Edit,
     me_layer: MELayer | None,
     format: Format,
     prefix: PrefixFacts | None = None,
+    *,
+    baked: tuple[Baked, ...] = (),
 ) -> EditFile:
+    """What melens.json says of an export, its files left out."""
     facts = ModelFacts(
         name=subject.origin.name,
         revision=subject.origin.revision,
@@ -171,6 +239,7 @@ def _record(
         me_layer=me_layer,
         probe=probe_of(subject.hf),
         prefix=prefix,
+        baked=baked,
         run=run,
     )
 
@@ -207,14 +276,14 @@ def _not_exported(folder: Path) -> str | None:
     return next((name for name in here if name not in known), None)
 
 
-def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Path:
+def place(target: Path, write: Callable[[Path], None], record: EditFile) -> Path:
     """Write beside the target and move into place; what was there stays until then."""
     from safetensors import SafetensorError
 
     def fill(part: Path) -> None:
         write(part)
-        if record.format == "hf" and record.edit.name != "none":
-            (part / README).write_text(readme(record), "utf-8")
+        if record.format == "hf" and (text := readme(record)) is not None:
+            (part / README).write_text(text, "utf-8")
         files = tuple(sorted(path.name for path in part.iterdir()))
         write_edit(record.model_copy(update={"files": files}), part)
 
@@ -224,4 +293,4 @@ def _place(target: Path, write: Callable[[Path], None], record: EditFile) -> Pat
         raise OutputError(f"cannot write {target}: {str(error)[:160]}.") from None
 
 
-__all__ = ["MELENS_JSON", "check_out", "export"]
+__all__ = ["MELENS_JSON", "check_out", "export", "place", "record_of", "write_model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from melens.exporting.subject import (
     transformers_of,
     vocabulary_of,
 )
-from melens.framing import frame_of, plain_ids
+from melens.framing import doubled_first, frame_of, plain_ids
 from melens.interventions.massive import massive_tokens, with_firsts
 from melens.models.decoder import decoder_of
 from melens.placement import device_of, input_device
+from melens.progress import say_once
 from melens.protocols import AnyModel, KeyValueCache, Tokenizer, TransformersModel
 from melens.results import MELayer
-from melens.results.edit import Edit, PrefixFacts
+from melens.results.edit import ChosenPrefix, Edit, PrefixFacts
 from melens.token_ids import require_no_hole
 
 PREFIX_FILE = "prefix.safetensors"
@@ -44,12 +46,19 @@ SAY_WHICH = "say which token your inputs start with: first_token= (--first-token
 
 @dataclass
 class Prefix:
-    """Keys and values of one first token, layer by layer."""
+    """Keys and values of one first token, or of several, layer by layer."""
 
     token_id: int
-    keys: list[Float[Tensor, "_ 1 _"]]
-    """``[kv_heads, 1, head_dim]``."""
-    values: list[Float[Tensor, "_ 1 _"]]
+    keys: list[Float[Tensor, "_ _ _"]]
+    """``[kv_heads, token, head_dim]``."""
+    values: list[Float[Tensor, "_ _ _"]]
+    later: tuple[int, ...] = ()
+    """Token ids after the first."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All its tokens."""
+        return (self.token_id, *self.later)
 
     def cache(self, hf: TransformersModel, batch: int) -> KeyValueCache:
         """A fresh transformers cache that holds it, of the model's dtype and device."""
@@ -75,9 +84,24 @@ def constant_prefix(model: AnyModel, edit: Edit, me_layer: MELayer | None, token
     hf = transformers_of(model)
     _check_constant(hf, edit, me_layer, token_id)
     me_layer = me_layer and with_firsts(hf, me_layer, [token_id])
-    ids = torch.tensor([[token_id]], device=input_device(hf))
     with applied(model, edit, me_layer):
-        cache = getattr(hf(ids, use_cache=True), "past_key_values", None)
+        return _kept(hf, (token_id,))
+
+
+@torch.no_grad()
+def token_prefix(model: AnyModel, ids: Sequence[int]) -> Prefix:
+    """Keys and values of tokens as the model makes them, at positions 0, 1, ...
+
+    Raises:  InterventionError: the model keeps more of a token than keys and values.
+    """
+    hf = transformers_of(model)
+    _check_kinds(hf)
+    return _kept(hf, ids)
+
+
+def _kept(hf: TransformersModel, tokens: Sequence[int]) -> Prefix:
+    ids = torch.tensor([list(tokens)], device=input_device(hf))
+    cache = getattr(hf(ids, use_cache=True), "past_key_values", None)
     if (layers := getattr(cache, "layers", None)) is None:
         raise InterventionError(
             f"{type(hf).__name__} keeps no keys and values of a token, so a prefix cannot hold it; "
@@ -89,7 +113,8 @@ def constant_prefix(model: AnyModel, edit: Edit, me_layer: MELayer | None, token
             "use format='hf' (--format hf)."
         )
     pairs = [(layer.keys[0].detach().cpu(), layer.values[0].detach().cpu()) for layer in layers]
-    return Prefix(token_id, [key.clone() for key, _ in pairs], [val.clone() for _, val in pairs])
+    keys, values = [key.clone() for key, _ in pairs], [value.clone() for _, value in pairs]
+    return Prefix(tokens[0], keys, values, tuple(tokens[1:]))
 
 
 def _check_constant(
@@ -104,14 +129,7 @@ def _check_constant(
             f"{edit.name} {why}, so it is no constant prefix; use format='hf' (--format hf), or "
             "another edit."
         )
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
-    kinds, _ = get_layer_types_and_kwargs(hf.config.get_text_config(decoder=True))
-    if other := sorted(set(kinds) - set(ATTENDING)):
-        raise InterventionError(
-            f"{type(hf).__name__} has layers of {', '.join(other)}, whose state is not keys and "
-            "values, so a prefix cannot hold it; use format='hf' (--format hf)."
-        )
+    _check_kinds(hf)
     if me_layer is None or edit.name == "none":
         return
     later = [t for t in me_layer.massive if t.position > 0 and t.dim == me_layer.massive[0].dim]
@@ -129,6 +147,17 @@ def _check_constant(
         )
 
 
+def _check_kinds(hf: TransformersModel) -> None:
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds, _ = get_layer_types_and_kwargs(hf.config.get_text_config(decoder=True))
+    if other := sorted(set(kinds) - set(ATTENDING)):
+        raise InterventionError(
+            f"{type(hf).__name__} has layers of {', '.join(other)}, whose state is not keys and "
+            "values, so a prefix cannot hold it; use format='hf' (--format hf)."
+        )
+
+
 @torch.no_grad()
 def difference(model: AnyModel, edit: Edit, me_layer: MELayer | None, prefix: Prefix) -> float:
     """Largest difference of logits between edit and prefix on a few tokens.
@@ -136,9 +165,10 @@ def difference(model: AnyModel, edit: Edit, me_layer: MELayer | None, prefix: Pr
     Raises:  InterventionError: more than float32 explains; this model needs more than a prefix.
     """
     hf = transformers_of(model)
-    me_layer = me_layer and with_firsts(hf, me_layer, [prefix.token_id])
+    if edit.name != "none":
+        me_layer = me_layer and with_firsts(hf, me_layer, [prefix.token_id])
     with applied(model, edit, me_layer):
-        wanted = hf(_few(hf, prefix), use_cache=False).logits[:, 1:].float()
+        wanted = hf(_few(hf, prefix), use_cache=False).logits[:, len(prefix.ids) :].float()
     off, scale = _off(hf, prefix, wanted), float(wanted.abs().max())
     if dtype_of(hf) == "float32" and not off <= CLOSE * max(scale, 1.0):
         raise InterventionError(
@@ -151,21 +181,29 @@ def difference(model: AnyModel, edit: Edit, me_layer: MELayer | None, prefix: Pr
 @torch.no_grad()
 def change(hf: TransformersModel, prefix: Prefix) -> float:
     """Largest difference of logits between a prefix and the token itself, on a few tokens."""
-    return _off(hf, prefix, hf(_few(hf, prefix), use_cache=False).logits[:, 1:].float())
+    return _off(
+        hf, prefix, hf(_few(hf, prefix), use_cache=False).logits[:, len(prefix.ids) :].float()
+    )
 
 
 def _few(hf: TransformersModel, prefix: Prefix) -> Tensor:
     rest = spread(vocabulary_of(hf), CHECKED)
-    return torch.tensor([[prefix.token_id, *rest]], device=input_device(hf))
+    return torch.tensor([[*prefix.ids, *rest]], device=input_device(hf))
 
 
 def _off(hf: TransformersModel, prefix: Prefix, wanted: Tensor) -> float:
-    found = hf(_few(hf, prefix)[:, 1:], past_key_values=prefix.cache(hf, 1)).logits.float()
+    found = hf(
+        _few(hf, prefix)[:, len(prefix.ids) :], past_key_values=prefix.cache(hf, 1)
+    ).logits.float()
     return float((found - wanted).abs().max())
 
 
 def facts_of(
-    hf: TransformersModel, prefix: Prefix, tokenizer: Tokenizer, logit_difference: float
+    hf: TransformersModel,
+    prefix: Prefix,
+    tokenizer: Tokenizer,
+    logit_difference: float,
+    chosen: ChosenPrefix | None = None,
 ) -> PrefixFacts:
     """What to know of a prefix before using it."""
     shapes = {tuple(key.shape) for key in prefix.keys}
@@ -184,11 +222,12 @@ def facts_of(
         dtype=str(prefix.keys[0].dtype).removeprefix("torch."),
         sliding_window=window if slides else None,
         logit_difference=logit_difference,
+        chosen=chosen,
     )
 
 
 def write_prefix(prefix: Prefix, folder: Path) -> None:
-    """``layer.i.key`` and ``layer.i.value``, ``[kv_heads, 1, head_dim]``, in one file."""
+    """``layer.i.key`` and ``layer.i.value``, ``[kv_heads, token, head_dim]``, in one file."""
     from safetensors.torch import save_file
 
     named = {f"layer.{i}.key": key.contiguous() for i, key in enumerate(prefix.keys)}
@@ -217,6 +256,11 @@ def load_prefix(folder: str | Path, model: AnyModel, *, batch: int = 1) -> KeyVa
     if batch < 1:
         raise ResultError(f"batch must be at least 1, got {batch}.")
     check_probe(hf, record.probe, name=str(folder))
+    if record.prefix.chosen is not None:
+        say_once(
+            f"{folder} holds tokens that are put before every text: give "
+            "prefix=read_edit(folder).prefix to for_generate and for_call, or prompts lose tokens."
+        )
     return _read_prefix(folder, record.prefix).cache(hf, batch)
 
 
@@ -231,39 +275,84 @@ def _read_prefix(folder: Path, facts: PrefixFacts) -> Prefix:
         values = [named[f"layer.{i}.value"] for i in range(facts.layers)]
     except (OSError, SafetensorError, KeyError) as error:
         raise ResultError(f"cannot read {path}: {str(error)[:120]}; export it again.") from None
-    return Prefix(facts.token_id, keys, values)
+    later = facts.chosen.token_ids[1:] if facts.chosen else ()
+    return Prefix(facts.token_id, keys, values, later)
 
 
-def for_generate(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Inputs of ``generate`` beside a prefix: whole prompts, the first token before any padding.
+def for_generate(
+    ids: Tensor, mask: Tensor | None = None, *, prefix: PrefixFacts | None = None
+) -> dict[str, Tensor]:
+    """Inputs of ``generate`` beside a prefix: whole prompts, the prefix before any padding.
 
-    transformers leaves out as many columns as the cache holds; that column must be the first
-    token's, so that a left-padded row gets its padding after it. Positions are unchanged. In
-    sliding-window layers such a row is exact up to the window only, where padding counts.
+    transformers leaves out as many columns as the cache holds; these must be the prefix's, so that
+    a left-padded row gets its padding after them. Positions are those of the prompt with the prefix
+    before it. In sliding-window layers such a row is exact up to the window only, where padding
+    counts.
 
     Args:    ids: ``[batch, pos]``, each row with its first token. mask: 0 or False at padding.
+             prefix: ``read_edit(folder).prefix``; rows are then checked against it. A prefix that
+             was searched needs it: its tokens are put before each row, in the output too.
+    Raises:  PromptError: a row without a token after the prefix, one that begins with the prefix's
+             first token twice (chat template and tokenizer both put BOS), or with another.
     """
     mask = torch.ones_like(ids) if mask is None else mask.long()
     require_no_hole(mask)
-    if not (mask.sum(dim=-1) > 1).all():
+    chosen = prefix.chosen if prefix is not None else None
+    stands = chosen is None or chosen.starts_texts
+    if not (mask.sum(dim=-1) > stands).all():
         raise PromptError("every row must hold its first token and at least one after it.")
-    ids, mask = ids.clone(), mask.clone()
     at = mask.argmax(dim=-1)
-    rows = torch.arange(len(ids), device=ids.device)
-    ids[rows, at], ids[:, 0] = ids[:, 0].clone(), ids[rows, at]
-    mask[rows, at], mask[:, 0] = mask[:, 0].clone(), 1
-    return {"input_ids": ids, "attention_mask": mask}
+    starts = [row[n : n + 2].tolist() for row, n in zip(ids, at, strict=True)]
+    _check_starts(starts, prefix)
+    rows, columns = torch.arange(len(ids), device=ids.device), torch.arange(ids.shape[1])
+    front = ids[rows, at][:, None]
+    if chosen is not None:
+        front = torch.tensor([chosen.token_ids], device=ids.device).repeat(len(ids), 1)
+    if stands:
+        rest = columns.to(ids.device) != at[:, None]
+        ids, mask = ids[rest].view(len(ids), -1), mask[rest].view(len(ids), -1)
+    return {
+        "input_ids": torch.cat([front, ids], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(front), mask], dim=1),
+    }
 
 
-def for_call(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Inputs of the model itself beside a prefix: as :func:`for_generate`, without the token."""
-    made = for_generate(ids, mask)
+def _check_starts(starts: Sequence[Sequence[int]], prefix: PrefixFacts | None) -> None:
+    """Refuse a second first token: the prefix holds one, and the model would see the other."""
+    if (row := doubled_first(starts)) is not None:
+        raise PromptError(
+            f"row {row} begins with token {starts[row][0]} twice, and the prefix stands for one; "
+            "encode chat texts with add_special_tokens=False, or drop one."
+        )
+    if prefix is None:
+        return
+    stands = prefix.chosen is None or prefix.chosen.starts_texts
+    same = [start[0] == prefix.token_id for start in starts]
+    if stands and not all(same):
+        row = same.index(False)
+        raise PromptError(
+            f"row {row} begins with token {starts[row][0]}, the prefix stands for "
+            f"{prefix.token_id}; ids hold the whole prompt, its first token included."
+        )
+    if not stands and any(same):
+        raise PromptError(
+            f"row {same.index(True)} begins with token {prefix.token_id}, which the prefix begins "
+            "with too; leave it out of ids."
+        )
+
+
+def for_call(
+    ids: Tensor, mask: Tensor | None = None, *, prefix: PrefixFacts | None = None
+) -> dict[str, Tensor]:
+    """Inputs of the model itself beside a prefix: as :func:`for_generate`, without its tokens."""
+    made = for_generate(ids, mask, prefix=prefix)
+    held = len(prefix.chosen.token_ids) if prefix is not None and prefix.chosen else 1
     whole = made["attention_mask"]
     positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)
     return {
-        "input_ids": made["input_ids"][:, 1:],
+        "input_ids": made["input_ids"][:, held:],
         "attention_mask": whole,
-        "position_ids": positions[:, 1:],
+        "position_ids": positions[:, held:],
     }
 
 
@@ -316,8 +405,8 @@ def _asked_for(tokenizer: Tokenizer, first_token: str | int) -> int:
 CONFIG, WEIGHTS, ROW = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
 
-def row_of(prefix: Prefix) -> Float[Tensor, "1 row"]:
-    """The embedding of the one virtual token.
+def row_of(prefix: Prefix) -> Float[Tensor, "token row"]:
+    """The embeddings of its virtual tokens.
 
     Raises:  InterventionError: layers, or keys and values, of different shapes.
     """
@@ -329,7 +418,8 @@ def row_of(prefix: Prefix) -> Float[Tensor, "1 row"]:
             "use format='prefix' (--format prefix)."
         )
     pairs = zip(prefix.keys, prefix.values, strict=True)
-    return torch.cat([torch.cat([key.flatten(), value.flatten()]) for key, value in pairs])[None]
+    parts = [part.transpose(0, 1).flatten(1) for pair in pairs for part in pair]
+    return torch.cat(parts, dim=1)
 
 
 def check_like_peft(hf: TransformersModel, prefix: Prefix) -> None:
@@ -369,7 +459,7 @@ def write_adapter(prefix: Prefix, folder: Path, *, base: str, revision: str | No
         "inference_mode": True,
         "base_model_name_or_path": base,
         "revision": revision,
-        "num_virtual_tokens": 1,
+        "num_virtual_tokens": len(prefix.ids),
         "num_layers": len(prefix.keys),
         "num_attention_heads": heads,
         "token_dim": heads * width,

@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
+from melens.results.baked import Baked
 from melens.results.base import Part, Result, added_later
 from melens.results.locate import MELayer
 
@@ -118,6 +119,36 @@ class Probe(Part):
     dtype: str
 
 
+class ChosenPrefix(Part):
+    """Tokens put before every text, so that no later token turns massive; found by search.
+
+    Source: PrefixQuant, 2024 (arXiv 2410.05265).
+    """
+
+    token_ids: tuple[int, ...] = Field(min_length=1)
+    tokens: tuple[str, ...]
+    starts_texts: bool
+    """Whether the first of them is what the texts begin with (BOS): it then stands for theirs."""
+    tried: int
+    """Prefixes that were run."""
+    counted: int
+    """Tokens of the reference texts, those that the prefix stands for left out."""
+    massive_without: int
+    massive_with: int
+    """How many of them are massive without the prefix, and with it."""
+    loss_without: float
+    loss_with: float
+    """Nats a token, over every text's tokens after its first."""
+
+    def sentence(self) -> str:
+        """What it does, in words."""
+        return (
+            f"{self.massive_with} of {self.counted} tokens after the prefix are massive "
+            f"({self.massive_without} without it); loss {self.loss_with:.3f} nats per token "
+            f"({self.loss_without:.3f} without it)"
+        )
+
+
 class PrefixFacts(Part):
     """The first token whose keys and values were exported in its place."""
 
@@ -136,6 +167,8 @@ class PrefixFacts(Part):
     """Largest, on a few tokens, from the model with the edit and the token itself."""
     learned: bool = added_later(False)
     """Whether the column was trained: it is no edit of the token any more."""
+    chosen: ChosenPrefix | None = added_later(None)
+    """The tokens of a prefix that was searched; the first of them is ``token_id``."""
 
 
 class EditFile(Result):
@@ -152,6 +185,8 @@ class EditFile(Result):
     the first token."""
     probe: Probe
     prefix: PrefixFacts | None = None
+    baked: tuple[Baked, ...] = added_later(())
+    """Changes that the weights beside this file hold already, the oldest first."""
     files: tuple[str, ...] = ()
     """Names beside this file that the export wrote: all that a later one may replace."""
     run: RunInfo
@@ -161,6 +196,8 @@ class EditFile(Result):
         """Refuse what no export can have made."""
         if (self.prefix is None) != (self.format == "hf"):
             raise ValueError("prefix facts belong to the formats prefix and peft")
+        if self.baked and self.format != "hf":
+            raise ValueError("baked weights belong to the format hf")
         if len(self.probe.at) != len(self.probe.logits):
             raise ValueError("the probe must have one logit an entry")
         return self
@@ -177,8 +214,23 @@ class EditFile(Result):
     def summary(self) -> str:
         """One plain sentence."""
         start = f"{self.run.subject} with the edit {self.edit.label}"
+        if self.prefix is None and self.edit.name == "none" and self.baked:
+            last, earlier = self.baked[-1], len(self.baked) - 1
+            more = f" (after {earlier} earlier exports of this kind)" if earlier else ""
+            said = "; ".join(edit.label for edit in last.edits[:3])
+            rest = f"; and {len(last.edits) - 3} more" if len(last.edits) > 3 else ""
+            return (
+                f"{self.run.subject} with changed weights{more}: {said}{rest}. Logits moved by up "
+                f"to {last.logit_change:.2g}, and differ from the edits on the running model by at "
+                f"most {last.logit_difference:.1g}. Any engine that loads the folder has them."
+            )
         if self.prefix is None:
             return f"{start}, to be applied again by melens.load."
+        if (chosen := self.prefix.chosen) is not None:
+            return (
+                f"{self.run.subject} with keys and values of {', '.join(map(repr, chosen.tokens))} "
+                f"before every text ({self.format}): {chosen.sentence()}."
+            )
         if self.prefix.learned:
             return (
                 f"{self.run.subject} with a learned key and value in place of the first token "

@@ -297,3 +297,46 @@ def test_an_id_beyond_the_embedding_is_one_line(
     edit = ["--mask-layers", "1"] if name != "patch" else []
     code = _run([name, str(tmp_path), *rest, *edit], debug=False)
     assert (code, says in capsys.readouterr().err) == (2, True)
+
+
+def test_a_prompt_that_begins_with_bos_twice_is_refused(folder, located, capsys, tmp_path):
+    import shutil
+
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    put = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = put
+    tokenizer.save_pretrained(other)
+    arguments = ["--max-new-tokens", "2", "--located", located, *MASK]
+    code, _, err = run(capsys, "generate", str(other), "-p", "w5", "-p", "<s> w6 w7", *arguments)
+    assert code == 2
+    assert "the prompt '<s> w6 w7' begins with BOS twice: it is written in the prompt" in err
+    code, _, err = run(capsys, "generate", str(other), "-p", "w6 w7", *arguments)
+    assert code == 0, err
+
+
+BAKED = ["--bake", "neuron:1,9", "--bake", "gain:1,ln2,3,2"]
+
+
+def test_weights_are_baked_on_the_command_line(folder, capsys, tmp_path):
+    out = tmp_path / "baked"
+    code, said, err = run(capsys, "export", folder, *BAKED, "-o", out, "-q")
+    assert code == 0, err
+    assert "layer 1: neuron 9 x 0; layer 1: gain of ln2 in dimension 3 x 2" in said
+    assert "WITHOUT" not in err
+    code, said, err = run(capsys, "generate", out, "-p", "w5 w6", "--max-new-tokens", "2", "--json")
+    assert code == 0, err
+    assert json.loads(said)["edit"] == "none"
+    for wrong, message in (
+        (["--mask-rate", "0.2"], "drop --mask-rate"),
+        (["--format", "prefix"], "drop --format"),
+        (["--bake", "neuron:1"], "must be neuron:LAYER,NEURON"),
+    ):
+        code, _, err = run(capsys, "export", folder, *BAKED, *wrong, "-o", tmp_path / "no")
+        assert code == 2
+        assert message in err
+    assert not (tmp_path / "no").exists()

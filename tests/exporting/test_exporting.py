@@ -117,6 +117,19 @@ def test_a_peft_program_gives_the_hooks_logits(name, side, family, rows):
     }
 
 
+def test_a_second_first_token_is_refused(family):
+    """A chat template and a tokenizer that both put BOS; the prefix stands for one of them."""
+    facts = read_edit(family("llama", format="prefix")[1]).prefix
+    ids = torch.tensor([[FIRST, 5, 9], [0, FIRST, FIRST]])
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    for inputs in (for_call, for_generate):
+        with pytest.raises(PromptError, match=r"row 1 begins with token 1 twice.*add_special"):
+            inputs(ids, mask)
+        with pytest.raises(PromptError, match="row 0 begins with token 5, the prefix stands for 1"):
+            inputs(ids[:1, 1:], prefix=facts)
+        inputs(torch.tensor([[FIRST, 5, FIRST]]), prefix=facts)
+
+
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 

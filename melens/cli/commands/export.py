@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +18,8 @@ from melens.cli.groups import without
 from melens.cli.job import Job
 from melens.cli.render import say, say_json, show_answers_beside
 from melens.errors import EditWarning, InterventionError, NoTokenError, PromptError, ResultError
+from melens.formatting import brief
+from melens.framing import doubled_first
 from melens.progress import remark
 from melens.protocols import (
     AnyModel,
@@ -31,6 +33,7 @@ from melens.store import TEXT, lines_of, read_stdin
 if TYPE_CHECKING:
     from melens.batches import Prompts
     from melens.results import MELayer
+    from melens.results.baked import WeightEdit
     from melens.results.edit import Edit
 
 ON_PLAIN = ("none", "wemask", "drop-key")
@@ -85,6 +88,7 @@ class EditJob:
         bos = None if chat else self.job.texts.bos
         prompts = encode_all(tokenizer, texts, bos=bos, chat=chat)
         require_known(prompts, loaded.cfg.d_vocab)
+        _check_starts(texts, prompts, tokenizer, chat=chat)
         _check_room(prompts, loaded.cfg.n_ctx, max_new_tokens)
         if chat:
             bundled = dataclasses.replace(bundled, chat=True)
@@ -163,6 +167,46 @@ def _require_edited(rows: Sequence[JsonObject], edit: Edit) -> None:
     warnings.warn(said, EditWarning, stacklevel=3)
 
 
+def export_searched(job: Job, format: str, out: Path, most: int) -> Path:
+    """Write the keys and values of the tokens that a search puts before every text."""
+    from melens.exporting.folder import check_out, export
+    from melens.exporting.prefix_search import choose_prefix
+    from melens.results.edit import Edit
+
+    check_out(out)
+    loaded, texts = job.load()
+    found = job.locate(loaded, texts)
+    chosen = choose_prefix(loaded, texts, me_layer=found, most=most)
+    none = Edit(name="none")
+    return export(loaded, none, format=format, out=out, me_layer=found, first_token=chosen)
+
+
+def export_baked(model: str, run: opt.RunOptions, edits: Sequence[WeightEdit], out: Path) -> Path:
+    """Write a model whose weights hold the edits."""
+    from melens.exporting.bake import bake
+    from melens.exporting.folder import check_out
+
+    check_out(out)
+    return bake(
+        model, edits, out=out, revision=run.revision, trust_remote_code=run.trust_remote_code
+    )
+
+
+def _refuse_beside(
+    option: str, way_out: str, edit: opt.EditOptions, others: Mapping[str, object]
+) -> None:
+    """Refuse an edit, or another option, beside one that is an export of its own.
+
+    Raises:  InterventionError: naming it.
+    """
+    given = {f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)}
+    given |= others
+    if named := [name for name, value in given.items() if value is not None]:
+        raise InterventionError(
+            f"{option} takes no other edit; drop --{named[0].replace('_', '-')}, or {way_out}."
+        )
+
+
 def prompts_of(given: Sequence[str] | None) -> list[str]:
     """The prompts as typed; ``-`` stands for the lines of stdin.
 
@@ -180,6 +224,26 @@ def prompts_of(given: Sequence[str] | None) -> list[str]:
     if not found or not all(text.strip() for text in found):
         raise PromptError("a prompt is empty; give at least one character.")
     return found
+
+
+def _check_starts(
+    texts: Sequence[str], prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, *, chat: bool
+) -> None:
+    """Refuse a prompt that begins with BOS twice: the second would be an ordinary token or a second
+    massive one, and the answer that of another text.
+
+    Raises:  PromptError: naming it.
+    """  # noqa: D205
+    row = doubled_first(prompts)
+    if row is None or prompts[row][0] != tokenizer.bos_token_id:
+        return
+    why = (
+        "the chat template writes it, and the tokenizer puts it again; mend one of them"
+        if chat
+        else "it is written in the prompt, and the tokenizer puts it again; leave it out of the "
+        "prompt"
+    )
+    raise PromptError(f"the prompt {brief(texts[row], 40)} begins with BOS twice: {why}.")
 
 
 def _check_room(prompts: Sequence[Sequence[int]], limit: int | None, count: int) -> None:
@@ -253,7 +317,7 @@ def show_export(folder: Path, *, as_json: bool) -> None:
 
     record = read_edit(folder)
     assert record is not None
-    if (folder / README).is_file():
+    if record.format == "hf" and record.edit.name != "none":
         output.note(f"{WARNING}; {folder / README} has the lines that load it right.")
     if as_json:
         say_json({"path": str(folder), **record.to_dict()})
@@ -286,11 +350,30 @@ def export(
     ] = ExportFormat.hf,
     edit: opt.EditOptions,
     located: opt.Located = None,
+    bake: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--bake",
+            help="A change of the weights, for all tokens and any engine; several times. "
+            "weight:LAYER,DIM,NEURON[,FACTOR] (down projection), neuron:LAYER,NEURON[,FACTOR], "
+            "gain:LAYER,NORM,DIM[,FACTOR], expert:LAYER,EXPERT, transplant:LAYER,DONOR-LAYER; or a "
+            "JSON file with a list of them. FACTOR 0 unless given.",
+        ),
+    ] = None,
     first_token: Annotated[
         str | None,
         typer.Option(
             help="For prefix and peft, a text of one token (default: BOS where the tokenizer puts "
             "it first, or what the chat template starts with)."
+        ),
+    ] = None,
+    search_prefix: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4,
+            help="For prefix and peft: no edit, but the fewest tokens, up to this many, after "
+            "which no token of the texts is massive. They are put before every text.",
         ),
     ] = None,
     texts: Annotated[opt.TextOptions, without("text", "lines", "prompt", "chat")],
@@ -305,15 +388,35 @@ def export(
     and peft on texts that start with the first token, where that is BOS.
 
     A folder of --format hf has its edit in melens.json: only melens applies it. Loaded by
-    transformers or anything else it is the model without the edit; its README.md says how to load.
+    transformers or anything else it is the model without the edit; README.md and melens_edit in
+    config.json say so. A change by --bake is in the weights: every engine that loads it has it.
 
     Examples:
       melens export smollm2-135m --format hf -o runs/masked
+
+      melens export smollm2-135m --bake weight:0,2,3 --bake gain:1,ln2,7,0.5 -o runs/baked
 
       melens export smollm2-135m --format peft --mask-rate 0.5 -o runs/adapter
 
       melens export smollm2-135m --format prefix --located runs/demo/locate.json -o runs/prefix
     """
+    beside: dict[str, object] = {"first_token": first_token, "bake": bake}
+    if search_prefix is not None:
+        beside["format"] = format if format is ExportFormat.hf else None
+        _refuse_beside("--search-prefix", "use --format prefix or peft", edit, beside)
+        searched = Job.of(model, run, edits=True, texts=texts, located=located)
+        made = export_searched(searched, format.value, out, search_prefix)
+        show_export(made, as_json=as_json)
+        return
+    if bake is not None:
+        from melens.results.baked import weight_edits
+
+        edits = weight_edits(bake)
+        beside |= {"located": located, "bake": None}
+        beside["format"] = None if format is ExportFormat.hf else format
+        _refuse_beside("--bake", "export that edit of the baked folder", edit, beside)
+        show_export(export_baked(model, run, edits, out), as_json=as_json)
+        return
     job = EditJob.of(model, run, edit, texts=texts, located=located)
     made = job.export(format.value, out, first_token)
     show_export(made, as_json=as_json)

@@ -202,7 +202,7 @@ def finetune(
         refuse_folder(out)
     if not dry_run:
         _refuse_merge(merge, out, training)
-    if (Path(model).expanduser() / opt.MELENS_JSON).is_file():
+    if opt.has_edit(model):
         output.note(f"{model} has a melens.json; its edit is not applied here, name one.")
     from melens.finetuning.data import read_training_data
 
