@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from melens import __version__
 from melens.errors import ResultError
-from melens.placement import filled_state, is_offloaded
 from melens.protocols import HookedModel, JsonObject, Tokenizer
 from melens.provenance import versions
 from melens.results.base import Result, load_result
@@ -120,6 +119,8 @@ def full_hash(model: Any) -> str:
 
     The fingerprint of a RunInfo samples; a damaged entry between its samples would go unseen.
     """
+    from melens.placement import filled_state, is_offloaded  # needs torch
+
     inner = getattr(model, "original_model", model)
     if is_offloaded(inner):
         with filled_state(inner, _hash_of) as filled:

@@ -151,6 +151,8 @@ def _values(option: Any, value: Any, name: str) -> list[Any]:
         made = value if value and all(nested) else [value]
     else:
         made = value if isinstance(value, list) else [value]
+        if nested := [one for one in made if isinstance(one, list)]:
+            raise SweepError(f"{name} takes one value at a time, got {brief(nested[0], 40)}.")
     if not made:
         raise SweepError(f"{name} is an empty list; give a value, or leave it out.")
     flat = [one for item in made for one in (item if isinstance(item, list) else [item])]

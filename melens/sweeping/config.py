@@ -73,6 +73,10 @@ def read_config(given: str | Path | Mapping[str, Any]) -> SweepConfig:
     """
     if isinstance(given, Mapping):
         return _config(dict(given), "the config")
+    if not isinstance(given, (str, Path)):
+        raise SweepError(
+            f"a sweep's config is a TOML file or a mapping, got a {type(given).__name__}."
+        )
     path = Path(given).expanduser()
     text = read_text(path, PAGE, error=SweepError, what="the config")
     try:
@@ -85,7 +89,8 @@ def _config(data: dict[str, Any], name: str) -> SweepConfig:
     runs = data.pop("run", None)
     if not isinstance(runs, list) or not runs or not all(isinstance(r, Mapping) for r in runs):
         raise SweepError(
-            f"{name} needs at least one [[run]] with a command, e.g. command = 'locate'."
+            f"{name} needs at least one [[run]] with a command, e.g. command = 'locate' (two "
+            "brackets, no s)."
         )
     engine = _engine(data.pop("engine", {}), name)
     out, models = data.pop("out", None), data.pop("model", None)

@@ -177,7 +177,8 @@ class OnRay:
         try:
             while waiting or tasks:
                 while waiting and len(tasks) < self.how.workers:
-                    tasks[self._start(waiting[0])] = (waiting.pop(0), 0)
+                    work = waiting.pop(0)
+                    tasks[self._start(work)] = (work, 0)
                 self._wait(tasks)
         except BaseException:
             for task in tasks:

@@ -40,14 +40,19 @@ def read_sweep(folder: str | Path) -> SweepReport:
     found = load_result(folder / RECORD)
     if not isinstance(found, SweepReport):
         raise ResultError(f"{folder / RECORD} holds a result of {found.schema_id!r}, not a sweep.")
-    now = tuple(row_of(folder / CELLS / row.cell) or row for row in found.cells)
+    now = tuple(
+        row_of(folder / CELLS / row.cell) or row.model_copy(update={"status": "missing"})
+        for row in found.cells
+    )
     return found.model_copy(update={"cells": now})
 
 
 def kinds_of(folder: str | Path) -> dict[str, list[str]]:
     """Kinds of results in a sweep, and the tables of each."""
     found: dict[str, list[str]] = {}
-    for path in sorted((Path(folder) / ROWS).glob("kind=*/table=*")):
+    folder = Path(folder).expanduser()
+    keep_missing_rows(folder, [row for row in read_sweep(folder).cells if row.status == "done"])
+    for path in sorted((folder / ROWS).glob("kind=*/table=*")):
         found.setdefault(path.parent.name[5:], []).append(path.name[6:])
     return found
 
@@ -142,6 +147,7 @@ def _queried(
             session.execute(query, [literal])
         else:
             session.register("_all", source)
+        session.execute("set enable_external_access = false")  # a condition reads no files
         condition = f"where {where}" if where else ""
         query = (
             f"select * exclude (_place, _row) from (select * from _all {condition}) "

@@ -73,7 +73,11 @@ class SweepPlan:
     def summary(self) -> str:
         """One plain sentence."""
         known = [cost for cost in self.seconds if cost is not None]
-        said = f"{len(self.cells)} cells on {len(self.memory)} models, {self.done} of them done"
+        cells, models = len(self.cells), len(self.memory)
+        said = (
+            f"{cells} cell{'s' * (cells != 1)} on {models} model{'s' * (models != 1)}, {self.done} "
+            "of them done"
+        )
         if not known:
             return f"{said}; how long they take is not known."
         hours = sum(known) / self.engine.workers / 3600
@@ -82,7 +86,9 @@ class SweepPlan:
         )
         held = [size for size in self.memory.values() if size is not None]
         memory = f", {max(held) / 1e9:.1f} GB a worker" if held else ""
-        time_said = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.0f} minutes"
+        seconds = 3600 * hours
+        time_said = f"{hours:.1f} hours" if hours >= 1 else f"{seconds / 60:.0f} minutes"
+        time_said = f"{seconds:.0f} s" if seconds < 90 else time_said
         return (
             f"{said}; about {time_said} on {self.engine.workers} worker"
             f"{'s' * (self.engine.workers > 1)}{memory}{more}. Times are rough: a factor of three "
@@ -99,7 +105,10 @@ def plan_of(cells: Sequence[SweepCell], engine: EngineConfig, folder: Path) -> S
             seen.setdefault((row.command, row.model), []).append(row.seconds)
     sizes = {cell.model: _parameters(cell.argv[1]) for cell in cells}
     done = [cell.id for cell in cells if (row := ended[cell.id]) and row.status == "done"]
-    costs = [0.0 if cell.id in done else _seconds(cell, sizes[cell.model], seen) for cell in cells]
+    costs = [0.0 if c.id in done else _seconds(c, sizes[c.model], seen) for c in cells]
+    for first in {cell.model: i for i, cell in reversed(list(enumerate(cells)))}.values():
+        if costs[first]:  # a worker keeps the model
+            costs[first] = (costs[first] or 0.0) + LOADING
     memory: dict[str, float | None] = {}
     for cell in cells:
         size, most = sizes[cell.model], memory.get(cell.model)
@@ -123,7 +132,7 @@ def _seconds(
     given = cell.params()
     count = given.get("n_seq") or given.get("n") or SEQUENCES
     tokens = count * (given.get("length") or LENGTH)
-    return LOADING + PASSES[cell.command] * 2 * parameters * tokens / _speed()
+    return PASSES[cell.command] * 2 * parameters * tokens / _speed()
 
 
 def _width(cell: SweepCell) -> int:

@@ -28,6 +28,18 @@ def preflight(cells: Sequence[SweepCell], folder: Path) -> None:
 
     Raises:  MelensError: naming the cell.
     """  # noqa: D205
+    require_models(cells)
+    for cell in cells:
+        with _named(cell):
+            _refuse_early(cell, folder / CELLS / cell.id / OUT)
+            _require_takes_edit(cell)
+
+
+def require_models(cells: Sequence[SweepCell]) -> None:
+    """Refuse models that are not there.
+
+    Raises:  ModelError: naming the cell.
+    """
     seen: set[tuple[str, object]] = set()
     for cell in cells:
         key = (cell.argv[1], cell.options.get("revision"))
@@ -35,10 +47,6 @@ def preflight(cells: Sequence[SweepCell], folder: Path) -> None:
             seen.add(key)
             with _named(cell):
                 _require_model(cell.argv[1], cell)
-    for cell in cells:
-        with _named(cell):
-            _refuse_early(cell, folder / CELLS / cell.id / OUT)
-            _require_takes_edit(cell)
 
 
 @contextlib.contextmanager

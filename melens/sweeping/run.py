@@ -25,7 +25,7 @@ from melens.sweeping.config import EngineConfig, SweepConfig, read_config
 from melens.sweeping.engines import SESSION, Engine, engine_of, parts_of
 from melens.sweeping.gathering import RECORD, read_sweep
 from melens.sweeping.planning import SweepPlan, plan_of
-from melens.sweeping.preflight import preflight
+from melens.sweeping.preflight import preflight, require_models
 from melens.sweeping.watching import watching
 from melens.sweeping.work import CELLS, Work, rows_of
 
@@ -94,6 +94,8 @@ def understood(
     Raises:  SweepError: what has no meaning.
     """
     read = read_config(config)
+    if engine == "local" and workers is None:
+        workers = 1  # what the config says is of its own engine
     beside = {"name": engine, "workers": workers, "address": address}
     given = {name: value for name, value in beside.items() if value is not None}
     try:
@@ -105,7 +107,11 @@ def understood(
         raise SweepError(f"address belongs to Ray, and the engine is {how.name}; add --engine ray.")
     folder = read.out if out is None else Path(out).expanduser()
     if folder is None:
-        raise SweepError("a sweep needs a folder for its results: --out DIR, or out in the config.")
+        raise SweepError(
+            "a sweep needs a folder for its results: out in the config, --out DIR, in Python out=."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise SweepError(f"{folder} is a file; name a folder for the sweep.")
     read = replace(read, engine=how)
     return SweepJob(read, tuple(cells_of(read)), folder)
 
@@ -116,6 +122,7 @@ def plan(config: Given, **beside: Any) -> SweepPlan:
     Raises:  SweepError and others: what :func:`sweep` refuses for the config's sake.
     """
     asked = understood(config, **beside)
+    require_models(asked.cells)
     return plan_of(asked.cells, asked.config.engine, asked.folder)
 
 
@@ -187,13 +194,13 @@ def _alone(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
-    except OSError as error:
-        raise OutputError(f"cannot write into {folder}: {error.strerror or error}.") from None
     except Timeout:
         raise OutputError(
             f"another sweep is at work in {brief(str(folder), 80)}; wait for it, or choose another "
             "--out."
         ) from None
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror or error}.") from None
     try:
         yield
     finally:

@@ -301,9 +301,11 @@ def row_of(home: Path) -> CellRow | None:
     """The row of a cell that has ended; None for one that has not."""
     found = read_state(home).get("row")
     try:
-        return None if found is None else CellRow.model_validate(found)
+        row = None if found is None else CellRow.model_validate(found)
     except ValueError:
         return None
+    lost = row is not None and row.result and not (home.parent.parent / row.result).is_file()
+    return None if lost else row
 
 
 def _write_state(home: Path, state: JsonObject) -> None:

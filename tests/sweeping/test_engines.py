@@ -118,6 +118,29 @@ def test_a_worker_killed_in_mid_cell_and_a_node_taken_away_lose_nothing(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_one_worker_takes_one_models_cells_after_the_other(config, alone, tmp_path):
+    """A cluster of its own; two models' cells, and never two of them at once."""
+    import melens
+    from melens.sweeping.work import read_state
+
+    over, most = threading.Event(), []
+
+    def count():
+        while not over.wait(0.005):
+            states = [read_state(home).get("status") for home in tmp_path.glob("cells/*")]
+            most.append(states.count("running"))
+
+    counter = threading.Thread(target=count, daemon=True)
+    counter.start()
+    made = melens.sweep(config, out=tmp_path, engine="ray", workers=1, quiet=True)
+    over.set()
+    counter.join()
+    assert made.count("done") == 12
+    assert max(most) == 1
+    same_rows(alone, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_cell_that_always_kills_its_worker_fails_alone(config, alone, tmp_path):
     """Through submitit: jobs as processes of this machine."""
     import melens

@@ -10,6 +10,7 @@ import typer
 from melens.cli import completing, output
 from melens.cli import options as opt
 from melens.cli.groups import without
+from melens.errors import COULD_NOT_RUN
 from melens.progress import progress_on
 
 PARQUET = ".parquet"
@@ -89,6 +90,8 @@ def census(
         remove_kept(out.out)
     _write_files(result, parquet, card)
     output.show(result, as_json=out.as_json, folder=out.out)
+    if result.models and all(row.error for row in result.models):
+        raise typer.Exit(COULD_NOT_RUN)
 
 
 def _prompts(source: Any, texts: opt.TextOptions) -> Any:

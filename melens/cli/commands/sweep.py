@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,8 @@ import typer
 
 from melens.cli import options as opt
 from melens.cli import output
-from melens.cli.listing import Listing
-from melens.cli.render import say, say_json, show_listings
+from melens.cli.listing import Listing, cell
+from melens.cli.render import GAP, IN_A_FILE, room_for_lines, say, say_json, show_listings
 from melens.errors import ResultError
 from melens.progress import hush, is_quiet, remark
 
@@ -179,11 +180,16 @@ def results(
         if group_by is not None:
             raise ResultError("--plot draws cells, not group means; drop --group-by.")
         wanted = set(gathering.gather(folder, kind, table, where=where)["cell"])
-        _plot([r for row, r in gathering.results_of(folder, kind) if row.cell in wanted], plot)
+        drawn = gathering.results_of(folder, kind)
+        _plot([(row, result) for row, result in drawn if row.cell in wanted], plot)
     frame = gathering.gather(
         folder, kind, table, columns=_names(columns), where=where, group_by=_names(group_by)
     )
-    _show_frame(frame, csv, latex, as_json=as_json, drawn=plot is not None)
+    _write_frame(frame, csv, latex)
+    if as_json:
+        say_json(json.loads(frame.to_json(orient="records")))
+    elif csv is None and latex is None and plot is None and not is_quiet():
+        _show_frame(frame, chosen=columns is not None)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -197,18 +203,19 @@ def _show_kinds(found: Any, kinds: dict[str, list[str]], *, as_json: bool) -> No
         show_listings([Listing("\nTables, for --kind and --table:", rows)])
 
 
-def _plot(results: list[Any], path: Path) -> None:
+def _plot(found: list[Any], path: Path) -> None:
+    from melens.cli.tables.sweeps import told_apart
     from melens.figures import compare, save_figure
 
-    if not results:
+    if not found:
         raise ResultError("there is no finished cell of that kind to draw.")
-    save_figure(results[0].plot() if len(results) == 1 else compare(results), path)
+    results, names = [result for _, result in found], told_apart([row for row, _ in found])
+    figure = results[0].plot() if len(results) == 1 else compare(results, names=names)
+    save_figure(figure, path)
     remark(f"wrote {path}")
 
 
-def _show_frame(
-    frame: Any, csv: Path | None, latex: Path | None, *, as_json: bool, drawn: bool
-) -> None:
+def _write_frame(frame: Any, csv: Path | None, latex: Path | None) -> None:
     from melens.results.tabular import csv_of, latex_of
     from melens.store import write_atomically
 
@@ -218,8 +225,35 @@ def _show_frame(
         elif path is not None:
             write_atomically(path, make(frame))
             remark(f"wrote {path}")
-    if as_json:
-        say_json(json.loads(frame.to_json(orient="records")))
-    elif csv is None and latex is None and not drawn and not is_quiet():
-        rows = json.loads(frame.to_json(orient="records", double_precision=15))
-        show_listings([Listing(f"{len(rows)} rows:", rows)])
+
+
+LONGEST = 32
+"""Signs of a text, above which its column is shown only where it was asked for."""
+RECORDS = ("cell", "said", "rule")
+MANY = 4
+"""Columns that begin with the same word are one part of the result, shown only if asked for."""
+
+
+def _show_frame(frame: Any, *, chosen: bool) -> None:
+    """The columns that were asked for; else short ones, as many as fit."""
+    shown = list(frame.columns) if chosen else _fitting(frame)
+    rows = json.loads(frame[shown].to_json(orient="records", double_precision=15) or "[]")
+    left_out = [name for name in frame.columns if name not in shown]
+    show_listings([Listing(f"{len(rows)} row{'s' * (len(rows) != 1)}:", rows)])
+    if left_out:
+        names = ", ".join(left_out)
+        show_listings([Listing(f"Also there, for --columns: {names}. --csv and --json have all.")])
+
+
+def _fitting(frame: Any) -> list[str]:
+    begins = Counter(name.partition("_")[0] for name in frame.columns)
+    room, made = (room_for_lines() or IN_A_FILE) - 4 * GAP, []
+    for name in frame.columns:
+        texts = [cell(value) for value in frame[name].dropna()]
+        width = max(map(len, [*name.split("_"), *texts]), default=0) + GAP
+        part = begins[name.partition("_")[0]] >= MANY
+        if name in RECORDS or part or not texts or width > LONGEST or width > room:
+            continue
+        room -= width
+        made.append(name)
+    return made

@@ -31,13 +31,26 @@ def _sweep(result: Any) -> Iterator[Listing]:
         )
 
 
+def told_apart(rows: Any) -> list[str]:
+    """A name for each cell: its model, and the options that differ."""
+    fixed = _fixed(rows)
+    return [" ".join([row.model, _cell(row, fixed)["options"]]).strip() for row in rows]
+
+
 def _fixed(rows: Any) -> JsonObject:
-    """Options that have one value in every cell that has them."""
+    """Options that tell no cells of a command apart: one value, in every cell of each command."""
     values: dict[str, list[Any]] = {}
     for row in rows:
         for name, value in row.options.items():
             values.setdefault(name, []).append(value)
-    return {name: found[0] for name, found in values.items() if found.count(found[0]) == len(found)}
+    fixed = {n: found[0] for n, found in values.items() if found.count(found[0]) == len(found)}
+    partly = {
+        name
+        for name in fixed
+        for command in {row.command for row in rows if name in row.options}
+        if any(name not in row.options for row in rows if row.command == command)
+    }
+    return {name: value for name, value in fixed.items() if name not in partly}
 
 
 def _cell(row: Any, fixed: JsonObject) -> JsonObject:
