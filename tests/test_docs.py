@@ -207,6 +207,7 @@ def test_the_code_of_the_pages_runs():
         "check.md",
         "index.md",
         "sweep.md",
+        "sidecar.md",
         "extend/task.md",
         "extend/metric.md",
     )
@@ -214,6 +215,9 @@ def test_the_code_of_the_pages_runs():
     assert "the ME Layer did not move: 11 in both" in shown
     assert "ME Layer 11 of 30" in shown
     assert "1 of 1 cells are done." in shown
+    assert "8 of 512 tokens hold 99.8 % of the variance" in shown
+    assert "rank 1: 1.044 left out with them in the buffer, 1.012 without" in shown
+    assert "prose - code: cosine 0.987, dimension 507 holds 3.3 % and 0.0 %" in shown
     assert "capitals, 4 items" in shown
 
 

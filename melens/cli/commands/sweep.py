@@ -187,7 +187,7 @@ def results(
     )
     _write_frame(frame, csv, latex)
     if as_json:
-        say_json(json.loads(frame.to_json(orient="records")))
+        say_json(json.loads(frame.to_json(orient="records") or "[]"))
     elif csv is None and latex is None and plot is None and not is_quiet():
         _show_frame(frame, chosen=columns is not None)
 
