@@ -10,6 +10,7 @@ from melens.published.record import (
     published_profile,
     published_rows,
     record,
+    same_name,
 )
 from melens.published.weights import (
     check_known,
@@ -35,5 +36,6 @@ __all__ = [
     "published_profile",
     "published_rows",
     "record",
+    "same_name",
     "with_known",
 ]

@@ -89,8 +89,15 @@ def checked(
     """The check of all comparisons; the same one of several sources is one."""
     held = merged(made)
     if not sources:
+        named = bool(published_rows(model)) or published_profile(model) is not None
         return KnownCheck(
-            model=model, verdict="unknown", comparisons=(), source=None, meant=meant(model), **more
+            model=model,
+            verdict="unknown",
+            comparisons=(),
+            source=None,
+            meant=None if named else meant(model),
+            named=named,
+            **more,
         )
     found = {item.verdict for item in held}
     verdict = next((name for name in ("mismatch", "match") if name in found), "unknown")

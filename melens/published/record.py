@@ -204,6 +204,12 @@ def meant(model: str) -> str | None:
     return closest(model.rsplit("/", 1)[-1], list(last))
 
 
+def same_name(one: str, *others: str) -> bool:
+    """Whether a name is another one, an organisation or a path before it aside."""
+    last = {_key(name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")) for name in others}
+    return _key(one.rsplit("/", 1)[-1].removesuffix(".gguf")) in last
+
+
 def _keys(*names: str) -> set[str]:
     return {_key(part) for name in names for part in (name, name.rsplit("/", 1)[-1])}
 

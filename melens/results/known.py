@@ -46,6 +46,8 @@ class KnownCheck(Result):
     source: str | None
     meant: str | None = None
     """A name on record that is close to one that is not."""
+    named: bool = added_later(False)
+    """The name is on record, but only with numbers of other kinds or of a model of another size."""
     bos_first: bool | None = added_later()
     """Whether the texts that it was located on begin with BOS, where that is known."""
     convention: str = CONVENTION
@@ -60,6 +62,10 @@ class KnownCheck(Result):
     def summary(self) -> str:
         """One plain sentence."""
         if self.source is None:
+            if self.named:
+                return (
+                    f"{self.model}: unknown, on record is nothing that this result compares with."
+                )
             hint = f" Did you mean {self.meant}?" if self.meant else ""
             return f"{self.model}: unknown, nothing published is on record for this name.{hint}"
         bad = [

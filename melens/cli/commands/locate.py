@@ -77,6 +77,9 @@ def known(
 
         names = (Path(model).name, *given_names(Path(model).expanduser()))
     made = published.known_by(names, lambda name: published.known(name, found))
+    measured = getattr(getattr(found, "run", None), "model", None)
+    if measured is not None and not published.same_name(measured, *names):
+        output.note(f"{result} is a result of {measured}; it is held against {made.model}.")
     output.show(made, as_json=as_json)
 
 
