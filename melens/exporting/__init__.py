@@ -5,6 +5,7 @@ from melens.exporting.folder import export
 from melens.exporting.prefix import for_call, for_generate, load_prefix
 from melens.exporting.prefix_search import choose_prefix
 from melens.exporting.reload import load
+from melens.exporting.sidecars import sidecar, write_sidecar
 from melens.exporting.subject import read_edit
 
 __all__ = [
@@ -16,4 +17,6 @@ __all__ = [
     "load",
     "load_prefix",
     "read_edit",
+    "sidecar",
+    "write_sidecar",
 ]

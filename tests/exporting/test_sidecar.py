@@ -17,7 +17,7 @@ def newline():
     from planted import newline_batch, plant_newline
 
     from melens import locate
-    from melens.exporting.sidecar import sidecar
+    from melens.exporting.sidecars import sidecar
     from melens.models import load
 
     planted = plant_newline()
@@ -28,7 +28,7 @@ def newline():
 
 @pytest.fixture(scope="module")
 def reader(newline, tmp_path_factory):
-    from melens.exporting.sidecar import write_sidecar
+    from melens.exporting.sidecars import write_sidecar
 
     path = tmp_path_factory.mktemp("sidecar") / "massive.json"
     files = write_sidecar(newline[2], path, reader=True)
@@ -204,7 +204,7 @@ def test_what_is_of_another_model_is_refused(newline):
 
     from melens import locate, scan
     from melens.errors import InterventionError, MelensError
-    from melens.exporting.sidecar import sidecar
+    from melens.exporting.sidecars import sidecar
     from melens.models import load
 
     model, located, _ = newline
@@ -241,7 +241,7 @@ def test_it_round_trips_and_the_schema_is_the_present_one(newline):
 
     import jsonschema
 
-    from melens.exporting.sidecar import sidecar_schema
+    from melens.exporting.sidecars import sidecar_schema
     from melens.results.sidecar import Sidecar
 
     made = newline[2]

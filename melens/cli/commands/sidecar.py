@@ -59,8 +59,8 @@ def sidecar(
     found = _searched(super_weights)
     scanned = read_scan(scan)
     loaded, prompts = job.load()
-    from melens.exporting.sidecar import sidecar as measure
-    from melens.exporting.sidecar import write_sidecar
+    from melens.exporting.sidecars import sidecar as measure
+    from melens.exporting.sidecars import write_sidecar
 
     where = job.locate(loaded, prompts)
     scanned = scanned or _scanned(model, run)
