@@ -834,7 +834,7 @@ def test_progress_rises_to_the_end(small, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(path, data):
+    def full(path, data, **how):
         path.write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -911,7 +911,7 @@ def test_the_command_refuses_early(run, tmp_path):
 def test_a_disk_that_fills_up_is_one_line_and_code_3(run, saved, tmp_path, monkeypatch):
     write = store.disk._write_new
 
-    def full(path, data):
+    def full(path, data, **how):
         if "collapse" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
