@@ -914,7 +914,7 @@ def test_a_disk_that_fills_up_is_one_line_and_code_3(run, saved, tmp_path, monke
     def full(path, data, **how):
         if "collapse" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, data)
+        write(path, data, **how)
 
     monkeypatch.setattr(store.disk, "_write_new", full)
     out = tmp_path / "out"
