@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from melens.interventions.core import (
 )
 from melens.interventions.target import Tokens
 from melens.models.anatomy import anatomy, norm_of
-from melens.models.ffn import ffn_input, ffn_of
+from melens.models.ffn import FFN, ffn_input, ffn_of
 from melens.protocols import HookedModel
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
@@ -278,8 +279,9 @@ def transplant(
              another layer's number of this model, or both as (model, layer).
              parts: ``("norm", "ffn")`` or one of them.
              strength: 0 changes nothing, 1 is the donor's, a mixture between.
-    Raises:  InterventionError: nothing to take, another width, unknown parts, or a model whose FFN
-             has no norm before it (then only ``("ffn",)``). SiteError: no such layer.
+    Raises:  InterventionError: nothing to take, another width, unknown parts, a model whose FFN
+             has no norm before it (then only ``("ffn",)``), or one whose FFN writes more than its
+             formula (Bloom's and MPT's holds the residual). SiteError: no such layer.
     Source:  the ME-Layer authors' released code, ablation T1.
     """
     check_number("strength", strength)
@@ -289,29 +291,46 @@ def transplant(
         raise InterventionError(f"parts must be some of {', '.join(PARTS)}, got {brief(parts)}.")
     own, other = ffn_of(model, place.layer), ffn_of(donor, at)
     used = other if "ffn" in parts else own
-    read = ffn_input(model, place.layer)
+    read = entry = ffn_input(model, place.layer)
     shift = None
     if "norm" in parts:
         norm = anatomy(model).blocks[place.layer].ffn_norm or "ln2"
         read = place.hook(f"{norm}.hook_normalized")
         found = norm_of(donor, at, anatomy(donor).blocks[at].ffn_norm or "ln2")
         shift = found.gain, found.bias
-    seen: list[Tensor] = []
+    seen: dict[str, Tensor] = {}
 
     def edit(x: Tensor, chosen: TokenMask, now: PassTokens) -> Tensor:
         if strength == 0:
             return x[chosen]
-        rows = seen[0][chosen].to(x.dtype)
+        _require_own(own, place, seen[entry][chosen], x[chosen])
+        rows = seen[read][chosen].to(x.dtype)
         if shift is not None:
             rows = rows * shift[0].to(rows) + shift[1].to(rows)
         made = used.written(used.product_of(rows.to(used.down.device)))
         return blend(x[chosen], made.to(x.device, x.dtype), strength)
 
-    def keep(x: Tensor) -> None:
-        seen[:] = [x]
-
-    with editing(place, {own.output: edit}, reads={read: keep}) as edited:
+    reads = {site: partial(seen.__setitem__, site) for site in (read, entry)}
+    with editing(place, {own.output: edit}, reads=reads) as edited:
         yield edited
+
+
+OWN_TOLERANCE = 5e-2
+"""Of a token's largest write: half precision stays below, a residual or a factor does not."""
+
+
+def _require_own(own: FFN, place: Place, rows: Tensor, written: Tensor) -> None:
+    """Refuse to replace what is not the FFN's formula alone.
+
+    Raises:  InterventionError: the block's output there is another than its formula's.
+    """
+    made = own.written(own.product_of(rows.to(own.down.device, written.dtype)))
+    off = (made.to(written.device, torch.float32) - written.float()).abs().amax(-1)
+    if bool((off > OWN_TOLERANCE * written.float().abs().amax(-1)).any()):
+        raise InterventionError(
+            f"the FFN of layer {place.layer} writes something else than its formula (a residual, a "
+            "factor or a norm inside), so another FFN cannot take its place."
+        )
 
 
 def _donor(model: HookedModel, place: Place, given: object) -> tuple[HookedModel, int]:

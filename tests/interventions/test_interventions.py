@@ -331,6 +331,26 @@ def test_a_transplant_from_itself_changes_nothing_and_from_a_donor_everything(br
     torch.testing.assert_close(moved, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name", ["BloomForCausalLM", "MptForCausalLM", "BitNetForCausalLM", "MiniCPM3ForCausalLM"]
+)
+def test_a_transplant_is_refused_where_the_ffn_writes_more_than_its_formula(name):
+    """Two hold the residual in what they write, one a norm inside, one a factor behind."""
+    from families import tiny as tiny_family
+
+    from melens.models import load
+
+    model = load(tiny_family(name))
+    ids = torch.arange(12).reshape(2, 6) + 3
+    before = run(model, ids)
+    with (
+        pytest.raises(InterventionError, match="writes something else than its formula"),
+        transplant(model, 1, donor=0, tokens="all"),
+    ):
+        run(model, ids)
+    assert torch.equal(run(model, ids), before)
+
+
 def test_residual_set_sets_the_stream_itself(tiny, ids):
     seen = site_of(
         tiny, ids, "blocks.2.hook_resid_pre", residual_set(tiny, 1, dims=[4, 9], values=[2.0, -1.0])
