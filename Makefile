@@ -37,7 +37,8 @@ SHAPES := tests/test_metrics.py \
   tests/evaluating/test_evaluation.py::test_what_is_paired_cancels \
   tests/evaluating/test_evaluation.py::test_a_ratio_estimate_resamples_items_with_their_weights \
   'tests/streaming/test_streamed.py::test_the_reach_is_the_trajectory_of_locate[llama]' \
-  'tests/evaluating/test_evaluation.py::test_a_resumed_run_is_a_whole_run_under_the_edit[llama]'
+  'tests/evaluating/test_evaluation.py::test_a_resumed_run_is_a_whole_run_under_the_edit[llama]' \
+  tests/exporting/test_sidecar.py::test_the_mask_equals_melens_on_held_out_texts_at_every_layer_it_tells
 
 .PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked test-engines notebooks examples docs check all clean
 

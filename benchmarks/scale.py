@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,9 @@ def overhead(n: int, folder: Path) -> dict[str, float]:
 
 def workers(n_seq: int, length: int, folder: Path) -> dict[str, float]:
     """Seconds of 8 equal cells with one worker and with two."""
-    import ray
-
     import melens
 
+    ray = import_module("ray")  # an extra
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     took = {}
     for count in (1, 2):

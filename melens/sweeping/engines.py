@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,7 +100,7 @@ def _ray(how: EngineConfig) -> Iterator[Any]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what fails is said in one line
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        import ray
+        ray = import_module("ray")
     except ImportError:
         raise MissingPackageError("Ray is not installed; pip install 'melens[ray]'.") from None
     ours = not ray.is_initialized()
@@ -261,7 +262,7 @@ def _first(error: object) -> str:
 
 def _submitit(how: EngineConfig) -> Any:
     try:
-        import submitit
+        submitit = import_module("submitit")
     except ImportError:
         raise MissingPackageError(
             "submitit is not installed; pip install 'melens[slurm]'."
@@ -283,9 +284,7 @@ class JobOfCells:
 
     def checkpoint(self, work: Work) -> Any:
         """The same work: what is done stands in the folder."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self, work)
+        return import_module("submitit").helpers.DelayedSubmission(self, work)
 
 
 @dataclass
