@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -95,18 +94,6 @@ def _size(size: Any) -> Any:
     if unit and number.replace(".", "", 1).isdecimal() and number.isascii():
         return str(size)
     raise ModelError(f"max_memory takes sizes such as 20GB or 512MB; got {brief(str(size))}.")
-
-
-@contextmanager
-def unreported() -> Iterator[None]:
-    """Without accelerate's warning that weights are on the meta device: :func:`spread` says it."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -180,16 +181,9 @@ def _said_by(one: FoundModel, files: Checkpoint) -> CensusRow:
         kind=one.kind,
         files=files.key(),
         family=family or config.get("general.architecture"),
-        parameters=sum(_count(shape) for shape in files.shapes.values()),
+        parameters=sum(math.prod(shape) for shape in files.shapes.values()),
         error="not measured",
     )
-
-
-def _count(shape: Sequence[int]) -> int:
-    made = 1
-    for length in shape:
-        made *= length
-    return made
 
 
 def folder_of(name: str) -> str:

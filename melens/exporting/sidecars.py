@@ -200,8 +200,15 @@ def _quantile(values: Float[Tensor, " value"], share: float) -> float:
 
 def _layers(kept: Sequence[LayerSizes], rule: MassiveRule) -> tuple[SidecarLayer, ...]:
     made = [sizes.row(layer, rule) for layer, sizes in enumerate(kept)]
+    here = rule.layer < 0  # no residual of the embedding was seen: the rule alone is known
     embedding = SidecarLayer(
-        layer=-1, coordinate=None, norm=0.0, dims=(), values=(), clip=0.0, told=None
+        layer=-1,
+        coordinate=rule.coordinate if here else None,
+        norm=rule.norm if here else 0.0,
+        dims=(),
+        values=(),
+        clip=0.0,
+        told=None,
     )
     return (embedding, *made)
 

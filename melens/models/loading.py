@@ -45,8 +45,8 @@ from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
-from melens.placement import placement_options, require_undivided, spread, unreported
-from melens.progress import say_once
+from melens.placement import placement_options, require_undivided, spread
+from melens.progress import only_errors_of, say_once
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
 CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
@@ -252,7 +252,7 @@ def _read_weights(
     options = {**options, **(where or {})}
     quiet = quietly() if "key_mapping" in options or where else nullcontext()
     try:
-        with quiet, unreported():
+        with quiet, only_errors_of("accelerate.big_modeling"):
             loaded: Any = reader.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from melens.errors import MissingPackageError, UnknownNameError
+from melens.errors import UnknownNameError
 from melens.formatting import printable
 from melens.protocols import JsonObject
 from melens.registry import unknown_name
@@ -91,24 +91,28 @@ def csv_of(frame: pd.DataFrame) -> str:
     return frame.map(_as_json).to_csv(index=False, lineterminator="\n")
 
 
-def require_parquet() -> None:
-    """Refuse where nothing here writes Parquet.
+def parquet_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as a Parquet file: lists stay lists, numbers of both kinds become floats."""
+    import pyarrow as pa
+    from pyarrow import parquet
 
-    Raises:  MissingPackageError: naming the package.
-    """
-    if find_spec("pyarrow") is None:
-        raise MissingPackageError(
-            "a .parquet file needs pyarrow, which is not installed; run: pip install pyarrow"
-        )
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: _arrow([row.get(name) for row in rows]) for name in names})
+    made = io.BytesIO()
+    parquet.write_table(table, made, compression="zstd")
+    return made.getvalue()
 
 
-def parquet_of(frame: pd.DataFrame) -> bytes:
-    """A Parquet file's bytes, types and lists kept.
+def _arrow(values: list[Any]) -> Any:
+    """Of no type where nothing is known: another cell's says it."""
+    import pyarrow as pa
 
-    Raises:  MissingPackageError: as :func:`require_parquet`.
-    """
-    require_parquet()
-    return frame.to_parquet(None, engine="pyarrow", index=False)
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} and float in kinds:
+        return pa.array([None if value is None else float(value) for value in values])
+    if len(kinds) > 1:
+        return pa.array([None if value is None else str(value) for value in values])
+    return pa.array(values)
 
 
 def latex_of(frame: pd.DataFrame) -> str:

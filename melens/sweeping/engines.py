@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from melens.errors import EngineError, MissingPackageError, SweepError
 from melens.formatting import brief
+from melens.models.complaints import first_line
 from melens.progress import remark
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.config import EngineConfig
@@ -193,12 +194,12 @@ class OnRay:
         try:
             self.ray.get(ended[0])
         except self.ray.exceptions.RayTaskError as error:
-            raise EngineError(f"a worker could not begin: {_first(error.cause)}") from None
+            raise EngineError(f"a worker could not begin: {first_line(error.cause)}") from None
         except self.ray.exceptions.RayError as error:
             # A cell that loses its worker ends by itself after so many times.
             if lost > self.how.retries * len(work.cells):
-                raise EngineError(f"workers were lost {lost} times: {_first(error)}") from None
-            _say_lost(error, wait := FIRST_WAIT * 2 ** min(lost, 5))
+                raise EngineError(f"workers were lost {lost} times: {first_line(error)}") from None
+            _say_lost(first_line(error), wait := FIRST_WAIT * 2 ** min(lost, 5))
             time.sleep(wait)
             tasks[self._start(work)] = (work, lost + 1)
 
@@ -252,12 +253,8 @@ def require_shared(work: Work) -> None:
         )
 
 
-def _say_lost(error: object, wait: float) -> None:
-    remark(f"a worker was lost ({_first(error)}); its open cells begin again in {wait:g} s.")
-
-
-def _first(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def _say_lost(said: str, wait: float) -> None:
+    remark(f"a worker was lost ({said}); its open cells begin again in {wait:g} s.")
 
 
 def _submitit(how: EngineConfig) -> Any:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 RECORD = "sweep.json"
 """File in a sweep's folder that lists its cells."""
-NO_PATTERN = str.maketrans({sign: f"[{sign}]" for sign in "[*?"})
-"""DuckDB takes a file's name for a pattern."""
 CELLS_KIND = "sweep"
 """Kind whose table is the list of cells, whatever they measured."""
 
@@ -142,9 +140,8 @@ def _queried(
         if isinstance(source, list):
             how = "union_by_name = true, hive_partitioning = false, file_row_number = true"
             wanted = "* exclude (file_row_number), file_row_number as _row"
-            literal = [name.translate(NO_PATTERN) for name in source]
             query = f"create temp table _all as select {wanted} from read_parquet(?, {how})"
-            session.execute(query, [literal])
+            session.execute(query, [source])
         else:
             session.register("_all", source)
         session.execute("set enable_external_access = false")  # a condition reads no files

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,8 @@ def keep_rows(folder: Path, cell: SweepCell, result: Result) -> None:
 
     Raises:  OutputError: it cannot be written.
     """
+    from melens.results.tabular import parquet_of
+
     kind, tables = result.schema_id.split("/")[1], tables_of(result)
     tables[SUMMARY] = tables.pop(SUMMARY)  # the last one: where it is, the others are
     for table, rows in tables.items():
@@ -80,27 +81,3 @@ def _with_axes(cell: SweepCell, kind: str, row: JsonObject) -> JsonObject:
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, PLAIN) else json.dumps(value)
-
-
-def parquet_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as a Parquet file; a column with numbers of both kinds holds floats."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
-    made = io.BytesIO()
-    parquet.write_table(table, made, compression="zstd")
-    return made.getvalue()
-
-
-def _column(values: list[Any]) -> Any:
-    """Of no type where nothing is known: another cell's says it."""
-    import pyarrow as pa
-
-    kinds = {type(value) for value in values if value is not None}
-    if kinds <= {int, float} and float in kinds:
-        return pa.array([None if value is None else float(value) for value in values])
-    if len(kinds) > 1:
-        return pa.array([None if value is None else str(value) for value in values])
-    return pa.array(values)

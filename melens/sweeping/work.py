@@ -25,6 +25,7 @@ from melens.sweeping.cells import SweepCell
 from melens.sweeping.tables import keep_rows
 
 CELLS, STATE, LOG, OUT, LOCK = "cells", "cell.json", "log.txt", "out", ".lock"
+RESULT = "result.json"
 """Names in a sweep's folder."""
 SIZES = ("batch_size", "batch_tokens")
 """Options that are halved where memory runs out."""
@@ -112,7 +113,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _run_once(folder: Path, cell: SweepCell, work: Work, models: LastModel) -> CellRow | None:
-    """A cell that is neither done nor failed in this session."""
+    """Run a cell that is neither done, nor failed in this sweep."""
     home = folder / CELLS / cell.id
     with _alone(home):
         return _run_unless_done(folder, cell, work, models)
@@ -235,13 +236,8 @@ def _file_of(home: Path, printed: str) -> Path:
     for path in sorted((home / OUT).glob("*.json")):
         if path.read_text("utf-8").strip() == printed.strip():
             return path
-    return write_result(home / "result.json", printed)
-
-
-def write_result(path: Path, printed: str) -> Path:
-    """A result as it was printed."""
-    write_atomically(path, printed)
-    return path
+    write_atomically(home / RESULT, printed)
+    return home / RESULT
 
 
 def _halved(cell: SweepCell) -> tuple[list[str], str] | None:

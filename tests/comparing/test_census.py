@@ -281,8 +281,3 @@ def test_the_command_refuses_first(machine, tmp_path, capsys, monkeypatch):
     ):
         assert run(place, *arguments) == code
         assert match in capsys.readouterr().err
-    monkeypatch.setattr("melens.results.tabular.find_spec", lambda _: None)
-    assert run(place, "--parquet", tmp_path / "c.parquet") == 3
-    error = capsys.readouterr().err
-    assert "pip install pyarrow" in error
-    assert error.count("\n") == 1

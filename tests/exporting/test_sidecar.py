@@ -163,6 +163,18 @@ def test_before_the_me_layer_first_tokens_are_told_by_id(folder, tmp_path):
         MassiveMask(path)
 
 
+def test_a_rule_of_the_embedding_stands_at_layer_minus_one(newline):
+    from dataclasses import replace
+
+    from melens.exporting.sidecars import LayerSizes, _layers
+    from melens.interventions.massive import MassiveRule
+
+    sizes = LayerSizes(0, massive=[torch.ones(2, 3) * 5], others=[torch.ones(4, 3)])
+    rule = MassiveRule(-1, 0, 2.5, 0.5, None)
+    assert (_layers([sizes], rule)[0].coordinate, _layers([sizes], rule)[0].norm) == (2.5, 0.5)
+    assert _layers([sizes], replace(rule, layer=0))[0].coordinate is None
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """A planted model's folder."""
@@ -209,7 +221,7 @@ def test_what_is_of_another_model_is_refused(newline):
 
     model, located, _ = newline
     other = load(plant("gpt2", "single", 1).model)
-    with pytest.raises(MelensError, match=r"other weights|another model|located"):
+    with pytest.raises(MelensError, match=r"was located on GPT2LMHeadModel .* has weights"):
         sidecar(model, locate(other, newline_batch(seed=1)), newline_batch(seed=1))
     scanned = scan("smollm2-135m", reach=False)
     with pytest.raises(InterventionError, match="30 layers of width 576"):

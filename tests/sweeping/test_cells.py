@@ -64,6 +64,7 @@ def test_a_cell_is_the_same_however_it_is_said_and_another_where_its_text_change
     [
         ({"run": [{"command": "lokate"}]}, r"unknown command 'lokate'. Did you mean 'locate'"),
         ({"run": [{"command": "export"}]}, r"unknown command 'export'"),
+        ({"run": [{"command": "census"}]}, r"unknown command 'census'"),
         ({"run": [{"command": "locate", "n-sek": 1}]}, r"run 1 .*'n-sek'. Did you mean 'n-seq'"),
         ({"run": [{"command": "locate", "n-seq": -1}]}, r"run 1 .*'--n-seq'"),
         ({"run": [{"command": "locate", "out": "x"}]}, r"out is the sweep's own"),

@@ -145,9 +145,24 @@ def test_two_sweeps_do_not_work_in_one_folder(config, tmp_path):
         melens.sweep(config, out=tmp_path, quiet=True)
 
 
+def test_a_worker_that_comes_late_leaves_a_done_cell_alone(config, tmp_path, monkeypatch):
+    """Another one, left behind by a driver that was killed, may have run it meanwhile."""
+    import melens
+    from melens.sweeping.cells import cells_of
+    from melens.sweeping.config import read_config
+    from melens.sweeping.work import Work, run_work
+
+    melens.sweep(config, out=tmp_path, quiet=True)
+    monkeypatch.setattr("melens.sweeping.work.run_cell", None)
+    told = []
+    run_work(Work.of(tmp_path, cells_of(read_config(config)), session="late"), told=told.append)
+    assert told == []
+
+
 def test_an_interrupted_cell_is_missing_and_not_failed(config, tmp_path, monkeypatch):
     import melens
     from melens.sweeping import read_sweep
+    from melens.sweeping.work import read_state
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -156,6 +171,8 @@ def test_an_interrupted_cell_is_missing_and_not_failed(config, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         melens.sweep(config, out=tmp_path, quiet=True)
     assert {row.status for row in read_sweep(tmp_path).cells} == {"missing"}
+    state = read_state(next(home for home in tmp_path.glob("cells/*") if read_state(home)))
+    assert (state["status"], "begun" in state) == ("interrupted", False)  # no worker was lost
     monkeypatch.undo()
     assert melens.sweep(config, out=tmp_path, quiet=True).count("done") == 3
 
@@ -212,6 +229,8 @@ def test_what_cannot_run_is_refused_before_any_cell(
 
 
 def test_a_mask_that_a_family_refuses_is_refused_before_any_cell(folders, tmp_path, monkeypatch):
+    import melens
+    from melens.errors import InterventionError
     from melens.models import families
     from melens.sweeping.preflight import _mask_refusal
 
@@ -220,6 +239,10 @@ def test_a_mask_that_a_family_refuses_is_refused_before_any_cell(folders, tmp_pa
     assert _mask_refusal({"architectures": ["LlamaForCausalLM"]}) == "block 0 has no norm 'ln1'."
     assert _mask_refusal({"architectures": ["Qwen3ForCausalLM"]}) == ""
     assert _mask_refusal({}) == ""
+    monkeypatch.setattr("melens.sweeping.work.run_cell", None)
+    config = {"model": str(folders["llama"]), "run": [{"command": "eval", "n": 2}]}
+    with pytest.raises(InterventionError, match="takes no mask: block 0 has no norm"):
+        melens.sweep(config, out=tmp_path, quiet=True)
 
 
 @pytest.fixture(scope="module")

@@ -104,11 +104,8 @@ def _refuse_files(folder: Path | None, parquet: Path | None, card: Path | None) 
     """Refuse what could not be written at the end, before any model is read."""
     output.refuse_unwritable(folder)
     if parquet is not None:
-        from melens.results.tabular import require_parquet
-
         if parquet.suffix.lower() != PARQUET or parquet.is_dir():
             raise typer.BadParameter(f"--parquet {parquet}: name a file that ends in {PARQUET}.")
-        require_parquet()
         output.refuse_unwritable(parquet.resolve().parent)
     if card is not None:
         from melens.reporting import refuse_bad_card
@@ -119,10 +116,10 @@ def _refuse_files(folder: Path | None, parquet: Path | None, card: Path | None) 
 
 def _write_files(result: Any, parquet: Path | None, card: Path | None) -> None:
     if parquet is not None:
-        from melens.results.tabular import parquet_of
+        from melens.results.tabular import flat, parquet_of
         from melens.store import write_atomically
 
-        write_atomically(parquet, parquet_of(result.to_frame()))
+        write_atomically(parquet, parquet_of([flat(row) for row in result.rows()]))
     if card is not None:
         from melens.reporting import update_census_card
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -29,6 +27,7 @@ from melens.evaluating.harness.data import (
 )
 from melens.evaluating.harness.settings import PLAIN, model_key
 from melens.framing import frame_of, require_known
+from melens.progress import only_errors_of
 from melens.protocols import AnyModel, Tokenizer, TransformersModel
 from melens.results import MELayer
 from melens.results.edit import Edit
@@ -170,7 +169,7 @@ def _answers(
     from melens.interventions.massive import with_firsts
 
     edited, size = models.edited, job.settings.batch_size
-    with _quiet():
+    with only_errors_of("lm_eval"):
         lm = Generator(_plain(models.model), models.tokenizer, batch_size=size)
         manager = TaskManager(
             include_defaults=False,
@@ -194,18 +193,6 @@ def _answers(
             batch = asked[start : start + size]
             answers = lm.generate_until(batch, disable_tqdm=True)
             yield [_row(theirs, job, *pair) for pair in zip(batch, answers, strict=True)]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's warnings that it was given a loaded model and local data."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
