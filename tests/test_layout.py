@@ -31,7 +31,7 @@ ROWS = [
     {"isolating", "patching"},
     {"evaluating"},
     {"tuning", "exporting"},
-    {"finetuning"},
+    {"finetuning", "quantising"},
     {"figures"},
     {"checking", "comparing"},
     {"reporting"},

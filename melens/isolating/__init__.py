@@ -2,6 +2,6 @@
 
 from melens.isolating.cause import isolate
 from melens.isolating.means import mean_coordinates
-from melens.isolating.super_weight_search import Search, super_weights
+from melens.isolating.super_weight_search import Search, find_super_weights, super_weights
 
-__all__ = ["Search", "isolate", "mean_coordinates", "super_weights"]
+__all__ = ["Search", "find_super_weights", "isolate", "mean_coordinates", "super_weights"]

@@ -125,6 +125,20 @@ def super_weights(
     )
 
 
+def find_super_weights(
+    model: ModelLike | Inputs, prompts: Source = None, *, search: Search = SEARCH
+) -> list[DownEntry]:
+    """The weights that :func:`super_weights` finds, strongest first, without what each is worth.
+
+    Raises:  as there.
+    """
+    check_search(search)
+    inputs = prepare(model, prompts)
+    hunt = _Hunt(inputs, places_of(inputs.model)[0], search, _Ticks(inputs.total, None))
+    hunt.run()
+    return [item.entry for item in hunt.found]
+
+
 def check_search(search: Search) -> None:
     """Refuse numbers that no search can go by.
 

@@ -18,6 +18,8 @@ from melens.placement import same_hooks
 
 KEPT = "_melens_bridge"
 """Where a model object keeps the bridge that it was given; a view has none."""
+BRIDGED = "_original_component"
+"""Where a module of a bridge keeps the module that it stands for."""
 OWN = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 """What a module keeps its parts in; the copy has containers of its own, with the same parts."""
 
@@ -30,6 +32,26 @@ def view_of(model: nn.Module, *, hooked: bool = False) -> nn.Module:
     Args:    hooked: the hooks that the first has now are on the second as well.
     """
     return _view(model, {}, hooked=hooked)
+
+
+def plain_view_of(model: nn.Module) -> nn.Module:
+    """:func:`view_of` a bridge's model without the bridge's own modules: transformers' tree again.
+
+    The caller checks that it answers as the bridge does.
+    """
+    made = view_of(model)
+    _strip(made)
+    return made
+
+
+def _strip(module: nn.Module) -> None:
+    for name, found in list(module._modules.items()):
+        inner = found
+        while inner is not None and BRIDGED in inner._modules:
+            inner = inner._modules[BRIDGED]
+        module._modules[name] = inner
+        if inner is not None:
+            _strip(inner)
 
 
 def merged_view_of(model: nn.Module) -> nn.Module:

@@ -320,6 +320,7 @@ _MODULES = {
     "metric": "metric",
     "mixers": "mixers",
     "patch": "patch",
+    "quantise": "quantise",
     "reach": "reach",
     "scan": "scan",
     "sidecar": "sidecar",

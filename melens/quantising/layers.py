@@ -1,0 +1,123 @@
+"""Which weights of a transformers model a quantiser rounds, and where they are multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from melens.errors import ModelError
+from melens.models.decoder import layer_list
+from melens.models.view import plain_view_of
+from melens.placement import input_device
+from melens.protocols import HookedModel, TransformersModel
+from melens.quantising.rounding import Matrix
+
+CLOSE = 1e-2
+"""Largest difference of the plain model's logits over the largest of them: sums in another order,
+in 16 bits too."""
+PROBE = (1, 2, 3, 4)
+ROUTERS = ("gate", "router")
+"""Last parts of the names of routers, which every quantiser leaves whole."""
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """One parameter of the blocks that a linear layer, or all routed experts, multiply by."""
+
+    name: str
+    """As in the checkpoint's module tree, e.g. ``model.layers.0.mlp.down_proj.weight``."""
+    layer: int
+    module: nn.Module
+    """Of a tree that belongs to nobody else."""
+    attribute: str
+    transposed: bool
+    """Whether it is stored ``[inside, outside]`` (Conv1D, some experts)."""
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter's values as they are."""
+        return cast("Tensor", self.module._parameters[self.attribute]).detach()
+
+    @property
+    def matrix(self) -> Matrix:
+        """``[..., outside, inside]``, a view of the stored values."""
+        return self.as_matrix(self.stored)
+
+    def as_matrix(self, values: Tensor) -> Tensor:
+        """Stored values as a matrix, or the other way round."""
+        return values.transpose(-1, -2) if self.transposed else values
+
+    @property
+    def path(self) -> str:
+        """The module's name."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """A bridge's model as transformers' own tree, sharing every weight; nobody else's hooks."""
+
+    hf: TransformersModel
+    weights: tuple[LinearWeight, ...]
+    device: torch.device
+    n_layers: int
+
+    def of_layer(self, layer: int) -> list[LinearWeight]:
+        """The weights of one block."""
+        return [one for one in self.weights if one.layer == layer]
+
+    def holding(self, parameter: object) -> LinearWeight | None:
+        """The weight that is this very parameter of the bridge."""
+        for one in self.weights:
+            if one.module._parameters[one.attribute] is parameter:
+                return one
+        return None
+
+
+@torch.no_grad()
+def plain_model(bridge: HookedModel) -> PlainModel:
+    """The transformers model that a bridge runs, to be quantised; the bridge stays as it is.
+
+    Raises:  ModelError: it is quantised already, is not whole, or does not answer as the bridge.
+    """
+    inner = getattr(bridge, "original_model", None)
+    if inner is None:
+        raise ModelError("a HookedTransformer cannot be quantised; load it with melens.load.")
+    if getattr(inner, "hf_quantizer", None) is not None:
+        raise ModelError("this model is quantised already; give the weights it was made from.")
+    hf = cast("TransformersModel", plain_view_of(inner).eval())
+    device = input_device(hf)
+    ids = torch.tensor([PROBE], device=device)
+    wanted, found = (model(ids, use_cache=False).logits.float() for model in (inner, hf))
+    if not float((wanted - found).abs().max()) <= CLOSE * float(wanted.abs().max()):
+        raise ModelError(
+            f"{type(hf).__name__} outside TransformerLens' modules answers otherwise than inside, "
+            "so what is quantised would be another model."
+        )
+    blocks = layer_list(hf)
+    names = {id(module): name for name, module in hf.named_modules()}
+    found = tuple(weight for n, block in enumerate(blocks) for weight in _weights(n, block, names))
+    if not found:
+        raise ModelError(f"the blocks of {type(hf).__name__} have no linear layers to quantise.")
+    return PlainModel(hf, found, device, len(blocks))
+
+
+def _weights(layer: int, block: nn.Module, names: dict[int, str]) -> Iterator[LinearWeight]:
+    from transformers.pytorch_utils import Conv1D
+
+    for module in block.modules():
+        whole, last = names[id(module)], names[id(module)].rpartition(".")[2]
+        if isinstance(module, (nn.Linear, Conv1D)):
+            if last not in ROUTERS:
+                flipped = isinstance(module, Conv1D)
+                yield LinearWeight(f"{whole}.weight", layer, module, "weight", flipped)
+            continue
+        part: Any = module
+        for name, value in module._parameters.items():
+            if value is not None and value.ndim == 3 and name.endswith("_proj"):
+                flipped = bool(getattr(part, "is_transposed", False))
+                yield LinearWeight(f"{whole}.{name}", layer, module, name, flipped)

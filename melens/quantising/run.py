@@ -1,0 +1,144 @@
+"""quantise(): what number formats cost a model, and what keeping a few things whole buys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.errors import InterventionError, MetricError
+from melens.evaluating.edits import check_unedited
+from melens.inputs import Inputs, Source, prepare
+from melens.item_rows import ItemRow, Rows
+from melens.protocols import ModelLike
+from melens.quantising.bench import Bench, Protect
+from melens.quantising.running import QuantisedModel, unquantised
+from melens.quantising.schemes import DEFAULT, SCHEMES, Scheme
+from melens.quantising.summing import AGREES, BASE, DIVERGES, Ran, assembled, condition
+from melens.quantising.trials import Texts, Trial
+from melens.results.quantise import Quantisation
+from melens.results.reading import HoldsMELayer, located_in
+from melens.settings import Run, setting_of
+
+
+def quantise(
+    model: ModelLike | Inputs,
+    texts: Source = None,
+    *,
+    schemes: Sequence[str] = DEFAULT,
+    me_layer: HoldsMELayer | None = None,
+    protect: Protect | None = None,
+    batch_size: int = 4,
+    run: Run | None = None,
+) -> Quantisation:
+    """Round a model as engines would, and measure loss, KL and agreement with the model as it is.
+
+    Each scheme is run as it is; with the massive tokens, super weights, the ME and erase layers'
+    down projections, the cache's first tokens or a prefix kept in the model's own dtype; and with
+    as many random ones instead. Embeddings, the unembedding, norms and routers are never rounded.
+    The model is not changed, and its weights are kept a second time in the scheme's bits alone.
+
+    Args:    model: as for ``melens.locate``; not one that is quantised already.
+             schemes: names of ``melens.quantising.SCHEMES``.
+             me_layer: None = located here, on the same texts.
+             run: seed of the bootstrap, file of finished rows, progress.
+    Returns: means over tokens, with 95 % intervals over texts.
+    Raises:  UnknownNameError: no such scheme. ModelError: a model that is quantised, or whose
+             weights do not divide into a scheme's blocks. ResultError: ``me_layer`` of another
+             model. InterventionError: an edit is open, or super weights of another model.
+             PromptError: too few texts for a static scheme. MetricError: a loss is no number.
+    Source:  Dettmers et al., LLM.int8(), 2022; Xiao et al., SmoothQuant, 2023 (per tensor and per
+             token); Chen et al., PrefixQuant, 2024; Yu et al., The Super Weight, 2024.
+    """
+    if not schemes or isinstance(schemes, str):
+        raise InterventionError("schemes must be a list of names, with at least one.")
+    chosen = [SCHEMES[name] for name in dict.fromkeys(schemes)]
+    how = setting_of(run, Run, "run")
+    ready = prepare(model, texts, batch_size=batch_size)
+    check_unedited(ready.model)
+    bench = Bench.of(ready, chosen, located_in(me_layer), protect or Protect(), batch_size)
+    loop = _Loop(bench, how)
+    return assembled(bench, [loop.run(scheme) for scheme in chosen], loop.rows, seed=how.seed)
+
+
+class _Loop:
+    """Scheme after scheme, batch after batch; the rows are its only memory."""
+
+    def __init__(self, bench: Bench, how: Run) -> None:
+        self.bench, self.how, self.done = bench, how, 0
+        self.rows = Rows(how.keep, bench.facts(), of="quantisation")
+        self.batches = len(bench.texts.batches)
+        self.total = self.batches * sum(len(bench.trials(s)) for s in bench.schemes)
+
+    @torch.no_grad()
+    def run(self, scheme: Scheme) -> Ran:
+        """All trials of a scheme; what an earlier run left is not run again."""
+        trials = self.bench.trials(scheme)
+        quantised = QuantisedModel.of(self.bench.plain, scheme)
+        sides: list[tuple[Texts | None, list[Trial]]] = [
+            (self.bench.texts, [t for t in trials if t.name != "prefix"]),
+            (self.bench.prefixed, [t for t in trials if t.name == "prefix"]),
+        ]
+        for at in range(self.batches):
+            for texts, own in sides:
+                if texts is not None and own:
+                    self._batch(quantised, texts, own, at)
+                self._tick(len(own))
+        passes = len(trials) + sum(bool(own) for _, own in sides)
+        bits = {trial.key: quantised.bits(trial.entries, trial.modules) for trial in trials}
+        return Ran(scheme, trials, passes + scheme.static, bits, quantised.unrounded)
+
+    def _batch(
+        self, quantised: QuantisedModel, texts: Texts, trials: Sequence[Trial], at: int
+    ) -> None:
+        batch, first = texts.batches[at], self.bench.texts.before(at)
+        items = [str(first + row) for row in range(len(batch))]
+        names = [condition(quantised.scheme, trial) for trial in trials]
+        if all(self.rows.has(item, name) for item in items for name in names):
+            return
+        base = unquantised(self.bench.plain, batch)
+        for trial, name in zip(trials, names, strict=True):
+            whole = self.bench.spared(trial, texts, at, quantised.scheme)
+            found = quantised.logits(batch, whole)
+            kept = 0 if whole.tokens is None else int(whole.tokens.sum())
+            self.rows.add(_scored(items, name, base, found, batch, texts.start, kept))
+
+    def _tick(self, trials: int) -> None:
+        self.done += trials
+        if self.how.progress is not None:
+            self.how.progress(self.done, self.total)
+
+
+def _scored(  # noqa: PLR0913 (two runs of one batch, and what to call it)
+    items: Sequence[str],
+    name: str,
+    base: Float[Tensor, "batch pos vocab"],
+    found: Float[Tensor, "batch pos vocab"],
+    batch: Batch,
+    start: int,
+    kept: int,
+) -> Iterator[ItemRow]:
+    """One text at a time: a batch's logits are the largest tensors there are.
+
+    Args:    start: column of the first token that nothing foresees.
+    """
+    for row, item in enumerate(items):
+        at = slice(start, int(batch.mask[row].sum()) - 1)
+        wanted = batch.ids[row, start + 1 : at.stop + 1, None].to(base.device)
+        before = base[row, at].float().log_softmax(-1)
+        after = found[row, at].float().log_softmax(-1)
+        loss, plain = (float(-x.gather(-1, wanted).double().mean()) for x in (after, before))
+        if not math.isfinite(loss):
+            raise MetricError(
+                f"text {item} under {name} has a loss of {loss}; load the model in float32 or "
+                "bfloat16."
+            )
+        kl = float((before.exp() * (before - after)).sum(-1).double().mean())
+        agrees = float((before.argmax(-1) == after.argmax(-1)).double().mean())
+        size = float(len(wanted))
+        also = {BASE: (plain, size), DIVERGES: (kl, size), AGREES: (agrees, size)}
+        yield ItemRow(item, name, loss, size, also, {"kept": kept if row == 0 else 0})

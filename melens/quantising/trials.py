@@ -1,0 +1,258 @@
+"""What is kept whole beside each scheme: protections, and random controls of the same size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from melens.batches import Batch
+from melens.errors import SiteError
+from melens.inputs import Inputs
+from melens.interventions.massive import massive_tokens
+from melens.isolating.spikes import DownEntry
+from melens.isolating.weight_damage import places_of, stand_ins
+from melens.models.experts import experts_of
+from melens.models.ffn import ffn_of
+from melens.protocols import HookedModel
+from melens.quantising.layers import LinearWeight, PlainModel
+from melens.quantising.running import Entries, largest_read
+from melens.quantising.schemes import Scheme
+from melens.results.edit import ChosenPrefix
+from melens.results.locate import MELayer
+from melens.results.quantise import Role
+from melens.shapes import TokenMask
+
+Rows = Sequence[Sequence[int]]
+BATCHES = 100_003
+"""A control's draws differ from batch to batch, and from seed to seed."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing kept whole, or none."""
+
+    name: str = "as is"
+    role: Role = "as is"
+    control_of: str | None = None
+    seed: int | None = None
+    entries: Entries = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
+
+    @property
+    def key(self) -> str:
+        """Tells it from the others of a scheme."""
+        return self.name if self.seed is None else f"{self.name} {self.seed} ({self.control_of})"
+
+
+AS_IS = Trial()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows of one batch size, and which of their tokens a trial can keep."""
+
+    batches: list[Batch]
+    massive: list[TokenMask]
+    start: int
+    """Column of each row's own first token, which nothing foresees."""
+    prefix: int = 0
+    """Tokens of a prefix, which are computed as they are."""
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        rows: Rows,
+        located: MELayer | None,
+        *,
+        batch_size: int,
+        prefix: ChosenPrefix | None = None,
+    ) -> Texts:
+        """Right-padded batches; one partial pass for the massive tokens.
+
+        Args:    located: None = nothing is massive.
+        """
+        start = 0
+        if prefix is not None:
+            ids, stands = prefix.token_ids, prefix.starts_texts
+            rows = [[*ids, *row[int(stands) :]] for row in rows]
+            start = len(ids) - stands
+        parts = range(0, len(rows), batch_size)
+        batches = [Batch.pad(rows[n : n + batch_size]) for n in parts]
+        if located is None:
+            marks = [torch.zeros_like(batch.mask) for batch in batches]
+        else:
+            marks = [found.cpu() for found, _ in massive_tokens(model, located, batches)]
+        return cls(batches, marks, start, 0 if prefix is None else len(prefix.token_ids))
+
+    @property
+    def massive_count(self) -> int:
+        """Massive tokens of all texts."""
+        return sum(int(marks.sum()) for marks in self.massive)
+
+    def before(self, at: int) -> int:
+        """Texts in the batches before one."""
+        return sum(map(len, self.batches[:at]))
+
+    def differs_from_first(self, first: int) -> bool:
+        """Whether the massive tokens are others than each text's first ones."""
+        pairs = zip(self.batches, self.massive, strict=True)
+        return any(
+            not torch.equal(marks, batch.mask & (batch.positions < first)) for batch, marks in pairs
+        )
+
+    def kept(self, trial: Trial, at: int, *, first: int) -> TokenMask | None:
+        """The tokens of one batch that a trial keeps whole; None = none."""
+        batch, massive = self.batches[at], self.massive[at]
+        known = {
+            "massive-token": massive,
+            "first-tokens": batch.mask & (batch.positions < first),
+            "prefix": batch.mask & (batch.positions < self.prefix),
+        }
+        if trial.name != "random-tokens":
+            return known.get(trial.name)
+        assert trial.control_of is not None
+        assert trial.seed is not None
+        wanted = known[trial.control_of]
+        free = batch.mask & ~massive & ~wanted
+        return _as_many(wanted, free, seed=trial.seed * BATCHES + at)
+
+
+def _as_many(wanted: TokenMask, free: TokenMask, *, seed: int) -> TokenMask:
+    """In every row as many tokens as are wanted, drawn from the free ones."""
+    rng, made = torch.Generator().manual_seed(seed), torch.zeros_like(free)
+    for row, (count, places) in enumerate(zip(wanted.sum(-1).tolist(), free, strict=True)):
+        at = places.nonzero()[:, 0]
+        made[row, at[torch.randperm(len(at), generator=rng)[:count]]] = True
+    return made
+
+
+@dataclass
+class Calibration:
+    """The largest |entry| that every linear layer reads, token by token, of texts not scored."""
+
+    texts: Texts
+    sizes: list[dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, plain: PlainModel, texts: Texts) -> Calibration:
+        """One pass over the texts."""
+        found = (largest_read(plain, batch) for batch in texts.batches)
+        return cls(texts, [{name: x.cpu() for name, x in sizes.items()} for sizes in found])
+
+    def largest(self, trial: Trial, *, first: int) -> dict[str, float]:
+        """Module's name -> its largest |entry|, the tokens that a trial keeps left out."""
+        made: dict[str, float] = {}
+        for at, sizes in enumerate(self.sizes):
+            kept = self.texts.kept(trial, at, first=first)
+            for name, x in sizes.items():
+                own = x if kept is None else x.masked_fill(kept, 0.0)
+                made[name] = max(made.get(name, 0.0), float(own.max()))
+        return made
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What can be kept whole in one model."""
+
+    super_weights: Trial | None
+    layers: Trial | None
+    randoms: tuple[Trial, ...]
+    """Controls of these two."""
+
+    def of(self, scheme: Scheme, tokens: Sequence[str], *, seeds: Sequence[int]) -> list[Trial]:
+        """The trials of a scheme, controls behind what they control; the first keeps nothing.
+
+        Args:    tokens: which of massive-token, first-tokens and prefix the texts have.
+        """
+        made = [AS_IS]
+        if scheme.inputs or scheme.cache:
+            for name in tokens:
+                if name == "first-tokens" and not scheme.cache:
+                    continue
+                made.append(Trial(name, "protected"))
+                if name != "prefix":
+                    made += [Trial("random-tokens", "control", name, seed) for seed in seeds]
+        if scheme.weights:
+            for one in filter(None, (self.super_weights, self.layers)):
+                made.append(one)
+                made += [t for t in self.randoms if t.control_of == one.name]
+        return made
+
+
+def choices(
+    inputs: Inputs,
+    plain: PlainModel,
+    located: MELayer | None,
+    found: Sequence[DownEntry],
+    *,
+    seeds: Sequence[int],
+) -> Choices:
+    """Super weights and the ME and erase layers' down projections, with what stands for them."""
+    downs = _down_projections(inputs.model, plain)
+    supers, layers, randoms = None, None, []
+    entries = [entry for entry in found if entry.layer in downs]
+    if entries:
+        supers = Trial("super-weights", "protected", entries=_indices(downs, entries))
+        places, _ = places_of(inputs.model)
+        for seed in seeds:
+            drawn = _indices(downs, stand_ins(places, entries, seed=seed))
+            randoms.append(Trial("random-weights", "control", "super-weights", seed, drawn))
+    kept = sorted({n for n in _emerging(located) if n in downs})
+    others = [n for n in downs if n not in kept]
+    if kept and len(others) >= len(kept):
+        paths = frozenset(downs[n].path for n in kept)
+        layers = Trial("me-layers", "protected", modules=paths)
+        randoms += [
+            replace(layers, name="random-layers", role="control", control_of="me-layers",
+                    seed=seed, modules=_drawn(downs, others, len(kept), seed))
+            for seed in seeds
+        ]  # fmt: skip
+    return Choices(supers, layers, tuple(randoms))
+
+
+def _drawn(
+    downs: Mapping[int, LinearWeight], layers: Sequence[int], count: int, seed: int
+) -> frozenset[str]:
+    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(seed)).tolist()
+    return frozenset(downs[layers[n]].path for n in order[:count])
+
+
+def _emerging(located: MELayer | None) -> Iterator[int]:
+    if located is None:
+        return
+    yield from (n for n in (located.me_layer, located.erase_layer) if n is not None and n >= 0)
+
+
+def _down_projections(model: HookedModel, plain: PlainModel) -> dict[int, LinearWeight]:
+    """Layer -> its down projection among the plain model's weights, where it has one."""
+    found = {}
+    for layer in range(plain.n_layers):
+        for read in (
+            lambda n: ffn_of(model, n).projection.weight,
+            lambda n: experts_of(model, n).module.down_proj,
+        ):
+            try:
+                one = plain.holding(read(layer))
+            except (SiteError, AttributeError):
+                continue
+            if one is not None:
+                found[layer] = one
+                break
+    return found
+
+
+def _indices(
+    downs: Mapping[int, LinearWeight], entries: Sequence[DownEntry]
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """By weight: (expert,) residual dimension and neuron."""
+    made: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for entry in entries:
+        expert = () if entry.expert is None else (entry.expert,)
+        at = (*expert, entry.row, entry.column)
+        name = downs[entry.layer].name
+        made[name] = (*made.get(name, ()), at)
+    return made
