@@ -41,6 +41,7 @@ _MODULES = {
     "isolate": "causes",
     "super-weights": "causes",
     "patch": "patch_grid",
+    "quantise": "quantised",
     "evaluate": "evaluation",
     "long-context": "long_context",
     "finetune": "training",

@@ -16,7 +16,7 @@ from melens.measuring.located import check_same_model
 from melens.protocols import JsonObject
 from melens.quantising.layers import PlainModel, plain_model
 from melens.quantising.rounding import require_divides
-from melens.quantising.running import Spared
+from melens.quantising.running import Spared, require_cache
 from melens.quantising.schemes import Scheme
 from melens.quantising.trials import Calibration, Choices, Rows, Texts, Trial, choices
 from melens.results.edit import ChosenPrefix
@@ -70,7 +70,7 @@ class Bench:
     prefixed: Texts | None = None
     """The same texts behind the prefix."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Protections that are not tried, with the reason."""
+    """Schemes and protections that are not tried, with the reason."""
     choices: Choices = field(default_factory=lambda: Choices(None, None, ()))
     calibrations: dict[bool, Calibration] = field(default_factory=dict)
     """By whether the prefix stands before the texts."""
@@ -86,15 +86,14 @@ class Bench:
     ) -> Bench:
         """Look at the model, mark its massive tokens, choose what is tried."""
         plain = plain_model(inputs.model)
-        for scheme in schemes:
-            for one in plain.weights:
-                require_divides(one.matrix.shape[-1], scheme.weights, one.name)
+        schemes, left_out = _possible(plain, schemes)
         located = me_layer or locate_in(inputs)
         check_same_model(inputs, located)
         scored, others = _set_aside(inputs.rows, any(scheme.static for scheme in schemes))
         holds = located if located.massive else None
         texts = Texts.of(inputs.model, scored, holds, batch_size=batch_size)
-        made = cls(inputs, tuple(schemes), protect, located, plain, scored, others, texts)
+        made = cls(inputs, schemes, protect, located, plain, scored, others, texts)
+        made.left_out |= left_out
         made.prefix = made._prefix()
         if made.prefix is not None:
             made.prefixed = made._texts(scored, prefixed=True)
@@ -186,6 +185,28 @@ class Bench:
         except ModelError as error:
             self.left_out["super-weights"] = str(error)
             return []
+
+
+def _possible(
+    plain: PlainModel, schemes: Sequence[Scheme]
+) -> tuple[tuple[Scheme, ...], dict[str, str]]:
+    """The schemes that this model can be rounded in, and why the others cannot be.
+
+    Raises:  ModelError: none of them, as the first says.
+    """
+    errors: dict[str, ModelError] = {}
+    for scheme in schemes:
+        try:
+            for one in plain.weights:
+                require_divides(one.matrix.shape[-1], scheme.weights, one.name)
+            if scheme.cache is not None:
+                require_cache(plain, scheme)
+        except ModelError as error:
+            errors[scheme.name] = error
+    if len(errors) == len(schemes):
+        raise next(iter(errors.values()))
+    kept = tuple(scheme for scheme in schemes if scheme.name not in errors)
+    return kept, {name: str(error) for name, error in errors.items()}
 
 
 def _set_aside(rows: list[list[int]], static: bool) -> tuple[list[list[int]], list[list[int]]]:

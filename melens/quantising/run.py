@@ -25,7 +25,7 @@ from melens.results.reading import HoldsMELayer, located_in
 from melens.settings import Run, setting_of
 
 
-def quantise(
+def quantise(  # noqa: PLR0913 (what is run on, what is tried, and how)
     model: ModelLike | Inputs,
     texts: Source = None,
     *,
@@ -62,7 +62,9 @@ def quantise(
     check_unedited(ready.model)
     bench = Bench.of(ready, chosen, located_in(me_layer), protect or Protect(), batch_size)
     loop = _Loop(bench, how)
-    return assembled(bench, [loop.run(scheme) for scheme in chosen], loop.rows, seed=how.seed)
+    return assembled(
+        bench, [loop.run(scheme) for scheme in bench.schemes], loop.rows, seed=how.seed
+    )
 
 
 class _Loop:

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from melens.batches import Batch
-from melens.errors import CaptureError
+from melens.errors import CaptureError, ModelError
+from melens.formatting import brief
 from melens.protocols import Args, Kwargs
-from melens.quantising.layers import LinearWeight, PlainModel
+from melens.quantising.layers import PROBE, LinearWeight, PlainModel
 from melens.quantising.rounding import Packed, packed, rounded, scale_of
 from melens.quantising.schemes import Grid, Scheme
 from melens.shapes import TokenMask
@@ -104,6 +105,24 @@ class QuantisedModel:
         return found.logits
 
 
+def require_cache(plain: PlainModel, scheme: Scheme) -> None:
+    """Refuse a model whose keys and values cannot be rounded where they are cached.
+
+    Raises:  ModelError: with transformers' reason.
+    """
+    batch = Batch.of(torch.tensor([PROBE]))
+    try:
+        QuantisedModel(plain, scheme, {}).logits(batch, Spared())
+    except torch.OutOfMemoryError:
+        raise
+    except (CaptureError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        why = brief(str(error).partition("\n")[0], 160)
+        raise ModelError(
+            f"keys and values of {type(plain.hf).__name__} cannot be rounded in transformers' "
+            f"cache: {why}"
+        ) from None
+
+
 @torch.no_grad()
 def unquantised(plain: PlainModel, batch: Batch) -> Float[Tensor, "batch pos vocab"]:
     """One pass as the model is."""
@@ -118,8 +137,9 @@ def largest_read(plain: PlainModel, batch: Batch) -> Largest:
 
     def look(name: str, module: nn.Module, args: Args) -> None:
         x = _by_token(args[0], here.mask)
-        if x is not None:
-            found[name] = x.float().abs().amax(-1).masked_fill(~here.mask, 0.0)
+        # what reads tokens in an order of its own has one size for all of them
+        sizes = args[0].float().abs().amax() if x is None else x.float().abs().amax(-1)
+        found[name] = torch.where(here.mask, sizes, 0.0)
 
     handles = [
         module.register_forward_pre_hook(partial(look, name))
@@ -229,7 +249,7 @@ class _Pass:
         return made.view_as(x)
 
     def _scale(self, path: str, largest: Tensor, grid: Grid) -> Tensor:
-        if grid.static:
+        if grid.static and path in self.spared.largest:  # else no other text came by here
             largest = torch.full_like(largest, self.spared.largest[path])
         return scale_of(grid, largest)
 
@@ -259,10 +279,9 @@ class _Pass:
         """An edit that never acted is an error."""
         wanted = CACHE if self.model.scheme.cache is not None else None
         if not self.fired or (wanted and wanted not in self.fired):
-            raise CaptureError(
-                f"{self.model.scheme.name} rounded nothing in {type(self.model.plain.hf).__name__}: "
-                "its " + ("keys and values pass by no cache." if wanted else "layers did not run.")
-            )
+            why = "its keys and values pass by no cache" if wanted else "no linear layer ran"
+            name = type(self.model.plain.hf).__name__
+            raise CaptureError(f"{self.model.scheme.name} rounded nothing in {name}: {why}.")
 
 
 def _rounded_heads(

@@ -83,6 +83,11 @@ class SchemeTrials(Part):
         text = f"{self.scheme} costs {_nats(first.damage)}"
         protected = [t for t in self.trials if t.role == "protected"]
         helping = [t for t in protected if t.helps]
+        unsaid = [t for t in protected if t.beyond_random and t.beyond_random.interval is None]
+        if unsaid and len(unsaid) == len(protected):
+            return f"{text}; what helps cannot be said of so few texts (20 are needed)."
+        if not protected:
+            return f"{text}."
         if not helping:
             return f"{text}; nothing that was kept whole helps more than as much at random."
         parts = []
@@ -114,7 +119,7 @@ class Quantisation(Result):
     prefix: tuple[int, ...]
     """Token ids of the prefix that was computed without rounding; empty where none was tried."""
     left_out: tuple[str, ...]
-    """Protections that were not tried, each with the reason."""
+    """Schemes and protections that were not tried, each with the reason."""
     schemes: tuple[SchemeTrials, ...]
     run: RunInfo
 

@@ -154,9 +154,7 @@ def comparison_of(rates: str | None, seeds: str | None, rivals: str, *, rated: b
             raise InterventionError(f"--rates must be above 0 and at most 1, got {brief(rates)}.")
         made["rates" if rated else "strengths"] = doses
     if seeds is not None:
-        made["seeds"] = _numbers("--control-seeds", seeds, int, "whole numbers from 0, as 0,1")
-        if any(not 0 <= seed < 2**63 for seed in made["seeds"]):
-            raise InterventionError(f"--control-seeds must be from 0, got {brief(seeds)}.")
+        made["seeds"] = seeds_of("--control-seeds", seeds)
     if rivals != "none":
         names = ALL if rivals == "all" else tuple(name.strip() for name in rivals.split(","))
         if unknown := [name for name in names if name not in ALL]:
@@ -167,6 +165,17 @@ def comparison_of(rates: str | None, seeds: str | None, rivals: str, *, rated: b
             )
         made["rivals"] = tuple(dict.fromkeys(names))
     return Compare(**made)
+
+
+def seeds_of(option: str, text: str) -> tuple[int, ...]:
+    """Seeds apart by commas, or none.
+
+    Raises:  InterventionError: what is none.
+    """
+    found = _numbers(option, text, int, "whole numbers from 0, as 0,1")
+    if any(not 0 <= seed < 2**63 for seed in found):
+        raise InterventionError(f"{option} must be from 0, got {brief(text)}.")
+    return found
 
 
 def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:

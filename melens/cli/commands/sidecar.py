@@ -56,7 +56,7 @@ def sidecar(
         raise ResultError(f"--out {out} is not a .json file; name one, e.g. massive.json.")
     output.refuse_unwritable(out.parent)
     job = Job.of(model, run, texts=texts, located=located)
-    found = _searched(super_weights)
+    found = searched(super_weights)
     scanned = read_scan(scan)
     loaded, prompts = job.load()
     from melens.exporting.sidecars import sidecar as measure
@@ -80,7 +80,11 @@ def _scanned(model: str, run: opt.RunOptions) -> WeightScan | None:
         return None
 
 
-def _searched(path: Path | None) -> SuperWeights | None:
+def searched(path: Path | None) -> SuperWeights | None:
+    """Saved super weights.
+
+    Raises:  ResultError: the file holds something else.
+    """
     from melens.results import load_result
 
     if path is None:

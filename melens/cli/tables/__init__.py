@@ -7,6 +7,7 @@ from melens.cli.tables import (  # noqa: F401
     edits,
     machine,
     measures,
+    quantised,
     sweeps,
     weights,
 )

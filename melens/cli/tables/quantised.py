@@ -1,0 +1,70 @@
+"""The table of quantisation: what each scheme costs, and what keeping something whole buys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from melens.cli.listing import Listing, table_of
+from melens.formatting import within
+from melens.protocols import JsonObject
+
+
+@table_of("quantise")
+def _quantise(result: Any) -> Iterator[Listing]:
+    texts, tokens = result.texts, result.tokens
+    yield Listing(
+        f"{tokens:,} tokens of {texts} texts, {result.massive_tokens} of them massive; "
+        f"{result.base_loss.value:.4g} nats a token as it is. Costs are nats a token over that, "
+        "with 95 % intervals over texts; random rows are means over seeds."
+    )
+    for found in result.schemes:
+        yield Listing(
+            f"\n{found.scheme}: {found.about}",
+            [_row(rows) for rows in _grouped(found.trials)],
+            ("bits", "KL", "agreement"),
+        )
+        if found.unrounded:
+            yield Listing(f"Not rounded: {', '.join(found.unrounded[:4])}.")
+    yield from (Listing(f"\nNot tried: {reason}") for reason in result.left_out)
+    yield Listing("")
+
+
+def _grouped(trials: Any) -> list[list[Any]]:
+    """Controls of one protection together, all else alone."""
+    made: dict[object, list[Any]] = {}
+    for trial in trials:
+        made.setdefault((trial.name, trial.control_of), []).append(trial)
+    return list(made.values())
+
+
+def _row(trials: list[Any]) -> JsonObject:
+    first, count = trials[0], len(trials)
+    alone = count == 1
+    mean = sum(trial.damage.value for trial in trials) / count
+    shares = [trial.share.value for trial in trials if trial.share is not None]
+    return {
+        "kept whole": {"as is": "nothing"}.get(first.name, first.name),
+        "how many": _count(first),
+        "bits": first.bits,
+        "costs": mean,
+        "interval": within(first.damage.interval, ".3g").strip(" ()") if alone else None,
+        "KL": sum(trial.kl.value for trial in trials) / count,
+        "agreement": f"{sum(trial.agreement.value for trial in trials) / count:.1%}",
+        "less": f"{sum(shares) / count:.0%}" if shares else None,
+        "beyond random": _beyond(first),
+    }
+
+
+def _count(trial: Any) -> str | None:
+    kinds = {"token": trial.tokens, "weight": len(trial.weights), "layer": len(trial.modules)}
+    found = [f"{n} {kind}{'s' * (n != 1)}" for kind, n in kinds.items() if n]
+    return found[0] if found else None
+
+
+def _beyond(trial: Any) -> str | None:
+    found = trial.beyond_random
+    if found is None:
+        return None
+    said = "too few texts" if found.interval is None else within(found.interval, ".3g").strip(" ()")
+    return f"{found.value:.3g} ({said})"

@@ -1,0 +1,202 @@
+"""A model under number formats: against a model written out by hand, and by its invariants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from melens import locate
+from melens.batches import Batch
+from melens.errors import InterventionError, PromptError, ResultError
+from melens.models import load
+from melens.quantising import SCHEMES, Protect, quantise
+from melens.quantising.layers import plain_model
+from melens.quantising.running import QuantisedModel, Spared, unquantised
+from melens.settings import Run
+
+PROTECT = Protect(seeds=(0,), prefix=0, first=2)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    from planted import batch, plant
+
+    made = plant("llama", "single", 0)
+    model = load(made.model)
+    texts = batch(made, n=24, length=24)
+    return made.model, model, texts, locate(model, texts)
+
+
+@pytest.fixture(scope="module")
+def result(planted):
+    _, model, texts, located = planted
+    schemes = ["w8a8-tensor", "w8a8-static", "w4a16", "kv4-token"]
+    before = [p.clone() for p in model.parameters()]
+    made = quantise(model, texts, schemes=schemes, me_layer=located, protect=PROTECT)
+    assert all(map(torch.equal, before, model.parameters()))
+    return made
+
+
+def trial(result, scheme, name, **given):
+    (found,) = (
+        t
+        for t in result.scheme(scheme).trials
+        if t.name == name and all(getattr(t, k) == v for k, v in given.items())
+    )
+    return found
+
+
+class RoundedLinear(nn.Module):
+    """int8 by hand: a step for each row of weights, and one for what shares it among inputs.
+
+    In float32: the largest entry lies between two steps, and rounding decides which.
+    """
+
+    def __init__(self, linear, over):
+        super().__init__()
+        w = linear.weight.detach()
+        self.weight, self.bias, self.over = self.grid(w, (-1,)), linear.bias, over
+
+    @staticmethod
+    def grid(x, over):
+        step = x.abs().amax(over, keepdim=True).clamp_min(1e-30) / 127.5
+        return (x / step).round().clamp(-128, 127) * step
+
+    def forward(self, x):
+        return nn.functional.linear(self.grid(x, self.over), self.weight, self.bias)
+
+
+@pytest.mark.parametrize(("scheme", "over"), [("w8a8-tensor", (-2, -1)), ("w8a8-token", (-1,))])
+def test_logits_are_those_of_a_model_whose_layers_were_written_by_hand(planted, scheme, over):
+    _, model, texts, _ = planted
+    by_hand = plain_model(model).hf
+    for block in by_hand.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, RoundedLinear(linear, over))
+    batch = Batch.of(texts[:3])
+    with torch.no_grad():
+        expected = by_hand(batch.ids, use_cache=False).logits
+    found = QuantisedModel.of(plain_model(model), SCHEMES[scheme]).logits(batch, Spared())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - unquantised(plain_model(model), batch)).abs().max() > 1e-2
+
+
+def test_what_one_text_costs_does_not_depend_on_the_others_or_on_padding(planted):
+    _, model, texts, _ = planted
+    plain = plain_model(model)
+    rows = [texts[0].tolist(), texts[1, :17].tolist()]
+    for name in ("w8a8-tensor", "w8a8-token", "kv8-channel", "kv4-token"):
+        quantised = QuantisedModel.of(plain, SCHEMES[name])
+        both = quantised.logits(Batch.pad(rows), Spared())
+        alone = quantised.logits(Batch.pad(rows[1:]), Spared())
+        torch.testing.assert_close(both[1, :17], alone[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_what_is_kept_whole_is_the_model_as_it_is(planted, scheme):
+    _, model, texts, _ = planted
+    plain, batch = plain_model(model), Batch.of(texts[:2])
+    quantised = QuantisedModel.of(plain, SCHEMES[scheme])
+    largest = {one.path: 1.0 for one in plain.weights}
+    rounded = quantised.logits(batch, Spared(largest=largest))
+    whole = unquantised(plain, batch)
+    assert not torch.equal(rounded, whole)
+    every = frozenset(one.path for one in plain.weights)
+    kept = Spared(torch.ones_like(batch.mask), modules=every, largest=largest)
+    if SCHEMES[scheme].cache is not None:
+        assert torch.allclose(quantised.logits(batch, kept), whole, atol=1e-5)
+    else:
+        with pytest.raises(Exception, match="rounded nothing"):
+            quantised.logits(batch, kept)
+        entries = {
+            one.name: tuple(map(tuple, torch.ones(one.matrix.shape).nonzero().tolist()))
+            for one in plain.weights[:2]
+        }
+        one = Spared(kept.tokens, entries, every - {w.path for w in plain.weights[:2]}, largest)
+        assert torch.allclose(quantised.logits(batch, one), whole, atol=1e-5)
+
+
+def test_the_massive_token_makes_the_damage_and_random_ones_do_not(result):
+    for scheme in ("w8a8-tensor", "w8a8-static"):
+        kept = trial(result, scheme, "massive-token")
+        random = trial(result, scheme, "random-tokens", control_of="massive-token")
+        assert kept.tokens == random.tokens == result.massive_tokens
+        # of a random model on random tokens KL is damage, and loss is not
+        whole = result.scheme(scheme).as_is.kl
+        assert kept.kl.interval[1] < 0.5 * whole.interval[0]
+        assert abs(random.kl.value / whole.value - 1) < 0.2
+
+
+def test_numbers_fit_together(result):
+    assert result.calibration_texts == 6
+    assert result.texts == 18
+    for found in result.schemes:
+        assert found.unrounded == ()
+        assert found.passes <= 20
+        for one in found.trials:
+            assert one.loss.value - result.base_loss.value == pytest.approx(
+                one.damage.value, abs=1e-9
+            )
+            assert one.kl.value >= -1e-9
+            if one.bought is not None:
+                apart = found.as_is.damage.value - one.damage.value
+                assert one.bought.value == pytest.approx(apart, abs=1e-9)
+    assert 4 + 16 / 128 < trial(result, "w4a16", "as is").bits < 4 + 16 / 32
+    assert trial(result, "kv4-token", "as is").bits is None
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_alike(planted, tmp_path):
+    _, model, texts, located = planted
+    rows = tmp_path / "rows.jsonl"
+    how = {"schemes": ["w8a8-token"], "me_layer": located, "protect": PROTECT}
+    whole = quantise(model, texts[:8], **how, run=Run(keep=rows))
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(done, total):
+        if done * 2 >= total:
+            raise StoppedError
+
+    torn = tmp_path / "torn.jsonl"
+    with pytest.raises(StoppedError):
+        quantise(model, texts[:8], **how, run=Run(keep=torn, progress=stop))
+    assert 1 < len(torn.read_text().splitlines()) < len(rows.read_text().splitlines())
+    again = quantise(model, texts[:8], **how, run=Run(keep=torn))
+    assert again.schemes == whole.schemes
+    with pytest.raises(ResultError, match="another quantisation"):
+        quantise(model, texts[1:9], **how, run=Run(keep=torn))
+
+
+def test_without_a_massive_token_the_rest_is_still_measured(tiny, ids):
+    found = quantise(tiny, ids, schemes=["w8a8-tensor"], protect=PROTECT)
+    assert found.massive_tokens == 0
+    assert [t.name for t in found.schemes[0].trials] == ["as is"]
+    assert "massive-token" in found.left_out[0]
+
+
+def test_a_prefix_is_computed_as_the_model_is(planted):
+    """Behind a prefix only the later tokens are rounded, so the damage is theirs alone."""
+    from planted import newline_batch, plant_newline
+
+    model = load(plant_newline().model)
+    texts = newline_batch(seed=1)
+    found = quantise(model, texts, schemes=["w8a8-tensor"], protect=Protect(seeds=(0,)))
+    assert found.prefix
+    one = trial(found, "w8a8-tensor", "prefix")
+    assert one.tokens == len(found.prefix) * found.texts
+
+
+def test_refusals(planted):
+    _, model, texts, located = planted
+    with pytest.raises(InterventionError, match="list of names"):
+        quantise(model, texts, schemes="w4a16")
+    with pytest.raises(Exception, match="unknown scheme 'w4a6'. Did you mean 'w4a"):
+        quantise(model, texts, schemes=["w4a6"])
+    with pytest.raises(PromptError, match="two texts"):
+        quantise(model, texts[:1], schemes=["w8a8-static"], me_layer=located)
+    with pytest.raises(InterventionError, match="first must be"):
+        Protect(first=0)
