@@ -31,16 +31,20 @@ class Bench:
     inputs: Inputs
     budget: str
     results: dict[str, Result] = field(default_factory=dict)
+    schemes: tuple[str, ...] = ()
+    """Number formats that the policy names."""
 
     @classmethod
-    def of(cls, model: HookedModel, source: Source, budget: str) -> Bench:
+    def of(
+        cls, model: HookedModel, source: Source, budget: str, schemes: Sequence[str] = ()
+    ) -> Bench:
         """Adopt the model and cut the texts, once for all stages.
 
         Raises:  PromptError, ModelError: as ``melens.locate``.
         """
         if source is None or isinstance(source, str):
             source = make_prompts("bundled" if source is None else source)
-        return cls(prepare(model, source), budget)
+        return cls(prepare(model, source), budget, schemes=tuple(schemes))
 
     @property
     def model(self) -> HookedModel:

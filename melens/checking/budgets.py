@@ -43,6 +43,7 @@ for _stage in (
     CheckStage("attention", "quick", 2.0),
     CheckStage("isolate", "standard", 130.0, token=True),
     CheckStage("super_weights", "standard", 40.0),
+    CheckStage("quantise", "standard", 60.0),
     CheckStage("edits", "standard", 16.0, token=True),
     CheckStage("eviction", "standard", 6.0, token=True),
     CheckStage("dose", "full", 50.0, token=True),

@@ -12,6 +12,7 @@ from melens.errors import ResultError
 from melens.protocols import HookedModel, JsonObject, Tokenizer
 from melens.provenance import versions
 from melens.results.base import Result, load_result
+from melens.results.quantise import Quantisation
 from melens.store import (
     PAGE,
     RESULT,
@@ -41,6 +42,8 @@ class Keeper:
     folder: Path | None
     key: str
     """Of everything that a stage's numbers depend on."""
+    schemes: tuple[str, ...] = ()
+    """Number formats that the stage quantise has to hold."""
 
     @classmethod
     def of(cls, folder: Path | None, bench: Bench) -> Keeper:
@@ -65,7 +68,7 @@ class Keeper:
             "config": config_of(bench.model),
             "tokenizer": tokenizer_hash(getattr(bench.model, "tokenizer", None)),
         }
-        return cls(folder, hash_facts(facts))
+        return cls(folder, hash_facts(facts), bench.schemes)
 
     def read(self, stage: str) -> tuple[Result, float] | None:
         """A finished stage and its seconds; None where there is none, it is damaged, or of
@@ -82,7 +85,10 @@ class Keeper:
             data = read_limited(path, RESULT)
             if head != self._about(stage, data, seconds):
                 return None
-            return load_result(path), float(seconds)
+            found = load_result(path)
+            if isinstance(found, Quantisation) and not found.covers(self.schemes):
+                return None
+            return found, float(seconds)
         except (OSError, ResultError):
             return None
 

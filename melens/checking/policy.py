@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ from melens.checking.findings import RULES
 from melens.errors import PolicyError
 from melens.formatting import brief, clipped
 from melens.protocols import JsonObject
+from melens.quantising.schemes import SCHEMES
 from melens.registry import Registry
 from melens.results.base import Part
 from melens.results.check import PolicyUsed
@@ -140,6 +141,8 @@ class Policy(Part):
 
     name: str
     fail_on: FailOn
+    schemes: list[str] = Field(default_factory=list)
+    """Number formats that the model is to be served in, of ``melens.quantising.SCHEMES``."""
     rules: dict[str, RulePolicy]
 
     def used(self) -> PolicyUsed:
@@ -147,7 +150,8 @@ class Policy(Part):
         rules: dict[str, JsonObject] = {
             name: rule.model_dump() for name, rule in self.rules.items()
         }
-        return PolicyUsed(name=self.name, fail_on=self.fail_on, rules=rules)
+        named = {"name": self.name, "fail_on": self.fail_on, "schemes": tuple(self.schemes)}
+        return PolicyUsed(**named, rules=rules)
 
 
 class _Change(Part):
@@ -159,6 +163,7 @@ class _File(Part):
     name: str | None = Field(default=None, max_length=100)
     extends: Literal["default", "strict", "research"] = "default"
     fail_on: FailOn | None = None
+    schemes: list[str] | None = None
     rules: dict[str, _Change] = Field(default_factory=dict)
 
 
@@ -170,6 +175,7 @@ def read_policy(given: str | Path | Policy | None = None) -> Policy:
     """
     if isinstance(given, Policy):
         _check_ranges(given.rules, lambda _: f"the policy '{given.name}'")
+        _check_schemes(given.schemes, f"the policy '{given.name}'")
         return given
     if given is None or str(given) in PRESETS:
         return _preset(str(given or "default"))
@@ -206,6 +212,7 @@ def _read(path: Path) -> Policy:
         if name not in known:
             raise PolicyError(f"{found.place(('rules', name))}: {known.unknown(name)}")
     _check_ranges(file.rules, lambda name: found.place(("rules", name, "threshold")))
+    _check_schemes(file.schemes or (), found.place(("schemes",)))
     return _over(base, file, path.stem)
 
 
@@ -220,11 +227,22 @@ def _check_ranges(rules: Mapping[str, RulePolicy | _Change], place: Callable[[st
             )
 
 
+def _check_schemes(names: Iterable[str], place: str) -> None:
+    for name in names:
+        if name not in SCHEMES:
+            raise PolicyError(f"{place}: {SCHEMES.unknown(name)}")
+
+
 def _over(base: Policy, file: _File, name: str) -> Policy:
     rules = dict(base.rules)
     for rule, change in file.rules.items():
         rules[rule] = rules[rule].model_copy(update=change.model_dump(exclude_none=True))
-    return Policy(name=file.name or name, fail_on=file.fail_on or base.fail_on, rules=rules)
+    return Policy(
+        name=file.name or name,
+        fail_on=file.fail_on or base.fail_on,
+        schemes=base.schemes if file.schemes is None else file.schemes,
+        rules=rules,
+    )
 
 
 def _said(found: Parsed, error: ValidationError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,7 @@ def check(
         return report
     from melens.checking.bench import Bench
 
-    bench = Bench.of(model, prompts, budget)
+    bench = Bench.of(model, prompts, budget, rules.schemes)
     keeper = Keeper.of(folder, bench)
     records = _through(budget, progress, lambda stage, tick: _run(stage, bench, keeper, tick))
     report = _report(bench.run_info(), budget, rules, bench.results, records)
@@ -94,7 +95,7 @@ def take_up(
     before = None if folder is None or asked is None else answered_before(folder, asked)
     if before is None:
         return None
-    keeper, run = before
+    keeper, run = replace(before[0], schemes=tuple(policy.schemes)), before[1]
     results: dict[str, Result] = {}
     held = [_held(stage, results, keeper) for stage in stages_of(budget)]
     records = [record for record in held if record is not None]
@@ -145,6 +146,9 @@ def _held(stage: CheckStage, results: dict[str, Result], keeper: Keeper) -> Stag
     located = results.get("locate")
     if isinstance(located, MELayer) and (why := stage.unneeded(located)):
         return StageRecord(name=stage.name, status="skipped", seconds=0.0, reason=why)
+    if stage.name == "quantise" and not keeper.schemes:
+        why = "the policy names no number format"
+        return StageRecord(name=stage.name, status="skipped", seconds=0.0, reason=why)
     if (kept := keeper.read(stage.name)) is None:
         return None
     results[stage.name] = kept[0]
@@ -193,7 +197,7 @@ def _report(
     results: dict[str, Result],
     records: list[StageRecord],
 ) -> CheckReport:
-    outcomes, findings = judged(Measured(results, run), policy, records)
+    outcomes, findings = judged(Measured(results, run, tuple(policy.schemes)), policy, records)
     verdict, answer = answered(run.subject, policy, findings, outcomes, records)
     dose = results.get("dose")
     return CheckReport(

@@ -13,7 +13,8 @@ from melens.measuring import attention, collapse, describe, sinks
 from melens.models.anatomy import anatomy
 from melens.models.origin import origin_of
 from melens.published import known, known_by
-from melens.results import Sinks
+from melens.quantising import Protect, quantise
+from melens.results import Sinks, SuperWeights
 from melens.results.base import Result
 from melens.settings import Run
 
@@ -75,6 +76,18 @@ def _isolate(bench: Bench, tick: Tick) -> Result:
 @_makes("super_weights")
 def _super_weights(bench: Bench, tick: Tick) -> Result:
     return super_weights(bench.short, me_layer=bench.located, progress=tick)
+
+
+@_makes("quantise")
+def _quantise(bench: Bench, tick: Tick) -> Result:
+    """The policy's schemes; what random ones would buy takes more texts than a check has."""
+    found = bench.results.get("super_weights")
+    weights = found if isinstance(found, SuperWeights) else None
+    kept = Protect(weights, prefix=0, seeds=())
+    run = Run(progress=tick)
+    return quantise(
+        bench.inputs, schemes=bench.schemes, me_layer=bench.located, protect=kept, run=run
+    )
 
 
 @_makes("edits")

@@ -18,7 +18,7 @@ from melens.quantising.layers import PlainModel, plain_model
 from melens.quantising.rounding import require_divides
 from melens.quantising.running import Spared, require_cache
 from melens.quantising.schemes import Scheme
-from melens.quantising.trials import Calibration, Choices, Rows, Texts, Trial, choices
+from melens.quantising.trials import Calibration, Choices, MarkedTexts, Rows, TrialPlan, choices
 from melens.results.edit import ChosenPrefix
 from melens.results.locate import MELayer
 from melens.results.super_weights import SuperWeights
@@ -54,7 +54,7 @@ class Protect:
 
 
 @dataclass
-class Bench:
+class SchemeBench:
     """Made once, before the first scheme; refuses here what cannot be run."""
 
     inputs: Inputs
@@ -65,9 +65,9 @@ class Bench:
     scored: list[list[int]]
     others: list[list[int]]
     """Rows that give static scales and are not scored."""
-    texts: Texts
+    texts: MarkedTexts
     prefix: ChosenPrefix | None = None
-    prefixed: Texts | None = None
+    prefixed: MarkedTexts | None = None
     """The same texts behind the prefix."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Schemes and protections that are not tried, with the reason."""
@@ -83,7 +83,7 @@ class Bench:
         me_layer: MELayer | None,
         protect: Protect,
         batch_size: int,
-    ) -> Bench:
+    ) -> SchemeBench:
         """Look at the model, mark its massive tokens, choose what is tried."""
         plain = plain_model(inputs.model)
         schemes, left_out = _possible(plain, schemes)
@@ -91,7 +91,7 @@ class Bench:
         check_same_model(inputs, located)
         scored, others = _set_aside(inputs.rows, any(scheme.static for scheme in schemes))
         holds = located if located.massive else None
-        texts = Texts.of(inputs.model, scored, holds, batch_size=batch_size)
+        texts = MarkedTexts.of(inputs.model, scored, holds, batch_size=batch_size)
         made = cls(inputs, schemes, protect, located, plain, scored, others, texts)
         made.left_out |= left_out
         made.prefix = made._prefix()
@@ -106,13 +106,13 @@ class Bench:
             }
         return made
 
-    def _texts(self, rows: Rows, *, prefixed: bool) -> Texts:
+    def _texts(self, rows: Rows, *, prefixed: bool) -> MarkedTexts:
         holds = self.located if self.located.massive else None
         size = max(map(len, self.texts.batches))
         prefix = self.prefix if prefixed else None
-        return Texts.of(self.inputs.model, rows, holds, batch_size=size, prefix=prefix)
+        return MarkedTexts.of(self.inputs.model, rows, holds, batch_size=size, prefix=prefix)
 
-    def trials(self, scheme: Scheme) -> list[Trial]:
+    def trials(self, scheme: Scheme) -> list[TrialPlan]:
         """What is kept whole beside a scheme, the first being nothing."""
         tokens = [] if self.texts.massive_count == 0 else ["massive-token"]
         if self.texts.differs_from_first(self.protect.first):
@@ -121,7 +121,7 @@ class Bench:
             tokens.append("prefix")
         return self.choices.of(scheme, tokens, seeds=self.protect.seeds)
 
-    def spared(self, trial: Trial, texts: Texts, at: int, scheme: Scheme) -> Spared:
+    def spared(self, trial: TrialPlan, texts: MarkedTexts, at: int, scheme: Scheme) -> Spared:
         """What one batch keeps whole under a trial."""
         first = self.protect.first
         largest: Mapping[str, float] = {}
@@ -144,7 +144,7 @@ class Bench:
             "prefix": None if self.prefix is None else self.prefix.token_ids,
         }
 
-    def _every_trial(self) -> list[Trial]:
+    def _every_trial(self) -> list[TrialPlan]:
         return [trial for scheme in self.schemes for trial in self.trials(scheme)]
 
     def _prefix(self) -> ChosenPrefix | None:

@@ -15,11 +15,11 @@ from melens.evaluating.edits import check_unedited
 from melens.inputs import Inputs, Source, prepare
 from melens.item_rows import ItemRow, Rows
 from melens.protocols import ModelLike
-from melens.quantising.bench import Bench, Protect
+from melens.quantising.bench import Protect, SchemeBench
 from melens.quantising.running import QuantisedModel, unquantised
 from melens.quantising.schemes import DEFAULT, SCHEMES, Scheme
 from melens.quantising.summing import AGREES, BASE, DIVERGES, Ran, assembled, condition
-from melens.quantising.trials import Texts, Trial
+from melens.quantising.trials import MarkedTexts, TrialPlan
 from melens.results.quantise import Quantisation
 from melens.results.reading import HoldsMELayer, located_in
 from melens.settings import Run, setting_of
@@ -60,7 +60,7 @@ def quantise(  # noqa: PLR0913 (what is run on, what is tried, and how)
     how = setting_of(run, Run, "run")
     ready = prepare(model, texts, batch_size=batch_size)
     check_unedited(ready.model)
-    bench = Bench.of(ready, chosen, located_in(me_layer), protect or Protect(), batch_size)
+    bench = SchemeBench.of(ready, chosen, located_in(me_layer), protect or Protect(), batch_size)
     loop = _Loop(bench, how)
     return assembled(
         bench, [loop.run(scheme) for scheme in bench.schemes], loop.rows, seed=how.seed
@@ -70,7 +70,7 @@ def quantise(  # noqa: PLR0913 (what is run on, what is tried, and how)
 class _Loop:
     """Scheme after scheme, batch after batch; the rows are its only memory."""
 
-    def __init__(self, bench: Bench, how: Run) -> None:
+    def __init__(self, bench: SchemeBench, how: Run) -> None:
         self.bench, self.how, self.done = bench, how, 0
         self.rows = Rows(how.keep, bench.facts(), of="quantisation")
         self.batches = len(bench.texts.batches)
@@ -81,7 +81,7 @@ class _Loop:
         """All trials of a scheme; what an earlier run left is not run again."""
         trials = self.bench.trials(scheme)
         quantised = QuantisedModel.of(self.bench.plain, scheme)
-        sides: list[tuple[Texts | None, list[Trial]]] = [
+        sides: list[tuple[MarkedTexts | None, list[TrialPlan]]] = [
             (self.bench.texts, [t for t in trials if t.name != "prefix"]),
             (self.bench.prefixed, [t for t in trials if t.name == "prefix"]),
         ]
@@ -95,7 +95,7 @@ class _Loop:
         return Ran(scheme, trials, passes + scheme.static, bits, quantised.unrounded)
 
     def _batch(
-        self, quantised: QuantisedModel, texts: Texts, trials: Sequence[Trial], at: int
+        self, quantised: QuantisedModel, texts: MarkedTexts, trials: Sequence[TrialPlan], at: int
     ) -> None:
         batch, first = texts.batches[at], self.bench.texts.before(at)
         items = [str(first + row) for row in range(len(batch))]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from melens.intervals import bootstrap, paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
-from melens.quantising.bench import Bench
+from melens.quantising.bench import SchemeBench
 from melens.quantising.schemes import Scheme
-from melens.quantising.trials import Trial
+from melens.quantising.trials import TrialPlan
 from melens.results.evaluation import Delta, Score
 from melens.results.quantise import Quantisation, QuantisedTrial, SchemeTrials
 
@@ -29,19 +29,19 @@ class Ran:
     """A scheme that was run."""
 
     scheme: Scheme
-    trials: Sequence[Trial]
+    trials: Sequence[TrialPlan]
     passes: int
     bits: Mapping[str, float | None]
     """By trial."""
     unrounded: tuple[str, ...]
 
 
-def condition(scheme: Scheme, trial: Trial) -> str:
+def condition(scheme: Scheme, trial: TrialPlan) -> str:
     """What rows of a scheme and trial are named."""
     return f"{scheme.name}: {trial.key}"
 
 
-def assembled(bench: Bench, ran: Sequence[Ran], rows: Rows, *, seed: int) -> Quantisation:
+def assembled(bench: SchemeBench, ran: Sequence[Ran], rows: Rows, *, seed: int) -> Quantisation:
     """The result, from finished rows alone."""
     tests = sum(trial.role == "protected" for one in ran for trial in one.trials)
     tables = [_Table(one, rows, seed, max(tests, 1)) for one in ran]
@@ -119,7 +119,7 @@ class _Table:
             trials=tuple(made),
         )
 
-    def _trial(self, trial: Trial) -> QuantisedTrial:
+    def _trial(self, trial: TrialPlan) -> QuantisedTrial:
         own, seed = self.columns[trial.key], self.seed
         kept = trial is not self.ran.trials[0]
         return QuantisedTrial(
@@ -152,7 +152,7 @@ class _Table:
         found = bootstrap(_ratio, bought * own.weight, damage * own.weight, seed=self.seed)
         return Score(value=value, interval=found)
 
-    def _beyond(self, trial: Trial, own: _Columns) -> Delta | None:
+    def _beyond(self, trial: TrialPlan, own: _Columns) -> Delta | None:
         if trial.role != "protected":
             return None
         name = CONTROLLED_LIKE.get(trial.name, trial.name)

@@ -31,7 +31,7 @@ BATCHES = 100_003
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialPlan:
     """One thing kept whole, or none."""
 
     name: str = "as is"
@@ -47,11 +47,11 @@ class Trial:
         return self.name if self.seed is None else f"{self.name} {self.seed} ({self.control_of})"
 
 
-AS_IS = Trial()
+AS_IS = TrialPlan()
 
 
 @dataclass(frozen=True)
-class Texts:
+class MarkedTexts:
     """Rows of one batch size, and which of their tokens a trial can keep."""
 
     batches: list[Batch]
@@ -70,7 +70,7 @@ class Texts:
         *,
         batch_size: int,
         prefix: ChosenPrefix | None = None,
-    ) -> Texts:
+    ) -> MarkedTexts:
         """Right-padded batches; one partial pass for the massive tokens.
 
         Args:    located: None = nothing is massive.
@@ -104,7 +104,7 @@ class Texts:
             not torch.equal(marks, batch.mask & (batch.positions < first)) for batch, marks in pairs
         )
 
-    def kept(self, trial: Trial, at: int, *, first: int) -> TokenMask | None:
+    def kept(self, trial: TrialPlan, at: int, *, first: int) -> TokenMask | None:
         """The tokens of one batch that a trial keeps whole; None = none."""
         batch, massive = self.batches[at], self.massive[at]
         known = {
@@ -134,16 +134,16 @@ def _as_many(wanted: TokenMask, free: TokenMask, *, seed: int) -> TokenMask:
 class Calibration:
     """The largest |entry| that every linear layer reads, token by token, of texts not scored."""
 
-    texts: Texts
+    texts: MarkedTexts
     sizes: list[dict[str, Tensor]]
 
     @classmethod
-    def of(cls, plain: PlainModel, texts: Texts) -> Calibration:
+    def of(cls, plain: PlainModel, texts: MarkedTexts) -> Calibration:
         """One pass over the texts."""
         found = (largest_read(plain, batch) for batch in texts.batches)
         return cls(texts, [{name: x.cpu() for name, x in sizes.items()} for sizes in found])
 
-    def largest(self, trial: Trial, *, first: int) -> dict[str, float]:
+    def largest(self, trial: TrialPlan, *, first: int) -> dict[str, float]:
         """Module's name -> its largest |entry|, the tokens that a trial keeps left out."""
         made: dict[str, float] = {}
         for at, sizes in enumerate(self.sizes):
@@ -158,12 +158,12 @@ class Calibration:
 class Choices:
     """What can be kept whole in one model."""
 
-    super_weights: Trial | None
-    layers: Trial | None
-    randoms: tuple[Trial, ...]
+    super_weights: TrialPlan | None
+    layers: TrialPlan | None
+    randoms: tuple[TrialPlan, ...]
     """Controls of these two."""
 
-    def of(self, scheme: Scheme, tokens: Sequence[str], *, seeds: Sequence[int]) -> list[Trial]:
+    def of(self, scheme: Scheme, tokens: Sequence[str], *, seeds: Sequence[int]) -> list[TrialPlan]:
         """The trials of a scheme, controls behind what they control; the first keeps nothing.
 
         Args:    tokens: which of massive-token, first-tokens and prefix the texts have.
@@ -173,9 +173,9 @@ class Choices:
             for name in tokens:
                 if name == "first-tokens" and not scheme.cache:
                     continue
-                made.append(Trial(name, "protected"))
+                made.append(TrialPlan(name, "protected"))
                 if name != "prefix":
-                    made += [Trial("random-tokens", "control", name, seed) for seed in seeds]
+                    made += [TrialPlan("random-tokens", "control", name, seed) for seed in seeds]
         if scheme.weights:
             for one in filter(None, (self.super_weights, self.layers)):
                 made.append(one)
@@ -196,16 +196,16 @@ def choices(
     supers, layers, randoms = None, None, []
     entries = [entry for entry in found if entry.layer in downs]
     if entries:
-        supers = Trial("super-weights", "protected", entries=_indices(downs, entries))
+        supers = TrialPlan("super-weights", "protected", entries=_indices(downs, entries))
         places, _ = places_of(inputs.model)
         for seed in seeds:
             drawn = _indices(downs, stand_ins(places, entries, seed=seed))
-            randoms.append(Trial("random-weights", "control", "super-weights", seed, drawn))
+            randoms.append(TrialPlan("random-weights", "control", "super-weights", seed, drawn))
     kept = sorted({n for n in _emerging(located) if n in downs})
     others = [n for n in downs if n not in kept]
     if kept and len(others) >= len(kept):
         paths = frozenset(downs[n].path for n in kept)
-        layers = Trial("me-layers", "protected", modules=paths)
+        layers = TrialPlan("me-layers", "protected", modules=paths)
         randoms += [
             replace(layers, name="random-layers", role="control", control_of="me-layers",
                     seed=seed, modules=_drawn(downs, others, len(kept), seed))

@@ -55,6 +55,11 @@ EVIDENCE: dict[str, dict[str, str]] = {
         "layers": "Layers with a window and a sink (from 0)",
         "massive_token": "Massive token",
     },
+    "quantised-loss": {
+        "scheme": "Scheme",
+        "kept_whole": "What leaves the least of it, kept whole",
+        "with_it_kept": "Loss that the scheme then adds (nats a token)",
+    },
     "super-weight": {
         "layer": "Layer of the weight (from 0)",
         "expert": "Its expert (from 0)",

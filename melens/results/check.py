@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from melens.errors import ResultError
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result, kind_of, look_up
+from melens.results.base import Part, Result, added_later, kind_of, look_up
 from melens.results.locate import MELayer
 
 
@@ -138,6 +138,8 @@ class PolicyUsed(Part):
     """Findings of this severity or a graver one make the verdict."""
     rules: dict[str, dict[str, Number]]
     """Rule id -> its severity and thresholds."""
+    schemes: tuple[str, ...] = added_later(())
+    """Number formats whose loss the rule quantised-loss looks at."""
 
 
 class Recommendation(Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -134,6 +135,12 @@ class Quantisation(Result):
     def scheme(self, name: str) -> SchemeTrials | None:
         """The trials of one scheme; None where it was not run."""
         return next((found for found in self.schemes if found.scheme == name), None)
+
+    def covers(self, schemes: Sequence[str]) -> bool:
+        """Whether each of the schemes was run, or said to be none for this model."""
+        known = {found.scheme for found in self.schemes}
+        known |= {said.partition(":")[0] for said in self.left_out}
+        return known >= set(schemes)
 
     def summary(self) -> str:
         """One sentence a scheme."""

@@ -194,9 +194,9 @@ def test_refusals(planted):
     _, model, texts, located = planted
     with pytest.raises(InterventionError, match="list of names"):
         quantise(model, texts, schemes="w4a16")
-    with pytest.raises(Exception, match="unknown scheme 'w4a6'. Did you mean 'w4a"):
+    with pytest.raises(Exception, match=r"unknown scheme 'w4a6'\. Did you mean 'w4a"):
         quantise(model, texts, schemes=["w4a6"])
-    with pytest.raises(PromptError, match="two texts"):
+    with pytest.raises(PromptError, match=r"two texts"):
         quantise(model, texts[:1], schemes=["w8a8-static"], me_layer=located)
     with pytest.raises(InterventionError, match="first must be"):
         Protect(first=0)

@@ -28,6 +28,7 @@ PACKAGES = (
     "scanning",
     "isolating",
     "patching",
+    "quantising",
     "evaluating.forced",
     "exporting",
     "finetuning.focus",

@@ -1,6 +1,6 @@
 """The rules, in the order in which a report lists them; the modules register them."""
 
-from melens.checking.findings import numbers, first_tokens, causes, structure  # noqa: I001 (their order)
+from melens.checking.findings import numbers, first_tokens, causes, structure, quantised  # noqa: I001 (their order)
 from melens.checking.findings.core import (
     RULES,
     RuleCard,
@@ -11,7 +11,7 @@ from melens.checking.findings.core import (
     rule,
 )
 
-MODULES = (numbers, first_tokens, causes, structure)
+MODULES = (numbers, first_tokens, causes, structure, quantised)
 """Imported for what they register."""
 
 __all__ = ["MODULES", "RULES", "Judgement", "Measured", "Rule", "RuleCard", "Unmeasured", "rule"]

@@ -23,6 +23,8 @@ class Measured:
     """Stage -> its result; only what was measured."""
     run: RunInfo
     """Of the check; its settings hold what the model's config says."""
+    schemes: tuple[str, ...] = ()
+    """Number formats that the policy names."""
 
     def held(self, name: str, kind: type[R]) -> R:
         """A result that the rule's card says it needs.

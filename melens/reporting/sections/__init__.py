@@ -1,6 +1,6 @@
 """The sections of the page, in the order in which they appear; one a kind of result."""
 
-from melens.reporting.sections import located, attention, causes  # isort: skip
+from melens.reporting.sections import located, attention, causes, quantised  # isort: skip
 from melens.reporting.sections.base import (
     SECTIONS,
     Fact,
@@ -15,7 +15,7 @@ from melens.reporting.sections.base import (
     section,
 )
 
-MODULES = (located, attention, causes)
+MODULES = (located, attention, causes, quantised)
 """Imported for what they register."""
 
 __all__ = [
