@@ -1,4 +1,4 @@
-"""What docs/sidecar.md shows of other libraries, run in them as it stands there, on a planted model.
+"""What docs/sidecar.md shows of other libraries, run in them as it stands, on a planted model.
 
 Each library has an environment of its own over this one; run with make test-interop.
 """
@@ -58,7 +58,8 @@ def left_out(batches):
     made = SAETrainer(config, sae, watched).fit()
     assert watched.shapes == {(64, d_model)}
     rest = ordinary - made(ordinary)
-    return float(rest.square().sum() / (ordinary - ordinary.mean(0)).square().sum()), watched.largest
+    left = rest.square().sum() / (ordinary - ordinary.mean(0)).square().sum()
+    return float(left), watched.largest
 
 assert trained.cfg.d_in == d_model and trained(ordinary).shape == ordinary.shape
 clean = left_out(mixing_buffer(256, 64, rows(cycle(texts))))
@@ -90,7 +91,8 @@ with torch.no_grad():
     rest = (ordinary - few.sae_out).square().sum() / (ordinary - ordinary.mean(0)).square().sum()
     torch.testing.assert_close(few.fvu, rest)
     # of the variance of all rows an ordinary one has next to nothing, as the page says
-    assert (ordinary - ordinary.mean(0)).square().sum() < 0.01 * (every - every.mean(0)).square().sum()
+    part, whole = ((x - x.mean(0)).square().sum() for x in (ordinary, every))
+    assert part < 0.01 * whole
 """,
     "nnsight": """
 assert torch.equal(found[0], marks[0]) and found.shape == (1, len(marks[0]))
@@ -129,7 +131,9 @@ def place(tmp_path_factory, tokenizer):
     words = torch.randint(3, 64, (TEXTS, TOKENS - 1), generator=torch.Generator().manual_seed(3))
     lines = ["<s> " + " ".join(f"w{i}" for i in row) for row in words.tolist()]
     (at / "texts.txt").write_text("\n".join(lines), "utf-8")
-    (at / "others.txt").write_text("\n".join(" ".join(x.split()[:0:-1]) for x in lines[:4]), "utf-8")
+    (at / "others.txt").write_text(
+        "\n".join(" ".join(x.split()[:0:-1]) for x in lines[:4]), "utf-8"
+    )
     told = ["--text", str(at / "others.txt"), "--lines", "--bos", "--length", "24"]
     told += ["-o", str(at / "massive.json"), "--reader"]
     assert _run(["sidecar", str(at / "model"), *told], debug=False) == 0
