@@ -148,10 +148,10 @@ class LayerSizes:
     """What one layer's output looks like on massive and on ordinary tokens."""
 
     dim: int
-    massive: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
-    others: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
+    massive: list[Float[Tensor, "massive d_model"]] = field(default_factory=list)
+    others: list[Float[Tensor, "other d_model"]] = field(default_factory=list)
     """The drawn ones. Half precision would round a limit: float32."""
-    seen: list[Float[Tensor, "2 token"]] = field(default_factory=list)
+    seen: list[Float[Tensor, "2 ordinary"]] = field(default_factory=list)
     """|x[dim]| and norm of every ordinary token."""
     marks: TokenMask | None = None
     """Massive tokens of the batch that comes next."""
