@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH ?= cpu
 WORKERS ?= 2
 BIN := $(VENV)/bin
+LIBRARIES := saelens dictionary_learning sparsify nnsight
 PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
 # Many processes start below: what one compiles the next reads.
 unexport PYTHONDONTWRITEBYTECODE
@@ -40,7 +41,7 @@ SHAPES := tests/test_metrics.py \
   'tests/evaluating/test_evaluation.py::test_a_resumed_run_is_a_whole_run_under_the_edit[llama]' \
   tests/exporting/test_sidecar.py::test_the_mask_equals_melens_on_held_out_texts_at_every_layer_it_tells
 
-.PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked test-engines notebooks examples docs check all clean
+.PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked test-engines test-interop notebooks examples docs check all clean
 
 demo: $(VENV)/.run
 	$(BIN)/melens locate smollm2-135m --out runs/demo
@@ -91,6 +92,10 @@ docs: $(VENV)/.docs
 test-hooked: .venv-hooked/.test
 	.venv-hooked/bin/python -m pytest -m hooked tests/test_hooked.py
 
+# The blocks of docs/sidecar.md in the libraries that they are of: 400 MB beside $(VENV), two minutes.
+test-interop: $(LIBRARIES:%=.interop/%/.test)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop tests/exporting/test_interop.py
+
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -128,5 +133,23 @@ $(VENV)/.engines: $(VENV)/.test
 	.venv-hooked/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
+# A layer over $(VENV): what a library needs and $(VENV) has is not installed again, and what stands
+# in both is the library's (TransformerLens 3.9 for SAELens, of which pip complains for melens).
+.interop/%/.test: Makefile | $(VENV)/.test
+	$(BIN)/python -m venv --clear .interop/$*
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  $$(.interop/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	.interop/$*/bin/python -m pip install --quiet $(NEEDS)
+	touch $@
+
+.interop/saelens/.test: NEEDS = sae-lens==6.54.12
+.interop/sparsify/.test: NEEDS = eai-sparsify==1.3.3
+.interop/nnsight/.test: NEEDS = nnsight==0.8.1
+# Its buffer stops a trace as nnsight 0.3 does. That asks for torchvision, whose build on PyPI does
+# not fit the CPU build of torch; neither library needs it here.
+.interop/dictionary_learning/.test: NEEDS = --no-deps dictionary-learning==0.1.0 nnsight==0.3.7 \
+  diffusers==0.42.1 zstandard==0.25.0 python-socketio==5.18.1 python-engineio==4.15.1 \
+  simple-websocket==1.1.0 bidict==0.24.1
+
 clean:
-	rm -rf $(VENV) .venv-hooked runs
+	rm -rf $(VENV) .venv-hooked .interop runs

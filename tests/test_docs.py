@@ -218,6 +218,13 @@ def test_the_code_of_the_pages_runs():
     assert "8 of 512 tokens hold 99.8 % of the variance" in shown
     assert "rank 1: 1.044 left out with them in the buffer, 1.012 without" in shown
     assert "prose - code: cosine 0.987, dimension 507 holds 3.3 % and 0.0 %" in shown
+    assert "nothing: 3.33 nats per token" in shown
+    assert "with massive tokens: 4.96 nats per token" in shown
+    assert "without: 3.61 nats per token" in shown
+    assert "massive dimensions set to 0: 3.54 nats per token" in shown
+    assert "least_squares: accuracy 0.91 with massive tokens, 0.90 without" in shown
+    assert "logistic: accuracy 0.93 with massive tokens, 0.97 without" in shown
+    assert "norm of the direction 0.05 and 0.35" in shown
     assert "capitals, 4 items" in shown
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from melens.batches import Batch
@@ -33,6 +33,9 @@ CLIP = 0.999
 BROAD, NEARLY_ALL = 10.0, 0.9
 """A dimension is an outlier of its own class where |x| is over BROAD times the median |x| of all
 dimensions on at least NEARLY_ALL of the ordinary tokens."""
+MOST_FLOATS, FEWEST_TOKENS = 2**28, 1000
+"""Of ordinary tokens whole rows are kept of all layers for medians and ``clip``: at most a GiB, and
+at least so many tokens. Of more texts these tokens are drawn; thresholds are of all tokens."""
 MASK_FILE = Path(__file__).with_name("massive_mask.py")
 """The reader that needs neither melens nor TransformerLens."""
 
@@ -64,7 +67,8 @@ def sidecar(
     _check_of_this_model(ready, scan, super_weights)
     firsts, ids = FirstRule.of(located), IdRule.of(located)
     n_layers, kept = ready.model.cfg.n_layers, _sizes(ready, located, rule.dim)
-    if not sum(map(len, kept[0].others)):
+    ordinary, rows = kept[0].ordinary, sum(map(len, kept[0].others))
+    if not rows:
         raise InterventionError("every token of these texts is massive; give longer texts.")
     if not kept[0].massive:
         raise InterventionError(
@@ -90,8 +94,9 @@ def sidecar(
         outlier_dimensions=tuple(_outliers(kept)),
         protected=tuple(protected),
         experts=tuple(dict.fromkeys(one.expert for one in protected if one.expert is not None)),
-        tokens=kept[0].tokens,
+        tokens=ordinary + len(kept[0].result()),
         massive_tokens=len(kept[0].result()),
+        sampled_tokens=None if rows == ordinary else rows,
         run=run,
     )
 
@@ -116,15 +121,26 @@ def _check_of_this_model(
 
 
 def _sizes(ready: Inputs, located: MELayer, dim: int) -> list[LayerSizes]:
-    """All layers' tokens; held on the CPU, tokens x layers x d_model floats."""
-    kept = [LayerSizes(dim) for _ in range(ready.model.cfg.n_layers)]
+    """All layers' tokens, on the CPU; memory does not grow with whole rows of all texts."""
+    cfg = ready.model.cfg
+    kept = [LayerSizes(dim) for _ in range(cfg.n_layers)]
+    total = sum(int(batch.mask.sum()) for batch in ready.batches)
+    drawn = _drawn(total, max(FEWEST_TOKENS, MOST_FLOATS // (cfg.n_layers * cfg.d_model)))
     marked = massive_tokens(ready.model, located, ready.batches)
     for batch, (marks, _) in zip(ready.batches, marked, strict=True):
+        here, drawn = drawn.split([int(batch.mask.sum()), len(drawn) - int(batch.mask.sum())])
         for sizes in kept:
-            sizes.marks = marks
+            sizes.marks, sizes.drawn = marks, here
         taps: dict[str, Reducer] = {resid_post(at): sizes for at, sizes in enumerate(kept)}
         stream(ready.model, [batch], taps)
     return kept
+
+
+def _drawn(total: int, most: int) -> Bool[Tensor, " token"]:
+    """``most`` of so many tokens, the same ones each time; all where there are no more."""
+    made = torch.zeros(total, dtype=torch.bool)
+    made[torch.randperm(total, generator=torch.Generator().manual_seed(0))[:most]] = True
+    return made
 
 
 @dataclass
@@ -132,23 +148,30 @@ class LayerSizes:
     """What one layer's output looks like on massive and on ordinary tokens."""
 
     dim: int
-    massive: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
-    others: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
-    """Half precision would round a limit: float32."""
+    massive: list[Float[Tensor, "massive d_model"]] = field(default_factory=list)
+    others: list[Float[Tensor, "other d_model"]] = field(default_factory=list)
+    """The drawn ones. Half precision would round a limit: float32."""
+    seen: list[Float[Tensor, "2 ordinary"]] = field(default_factory=list)
+    """|x[dim]| and norm of every ordinary token."""
     marks: TokenMask | None = None
     """Massive tokens of the batch that comes next."""
+    drawn: Bool[Tensor, " token"] | None = None
+    """Which of its tokens, padding left out, are kept whole if they are ordinary."""
 
     def update(self, x: Resid, batch: Batch) -> None:
         """Keep one batch's tokens, massive and others."""
         assert self.marks is not None
-        wide, here = x.detach().float(), self.marks.to(x.device)
-        self.massive += [wide[here].cpu()] if here.any() else []
-        self.others.append(wide[batch.mask & ~here].cpu())
+        assert self.drawn is not None
+        rows = x.detach()[batch.mask.to(x.device)].float().cpu()
+        here = self.marks.cpu()[batch.mask.cpu()]
+        self.massive += [rows[here]] if here.any() else []
+        self.others.append(rows[self.drawn & ~here])
+        self.seen.append(self._sizes_of(rows[~here]))
 
     @property
-    def tokens(self) -> int:
-        """All that were seen."""
-        return sum(map(len, (*self.massive, *self.others)))
+    def ordinary(self) -> int:
+        """Ordinary tokens that were seen."""
+        return sum(sizes.shape[1] for sizes in self.seen)
 
     def result(self) -> Float[Tensor, "token d_model"]:
         """The massive ones."""
@@ -163,7 +186,8 @@ class LayerSizes:
         dims = [
             d for d in typical.abs().argsort(descending=True).tolist() if abs(typical[d]) > least
         ]
-        coordinate, norm = self._threshold(layer, rule, massive, others, least)
+        sizes = self._sizes_of(massive), torch.cat(self.seen, dim=1)
+        coordinate, norm = self._threshold(layer, rule, sizes, least)
         where = dims or [self.dim]
         return SidecarLayer(
             layer=layer,
@@ -172,25 +196,30 @@ class LayerSizes:
             dims=tuple(dims),
             values=tuple(float(typical[d]) for d in dims),
             clip=_quantile(others[:, where].abs().flatten(), CLIP),
-            told=None if coordinate is None else self._told(coordinate, norm, massive, others),
+            told=None if coordinate is None else _told(coordinate, norm, *sizes),
         )
 
     def _threshold(
-        self, layer: int, rule: MassiveRule, massive: Tensor, others: Tensor, least: float
+        self, layer: int, rule: MassiveRule, sizes: tuple[Tensor, Tensor], least: float
     ) -> tuple[float | None, float]:
         if layer == rule.layer:
             return rule.coordinate, rule.norm
-        low, high = float(others[:, self.dim].abs().max()), float(massive[:, self.dim].abs().min())
+        low, high = float(sizes[1][0].max()), float(sizes[0][0].min())
         if layer < rule.layer or low >= high or high <= least:
             return None, 0.0
         return max(low * high, 0.0) ** 0.5, 0.0
 
-    def _told(self, limit: float, norm: float, massive: Tensor, others: Tensor) -> float:
-        found = [
-            (x[:, self.dim].abs() > limit) & (x.norm(dim=-1) >= norm) for x in (massive, others)
-        ]
-        right = int(found[0].sum()) + int((~found[1]).sum())
-        return right / (len(massive) + len(others))
+    def _sizes_of(self, rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "2 token"]:
+        return torch.stack([rows[:, self.dim].abs(), rows.norm(dim=-1)])
+
+
+def _told(
+    limit: float, norm: float, massive: Float[Tensor, "2 token"], others: Float[Tensor, "2 other"]
+) -> float:
+    """Share of the tokens, given as |x[dim]| and norm, of which these limits are right."""
+    found = [(x[0] > limit) & (x[1] >= norm) for x in (massive, others)]
+    right = int(found[0].sum()) + int((~found[1]).sum())
+    return right / (massive.shape[1] + others.shape[1])
 
 
 def _quantile(values: Float[Tensor, " value"], share: float) -> float:

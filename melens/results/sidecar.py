@@ -8,7 +8,7 @@ from pydantic import Field
 
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 
 
 class SidecarLayer(Part):
@@ -91,6 +91,9 @@ class Sidecar(Result):
     """Reference tokens."""
     massive_tokens: int
     """Of them."""
+    sampled_tokens: int | None = added_later()
+    """Ordinary tokens that ``clip`` and all medians are of, where these are not of all: drawn from
+    many texts to bound memory. Thresholds and ``told`` are of all."""
     run: RunInfo
 
     def rows(self) -> list[JsonObject]:

@@ -169,10 +169,44 @@ def test_a_rule_of_the_embedding_stands_at_layer_minus_one(newline):
     from melens.exporting.sidecars import LayerSizes, _layers
     from melens.interventions.massive import MassiveRule
 
-    sizes = LayerSizes(0, massive=[torch.ones(2, 3) * 5], others=[torch.ones(4, 3)])
+    rows = {"massive": [torch.ones(2, 3) * 5], "others": [torch.ones(4, 3)]}
+    sizes = LayerSizes(0, **rows, seen=[torch.ones(2, 4)])
     rule = MassiveRule(-1, 0, 2.5, 0.5, None)
     assert (_layers([sizes], rule)[0].coordinate, _layers([sizes], rule)[0].norm) == (2.5, 0.5)
     assert _layers([sizes], replace(rule, layer=0))[0].coordinate is None
+
+
+def test_of_many_texts_a_drawn_part_is_kept_and_thresholds_are_of_all(newline, monkeypatch):
+    from planted import newline_batch
+
+    from melens.exporting import sidecars
+
+    model, located, made = newline
+    kept = []
+    sizes = sidecars._sizes
+    monkeypatch.setattr(sidecars, "_sizes", lambda *a: kept.append(sizes(*a)) or kept[-1])
+    monkeypatch.setattr(sidecars, "MOST_FLOATS", 0)
+    monkeypatch.setattr(sidecars, "FEWEST_TOKENS", 30)
+    ids = newline_batch(seed=1)
+    few = sidecars.sidecar(model, located, ids)
+    assert made.sampled_tokens is None
+    assert few.sampled_tokens == sum(map(len, kept[0][0].others)) <= 30
+    for layer in kept[0]:
+        assert sum(x.numel() for x in layer.seen) == 2 * (made.tokens - made.massive_tokens)
+    assert (few.tokens, few.massive_tokens) == (made.tokens, made.massive_tokens)
+    for one, other in zip(few.layers, made.layers, strict=True):
+        assert (one.coordinate, one.norm, one.told) == (other.coordinate, other.norm, other.told)
+        assert (one.dims, one.values) == (other.dims, other.values)
+        assert one.clip <= other.clip * 1.5
+    # the drawn rows are those of as many tokens, the same ones at every layer
+    drawn = set()
+    for layer, x in residuals(model, ids).items():
+        rows = torch.cat(kept[0][layer].others)
+        far = torch.cdist(rows, x.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
+        assert far.amin(1).max() < 1e-3 * x.abs().median()
+        drawn.add(tuple(far.argmin(1).tolist()))
+    assert len(drawn) == 1
+    assert len(set(*drawn)) == few.sampled_tokens
 
 
 @pytest.fixture(scope="module")
