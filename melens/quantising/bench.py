@@ -154,20 +154,18 @@ class SchemeBench:
             return None
         if not self.protect.prefix or not wanted:
             return None
+        if len({row[0] for row in self.scored}) == 1 and not self.texts.differs_from_first(1):
+            self.left_out["prefix"] = SAME  # the one token that all texts begin with
+            return None
         size = max(map(len, self.texts.batches))
         source = self.inputs.over(self.scored, batch_size=size)
         try:
-            found = choose_prefix(
+            return choose_prefix(
                 source, me_layer=self.located, most=self.protect.prefix, batch_size=size
             )
         except InterventionError as error:
             self.left_out["prefix"] = str(error)
             return None
-        alone = found.starts_texts and len(found.token_ids) == 1
-        if alone and not self.texts.differs_from_first(1):
-            self.left_out["prefix"] = SAME
-            return None
-        return found
 
     def _searched(self) -> list[DownEntry]:
         if not any(scheme.weights for scheme in self.schemes):

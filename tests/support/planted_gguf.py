@@ -51,7 +51,7 @@ def tensors_of(hf, arch):
     import gguf
 
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    table = gguf.get_tensor_name_map(number, 8)
+    table = gguf.get_tensor_name_map(number, hf.config.num_hidden_layers)
     heads = hf.config.num_attention_heads
     groups = getattr(hf.config, "num_key_value_heads", heads)
     made = {}
