@@ -397,6 +397,42 @@ def mask() -> Rows:
     return made
 
 
+@table("quantise")
+def quantised() -> Rows:
+    """Every scheme, as it is and with something kept whole; controls are means over seeds."""
+    made = []
+    for key in (S, G):
+        found = saved(f"{key}.quantise")
+        for scheme in found.schemes:
+            for trials in _alike(scheme.trials):
+                first = trials[0]
+                made.append(
+                    {
+                        "": linked(f"{key}.quantise", start=False),
+                        "scheme": f"`{scheme.scheme}`" if first.role == "as is" else "",
+                        "kept whole": "nothing" if first.role == "as is" else first.name,
+                        "costs": within(first.damage)
+                        if len(trials) == 1
+                        else cell(sum(one.damage.value for one in trials) / len(trials)),
+                        "agreement": percent(
+                            sum(one.agreement.value for one in trials) / len(trials)
+                        ),
+                        "beyond random": None
+                        if first.beyond_random is None
+                        else within(first.beyond_random),
+                    }
+                )
+    return made
+
+
+def _alike(trials: Any) -> list[list[Any]]:
+    """Controls of one protection together."""
+    groups: dict[object, list[Any]] = {}
+    for one in trials:
+        groups.setdefault((one.name, one.control_of), []).append(one)
+    return list(groups.values())
+
+
 @table("tasks")
 def tasks() -> Rows:
     """Every evaluation: without, with the edit, and the paired difference."""

@@ -52,7 +52,7 @@ class Keeper:
         from melens.interventions.context import require_no_edit
 
         if folder is None:
-            return cls(None, "")
+            return cls(None, "", bench.schemes)
         require_no_edit(bench.model)
         parameter = next(bench.model.parameters())
         facts = {

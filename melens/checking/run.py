@@ -49,7 +49,8 @@ def check(
              prompts: texts, as for ``melens.locate``; None = the bundled ones, 8 x 128 tokens.
              budget: ``quick``: locate, describe, collapse, sinks, keys and values, attention of a
              few heads, published numbers. ``standard`` adds isolation, super weights, and the loss
-             without the massive coordinate and without the sink's key. ``full`` adds the mask's
+             in the policy's number formats, without the massive coordinate and without the sink's
+             key. ``full`` adds the mask's
              doses with their controls, and a recommendation.
              policy: a preset (default, strict, research), a TOML file, or a Policy.
              out: folder for report.json and, under stages/, each stage as soon as it is finished;

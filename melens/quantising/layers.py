@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -65,6 +67,8 @@ class PlainModel:
     weights: tuple[LinearWeight, ...]
     device: torch.device
     n_layers: int
+    unrun: tuple[str, ...]
+    """Linear layers that a pass does not run as modules, so that no hook sees what they read."""
 
     def of_layer(self, layer: int) -> list[LinearWeight]:
         """The weights of one block."""
@@ -92,18 +96,38 @@ def plain_model(bridge: HookedModel) -> PlainModel:
     hf = cast("TransformersModel", plain_view_of(inner).eval())
     device = input_device(hf)
     ids = torch.tensor([PROBE], device=device)
-    wanted, found = (model(ids, use_cache=False).logits.float() for model in (inner, hf))
+    names = {id(module): name for name, module in hf.named_modules()}
+    weights = tuple(
+        weight for n, block in enumerate(layer_list(hf)) for weight in _weights(n, block, names)
+    )
+    if not weights:
+        raise ModelError(f"the blocks of {type(hf).__name__} have no linear layers to quantise.")
+    with _noting(weights) as ran:
+        wanted, found = (model(ids, use_cache=False).logits.float() for model in (inner, hf))
     if not float((wanted - found).abs().max()) <= CLOSE * float(wanted.abs().max()):
         raise ModelError(
             f"{type(hf).__name__} outside TransformerLens' modules answers otherwise than inside, "
             "so what is quantised would be another model."
         )
-    blocks = layer_list(hf)
-    names = {id(module): name for name, module in hf.named_modules()}
-    found = tuple(weight for n, block in enumerate(blocks) for weight in _weights(n, block, names))
-    if not found:
-        raise ModelError(f"the blocks of {type(hf).__name__} have no linear layers to quantise.")
-    return PlainModel(hf, found, device, len(blocks))
+    unrun = tuple(sorted({one.path for one in weights} - ran))
+    return PlainModel(hf, weights, device, len(layer_list(hf)), unrun)
+
+
+@contextmanager
+def _noting(weights: Sequence[LinearWeight]) -> Iterator[set[str]]:
+    """Names of the linear layers that run as modules while this is open."""
+    ran: set[str] = set()
+
+    def note(name: str, *_: object) -> None:
+        ran.add(name)
+
+    modules = {one.path: one.module for one in weights}
+    handles = [m.register_forward_pre_hook(partial(note, n)) for n, m in modules.items()]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _weights(layer: int, block: nn.Module, names: dict[int, str]) -> Iterator[LinearWeight]:

@@ -61,13 +61,13 @@ def quantise(  # noqa: PLR0913 (what is run on, what is tried, and how)
     ready = prepare(model, texts, batch_size=batch_size)
     check_unedited(ready.model)
     bench = SchemeBench.of(ready, chosen, located_in(me_layer), protect or Protect(), batch_size)
-    loop = _Loop(bench, how)
+    loop = SchemeLoop(bench, how)
     return assembled(
         bench, [loop.run(scheme) for scheme in bench.schemes], loop.rows, seed=how.seed
     )
 
 
-class _Loop:
+class SchemeLoop:
     """Scheme after scheme, batch after batch; the rows are its only memory."""
 
     def __init__(self, bench: SchemeBench, how: Run) -> None:
@@ -92,7 +92,7 @@ class _Loop:
                 self._tick(len(own))
         passes = len(trials) + sum(bool(own) for _, own in sides)
         bits = {trial.key: quantised.bits(trial.entries, trial.modules) for trial in trials}
-        return Ran(scheme, trials, passes + scheme.static, bits, quantised.unrounded)
+        return Ran(scheme, trials, passes + scheme.static, bits)
 
     def _batch(
         self, quantised: QuantisedModel, texts: MarkedTexts, trials: Sequence[TrialPlan], at: int

@@ -51,8 +51,6 @@ class QuantisedModel:
     plain: PlainModel
     scheme: Scheme
     packed: dict[str, Packed]
-    fired: set[str] = field(default_factory=set)
-    """Linear layers that ran as modules in any pass."""
 
     @classmethod
     def of(cls, plain: PlainModel, scheme: Scheme) -> QuantisedModel:
@@ -79,11 +77,6 @@ class QuantisedModel:
             count += size
         return total / count
 
-    @property
-    def unrounded(self) -> tuple[str, ...]:
-        """Linear layers that no pass has run as modules; all of them before the first."""
-        return tuple(sorted({one.path for one in self.plain.weights} - self.fired))
-
     @torch.no_grad()
     def logits(self, batch: Batch, spared: Spared) -> Float[Tensor, "batch pos vocab"]:
         """One pass as the scheme makes it.
@@ -101,7 +94,6 @@ class QuantisedModel:
                 use_cache=cache is not None,
             )
         now.require_fired()
-        self.fired |= now.fired - {CACHE}
         return found.logits
 
 

@@ -33,7 +33,6 @@ class Ran:
     passes: int
     bits: Mapping[str, float | None]
     """By trial."""
-    unrounded: tuple[str, ...]
 
 
 def condition(scheme: Scheme, trial: TrialPlan) -> str:
@@ -45,6 +44,7 @@ def assembled(bench: SchemeBench, ran: Sequence[Ran], rows: Rows, *, seed: int) 
     """The result, from finished rows alone."""
     tests = sum(trial.role == "protected" for one in ran for trial in one.trials)
     tables = [_Table(one, rows, seed, max(tests, 1)) for one in ran]
+    unrun = bench.plain.unrun
     first = tables[0].columns["as is"]
     located, prefix = bench.located, bench.prefix
     run = bench.inputs.run_info(
@@ -63,7 +63,7 @@ def assembled(bench: SchemeBench, ran: Sequence[Ran], rows: Rows, *, seed: int) 
         n_layers=bench.plain.n_layers,
         prefix=() if prefix is None else prefix.token_ids,
         left_out=tuple(f"{name}: {why}" for name, why in bench.left_out.items()),
-        schemes=tuple(table.trials() for table in tables),
+        schemes=tuple(table.trials(unrun) for table in tables),
         run=run,
     )
 
@@ -109,13 +109,13 @@ class _Table:
             self.columns[trial.key] = _Columns.of([found[item] for item in order])
         self.as_is = self.columns["as is"]
 
-    def trials(self) -> SchemeTrials:
+    def trials(self, unrun: tuple[str, ...]) -> SchemeTrials:
         made = [self._trial(trial) for trial in self.ran.trials]
         return SchemeTrials(
             scheme=self.ran.scheme.name,
             about=self.ran.scheme.said(),
             passes=self.ran.passes,
-            unrounded=self.ran.unrounded,
+            unrounded=unrun if self.ran.scheme.weights or self.ran.scheme.inputs else (),
             trials=tuple(made),
         )
 

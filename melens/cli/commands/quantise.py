@@ -13,7 +13,7 @@ from melens.cli.commands.evaluate import EvalRun, seeds_of
 from melens.cli.commands.sidecar import searched
 from melens.cli.job import Job
 
-TEXTS = 24
+TEXTS = 28
 """Intervals of several comparisons need 20 items; a static scheme sets one text of four aside."""
 ROWS = "quantise.jsonl"
 
@@ -52,7 +52,7 @@ def quantise(
     Weights, inputs of linear layers and keys and values are rounded in each scheme: as it is; with
     massive tokens, super weights, the ME and erase layers' down projections, first tokens or a
     prefix kept whole; and with as many random ones. Loss, KL and agreement are paired with the
-    unquantised model's, over 24 texts unless told otherwise. Layers count from 0.
+    unquantised model's, over 28 texts unless told otherwise. Layers count from 0.
 
     With --out, the same command again goes on where an interrupted one was.
 
