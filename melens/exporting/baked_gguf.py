@@ -133,7 +133,7 @@ def _only(plan: Conversion, parameters: Mapping[str, Tensor]) -> Conversion:
 Layout = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 LAYOUTS: tuple[Layout, ...] = (
     (lambda x: x, lambda x: x),
-    (lambda x: x.T, lambda x: x.T),  # GPT-2 keeps [neuron, d_model]
+    (lambda x: x.transpose(0, -1),) * 2,  # GPT-2 keeps [neuron, d_model]
     (lambda x: x - 1, lambda x: x + 1),  # Gemma's gains without the 1
 )
 """From the file's order to the model's, and back."""
@@ -155,7 +155,7 @@ def _in_the_files_order(
                 f"llama.cpp keeps {name} in another order than transformers keeps {owner}; bake it "
                 "with format hf, and run llama.cpp's convert_hf_to_gguf.py."
             )
-        yield name, torch.where(back(new == old), before, back(new)).contiguous()
+        yield name, torch.where(back(new) == back(old), before, back(new)).contiguous()
 
 
 def _back(stored: Tensor, model: Tensor) -> Callable[[Tensor], Tensor] | None:
