@@ -82,7 +82,7 @@ def _leave_all() -> None:
 
 
 def open_edit(folder: str | Path, model: AnyModel) -> OpenEdit:
-    """An exported edit in force on a plain transformers model, until it is closed.
+    """An exported edit in force on a plain transformers model, until ``model.melens_edit.close()``.
 
     For programs that take a transformers model: pipelines, ``generate_batch``, servers of your own.
     It acts in whatever thread runs the model.
@@ -100,7 +100,9 @@ def open_edit(folder: str | Path, model: AnyModel) -> OpenEdit:
     if is_edited(model):
         raise InterventionError("an edit is open on this model already; close that one first.")
     check_probe(hf, record.probe, name=str(folder))
-    return OpenEdit(model, record.edit, record.me_layer)
+    opened = OpenEdit(model, record.edit, record.me_layer)
+    vars(model)[KEPT_EDIT] = opened  # kept with the model: an edit that nobody holds would end
+    return opened
 
 
 def check_edit(model: AnyModel, edit: Edit, me_layer: MELayer | None) -> None:
