@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -230,3 +231,41 @@ def test_a_damaged_copy_is_noticed(source, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"blk\.2\.ffn_up\.weight of m\.gguf could not be copied"):
         bake(path, weight_edits(["neuron:1,9"]), out=tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()
+
+
+LLAMA_CPP = """
+import json, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.warmup = sys.argv[2], 256, False
+asked = {"prompt": json.loads(sys.argv[1]), "max_tokens": 1, "temperature": 0, "logprobs": 20}
+made = xllamacpp.Server(params).handle_completions(asked)
+(token,) = made["choices"][0]["logprobs"]["content"]
+print("\\n" + json.dumps({one["id"]: one["logprob"] for one in token["top_logprobs"]}))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None,
+    reason="runs where xllamacpp (llama.cpp) is installed",
+)
+def test_llama_cpp_has_the_changed_weights(source, tmp_path):
+    """Independent: llama.cpp itself, whose keys and values are kept in float16."""
+    path, edits = source("llama"), weight_edits(["neuron:1,9,-6", "gain:2,ln2,5,4"])
+    out = bake(path, edits, out=tmp_path / "out", format="gguf")
+    logits = {}
+    for file in (path, out / GGUF_FILE):
+        with torch.no_grad():
+            logits[file] = load(file)(torch.tensor(IDS))[0, -1].log_softmax(-1)
+    done = subprocess.run(
+        [sys.executable, "-c", LLAMA_CPP, json.dumps(IDS[0]), str(out / GGUF_FILE)],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    wanted, clean = (
+        torch.tensor([float(logits[file][int(name)]) for name in found])
+        for file in (out / GGUF_FILE, path)
+    )
+    off = (torch.tensor(list(found.values())) - wanted).abs().max()
+    assert off < 0.01 < 0.1 * (wanted - clean).abs().max()
