@@ -49,7 +49,7 @@ CHANGES = {"qwen3-moe": {"moe_intermediate_size": 768}, "gpt2": {"n_positions": 
 def source(make_tiny, tmp_path):
     """A family's tiny GGUF; matrices so large that one of their entries is seen in the logits."""
 
-    def make(family, *, name="m.gguf", writer=planted.write, **options):
+    def make(family, *, name="m.gguf", writer=planted.write, instead=None, **options):
         hf = make_tiny(family)
         if changes := CHANGES.get(family):
             from transformers import AutoModelForCausalLM
@@ -67,9 +67,8 @@ def source(make_tiny, tmp_path):
         folder = tmp_path / family
         folder.mkdir(exist_ok=True)
         place = folder / name if writer is planted.write else folder
-        return writer(
-            place, arch, planted.fields_of(hf.config, arch), planted.tensors_of(hf, arch), **options
-        )
+        tensors = {**planted.tensors_of(hf, arch), **(instead or {})}
+        return writer(place, arch, planted.fields_of(hf.config, arch), tensors, **options)
 
     return make
 
@@ -184,12 +183,13 @@ def test_a_split_file_becomes_one(source, tmp_path):
 
 def test_gains_keep_every_value_that_was_not_changed(source, tmp_path):
     """Gemma's gains lose a 1 on the way in, and get it back on the way out, rounded."""
-    path = source("gemma3")
-    out = bake(path, weight_edits(["gain:1,ln2,5,3"]), out=tmp_path / "out", format="gguf")
     name = "blk.1.ffn_norm.weight"
+    path = source("gemma3", instead={name: np.linspace(0.01, 0.3, 32, dtype=np.float32)})
+    out = bake(path, weight_edits(["gain:1,ln2,5,3"]), out=tmp_path / "out", format="gguf")
     before, after = (
         np.frombuffer(raw(file)[name][1], dtype=np.float32) for file in (path, out / GGUF_FILE)
     )
+    assert ((before - 1) + 1 != before).sum() > 5
     assert (before != after).nonzero()[0].tolist() == [5]
     assert after[5] == pytest.approx(3 * before[5], rel=1e-6)
 
