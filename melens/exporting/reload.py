@@ -182,5 +182,5 @@ def _edit_in(model: Loadable) -> EditFile | None:
             "peft": "load it with PEFT",
             "gguf": f"give its file, {Path(model) / GGUF_FILE}",
         }[record.format]
-        raise ResultError(f"{model} is a {record.format} export, no model folder; {how}.")
+        raise ResultError(f"{model} is a {record.format} export, no model; {how}.")
     return record
