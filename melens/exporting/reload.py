@@ -85,12 +85,13 @@ def open_edit(folder: str | Path, model: AnyModel) -> OpenEdit:
     """An exported edit in force on a plain transformers model, until ``model.melens_edit.close()``.
 
     For programs that take a transformers model: pipelines, ``generate_batch``, servers of your own.
-    It acts in whatever thread runs the model.
+    It acts in whatever thread runs the model. WeMask and drop-key; other edits need a bridge.
 
     Args:    folder: what ``melens.export`` wrote with format ``hf``.
              model: the same weights, as ``AutoModelForCausalLM.from_pretrained(folder)`` reads
              them; another dtype will do.
-    Raises:  ResultError: no such export, or other weights. InterventionError: an edit is open.
+    Raises:  ResultError: no such export, or other weights. InterventionError: an edit that needs
+             a bridge, or another one that is open.
     """
     record, hf = _edit_in(folder), transformers_of(model)
     if record is None or record.edit.name == "none":

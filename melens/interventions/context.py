@@ -211,8 +211,8 @@ def _require_packable(module: torch.nn.Module, *, bridged: bool, whole: bool) ->
         )
     if whole:
         raise InterventionError(
-            "an open edit looks at whole texts (drop-key, ffn-cap), and continuous batching puts "
-            "several into one row; use wemask, or generate without continuous batching."
+            "an open edit (drop-key) looks at whole texts, and continuous batching puts several "
+            "into one row; use wemask, or generate without continuous batching."
         )
 
 

@@ -212,7 +212,7 @@ def test_what_continuous_batching_cannot_have(made, tmp_path):
     export(hf, Edit(name="drop-key", layers=(1,)), out=tmp_path / "dropped")
     opened = open_edit(tmp_path / "dropped", hf)
     _, (error,) = batched(hf)
-    assert "looks at whole texts" in error
+    assert "an open edit (drop-key) looks at whole texts" in error
     opened.close()
     cache = load_prefix(folder / "prefix", hf, batch=2)
     assert batched(hf, past_key_values=cache) == (plain, set())
