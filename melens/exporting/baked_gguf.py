@@ -133,7 +133,7 @@ def _only(plan: Conversion, parameters: Mapping[str, Tensor]) -> Conversion:
 Layout = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 LAYOUTS: tuple[Layout, ...] = (
     (lambda x: x, lambda x: x),
-    (lambda x: x.transpose(0, -1),) * 2,  # GPT-2 keeps [neuron, d_model]
+    (lambda x: x.transpose(0, -1), lambda x: x.transpose(0, -1)),  # GPT-2 keeps [neuron, d_model]
     (lambda x: x - 1, lambda x: x + 1),  # Gemma's gains without the 1
 )
 """From the file's order to the model's, and back."""
