@@ -31,6 +31,7 @@ SHAPES := tests/test_metrics.py \
   tests/exporting/test_exporting.py::test_the_embedding_row_is_keys_then_values \
   tests/finetuning/test_masked_training.py::test_the_two_way_context_by_hand \
   'tests/exporting/test_exporting.py::test_the_prefix_gives_the_hooks_logits[llama-left]' \
+  'tests/exporting/test_serving.py::test_a_mask_under_continuous_batching_and_in_a_static_cache[llama]' \
   tests/scanning/test_scan.py::test_planted_layers_are_predicted \
   tests/scanning/test_ceilings.py::test_the_best_input_is_the_one_that_ascent_finds \
   tests/scanning/test_ceilings.py::test_layer_norm_outputs_are_bounded_with_gain_and_bias \

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from melens.errors import InterventionError, ModelError, ResultError, SiteError
+from melens.exporting.baked_gguf import baked_before, source_gguf, write_gguf
 from melens.exporting.folder import check_out, place, record_of, write_model
 from melens.exporting.subject import (
     CLOSE_IN_HALF,
@@ -23,6 +24,7 @@ from melens.exporting.subject import (
     subject_of,
     vocabulary_of,
 )
+from melens.formatting import brief
 from melens.interventions import ffn_ablate_neurons, ffn_zero_weights, norm_scale_dims, transplant
 from melens.interventions.core import check_indices
 from melens.interventions.experts import expert_ablate_neuron, expert_prune, expert_zero_weights
@@ -31,7 +33,7 @@ from melens.models.decoder import decoder_of
 from melens.models.experts import experts_of
 from melens.models.ffn import ffn_of
 from melens.models.loading import adopt, load_plain
-from melens.models.origin import fingerprint
+from melens.models.origin import Origin, fingerprint
 from melens.models.view import view_of
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 from melens.results.baked import Baked, WeightEdit, baked_in, require_apart
@@ -88,11 +90,12 @@ class WeightWrite:
         self.view.copy_(made if self.source is None else self.source)
 
 
-def bake(
+def bake(  # noqa: PLR0913 (one call for two formats)
     model: Loadable,
     edits: Sequence[WeightEdit],
     *,
     out: str | Path,
+    format: str = "hf",
     tokenizer: Tokenizer | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -100,42 +103,70 @@ def bake(
     """Save a model whose weights hold the edits, so that every engine that loads it has them.
 
     They act at every token. The same edits are entered on the running model first, and the changed
-    weights must give its logits. The config keeps them under ``melens_baked``, and melens.json too.
+    weights must give its logits. The config keeps them under ``melens_baked`` (of a GGUF: the field
+    ``melens.baked``), and melens.json too.
 
     Args:    model: a name, a folder, a bridge or a transformers model, which is left as it was.
              edits: ``melens.results.edit.WeightEdit``; none of one place twice.
              out: a new or empty folder, or an earlier export, which is replaced.
+             format: ``hf``: a model folder of safetensors. ``gguf``: ``model.gguf``, of a model
+             that is a GGUF file itself; tokenizer, fields and unchanged tensors are copied.
              tokenizer: of a transformers model whose own folder has none.
              revision, trust_remote_code: of a hub id, as in ``melens.load``.
     Raises:  InterventionError, SiteError: an edit that this model cannot have, or weights that do
              not give the edit's logits. ModelError: weights that are shared between layers,
-             quantised, or not to be had. ResultError: ``model`` or ``out`` holds another export.
-             OutputError: the disk said no.
+             quantised, or not to be had; for gguf, a model that is no GGUF file. ResultError:
+             ``model`` or ``out`` holds another export. OutputError: the disk said no.
     """
     edits = require_apart(edits)
+    if format not in ("hf", "gguf"):
+        raise InterventionError(
+            f"changed weights are written as hf or gguf, not {brief(format, 40)}."
+        )
     target = check_out(out)
+    if format == "gguf":
+        return _bake_gguf(model, edits, target)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     subject = _subject(model, tokenizer, options)
     hf, tokenizer = plain_to_save(subject)
     if getattr(hf, "hf_quantizer", None) is not None:
         raise ModelError("this model is quantised, so its weights cannot be edited; dequantise it.")
     both, before = opened(hf, tokenizer), baked_in(hf.config)
-    weights, facts = fingerprint(both.bridge), (subject.origin.name, dtype_of(hf))
+    with _changed(both, edits, subject.origin) as made:
+        subject = Subject(both.hf, tokenizer, subject.origin, made.weights, None)
+        record = record_of(subject, Edit(name="none"), None, "hf", baked=(*before, made))
+        return place(target, lambda folder: write_model(hf, tokenizer, folder, record), record)
+
+
+def _bake_gguf(model: Loadable, edits: tuple[WeightEdit, ...], target: Path) -> Path:
+    with source_gguf(model) as header:
+        hf, tokenizer, origin = load_plain(str(model), device="cpu", dtype="float32")
+        both, before = opened(hf, tokenizer), baked_before(header)
+        with _changed(both, edits, origin) as made:
+            subject = Subject(both.hf, tokenizer, origin, made.weights, None)
+            record = record_of(subject, Edit(name="none"), None, "gguf", baked=(*before, made))
+            values = {name: both.hf.get_parameter(name).detach() for name in made.tensors}
+            return place(
+                target, lambda folder: write_gguf(header, values, record.baked, folder), record
+            )
+
+
+@contextmanager
+def _changed(both: Opened, edits: tuple[WeightEdit, ...], origin: Origin) -> Iterator[Baked]:
+    """The weights changed and checked while this is open; what there is to know of it."""
+    weights = fingerprint(both.bridge)
     writes = [write for edit in edits for write in writes_of(both, edit)]
     wanted, clean = _logits(both, edits), answer(both.hf)
     with written(both.hf, writes) as tensors:
-        made = Baked(
+        yield Baked(
             edits=edits,
-            model=facts[0],
+            model=origin.name,
             weights=weights,
-            dtype=facts[1],
+            dtype=dtype_of(both.hf),
             tensors=tensors,
             logit_change=float((wanted - clean).abs().max()),
             logit_difference=_checked(both.hf, wanted),
         )
-        subject = Subject(both.hf, tokenizer, subject.origin, weights, None)
-        record = record_of(subject, Edit(name="none"), None, "hf", baked=(*before, made))
-        return place(target, lambda folder: write_model(hf, tokenizer, folder, record), record)
 
 
 def _subject(model: Loadable, tokenizer: Tokenizer | None, options: Options) -> Subject:

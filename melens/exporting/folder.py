@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from melens.errors import InterventionError, OutputError, ResultError
+from melens.exporting.baked_gguf import FIELD, GGUF_FILE
 from melens.exporting.prefix import (
     FIRST_ONLY,
     Prefix,
@@ -40,7 +41,7 @@ from melens.protocols import Loadable, Tokenizer, TransformersModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import MELayer
 from melens.results.baked import BAKED, Baked, baked_in
-from melens.results.edit import ChosenPrefix, Edit, EditFile, Format, PrefixFacts
+from melens.results.edit import CONSTANT, ChosenPrefix, Edit, EditFile, Format, PrefixFacts
 from melens.results.reading import HoldsMELayer, located_in
 from melens.store import write_folder
 
@@ -86,9 +87,21 @@ one token's key and value."""
 _BAKED = """# {model}, with changed weights
 
 The weights here are not those of `{model}`: whatever loads this folder has the changes. They act at
-every token. `config.json` keeps them under `melens_baked`, `melens.json` as well.
+every token. {where} keeps them under `{name}`, `melens.json` as well.
 
 {rows}
+"""
+_GGUF = """
+Tokenizer, fields and every other tensor are copied from the GGUF file that this is made of.
+
+```text
+llama-cli -m {file}
+```
+
+```python
+hf = AutoModelForCausalLM.from_pretrained(".", gguf_file="{file}")  # the path of this folder
+tokenizer = AutoTokenizer.from_pretrained(".", gguf_file="{file}")
+```
 """
 
 
@@ -109,7 +122,10 @@ def readme(record: EditFile) -> str | None:
         for made in record.baked
         for change in made.edits
     ]
-    return _BAKED.format(model=model, rows="\n".join(rows).replace("`", "'"))
+    where, name = ("`config.json`", BAKED) if record.format == "hf" else (f"`{GGUF_FILE}`", FIELD)
+    text = "\n".join(rows).replace("`", "'")
+    made = _BAKED.format(model=model, where=where, name=name, rows=text)
+    return made + (_GGUF.format(file=GGUF_FILE) if record.format == "gguf" else "")
 
 
 def export(  # noqa: PLR0913 (one call for three formats)
@@ -145,6 +161,11 @@ def export(  # noqa: PLR0913 (one call for three formats)
     if kind is None:
         raise InterventionError(
             f"format must be one of {', '.join(get_args(Format))}, got {brief(format, 40)}."
+        )
+    if kind == "gguf":
+        raise InterventionError(
+            "a GGUF can hold changes of weights alone; use melens.exporting.bake(..., "
+            "format='gguf') (--bake ... --format gguf)."
         )
     if first_token is not None and kind == "hf":
         raise InterventionError("first_token belongs to the formats prefix and peft.")
@@ -282,7 +303,7 @@ def place(target: Path, write: Callable[[Path], None], record: EditFile) -> Path
 
     def fill(part: Path) -> None:
         write(part)
-        if record.format == "hf" and (text := readme(record)) is not None:
+        if record.format not in CONSTANT and (text := readme(record)) is not None:
             (part / README).write_text(text, "utf-8")
         files = tuple(sorted(path.name for path in part.iterdir()))
         write_edit(record.model_copy(update={"files": files}), part)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -60,12 +61,16 @@ class Prefix:
         """All its tokens."""
         return (self.token_id, *self.later)
 
-    def cache(self, hf: TransformersModel, batch: int) -> KeyValueCache:
+    def cache(
+        self, hf: TransformersModel, batch: int, *, static: int | None = None
+    ) -> KeyValueCache:
         """A fresh transformers cache that holds it, of the model's dtype and device."""
-        from transformers import DynamicCache
+        from transformers import DynamicCache, StaticCache
 
         dtype, blocks = next(hf.parameters()).dtype, decoder_of(hf).blocks
-        made = DynamicCache(config=hf.config)
+        made: Any = DynamicCache(config=hf.config)
+        if static is not None:
+            made = StaticCache(config=hf.config, max_cache_len=static)
         for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
             there = device_of(blocks[layer], input_device(hf))
             key, value = (x.to(there, dtype)[None].repeat(batch, 1, 1, 1) for x in pair)
@@ -235,14 +240,19 @@ def write_prefix(prefix: Prefix, folder: Path) -> None:
     save_file(named, folder / PREFIX_FILE)
 
 
-def load_prefix(folder: str | Path, model: AnyModel, *, batch: int = 1) -> KeyValueCache:
+def load_prefix(
+    folder: str | Path, model: AnyModel, *, batch: int = 1, static: int | None = None
+) -> KeyValueCache:
     """The exported first token as a transformers cache, a fresh one a call (a run fills it).
 
     Hand it to ``model.generate(**for_generate(ids, mask), past_key_values=cache)``, or to
-    ``model(**for_call(ids, mask), past_key_values=cache)``; neither needs melens' hooks.
+    ``model(**for_call(ids, mask), past_key_values=cache)``; neither needs melens' hooks. With a
+    second model that drafts (``assistant_model=``), ``generate`` too takes ``for_call``'s inputs:
+    transformers feeds it all of them, and ``for_generate``'s first token would count twice.
 
     Args:    model: the transformers model (or its bridge) that it was exported from, any dtype.
-             batch: rows.
+             batch: rows. static: tokens that a static cache has room for, the prefix included;
+             None = a cache that grows.
     Raises:  ResultError: no such export, a damaged one, or one of other weights.
     """
     folder = Path(folder)
@@ -255,13 +265,22 @@ def load_prefix(folder: str | Path, model: AnyModel, *, batch: int = 1) -> KeyVa
         )
     if batch < 1:
         raise ResultError(f"batch must be at least 1, got {batch}.")
+    if static is not None and static <= (held := len(_ids_of(record.prefix))):
+        raise ResultError(
+            f"static must be room for the prefix ({held}), the prompt and the new tokens, got "
+            f"{static}."
+        )
     check_probe(hf, record.probe, name=str(folder))
     if record.prefix.chosen is not None:
         say_once(
             f"{folder} holds tokens that are put before every text: give "
             "prefix=read_edit(folder).prefix to for_generate and for_call, or prompts lose tokens."
         )
-    return _read_prefix(folder, record.prefix).cache(hf, batch)
+    return _read_prefix(folder, record.prefix).cache(hf, batch, static=static)
+
+
+def _ids_of(facts: PrefixFacts) -> tuple[int, ...]:
+    return facts.chosen.token_ids if facts.chosen else (facts.token_id,)
 
 
 def _read_prefix(folder: Path, facts: PrefixFacts) -> Prefix:
@@ -275,8 +294,7 @@ def _read_prefix(folder: Path, facts: PrefixFacts) -> Prefix:
         values = [named[f"layer.{i}.value"] for i in range(facts.layers)]
     except (OSError, SafetensorError, KeyError) as error:
         raise ResultError(f"cannot read {path}: {str(error)[:120]}; export it again.") from None
-    later = facts.chosen.token_ids[1:] if facts.chosen else ()
-    return Prefix(facts.token_id, keys, values, later)
+    return Prefix(facts.token_id, keys, values, _ids_of(facts)[1:])
 
 
 def for_generate(
@@ -346,7 +364,7 @@ def for_call(
 ) -> dict[str, Tensor]:
     """Inputs of the model itself beside a prefix: as :func:`for_generate`, without its tokens."""
     made = for_generate(ids, mask, prefix=prefix)
-    held = len(prefix.chosen.token_ids) if prefix is not None and prefix.chosen else 1
+    held = len(_ids_of(prefix)) if prefix is not None else 1
     whole = made["attention_mask"]
     positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)
     return {

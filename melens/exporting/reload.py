@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from melens import models
 from melens.capture import EachPass, enter_kept, exit_kept
-from melens.errors import ResultError
+from melens.errors import BusyError, InterventionError, ResultError
 from melens.evaluating.edits import applied
-from melens.exporting.subject import accept, read_edit
+from melens.exporting.baked_gguf import GGUF_FILE
+from melens.exporting.subject import accept, check_probe, read_edit, transformers_of
+from melens.interventions.context import is_edited
 from melens.interventions.core import EditedTokens, warn_of
 from melens.models.loading import DeviceMap
 from melens.protocols import AnyModel, HookedModel, Loadable, Tokenizer
@@ -35,6 +40,9 @@ class OpenEdit:
         self.record, self._count = enter_kept(model, self._context)
         """A mask's MaskRecord, other edits' EditedTokens; None where nothing is edited."""
         self._passes = EachPass(model)
+        _OPEN.add(self)
+        atexit.unregister(_leave_all)  # once, however many are opened
+        atexit.register(_leave_all)
 
     @property
     def active(self) -> bool:
@@ -48,15 +56,54 @@ class OpenEdit:
         """
         if self._context is None:
             return
-        exit_kept(self._model, self._context, self._count, _ClosedError())
-        self._passes.close()
-        self._context = None
+        self._leave()
         edited = getattr(self.record, "edited", self.record)
         if isinstance(edited, EditedTokens):
             warn_of(edited, self.edit.label, stacklevel=3)
 
+    def _leave(self) -> None:
+        if self._context is not None:
+            exit_kept(self._model, self._context, self._count, _ClosedError())
+            self._passes.close()
+            self._context = None
+
     def __repr__(self) -> str:
         return f"<OpenEdit {self.edit.label}{' (closed)' if self._context is None else ''}>"
+
+
+_OPEN: weakref.WeakSet[OpenEdit] = weakref.WeakSet()
+
+
+def _leave_all() -> None:
+    """At the end of the process, while the modules that an edit's end needs are still there."""
+    for edit in list(_OPEN):
+        with suppress(BusyError):
+            edit._leave()
+
+
+def open_edit(folder: str | Path, model: AnyModel) -> OpenEdit:
+    """An exported edit in force on a plain transformers model, until ``model.melens_edit.close()``.
+
+    For programs that take a transformers model: pipelines, ``generate_batch``, servers of your own.
+    It acts in whatever thread runs the model. WeMask and drop-key; other edits need a bridge.
+
+    Args:    folder: what ``melens.export`` wrote with format ``hf``.
+             model: the same weights, as ``AutoModelForCausalLM.from_pretrained(folder)`` reads
+             them; another dtype will do.
+    Raises:  ResultError: no such export, or other weights. InterventionError: an edit that needs
+             a bridge, or another one that is open.
+    """
+    record, hf = _edit_in(folder), transformers_of(model)
+    if record is None or record.edit.name == "none":
+        raise ResultError(
+            f"{folder} has no edit beside its weights (format hf); make one with melens.export."
+        )
+    if is_edited(model):
+        raise InterventionError("an edit is open on this model already; close that one first.")
+    check_probe(hf, record.probe, name=str(folder))
+    opened = OpenEdit(model, record.edit, record.me_layer)
+    vars(model)[KEPT_EDIT] = opened  # kept with the model: an edit that nobody holds would end
+    return opened
 
 
 def check_edit(model: AnyModel, edit: Edit, me_layer: MELayer | None) -> None:
@@ -127,8 +174,14 @@ def load(  # noqa: PLR0913 (what is loaded, and where it goes, are two things)
 
 def _edit_in(model: Loadable) -> EditFile | None:
     """The edit that a model's folder says to apply; refuses what is not a model folder."""
-    record = read_edit(model) if isinstance(model, (str, Path)) else None
+    if not isinstance(model, (str, Path)):
+        return None
+    record = read_edit(model)
     if record is not None and record.format != "hf":
-        how = "melens.exporting.load_prefix" if record.format == "prefix" else "PEFT"
-        raise ResultError(f"{model} is a {record.format} export, no model; load it with {how}.")
+        how = {
+            "prefix": "load it with melens.exporting.load_prefix",
+            "peft": "load it with PEFT",
+            "gguf": f"give its file, {Path(model) / GGUF_FILE}",
+        }[record.format]
+        raise ResultError(f"{model} is a {record.format} export, no model; {how}.")
     return record

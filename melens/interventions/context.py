@@ -33,7 +33,8 @@ class PassTokens:
     positions: TokenIds
     """Absolute, counted over real tokens from 0; padding -1."""
     keys: Int[Tensor, "batch key"] | None = None
-    """The same for all that attention can read, cached tokens first, ``[batch, past + chunk]``."""
+    """The same for all that attention can read, cached tokens first, ``[batch, past + chunk]``;
+    None under continuous batching, whose cache keeps the keys of all texts in pages."""
     recorded: Callable[[int], Resid] | None = field(default=None, repr=False, compare=False)
     """Where blocks are resumed from a recorded run: what left a layer there, for these tokens."""
     notes: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -148,6 +149,8 @@ class _Watch:
 
     def __init__(self, model: AnyModel) -> None:
         outer = getattr(model, "original_model", model)
+        self.bridged, key = outer is not model, weakref.ref(model)
+        self.whole = lambda: (there := key()) is not None and reads_whole(there)
         self.names = list(inspect.signature(outer.forward).parameters)
         self.stack = _NOW.setdefault(model, [])
         self.depth = len(self.stack)
@@ -158,7 +161,10 @@ class _Watch:
         """Before the whole model runs."""
         require_this_thread(module)
         del self.stack[self.depth :]  # a pass that failed or stopped early leaves its entry behind
-        self.stack.append(_read({**dict(zip(self.names, args, strict=False)), **kwargs}))
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if _is_paged(call):
+            _require_packable(module, bridged=self.bridged, whole=self.whole())
+        self.stack.append(_read(call))
 
     def close(self) -> None:
         """Take the hook off."""
@@ -179,9 +185,42 @@ def _read(call: Kwargs) -> PassTokens:
             "an edit needs token ids or inputs_embeds as tensors; the model was called with "
             f"{', '.join(name for name, value in call.items() if value is not None)}."
         )
+    if _is_paged(call):
+        return PassTokens(ids, _packed_positions(call))
     past = _past(call)
     keys = _key_positions(call, shown, past)
     return PassTokens(ids, keys[:, past:], keys)
+
+
+def _is_paged(call: Kwargs) -> bool:
+    """Whether the call is one of transformers' continuous batching."""
+    return call.get("cache") is not None and call.get("cu_seq_lens_q") is not None
+
+
+def _require_packable(module: torch.nn.Module, *, bridged: bool, whole: bool) -> None:
+    """Refuse continuous batching where an edit could not be right there.
+
+    Raises:  InterventionError: a bridge, whose attention reads no paged cache; an edit that
+             compares a token with others, which are those of other texts too.
+    """
+    if bridged:
+        raise InterventionError(
+            f"this {type(module).__name__} is inside a bridge, whose attention cannot read the "
+            "pages of continuous batching; load the folder with transformers, and give the model "
+            "to melens.exporting.open_edit(folder, model)."
+        )
+    if whole:
+        raise InterventionError(
+            "an open edit (drop-key) looks at whole texts, and continuous batching puts several "
+            "into one row; use wemask, or generate without continuous batching."
+        )
+
+
+def _packed_positions(call: Kwargs) -> Int[Tensor, "1 chunk"]:
+    """Positions of the tokens of several texts in one row; a graph's padding at the end -1."""
+    told = call["position_ids"]
+    place = torch.arange(told.shape[-1], device=told.device)
+    return told.long().masked_fill(place >= call["cu_seq_lens_q"].max(), -1)
 
 
 def _key_positions(call: Kwargs, shown: Tensor, past: int) -> Int[Tensor, "batch key"]:

@@ -469,7 +469,7 @@ def write_fields(header: GGUFHeader, path: Path) -> None:
     # transformers asks some architectures for its length, which config_of sets right
     writer.add_key_value(TOKENS, ["-"], GGUFValueType.ARRAY, GGUFValueType.STRING)
     for key, value in header.fields.items():
-        if key in ("general.architecture", TOKENS) or key.startswith("split."):
+        if key in ("general.architecture", "general.alignment", TOKENS) or key.startswith("split."):
             continue
         kind, inner = header.types[key]
         sub_type = None if inner is None else GGUFValueType(inner)

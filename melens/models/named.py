@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +170,21 @@ def _whole(model: NamedModel) -> Path:
 def _convert(model: NamedModel) -> Path:
     from melens.models.gguf import convert_gguf
 
+    with joined(model) as whole:
+        convert_gguf(whole, model.converted)
+    return model.converted
+
+
+@contextlib.contextmanager
+def joined(model: NamedModel) -> Iterator[Path]:
+    """The ``.gguf`` file of a model that is here; parts are joined while this is open.
+
+    Raises:  WeightsError: a part is missing, or the checksum does not hold. FetchError: the cache
+             cannot be written.
+    """
+    if len(model.parts) == 1:
+        yield _whole(model)
+        return
     with working(cache_dir() / "joined") as folder:
         whole = folder / model.file
         with whole.open("wb") as out:
@@ -178,8 +194,7 @@ def _convert(model: NamedModel) -> Path:
                 with part.open("rb") as piece:
                     shutil.copyfileobj(piece, out)
         require_sha256(whole, model.sha256)
-        convert_gguf(whole, model.converted)
-    return model.converted
+        yield whole
 
 
 def _part_files(model: NamedModel) -> list[Path | None]:

@@ -134,12 +134,21 @@ def baked_in(config: object) -> tuple[Baked, ...]:
 
     Raises:  ResultError: the field is not what melens writes.
     """
+    return baked_history(getattr(config, BAKED, None) or (), f"{BAKED} in the model's config.json")
+
+
+def baked_history(found: object, where: str) -> tuple[Baked, ...]:
+    """The same of a list, or of its JSON text.
+
+    Raises:  ResultError: it is not what melens writes.
+    """
     try:
-        return _HISTORY.validate_python(getattr(config, BAKED, None) or ())
+        if isinstance(found, str):
+            return _HISTORY.validate_json(found)
+        return _HISTORY.validate_python(found)
     except ValidationError as error:
         raise ResultError(
-            f"{BAKED} in the model's config.json is not what melens writes ({_first(error)}); "
-            "remove it."
+            f"{where} is not what melens writes ({_first(error)}); remove it."
         ) from None
 
 

@@ -105,7 +105,9 @@ def _layers(layers: str | tuple[int, ...]) -> str:
     return f"layer{'s' * (len(set(layers)) > 1)} {shown}"
 
 
-Format = Literal["hf", "prefix", "peft"]
+Format = Literal["hf", "prefix", "peft", "gguf"]
+CONSTANT: tuple[Format, ...] = ("prefix", "peft")
+"""Formats that hold keys and values of first tokens."""
 
 
 class Probe(Part):
@@ -194,10 +196,12 @@ class EditFile(Result):
     @model_validator(mode="after")
     def _fits_together(self) -> EditFile:
         """Refuse what no export can have made."""
-        if (self.prefix is None) != (self.format == "hf"):
+        if (self.prefix is None) != (self.format not in CONSTANT):
             raise ValueError("prefix facts belong to the formats prefix and peft")
-        if self.baked and self.format != "hf":
-            raise ValueError("baked weights belong to the format hf")
+        if self.baked and self.format in CONSTANT:
+            raise ValueError("baked weights belong to the formats hf and gguf")
+        if self.format == "gguf" and (self.edit.name != "none" or not self.baked):
+            raise ValueError("a gguf holds changed weights alone")
         if len(self.probe.at) != len(self.probe.logits):
             raise ValueError("the probe must have one logit an entry")
         return self

@@ -335,8 +335,24 @@ def test_weights_are_baked_on_the_command_line(folder, capsys, tmp_path):
         (["--mask-rate", "0.2"], "drop --mask-rate"),
         (["--format", "prefix"], "drop --format"),
         (["--bake", "neuron:1"], "must be neuron:LAYER,NEURON"),
+        (["--format", "gguf"], "convert_hf_to_gguf.py of llama.cpp"),
     ):
         code, _, err = run(capsys, "export", folder, *BAKED, *wrong, "-o", tmp_path / "no")
         assert code == 2
         assert message in err
     assert not (tmp_path / "no").exists()
+
+
+def test_a_gguf_is_baked_on_the_command_line(make_tiny, capsys, tmp_path, monkeypatch):
+    import planted_gguf as planted
+
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
+    hf, out = make_tiny("llama"), tmp_path / "out"
+    fields, tensors = planted.fields_of(hf.config, "llama"), planted.tensors_of(hf, "llama")
+    path = planted.write(tmp_path / "m.gguf", "llama", fields, tensors)
+    code, _, err = run(capsys, "export", path, "--format", "gguf", "-o", out)
+    assert (code, "changes of weights alone; give --bake" in err) == (2, True)
+    code, said, err = run(capsys, "export", path, *BAKED, "--format", "gguf", "-o", out, "-q")
+    assert code == 0, err
+    assert "m.gguf with changed weights" in said
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "melens.json", "model.gguf"]

@@ -181,14 +181,21 @@ def export_searched(job: Job, format: str, out: Path, most: int) -> Path:
     return export(loaded, none, format=format, out=out, me_layer=found, first_token=chosen)
 
 
-def export_baked(model: str, run: opt.RunOptions, edits: Sequence[WeightEdit], out: Path) -> Path:
+def export_baked(
+    model: str, run: opt.RunOptions, edits: Sequence[WeightEdit], out: Path, format: str
+) -> Path:
     """Write a model whose weights hold the edits."""
     from melens.exporting.bake import bake
     from melens.exporting.folder import check_out
 
     check_out(out)
     return bake(
-        model, edits, out=out, revision=run.revision, trust_remote_code=run.trust_remote_code
+        model,
+        edits,
+        out=out,
+        format=format,
+        revision=run.revision,
+        trust_remote_code=run.trust_remote_code,
     )
 
 
@@ -332,6 +339,7 @@ class ExportFormat(StrEnum):
     hf = "hf"
     prefix = "prefix"
     peft = "peft"
+    gguf = "gguf"
 
 
 def export(
@@ -345,7 +353,7 @@ def export(
         ExportFormat,
         typer.Option(
             help="hf: a model folder with melens.json; prefix: keys and values of the fixed first "
-            "token; peft: the same as a prefix-tuning adapter."
+            "token; peft: the same as a prefix-tuning adapter; gguf: with --bake, of a GGUF."
         ),
     ] = ExportFormat.hf,
     edit: opt.EditOptions,
@@ -396,13 +404,16 @@ def export(
 
       melens export smollm2-135m --bake weight:0,2,3 --bake gain:1,ln2,7,0.5 -o runs/baked
 
+      melens export smollm2-135m --bake weight:0,2,3 --format gguf -o runs/gguf
+
       melens export smollm2-135m --format peft --mask-rate 0.5 -o runs/adapter
 
       melens export smollm2-135m --format prefix --located runs/demo/locate.json -o runs/prefix
     """
     beside: dict[str, object] = {"first_token": first_token, "bake": bake}
     if search_prefix is not None:
-        beside["format"] = format if format is ExportFormat.hf else None
+        fits = format in (ExportFormat.prefix, ExportFormat.peft)
+        beside["format"] = None if fits else format
         _refuse_beside("--search-prefix", "use --format prefix or peft", edit, beside)
         searched = Job.of(model, run, edits=True, texts=texts, located=located)
         made = export_searched(searched, format.value, out, search_prefix)
@@ -413,10 +424,13 @@ def export(
 
         edits = weight_edits(bake)
         beside |= {"located": located, "bake": None}
-        beside["format"] = None if format is ExportFormat.hf else format
+        fits = format in (ExportFormat.hf, ExportFormat.gguf)
+        beside["format"] = None if fits else format
         _refuse_beside("--bake", "export that edit of the baked folder", edit, beside)
-        show_export(export_baked(model, run, edits, out), as_json=as_json)
+        show_export(export_baked(model, run, edits, out, format.value), as_json=as_json)
         return
+    if format is ExportFormat.gguf:
+        raise InterventionError("--format gguf holds changes of weights alone; give --bake.")
     job = EditJob.of(model, run, edit, texts=texts, located=located)
     made = job.export(format.value, out, first_token)
     show_export(made, as_json=as_json)
