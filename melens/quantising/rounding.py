@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import ModelError
+from melens.protocols import JsonObject
 from melens.quantising.schemes import Grid
 
 if TYPE_CHECKING:
@@ -121,12 +122,14 @@ def rounded(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 @lru_cache(maxsize=64)
 def _args(grid: Grid, group: int | None) -> QuantizationArgs:
     """A grid in compressed-tensors' words; scales that broadcast are all alike to it."""
-    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 
-    given = {"num_bits": grid.bits, "type": grid.kind, "symmetric": True}
+    given: JsonObject = {"num_bits": grid.bits, "type": grid.kind, "symmetric": True}
     if group is not None:
-        return QuantizationArgs(**given, strategy="group", group_size=group)
-    return QuantizationArgs(**given, strategy="tensor" if grid.per == "tensor" else "channel")
+        return QuantizationArgs(**given, strategy=QuantizationStrategy.GROUP, group_size=group)
+    whole = grid.per == "tensor"
+    strategy = QuantizationStrategy.TENSOR if whole else QuantizationStrategy.CHANNEL
+    return QuantizationArgs(**given, strategy=strategy)
 
 
 def _to_gguf(matrix: Matrix, name: str) -> Tensor:

@@ -260,10 +260,13 @@ class _Pass:
         class Rounding(DynamicCache):
             """Rounds new keys and values before it keeps them."""
 
-            def update(self, keys: Tensor, values: Tensor, *rest: Any, **how: Any) -> Any:
+            def update(
+                self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any, **how: Any
+            ) -> Any:
                 fired.add(CACHE)
-                both = (_rounded_heads(x, grid, kept, real) for x in (keys, values))
-                return super().update(*both, *rest, **how)
+                rounded_keys = _rounded_heads(keys, grid, kept, real)
+                rounded_values = _rounded_heads(values, grid, kept, real)
+                return super().update(rounded_keys, rounded_values, layer_idx, *rest, **how)
 
         return Rounding(config=self.model.plain.hf.config.get_text_config(decoder=True))
 

@@ -81,15 +81,13 @@ class _Columns:
 
     @classmethod
     def of(cls, rows: Sequence[ItemRow]) -> _Columns:
-        return cls(
-            torch.tensor([row.value for row in rows]).double(),
-            *(
-                torch.tensor([row.also[name][0] for row in rows]).double()
-                for name in (BASE, DIVERGES, AGREES)
-            ),
-            torch.tensor([row.weight for row in rows]).double(),
-            sum(row.about["kept"] for row in rows),
+        base, kl, agreement = (
+            torch.tensor([row.also[name][0] for row in rows]).double()
+            for name in (BASE, DIVERGES, AGREES)
         )
+        loss = torch.tensor([row.value for row in rows]).double()
+        weight = torch.tensor([row.weight for row in rows]).double()
+        return cls(loss, base, kl, agreement, weight, sum(row.about["kept"] for row in rows))
 
     @property
     def damage(self) -> Column:

@@ -9,6 +9,7 @@ from planted import plant
 
 from melens.cli.app import main
 from melens.results import load_result
+from melens.results.quantise import Quantisation
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def test_a_run_writes_result_rows_and_figures_and_goes_on_where_it_was(
     assert code == 0
     assert "what helps cannot be said of so few texts" in " ".join(said.split())
     found = load_result(out / "quantise.json")
+    assert isinstance(found, Quantisation)
     assert [one.scheme for one in found.schemes] == ["w8a8-token", "kv4-token"]
     for name in ("quantise.jsonl", "quantise.png", "locate.json"):
         assert (out / name).is_file()
@@ -58,7 +60,9 @@ def test_a_run_writes_result_rows_and_figures_and_goes_on_where_it_was(
     code, _, _ = run(capsys, *line, "--json")
     assert code == 0
     assert (out / "quantise.jsonl").read_text() == rows
-    assert load_result(out / "quantise.json").schemes == found.schemes
+    again = load_result(out / "quantise.json")
+    assert isinstance(again, Quantisation)
+    assert again.schemes == found.schemes
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,25 @@ def test_what_one_text_costs_does_not_depend_on_the_others_or_on_padding(planted
         torch.testing.assert_close(both[1, :17], alone[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["w8a8-tensor", "w8a8-token", "w8a8-static"])
+def test_padding_and_what_is_kept_whole_widen_no_scale(planted, name):
+    from melens.quantising.running import _Pass
+
+    quantised = QuantisedModel.of(plain_model(planted[1]), SCHEMES[name])
+    grid, batch = SCHEMES[name].inputs, Batch.pad([[5, 6, 7, 8], [5, 6]])
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    kept = torch.zeros_like(batch.mask)
+    kept[0, 1] = True
+    loud = x.clone()
+    loud[1, 2:], loud[0, 1] = 1e4, 1e4  # padding, and a token that is kept whole
+    how = Spared(kept, largest={"there": 4.0})
+    found, plain = (_Pass(quantised, batch, how)._read("there", y, grid) for y in (loud, x))
+    seen = batch.mask & ~kept
+    assert torch.equal(found[seen], plain[seen])
+    assert torch.equal(found[0, 1], loud[0, 1])
+    assert not torch.equal(found[seen], x[seen])
+
+
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_what_is_kept_whole_is_the_model_as_it_is(planted, scheme):
     _, model, texts, _ = planted
@@ -200,3 +219,58 @@ def test_refusals(planted):
         quantise(model, texts[:1], schemes=["w8a8-static"], me_layer=located)
     with pytest.raises(InterventionError, match="first must be"):
         Protect(first=0)
+
+
+def test_a_token_of_the_cache_that_is_kept_whole_widens_no_scale():
+    from melens.quantising.running import _rounded_heads
+
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    real = Batch.pad([[5] * 5, [5] * 3]).mask
+    kept = torch.zeros_like(real)
+    kept[:, 0] = True
+    loud = x.clone()
+    loud[:, :, 0], loud[1, :, 3:] = 1e4, 1e4
+    for name in ("kv4-channel", "kv4-token", "kv-fp8"):
+        grid = SCHEMES[name].cache
+        found, plain = (_rounded_heads(y, grid, kept, real) for y in (loud, x))
+        seen = (real & ~kept)[:, None, :, None].expand_as(x)
+        assert torch.equal(found[seen], plain[seen])
+        assert torch.equal(found[:, :, 0], loud[:, :, 0])
+
+
+def test_weights_are_put_back_whatever_happens(planted, monkeypatch):
+    from melens.quantising import running
+
+    plain, batch = plain_model(planted[1]), Batch.of(planted[2][:2])
+    quantised = QuantisedModel.of(plain, SCHEMES["w8a8-token"])
+    before, calls = unquantised(plain, batch), []
+
+    def breaks(*given):
+        calls.append(given)
+        if len(calls) == 9:
+            raise MemoryError
+        return rounded(*given)
+
+    rounded = running.rounded
+    monkeypatch.setattr(running, "rounded", breaks)
+    with pytest.raises(MemoryError):
+        quantised.logits(batch, Spared())
+    assert torch.equal(unquantised(plain, batch), before)
+
+
+def test_controls_are_drawn_anew_for_every_seed_and_batch_among_ordinary_tokens(planted):
+    from melens.quantising.trials import MarkedTexts, TrialPlan
+
+    _, model, texts, located = planted
+    marked = MarkedTexts.of(model, texts[:8].tolist(), located, batch_size=4)
+    drawn = {
+        (seed, at): marked.kept(
+            TrialPlan("random-tokens", "control", "massive-token", seed), at, first=1
+        )
+        for seed in (0, 1)
+        for at in (0, 1)
+    }
+    for (_, at), mask in drawn.items():
+        assert torch.equal(mask.sum(-1), marked.massive[at].sum(-1))
+        assert not (mask & marked.massive[at]).any()
+    assert len({tuple(mask.flatten().tolist()) for mask in drawn.values()}) == 4

@@ -48,14 +48,15 @@ def test_a_compressed_tensors_checkpoint_that_transformers_loads(scheme, made, t
         QuantizationArgs,
         QuantizationConfig,
         QuantizationScheme,
+        QuantizationStrategy,
         apply_quantization_config,
     )
     from compressed_tensors.quantization.utils import calculate_qparams
     from transformers import AutoModelForCausalLM
 
     hf, batch = copy.deepcopy(made[0]), made[1]
-    weights = QuantizationArgs(num_bits=8, strategy="channel")
-    inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+    weights = QuantizationArgs(num_bits=8, strategy=QuantizationStrategy.CHANNEL)
+    inputs = QuantizationArgs(num_bits=8, strategy=QuantizationStrategy.TOKEN, dynamic=True)
     group = QuantizationScheme(
         targets=["Linear"],
         weights=weights,
