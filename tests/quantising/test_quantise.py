@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -274,3 +276,23 @@ def test_controls_are_drawn_anew_for_every_seed_and_batch_among_ordinary_tokens(
         assert torch.equal(mask.sum(-1), marked.massive[at].sum(-1))
         assert not (mask & marked.massive[at]).any()
     assert len({tuple(mask.flatten().tolist()) for mask in drawn.values()}) == 4
+
+
+def test_scores_by_hand():
+    """Two positions that foresee a token; KL from the model as it is to the rounded one."""
+    from melens.quantising.run import _scored
+
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1], [1 / 3] * 3]).log()[None]
+    q = torch.tensor([[0.25, 0.5, 0.25], [0.6, 0.2, 0.2], [1 / 3] * 3]).log()[None]
+    batch = Batch.of(torch.tensor([[0, 1, 0]]))
+    (row,) = _scored(["7"], "x", p + 3.0, q - 2.0, batch, 0, 5)
+    assert row.value == pytest.approx(-(math.log(0.5) + math.log(0.6)) / 2)
+    assert row.weight == 2
+    assert row.also["base"][0] == pytest.approx(-(math.log(0.25) + math.log(0.7)) / 2)
+    first = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    second = 0.7 * math.log(0.7 / 0.6) + 0.1 * math.log(0.5)
+    assert row.also["kl"][0] == pytest.approx((first + second) / 2)
+    assert row.also["agreement"][0] == 0.5
+    (row,) = _scored(["7"], "x", p, q, batch, 1, 5)  # behind a prefix of one token
+    assert row.weight == 1
+    assert row.value == pytest.approx(-math.log(0.6))
