@@ -27,6 +27,7 @@ from melens.cli.commands.locate import env, known, locate, models, plot
 from melens.cli.commands.long_context import long_context
 from melens.cli.commands.measure import attention, collapse, describe, metric, mixers, sinks
 from melens.cli.commands.patch import patch
+from melens.cli.commands.recipes import recipes
 from melens.cli.commands.scan import reach, scan
 from melens.cli.commands.sidecar import sidecar
 from melens.cli.commands.sweep import results, sweep
@@ -110,6 +111,7 @@ COMMANDS = (
     export,
     generate,
     sidecar,
+    recipes,
     tune,
     finetune,
     check,
