@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from melens.errors import ResultError
-from melens.quantising.schemes import SCHEMES, Grid, Scheme
+from melens.quantising.schemes import Grid, Scheme
 from melens.results.quantise import LinearLayers, Quantisation
 
 LLM_COMPRESSOR, COMPRESSED, LLAMA_CPP = "llm-compressor", "compressed-tensors", "llama.cpp"
@@ -317,8 +317,3 @@ def written(setting: Setting) -> tuple[str, str]:
     """A tool's file: its text and its ending."""
     ending, write = WRITERS[setting.tool]
     return write(setting), ending
-
-
-def scheme_named(name: str) -> Scheme:
-    """One of SCHEMES."""
-    return SCHEMES[name]

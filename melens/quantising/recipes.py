@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from melens.errors import ResultError
-from melens.formatting import clipped, within
+from melens.formatting import clipped, printable, within
 from melens.quantising.recipe_texts import (
     BITSANDBYTES,
     COMPRESSED,
@@ -81,10 +81,10 @@ NO_CACHE = {
 }
 """For a cache with a scale per channel."""
 SERVED = {
-    "w8a8-tensor": "vLLM has no kernel for it: int8 inputs have a scale per token, or a static one",
+    "w8a8-tensor": "one scale for all texts of a batch; vLLM refuses it, as int8 inputs have a "
+    "scale per token or a static one there",
     "w8a8-static": "needs texts for its scales",
     "fp8-static": "needs texts for its scales",
-    "w4a4": "vLLM has no kernel for it",
 }
 """What else is to be known of a scheme in llm-compressor or compressed-tensors."""
 
@@ -109,9 +109,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class CannotSay:
-    """A protection that helps, and a tool that cannot be told of it."""
+    """A protection that helps, and tools that cannot be told of it, all for one reason."""
 
-    tool: str
+    tools: tuple[str, ...]
     scheme: str
     protection: str
     why: str
@@ -134,14 +134,14 @@ def recipes(result: Quantisation) -> list[Recipe]:
 
 
 def cannot_say(result: Quantisation) -> list[CannotSay]:
-    """Protections that help, by tool: why it cannot be told to keep that."""
+    """Protections that help, and why which tools cannot be told to keep that."""
     _require_layers(result)
-    made = []
+    made: dict[tuple[str, str, str], list[str]] = {}
     for found in result.schemes:
         for trial in _helping(found):
             for tool, why in _refusals(result, found, trial):
-                made.append(CannotSay(tool, found.scheme, trial.name, why))
-    return made
+                made.setdefault((found.scheme, trial.name, why), []).append(tool)
+    return [CannotSay(tuple(tools), *key) for key, tools in made.items()]
 
 
 def write_recipes(result: Quantisation, folder: Path) -> list[Path]:
@@ -165,13 +165,15 @@ def _require_layers(result: Quantisation) -> None:
 
 
 def _helping(found: SchemeTrials) -> list[QuantisedTrial]:
-    return [trial for trial in found.trials if trial.role == "protected" and trial.helps]
+    """None of a scheme that this version does not know."""
+    known = found.scheme in TOOLS
+    return [one for one in found.trials if known and one.role == "protected" and one.helps]
 
 
 def _protected(result: Quantisation, found: SchemeTrials) -> Iterator[Recipe]:
     for trial in _helping(found):
         if trial.name == MODULES:
-            for tool in TOOLS.get(found.scheme, {}):
+            for tool in TOOLS[found.scheme]:
                 setting = Setting(result, SCHEMES[found.scheme], tool, trial.modules)
                 if unsayable(setting) is None:
                     yield _recipe(setting, MODULES, _why(result, found, trial))
@@ -229,7 +231,7 @@ def _plain(tool: str) -> str:
 
 
 def _command(setting: Setting, file: str) -> str:
-    model = shlex.quote(clipped(setting.result.run.model))
+    model = shlex.quote(printable(setting.result.run.model))
     tool, scheme = setting.tool, setting.scheme
     if tool == LLAMA_CPP and scheme.weights is not None:
         kind = ggml_type(setting.result)
@@ -262,7 +264,7 @@ def _prefix(result: Quantisation, found: SchemeTrials, trial: QuantisedTrial) ->
     for option, key in (("--n-seq", "sequences"), ("--length", "length")):
         if isinstance(settings.get(key), int):
             flags.append(f"{option} {settings[key]}")
-    model = shlex.quote(clipped(result.run.model))
+    model = shlex.quote(printable(result.run.model))
     line = " ".join(["melens export", model, *flags, "-o prefix"])
     return Recipe(
         TRANSFORMERS,
@@ -318,15 +320,13 @@ def _refusals(
             if why is not None:
                 yield tool, why
         return
-    known = CANNOT[trial.name]
+    known = CANNOT.get(trial.name, {})
     if scheme.cache is None:
-        yield from ((tool, known[tool]) for tool in tools)
-        return
-    yield from ((tool, known[tool]) for tool in tools)
-    if not tools:
+        yield from ((tool, known[tool]) for tool in tools if tool in known)
+    elif not tools:
         yield from NO_CACHE.items()
     else:
-        yield TRANSFORMERS, known[TRANSFORMERS]
+        yield from ((tool, known[tool]) for tool in (*tools, TRANSFORMERS) if tool in known)
 
 
 def _why(result: Quantisation, found: SchemeTrials, trial: QuantisedTrial) -> str:
@@ -352,8 +352,10 @@ def _readme(result: Quantisation, made: Sequence[Recipe], refused: Sequence[Cann
     if not made:
         lines += ["Nothing was shown to help that another tool can be told of.", ""]
     if refused:
-        lines += ["## What cannot be said", "", "| tool | scheme | kept | why not |"]
+        lines += ["## What cannot be said", "", "| scheme | what helps | tools | why not |"]
         lines += ["|---|---|---|---|"]
-        lines += [f"| {r.tool} | {r.scheme} | {r.protection} | {r.why} |" for r in refused]
+        lines += [
+            f"| {r.scheme} | {r.protection} | {', '.join(r.tools)} | {r.why} |" for r in refused
+        ]
         lines.append("")
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")

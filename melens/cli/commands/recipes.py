@@ -70,7 +70,12 @@ def _listings(made: list[Any], refused: list[Any]) -> list[Listing]:
         shown.append(Listing("Nothing was shown to help that another tool can be told of."))
     if refused:
         rows = [
-            {"tool": r.tool, "scheme": r.scheme, "keeps": r.protection, "why not": r.why}
+            {
+                "scheme": r.scheme,
+                "keeps": r.protection,
+                "tools": ", ".join(r.tools),
+                "why not": r.why,
+            }
             for r in refused
         ]
         shown.append(Listing("\nWhat helps and cannot be said:", rows))

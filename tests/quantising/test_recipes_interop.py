@@ -1,0 +1,224 @@
+"""Recipes in the tools that they are for: each has an environment of its own over this one.
+
+Run with make test-interop; ``NEEDS`` is what pip is given for ``.interop/NAME``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from recipes_made import KEPT, WEIGHTED, helping, of_tool, quantisation, scheme
+
+pytestmark = pytest.mark.interop
+ROOT = Path(__file__).parents[2]
+NEEDS = {
+    "llmcompressor": "--no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru "
+    "nvidia-ml-py auto-round==0.15.1",
+    "torchao": "--no-deps torchao==0.18.0",
+    "bitsandbytes": "--no-deps bitsandbytes==0.50.2",
+    "gptqmodel": "--no-deps --no-build-isolation gptqmodel==7.7.0 pypcre tokenicer logbar "
+    "device-smi defuser threadpoolctl",
+    "vllm": "--no-deps vllm==0.30.0 cloudpickle msgspec cachetools blake3 pyzmq py-cpuinfo "
+    "prometheus_client partial-json-parser cbor2 openai_harmony openai pybase64 uvloop fastapi "
+    "starlette xgrammar apache-tvm-ffi llguidance",
+    "sglang": "--no-deps sglang==0.5.23 msgspec orjson pybase64 triton starlette",
+}
+"""Beside what melens has. Their own bounds on transformers and torch are not kept: nothing here
+runs more than their parsers, and a tiny model on the CPU."""
+TINY = """
+import json, sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, LlamaConfig
+torch.manual_seed(0)
+shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=12,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+def made():
+    return AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval()
+folder, KEPT = Path(sys.argv[1]), sys.argv[2]
+def files(ending):
+    found = sorted(folder.glob("*" + ending))
+    assert found
+    return found
+"""
+
+
+def run_in(name: str, code: str, folder: Path) -> str:
+    """Python code in a tool's environment; its stdout."""
+    python = ROOT / ".interop" / name / "bin" / "python"
+    assert python.exists(), f"make test-interop makes {python}"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_TARGET_DEVICE": "cpu"}
+    env.pop("PYTHONPATH", None)
+    command = [str(python), "-W", "ignore", "-c", TINY + code, str(folder), KEPT]
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from melens.quantising.recipes import write_recipes
+
+    where = tmp_path_factory.mktemp("recipes")
+    write_recipes(helping([*WEIGHTED, "q4_0"]), where)
+    for coarse, fine in (("kv4-channel", "kv4-token"), ("kv8-channel", "kv8-token")):
+        spoilt = scheme(coarse, 1.0, massive_token={"beyond": 0.3})
+        write_recipes(quantisation(spoilt, scheme(fine, 0.1)), where)
+    return where
+
+
+LLM_COMPRESSOR = """
+from llmcompressor import oneshot
+from llmcompressor.recipe import Recipe
+names = []
+for file in files("llm-compressor.yaml"):
+    (modifier,) = Recipe.create_instance(str(file)).modifiers
+    if modifier.resolved_config.requires_calibration_data():
+        names.append(file.name.split(".")[0])
+        continue
+    model = made()
+    oneshot(model=model, recipe=str(file), output_dir=None)
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    rounded = {n for n, m in model.named_modules() if getattr(m, "quantization_scheme", None)}
+    assert linear - rounded == {KEPT, "lm_head"}, (file.name, linear - rounded)
+assert names == ["fp8-static", "w8a8-static"], names
+"""
+
+
+def test_llm_compressor_quantises_all_but_the_kept_layer(folder):
+    run_in("llmcompressor", LLM_COMPRESSOR, folder)
+
+
+TORCHAO = """
+from transformers import TorchAoConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+from torchao.quantization import quantize_
+from torchao.utils import TorchAOBaseTensor
+for file in files("torchao.json"):
+    config = TorchAoConfig.from_dict(json.loads(file.read_text()))
+    model = made().to(torch.bfloat16)
+    keep = config.modules_to_not_convert
+    def wanted(module, name):
+        return isinstance(module, torch.nn.Linear) and should_convert_module(name, keep)
+    if file.name.startswith("fp8"):
+        continue  # its kernels need a GPU; the config was read
+    kind = config.quant_type
+    if type(kind).__name__ == "FqnToConfig":
+        quantize_(model, kind, filter_fn=None) if False else None
+        for name, module in model.named_modules():
+            if wanted(module, name):
+                own = next(c for p, c in kind.fqn_to_config.items()
+                           if __import__("re").fullmatch(p[3:], name))
+                quantize_(module, own)
+    else:
+        quantize_(model, kind, filter_fn=wanted)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    whole = {n for n, m in linear.items() if type(m.weight.data) is torch.Tensor
+             and not isinstance(m.weight, TorchAOBaseTensor)}
+    assert whole == {KEPT, "lm_head"}, (file.name, whole)
+    model(torch.tensor([[1, 2, 3]]))
+"""
+
+
+def test_torchao_quantises_all_but_the_kept_layer(folder):
+    run_in("torchao", TORCHAO, folder)
+
+
+BITSANDBYTES = """
+import bitsandbytes
+from transformers import BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+for file in files("bitsandbytes.json"):
+    config = BitsAndBytesConfig.from_dict(json.loads(file.read_text()))
+    model = replace_with_bnb_linear(made(), config.llm_int8_skip_modules, config)
+    kinds = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    whole = {n for n, m in kinds.items() if not isinstance(m, bitsandbytes.nn.Linear8bitLt)}
+    assert whole == {KEPT, "lm_head"}, whole
+    assert {m.state.threshold for m in kinds.values() if hasattr(m, "state")} == {0.0}
+"""
+
+
+def test_bitsandbytes_quantises_all_but_the_kept_layer(folder):
+    run_in("bitsandbytes", BITSANDBYTES, folder)
+
+
+GPTQMODEL = """
+from gptqmodel.quantization.config import QuantizeConfig
+for file in files("gptqmodel.json"):
+    config = QuantizeConfig(**json.loads(file.read_text()))
+    linear = [n for n, m in made().named_modules() if isinstance(m, torch.nn.Linear)]
+    said = {n: config.dynamic_get(n, "group_size", config.group_size) for n in linear}
+    assert [n for n in linear if config.dynamic_get(n) is False] == [KEPT]
+    grouped = file.name.startswith("w4a16")
+    assert said["model.layers.11.mlp.down_proj"] == (64 if grouped else -1)
+    assert said["model.layers.1.mlp.up_proj"] == (32 if grouped else -1)
+    assert config.bits == (4 if grouped else 8)
+"""
+
+
+def test_gptqmodel_reads_its_rules(folder):
+    run_in("gptqmodel", GPTQMODEL, folder)
+
+
+VLLM = """
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as ct
+parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+for file in files("vllm.yaml"):
+    args = parser.parse_args(["--model", "x", "--config", str(file)])
+    assert args.kv_cache_dtype == file.name[:2].replace("kv", "int") + file.name[2] + "_per_token_head"
+kinds = {}
+ct.CompressedTensorsConfig._check_scheme_supported = staticmethod(lambda *a, **k: True)
+for file in files("compressed-tensors.json"):
+    config = ct.CompressedTensorsConfig.from_config(json.loads(file.read_text()))
+    assert KEPT in config.ignore
+    name = file.name.split(".")[0]
+    form = {"fp8": "float-quantized", "w4a": "pack-quantized", "w8a": "int-quantized"}[name[:3]]
+    form = "pack-quantized" if name == "w8a16" else form
+    for one in config.target_scheme_map.values():
+        try:
+            found = ct.CompressedTensorsConfig._get_scheme_from_parts(
+                config, one["weights"], one["input_activations"], format=form)
+            kinds[name] = type(found).__name__
+        except NotImplementedError:
+            kinds[name] = None
+print(json.dumps(kinds))
+"""
+
+
+def test_vllm_parses_its_flags_and_finds_a_kernel_for_all_but_one_scheme(folder):
+    import json
+
+    kinds = json.loads(run_in("vllm", VLLM, folder).splitlines()[-1])
+    assert set(kinds) == set(WEIGHTED)
+    assert [name for name, kind in kinds.items() if kind is None] == ["w8a8-tensor"]
+
+
+SGLANG = """
+import argparse
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+argv = ["--config", "kv.yaml", "--model-path", "x"]
+merged = ConfigArgumentMerger(parser).merge_config_with_args(argv)
+assert parser.parse_args(merged).kv_cache_dtype == "fp8_e4m3"
+"""
+
+
+def test_sglang_parses_its_flag(tmp_path):
+    from melens.quantising.recipe_texts import Setting, written
+    from melens.quantising.schemes import SCHEMES
+
+    text, ending = written(Setting(quantisation(), SCHEMES["kv-fp8"], "SGLang"))
+    (tmp_path / f"kv.{ending}").write_text(text, "utf-8")
+    run_in("sglang", SGLANG, tmp_path)
+
+
+def test_the_table_names_every_environment():
+    made = {"llmcompressor", "torchao", "bitsandbytes", "gptqmodel", "vllm", "sglang"}
+    assert set(NEEDS) == made
+    assert of_tool(helping(["w8a16"]), "GPTQModel")
