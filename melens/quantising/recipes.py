@@ -32,17 +32,17 @@ from melens.results.evaluation import Delta
 from melens.results.quantise import Quantisation, QuantisedTrial, SchemeTrials
 from melens.store import write_atomically
 
-FINER = {
-    "w8a8-tensor": "w8a8-token",
-    "w8a8-static": "w8a8-token",
-    "fp8-static": "fp8-token",
-    "kv8-channel": "kv8-token",
-    "kv4-channel": "kv4-token",
-    "kv-fp8": "kv8-token",
+BETTER: dict[str, tuple[str, ...]] = {
+    "w8a8-tensor": ("w8a8-token",),
+    "w8a8-static": ("w8a8-token",),
+    "fp8-static": ("fp8-token",),
+    "kv8-channel": ("kv8-token", "kv-fp8"),
+    "kv4-channel": ("kv4-token",),
+    "kv-fp8": ("kv8-token",),
 }
-"""A scheme in which one scale serves many tokens -> one of as many bits with a scale per token."""
-PER_TOKEN, EXPERTS = "scale per token", "experts"
-"""What a recipe keeps apart from a trial's name."""
+"""A scheme in which one scale serves many tokens -> those of as many bits in which none does."""
+PER_TOKEN, NO_SCALE, EXPERTS = "scale per token", "no scale", "experts"
+"""What a recipe is for, where that is no trial's name."""
 MODULES = "me-layers"
 """The one protection that whole modules say."""
 WHOLE_MODULES = "it leaves out whole modules, not tokens"
@@ -96,7 +96,8 @@ class Recipe:
     tool: str
     scheme: str
     protection: str
-    """A trial's name; ``scale per token`` where another scheme is advised; ``experts``."""
+    """A trial's name; ``scale per token`` or ``no scale`` where another scheme is advised;
+    ``experts``."""
     file: str
     text: str
     why: str
@@ -118,17 +119,23 @@ class CannotSay:
 
 
 def recipes(result: Quantisation) -> list[Recipe]:
-    """Settings of other tools: each protection that helps, and schemes with a finer scale.
+    """Settings of other tools: each protection that helps, and schemes that need none.
 
     A protection is said in every tool that rounds as the scheme does and that can be told what is
-    kept. Where keeping tokens or layers helps a scheme whose scale many tokens share, the scheme
-    with a scale per token is said too, if it costs less and the intervals are apart.
+    kept. Where keeping tokens or layers helps a scheme whose scale many tokens share, a measured
+    one of as many bits with a scale per token is said too, if it costs less and the intervals are
+    apart.
 
     Raises:  ResultError: the result says nothing of its linear layers, being of an early version.
     """
     _require_layers(result)
     made = [one for found in result.schemes for one in _protected(result, found)]
-    made += [one for name in FINER for one in _finer(result, name)]
+    made += [
+        one
+        for name, others in BETTER.items()
+        for other in others
+        for one in _better(result, name, other)
+    ]
     unique = {one.file: one for one in made}
     return list(unique.values())
 
@@ -183,9 +190,9 @@ def _protected(result: Quantisation, found: SchemeTrials) -> Iterator[Recipe]:
             yield _experts(result, found, trial, experts)
 
 
-def _finer(result: Quantisation, coarse: str) -> Iterator[Recipe]:
-    """The scheme with a scale per token, where it costs less than one that tokens spoil."""
-    before, after = result.scheme(coarse), result.scheme(FINER[coarse])
+def _better(result: Quantisation, coarse: str, other: str) -> Iterator[Recipe]:
+    """A scheme without a shared scale, where it costs less than one that tokens spoil."""
+    before, after = result.scheme(coarse), result.scheme(other)
     if before is None or after is None:
         return
     kept = [trial for trial in _helping(before) if trial.name != "super-weights"]
@@ -197,10 +204,12 @@ def _finer(result: Quantisation, coarse: str) -> Iterator[Recipe]:
         f"{_said(before.as_is.damage)} on the same {result.texts} texts; with {best.name} kept "
         f"whole the latter costs {_said(best.damage)}."
     )
-    for tool in TOOLS[after.scheme]:
-        setting = Setting(result, SCHEMES[after.scheme], tool)
+    scheme = SCHEMES[other]
+    fixed = scheme.cache is not None and scheme.cache.scale is not None
+    for tool in TOOLS[other]:
+        setting = Setting(result, scheme, tool)
         if unsayable(setting) is None:
-            yield _recipe(setting, PER_TOKEN, why)
+            yield _recipe(setting, NO_SCALE if fixed else PER_TOKEN, why)
 
 
 def _below(one: Delta, other: Delta) -> bool:
