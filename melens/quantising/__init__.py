@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from melens.quantising.recipes import recipes, write_recipes
+from melens.quantising.recipe import recipes, write_recipes
 from melens.quantising.schemes import DEFAULT, SCHEMES
 
 if TYPE_CHECKING:

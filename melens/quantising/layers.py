@@ -139,8 +139,8 @@ def linear_layers(plain: PlainModel) -> Iterator[LinearLayers]:
         anywhere = re.sub(rf"\.{one.layer}\.", ".*.", one.name, count=1)
         found.setdefault(anywhere, {})[one.name] = own
     for anywhere, layers in found.items():
-        alike = {one.model_copy(update={"name": anywhere}) for one in layers.values()}
-        yield from alike if len(alike) == 1 else layers.values()
+        alike = [one.model_copy(update={"name": anywhere}) for one in layers.values()]
+        yield from alike[:1] if alike.count(alike[0]) == len(alike) else layers.values()
 
 
 def whole_layers(plain: PlainModel) -> tuple[str, ...]:

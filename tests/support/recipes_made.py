@@ -69,6 +69,6 @@ def helping(names, **given):
 
 
 def of_tool(result, tool):
-    from melens.quantising.recipes import recipes
+    from melens.quantising.recipe import recipes
 
     return {one.scheme: one for one in recipes(result) if one.tool == tool}

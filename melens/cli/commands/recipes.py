@@ -41,8 +41,8 @@ def recipes(
     """
     found = _read(result)
     output.refuse_unwritable(out)
-    from melens.quantising.recipes import cannot_say, write_recipes
-    from melens.quantising.recipes import recipes as made_of
+    from melens.quantising.recipe import cannot_say, write_recipes
+    from melens.quantising.recipe import recipes as made_of
 
     made, refused = made_of(found), cannot_say(found)
     files = write_recipes(found, out)

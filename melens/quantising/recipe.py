@@ -11,7 +11,7 @@ from pathlib import Path
 
 from melens.errors import ResultError
 from melens.formatting import clipped, printable, within
-from melens.quantising.recipe_texts import (
+from melens.quantising.recipe_tools import (
     BITSANDBYTES,
     COMPRESSED,
     GPTQMODEL,
@@ -80,13 +80,19 @@ NO_CACHE = {
     LLAMA_CPP: "no --cache-type-k has a scale per channel",
 }
 """For a cache with a scale per channel."""
-SERVED = {
-    "w8a8-tensor": "one scale for all texts of a batch; vLLM refuses it, as int8 inputs have a "
-    "scale per token or a static one there",
-    "w8a8-static": "needs texts for its scales",
-    "fp8-static": "needs texts for its scales",
+CALIBRATED = "needs texts for its scales"
+REMARKS: dict[str, dict[str, str]] = {
+    "w8a8-tensor": dict.fromkeys(
+        (LLM_COMPRESSOR, COMPRESSED),
+        "one scale for all texts of a batch; vLLM refuses it, as int8 inputs have a scale per "
+        "token or a static one there",
+    )
+    | {TORCHAO: "one scale for all texts of a batch"},
+    "w8a8-static": {LLM_COMPRESSOR: CALIBRATED, COMPRESSED: CALIBRATED},
+    "fp8-static": {LLM_COMPRESSOR: CALIBRATED, COMPRESSED: CALIBRATED},
+    "w8a8-token": {BITSANDBYTES: "the default threshold of 6 was not measured"},
 }
-"""What else is to be known of a scheme in llm-compressor or compressed-tensors."""
+"""Scheme -> tool -> what else is to be known of the two."""
 
 
 @dataclass(frozen=True)
@@ -225,12 +231,10 @@ def _recipe(setting: Setting, protection: str, why: str) -> Recipe:
     says = setting.scheme.said()
     if setting.kept:
         says += f"; not rounded: {', '.join(setting.kept)}"
-    if setting.tool in (LLM_COMPRESSOR, COMPRESSED) and setting.scheme.name in SERVED:
-        says += f"; {SERVED[setting.scheme.name]}"
+    if remark := REMARKS.get(setting.scheme.name, {}).get(setting.tool):
+        says += f"; {remark}"
     if setting.tool == GPTQMODEL:
         says += "; GPTQ chooses the codes, where rounding to nearest was measured"
-    if setting.tool == BITSANDBYTES:
-        says += "; the default threshold of 6 was not measured"
     command = _command(setting, name)
     return Recipe(setting.tool, setting.scheme.name, protection, name, text, why, says, command)
 
