@@ -73,13 +73,9 @@ CANNOT["first-tokens"] = CANNOT["massive-token"]
 ENGINES_OWN = "a prefix that the engine itself computes is rounded as any other token"
 CANNOT["prefix"] = dict.fromkeys(CANNOT["massive-token"], ENGINES_OWN)
 CANNOT["prefix"][TRANSFORMERS] = CANNOT["massive-token"][TRANSFORMERS]
-NO_CACHE = {
-    TRANSFORMERS: "QuantizedCache has groups of entries with a scale, none of a channel's tokens",
-    VLLM: "no --kv-cache-dtype has a scale per channel",
-    SGLANG: "no --kv-cache-dtype has a scale per channel",
-    LLAMA_CPP: "no --cache-type-k has a scale per channel",
-}
-"""For a cache with a scale per channel."""
+NO_CHANNELS = "no type of its cache has a scale per channel"
+NO_CACHE = dict.fromkeys((VLLM, SGLANG, LLAMA_CPP), NO_CHANNELS)
+"""For a cache with a scale per channel, whatever is kept."""
 CALIBRATED = "needs texts for its scales"
 REMARKS: dict[str, dict[str, str]] = {
     "w8a8-tensor": dict.fromkeys(
@@ -338,6 +334,8 @@ def _refusals(
         yield from ((tool, known[tool]) for tool in tools if tool in known)
     elif not tools:
         yield from NO_CACHE.items()
+        if TRANSFORMERS in known:
+            yield TRANSFORMERS, known[TRANSFORMERS]
     else:
         yield from ((tool, known[tool]) for tool in (*tools, TRANSFORMERS) if tool in known)
 

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from recipes_made import KEPT, WEIGHTED, helping, quantisation, scheme
+from recipes_made import KEPT, WEIGHTED, helping, linear, quantisation, scheme
 
 pytestmark = pytest.mark.interop
 ROOT = Path(__file__).parents[2]
@@ -74,26 +74,65 @@ def folder(tmp_path_factory):
 
 
 LLM_COMPRESSOR = """
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
-names, saved = [], folder / "tiny"
+saved, seen = folder / "tiny", set()
 made().save_pretrained(saved)
-for file in files("llm-compressor.yaml"):
+rows = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0)).tolist()
+texts = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 16] * 4})
+for file in files("me-layers.llm-compressor.yaml"):
     (modifier,) = Recipe.create_instance(str(file)).modifiers
-    if modifier.resolved_config.requires_calibration_data():
-        names.append(file.name.split(".")[0])
-        continue
+    static = modifier.resolved_config.requires_calibration_data()
+    assert static == ("static" in file.name)
     model = AutoModelForCausalLM.from_pretrained(saved)
-    oneshot(model=model, recipe=str(file), output_dir=None)
+    more = dict(dataset=texts, num_calibration_samples=4, max_seq_length=16) if static else {}
+    oneshot(model=model, recipe=str(file), **more)
     linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     rounded = {n for n, m in model.named_modules() if getattr(m, "quantization_scheme", None)}
     assert linear - rounded == {KEPT, "lm_head"}, (file.name, linear - rounded)
-assert names == ["fp8-static", "w8a8-static"], names
+    scales = {n for n, m in model.named_modules() if hasattr(m, "input_scale")}
+    assert scales == (rounded if static else set()), file.name
+    seen.add(file.name.split(".")[0])
+assert len(seen) == 8
+"""
+EXPERTS = """
+from transformers import Qwen3MoeConfig
+from llmcompressor import oneshot
+more = dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+config = Qwen3MoeConfig(**{**shape, **more, "num_hidden_layers": 3})
+AutoModelForCausalLM.from_config(config).save_pretrained(folder / "routed")
+model = AutoModelForCausalLM.from_pretrained(folder / "routed")
+(file,) = files("llm-compressor.yaml")
+oneshot(model=model, recipe=str(file))
+linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+rounded = {n for n, m in model.named_modules() if getattr(m, "quantization_scheme", None)}
+parts = ("gate_proj", "up_proj", "down_proj")
+kept = {f"model.layers.1.mlp.experts.{n}.{part}" for n in range(4) for part in parts}
+assert linear - rounded == kept | {"lm_head"}, linear - rounded
+assert not any(name.endswith(".gate") for name in rounded)
 """
 
 
-def test_llm_compressor_quantises_all_but_the_kept_layer(folder):
+def test_llm_compressor_quantises_all_but_the_kept_layer(folder, tokenizer):
+    tokenizer.save_pretrained(folder / "tiny")  # asked for beside texts, though they are token ids
     run_in("llmcompressor", LLM_COMPRESSOR, folder)
+
+
+def test_llm_compressor_leaves_out_all_experts_of_one_block(tmp_path):
+    from melens.quantising.recipe import write_recipes
+
+    blocks, block = "model.layers.*", "model.layers.1.mlp.experts"
+    layers = [linear(f"{blocks}.self_attn.{x}_proj.weight", 32, 32) for x in "qkvo"]
+    layers += [
+        linear(f"{blocks}.mlp.experts.{x}_proj", 32, 32, kind="experts")
+        for x in ("gate_up", "down")
+    ]
+    whole = [*(f"model.layers.{n}.mlp.gate" for n in range(3)), "lm_head"]
+    kept = scheme("w8a16", me_layers={"beyond": 0.3, "modules": [block]})
+    result = quantisation(kept, linear=layers, whole=whole, model_type="qwen3_moe", n_layers=3)
+    write_recipes(result, tmp_path)
+    run_in("llmcompressor", EXPERTS, tmp_path)
 
 
 TORCHAO = """
