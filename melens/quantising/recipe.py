@@ -283,7 +283,8 @@ def _prefix(result: Quantisation, found: SchemeTrials, trial: QuantisedTrial) ->
         line + "\n",
         _why(result, found, trial),
         f"keys and values of the prefix {list(result.prefix)}, of the model before it is "
-        "quantised; the quantised one continues them with for_generate(ids, mask, prefix=...)",
+        "quantised, where those of quantised weights were measured; the quantised model continues "
+        "them with for_generate(ids, mask, prefix=...)",
         f"sh {found.scheme}.prefix.transformers.sh",
     )
 

@@ -112,6 +112,62 @@ def test_compressed_tensors_rounds_all_but_the_kept_layer_as_was_measured(llama,
     assert config.requires_calibration_data() == own.static
 
 
+def as_compressed_tensors_runs(plain, name):
+    """The model as compressed-tensors itself runs it, by a recipe's file."""
+    import copy
+
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationStatus,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    text = of_tool(helping([name]), "compressed-tensors")[name].text
+    made = copy.deepcopy(plain.hf)
+    apply_quantization_config(made, QuantizationConfig.model_validate_json(text))
+    for module in made.modules():
+        if found := getattr(module, "quantization_scheme", None):
+            args, weight = found.weights, module.weight.detach()
+            rows = weight.unflatten(-1, (-1, args.group_size or weight.shape[-1]))
+            largest = rows.abs().amax(-1)
+            module.weight_scale.data.copy_(calculate_qparams(-largest, largest, args)[0])
+            module.weight_zero_point.data.zero_()
+            module.quantization_status = QuantizationStatus.FROZEN
+    return made
+
+
+@pytest.mark.parametrize(
+    "name", ["w8a8-tensor", "w8a8-token", "fp8-token", "w8a16", "w4a16", "w4a4"]
+)
+@torch.no_grad()
+def test_compressed_tensors_computes_what_was_measured(bridged, ids, name):
+    """The whole model by its own code, one text, the down projection of layer 1 left out."""
+    from melens.batches import Batch
+    from melens.quantising.layers import plain_model
+    from melens.quantising.running import QuantisedModel, Spared
+    from melens.quantising.schemes import SCHEMES
+
+    plain, text = plain_model(bridged("llama")), ids[:1]
+    theirs, ours = as_compressed_tensors_runs(plain, name), QuantisedModel.of(plain, SCHEMES[name])
+    kept = frozenset({KEPT})
+    found = theirs(text).logits
+    close = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(ours.logits(Batch.of(text), Spared(modules=kept)), found, **close)
+    moved = float((plain.hf(text).logits - found).abs().max())
+    assert moved > 1e-4
+    if name in ("w8a8-tensor", "w8a8-token"):
+        from transformers import DynamicCache
+
+        first = torch.zeros_like(text, dtype=torch.bool)
+        first[:, 0] = True
+        measured = ours.logits(Batch.of(text), Spared(tokens=first, modules=kept))
+        cache = DynamicCache(config=plain.hf.config)
+        as_compressed_tensors_runs(plain, "w8a16")(text[:, :1], past_key_values=cache)
+        after = theirs(text[:, 1:], past_key_values=cache).logits
+        torch.testing.assert_close(measured[:, 1:], after, **close)
+
+
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_llm_compressor_is_told_the_same(name):
     result = helping([name])
