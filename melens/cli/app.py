@@ -28,6 +28,7 @@ from melens.cli.commands.long_context import long_context
 from melens.cli.commands.measure import attention, collapse, describe, metric, mixers, sinks
 from melens.cli.commands.patch import patch
 from melens.cli.commands.quantise import quantise
+from melens.cli.commands.recipes import recipes
 from melens.cli.commands.scan import reach, scan
 from melens.cli.commands.sidecar import sidecar
 from melens.cli.commands.sweep import results, sweep
@@ -112,6 +113,7 @@ COMMANDS = (
     generate,
     sidecar,
     quantise,
+    recipes,
     tune,
     finetune,
     check,

@@ -1,26 +1,21 @@
 """quantise(): loss under number formats, with what melens knows kept whole, and with controls."""
 
-from __future__ import annotations
-
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from melens.quantising.recipe import recipes, write_recipes
 from melens.quantising.schemes import DEFAULT, SCHEMES
 
 if TYPE_CHECKING:
     from melens.quantising.bench import Protect
     from melens.quantising.run import quantise
 
-__all__ = ["DEFAULT", "SCHEMES", "Protect", "quantise"]
+__all__ = ["DEFAULT", "SCHEMES", "Protect", "quantise", "recipes", "write_recipes"]
+_HOMES = {"Protect": "bench", "quantise": "run"}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch, on first use: a policy names schemes and runs none."""
-    if name == "Protect":
-        from melens.quantising.bench import Protect
-
-        return Protect
-    if name == "quantise":
-        from melens.quantising.run import quantise
-
-        return quantise
-    raise AttributeError(f"module 'melens.quantising' has no attribute {name!r}.")
+    """Load on first use: schemes and recipes are read without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'melens.quantising' has no attribute {name!r}.")
+    return getattr(import_module(f"melens.quantising.{_HOMES[name]}"), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from melens.models.decoder import layer_list
 from melens.models.view import plain_view_of
 from melens.placement import input_device
 from melens.protocols import HookedModel, TransformersModel
-from melens.quantising.rounding import Matrix
+from melens.quantising.rounding import GROUPS, Matrix
+from melens.results.quantise import LinearLayers
 
 CLOSE = 1e-2
 """Largest difference of the plain model's logits over the largest of them: sums in another order,
@@ -145,3 +147,35 @@ def _weights(layer: int, block: nn.Module, names: dict[int, str]) -> Iterator[Li
             if value is not None and value.ndim == 3 and name.endswith("_proj"):
                 flipped = bool(getattr(part, "is_transposed", False))
                 yield LinearWeight(f"{whole}.{name}", layer, module, name, flipped)
+
+
+def linear_layers(plain: PlainModel) -> Iterator[LinearLayers]:
+    """The weights that schemes round, those of one name and shape in all blocks as one."""
+    found: dict[str, dict[str, LinearLayers]] = {}
+    for one in plain.weights:
+        width = one.matrix.shape[-1]
+        own = LinearLayers(
+            name=one.name,
+            kind="experts" if one.stored.ndim == 3 else "Conv1D" if one.transposed else "Linear",
+            inputs=width,
+            group=next((size for size in GROUPS if width % size == 0), None),
+        )
+        anywhere = re.sub(rf"\.{one.layer}\.", ".*.", one.name, count=1)
+        found.setdefault(anywhere, {})[one.name] = own
+    for anywhere, layers in found.items():
+        alike = [one.model_copy(update={"name": anywhere}) for one in layers.values()]
+        yield from alike[:1] if alike.count(alike[0]) == len(alike) else layers.values()
+
+
+def whole_layers(plain: PlainModel) -> tuple[str, ...]:
+    """Names of the linear layers and routers that no scheme rounds."""
+    from transformers.pytorch_utils import Conv1D
+
+    rounded = {one.path for one in plain.weights}
+    return tuple(
+        name
+        for name, module in plain.hf.named_modules()
+        if name not in rounded
+        and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        and (isinstance(module, (nn.Linear, Conv1D)) or name.rpartition(".")[2] in ROUTERS)
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from melens.intervals import bootstrap, paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
 from melens.quantising.bench import SchemeBench
+from melens.quantising.layers import linear_layers, whole_layers
 from melens.quantising.schemes import Scheme
 from melens.quantising.trials import TrialPlan
 from melens.results.evaluation import Delta, Score
@@ -64,6 +65,9 @@ def assembled(bench: SchemeBench, ran: Sequence[Ran], rows: Rows, *, seed: int) 
         prefix=() if prefix is None else prefix.token_ids,
         left_out=tuple(f"{name}: {why}" for name, why in bench.left_out.items()),
         schemes=tuple(table.trials(unrun) for table in tables),
+        model_type=getattr(bench.plain.hf.config, "model_type", None),
+        linear=tuple(linear_layers(bench.plain)),
+        whole=whole_layers(bench.plain),
         run=run,
     )
 

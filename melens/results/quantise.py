@@ -10,7 +10,7 @@ from pydantic import Field
 from melens.formatting import within
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import Part, Result, added_later
 from melens.results.evaluation import Delta, Score
 
 Role = Literal["as is", "protected", "control"]
@@ -59,6 +59,20 @@ class QuantisedTrial(Part):
         """Whether keeping it buys more than keeping as much at random, interval and all."""
         found = self.beyond_random
         return found is not None and found.interval is not None and found.interval[0] > SHOWN
+
+
+class LinearLayers(Part):
+    """Linear layers of one name in several blocks, whose weights a scheme rounds."""
+
+    name: str
+    """Of their weights in transformers' module tree, with ``*`` for the block; of one block its
+    own name where blocks differ."""
+    kind: Literal["Linear", "Conv1D", "experts"]
+    """What transformers keeps them in: a module each, or all routed experts in one parameter."""
+    inputs: int
+    """Weights of a row."""
+    group: int | None
+    """Of these, how many share a scale where a scheme's is per group; None where none divides."""
 
 
 class SchemeTrials(Part):
@@ -122,6 +136,13 @@ class Quantisation(Result):
     left_out: tuple[str, ...]
     """Schemes and protections that were not tried, each with the reason."""
     schemes: tuple[SchemeTrials, ...]
+    model_type: str | None = added_later()
+    """Of the model's config in transformers, e.g. ``llama``."""
+    linear: tuple[LinearLayers, ...] = added_later(())
+    """What schemes round the weights of."""
+    whole: tuple[str, ...] = added_later(())
+    """Linear layers and routers that no scheme rounds, by their names in transformers' module
+    tree, e.g. ``lm_head``."""
     run: RunInfo
 
     def rows(self) -> list[JsonObject]:
