@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from melens.errors import InterventionError, ModelError, PromptError
 from melens.evaluating.edits import located_facts
@@ -16,10 +16,17 @@ from melens.measuring.located import check_same_model
 from melens.protocols import JsonObject
 from melens.quantising.layers import PlainModel, plain_model
 from melens.quantising.rounding import require_divides
-from melens.quantising.running import Spared, require_cache
+from melens.quantising.running import Spared, require_cache, require_prefix
 from melens.quantising.schemes import Scheme
-from melens.quantising.trials import Calibration, Choices, MarkedTexts, Rows, TrialPlan, choices
-from melens.results.edit import ChosenPrefix
+from melens.quantising.trials import (
+    Calibration,
+    Choices,
+    MarkedTexts,
+    Prefix,
+    Rows,
+    TrialPlan,
+    choices,
+)
 from melens.results.locate import MELayer
 from melens.results.super_weights import SuperWeights
 from melens.settings import require_whole
@@ -28,7 +35,6 @@ CALIBRATION = 4
 """One text of so many, at least one, gives static scales and is not scored."""
 SEARCHED = 2
 """Texts that super weights are searched on, where none are given."""
-SAME = "it keeps the same tokens as massive-token in these texts"
 NONE = "no token of these texts is massive"
 
 
@@ -66,7 +72,7 @@ class SchemeBench:
     others: list[list[int]]
     """Rows that give static scales and are not scored."""
     texts: MarkedTexts
-    prefix: ChosenPrefix | None = None
+    prefix: Prefix | None = None
     prefixed: MarkedTexts | None = None
     """The same texts behind the prefix."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -127,8 +133,10 @@ class SchemeBench:
         largest: Mapping[str, float] = {}
         if scheme.static:
             largest = self.calibrations[trial.name == "prefix"].largest(trial, first=first)
-        tokens = texts.kept(trial, at, first=first)
-        return Spared(tokens, trial.entries, trial.modules, largest)
+        whole = Spared(entries=trial.entries, modules=trial.modules, largest=largest)
+        if trial.name == "prefix":
+            return replace(whole, prefix=texts.prefix)
+        return replace(whole, tokens=texts.kept(trial, at, first=first))
 
     def facts(self) -> JsonObject:
         """What every row depends on."""
@@ -147,25 +155,25 @@ class SchemeBench:
     def _every_trial(self) -> list[TrialPlan]:
         return [trial for scheme in self.schemes for trial in self.trials(scheme)]
 
-    def _prefix(self) -> ChosenPrefix | None:
+    def _prefix(self) -> Prefix | None:
         wanted = any(scheme.inputs or scheme.cache for scheme in self.schemes)
         if not self.texts.massive_count:
             self.left_out["massive-token"] = NONE
             return None
         if not self.protect.prefix or not wanted:
             return None
-        if len({row[0] for row in self.scored}) == 1 and not self.texts.differs_from_first(1):
-            self.left_out["prefix"] = SAME  # the one token that all texts begin with
-            return None
+        firsts = {row[0] for row in self.scored}
         size = max(map(len, self.texts.batches))
-        source = self.inputs.over(self.scored, batch_size=size)
         try:
-            return choose_prefix(
-                source, me_layer=self.located, most=self.protect.prefix, batch_size=size
-            )
-        except InterventionError as error:
+            require_prefix(self.plain)
+            if len(firsts) == 1 and not self.texts.differs_from_first(1):
+                return Prefix((*firsts,), starts_texts=True)  # nothing else is massive
+            source, most = self.inputs.over(self.scored, batch_size=size), self.protect.prefix
+            found = choose_prefix(source, me_layer=self.located, most=most, batch_size=size)
+        except (InterventionError, ModelError) as error:
             self.left_out["prefix"] = str(error)
             return None
+        return Prefix(found.token_ids, found.starts_texts)
 
     def _searched(self) -> list[DownEntry]:
         if not any(scheme.weights for scheme in self.schemes):

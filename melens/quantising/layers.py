@@ -24,7 +24,7 @@ CLOSE = 1e-2
 """Largest difference of the plain model's logits over the largest of them: sums in another order,
 in 16 bits too."""
 PROBE = (1, 2, 3, 4)
-ROUTERS = ("gate", "router")
+ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last parts of the names of routers, which every quantiser leaves whole."""
 
 

@@ -106,7 +106,8 @@ class SchemeLoop:
         for trial, name in zip(trials, names, strict=True):
             whole = self.bench.spared(trial, texts, at, quantised.scheme)
             found = quantised.logits(batch, whole)
-            kept = 0 if whole.tokens is None else int(whole.tokens.sum())
+            kept = whole.prefix * len(batch)
+            kept += 0 if whole.tokens is None else int(whole.tokens.sum())
             self.rows.add(_scored(items, name, base, found, batch, texts.start, kept))
 
     def _tick(self, trials: int) -> None:

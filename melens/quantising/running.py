@@ -16,7 +16,7 @@ from melens.batches import Batch
 from melens.errors import CaptureError, ModelError
 from melens.formatting import brief
 from melens.protocols import Args, Kwargs
-from melens.quantising.layers import PROBE, LinearWeight, PlainModel
+from melens.quantising.layers import CLOSE, PROBE, LinearWeight, PlainModel
 from melens.quantising.rounding import Packed, packed, rounded, scale_of
 from melens.quantising.schemes import Grid, Scheme
 from melens.shapes import TokenMask
@@ -42,6 +42,8 @@ class Spared:
     """Linear layers that are not quantised at all."""
     largest: Mapping[str, float] = field(default_factory=dict)
     """Of a static scheme: linear layer's name -> the largest |entry| that other texts showed."""
+    prefix: int = 0
+    """First tokens of every row whose keys and values are those of the model as it is."""
 
 
 @dataclass
@@ -83,17 +85,26 @@ class QuantisedModel:
 
         Raises:  CaptureError: nothing was rounded.
         """
-        here = batch.to(self.plain.device)
-        now = _Pass(self, here, spared)
-        cache = None if self.scheme.cache is None else now.cache()
+        here, start = batch.to(self.plain.device), spared.prefix
+        rest = Batch.of(here.ids[:, start:], here.mask[:, start:])
+        now = _Pass(self, rest, spared)
+        cache = now.cache() if start or self.scheme.cache else None
+        before = [self._prefix(here, start, cache)] if start else []
         with now.hooked():
             found = self.plain.hf(
-                here.ids,
+                here.ids[:, start:],
                 attention_mask=here.mask.long(),
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
         now.require_fired()
+        return torch.cat([*before, found.logits], dim=1)
+
+    def _prefix(self, here: Batch, start: int, cache: DynamicCache | None) -> Tensor:
+        """Logits of the prefix, and its keys and values into the cache, nothing rounded."""
+        mask = here.mask[:, :start].long()
+        ids = here.ids[:, :start]
+        found = self.plain.hf(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         return found.logits
 
 
@@ -113,6 +124,24 @@ def require_cache(plain: PlainModel, scheme: Scheme) -> None:
             f"keys and values of {type(plain.hf).__name__} cannot be rounded in transformers' "
             f"cache: {why}"
         ) from None
+
+
+def require_prefix(plain: PlainModel) -> None:
+    """Refuse a model that does not go on behind keys and values of a first token.
+
+    Raises:  ModelError: with transformers' reason, or because it answers otherwise.
+    """
+    batch, name = Batch.of(torch.tensor([PROBE])), type(plain.hf).__name__
+    try:
+        found = QuantisedModel(plain, Scheme("none"), {}).logits(batch, Spared(prefix=1))
+    except torch.OutOfMemoryError:
+        raise
+    except (CaptureError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        why = brief(str(error).partition("\n")[0], 160)
+        raise ModelError(f"{name} does not go on behind a prefix: {why}") from None
+    whole = unquantised(plain, batch)
+    if not float((found - whole).abs().max()) <= CLOSE * float(whole.abs().max()):
+        raise ModelError(f"{name} answers otherwise behind the keys and values of a prefix.")
 
 
 @torch.no_grad()
@@ -166,6 +195,8 @@ class _Pass:
     batch: Batch
     spared: Spared
     fired: set[str] = field(default_factory=set)
+    rounding: bool = False
+    """Whether the hooks are open: a prefix before them is as it is."""
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -185,8 +216,10 @@ class _Pass:
                 leave = partial(self._leave, weights, originals)
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(leave, always_call=True))
+            self.rounding = True
             yield
         finally:
+            self.rounding = False
             for handle in handles:
                 handle.remove()
             self._put_back(self.model.plain.weights, originals)
@@ -254,8 +287,7 @@ class _Pass:
         from transformers import DynamicCache
 
         grid, kept, real = self.model.scheme.cache, self._kept(), self.batch.mask
-        assert grid is not None
-        fired = self.fired
+        now = self
 
         class Rounding(DynamicCache):
             """Rounds new keys and values before it keeps them."""
@@ -263,7 +295,9 @@ class _Pass:
             def update(
                 self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any, **how: Any
             ) -> Any:
-                fired.add(CACHE)
+                if grid is None or not now.rounding:
+                    return super().update(keys, values, layer_idx, *rest, **how)
+                now.fired.add(CACHE)
                 rounded_keys = _rounded_heads(keys, grid, kept, real)
                 rounded_values = _rounded_heads(values, grid, kept, real)
                 return super().update(rounded_keys, rounded_values, layer_idx, *rest, **how)

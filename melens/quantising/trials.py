@@ -20,7 +20,6 @@ from melens.protocols import HookedModel
 from melens.quantising.layers import LinearWeight, PlainModel
 from melens.quantising.running import Entries, largest_read
 from melens.quantising.schemes import Scheme
-from melens.results.edit import ChosenPrefix
 from melens.results.locate import MELayer
 from melens.results.quantise import Role
 from melens.shapes import TokenMask
@@ -51,6 +50,15 @@ AS_IS = TrialPlan()
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Tokens before every text."""
+
+    token_ids: tuple[int, ...]
+    starts_texts: bool
+    """Whether the first of them is what every text begins with, and stands for it."""
+
+
+@dataclass(frozen=True)
 class MarkedTexts:
     """Rows of one batch size, and which of their tokens a trial can keep."""
 
@@ -69,7 +77,7 @@ class MarkedTexts:
         located: MELayer | None,
         *,
         batch_size: int,
-        prefix: ChosenPrefix | None = None,
+        prefix: Prefix | None = None,
     ) -> MarkedTexts:
         """Right-padded batches; one partial pass for the massive tokens.
 

@@ -199,8 +199,25 @@ def test_without_a_massive_token_the_rest_is_still_measured(tiny, ids):
     assert "massive-token" in found.left_out[0]
 
 
-def test_a_prefix_is_computed_as_the_model_is(planted):
-    """Behind a prefix only the later tokens are rounded, so the damage is theirs alone."""
+def test_behind_a_prefix_keys_and_values_of_the_model_as_it_is_are_read(planted):
+    _, model, texts, _ = planted
+    plain, batch, start = plain_model(model), Batch.of(texts[:2]), 5
+    by_hand = plain_model(model).hf
+    for block in by_hand.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, RoundedLinear(linear, (-1,)))
+    with torch.no_grad():
+        before = plain.hf(batch.ids[:, :start], use_cache=True)
+        expected = by_hand(batch.ids[:, start:], past_key_values=before.past_key_values).logits
+    quantised = QuantisedModel.of(plain, SCHEMES["w8a8-token"])
+    found = quantised.logits(batch, Spared(prefix=start))
+    assert torch.equal(found[:, :start], before.logits)
+    torch.testing.assert_close(found[:, start:], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prefix_is_searched_where_texts_begin_with_different_tokens(planted):
     from planted import newline_batch, plant_newline
 
     model = load(plant_newline().model)
@@ -209,6 +226,9 @@ def test_a_prefix_is_computed_as_the_model_is(planted):
     assert found.prefix
     one = trial(found, "w8a8-tensor", "prefix")
     assert one.tokens == len(found.prefix) * found.texts
+    _, model, texts, located = planted
+    same = quantise(model, texts[:4], schemes=["kv4-token"], me_layer=located)
+    assert same.prefix == (int(texts[0, 0]),)  # what all begin with, and nothing else is massive
 
 
 def test_refusals(planted):
