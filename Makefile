@@ -8,6 +8,7 @@ TORCH ?= cpu
 WORKERS ?= 2
 BIN := $(VENV)/bin
 LIBRARIES := saelens dictionary_learning sparsify nnsight
+TOOLS := llmcompressor torchao bitsandbytes gptqmodel
 PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
 # Many processes start below: what one compiles the next reads.
 unexport PYTHONDONTWRITEBYTECODE
@@ -93,9 +94,10 @@ docs: $(VENV)/.docs
 test-hooked: .venv-hooked/.test
 	.venv-hooked/bin/python -m pytest -m hooked tests/test_hooked.py
 
-# The blocks of docs/sidecar.md in the libraries that they are of: 400 MB beside $(VENV), two minutes.
-test-interop: $(LIBRARIES:%=.interop/%/.test)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop tests/exporting/test_interop.py
+# The blocks of docs/sidecar.md in the libraries that they are of (400 MB beside $(VENV), two minutes), and recipes
+# in the tools that they are for. Not made here, as they are large: .interop/vllm/.test and .interop/sglang/.test.
+test-interop: $(LIBRARIES:%=.interop/%/.test) $(TOOLS:%=.interop/%/.test)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop tests/exporting/test_interop.py tests/quantising
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -151,6 +153,15 @@ $(VENV)/.engines: $(VENV)/.test
 .interop/dictionary_learning/.test: NEEDS = --no-deps dictionary-learning==0.1.0 nnsight==0.3.7 \
   diffusers==0.42.1 zstandard==0.25.0 python-socketio==5.18.1 python-engineio==4.15.1 \
   simple-websocket==1.1.0 bidict==0.24.1
+.interop/llmcompressor/.test: NEEDS = --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru \
+  nvidia-ml-py auto-round==0.15.1
+.interop/torchao/.test: NEEDS = --no-deps torchao==0.18.0
+.interop/bitsandbytes/.test: NEEDS = --no-deps bitsandbytes==0.50.2
+.interop/gptqmodel/.test: NEEDS = --no-deps gptqmodel==7.7.0 pypcre tokenicer logbar device-smi defuser threadpoolctl
+.interop/vllm/.test: NEEDS = --no-deps vllm==0.30.0 cloudpickle msgspec cachetools blake3 pyzmq py-cpuinfo \
+  prometheus_client partial-json-parser cbor2 openai_harmony openai pybase64 uvloop fastapi starlette xgrammar \
+  apache-tvm-ffi llguidance
+.interop/sglang/.test: NEEDS = --no-deps sglang==0.5.23 msgspec orjson pybase64 triton starlette
 
 clean:
 	rm -rf $(VENV) .venv-hooked .interop runs

