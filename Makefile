@@ -33,6 +33,10 @@ SHAPES := tests/test_metrics.py \
   tests/finetuning/test_masked_training.py::test_the_two_way_context_by_hand \
   'tests/exporting/test_exporting.py::test_the_prefix_gives_the_hooks_logits[llama-left]' \
   'tests/exporting/test_serving.py::test_a_mask_under_continuous_batching_and_in_a_static_cache[llama]' \
+  tests/quantising/test_rounding.py \
+  tests/quantising/test_quantise.py::test_numbers_fit_together \
+  tests/quantising/test_quantise.py::test_behind_a_prefix_keys_and_values_of_the_model_as_it_is_are_read \
+  tests/quantising/test_quantise.py::test_a_token_of_the_cache_that_is_kept_whole_widens_no_scale \
   tests/scanning/test_scan.py::test_planted_layers_are_predicted \
   tests/scanning/test_ceilings.py::test_the_best_input_is_the_one_that_ascent_finds \
   tests/scanning/test_ceilings.py::test_layer_norm_outputs_are_bounded_with_gain_and_bias \

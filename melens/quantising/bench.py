@@ -22,8 +22,8 @@ from melens.quantising.trials import (
     Calibration,
     Choices,
     MarkedTexts,
-    Prefix,
     Rows,
+    TextPrefix,
     TrialPlan,
     choices,
 )
@@ -72,7 +72,7 @@ class SchemeBench:
     others: list[list[int]]
     """Rows that give static scales and are not scored."""
     texts: MarkedTexts
-    prefix: Prefix | None = None
+    prefix: TextPrefix | None = None
     prefixed: MarkedTexts | None = None
     """The same texts behind the prefix."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -155,7 +155,7 @@ class SchemeBench:
     def _every_trial(self) -> list[TrialPlan]:
         return [trial for scheme in self.schemes for trial in self.trials(scheme)]
 
-    def _prefix(self) -> Prefix | None:
+    def _prefix(self) -> TextPrefix | None:
         wanted = any(scheme.inputs or scheme.cache for scheme in self.schemes)
         if not self.texts.massive_count:
             self.left_out["massive-token"] = NONE
@@ -167,13 +167,13 @@ class SchemeBench:
         try:
             require_prefix(self.plain)
             if len(firsts) == 1 and not self.texts.differs_from_first(1):
-                return Prefix((*firsts,), starts_texts=True)  # nothing else is massive
+                return TextPrefix((*firsts,), starts_texts=True)  # nothing else is massive
             source, most = self.inputs.over(self.scored, batch_size=size), self.protect.prefix
             found = choose_prefix(source, me_layer=self.located, most=most, batch_size=size)
         except (InterventionError, ModelError) as error:
             self.left_out["prefix"] = str(error)
             return None
-        return Prefix(found.token_ids, found.starts_texts)
+        return TextPrefix(found.token_ids, found.starts_texts)
 
     def _searched(self) -> list[DownEntry]:
         if not any(scheme.weights for scheme in self.schemes):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from melens.errors import ModelError
 from melens.models.decoder import layer_list
 from melens.models.view import plain_view_of
-from melens.placement import input_device
+from melens.placement import input_device, require_whole
 from melens.protocols import HookedModel, TransformersModel
 from melens.quantising.rounding import GROUPS, Matrix
 from melens.results.quantise import LinearLayers
@@ -95,6 +95,7 @@ def plain_model(bridge: HookedModel) -> PlainModel:
         raise ModelError("a HookedTransformer cannot be quantised; load it with melens.load.")
     if getattr(inner, "hf_quantizer", None) is not None:
         raise ModelError("this model is quantised already; give the weights it was made from.")
+    require_whole(inner, "rounding of weights")
     hf = cast("TransformersModel", plain_view_of(inner).eval())
     device = input_device(hf)
     ids = torch.tensor([PROBE], device=device)

@@ -160,7 +160,7 @@ def largest_read(plain: PlainModel, batch: Batch) -> Largest:
         x = _by_token(args[0], here.mask)
         # what reads tokens in an order of its own has one size for all of them
         sizes = args[0].float().abs().amax() if x is None else x.float().abs().amax(-1)
-        found[name] = torch.where(here.mask, sizes, 0.0)
+        found[name] = torch.where(here.mask.to(sizes.device), sizes, 0.0)
 
     handles = [
         module.register_forward_pre_hook(partial(look, name))
@@ -266,8 +266,8 @@ class _Pass:
             sizes = x.float().abs()
             over = (-1,) if grid.per == "token" else tuple(range(x.ndim))
             return rounded(x, self._scale(path, sizes.amax(over, keepdim=True), grid), grid)
-        kept = self._kept()
-        sizes = rows.float().abs().masked_fill((kept | ~self.batch.mask)[..., None], 0.0)
+        kept, real = self._kept().to(x.device), self.batch.mask.to(x.device)
+        sizes = rows.float().abs().masked_fill((kept | ~real)[..., None], 0.0)
         over = {"token": (-1,), "text": (-2, -1)}.get(grid.per, (0, 1, 2))
         scale = self._scale(path, sizes.amax(over, keepdim=True), grid)
         made = torch.where(kept[..., None], rows, rounded(rows, scale, grid))

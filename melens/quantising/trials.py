@@ -50,7 +50,7 @@ AS_IS = TrialPlan()
 
 
 @dataclass(frozen=True)
-class Prefix:
+class TextPrefix:
     """Tokens before every text."""
 
     token_ids: tuple[int, ...]
@@ -63,7 +63,8 @@ class MarkedTexts:
     """Rows of one batch size, and which of their tokens a trial can keep."""
 
     batches: list[Batch]
-    massive: list[TokenMask]
+    massive: list[Tensor]
+    """Of each batch, ``[batch, pos]``."""
     start: int
     """Column of each row's own first token, which nothing foresees."""
     prefix: int = 0
@@ -77,7 +78,7 @@ class MarkedTexts:
         located: MELayer | None,
         *,
         batch_size: int,
-        prefix: Prefix | None = None,
+        prefix: TextPrefix | None = None,
     ) -> MarkedTexts:
         """Right-padded batches; one partial pass for the massive tokens.
 

@@ -1,0 +1,119 @@
+"""Rounded as melens does, and really quantised: the loss of SmolLM2-135M both ways.
+
+    python experiments/10_quantised.py                               # compressed-tensors, a minute
+    PYTHONPATH=. .interop/torchao/bin/python experiments/10_quantised.py --library torchao
+
+TorchAO multiplies int8 by int8; compressed-tensors keeps int8 and multiplies after it. Both round
+by a scale per output of the weights and, for w8a8-token, per token of what layers read. Prints the
+losses, and how far one is from the other. make .interop/torchao/.test makes its environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from melens import prompts
+from melens.batches import Batch
+from melens.models import load
+from melens.quantising import SCHEMES
+from melens.quantising.layers import plain_model
+from melens.quantising.running import QuantisedModel, Spared, unquantised
+
+
+def torchao(hf: Any, scheme: str) -> None:
+    """Quantise the blocks' linear layers in place."""
+    from torchao.quantization import (  # type: ignore[import-not-found]
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
+
+    dynamic = scheme == "w8a8-token"
+    kind = Int8DynamicActivationInt8WeightConfig if dynamic else Int8WeightOnlyConfig
+    quantize_(hf, kind(version=2), filter_fn=lambda module, name: _wanted(module, name))
+
+
+def compressed_tensors(hf: Any, scheme: str) -> None:
+    """The same, by compressed-tensors."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStrategy,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weights = QuantizationArgs(num_bits=8, strategy=QuantizationStrategy.CHANNEL)
+    inputs = QuantizationArgs(num_bits=8, strategy=QuantizationStrategy.TOKEN, dynamic=True)
+    group = QuantizationScheme(
+        targets=["Linear"],
+        weights=weights,
+        input_activations=inputs if scheme == "w8a8-token" else None,
+    )
+    config = QuantizationConfig(config_groups={"all": group}, ignore=["lm_head"])
+    apply_quantization_config(hf, config)
+    for module in hf.modules():
+        if hasattr(module, "weight_scale"):
+            ends = module.weight.amin(-1, keepdim=True), module.weight.amax(-1, keepdim=True)
+            module.weight_scale.data.copy_(calculate_qparams(*ends, weights)[0])
+    compressor = ModelCompressor.from_pretrained_model(hf)
+    assert compressor is not None
+    compressor.compress_model(hf)
+
+
+def _wanted(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(module, torch.nn.Linear) and ".layers." in name
+
+
+LIBRARIES: dict[str, Callable[[Any, str], None]] = {
+    "compressed-tensors": compressed_tensors,
+    "torchao": torchao,
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print a line a scheme."""
+    given = argparse.ArgumentParser()
+    given.add_argument("--library", choices=LIBRARIES, default="compressed-tensors")
+    given.add_argument("--n", type=int, default=28)
+    given.add_argument("--length", type=int, default=64)
+    args = given.parse_args()
+    model = load("smollm2-135m")
+    plain = plain_model(model)
+    texts = prompts(n=args.n, length=args.length, bos=True)
+    batches = [Batch.pad(rows) for rows in [texts.token_rows(model.tokenizer)]]
+    for scheme in ("w8a16", "w8a8-token"):
+        quantised = QuantisedModel.of(plain, SCHEMES[scheme])
+        real = copy.deepcopy(plain.hf)
+        LIBRARIES[args.library](real, scheme)
+        losses = {
+            "as it is": _loss(lambda batch: unquantised(plain, batch), batches),
+            "melens": _loss(lambda batch, q=quantised: q.logits(batch, Spared()), batches),
+            args.library: _loss(
+                lambda batch, r=real: r(batch.ids, use_cache=False).logits, batches
+            ),
+        }
+        apart = losses["melens"] - losses[args.library]
+        said = ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
+        print(f"{scheme}: {said}; melens - {args.library} {apart:+.5f} nats a token")
+
+
+def _loss(logits: Callable[[Batch], torch.Tensor], batches: list[Batch]) -> float:
+    total = count = 0.0
+    for batch in batches:
+        for row, ids in zip(logits(batch).unbind(), batch.ids, strict=True):
+            loss = torch.nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="sum")
+            total, count = total + float(loss), count + len(ids) - 1
+    return total / count
+
+
+if __name__ == "__main__":
+    main()
