@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,11 @@ def compressed_tensors(hf: Any, scheme: str) -> None:
     compressor.compress_model(hf)
 
 
+def logits_of(hf: Any, batch: Batch) -> torch.Tensor:
+    """Logits of a model object."""
+    return hf(batch.ids, use_cache=False).logits
+
+
 def _wanted(module: torch.nn.Module, name: str) -> bool:
     return isinstance(module, torch.nn.Linear) and ".layers." in name
 
@@ -103,7 +109,7 @@ def main() -> None:
         }
         apart = losses["melens"] - losses[args.library]
         said = ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
-        print(f"{scheme}: {said}; melens - {args.library} {apart:+.5f} nats a token")
+        sys.stdout.write(f"{scheme}: {said}; melens - {args.library} {apart:+.5f} nats a token\n")
 
 
 def _loss(logits: Callable[[Batch], torch.Tensor], batches: list[Batch]) -> float:

@@ -417,9 +417,8 @@ def quantised() -> Rows:
                         "agreement": percent(
                             sum(one.agreement.value for one in trials) / len(trials)
                         ),
-                        "beyond random": None
-                        if first.beyond_random is None
-                        else within(first.beyond_random),
+                        "beyond random": within(first.beyond_random),
+                        "in KL": within(first.kl_beyond_random),
                     }
                 )
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ def condition(scheme: Scheme, trial: TrialPlan) -> str:
 
 def assembled(bench: SchemeBench, ran: Sequence[Ran], rows: Rows, *, seed: int) -> Quantisation:
     """The result, from finished rows alone."""
-    tests = sum(trial.role == "protected" for one in ran for trial in one.trials)
+    tests = 2 * sum(trial.role == "protected" for one in ran for trial in one.trials)
     tables = [_Table(one, rows, seed, max(tests, 1)) for one in ran]
     unrun = bench.plain.unrun
     first = tables[0].columns["as is"]
@@ -141,7 +141,8 @@ class _Table:
             agreement=_score(own.agreement, own.weight, seed),
             bought=_apart(self.as_is.damage, own.damage, own.weight, seed) if kept else None,
             share=self._share(own) if kept else None,
-            beyond_random=self._beyond(trial, own),
+            beyond_random=self._beyond(trial, lambda found: found.damage),
+            kl_beyond_random=self._beyond(trial, lambda found: found.kl),
         )
 
     def _share(self, own: _Columns) -> Score | None:
@@ -154,14 +155,16 @@ class _Table:
         found = bootstrap(_ratio, bought * own.weight, damage * own.weight, seed=self.seed)
         return Score(value=value, interval=found)
 
-    def _beyond(self, trial: TrialPlan, own: _Columns) -> Delta | None:
+    def _beyond(self, trial: TrialPlan, of: Callable[[_Columns], Column]) -> Delta | None:
+        """How much more random ones leave of a measure than this."""
         if trial.role != "protected":
             return None
         name = CONTROLLED_LIKE.get(trial.name, trial.name)
-        controls = [self.columns[t.key].damage for t in self.ran.trials if t.control_of == name]
+        controls = [of(self.columns[t.key]) for t in self.ran.trials if t.control_of == name]
         if not controls:
             return None
-        apart = torch.stack(controls).mean(0) - own.damage
+        own = self.columns[trial.key]
+        apart = torch.stack(controls).mean(0) - of(own)
         found = weighted_mean(apart, own.weight, seed=self.seed, tests=self.tests)
         return Delta(value=found.value, interval=found.interval)
 

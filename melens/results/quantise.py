@@ -52,13 +52,20 @@ class QuantisedTrial(Part):
     """bought / the damage as is; None where that damage is not apart from zero."""
     beyond_random: Delta | None = None
     """The control's damage (mean over seeds) - this one's, paired; its interval allows for all
-    protections of the run together; None for controls, and where there is none."""
+    protections of the run together, in loss and KL; None for controls, and where there is none."""
+
+    kl_beyond_random: Delta | None = None
+    """The same of KL."""
 
     @property
     def helps(self) -> bool:
-        """Whether keeping it buys more than keeping as much at random, interval and all."""
-        found = self.beyond_random
-        return found is not None and found.interval is not None and found.interval[0] > SHOWN
+        """Whether keeping it leaves less loss or KL than as much kept at random, interval and all."""
+        return self.helps_loss or _above(self.kl_beyond_random)
+
+    @property
+    def helps_loss(self) -> bool:
+        """The same of the loss alone."""
+        return _above(self.beyond_random)
 
 
 class LinearLayers(Part):
@@ -73,6 +80,10 @@ class LinearLayers(Part):
     """Weights of a row."""
     group: int | None
     """Of these, how many share a scale where a scheme's is per group; None where none divides."""
+
+
+def _above(found: Delta | None) -> bool:
+    return found is not None and found.interval is not None and found.interval[0] > SHOWN
 
 
 class SchemeTrials(Part):
@@ -104,11 +115,14 @@ class SchemeTrials(Part):
         if not protected:
             return f"{text}."
         if not helping:
-            return f"{text}; nothing that was kept whole helps more than as much at random."
+            return f"{text}; nothing that was kept whole helps more than as much at random does."
         parts = []
         for one in sorted(helping, key=lambda t: t.damage.value):
-            share = "" if one.share is None else f", {one.share.value:.0%} less"
-            parts.append(f"{one.name} {one.damage.value:.3g}{share}")
+            if one.helps_loss:
+                share = "" if one.share is None else f", {one.share.value:.0%} less"
+                parts.append(f"{one.name} {one.damage.value:.3g}{share}")
+            else:
+                parts.append(f"{one.name}, in KL alone, {one.kl.value:.3g} of {first.kl.value:.3g}")
         return f"{text}; kept whole: {'; '.join(parts)}."
 
 

@@ -22,7 +22,7 @@ def _quantise(result: Any) -> Iterator[Listing]:
         yield Listing(
             f"\n{found.scheme}: {found.about}",
             [_row(rows) for rows in _grouped(found.trials)],
-            ("bits", "KL", "agreement"),
+            ("bits", "how many", "agreement", "less", "KL"),
         )
         if found.unrounded:
             yield Listing(f"Not rounded: {', '.join(found.unrounded[:4])}.")
@@ -52,7 +52,8 @@ def _row(trials: list[Any]) -> JsonObject:
         "KL": sum(trial.kl.value for trial in trials) / count,
         "agreement": f"{sum(trial.agreement.value for trial in trials) / count:.1%}",
         "less": f"{sum(shares) / count:.0%}" if shares else None,
-        "beyond random": _beyond(first),
+        "beyond random": _beyond(first.beyond_random),
+        "in KL": _beyond(first.kl_beyond_random),
     }
 
 
@@ -62,8 +63,7 @@ def _count(trial: Any) -> str | None:
     return found[0] if found else None
 
 
-def _beyond(trial: Any) -> str | None:
-    found = trial.beyond_random
+def _beyond(found: Any) -> str | None:
     if found is None:
         return None
     said = "too few texts" if found.interval is None else within(found.interval, ".3g").strip(" ()")
