@@ -46,7 +46,7 @@ def _answer(
         if stage is None:
             return Unmeasured(f"it needs the stage {need} (--budget {STAGES[need].budget})")
         if stage.status == "skipped":
-            return nothing()
+            return nothing(stage.reason or "") if need == "quantise" else nothing()
         return Unmeasured(f"the stage {need} could not run")
     return one.judge(view, says.threshold)
 

@@ -34,16 +34,19 @@ def draw_quantised(result: Quantisation, into: Into = None) -> Figure:
     axes.set_ylim(y - 1, -1)
     axes.set_xlabel("cost (nats a token over the model as it is; 95 % intervals over texts)")
     axes.set_xscale("symlog", linthresh=0.1)
+    shown = {trial.role for found in result.schemes for trial in found.trials}
     for role, label in SHOWN.items():
-        axes.plot([], [], MARKERS[role], color=COLOURS[role], ms=4, label=label)
+        if role in shown:
+            axes.plot([], [], MARKERS[role], color=COLOURS[role], ms=4, label=label)
     made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     made.suptitle(plain(f"{result.run.model}: cost of number formats"), fontsize=8)
     return made
 
 
 def _name(trial: QuantisedTrial) -> str:
-    seed = "" if trial.seed is None else f", seed {trial.seed}"
-    return f"{trial.name}{seed}"
+    if trial.seed is None:
+        return trial.name
+    return f"{trial.name} (as many as {trial.control_of}), seed {trial.seed}"
 
 
 def _point(axes: Axes, trial: QuantisedTrial, y: float) -> None:

@@ -22,8 +22,8 @@ from melens.quantising.trials import (
     Calibration,
     Choices,
     MarkedTexts,
-    Rows,
     TextPrefix,
+    TokenRows,
     TrialPlan,
     choices,
 )
@@ -35,6 +35,7 @@ CALIBRATION = 4
 """One text of so many, at least one, gives static scales and is not scored."""
 SEARCHED = 2
 """Texts that super weights are searched on, where none are given."""
+MOST_SEEDS = 2
 NONE = "no token of these texts is massive"
 
 
@@ -52,11 +53,16 @@ class Protect:
     """Of the random controls."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no number of tokens, and no seed."""
+        """Refuse numbers of tokens and seeds that cannot be."""
         require_whole("first", self.first)
         require_whole("prefix", self.prefix, least=0)
         for seed in self.seeds:
             require_whole("a seed", seed, least=0)
+        if len(self.seeds) > MOST_SEEDS:
+            raise InterventionError(
+                f"at most {MOST_SEEDS} seeds of controls (20 passes a scheme), got "
+                f"{len(self.seeds)}."
+            )
 
 
 @dataclass
@@ -91,11 +97,11 @@ class SchemeBench:
         batch_size: int,
     ) -> SchemeBench:
         """Look at the model, mark its massive tokens, choose what is tried."""
+        scored, others = refuse_early(inputs, schemes, protect)
         plain = plain_model(inputs.model)
         schemes, left_out = _possible(plain, schemes)
         located = me_layer or locate_in(inputs)
         check_same_model(inputs, located)
-        scored, others = _set_aside(inputs.rows, any(scheme.static for scheme in schemes))
         holds = located if located.massive else None
         texts = MarkedTexts.of(inputs.model, scored, holds, batch_size=batch_size)
         made = cls(inputs, schemes, protect, located, plain, scored, others, texts)
@@ -105,14 +111,36 @@ class SchemeBench:
             made.prefixed = made._texts(scored, prefixed=True)
         found = made._searched()
         made.choices = choices(inputs, plain, located, found, seeds=protect.seeds)
-        if others:
-            sides = (False, True) if made.prefix else (False,)
-            made.calibrations = {
-                side: Calibration.of(plain, made._texts(others, prefixed=side)) for side in sides
-            }
+        made._say_what_is_not_there()
+        if any(scheme.static for scheme in schemes):
+            made._calibrate()
         return made
 
-    def _texts(self, rows: Rows, *, prefixed: bool) -> MarkedTexts:
+    def _calibrate(self) -> None:
+        """One pass over the texts that are not scored, and one with the prefix before them."""
+        for side in (False, True) if self.prefix else (False,):
+            texts = self._texts(self.others, prefixed=side)
+            self.calibrations[side] = Calibration.of(self.plain, texts)
+        ran = {one.path for one in self.plain.weights} - set(self.plain.missed)
+        unseen = ran - set().union(*self.calibrations[False].sizes)
+        if unseen:
+            self.left_out["static scales"] = (
+                f"{len(unseen)} linear layers that no text for scales came through take a scale of "
+                f"what they read: {', '.join(sorted(unseen)[:3])}"
+            )
+
+    def _say_what_is_not_there(self) -> None:
+        """Protections of weights that this model gives nothing for."""
+        if not any(scheme.weights for scheme in self.schemes):
+            return
+        if self.choices.super_weights is None:
+            self.left_out.setdefault("super-weights", "none was found")
+        if self.choices.layers is None:
+            self.left_out["me-layers"] = (
+                "no ME Layer or erase layer has a down projection, or no other layers are like them"
+            )
+
+    def _texts(self, rows: TokenRows, *, prefixed: bool) -> MarkedTexts:
         holds = self.located if self.located.massive else None
         size = max(map(len, self.texts.batches))
         prefix = self.prefix if prefixed else None
@@ -123,16 +151,29 @@ class SchemeBench:
         tokens = [] if self.texts.massive_count == 0 else ["massive-token"]
         if self.texts.differs_from_first(self.protect.first):
             tokens.append("first-tokens")
-        if self.prefix is not None:
+        first = self.protect.first
+        tokens = [name for name in tokens if self._fits(name, self.texts, first)]
+        if self.prefixed is not None and self._fits("prefix", self.prefixed, first):
             tokens.append("prefix")
         return self.choices.of(scheme, tokens, seeds=self.protect.seeds)
+
+    def _fits(self, name: str, texts: MarkedTexts, first: int) -> bool:
+        fits = texts.has_controls(name, first=first)
+        if not fits:
+            self.left_out[name] = "some text has too few other tokens for a control"
+        return fits
+
+    def texts_of(self, trial: TrialPlan) -> MarkedTexts:
+        """The texts, or those with the prefix before them."""
+        behind = "prefix" in (trial.name, trial.control_of)
+        return self.prefixed if behind and self.prefixed is not None else self.texts
 
     def spared(self, trial: TrialPlan, texts: MarkedTexts, at: int, scheme: Scheme) -> Spared:
         """What one batch keeps whole under a trial."""
         first = self.protect.first
         largest: Mapping[str, float] = {}
         if scheme.static:
-            largest = self.calibrations[trial.name == "prefix"].largest(trial, first=first)
+            largest = self.calibrations[texts is self.prefixed].largest(trial, first=first)
         whole = Spared(entries=trial.entries, modules=trial.modules, largest=largest)
         if trial.name == "prefix":
             return replace(whole, prefix=texts.prefix)
@@ -148,6 +189,7 @@ class SchemeBench:
             "schemes": [[scheme.name, scheme.said()] for scheme in self.schemes],
             "trials": [[t.key, t.entries, sorted(t.modules)] for t in self._every_trial()],
             "located": located_facts(self.located),
+            "batch_size": max(map(len, self.texts.batches)),
             "first": given.first,
             "prefix": None if self.prefix is None else self.prefix.token_ids,
         }
@@ -163,6 +205,10 @@ class SchemeBench:
         if not self.protect.prefix or not wanted:
             return None
         firsts = {row[0] for row in self.scored}
+        limit = getattr(self.inputs.model.cfg, "n_ctx", None)
+        if limit and max(map(len, self.scored)) + self.protect.prefix > limit:
+            self.left_out["prefix"] = f"no room for it in a context of {limit} tokens"
+            return None
         size = max(map(len, self.texts.batches))
         try:
             require_prefix(self.plain)
@@ -180,11 +226,6 @@ class SchemeBench:
             return []
         given = self.protect.super_weights
         if given is not None:
-            if given.run.weights != self.inputs.weights:
-                raise InterventionError(
-                    f"the super weights are of {given.run.model} with other weights; search this "
-                    "model, or leave them out."
-                )
             return [DownEntry(w.layer, w.row, w.column, w.expert) for w in given.super_weights]
         try:
             return find_super_weights(self.inputs.over(self.scored[:SEARCHED]))
@@ -215,17 +256,28 @@ def _possible(
     return kept, {name: str(error) for name, error in errors.items()}
 
 
-def _set_aside(rows: list[list[int]], static: bool) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows to be scored, and rows for static scales: one of CALIBRATION, spread over all.
+def refuse_early(
+    inputs: Inputs, schemes: Sequence[Scheme], protect: Protect
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What can be refused before anything is measured.
 
-    Raises:  PromptError: there is only one row.
+    Returns: rows to be scored, and rows for static scales: one of CALIBRATION, spread over all.
+    Raises:  InterventionError: super weights of another model. PromptError: too few texts.
     """
-    if not static:
+    given = protect.super_weights
+    if given is not None and given.run.weights != inputs.weights:
+        raise InterventionError(
+            f"the super weights are of {given.run.model} with other weights; search this model, or "
+            "leave them out."
+        )
+    rows = inputs.rows
+    if not any(scheme.static for scheme in schemes):
         return rows, []
-    if len(rows) < 2:
+    others = rows[CALIBRATION - 1 :: CALIBRATION] or rows[-1:]
+    scored = [row for row in rows if row not in others]
+    if not scored:
         raise PromptError(
             "a static scheme needs a text for its scales and another to be scored on; give two "
-            "texts at least, or schemes without 'static'."
+            "different texts at least, or schemes without 'static'."
         )
-    others = rows[CALIBRATION - 1 :: CALIBRATION] or rows[-1:]
-    return [row for row in rows if not any(row is other for other in others)], others
+    return scored, others

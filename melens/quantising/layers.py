@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from melens.errors import ModelError
+from melens.models.anatomy import require_unfolded
 from melens.models.decoder import layer_list
+from melens.models.ffn import is_adapted
 from melens.models.view import plain_view_of
 from melens.placement import input_device, require_whole
 from melens.protocols import HookedModel, TransformersModel
@@ -24,6 +26,8 @@ CLOSE = 1e-2
 """Largest difference of the plain model's logits over the largest of them: sums in another order,
 in 16 bits too."""
 PROBE = (1, 2, 3, 4)
+SMALL = 0.01
+"""Of a block's parameters: what is less (a state-space layer's A) is no matrix of a layer."""
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last parts of the names of routers, which every quantiser leaves whole."""
 
@@ -69,8 +73,9 @@ class PlainModel:
     weights: tuple[LinearWeight, ...]
     device: torch.device
     n_layers: int
-    unrun: tuple[str, ...]
-    """Linear layers that a pass does not run as modules, so that no hook sees what they read."""
+    missed: tuple[str, ...]
+    """Weights that are not rounded though a quantiser would: layers that no pass runs as modules,
+    and experts that are kept in a way melens does not know."""
 
     def of_layer(self, layer: int) -> list[LinearWeight]:
         """The weights of one block."""
@@ -96,6 +101,9 @@ def plain_model(bridge: HookedModel) -> PlainModel:
     if getattr(inner, "hf_quantizer", None) is not None:
         raise ModelError("this model is quantised already; give the weights it was made from.")
     require_whole(inner, "rounding of weights")
+    if is_adapted(inner):
+        raise ModelError("this model has PEFT adapters, which no engine rounds; merge them first.")
+    require_unfolded(bridge)
     hf = cast("TransformersModel", plain_view_of(inner).eval())
     device = input_device(hf)
     ids = torch.tensor([PROBE], device=device)
@@ -112,8 +120,25 @@ def plain_model(bridge: HookedModel) -> PlainModel:
             f"{type(hf).__name__} outside TransformerLens' modules answers otherwise than inside, "
             "so what is quantised would be another model."
         )
-    unrun = tuple(sorted({one.path for one in weights} - ran))
-    return PlainModel(hf, weights, device, len(layer_list(hf)), unrun)
+    missed = ({one.path for one in weights} - ran) | set(_unknown(layer_list(hf), names, weights))
+    return PlainModel(hf, weights, device, len(layer_list(hf)), tuple(sorted(missed)))
+
+
+def _unknown(
+    blocks: nn.ModuleList, names: Mapping[int, str], weights: Sequence[LinearWeight]
+) -> Iterator[str]:
+    """Modules of blocks with a matrix that no LinearWeight is, and that is no small part."""
+    known = {one.name for one in weights}
+    for block in blocks:
+        total = sum(value.numel() for value in block.parameters())
+        for module in block.modules():
+            whole = names[id(module)]
+            if isinstance(module, nn.Conv1d) or whole.rpartition(".")[2] in ROUTERS:
+                continue
+            for name, value in module._parameters.items():
+                small = value is None or value.squeeze().ndim < 2 or value.numel() < SMALL * total
+                if not small and f"{whole}.{name}" not in known:
+                    yield whole
 
 
 @contextmanager
@@ -145,8 +170,9 @@ def _weights(layer: int, block: nn.Module, names: dict[int, str]) -> Iterator[Li
             continue
         part: Any = module
         for name, value in module._parameters.items():
-            if value is not None and value.ndim == 3 and name.endswith("_proj"):
-                flipped = bool(getattr(part, "is_transposed", False))
+            laid_out = hasattr(part, "is_transposed") and name.endswith("_proj")
+            if value is not None and value.ndim == 3 and laid_out:
+                flipped = bool(part.is_transposed)
                 yield LinearWeight(f"{whole}.{name}", layer, module, name, flipped)
 
 

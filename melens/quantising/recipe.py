@@ -283,8 +283,8 @@ def _prefix(result: Quantisation, found: SchemeTrials, trial: QuantisedTrial) ->
         line + "\n",
         _why(result, found, trial),
         f"keys and values of the prefix {list(result.prefix)}, of the model before it is "
-        "quantised, where those of quantised weights were measured; the quantised model continues "
-        "them with for_generate(ids, mask, prefix=...)",
+        "quantised, as was measured; the quantised model continues them with for_generate(ids, "
+        "mask, prefix=...). See that the search finds these tokens",
         f"sh {found.scheme}.prefix.transformers.sh",
     )
 

@@ -40,7 +40,7 @@ def quantise(  # noqa: PLR0913 (what is run on, what is tried, and how)
     Each scheme is run as it is; with the massive tokens, super weights, the ME and erase layers'
     down projections, the cache's first tokens or a prefix kept in the model's own dtype; and with
     as many random ones instead. Embeddings, the unembedding, norms and routers are never rounded.
-    The model is not changed, and its weights are kept a second time in the scheme's bits alone.
+    The model is not changed; of its weights a scheme keeps codes, a byte each at most.
 
     Args:    model: as for ``melens.locate``; not one that is quantised already.
              schemes: names of ``melens.quantising.SCHEMES``.
@@ -81,18 +81,17 @@ class SchemeLoop:
         """All trials of a scheme; what an earlier run left is not run again."""
         trials = self.bench.trials(scheme)
         quantised = QuantisedModel.of(self.bench.plain, scheme)
-        sides: list[tuple[MarkedTexts | None, list[TrialPlan]]] = [
-            (self.bench.texts, [t for t in trials if t.name != "prefix"]),
-            (self.bench.prefixed, [t for t in trials if t.name == "prefix"]),
-        ]
+        every = (self.bench.texts, self.bench.prefixed)
+        sides = [(x, [t for t in trials if self.bench.texts_of(t) is x]) for x in every]
         for at in range(self.batches):
             for texts, own in sides:
                 if texts is not None and own:
                     self._batch(quantised, texts, own, at)
                 self._tick(len(own))
-        passes = len(trials) + sum(bool(own) for _, own in sides)
+        bases = sum(bool(own) for _, own in sides)
+        passes = len(trials) + bases * (1 + scheme.static)
         bits = {trial.key: quantised.bits(trial.entries, trial.modules) for trial in trials}
-        return Ran(scheme, trials, passes + scheme.static, bits)
+        return Ran(scheme, trials, passes, bits)
 
     def _batch(
         self, quantised: QuantisedModel, texts: MarkedTexts, trials: Sequence[TrialPlan], at: int
@@ -127,7 +126,7 @@ def _scored(  # noqa: PLR0913 (two runs of one batch, and what to call it)
 ) -> Iterator[ItemRow]:
     """One text at a time: a batch's logits are the largest tensors there are.
 
-    Args:    start: column of the first token that nothing foresees.
+    Args:    start: column of the first logits that are scored.
     """
     for row, item in enumerate(items):
         at = slice(start, int(batch.mask[row].sum()) - 1)
@@ -135,12 +134,12 @@ def _scored(  # noqa: PLR0913 (two runs of one batch, and what to call it)
         before = base[row, at].float().log_softmax(-1)
         after = found[row, at].float().log_softmax(-1)
         loss, plain = (float(-x.gather(-1, wanted).double().mean()) for x in (after, before))
-        if not math.isfinite(loss):
+        kl = float((before.exp() * (before - after)).sum(-1).clamp_min(0).double().mean())
+        if not all(map(math.isfinite, (loss, plain, kl))):
             raise MetricError(
-                f"text {item} under {name} has a loss of {loss}; load the model in float32 or "
-                "bfloat16."
+                f"text {item} under {name} has a loss of {loss} and a KL of {kl}; load the model "
+                "in float32 or bfloat16."
             )
-        kl = float((before.exp() * (before - after)).sum(-1).double().mean())
         agrees = float((before.argmax(-1) == after.argmax(-1)).double().mean())
         size = float(len(wanted))
         also = {BASE: (plain, size), DIVERGES: (kl, size), AGREES: (agrees, size)}

@@ -127,7 +127,7 @@ def require_cache(plain: PlainModel, scheme: Scheme) -> None:
 
 
 def require_prefix(plain: PlainModel) -> None:
-    """Refuse a model that does not go on behind keys and values of a first token.
+    """Refuse a model that cannot continue the keys and values of a first token.
 
     Raises:  ModelError: with transformers' reason, or because it answers otherwise.
     """
@@ -138,10 +138,10 @@ def require_prefix(plain: PlainModel) -> None:
         raise
     except (CaptureError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         why = brief(str(error).partition("\n")[0], 160)
-        raise ModelError(f"{name} does not go on behind a prefix: {why}") from None
+        raise ModelError(f"{name} cannot continue a prefix: {why}") from None
     whole = unquantised(plain, batch)
     if not float((found - whole).abs().max()) <= CLOSE * float(whole.abs().max()):
-        raise ModelError(f"{name} answers otherwise behind the keys and values of a prefix.")
+        raise ModelError(f"{name} gives other logits after the keys and values of a prefix.")
 
 
 @torch.no_grad()
@@ -157,10 +157,14 @@ def largest_read(plain: PlainModel, batch: Batch) -> Largest:
     here, found = batch.to(plain.device), Largest()
 
     def look(name: str, module: nn.Module, args: Args) -> None:
-        x = _by_token(args[0], here.mask)
+        if not args or not isinstance(args[0], Tensor):
+            return
+        x, real = _by_token(args[0], here.mask), here.mask.to(args[0].device)
         # what reads tokens in an order of its own has one size for all of them
         sizes = args[0].float().abs().amax() if x is None else x.float().abs().amax(-1)
-        found[name] = torch.where(here.mask.to(sizes.device), sizes, 0.0)
+        sizes = torch.where(real, sizes, 0.0)
+        before = found.get(name)  # some modules run several times a pass
+        found[name] = sizes if before is None else torch.maximum(before, sizes)
 
     handles = [
         module.register_forward_pre_hook(partial(look, name))
@@ -179,7 +183,9 @@ def _modules(weights: tuple[LinearWeight, ...]) -> dict[str, nn.Module]:
 
 
 def _by_token(x: Tensor, mask: TokenMask) -> Tensor | None:
-    """What a module reads as ``[batch, pos, d]``; None where it reads some tokens alone."""
+    """What a module reads as ``[batch, pos, d]``; None where it reads tokens in its own order."""
+    if x.ndim == 4 and x.shape[1] == 1:  # latents of a cache (MLA)
+        x = x[:, 0]
     if x.shape[:2] == mask.shape and x.ndim == 3:
         return x
     if x.ndim == 2 and len(x) == mask.numel():
@@ -238,10 +244,15 @@ class _Pass:
         return (self._read(path, args[0], grid), *args[1:]), kwargs
 
     def _dense(self, one: LinearWeight) -> Tensor:
-        made = self.model.packed[one.name].dense(one.stored.dtype)
-        if entries := self.spared.entries.get(one.name):
-            at = tuple(torch.tensor(axis) for axis in zip(*entries, strict=True))
-            made[at] = one.matrix[at]
+        entries = self.spared.entries.get(one.name)
+        if entries is None:
+            return one.as_matrix(self.model.packed[one.name].dense(one.stored.dtype))
+        at = tuple(torch.tensor(axis) for axis in zip(*entries, strict=True))
+        others = one.matrix.clone()
+        others[at] = 0.0  # what is kept whole widens no scale
+        assert self.model.scheme.weights is not None
+        made = packed(others, self.model.scheme.weights).dense(one.stored.dtype)
+        made[at] = one.matrix[at]
         return one.as_matrix(made)
 
     def _leave(
@@ -261,17 +272,25 @@ class _Pass:
 
     def _read(self, path: str, x: Tensor, grid: Grid) -> Tensor:
         """What a linear layer reads, rounded; spared tokens neither widen a scale nor change."""
-        rows = _by_token(x, self.batch.mask)
-        if rows is None:  # the tokens of one expert: which they are is not known here
+        kept, real = (mask.to(x.device) for mask in self._masks(x.shape[-2]))
+        rows = _by_token(x, real)
+        if rows is None:  # tokens in an order of the module's own: which they are is not known
             sizes = x.float().abs()
             over = (-1,) if grid.per == "token" else tuple(range(x.ndim))
             return rounded(x, self._scale(path, sizes.amax(over, keepdim=True), grid), grid)
-        kept, real = self._kept().to(x.device), self.batch.mask.to(x.device)
         sizes = rows.float().abs().masked_fill((kept | ~real)[..., None], 0.0)
         over = {"token": (-1,), "text": (-2, -1)}.get(grid.per, (0, 1, 2))
         scale = self._scale(path, sizes.amax(over, keepdim=True), grid)
         made = torch.where(kept[..., None], rows, rounded(rows, scale, grid))
         return made.view_as(x)
+
+    def _masks(self, width: int) -> tuple[Tensor, Tensor]:
+        """Kept and real tokens of the pass; of a cache's tokens the prefix's too, which is kept."""
+        kept, real, start = self._kept(), self.batch.mask, self.spared.prefix
+        if not start or width != start + real.shape[1]:
+            return kept, real
+        before = torch.ones_like(real[:, :1]).expand(-1, start)
+        return torch.cat([before, kept], 1), torch.cat([before, real], 1)
 
     def _scale(self, path: str, largest: Tensor, grid: Grid) -> Tensor:
         if grid.static and path in self.spared.largest:  # else no other text came by here

@@ -20,8 +20,6 @@ from melens.results.quantise import Quantisation, QuantisedTrial, SchemeTrials
 
 BASE, DIVERGES, AGREES = "base", "kl", "agreement"
 """Names among a row's further measures: loss of the model as it is, KL, agreement."""
-CONTROLLED_LIKE = {"prefix": "massive-token"}
-"""A protection whose control is another's."""
 Column = Float[Tensor, " text"]
 
 
@@ -45,7 +43,7 @@ def assembled(bench: SchemeBench, ran: Sequence[Ran], rows: Rows, *, seed: int) 
     """The result, from finished rows alone."""
     tests = 2 * sum(trial.role == "protected" for one in ran for trial in one.trials)
     tables = [_Table(one, rows, seed, max(tests, 1)) for one in ran]
-    unrun = bench.plain.unrun
+    missed = bench.plain.missed
     first = tables[0].columns["as is"]
     located, prefix = bench.located, bench.prefix
     run = bench.inputs.run_info(
@@ -64,7 +62,7 @@ def assembled(bench: SchemeBench, ran: Sequence[Ran], rows: Rows, *, seed: int) 
         n_layers=bench.plain.n_layers,
         prefix=() if prefix is None else prefix.token_ids,
         left_out=tuple(f"{name}: {why}" for name, why in bench.left_out.items()),
-        schemes=tuple(table.trials(unrun) for table in tables),
+        schemes=tuple(table.trials(missed) for table in tables),
         model_type=getattr(bench.plain.hf.config, "model_type", None),
         linear=tuple(linear_layers(bench.plain)),
         whole=whole_layers(bench.plain),
@@ -111,13 +109,13 @@ class _Table:
             self.columns[trial.key] = _Columns.of([found[item] for item in order])
         self.as_is = self.columns["as is"]
 
-    def trials(self, unrun: tuple[str, ...]) -> SchemeTrials:
+    def trials(self, missed: tuple[str, ...]) -> SchemeTrials:
         made = [self._trial(trial) for trial in self.ran.trials]
         return SchemeTrials(
             scheme=self.ran.scheme.name,
             about=self.ran.scheme.said(),
             passes=self.ran.passes,
-            unrounded=unrun if self.ran.scheme.weights or self.ran.scheme.inputs else (),
+            unrounded=missed if self.ran.scheme.weights or self.ran.scheme.inputs else (),
             trials=tuple(made),
         )
 
@@ -159,8 +157,8 @@ class _Table:
         """How much more random ones leave of a measure than this."""
         if trial.role != "protected":
             return None
-        name = CONTROLLED_LIKE.get(trial.name, trial.name)
-        controls = [of(self.columns[t.key]) for t in self.ran.trials if t.control_of == name]
+        same = [t for t in self.ran.trials if t.control_of == trial.name]
+        controls = [of(self.columns[t.key]) for t in same]
         if not controls:
             return None
         own = self.columns[trial.key]

@@ -24,7 +24,7 @@ from melens.results.locate import MELayer
 from melens.results.quantise import Role
 from melens.shapes import TokenMask
 
-Rows = Sequence[Sequence[int]]
+TokenRows = Sequence[Sequence[int]]
 BATCHES = 100_003
 """A control's draws differ from batch to batch, and from seed to seed."""
 
@@ -66,7 +66,8 @@ class MarkedTexts:
     massive: list[Tensor]
     """Of each batch, ``[batch, pos]``."""
     start: int
-    """Column of each row's own first token, which nothing foresees."""
+    """Column of the first token whose logits are scored: each row's own first, and nothing of a
+    prefix."""
     prefix: int = 0
     """Tokens of a prefix, which are computed as they are."""
 
@@ -74,7 +75,7 @@ class MarkedTexts:
     def of(
         cls,
         model: HookedModel,
-        rows: Rows,
+        rows: TokenRows,
         located: MELayer | None,
         *,
         batch_size: int,
@@ -88,7 +89,7 @@ class MarkedTexts:
         if prefix is not None:
             ids, stands = prefix.token_ids, prefix.starts_texts
             rows = [[*ids, *row[int(stands) :]] for row in rows]
-            start = len(ids) - stands
+            start = len(ids)
         parts = range(0, len(rows), batch_size)
         batches = [Batch.pad(rows[n : n + batch_size]) for n in parts]
         if located is None:
@@ -115,19 +116,31 @@ class MarkedTexts:
 
     def kept(self, trial: TrialPlan, at: int, *, first: int) -> TokenMask | None:
         """The tokens of one batch that a trial keeps whole; None = none."""
-        batch, massive = self.batches[at], self.massive[at]
-        known = {
-            "massive-token": massive,
-            "first-tokens": batch.mask & (batch.positions < first),
-            "prefix": batch.mask & (batch.positions < self.prefix),
-        }
         if trial.name != "random-tokens":
-            return known.get(trial.name)
+            return self._named(trial.name, at, first=first)
         assert trial.control_of is not None
         assert trial.seed is not None
-        wanted = known[trial.control_of]
-        free = batch.mask & ~massive & ~wanted
+        wanted, free = self._random(trial.control_of, at, first=first)
         return _as_many(wanted, free, seed=trial.seed * BATCHES + at)
+
+    def has_controls(self, name: str, *, first: int) -> bool:
+        """Whether every text has as many other tokens as a protection keeps."""
+        pairs = (self._random(name, at, first=first) for at in range(len(self.batches)))
+        return all(bool((wanted.sum(-1) <= free.sum(-1)).all()) for wanted, free in pairs)
+
+    def _named(self, name: str, at: int, *, first: int) -> TokenMask | None:
+        batch = self.batches[at]
+        if name == "massive-token":
+            return self.massive[at]
+        count = {"first-tokens": first, "prefix": self.prefix}.get(name)
+        return None if count is None else batch.mask & (batch.positions < count)
+
+    def _random(self, name: str, at: int, *, first: int) -> tuple[TokenMask, TokenMask]:
+        """What a control stands for, and the tokens that it is drawn from."""
+        batch, wanted = self.batches[at], self._named(name, at, first=first)
+        assert wanted is not None
+        ordinary = batch.mask & ~self.massive[at] & (batch.positions >= self.prefix)
+        return wanted, ordinary & ~wanted
 
 
 def _as_many(wanted: TokenMask, free: TokenMask, *, seed: int) -> TokenMask:
@@ -183,8 +196,7 @@ class Choices:
                 if name == "first-tokens" and not scheme.cache:
                     continue
                 made.append(TrialPlan(name, "protected"))
-                if name != "prefix":
-                    made += [TrialPlan("random-tokens", "control", name, seed) for seed in seeds]
+                made += [TrialPlan("random-tokens", "control", name, seed) for seed in seeds]
         if scheme.weights:
             for one in filter(None, (self.super_weights, self.layers)):
                 made.append(one)
@@ -211,7 +223,9 @@ def choices(
             drawn = _indices(downs, stand_ins(places, entries, seed=seed))
             randoms.append(TrialPlan("random-weights", "control", "super-weights", seed, drawn))
     kept = sorted({n for n in _emerging(located) if n in downs})
-    others = [n for n in downs if n not in kept]
+    sizes = {n: one.stored.numel() for n, one in downs.items()}
+    likes = {sizes[n] for n in kept}
+    others = [n for n in downs if n not in kept and sizes[n] in likes]
     if kept and len(others) >= len(kept):
         paths = frozenset(downs[n].path for n in kept)
         layers = TrialPlan("me-layers", "protected", modules=paths)

@@ -57,8 +57,6 @@ EVIDENCE: dict[str, dict[str, str]] = {
     },
     "quantised-loss": {
         "scheme": "Scheme",
-        "kept_whole": "What leaves the least of it, kept whole",
-        "with_it_kept": "Loss that the scheme then adds (nats a token)",
     },
     "super-weight": {
         "layer": "Layer of the weight (from 0)",

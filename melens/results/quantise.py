@@ -59,7 +59,7 @@ class QuantisedTrial(Part):
 
     @property
     def helps(self) -> bool:
-        """Whether keeping it leaves less loss or KL than as much kept at random, interval and all."""
+        """Whether it leaves less loss or KL than as much kept at random, interval and all."""
         return self.helps_loss or _above(self.kl_beyond_random)
 
     @property
@@ -95,7 +95,8 @@ class SchemeTrials(Part):
     passes: int
     """Forward passes over the texts, those of the model as it is included."""
     unrounded: tuple[str, ...]
-    """Linear layers that no pass ran as modules, so that nothing of theirs was rounded."""
+    """Modules with matrices that were not rounded, though an engine would: no pass runs them as
+    modules, or they are experts of a layout that is not known."""
     trials: tuple[QuantisedTrial, ...]
 
     @property
@@ -107,13 +108,15 @@ class SchemeTrials(Part):
         """What it costs and what helps, in a plain sentence."""
         first = self.as_is
         text = f"{self.scheme} costs {_nats(first.damage)}"
+        if self.unrounded:
+            text += f" ({len(self.unrounded)} modules left as they are)"
         protected = [t for t in self.trials if t.role == "protected"]
         helping = [t for t in protected if t.helps]
-        unsaid = [t for t in protected if t.beyond_random and t.beyond_random.interval is None]
-        if unsaid and len(unsaid) == len(protected):
-            return f"{text}; what helps cannot be said of so few texts (20 are needed)."
-        if not protected:
+        compared = [t.beyond_random for t in protected if t.beyond_random is not None]
+        if not compared:  # no control was run
             return f"{text}."
+        if all(found.interval is None for found in compared):
+            return f"{text}; what helps cannot be said of so few texts (20 are needed)."
         if not helping:
             return f"{text}; nothing that was kept whole helps more than as much at random does."
         parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,11 +11,19 @@ from torch import nn
 
 from melens import locate
 from melens.batches import Batch
-from melens.errors import InterventionError, PromptError, ResultError
+from melens.errors import (
+    CaptureError,
+    InterventionError,
+    ModelError,
+    PromptError,
+    ResultError,
+    UnknownNameError,
+)
 from melens.models import load
 from melens.quantising import SCHEMES, Protect, quantise
 from melens.quantising.layers import plain_model
 from melens.quantising.running import QuantisedModel, Spared, unquantised
+from melens.results.evaluation import Delta
 from melens.settings import Run
 
 PROTECT = Protect(seeds=(0,), prefix=0, first=2)
@@ -130,7 +139,7 @@ def test_what_is_kept_whole_is_the_model_as_it_is(planted, scheme):
     if SCHEMES[scheme].cache is not None:
         assert torch.allclose(quantised.logits(batch, kept), whole, atol=1e-5)
     else:
-        with pytest.raises(Exception, match="rounded nothing"):
+        with pytest.raises(CaptureError, match="rounded nothing"):
             quantised.logits(batch, kept)
         entries = {
             one.name: tuple(map(tuple, torch.ones(one.matrix.shape).nonzero().tolist()))
@@ -235,12 +244,14 @@ def test_refusals(planted):
     _, model, texts, located = planted
     with pytest.raises(InterventionError, match="list of names"):
         quantise(model, texts, schemes="w4a16")
-    with pytest.raises(Exception, match=r"unknown scheme 'w4a6'\. Did you mean 'w4a"):
+    with pytest.raises(UnknownNameError, match=r"unknown scheme 'w4a6'\. Did you mean 'w4a"):
         quantise(model, texts, schemes=["w4a6"])
-    with pytest.raises(PromptError, match=r"two texts"):
+    with pytest.raises(PromptError, match=r"two different texts"):
         quantise(model, texts[:1], schemes=["w8a8-static"], me_layer=located)
     with pytest.raises(InterventionError, match="first must be"):
         Protect(first=0)
+    with pytest.raises(InterventionError, match="at most 2 seeds"):
+        Protect(seeds=(0, 1, 2))
 
 
 def test_a_token_of_the_cache_that_is_kept_whole_widens_no_scale():
@@ -316,3 +327,108 @@ def test_scores_by_hand():
     (row,) = _scored(["7"], "x", p, q, batch, 1, 5)  # behind a prefix of one token
     assert row.weight == 1
     assert row.value == pytest.approx(-math.log(0.6))
+
+
+WALK = {
+    "GPT2LMHeadModel": (12, 0),
+    "MixtralForCausalLM": (None, 0),
+    "DeepseekV3ForCausalLM": (None, 0),
+    "Qwen3NextForCausalLM": (None, 0),
+    "Zamba2ForCausalLM": (None, None),
+    "JetMoeForCausalLM": (None, 12),
+    "Llama4ForCausalLM": (None, 3),
+}
+"""Tiny models of other kinds: weights that are rounded, and modules that are said to be left; None
+= at least one of them, where transformers decides how many."""
+
+
+@pytest.mark.parametrize("family", WALK)
+def test_every_matrix_is_rounded_or_said_to_be_left(family):
+    import families
+
+    hf = families.tiny(family)
+    plain = plain_model(load(hf))
+    rounded, left = WALK[family]
+    assert rounded is None or len(plain.weights) == rounded
+    assert left is None or len(plain.missed) == left, plain.missed
+    known = {one.name for one in plain.weights}
+    for name, value in plain.hf.named_parameters():
+        owner, _, last = name.rpartition(".")
+        matrix = value.squeeze().ndim > 1 and last in ("weight", "gate_up_proj")
+        matrix = matrix and "conv" not in name and "layers" in name
+        if matrix and "router" not in name and not owner.endswith("gate"):
+            assert name in known or owner in plain.missed, name
+    batch = Batch.of(torch.randint(5, 40, (2, 12), generator=torch.Generator().manual_seed(0)))
+    whole = unquantised(plain, batch)
+    for scheme in ("w8a8-tensor", "w8a8-token"):
+        found = QuantisedModel.of(plain, SCHEMES[scheme]).logits(batch, Spared())
+        assert torch.isfinite(found).all()
+        apart = float((found - whole).abs().max() / whole.abs().max())
+        assert 0 < apart < 1
+
+
+def test_in_sixteen_bits_the_same_is_rounded(planted):
+    _, model, texts, _ = planted
+    plain, batch = plain_model(model), Batch.of(texts[:2])
+    half = plain_model(load(copy.deepcopy(planted[0]).to(torch.bfloat16)))
+    for name in ("w8a8-tensor", "w4a16", "kv4-token"):
+        wide, narrow = (
+            QuantisedModel.of(one, SCHEMES[name]).logits(batch, Spared()).float().log_softmax(-1)
+            for one in (plain, half)
+        )
+        base = unquantised(half, batch).float().log_softmax(-1)
+        assert (narrow - base).abs().mean() > 0
+        assert (narrow - wide).abs().mean() < 0.2
+
+
+def test_a_weight_that_is_kept_whole_widens_no_scale(planted):
+    plain, batch = plain_model(planted[1]), Batch.of(planted[2][:2])
+    one = next(w for w in plain.weights if "down_proj" in w.name)
+    quantised = QuantisedModel.of(plain, SCHEMES["w4a16"])
+    at = divmod(int(one.matrix.abs().argmax()), one.matrix.shape[1])
+    from melens.quantising.running import _Pass
+
+    kept = _Pass(quantised, batch, Spared(entries={one.name: (at,)}))._dense(one)
+    plainly = quantised.packed[one.name].dense(torch.float32)
+    assert kept[at] == one.matrix[at]
+    row = slice(at[0], at[0] + 1)
+    errors = [(x[row] - one.matrix[row]).abs().sum() for x in (kept, plainly)]
+    assert errors[0] < errors[1]
+
+
+def test_controls_keep_as_many_and_what_has_too_few_is_left_out(result, planted):
+    for found in result.schemes:
+        for one in found.trials:
+            for control in (t for t in found.trials if t.control_of == one.name):
+                assert (control.tokens, len(control.weights)) == (one.tokens, len(one.weights))
+                assert len(control.modules) == len(one.modules)
+    _, model, texts, located = planted
+    short = quantise(model, texts[:, :4], schemes=["kv4-token"], me_layer=located)
+    assert any(said.startswith("first-tokens: some text has too few") for said in short.left_out)
+    assert "first-tokens" not in {t.name for t in short.schemes[0].trials}
+
+
+def test_what_is_said_depends_on_what_was_compared(result):
+    found = result.scheme("w8a8-tensor")
+
+    def said(**change):
+        trials = [t if t.role != "protected" else t.model_copy(update=change) for t in found.trials]
+        return found.model_copy(update={"trials": tuple(trials)}).said()
+
+    none = {"beyond_random": None, "kl_beyond_random": None}
+    assert said(**none).endswith(").")  # no control was run: nothing is said of what helps
+    few = Delta(value=0.1, interval=None)
+    assert "so few texts" in said(beyond_random=few, kl_beyond_random=few)
+    zero, more = Delta(value=0.0, interval=(-0.1, 0.1)), Delta(value=0.3, interval=(0.2, 0.4))
+    assert "nothing that was kept whole helps" in said(beyond_random=zero, kl_beyond_random=zero)
+    assert "in KL alone" in said(beyond_random=zero, kl_beyond_random=more)
+    assert "massive-token" in said(beyond_random=more, kl_beyond_random=zero)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_are_refused(planted):
+    from peft import LoraConfig, get_peft_model
+
+    hf = get_peft_model(copy.deepcopy(planted[0]), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="merge them first"):
+        quantise(hf, planted[2][:2], schemes=["w8a16"])

@@ -15,10 +15,10 @@ from melens.results.quantise import Quantisation, SchemeTrials
         looks_for="a number format of the policy that costs too much",
         unit=f"loss that the worst of the policy's schemes adds, {NATS}",
         needs=("quantise",),
-        why="Served in this format the model foresees these texts so much worse. Weights are "
+        why="Served in this format the model predicts these texts so much worse. Weights are "
         "rounded to the nearest value; methods that learn from data (GPTQ, AWQ) can cost less.",
-        advice="Serve it in another of the formats, or keep whole what the evidence names; "
-        "melens quantise compares that with as much kept at random.",
+        advice="Serve it in another format; melens quantise measures more of them, and what "
+        "keeping the massive token, single weights or layers whole buys in each.",
     )
 )
 def quantised_loss(view: Measured, threshold: float) -> Judgement:
@@ -35,17 +35,8 @@ def quantised_loss(view: Measured, threshold: float) -> Judgement:
         source=f"/results/quantise/schemes/{at}/trials/0/damage/value",
         title=f"{worst.scheme} ({worst.about}) adds {damage.value:.3g} {NATS}"
         f"{within(damage.interval, '.3g')}",
-        evidence={"scheme": worst.scheme, **_least(worst), **_others(worst, rows)},
+        evidence={"scheme": worst.scheme, **_others(worst, rows)},
     )
-
-
-def _least(worst: SchemeTrials) -> JsonObject:
-    """What leaves the least of it, kept whole."""
-    kept = [trial for trial in worst.trials if trial.role == "protected"]
-    if not kept:
-        return {}
-    best = min(kept, key=lambda trial: trial.damage.value)
-    return {"kept_whole": best.name, "with_it_kept": best.damage.value}
 
 
 def _others(worst: SchemeTrials, rows: list[tuple[int, SchemeTrials]]) -> JsonObject:

@@ -75,14 +75,19 @@ def quantise(
     for name in named or DEFAULT:
         SCHEMES[name]  # refuses an unknown one before the model is loaded
     loaded, prompts = job.load()
+    from melens.inputs import prepare
+    from melens.quantising.bench import refuse_early
+
+    protect = Protect(found, first, search_prefix, seeds)
+    inputs = prepare(loaded, prompts, batch_size=run.batch_size)
+    refuse_early(inputs, [SCHEMES[name] for name in named or DEFAULT], protect)
     where = job.locate(loaded, prompts)
     with job.bar("trials x batches") as tick:
         result = measure(
-            loaded,
-            prompts,
+            inputs,
             schemes=named or DEFAULT,
             me_layer=where,
-            protect=Protect(found, first, search_prefix, seeds),
+            protect=protect,
             batch_size=run.batch_size,
             run=Run(run.seed, keep=job.out and job.out / ROWS, progress=tick),
         )

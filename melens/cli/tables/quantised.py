@@ -66,5 +66,5 @@ def _count(trial: Any) -> str | None:
 def _beyond(found: Any) -> str | None:
     if found is None:
         return None
-    said = "too few texts" if found.interval is None else within(found.interval, ".3g").strip(" ()")
+    said = "no interval" if found.interval is None else within(found.interval, ".3g").strip(" ()")
     return f"{found.value:.3g} ({said})"
