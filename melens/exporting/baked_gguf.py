@@ -29,6 +29,8 @@ from melens.results.baked import Baked, baked_history
 GGUF_FILE = "model.gguf"
 FIELD = "melens.baked"
 """The field that keeps the changes, as JSON; no other program reads it."""
+OWN = ("GGUF.", "split.", "general.architecture", FIELD)
+"""Beginnings of fields that a new file has of its own."""
 PLAIN = ("F32", "F16", "BF16")
 CLOSE = 1e-6
 """Largest difference, of the largest value, between a value that was to be written and what the
@@ -192,9 +194,8 @@ def _copy_fields(reader: Any, writer: Any) -> None:
     """All fields but an earlier history; an array without values has no type, and is left out."""
     import gguf
 
-    own = ("GGUF.", "split.", "general.architecture", FIELD)
     for name, field in reader.fields.items():
-        value = None if name.startswith(own) else field.contents()
+        value = None if name.startswith(OWN) else field.contents()
         if value is None or value == []:
             continue
         if name == "general.alignment":
@@ -225,6 +226,13 @@ def _require_same(header: GGUFHeader, written: GGUFHeader, changed: Mapping[str,
             raise ModelError(f"{name} of {header.name} could not be copied into a new file.")
     if lost := set(written.tensors) - set(header.tensors):
         raise ModelError(f"{min(lost)} is not in {header.name}.")
+    fields = {
+        n: v for n, v in header.fields.items() if not n.startswith((*OWN, "general.alignment"))
+    }
+    for name, value in fields.items():
+        # an array without values has no type that it could be written with
+        if value not in ([], None) and written.fields.get(name) != value:
+            raise ModelError(f"the field {name} of {header.name} could not be copied.")
 
 
 def _bytes(tensor: GGUFTensor) -> Iterator[bytes]:

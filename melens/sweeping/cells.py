@@ -23,7 +23,7 @@ SET_BY_SWEEP = (
 """Options that a sweep gives its cells itself, or that make no result."""
 NO_RESULT = (
     *("generate", "export", "sidecar", "plot", "known", "models", "env", "diff"),
-    *("sweep", "results", "census"),
+    *("sweep", "results", "census", "recipes"),
 )
 """Commands that measure no single model, or keep no result."""
 

@@ -992,3 +992,45 @@ def test_zero_weights_are_refused(make_tiny, tokenizer):
             parameter.zero_()
     with pytest.raises(WeightsError, match="every activation is 0"):
         check(load(hf, tokenizer=tokenizer), ["w5 w6 w7 w8 w9"])
+
+
+def test_the_policys_formats_are_measured_and_others_again(tmp_path, no_isolation, lean):
+    model, out = model_of(plant("llama", "none", 0)), tmp_path / "out"
+    texts = own_texts(model.original_model)
+
+    def under(schemes):
+        policy = tmp_path / "own.toml"
+        policy.write_text(f"schemes = {schemes}\n", "utf-8")
+        report = check(model, texts, budget="standard", policy=policy, out=out)
+        rule = next(rule for rule in report.rules if rule.id == "quantised-loss")
+        stage = next(stage for stage in report.stages if stage.name == "quantise")
+        return report, rule, stage
+
+    first, rule, _ = under('["w8a16"]')
+    assert [one.scheme for one in first.result("quantise").schemes] == ["w8a16"]
+    assert rule.value == first.at(rule.source)
+    again, _, stage = under('["w8a16"]')
+    assert again.timeless() == first.timeless()
+    other, rule, _ = under('["w8a8-tensor"]')
+    assert [one.scheme for one in other.result("quantise").schemes] == ["w8a8-tensor"]
+    assert rule.value == other.result("quantise").schemes[0].as_is.damage.value
+    _, rule, stage = under("[]")
+    assert (stage.status, rule.status, rule.value) == ("skipped", "passed", None)
+    assert "names no number format" in rule.reason
+    with pytest.raises(PolicyError, match=r"line 1: unknown scheme 'w8'"):
+        under('["w8"]')
+
+
+def test_a_model_that_cannot_be_rounded_is_no_failed_check(no_isolation, lean, monkeypatch):
+    from melens.errors import ModelError
+
+    def refuse(*_args, **_options):
+        raise ModelError("this model is quantised already.")
+
+    monkeypatch.setattr(stages, "quantise", refuse)
+    model = model_of(plant("llama", "none", 0))
+    report = check(model, own_texts(model.original_model), budget="standard")
+    stage = next(stage for stage in report.stages if stage.name == "quantise")
+    assert (stage.status, stage.reason) == ("skipped", "this model is quantised already.")
+    rule = next(rule for rule in report.rules if rule.id == "quantised-loss")
+    assert (rule.status, rule.value, rule.reason) == ("passed", None, stage.reason)

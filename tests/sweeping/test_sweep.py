@@ -460,6 +460,7 @@ def test_every_command_that_measures_a_model_is_a_cell(folders, tmp_path):
         "tune": {"n": 40},
         "long-context": {"lengths": "32", "depths": "0.5", "seeds": 1},
         "check": {"budget": "quick"},
+        "quantise": {"scheme": "w8a8-token", "control-seeds": "none"},
         "reach": {"token": [1]},
         "finetune": {"data": str(rows), "steps": 1, "chat": False},
     }
