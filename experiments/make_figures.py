@@ -53,6 +53,7 @@ FIGURES = {
     "smollm2-135m-bos.dose.png": (f"{S}.perplexity-gamma.evaluate", "dose"),
     "smollm2-135m-bos.isolate-layers.png": (f"{S}.isolate", "layers"),
     "smollm2-135m-bos.isolate.png": (f"{S}.isolate", "factorial"),
+    "smollm2-135m-bos.quantise.png": (f"{S}.quantise", "quantise"),
     "smollm2-135m-bos.super-weights.png": (f"{S}.super-weights", "spikes"),
     "smollm2-135m.png": (f"{S_RAW}.locate", "profile"),
     "smollm2-135m.scan.png": (f"{S_RAW}.scan", "ceilings"),

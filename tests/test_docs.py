@@ -208,6 +208,7 @@ def test_the_code_of_the_pages_runs():
         "index.md",
         "sweep.md",
         "sidecar.md",
+        "quantise.md",
         "extend/task.md",
         "extend/metric.md",
     )
@@ -226,6 +227,7 @@ def test_the_code_of_the_pages_runs():
     assert "logistic: accuracy 0.93 with massive tokens, 0.97 without" in shown
     assert "norm of the direction 0.05 and 0.35" in shown
     assert "capitals, 4 items" in shown
+    assert "kv4-token costs" in shown
 
 
 METRIC_CONTRACT = """

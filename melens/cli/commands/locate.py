@@ -135,7 +135,7 @@ def plot(
 
     Styles: locate: profile. describe: curves, dimensions. collapse: rank, participation, stable,
     entropy, top1. metric: layers. sinks: map, curves. mixers: layers. attention: panels, or a page where the file ends in .html. isolate:
-    factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. evaluate: dose, paired.
+    factorial, layers, path, neurons, gains. super-weights: spikes. patch: change, normalised. quantise: quantise. evaluate: dose, paired.
     long-context: found, answer-loss, positions. tune: race. finetune: training, layers. check: profile. diff: profiles. reach: reach. scan: ceilings. census: depth.
 
     Several results of locate, describe, collapse, sinks, scan, metric or evaluate give one figure: one
