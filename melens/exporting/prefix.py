@@ -33,6 +33,7 @@ from melens.progress import say_once
 from melens.protocols import AnyModel, KeyValueCache, Tokenizer, TransformersModel
 from melens.results import MELayer
 from melens.results.edit import ChosenPrefix, Edit, PrefixFacts
+from melens.settings import require_whole
 from melens.token_ids import require_no_hole
 
 PREFIX_FILE = "prefix.safetensors"
@@ -265,6 +266,7 @@ def load_prefix(
         )
     if batch < 1:
         raise ResultError(f"batch must be at least 1, got {batch}.")
+    require_whole("static", static, or_none=True)
     if static is not None and static <= (held := len(_ids_of(record.prefix))):
         raise ResultError(
             f"static must be room for the prefix ({held}), the prompt and the new tokens, got "

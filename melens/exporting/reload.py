@@ -16,6 +16,7 @@ from melens.errors import BusyError, InterventionError, ResultError
 from melens.evaluating.edits import applied
 from melens.exporting.baked_gguf import GGUF_FILE
 from melens.exporting.subject import accept, check_probe, read_edit, transformers_of
+from melens.formatting import brief
 from melens.interventions.context import is_edited
 from melens.interventions.core import EditedTokens, warn_of
 from melens.models.loading import DeviceMap
@@ -93,6 +94,10 @@ def open_edit(folder: str | Path, model: AnyModel) -> OpenEdit:
     Raises:  ResultError: no such export, or other weights. InterventionError: an edit that needs
              a bridge, or another one that is open.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise InterventionError(
+            f"open_edit takes a transformers model, got {brief(model, 40)}; load it first."
+        )
     record, hf = _edit_in(folder), transformers_of(model)
     if record is None or record.edit.name == "none":
         raise ResultError(

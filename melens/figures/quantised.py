@@ -32,7 +32,9 @@ def draw_quantised(result: Quantisation, into: Into = None) -> Figure:
     axes.axvline(0, color="black", lw=0.6)
     axes.set_yticks(ticks, [plain(name) for name in names], fontsize=6)
     axes.set_ylim(y - 1, -1)
-    axes.set_xlabel("cost (nats a token over the model as it is; 95 % intervals over texts)")
+    axes.set_xlabel(
+        "cost (nats a token over the model as it is, linear up to 0.1; 95 % intervals over texts)"
+    )
     axes.set_xscale("symlog", linthresh=0.1)
     shown = {trial.role for found in result.schemes for trial in found.trials}
     for role, label in SHOWN.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from melens.errors import InterventionError, ModelError, PromptError
 from melens.evaluating.edits import located_facts
 from melens.exporting.prefix_search import choose_prefix
+from melens.formatting import brief
 from melens.inputs import Inputs
 from melens.isolating import find_super_weights
 from melens.isolating.spikes import DownEntry
@@ -35,7 +36,7 @@ CALIBRATION = 4
 """One text of so many, at least one, gives static scales and is not scored."""
 SEARCHED = 2
 """Texts that super weights are searched on, where none are given."""
-MOST_SEEDS = 2
+MOST_SEEDS, MOST_PREFIX = 2, 4
 NONE = "no token of these texts is massive"
 
 
@@ -56,6 +57,19 @@ class Protect:
         """Refuse numbers of tokens and seeds that cannot be."""
         require_whole("first", self.first)
         require_whole("prefix", self.prefix, least=0)
+        if self.prefix > MOST_PREFIX:
+            raise InterventionError(
+                f"a prefix has at most {MOST_PREFIX} tokens, got {self.prefix}."
+            )
+        if not isinstance(self.seeds, (tuple, list)) or len(set(self.seeds)) < len(self.seeds):
+            raise InterventionError(
+                f"seeds must be a list of different numbers, () for none, got {brief(self.seeds)}."
+            )
+        if not isinstance(self.super_weights, (SuperWeights, type(None))):
+            raise InterventionError(
+                "super_weights must be what melens.super_weights returns, got "
+                f"{brief(self.super_weights, 40)}."
+            )
         for seed in self.seeds:
             require_whole("a seed", seed, least=0)
         if len(self.seeds) > MOST_SEEDS:
@@ -186,16 +200,12 @@ class SchemeBench:
             **self.inputs.facts(),
             "rows": self.scored,
             "calibration": self.others,
-            "schemes": [[scheme.name, scheme.said()] for scheme in self.schemes],
-            "trials": [[t.key, t.entries, sorted(t.modules)] for t in self._every_trial()],
+            "kept": [[t.key, t.entries, sorted(t.modules)] for t in self.choices.every],
             "located": located_facts(self.located),
             "batch_size": max(map(len, self.texts.batches)),
             "first": given.first,
             "prefix": None if self.prefix is None else self.prefix.token_ids,
         }
-
-    def _every_trial(self) -> list[TrialPlan]:
-        return [trial for scheme in self.schemes for trial in self.trials(scheme)]
 
     def _prefix(self) -> TextPrefix | None:
         wanted = any(scheme.inputs or scheme.cache for scheme in self.schemes)
@@ -270,7 +280,7 @@ def refuse_early(
             f"the super weights are of {given.run.model} with other weights; search this model, or "
             "leave them out."
         )
-    rows = inputs.rows
+    rows = [list(row) for row in dict.fromkeys(map(tuple, inputs.rows))]  # equal texts count once
     if not any(scheme.static for scheme in schemes):
         return rows, []
     others = rows[CALIBRATION - 1 :: CALIBRATION] or rows[-1:]

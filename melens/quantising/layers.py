@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from melens.errors import ModelError
+from melens.errors import ModelError, WeightsError
 from melens.models.anatomy import require_unfolded
 from melens.models.decoder import layer_list
 from melens.models.ffn import is_adapted
@@ -115,6 +115,8 @@ def plain_model(bridge: HookedModel) -> PlainModel:
         raise ModelError(f"the blocks of {type(hf).__name__} have no linear layers to quantise.")
     with _noting(weights) as ran:
         wanted, found = (model(ids, use_cache=False).logits.float() for model in (inner, hf))
+    if not torch.isfinite(wanted).all():
+        raise WeightsError(f"the logits of {type(hf).__name__} are not finite; see its weights.")
     if not float((wanted - found).abs().max()) <= CLOSE * float(wanted.abs().max()):
         raise ModelError(
             f"{type(hf).__name__} outside TransformerLens' modules answers otherwise than inside, "

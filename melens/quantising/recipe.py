@@ -30,7 +30,7 @@ from melens.quantising.recipe_tools import (
 from melens.quantising.schemes import SCHEMES
 from melens.results.evaluation import Delta
 from melens.results.quantise import Quantisation, QuantisedTrial, SchemeTrials
-from melens.store import write_atomically
+from melens.store import PAGE, read_text, remove_file, write_atomically
 
 BETTER: dict[str, tuple[str, ...]] = {
     "w8a8-tensor": ("w8a8-token",),
@@ -91,6 +91,10 @@ REMARKS: dict[str, dict[str, str]] = {
 """Scheme -> tool -> what else is to be known of the two."""
 
 
+TITLE = "# Recipes for "
+"""How the README.md of a folder of recipes begins."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One file for one tool."""
@@ -130,6 +134,11 @@ def recipes(result: Quantisation) -> list[Recipe]:
 
     Raises:  ResultError: the result says nothing of its linear layers, being of an early version.
     """
+    if not isinstance(result, Quantisation):
+        raise ResultError(
+            f"recipes are made of a Quantisation, got a {type(result).__name__}; read the file "
+            "with melens.results.load_result."
+        )
     _require_layers(result)
     made = [one for found in result.schemes for one in _protected(result, found)]
     made += [
@@ -159,10 +168,21 @@ def write_recipes(result: Quantisation, folder: Path) -> list[Path]:
     Raises:  ResultError: see there. OutputError: the folder cannot be written.
     """
     made, refused = recipes(result), cannot_say(result)
+    _remove_earlier(folder)
     for one in made:
         write_atomically(folder / one.file, one.text)
     write_atomically(folder / "README.md", _readme(result, made, refused))
     return [folder / one.file for one in made] + [folder / "README.md"]
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Recipes that an earlier result gave: applied now they would stand on other numbers."""
+    readme = folder / "README.md"
+    if not readme.is_file() or not read_text(readme, PAGE, error=ResultError).startswith(TITLE):
+        return
+    for path in folder.iterdir():
+        if path.name.partition(".")[0] in SCHEMES and path.is_file():
+            remove_file(path)
 
 
 def _require_layers(result: Quantisation) -> None:
@@ -341,13 +361,32 @@ def _refusals(
         yield from ((tool, known[tool]) for tool in (*tools, TRANSFORMERS) if tool in known)
 
 
+def nothing_said(result: Quantisation) -> str:
+    """Why there is no recipe."""
+    trials = [trial for found in result.schemes for trial in found.trials]
+    compared = [trial.beyond_random for trial in trials if trial.beyond_random is not None]
+    if not compared:
+        return "No random control was run, so nothing can be said to help."
+    if all(found.interval is None for found in compared):
+        return f"What helps cannot be said of {result.texts} texts (20 are needed)."
+    return "Nothing was shown to help that another tool can be told of."
+
+
 def _why(result: Quantisation, found: SchemeTrials, trial: QuantisedTrial) -> str:
-    beyond = trial.beyond_random
-    assert beyond is not None
+    of = f"({result.texts} texts, {result.tokens} tokens)"
+    if trial.helps_loss:
+        assert trial.beyond_random is not None
+        return (
+            f"{found.scheme} costs {_said(found.as_is.damage)} as it is and {_said(trial.damage)} "
+            f"with {trial.name} kept whole, {_said(trial.beyond_random)} less than with as much at "
+            f"random kept {of}."
+        )
+    assert trial.kl_beyond_random is not None
     return (
-        f"{found.scheme} costs {_said(found.as_is.damage)} as it is and {_said(trial.damage)} with "
-        f"{trial.name} kept whole, {_said(beyond)} less than with as much at random kept "
-        f"({result.texts} texts, {result.tokens} tokens)."
+        f"In KL alone, not in loss: KL to the unquantised model is {found.as_is.kl.value:.3g} nats "
+        f"with {found.scheme} as it is and {trial.kl.value:.3g} with {trial.name} kept whole, "
+        f"{_said(trial.kl_beyond_random)} less than with as much at random kept; the loss is "
+        f"{found.as_is.damage.value:.3g} and {trial.damage.value:.3g} above it {of}."
     )
 
 
@@ -356,13 +395,13 @@ def _said(found: Delta) -> str:
 
 
 def _readme(result: Quantisation, made: Sequence[Recipe], refused: Sequence[CannotSay]) -> str:
-    lines = [f"# Recipes for {clipped(result.run.model)}", ""]
+    lines = [f"{TITLE}{clipped(result.run.model)}", ""]
     lines += ["Measured by `melens quantise`; only what was shown to help is here.", ""]
     for one in made:
         lines += [f"## {one.file}", "", f"{one.tool}: {one.says}.", "", one.why, ""]
         lines += ["```text", one.command, "```", ""]
     if not made:
-        lines += ["Nothing was shown to help that another tool can be told of.", ""]
+        lines += [nothing_said(result), ""]
     if refused:
         lines += ["## What cannot be said", "", "| scheme | what helps | tools | why not |"]
         lines += ["|---|---|---|---|"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.errors import InterventionError, MetricError
 from melens.evaluating.edits import check_unedited
+from melens.formatting import brief
 from melens.inputs import Inputs, Source, prepare
 from melens.item_rows import ItemRow, Rows
 from melens.protocols import ModelLike
@@ -54,8 +55,12 @@ def quantise(  # noqa: PLR0913 (what is run on, what is tried, and how)
     Source:  Dettmers et al., LLM.int8(), 2022; Xiao et al., SmoothQuant, 2023 (per tensor and per
              token); Chen et al., PrefixQuant, 2024; Yu et al., The Super Weight, 2024.
     """
-    if not schemes or isinstance(schemes, str):
+    if not schemes or isinstance(schemes, str) or not isinstance(schemes, Sequence):
         raise InterventionError("schemes must be a list of names, with at least one.")
+    if not isinstance(protect, (Protect, type(None))):
+        raise InterventionError(
+            f"protect must be a melens.quantising.Protect, got {brief(protect, 40)}."
+        )
     chosen = [SCHEMES[name] for name in dict.fromkeys(schemes)]
     how = setting_of(run, Run, "run")
     ready = prepare(model, texts, batch_size=batch_size)

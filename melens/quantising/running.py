@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 CACHE = ".cache"
+WHOLE_BITS = 16
+"""What engines keep a weight in that is not quantised, whatever it was measured in."""
 Entries = Mapping[str, tuple[tuple[int, ...], ...]]
 """Weight's name -> indices into its matrix."""
 Largest = dict[str, Float[Tensor, "batch pos"]]
@@ -71,7 +73,7 @@ class QuantisedModel:
             return None
         total = count = 0.0
         for one in self.plain.weights:
-            whole = 8 * one.stored.element_size()
+            whole = min(WHOLE_BITS, 8 * one.stored.element_size())
             kept = len(entries.get(one.name, ()))
             own = self.packed[one.name].bits
             size = one.stored.numel()

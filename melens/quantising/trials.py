@@ -185,6 +185,11 @@ class Choices:
     randoms: tuple[TrialPlan, ...]
     """Controls of these two."""
 
+    @property
+    def every(self) -> list[TrialPlan]:
+        """Weights and layers that any scheme's trials keep."""
+        return [*filter(None, (self.super_weights, self.layers)), *self.randoms]
+
     def of(self, scheme: Scheme, tokens: Sequence[str], *, seeds: Sequence[int]) -> list[TrialPlan]:
         """The trials of a scheme, controls behind what they control; the first keeps nothing.
 

@@ -226,7 +226,7 @@ class EditFile(Result):
             return (
                 f"{self.run.subject} with changed weights{more}: {said}{rest}. Logits moved by up "
                 f"to {last.logit_change:.2g}, and differ from the edits on the running model by at "
-                f"most {last.logit_difference:.1g}. Any engine that loads the folder has them."
+                f"most {last.logit_difference:.1g}. Any engine that loads it has them."
             )
         if self.prefix is None:
             return f"{start}, to be applied again by melens.load."

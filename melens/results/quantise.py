@@ -36,8 +36,8 @@ class QuantisedTrial(Part):
     modules: tuple[str, ...]
     """Linear layers that are not quantised at all, by their names in the checkpoint."""
     bits: float | None
-    """Mean bits a weight of the linear layers, scales and what is kept included; None where
-    weights are not quantised."""
+    """Mean bits a weight of the linear layers, 16 for a scale and for what is kept whole; None
+    where weights are not quantised."""
     loss: Score
     """Nats a token."""
     damage: Delta

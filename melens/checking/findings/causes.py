@@ -16,8 +16,8 @@ NATS = "nats a token"
         unit=f"loss that zeroing one weight adds, {NATS}",
         needs=("super_weights",),
         why="Zeroing this one weight, as pruning may, costs as much as a far worse model would. "
-        "What rounding or clipping it costs was not measured.",
-        advice="Leave the named weight out of pruning, and keep it in 16 bits when quantising.",
+        "Rounding it is another matter, which the number formats of the check measure.",
+        advice="Leave the named weight out of pruning.",
     )
 )
 def super_weight(view: Measured, threshold: float) -> Judgement:
@@ -49,7 +49,7 @@ def super_weight(view: Measured, threshold: float) -> Judgement:
             "weight": worst.value,
             **_interval(worst.interval),
         },
-        advice=f"Leave this weight out of pruning and keep it in 16 bits when quantising: {where}.",
+        advice=f"Leave this weight out of pruning: {where}.",
     )
 
 

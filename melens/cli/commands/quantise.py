@@ -24,8 +24,8 @@ def quantise(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="A number format, e.g. w8a8-tensor; repeat for several, or all (default: one of "
-            "each kind; docs/quantise.md has the list)."
+            help="A number format, e.g. w8a8-tensor; repeat for several, or put commas between; all "
+            "of them: all (default: one of each kind; docs/quantise.md has the list)."
         ),
     ] = None,
     super_weights: Annotated[
@@ -40,7 +40,7 @@ def quantise(
         typer.Option(min=0, max=4, help="Tokens at most of a prefix in full precision; 0 is none."),
     ] = 1,
     control_seeds: Annotated[
-        str, typer.Option(help="Seeds of the random controls, or none.")
+        str, typer.Option(help="Seeds of the random controls, at most 2, or none.")
     ] = "0,1",
     located: opt.Located = None,
     texts: opt.TextOptions,
@@ -70,15 +70,15 @@ def quantise(
     from melens.settings import Run
 
     named = [name for given in scheme or () for name in given.split(",") if name]
-    if named == ["all"]:
-        named = list(SCHEMES)
+    if "all" in named:
+        named = [*SCHEMES, *(name for name in named if name != "all")]
     for name in named or DEFAULT:
         SCHEMES[name]  # refuses an unknown one before the model is loaded
+    protect = Protect(found, first, search_prefix, seeds)
     loaded, prompts = job.load()
     from melens.inputs import prepare
     from melens.quantising.bench import refuse_early
 
-    protect = Protect(found, first, search_prefix, seeds)
     inputs = prepare(loaded, prompts, batch_size=run.batch_size)
     refuse_early(inputs, [SCHEMES[name] for name in named or DEFAULT], protect)
     where = job.locate(loaded, prompts)

@@ -41,7 +41,7 @@ def recipes(
     """
     found = _read(result)
     output.refuse_unwritable(out)
-    from melens.quantising.recipe import cannot_say, write_recipes
+    from melens.quantising.recipe import cannot_say, nothing_said, write_recipes
     from melens.quantising.recipe import recipes as made_of
 
     made, refused = made_of(found), cannot_say(found)
@@ -57,17 +57,17 @@ def recipes(
             )
         )
         return
-    show_listings(_listings(made, refused))
-    remark(f"wrote {len(files)} files into {out}")
+    show_listings(_listings(made, refused, nothing_said(found)))
+    remark(f"wrote {len(files)} file{'s' * (len(files) != 1)} into {out}")
 
 
-def _listings(made: list[Any], refused: list[Any]) -> list[Listing]:
+def _listings(made: list[Any], refused: list[Any], none: str) -> list[Listing]:
     said = [
         {"tool": r.tool, "scheme": r.scheme, "keeps": r.protection, "file": r.file} for r in made
     ]
     shown = [Listing("Recipes, of what was shown to help:", said)] if said else []
     if not said:
-        shown.append(Listing("Nothing was shown to help that another tool can be told of."))
+        shown.append(Listing(none))
     if refused:
         rows = [
             {

@@ -44,7 +44,7 @@ def _row(trials: list[Any]) -> JsonObject:
     mean = sum(trial.damage.value for trial in trials) / count
     shares = [trial.share.value for trial in trials if trial.share is not None]
     return {
-        "kept whole": {"as is": "nothing"}.get(first.name, first.name),
+        "kept whole": _name(first),
         "how many": _count(first),
         "bits": first.bits,
         "costs": mean,
@@ -55,6 +55,12 @@ def _row(trials: list[Any]) -> JsonObject:
         "beyond random": _beyond(first.beyond_random),
         "in KL": _beyond(first.kl_beyond_random),
     }
+
+
+def _name(trial: Any) -> str:
+    if trial.role == "as is":
+        return "nothing"
+    return trial.name if trial.control_of is None else f"random, for {trial.control_of}"
 
 
 def _count(trial: Any) -> str | None:
