@@ -50,7 +50,7 @@ class Protect:
     """First tokens of a cache."""
     prefix: int = 1
     """Tokens at most of a prefix that is searched; 0 = none is tried."""
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     """Of the random controls."""
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ def quantise(
     ] = 1,
     control_seeds: Annotated[
         str, typer.Option(help="Seeds of the random controls, at most 2, or none.")
-    ] = "0,1",
+    ] = "0",
     located: opt.Located = None,
     texts: opt.TextOptions,
     out: opt.Output,
