@@ -1,6 +1,7 @@
 """Rounded as melens does, and really quantised: the loss of SmolLM2-135M both ways.
 
     python experiments/10_quantised.py                               # compressed-tensors, a minute
+    python experiments/10_quantised.py --library gguf                # transformers reads the files
     PYTHONPATH=. .interop/torchao/bin/python experiments/10_quantised.py --library torchao
 
 TorchAO multiplies int8 by int8; compressed-tensors keeps int8 and multiplies after it. Both round
@@ -14,12 +15,15 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from melens import prompts
 from melens.batches import Batch
+from melens.exporting.baked_gguf import copy_fields, source_gguf
 from melens.models import load
 from melens.quantising import SCHEMES
 from melens.quantising.layers import plain_model
@@ -78,6 +82,28 @@ def _wanted(module: torch.nn.Module, name: str) -> bool:
     return isinstance(module, torch.nn.Linear) and ".layers." in name
 
 
+def gguf_file(scheme: str, folder: Path) -> Any:
+    """The model's own GGUF with its blocks' matrices quantised again, as transformers reads it."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+    from transformers import AutoModelForCausalLM
+
+    kind, path = GGMLQuantizationType[scheme.upper()], folder / f"{scheme}.gguf"
+    with source_gguf("smollm2-135m") as header:
+        readers = [GGUFReader(file) for file in header.files]
+        writer = GGUFWriter(path, str(header.fields["general.architecture"]))
+        copy_fields(readers[0], writer)
+        for tensor in (tensor for reader in readers for tensor in reader.tensors):
+            data, stored = tensor.data, tensor.tensor_type
+            if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+                data, stored = quants.quantize(quants.dequantize(data, stored), kind), kind
+            writer.add_tensor(tensor.name, data, raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=torch.float32)
+
+
 LIBRARIES: dict[str, Callable[[Any, str], None]] = {
     "compressed-tensors": compressed_tensors,
     "torchao": torchao,
@@ -88,7 +114,7 @@ LIBRARIES: dict[str, Callable[[Any, str], None]] = {
 def main() -> None:
     """Print a line a scheme."""
     given = argparse.ArgumentParser()
-    given.add_argument("--library", choices=LIBRARIES, default="compressed-tensors")
+    given.add_argument("--library", choices=(*LIBRARIES, "gguf"), default="compressed-tensors")
     given.add_argument("--n", type=int, default=28)
     given.add_argument("--length", type=int, default=64)
     args = given.parse_args()
@@ -96,10 +122,14 @@ def main() -> None:
     plain = plain_model(model)
     texts = prompts(n=args.n, length=args.length, bos=True)
     batches = [Batch.pad(rows) for rows in [texts.token_rows(model.tokenizer)]]
-    for scheme in ("w8a16", "w8a8-token"):
+    for scheme in ("q8_0", "q4_0") if args.library == "gguf" else ("w8a16", "w8a8-token"):
         quantised = QuantisedModel.of(plain, SCHEMES[scheme])
-        real = copy.deepcopy(plain.hf)
-        LIBRARIES[args.library](real, scheme)
+        if args.library == "gguf":
+            with TemporaryDirectory() as folder:
+                real = gguf_file(scheme, Path(folder))
+        else:
+            real = copy.deepcopy(plain.hf)
+            LIBRARIES[args.library](real, scheme)
         losses = {
             "as it is": _loss(lambda batch: unquantised(plain, batch), batches),
             "melens": _loss(lambda batch, q=quantised: q.logits(batch, Spared()), batches),

@@ -176,7 +176,7 @@ def _write(header: GGUFHeader, changed: Mapping[str, Changed], history: str, pat
         readers = [gguf.GGUFReader(file) for file in header.files]
         writer = gguf.GGUFWriter(path, str(header.fields["general.architecture"]))
         try:
-            _copy_fields(readers[0], writer)
+            copy_fields(readers[0], writer)
             writer.add_string(FIELD, history)
             found = [_data(tensor, changed) for reader in readers for tensor in reader.tensors]
             for name, data, kind in found:
@@ -190,7 +190,7 @@ def _write(header: GGUFHeader, changed: Mapping[str, Changed], history: str, pat
             writer.close()
 
 
-def _copy_fields(reader: Any, writer: Any) -> None:
+def copy_fields(reader: Any, writer: Any) -> None:
     """All fields but an earlier history; an array without values has no type, and is left out."""
     import gguf
 
