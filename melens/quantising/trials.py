@@ -158,6 +158,8 @@ class Calibration:
 
     texts: MarkedTexts
     sizes: list[dict[str, Tensor]]
+    found: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
+    """By trial and number of first tokens: the same for every batch."""
 
     @classmethod
     def of(cls, plain: PlainModel, texts: MarkedTexts) -> Calibration:
@@ -167,7 +169,9 @@ class Calibration:
 
     def largest(self, trial: TrialPlan, *, first: int) -> dict[str, float]:
         """Module's name -> its largest |entry|, the tokens that a trial keeps left out."""
-        made: dict[str, float] = {}
+        if (trial.key, first) in self.found:
+            return self.found[trial.key, first]
+        made = self.found[trial.key, first] = {}
         for at, sizes in enumerate(self.sizes):
             kept = self.texts.kept(trial, at, first=first)
             for name, x in sizes.items():

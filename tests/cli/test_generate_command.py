@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import words
 from planted import plant
 
 from melens.cli.app import main
@@ -22,18 +23,9 @@ MASK = ["--mask-layers", "1-2", "--mask-select", "product"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A planted model, whose BOS is massive, with a tokenizer that knows all of its 128 ids."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    made = tmp_path_factory.mktemp("models") / "planted"
-    plant("llama", "single", 1).model.save_pretrained(made)
-    words = {{0: "<pad>", 1: "<s>", 2: "</s>"}.get(i, f"w{i}"): i for i in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(made)
-    return made
+    return words.save(
+        plant("llama", "single", 1).model, tmp_path_factory.mktemp("models") / "planted"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import words
 from planted import plant
 
 from melens.cli.app import main
@@ -14,18 +15,9 @@ from melens.results.quantise import Quantisation
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    made = tmp_path_factory.mktemp("models") / "planted"
-    plant("llama", "single", 1).model.save_pretrained(made)
-    words = {{0: "<pad>", 1: "<s>", 2: "</s>"}.get(i, f"w{i}"): i for i in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(made)
-    return made
+    return words.save(
+        plant("llama", "single", 1).model, tmp_path_factory.mktemp("models") / "planted"
+    )
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def place(tmp_path_factory, tokenizer):
 def test_the_block_of_the_page_runs_in_the_library(library, place, tmp_path):
     python = ROOT / ".interop" / library.lower() / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"needs {library}, which make test-interop puts into {python.parents[1]}")
+        pytest.skip(f"needs {library} in {python.parents[1]}; un-skip: make test-interop")
     shown = block_of("In other libraries")
     assert shown.count(NAMED) == 1
     ours = shown.replace(NAMED, f'name, layer = "{place / "model"}", 4')

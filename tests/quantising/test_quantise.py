@@ -432,3 +432,19 @@ def test_adapters_are_refused(planted):
     hf = get_peft_model(copy.deepcopy(planted[0]), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="merge them first"):
         quantise(hf, planted[2][:2], schemes=["w8a16"])
+
+
+def test_a_scheme_more_runs_only_what_is_new_and_equal_texts_count_once(planted, tmp_path):
+    _, model, texts, located = planted
+    twice, keep = torch.cat([texts[:4], texts[:2]]), tmp_path / "rows.jsonl"
+    how = {"me_layer": located, "protect": PROTECT, "run": Run(keep=keep)}
+    first = quantise(model, twice, schemes=["w8a8-token"], **how)
+    assert first.texts == 4
+    before = keep.read_text()
+    both = quantise(model, twice, schemes=["kv4-token", "w8a8-token"], **how)
+    added = keep.read_text().removeprefix(before)
+    assert added.startswith('{"item"')
+    assert "w8a8-token" not in added
+    assert [t.loss for t in both.scheme("w8a8-token").trials] == [
+        t.loss for t in first.schemes[0].trials
+    ]

@@ -478,3 +478,32 @@ def test_recipes_are_written_without_torch(tmp_path):
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out" / "q4_0.me-layers.llama-cpp.txt").exists()
+
+
+def test_what_helps_in_kl_alone_says_so_and_earlier_recipes_go(tmp_path):
+    from melens.quantising.recipe import recipes, write_recipes
+
+    result = quantisation(scheme("q4_0", me_layers={"beyond": 0.3}))
+    loss = recipes(result)[0].why
+    assert "In KL alone" not in loss
+
+    def moved(trial):
+        if trial.name != "me-layers":
+            return trial
+        zero = trial.beyond_random.model_copy(update={"value": 0.0, "interval": (-0.1, 0.1)})
+        return trial.model_copy(
+            update={"beyond_random": zero, "kl_beyond_random": trial.beyond_random}
+        )
+
+    trials = tuple(map(moved, result.schemes[0].trials))
+    only = result.schemes[0].model_copy(update={"trials": trials})
+    in_kl = result.model_copy(update={"schemes": (only,)})
+    assert recipes(in_kl)[0].why.startswith("In KL alone, not in loss")
+
+    (tmp_path / "mine.txt").write_text("kept")
+    files = write_recipes(result, tmp_path)
+    assert len(files) > 1
+    nothing = quantisation(scheme("q4_0"))
+    (readme,) = write_recipes(nothing, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "README.md"}
+    assert "No random control was run" in readme.read_text()

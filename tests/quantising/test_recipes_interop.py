@@ -39,7 +39,7 @@ def run_in(name: str, code: str, folder: Path) -> str:
     """Python code in a tool's environment; its stdout."""
     python = ROOT / ".interop" / name / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"make .interop/{name}/.test makes it, of a large wheel")
+        pytest.skip(f"needs {name}, a large wheel; un-skip: make .interop/{name}/.test")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_TARGET_DEVICE": "cpu"}
     env.pop("PYTHONPATH", None)
     command = [str(python), "-W", "ignore", "-c", TINY + code, str(folder), KEPT]
@@ -268,7 +268,7 @@ linked, which takes minutes to build."""
 def test_llama_quantize_reads_its_lines(folder, tmp_path):
     source = ROOT / ".interop" / "llama_cpp" / "llama.cpp"
     if not source.exists():
-        pytest.skip(f"{SOURCES} into {source.parent}, makes it")
+        pytest.skip(f"needs llama.cpp's source; un-skip: {SOURCES} into {source.parent}")
     (tmp_path / "parse.cpp").write_text(LLAMA_CPP, "utf-8")
     versions = '#define GGML_VERSION ""\n#define GGML_COMMIT ""\n'
     (tmp_path / "ggml-version.h").write_text(versions, "utf-8")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from string import ascii_letters, digits
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 
@@ -14,6 +15,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Words w3 to w63 behind pad, BOS and EOS; it puts no BOS before a text."""
     names = [*SPECIAL, *(f"w{i}" for i in range(3, 64))]
     return _made(names, pre_tokenizers.Whitespace(), unknown="w3")
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    """A model's folder, with a tokenizer that knows a word for each of its ids."""
+    model.save_pretrained(folder)
+    names = [*SPECIAL, *(f"w{i}" for i in range(3, model.config.vocab_size))]
+    _made(names, pre_tokenizers.Whitespace(), unknown="w3").save_pretrained(folder)
+    return folder
 
 
 def letters() -> PreTrainedTokenizerFast:
