@@ -85,18 +85,19 @@ notebooks: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= -m notebooks tests/test_notebooks.py
 
-# Every example of docs/examples.md again: it must print what stands there.
+# Every example of docs/examples.md and the Python of the pages: they must print what stands there.
 examples: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/make_examples.py --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m examples tests/test_docs.py
 
 # The docs as a site in runs/site, warnings as errors.
 docs: $(VENV)/.docs
 	$(BIN)/zensical build --strict -f mkdocs.yml
 
 # HookedTransformer lives in TransformerLens 3.9, which cannot share an environment with 4.3.
-test-hooked: .venv-hooked/.test
-	.venv-hooked/bin/python -m pytest -m hooked tests/test_hooked.py
+test-hooked: .interop/hooked/.test
+	.interop/hooked/bin/python -m pytest -m hooked tests/test_hooked.py
 
 # The blocks of docs/sidecar.md in the libraries that they are of (400 MB beside $(VENV), two minutes), and recipes
 # in the tools that they are for. Not made here, as they are large: .interop/vllm/.test and .interop/sglang/.test.
@@ -133,13 +134,6 @@ $(VENV)/.engines: $(VENV)/.test
 	  $$(sed -n 's/^\(ray\|slurm\) = \["\(.*\)"\]$$/\2/p' pyproject.toml)
 	touch $@
 
-.venv-hooked/.test: pyproject.toml constraints-hooked.txt
-	$(PYTHON) -m venv .venv-hooked
-	.venv-hooked/bin/python -m pip install --quiet -c constraints-hooked.txt torch transformer-lens \
-	  transformers gguf scipy typer einops pytest pytest-socket pytest-timeout beartype
-	.venv-hooked/bin/python -m pip install --quiet --no-deps -e .
-	touch $@
-
 # A layer over $(VENV): what a library needs and $(VENV) has is not installed again, and what stands
 # in both is the library's (TransformerLens 3.9 for SAELens, of which pip complains for melens).
 .interop/%/.test: Makefile | $(VENV)/.test
@@ -149,6 +143,7 @@ $(VENV)/.engines: $(VENV)/.test
 	.interop/$*/bin/python -m pip install --quiet $(NEEDS)
 	touch $@
 
+.interop/hooked/.test: NEEDS = --no-deps transformer-lens==3.9.0 better-abc==0.0.3
 .interop/saelens/.test: NEEDS = sae-lens==6.54.12
 .interop/sparsify/.test: NEEDS = eai-sparsify==1.3.3
 .interop/nnsight/.test: NEEDS = nnsight==0.8.1
@@ -168,4 +163,4 @@ $(VENV)/.engines: $(VENV)/.test
 .interop/sglang/.test: NEEDS = --no-deps sglang==0.5.23 msgspec orjson pybase64 triton starlette
 
 clean:
-	rm -rf $(VENV) .venv-hooked .interop runs
+	rm -rf $(VENV) .interop runs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import typer
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from processes import fresh
 
 from melens.cli.app import app
 
@@ -94,13 +94,9 @@ def test_cells_stay_cells(figures):
 
 
 def test_references_are_what_the_code_says():
-    done = subprocess.run(
-        [sys.executable, "experiments/make_reference.py", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"python experiments/make_reference.py\n{done.stdout}{done.stderr}"
+    script = ROOT / "experiments" / "make_reference.py"
+    done = fresh(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')", "--check")
+    assert done.code == 0, f"python experiments/make_reference.py\n{done.stdout}{done.stderr}"
 
 
 def test_every_command_and_option_is_on_the_page():
@@ -196,7 +192,7 @@ def run_pages(*pages):
     return done.stdout
 
 
-@pytest.mark.weights
+@pytest.mark.examples
 def test_the_code_of_the_pages_runs():
     """All in one process: to import and to load costs more than what they do."""
     shown = run_pages(
@@ -251,15 +247,9 @@ def test_the_metric_of_the_page_lives_in_a_file_as_the_page_says(tmp_path):
     )
     with (copy / "metrics" / "__init__.py").open("a", encoding="utf-8") as file:
         file.write("from melens.metrics.kurtosis import entry_kurtosis\n")
-    path = ":".join([str(tmp_path), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", METRIC_CONTRACT],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    first = f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT / 'tests')]}\n"
+    done = fresh(first + METRIC_CONTRACT)
+    assert done.code == 0, done.stderr[-2000:]
 
 
 IMPORTS = "from melens.metrics.magnitude import METRICS, metric"

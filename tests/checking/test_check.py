@@ -24,6 +24,7 @@ from planted_faults import (
     sharpen,
     tokenizer_for,
 )
+from processes import forked
 
 from melens import store
 from melens.batches import Batch, prompts
@@ -635,17 +636,12 @@ def words(n=60):
     return " ".join(f"w{10 + i * 7 % 100}" for i in range(n))
 
 
-KILL = """
-import os, signal, sys
-from pathlib import Path
-from melens.batches import prompts
-from melens.checking import check
-def tick(stage, done, total):
-    if stage == sys.argv[3]:
-        os.kill(os.getpid(), signal.SIGKILL)
-check(sys.argv[1], prompts([sys.argv[4]], bos=True, length=24, n=2), budget="quick",
-      out=Path(sys.argv[2]), progress=tick)
-"""
+def _killed_in(stage, model, texts, out):
+    def tick(now, _done, _total):
+        if now == stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    check(str(model), texts, budget="quick", out=out, progress=tick)
 
 
 @pytest.fixture(scope="module")
@@ -662,12 +658,9 @@ def test_a_killed_process_loses_only_its_stage(saved, whole, tmp_path):
     report, texts = whole
     stage = "sinks"
     folder = tmp_path / "killed"
-    done = subprocess.run(
-        [sys.executable, "-c", KILL, str(saved), str(folder), stage, words()],
-        capture_output=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL
+    process = forked(_killed_in, stage, saved, texts, folder)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     kept = sorted(path.stem for path in (folder / "stages").glob("*.key"))
     quick = [name for name in STAGES if STAGES[name].budget == "quick"]
     assert kept == sorted(quick[: quick.index(stage)])

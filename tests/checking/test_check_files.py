@@ -98,6 +98,8 @@ def test_stages_that_were_taken_up_are_named(run, made, tmp_path, monkeypatch):
         return report
 
     monkeypatch.setattr(checking, "check", measured)
+    monkeypatch.setattr("melens.reporting.write_report", lambda *_: [])
+    monkeypatch.setattr("melens.cli.output.save_figures", lambda *_: None)
     _, stderr = run("any", "--out", tmp_path)
     assert f"melens: taken up from {stages}: locate\n" in stderr
     assert "taken up" not in run("any", "--out", tmp_path / "other")[1]

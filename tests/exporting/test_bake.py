@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from contextlib import ExitStack
 
 import pytest
 import torch
+from processes import fresh
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -40,12 +39,8 @@ print(json.dumps(made))
 
 def answers(*folders):
     """Logits by plain transformers in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", READ, json.dumps(IDS), *map(str, folders)],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
+    done = fresh(READ, json.dumps(IDS), *folders)
+    assert done.code == 0, done.stderr
     return [torch.tensor(made) for made in json.loads(done.stdout)]
 
 

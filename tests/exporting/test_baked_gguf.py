@@ -12,6 +12,7 @@ import numpy as np
 import planted_gguf as planted
 import pytest
 import torch
+from processes import fresh
 
 from melens import exporting
 from melens.errors import InterventionError, ModelError, ResultError
@@ -98,12 +99,8 @@ def test_a_fresh_process_reads_what_the_folder_of_safetensors_has(source, tmp_pa
         for folder, into in ((hf, wanted), (path, clean)):
             with torch.no_grad():
                 into.append(load(folder)(torch.tensor(IDS)))
-    done = subprocess.run(
-        [sys.executable, "-c", READ, json.dumps(IDS), *map(str, made)],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
+    done = fresh(READ, json.dumps(IDS), *made)
+    assert done.code == 0, done.stderr
     for family, found, want, was in zip(
         EDITS, map(torch.tensor, json.loads(done.stdout)), wanted, clean, strict=True
     ):

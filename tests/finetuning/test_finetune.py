@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import forked, fresh
 from safetensors.torch import load_file
 
 import melens
@@ -174,10 +173,8 @@ def test_the_merged_model_generates_with_the_mask_in_a_fresh_process(masked, tmp
     """Independent: passes over the whole text, without a cache, a token at a time."""
     out, _, _ = masked
     merged = merge(out, tmp_path / "merged")
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(merged)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = fresh(FRESH, merged)
+    assert done.code == 0, done.stderr[-2000:]
     bridge = melens.load(merged)
 
     def text():
@@ -328,27 +325,26 @@ def test_a_compiled_model_is_refused(folder):
         require_uncompiled(hf)
 
 
-TWO = """
-import sys
-import melens
-from melens.results.edit import Edit
-model, data, out, batch = sys.argv[1:]
-melens.finetune(model, data, mask=Edit(name="wemask", rate=0.5), out=out, device="cpu", steps=2,
-                batch_size=int(batch), rank=2, save_every=2, look_every=100)
-"""
+def _one_of_two(rank, port, where, call):
+    """One of those that ``accelerate launch`` starts."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    args, settings = call
+    melens.finetune(*args, out=where, **settings)
 
 
 def test_two_processes_with_half_the_batch_are_one(folder, rows, tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    asked = [str(folder), str(rows)]
-    # What accelerate launch starts for several devices; its own launcher wants MPI on CPUs.
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    two = [sys.executable, *launch, str(script), *asked, str(tmp_path / "two"), "2"]
-    done = subprocess.run(two, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    melens.finetune(folder, rows, mask=MASK, out=tmp_path / "one", **FEW | {"steps": 2})
+    few = FEW | {"steps": 2, "mask": MASK, "device": "cpu"}
+    call, port = ((folder, rows), few | {"batch_size": 2}), str(20_000 + os.getpid() % 20_000)
+    where = tmp_path / "two"
+    processes = [forked(_one_of_two, rank, port, where, call) for rank in "01"]
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    melens.finetune(folder, rows, out=tmp_path / "one", **few)
     losses = [[row.loss for row in losses_in(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), within=1e-5)

@@ -436,7 +436,7 @@ def test_the_command_is_thin_and_its_table_is_there(planted, monkeypatch, capsys
 
 @pytest.mark.weights
 def test_smollm2(smol):
-    texts = prompts("bundled", bos=True, n=4, length=64)
+    texts = prompts("bundled", bos=True, n=2, length=32)
     found = super_weights(smol, texts, search=Search(most=6))
     by_place = {weight.at: weight for weight in found.super_weights}
     assert set(by_place) >= {(11, 507, 1229), (11, 507, 1487), (28, 507, 678), (9, 507, 200)}

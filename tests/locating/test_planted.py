@@ -1,4 +1,4 @@
-"""Models whose emergence was planted: the truth is known. 112 of them, four families."""
+"""Models whose emergence was planted: the truth is known. 56 of them and more, four families."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def _locate(kind, family, seed):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_planted_is_found(kind, family):
-    for seed in SEEDS:
+    """Two of four seeds, others in each family and for each kind."""
+    first = KINDS.index(kind) + FAMILIES.index(family)
+    for seed in (first % 4, (first + 2) % 4):
         found, truth = _locate(kind, family, seed)
         where = f"{kind} {family} seed {seed}"
         assert found.verdict == VERDICT.get(kind, kind), where

@@ -61,11 +61,11 @@ def test_every_command_ends_as_a_command_may(name, tmp_path):
     made = families.tiny(name)
     if name not in families.NO_PLANT:
         families.plant(made, 1, 7)
-    made.save_pretrained(folder / "model")
-    letters().save_pretrained(folder / "model")
+    made.save_pretrained(tmp_path / "model")
+    letters().save_pretrained(tmp_path / "model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert not family_commands.run_all(folder / "model", folder / "out")
+        assert not family_commands.run_all(tmp_path / "model", tmp_path / "out")
 
 
 def hold_to_the_table(name, folder):

@@ -93,10 +93,10 @@ def measured(model, batches):
 
 
 def caused(model, found, batches):
-    small = Batch.of(batches[0].ids[:1, :6])  # isolate repeats a pass hundreds of times
+    small = Batch.of(batches[0].ids[:1, :4])  # isolate repeats a pass hundreds of times
     whole = [said(melens.isolate(model, found, [small]))]
     pair = batches[0].ids, batches[1].ids
-    pair = [ids[:, :6] for ids in pair]
+    pair = [ids[:, :3] for ids in pair]
     for site, metric in (("resid_pre", "kl"), ("resid_mid", SinkRate(found))):
         whole.append(said(melens.patch(model, *pair, sites=(site,), metric=metric)))
     return whole

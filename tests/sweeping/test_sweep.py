@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from processes import forked
 
 TIMED = ("run_created", "run_command")
 
@@ -90,39 +91,24 @@ def test_a_failed_cell_is_a_row_and_runs_again(config, tmp_path, monkeypatch):
     assert calls == [0, 1, 0]
 
 
-def _in_a_process(config, out):
-    """A sweep in a forked process, which has the libraries already."""
-
-    def run():
-        import torch
-
-        import melens
-
-        torch.set_num_threads(1)  # the parent's threads are not in a fork
-        melens.sweep(config, out=out, quiet=True)
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    return process
-
-
 def test_killed_five_times_it_equals_an_undisturbed_one(config, tmp_path):
-    """60 cells; each process is killed after 2 to 14 further cells, wherever it is then."""
+    """24 cells; each process is killed after 1 to 4 further cells, wherever it is then."""
     import melens
 
     del config["run"][1]
-    config["run"][0] |= {"seed": list(range(60)), "n-seq": 1, "length": 8}
+    config["run"][0] |= {"seed": list(range(24)), "n-seq": 1, "length": 8}
     rng = random.Random(0)
     for _ in range(5):
-        process, done = _in_a_process(config, tmp_path / "killed"), _done(tmp_path / "killed")
-        aim = done + rng.randint(2, 12)
+        done = _done(tmp_path / "killed")
+        process = forked(partial(melens.sweep, config, out=tmp_path / "killed", quiet=True))
+        aim = done + rng.randint(1, 3)
         while process.is_alive() and _done(tmp_path / "killed") < aim:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    assert 10 <= _done(tmp_path / "killed") < 60
-    assert melens.sweep(config, out=tmp_path / "killed", quiet=True).count("done") == 60
+    assert 5 <= _done(tmp_path / "killed") < 24
+    assert melens.sweep(config, out=tmp_path / "killed", quiet=True).count("done") == 24
     melens.sweep(config, out=tmp_path / "whole", quiet=True)
     for table in ("summary", "profile", "massive"):
         killed = summary(tmp_path / "killed", "locate", table=table)
