@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -22,7 +22,7 @@ from melens.interventions.wemask import MaskRecord, layers_of
 from melens.isolating import mean_coordinates
 from melens.measuring.located import check_same_model
 from melens.models.decoder import decoder_of
-from melens.protocols import AnyModel, HookedModel, Prepared
+from melens.protocols import AnyModel, HookedModel, ModelLike, Prepared
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
@@ -36,7 +36,7 @@ EDITS: Registry[Maker] = Registry("edit")
 CAP = 2.0
 MEASURED = ("mean",)
 """Edits that are measured before they are entered: ready Inputs spare them preparing a model."""
-_KEPT_MEANS: weakref.WeakKeyDictionary[Any, dict[Any, dict[int, float]]] = (
+_KEPT_MEANS: weakref.WeakKeyDictionary[HookedModel, dict[tuple[object, ...], dict[int, float]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -210,7 +210,7 @@ class EditCondition:
 
 
 def conditions(
-    model: Any, edit: Edit, me_layer: MELayer | None, compare: Compare | None = None
+    model: HookedModel, edit: Edit, me_layer: MELayer | None, compare: Compare | None = None
 ) -> tuple[EditCondition, ...]:
     """Every condition, base first and the edit second; equal ones only once.
 
@@ -268,7 +268,7 @@ def check_unedited(model: HookedModel) -> None:
         )
 
 
-def unedited(model: Any, me_layer: HoldsMELayer | None) -> tuple[Inputs, MELayer | None]:
+def unedited(model: ModelLike, me_layer: HoldsMELayer | None) -> tuple[Inputs, MELayer | None]:
     """A model made ready, once for a whole call, that no edit is open on; the ME Layer given.
 
     Raises:  InterventionError: one is. ResultError: ``me_layer`` is of another model.
@@ -281,7 +281,7 @@ def unedited(model: Any, me_layer: HoldsMELayer | None) -> tuple[Inputs, MELayer
     return ready, found
 
 
-def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> None:
+def check_held(model: AnyModel, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> None:
     """Refuse items of which none holds a massive token, before they are run under any edit.
 
     The items are run unedited up to the ME Layer, until one of them holds one.
