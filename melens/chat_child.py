@@ -11,7 +11,8 @@ import contextlib
 import datetime
 import json
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
@@ -20,7 +21,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from melens.protocols import JsonObject
+if TYPE_CHECKING:
+    from melens.protocols import JsonObject
 
 
 class Generation(Extension):
@@ -38,13 +40,13 @@ class Generation(Extension):
 class Dicts:
     """``dict`` of a template, without the class itself."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """A new dict."""
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+    def fromkeys(self, keys: Iterable[object], value: object = None, /) -> dict[object, object]:
         """As ``dict.fromkeys``."""
-        return dict.fromkeys(*args)
+        return dict.fromkeys(keys, value)
 
 
 class PublicNamespace(Namespace):

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -15,25 +15,28 @@ from melens.errors import InterventionError, NoTokenError
 from melens.inputs import Inputs
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
 from melens.interventions.context import is_edited
+from melens.interventions.core import EditedTokens
 from melens.interventions.massive import MassiveRule, massive_tokens
 from melens.interventions.target import Tokens
-from melens.interventions.wemask import layers_of
+from melens.interventions.wemask import MaskRecord, layers_of
 from melens.isolating import mean_coordinates
 from melens.measuring.located import check_same_model
 from melens.models.decoder import decoder_of
-from melens.protocols import AnyModel, HookedModel, Prepared
+from melens.protocols import AnyModel, HookedModel, ModelLike, Prepared
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
 from melens.results.reading import HoldsMELayer, located_in
 from melens.settings import Compare, setting_of
 
-Maker = Callable[[HookedModel, Edit, MELayer, Tokens], AbstractContextManager[object]]
+EditRecord = MaskRecord | EditedTokens | None
+"""What an edit's ``with`` gives: a mask's own record, what others count; None of no edit."""
+Maker = Callable[[HookedModel, Edit, MELayer, Tokens], AbstractContextManager[EditRecord]]
 EDITS: Registry[Maker] = Registry("edit")
 CAP = 2.0
 MEASURED = ("mean",)
 """Edits that are measured before they are entered: ready Inputs spare them preparing a model."""
-_KEPT_MEANS: weakref.WeakKeyDictionary[Any, dict[Any, dict[int, float]]] = (
+_KEPT_MEANS: weakref.WeakKeyDictionary[HookedModel, dict[tuple[object, ...], dict[int, float]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -44,7 +47,7 @@ def applied(
     me_layer: MELayer | None,
     *,
     tokens: Tokens = None,
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[EditRecord]:
     """The edit, ready to be entered; a mask's ``with`` gives its MaskRecord, others EditedTokens.
 
     Args:    model: a bridge or ready Inputs; for none, wemask and drop-key a plain transformers
@@ -63,7 +66,7 @@ def applied(
 
 
 @contextmanager
-def where_held(edit: AbstractContextManager[object]) -> Iterator[Any]:
+def where_held(edit: AbstractContextManager[EditRecord]) -> Iterator[EditRecord]:
     """Enter an edit; that no pass held its token is no error, since other texts may."""
     with suppress(NoTokenError), edit as record:
         yield record
@@ -71,13 +74,13 @@ def where_held(edit: AbstractContextManager[object]) -> Iterator[Any]:
 
 def _none(
     model: HookedModel, edit: Edit, me_layer: MELayer | None, tokens: Tokens
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[None]:
     return nullcontext()
 
 
 def _wemask(
     model: HookedModel, edit: Edit, me_layer: MELayer | None, tokens: Tokens
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[MaskRecord]:
     return wemask(
         model,
         me_layer,
@@ -90,7 +93,7 @@ def _wemask(
     )
 
 
-def _layer(edit: Edit, me_layer: MELayer) -> Any:
+def _layer(edit: Edit, me_layer: MELayer) -> int | MELayer:
     return edit.layers[0] if isinstance(edit.layers, tuple) else me_layer
 
 
@@ -110,7 +113,7 @@ def _dims(model: HookedModel, edit: Edit, me_layer: MELayer) -> list[int]:
 
 def _zero(
     model: HookedModel, edit: Edit, me_layer: MELayer, tokens: Tokens
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[EditedTokens]:
     return residual_set(
         model,
         _layer(edit, me_layer),
@@ -122,7 +125,7 @@ def _zero(
 
 def _mean(
     model: HookedModel, edit: Edit, me_layer: MELayer, tokens: Tokens
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[EditedTokens]:
     at = edit.layers[0] if isinstance(edit.layers, tuple) else None
     ready = Inputs.of(model)
     dims = _dims(ready.model, edit, me_layer)
@@ -155,19 +158,19 @@ def _flag(value: object) -> bool | None:
 
 def _norm_flatten(
     model: HookedModel, edit: Edit, me_layer: MELayer, tokens: Tokens
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[EditedTokens]:
     return norm_flatten(model, _layer(edit, me_layer), tokens=tokens, alpha=1 - edit.strength)
 
 
 def _ffn_cap(
     model: HookedModel, edit: Edit, me_layer: MELayer, tokens: Tokens
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[EditedTokens]:
     return ffn_cap(model, _layer(edit, me_layer), tokens=tokens, factor=CAP, strength=edit.strength)
 
 
 def _drop_key(
     model: HookedModel, edit: Edit, me_layer: MELayer | None, tokens: Tokens
-) -> AbstractContextManager[object]:
+) -> AbstractContextManager[EditedTokens]:
     return drop_key(
         model,
         me_layer,
@@ -207,7 +210,7 @@ class EditCondition:
 
 
 def conditions(
-    model: Any, edit: Edit, me_layer: MELayer | None, compare: Compare | None = None
+    model: HookedModel, edit: Edit, me_layer: MELayer | None, compare: Compare | None = None
 ) -> tuple[EditCondition, ...]:
     """Every condition, base first and the edit second; equal ones only once.
 
@@ -265,7 +268,7 @@ def check_unedited(model: HookedModel) -> None:
         )
 
 
-def unedited(model: Any, me_layer: HoldsMELayer | None) -> tuple[Inputs, MELayer | None]:
+def unedited(model: ModelLike, me_layer: HoldsMELayer | None) -> tuple[Inputs, MELayer | None]:
     """A model made ready, once for a whole call, that no edit is open on; the ME Layer given.
 
     Raises:  InterventionError: one is. ResultError: ``me_layer`` is of another model.
@@ -278,7 +281,7 @@ def unedited(model: Any, me_layer: HoldsMELayer | None) -> tuple[Inputs, MELayer
     return ready, found
 
 
-def check_held(model: Any, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> None:
+def check_held(model: AnyModel, me_layer: MELayer | None, rows: Sequence[Sequence[int]]) -> None:
     """Refuse items of which none holds a massive token, before they are run under any edit.
 
     The items are run unedited up to the ME Layer, until one of them holds one.

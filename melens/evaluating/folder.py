@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from melens.errors import ResultError
 from melens.evaluating.generated import answers_beside
@@ -36,7 +35,7 @@ def check_folder(folder: Path, task: str, edit: Edit) -> None:
         )
 
 
-def _held(of: object) -> tuple[Any, Any]:
+def _held(of: object) -> tuple[object, object]:
     """Task and edit that a file of items says it is of."""
     facts = of if isinstance(of, dict) else {}
     pairs = facts.get("conditions")

@@ -6,9 +6,8 @@ A batch runs once without any edit; each edit then only runs the blocks that it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +16,11 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import evaluating, fit_ids
 from melens.errors import PromptError
-from melens.evaluating.edits import EditCondition, applied, first_layer, where_held
+from melens.evaluating.edits import EditCondition, EditRecord, applied, first_layer, where_held
 from melens.inputs import Inputs
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
-from melens.interventions.target import these
+from melens.interventions.target import Tokens, these
 from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
 from melens.resume import Resumable, Ways
@@ -181,7 +180,9 @@ class Runner:
         rows = zip(marks, sizes.unbind(1), strict=True)
         return marks, tuple(MassiveIn.of(row, both, rule.median_norm) for row, both in rows)
 
-    def _entered(self, condition: EditCondition, tokens: Any) -> Any:
+    def _entered(
+        self, condition: EditCondition, tokens: Tokens
+    ) -> AbstractContextManager[EditRecord]:
         if condition.edit.name == "none":
             return nullcontext()
         return applied(self.inputs, condition.edit, self.me_layer, tokens=tokens)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from melens.evaluating.scores import Setup
 from melens.framing import bos_first, require_known
 from melens.intervals import paired_difference, weighted_mean
 from melens.item_rows import ItemRow, Rows
-from melens.protocols import JsonObject, ModelLike
+from melens.protocols import HookedModel, JsonObject, ModelLike
 from melens.provenance import RunInfo
 from melens.results.edit import Edit
 from melens.results.evaluation import Delta, Score
@@ -100,7 +100,9 @@ def long_context(
     return job.assembled(job.rows())
 
 
-def items_of(model: Any, haystack: Haystack) -> tuple[tuple[Forced, ...], tuple[Forced, ...]]:
+def items_of(
+    model: HookedModel, haystack: Haystack
+) -> tuple[tuple[Forced, ...], tuple[Forced, ...]]:
     """The haystacks, and the plain texts; no forward pass.
 
     Args:    model: a bridge.

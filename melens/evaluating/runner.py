@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from melens.evaluating.edits import EditCondition, check_held
 from melens.evaluating.forced import Forced, ItemOutcome, Runner
 from melens.evaluating.scores import Setup
 from melens.item_rows import ItemRow, Rows
+from melens.protocols import JsonObject
 from melens.settings import Progress
 
 MakeRow = Callable[[ItemOutcome], ItemRow]
@@ -63,7 +63,7 @@ def rows_of_items(
     bench: Setup,
     items: Sequence[Forced],
     make: MakeRow,
-    facts: dict[str, Any],
+    facts: JsonObject,
 ) -> Rows:
     """All items under all of a setup's conditions; what its file of items holds is taken up.
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from melens.batches import Prompts, encode_all, prompts, read_text
 from melens.chat import in_template
 from melens.errors import PromptError
 from melens.evaluating.forced import Forced, Foreseen
 from melens.framing import frame_of, head_size, split_text
-from melens.protocols import JsonObject
+from melens.protocols import JsonObject, Tokenizer
 from melens.registry import Registry
 from melens.settings import Items
 from melens.store import is_text, json_object, lines_of
@@ -34,7 +33,7 @@ class ForcedTask:
     facts: JsonObject = field(default_factory=dict)
 
 
-Maker = Callable[[Any, Items], ForcedTask]
+Maker = Callable[[Tokenizer, Items], ForcedTask]
 FORCED_TASKS: Registry[Maker] = Registry("task")
 LIKELIHOOD_FILES = {
     "gsm8k-likelihood": ("gsm8k/test.jsonl", ("question", "answer")),
@@ -57,7 +56,7 @@ def token_loss(item: Forced, found: Foreseen) -> tuple[Measured, dict[str, Measu
 
 
 @FORCED_TASKS.register("perplexity")
-def perplexity(tokenizer: Any, chosen: Items) -> ForcedTask:
+def perplexity(tokenizer: Tokenizer, chosen: Items) -> ForcedTask:
     """Next-token loss of texts: nats a token; bits a byte, KL and agreement beside it."""
     texts = prompts(
         "bundled" if chosen.data is None else chosen.data,
@@ -83,13 +82,13 @@ def perplexity(tokenizer: Any, chosen: Items) -> ForcedTask:
 
 
 @FORCED_TASKS.register("gsm8k-likelihood")
-def gsm8k_likelihood(tokenizer: Any, chosen: Items) -> ForcedTask:
+def gsm8k_likelihood(tokenizer: Tokenizer, chosen: Items) -> ForcedTask:
     """Loss of GSM8K's reference solutions, the question given."""
     return _solutions("gsm8k-likelihood", tokenizer, chosen)
 
 
 @FORCED_TASKS.register("math500-likelihood")
-def math500_likelihood(tokenizer: Any, chosen: Items) -> ForcedTask:
+def math500_likelihood(tokenizer: Tokenizer, chosen: Items) -> ForcedTask:
     """Loss of MATH-500's reference solutions, the problem given."""
     return _solutions("math500-likelihood", tokenizer, chosen)
 
@@ -98,13 +97,13 @@ PLAIN_TEXTS = ("perplexity",)
 """Tasks whose texts are no questions, and so never in the chat template."""
 
 
-def alike(tokenizer: Any, task: str, chosen: Items) -> Prompts:
+def alike(tokenizer: Tokenizer, task: str, chosen: Items) -> Prompts:
     """The bundled texts with the beginning that a task's items have: where to locate for them."""
     chat = task not in PLAIN_TEXTS and in_template(tokenizer, chosen.chat)
     return prompts(bos=None if chat else chosen.bos, chat=chat)
 
 
-def _solutions(name: str, tokenizer: Any, chosen: Items) -> ForcedTask:
+def _solutions(name: str, tokenizer: Tokenizer, chosen: Items) -> ForcedTask:
     """Question and reference answer; the answer's tokens are scored."""
     file, (asked, told) = LIKELIHOOD_FILES[name]
     pairs = [(row[asked], " " + row[told]) for row in read_jsonl(chosen, file, (asked, told))]
@@ -132,7 +131,7 @@ def _solutions(name: str, tokenizer: Any, chosen: Items) -> ForcedTask:
     )
 
 
-def read_jsonl(chosen: Items, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+def read_jsonl(chosen: Items, name: str, fields: Sequence[str]) -> list[JsonObject]:
     """The first rows of a JSON-lines file, all of them objects with these text fields.
 
     Raises:  PromptError: no such file, a line that is no such object, or no line at all.

@@ -341,7 +341,7 @@ def _entered(model: Opened, edit: WeightEdit) -> AbstractContextManager[object]:
     given: Any = edit  # a change has its own settings, none of which is None
     bridge, layer, expert = model.bridge, edit.layer, edit.expert
     pair = (given.dim, given.neuron)
-    every: dict[str, Any] = {"tokens": "all", "factor": edit.factor}
+    every: Options = {"tokens": "all", "factor": edit.factor}
     if edit.change == "gain":
         return norm_scale_dims(bridge, layer, dims=[given.dim], norm=given.norm, **every)
     if edit.change == "transplant":

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,8 +171,6 @@ def _back(stored: Tensor, model: Tensor) -> Callable[[Tensor], Tensor] | None:
 
 
 def _write(header: GGUFHeader, changed: Mapping[str, Changed], history: str, path: Path) -> None:
-    import gguf
-
     with foreign(header):
         readers = [gguf.GGUFReader(file) for file in header.files]
         writer = gguf.GGUFWriter(path, str(header.fields["general.architecture"]))
@@ -190,10 +189,8 @@ def _write(header: GGUFHeader, changed: Mapping[str, Changed], history: str, pat
             writer.close()
 
 
-def copy_fields(reader: Any, writer: Any) -> None:
+def copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
     """All fields but an earlier history; an array without values has no type, and is left out."""
-    import gguf
-
     for name, field in reader.fields.items():
         value = None if name.startswith(OWN) else field.contents()
         if value is None or value == []:
@@ -205,10 +202,10 @@ def copy_fields(reader: Any, writer: Any) -> None:
         writer.add_key_value(name, value, field.types[0], field.types[-1] if array else None)
 
 
-def _data(tensor: Any, changed: Mapping[str, Changed]) -> tuple[str, Any, Any]:
+def _data(
+    tensor: gguf.ReaderTensor, changed: Mapping[str, Changed]
+) -> tuple[str, np.ndarray, gguf.GGMLQuantizationType]:
     """Name, what is written, and its format."""
-    import gguf
-
     if (new := changed.get(tensor.name)) is None:
         return tensor.name, tensor.data, tensor.tensor_type
     kind = gguf.GGMLQuantizationType[new.kind]

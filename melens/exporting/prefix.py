@@ -207,7 +207,7 @@ def _off(hf: TransformersModel, prefix: Prefix, wanted: Tensor) -> float:
 def facts_of(
     hf: TransformersModel,
     prefix: Prefix,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     logit_difference: float,
     chosen: ChosenPrefix | None = None,
 ) -> PrefixFacts:
@@ -376,7 +376,7 @@ def for_call(
     }
 
 
-def fixed_first(tokenizer: Tokenizer, first_token: str | int | None = None) -> int:
+def fixed_first(tokenizer: Tokenizer | None, first_token: str | int | None = None) -> int:
     """Id of the token that every input starts with.
 
     Args:    first_token: an id, or a text of one token; None = what the tokenizer puts first (BOS,
@@ -409,7 +409,7 @@ def _chat_start(tokenizer: Tokenizer) -> int | None:
         raise PromptError(f"{error} Or {SAY_WHICH}.") from None
 
 
-def _asked_for(tokenizer: Tokenizer, first_token: str | int) -> int:
+def _asked_for(tokenizer: Tokenizer | None, first_token: str | int) -> int:
     if isinstance(first_token, int) and not isinstance(first_token, bool):
         if first_token < 0 or (tokenizer is not None and first_token >= len(tokenizer)):
             raise PromptError(f"first_token {first_token} is outside the vocabulary.")

@@ -61,7 +61,7 @@ class Subject:
 
     runnable: AnyModel
     """What an edit is entered on: a bridge, or a plain transformers model."""
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     """None where it is not known."""
     origin: Origin
     weights: str | None
@@ -180,7 +180,7 @@ def _of_bridge(bridge: HookedModel, *, source: str | Path | None = None) -> Subj
     return Subject(bridge, bridge.tokenizer, origin, fingerprint(bridge), source)
 
 
-def _of_plain(model: Any, tokenizer: Tokenizer | None) -> Subject:
+def _of_plain(model: AnyModel, tokenizer: Tokenizer | None) -> Subject:
     if hasattr(model, "peft_config"):
         raise ModelError("this is a PEFT model; give model.merge_and_unload() to export it.")
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
@@ -191,7 +191,7 @@ def _of_plain(model: Any, tokenizer: Tokenizer | None) -> Subject:
     return Subject(model, tokenizer or _tokenizer_in(folder), origin, None, folder)
 
 
-def _tokenizer_in(folder: Path | None) -> Any:
+def _tokenizer_in(folder: Path | None) -> Tokenizer | None:
     if folder is None or not any(folder.glob("tokenizer*")):
         return None
     from transformers import AutoTokenizer
@@ -199,7 +199,7 @@ def _tokenizer_in(folder: Path | None) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _folder(hf: Any) -> Path | None:
+def _folder(hf: torch.nn.Module) -> Path | None:
     """The folder that a transformers model says it was read from, if it is there."""
     path = str(getattr(hf.config, "_name_or_path", "") or "")
     return Path(path) if path and (Path(path) / "config.json").is_file() else None

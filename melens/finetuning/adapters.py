@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,11 +11,22 @@ from melens.errors import InterventionError
 from melens.exporting.prefix import check_like_peft, constant_prefix, row_of
 from melens.finetuning.settings import Training
 from melens.models.decoder import decoder_of, layer_list
+from melens.protocols import TransformersModel
 from melens.results import MELayer
 from melens.results.edit import Edit
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def trainable(hf: Any, how: Training, me_layer: MELayer | None, *, first_token: int | None) -> Any:
+    TrainedModel = TransformersModel | PeftModel
+
+EMBEDDING = "embedding.weight"
+"""Of a PEFT prompt encoder: what it learns."""
+
+
+def trainable(
+    hf: TransformersModel, how: Training, me_layer: MELayer | None, *, first_token: int | None
+) -> TrainedModel:
     """The model as it is trained: itself, or PEFT around it. Nothing but that is trainable.
 
     Args:    first_token: of method sink, whose key and value the training starts from.
@@ -45,7 +56,7 @@ def parameters_of(model: nn.Module) -> int:
     return sum(value.numel() for value in model.parameters() if value.requires_grad)
 
 
-def _unfrozen(hf: Any, how: Training, me_layer: MELayer | None) -> Any:
+def _unfrozen(hf: TransformersModel, how: Training, me_layer: MELayer | None) -> TransformersModel:
     names = None
     if how.at == "me-layer":
         names = (*_linear_names(hf, how, me_layer), *_norm_names(hf, how, me_layer))
@@ -54,7 +65,9 @@ def _unfrozen(hf: Any, how: Training, me_layer: MELayer | None) -> Any:
     return hf
 
 
-def _sink(hf: Any, how: Training, me_layer: MELayer | None, first_token: int | None) -> Any:
+def _sink(
+    hf: TransformersModel, how: Training, me_layer: MELayer | None, first_token: int | None
+) -> PeftModel:
     from peft import PrefixTuningConfig, get_peft_model
 
     if first_token is None:
@@ -74,13 +87,13 @@ def _sink(hf: Any, how: Training, me_layer: MELayer | None, first_token: int | N
         token_dim=heads * width,
         prefix_projection=False,
     )
-    made: Any = get_peft_model(hf, config)
+    made = get_peft_model(hf, config)
     with torch.no_grad():
-        made.prompt_encoder["default"].embedding.weight.copy_(row_of(prefix))
+        made.get_parameter(f"prompt_encoder.default.{EMBEDDING}").copy_(row_of(prefix))
     return made
 
 
-def _linear_names(hf: Any, how: Training, me_layer: MELayer | None) -> list[str]:
+def _linear_names(hf: TransformersModel, how: Training, me_layer: MELayer | None) -> list[str]:
     """Linear layers of all blocks, or of the ME Layer's FFN, by their whole names."""
     from transformers.pytorch_utils import Conv1D
 
@@ -95,7 +108,7 @@ def _linear_names(hf: Any, how: Training, me_layer: MELayer | None) -> list[str]
     return found
 
 
-def _past_adapters(hf: Any) -> set[int]:
+def _past_adapters(hf: TransformersModel) -> set[int]:
     """Linear layers whose weights a state-space kernel reads past adapters; PEFT refuses them."""
     named = ((type(module).__name__.lower(), module) for module in hf.modules())
     mixers = [module for name, module in named if any(mark in name for mark in STATE_SPACE)]
@@ -106,13 +119,15 @@ STATE_SPACE = ("mamba", "mixer")
 """In the class names of transformers' state-space mixers (MambaMixer, FalconH1Mixer)."""
 
 
-def _norm_names(hf: Any, how: Training, me_layer: MELayer | None) -> list[str]:
+def _norm_names(hf: TransformersModel, how: Training, me_layer: MELayer | None) -> list[str]:
     """The norm that the ME Layer's FFN reads through, where only that layer is trained."""
     norm = None if how.at == "all" else _at_me_layer(hf, me_layer)[1]
     return [name for name, module in hf.named_modules() if module is norm]
 
 
-def _at_me_layer(hf: Any, me_layer: MELayer | None) -> tuple[nn.Module, nn.Module | None]:
+def _at_me_layer(
+    hf: TransformersModel, me_layer: MELayer | None
+) -> tuple[nn.Module, nn.Module | None]:
     """The ME Layer's FFN, and its norm where it reads through one."""
     at = None if me_layer is None else me_layer.me_layer
     if at is None or at < 0:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from melens.batches import prompts
@@ -24,6 +24,7 @@ from melens.models.bridging import unwrapped
 from melens.models.ffn import is_adapted
 from melens.models.loading import adopt
 from melens.models.view import merged_view_of, view_of
+from melens.protocols import Tokenizer
 from melens.results import Collapse, MELayer, Sinks
 from melens.results.finetune import EmergenceRow
 
@@ -46,7 +47,7 @@ class EmergenceCallback(TrainerCallback):
 
     def __init__(
         self,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         texts: Source = None,
         *,
         every: int = EVERY,
@@ -74,15 +75,18 @@ class EmergenceCallback(TrainerCallback):
         self.every, self.share, self.rows = every, share, list[EmergenceRow]()
         self._tokenizer, self._texts, self.report = tokenizer, texts, report
         self._file = None if file is None else Path(file)
-        self._began, self._spent, self._view = 0.0, 0.0, None
+        self._began, self._spent = 0.0, 0.0
+        self._view: nn.Module | None = None
 
     def on_train_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
+        *,
+        model: nn.Module,
+        processing_class: Tokenizer | None = None,
+        **kwargs: object,
     ) -> None:
         """Look before the first step; the time of this look is not training's."""
         if not state.is_world_process_zero:
@@ -91,7 +95,7 @@ class EmergenceCallback(TrainerCallback):
         done = [] if self._file is None else [row["step"] for row in read_rows(self._file)]
         if state.global_step in done:
             return  # taken up again where it was
-        self.look(model, state.global_step, kwargs.get("processing_class"))
+        self.look(model, state.global_step, processing_class)
         self._began, self._spent = time.perf_counter(), 0.0
 
     def on_step_end(
@@ -99,17 +103,19 @@ class EmergenceCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
+        *,
+        model: nn.Module,
+        processing_class: Tokenizer | None = None,
+        **kwargs: object,
     ) -> None:
         """Look where it is due and its share of the time allows it."""
         if not state.is_world_process_zero:
             return
         last = state.global_step >= state.max_steps > 0
         if last or (state.global_step % self.every == 0 and self._affordable()):
-            self._log(self.look(model, state.global_step, kwargs.get("processing_class")))
+            self._log(self.look(model, state.global_step, processing_class))
 
-    def look(self, model: Any, step: int, tokenizer: Any = None) -> EmergenceRow:
+    def look(self, model: nn.Module, step: int, tokenizer: Tokenizer | None = None) -> EmergenceRow:
         """Measure now, whatever the time.
 
         Raises:  PromptError: no tokenizer where texts need one. ModelError, ContractError: a model
@@ -135,8 +141,11 @@ class EmergenceCallback(TrainerCallback):
         cost = self.rows[-1].seconds if self.rows else 0.0
         return self._spent + cost <= self.share * (time.perf_counter() - self._began)
 
-    def _measured(self, model: Any, step: int, tokenizer: Any, started: float) -> EmergenceRow:
-        plain: Any = unwrapped(model)
+    def _measured(
+        self, model: nn.Module, step: int, tokenizer: Tokenizer | None, started: float
+    ) -> EmergenceRow:
+        plain = unwrapped(model)
+        assert isinstance(plain, nn.Module)
         if self._texts is None:
             self._texts = prompts(n=N_SEQ, length=LENGTH)
         if is_adapted(plain):  # what is added to the weights changes with every step

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from melens.batches import encode_all, read_text
 from melens.chat import has_template, render
 from melens.errors import PromptError
 from melens.framing import frame_of, plain_ids, split_text
+from melens.protocols import JsonObject, Tokenizer
 from melens.store import digest, is_text, json_object, lines_of
 
 Kind = Literal["messages", "prompt", "question", "preference"]
@@ -76,14 +77,14 @@ def read_training_data(path: Path | str) -> TrainingData:
     return TrainingData(path, kind, tuple(rows), digest([text], length=64))
 
 
-def _kind_of(row: dict[str, Any], where: str) -> Kind:
+def _kind_of(row: JsonObject, where: str) -> Kind:
     for kind, fields in KINDS.items():
         if all(name in row for name in fields):
             return kind
     raise PromptError(f"{where}: a row has {', '.join(sorted(row))[:80]}; give {FITS}.")
 
 
-def _row(row: dict[str, Any], kind: Kind, number: int, where: str) -> TrainingRow:
+def _row(row: JsonObject, kind: Kind, number: int, where: str) -> TrainingRow:
     if kind == "messages":
         turns = _turns(row.get("messages"), where)
         return TrainingRow(number, turns[:-1], turns[-1]["content"])
@@ -112,7 +113,7 @@ def _asked(text: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": text},)
 
 
-def _turns(found: Any, where: str, *, ends: str = "assistant") -> tuple[dict[str, str], ...]:
+def _turns(found: object, where: str, *, ends: str = "assistant") -> tuple[dict[str, str], ...]:
     """A conversation whose last turn is the assistant's (or, of a prompt, the user's)."""
     turns = found if isinstance(found, list) else []
     for n, turn in enumerate(turns, start=1):
@@ -151,7 +152,7 @@ class TokenRows:
 
 
 def tokenise(
-    data: TrainingData, tokenizer: Any, *, max_tokens: int, chat: bool | None = None
+    data: TrainingData, tokenizer: Tokenizer, *, max_tokens: int, chat: bool | None = None
 ) -> TokenRows:
     """Prompts in the tokenizer's chat template, then the answers; only these are trained on.
 
@@ -188,7 +189,7 @@ def tokenise(
 Parts = list[tuple[TrainingRow, Sequence[int], Sequence[int]]]
 
 
-def _in_template(data: TrainingData, tokenizer: Any) -> Parts:
+def _in_template(data: TrainingData, tokenizer: Tokenizer) -> Parts:
     frame = frame_of(tokenizer)
     rows = _with_rejected(data)
     asked = render(tokenizer, [row.messages for row in rows])
@@ -219,7 +220,7 @@ def _with_rejected(data: TrainingData) -> list[TrainingRow]:
     ]
 
 
-def _plain(data: TrainingData, tokenizer: Any) -> Parts:
+def _plain(data: TrainingData, tokenizer: Tokenizer) -> Parts:
     if long := next((row for row in data.rows if len(row.messages) > 1), None):
         raise PromptError(
             f"{data.path}, line {long.line}: a conversation of {len(long.messages) + 1} messages "

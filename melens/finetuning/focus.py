@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from peft import LoraConfig, LoraModel, PeftModel
 from torch import Tensor, nn
 from transformers import (
     Trainer,
@@ -37,13 +37,11 @@ STEPS_APART = 2**15
 """Seeds of two runs, and of two steps, have room for so many between them."""
 
 
-def add_fast_weights(model: Any) -> None:
+def add_fast_weights(model: PeftModel) -> None:
     """Put the fast adapter beside the one that is trained; the optimiser never sees it.
 
     Raises:  ModelError: a model whose layers have a window, or without linear layers in its FFNs.
     """
-    from peft import LoraConfig
-
     text = model.config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
     slides = bool(getattr(text, "sliding_window", None)) if kinds is None else None
@@ -71,14 +69,16 @@ def add_fast_weights(model: Any) -> None:
     activate(model)
 
 
-def activate(model: Any) -> None:
+def activate(model: PeftModel) -> None:
     """Both adapters in force, the fast one out of the optimiser's sight."""
-    model.base_model.set_adapter(["default", FAST])
+    tuner = model.base_model
+    assert isinstance(tuner, LoraModel)
+    tuner.set_adapter(["default", FAST])
     for value in fast_weights(model):
         value.requires_grad_(False)
 
 
-def fast_weights(model: Any) -> list[nn.Parameter]:
+def fast_weights(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every fast layer."""
     return [value for name, value in model.named_parameters() if f".{FAST}." in name]
 
@@ -91,8 +91,9 @@ class ThrowAway(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
+        *,
+        model: nn.Module,
+        **kwargs: object,
     ) -> None:
         """B is zero again."""
         redraw(model)
@@ -101,7 +102,9 @@ class ThrowAway(TrainerCallback):
 class FocusTrainer(SFTTrainer):
     """SFT whose every batch first adapts the fast weights; evaluation is without them."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         """Loading leaves the first adapter alone active."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         activate(self.accelerator.unwrap_model(self.model))
@@ -118,11 +121,11 @@ class FocusTrainer(SFTTrainer):
 
     def compute_loss(
         self,
-        model: Any,
-        inputs: dict[str, Any],
+        model: nn.Module,
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, object]:
         """The outer loss beside fast weights that were adapted to this batch."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -133,7 +136,7 @@ class FocusTrainer(SFTTrainer):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
-def adapt(model: Any, inputs: dict[str, Any], *, seed: int = 0) -> list[float]:
+def adapt(model: nn.Module, inputs: dict[str, Tensor], *, seed: int = 0) -> list[float]:
     """Draw the fast weights again and let them follow the loss of one batch; first order.
 
     Returns: the loss before each step, nats a token.
@@ -154,7 +157,7 @@ def adapt(model: Any, inputs: dict[str, Any], *, seed: int = 0) -> list[float]:
     return losses
 
 
-def redraw(model: Any, seed: int = 0) -> None:
+def redraw(model: nn.Module, seed: int = 0) -> None:
     """A as PEFT draws it, B zero: the fast weights change nothing.
 
     Drawn by a seed of its own: evaluations and resumed runs move the common random numbers.
@@ -184,7 +187,7 @@ def only(model: nn.Module, wanted: list[nn.Parameter]) -> Iterator[None]:
             value.requires_grad_(was)
 
 
-def two_way(inputs: dict[str, Any], dtype: torch.dtype) -> Float[Tensor, "batch 1 query key"]:
+def two_way(inputs: dict[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "batch 1 query key"]:
     """An additive mask: runs of prompt tokens see each other both ways, answers what is before.
 
     A later run sees every earlier one; padding is seen by none.

@@ -8,16 +8,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from melens.errors import OutputError, ResultError
 from melens.interventions.core import EditedTokens
-from melens.protocols import JsonObject
+from melens.protocols import JsonObject, Tokenizer
 from melens.results.finetune import EmergenceRow, LossRow
 from melens.settings import Progress
 from melens.store import RESULT, json_object, lines_of, read_text, write_atomically, write_folder
+
+if TYPE_CHECKING:
+    from melens.finetuning.adapters import TrainedModel
 
 SETTINGS, LOSSES, LOOKS, CHECKPOINTS = (
     "training.json",
@@ -192,7 +195,11 @@ class KeepLosses(TrainerCallback):
     """Losses as rows, and the best weights so far; in the first of several processes only."""
 
     def __init__(
-        self, folder: Path, model: Any, tokenizer: Any, progress: Progress | None = None
+        self,
+        folder: Path,
+        model: TrainedModel,
+        tokenizer: Tokenizer,
+        progress: Progress | None = None,
     ) -> None:
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self.progress = progress
@@ -206,7 +213,7 @@ class KeepLosses(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Say how far it is."""
         if self.progress is not None and state.is_world_process_zero:
@@ -218,7 +225,7 @@ class KeepLosses(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """One row a line."""
         row = {name: value for name, value in (logs or {}).items() if "emergence/" not in name}
@@ -233,7 +240,7 @@ class KeepLosses(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Keep the weights with the least held-out loss."""
         found = metrics or {}
@@ -244,13 +251,15 @@ class KeepLosses(TrainerCallback):
             save(self.model, self.folder / BEST, self.tokenizer)
 
 
-def save(model: Any, folder: Path, tokenizer: Any) -> None:
+def save(model: TrainedModel, folder: Path, tokenizer: Tokenizer) -> None:
     """The adapter, or the whole model where all of it was trained, in safetensors."""
-    # Fast weights, where there are any, are thrown away.
-    adapters = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    from peft import PeftModel
 
     def fill(part: Path) -> None:
-        model.save_pretrained(part, **adapters)
+        if isinstance(model, PeftModel):  # fast weights, where there are any, are thrown away
+            model.save_pretrained(str(part), selected_adapters=["default"])
+        else:
+            model.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing yet
         tokenizer.save_pretrained(part)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melens.errors import ResultError
 from melens.exporting.folder import README, check_out, export
 from melens.exporting.prefix import PREFIX_FILE, Prefix, change, facts_of, write_prefix
 from melens.exporting.subject import MELENS_JSON, probe_of, write_edit
+from melens.finetuning.adapters import EMBEDDING
 from melens.finetuning.keeping import (
     BEST,
     LAST,
@@ -28,6 +29,9 @@ from melens.results import load_result
 from melens.results.edit import Edit, EditFile
 from melens.results.finetune import FineTuning
 from melens.store import write_atomically, write_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _MERGED = """# A fine-tuned model, with its mask kept beside it
 
@@ -111,16 +115,19 @@ def merge(folder: str | Path, out: str | Path, *, which: str = LAST) -> Path:
     return made
 
 
-def prefix_of(model: Any, token_id: int) -> Prefix:
+def prefix_of(model: PeftModel, token_id: int) -> Prefix:
     """The column that was trained, as keys and values, of a PEFT model of one virtual token."""
-    config = model.active_peft_config
-    row = model.prompt_encoder[model.active_adapter].embedding.weight.detach()[0].cpu()
+    config: Any = model.active_peft_config
+    table = model.get_parameter(f"prompt_encoder.{model.active_adapter}.{EMBEDDING}")
+    row = table.detach()[0].cpu()
     heads = config.num_attention_heads
     parts = row.reshape(config.num_layers, 2, heads, 1, config.token_dim // heads)
     return Prefix(token_id, list(parts[:, 0]), list(parts[:, 1]))
 
 
-def write_sink(model: Any, result: FineTuning, token_id: int, tokenizer: Any, out: Path) -> Path:
+def write_sink(
+    model: Any, result: FineTuning, token_id: int, tokenizer: Tokenizer, out: Path
+) -> Path:
     """The learned sink as melens' own prefix, for :func:`melens.exporting.load_prefix`."""
     hf = model.get_base_model()
     prefix = prefix_of(model, token_id)

@@ -7,9 +7,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from melens.finetuning.adapters import parameters_of
 from melens.finetuning.data import IGNORED, TokenRows
@@ -19,6 +20,9 @@ from melens.finetuning.subject import checked, objective_of
 from melens.models.contract import failing
 from melens.protocols import JsonObject
 from melens.results.reading import HoldsMELayer
+
+if TYPE_CHECKING:
+    from melens.finetuning.adapters import TrainedModel
 
 DPO_PASSES = 2.7
 """Times one answer with its gradients: of a pair two such, and two of the reference without."""
@@ -72,7 +76,7 @@ def plan(
     *,
     held_out: Path | str | None = None,
     me_layer: HoldsMELayer | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> Plan:
     """Steps, tokens, memory and time of :func:`melens.finetune` with the same arguments.
 
@@ -106,7 +110,7 @@ def plan(
     )
 
 
-def _timed(model: Any, rows: TokenRows, how: Training) -> float:
+def _timed(model: TrainedModel, rows: TokenRows, how: Training) -> float:
     """Forward and backward of the longest texts, once for the caches and once for the clock."""
     order = sorted(range(len(rows.ids)), key=lambda n: -len(rows.ids[n]))[: how.batch_size]
     width, device = len(rows.ids[order[0]]), next(model.parameters()).device
@@ -137,7 +141,7 @@ def _timed(model: Any, rows: TokenRows, how: Training) -> float:
     return seconds
 
 
-def _adapt_to(model: Any, batch: dict[str, Any]) -> None:
+def _adapt_to(model: TrainedModel, batch: dict[str, Tensor]) -> None:
     """What the remedy does before a step."""
     from melens.finetuning.focus import adapt, two_way
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from melens.errors import InterventionError
 from melens.evaluating.scoring import extract_answer, same_answer
@@ -35,7 +35,7 @@ def reward_of(name: str) -> Reward:
     here = str(Path.cwd())
     try:
         sys.path.insert(0, here)  # a script of the user's own stands where the command is typed
-        found: Any = getattr(import_module(module), function, None)
+        found: object = getattr(import_module(module), function, None)
     except Exception as error:  # whatever the user's module raises
         raise InterventionError(
             f"cannot import {brief(module, 60)} ({type(error).__name__}: {first_line(error)})."
@@ -47,7 +47,9 @@ def reward_of(name: str) -> Reward:
     return cast("Reward", found)
 
 
-def math_reward(completions: Sequence[Any], answer: Sequence[str], **rest: Any) -> list[float]:
+def math_reward(
+    completions: Sequence[str | Sequence[Mapping[str, str]]], answer: Sequence[str], **rest: object
+) -> list[float]:
     """1 where the answer's final value is the row's, else 0; an answer without one counts as wrong.
 
     Args:    completions: texts, or conversations of one turn, as TRL hands them over.

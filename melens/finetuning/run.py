@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -42,14 +42,18 @@ from melens.finetuning.subject import LOCATED, TrainingSubject, checked, objecti
 from melens.finetuning.trainers import trainer_of
 from melens.interventions.context import pass_of, recomputing
 from melens.interventions.core import EditedTokens
+from melens.interventions.wemask import MaskRecord
 from melens.models.decoder import decoder_of
-from melens.protocols import JsonObject
+from melens.protocols import AnyModel, JsonObject, Options
 from melens.provenance import RunInfo, versions
 from melens.results import MELayer
 from melens.results.finetune import FineTuning
 from melens.results.reading import HoldsMELayer
 from melens.settings import Progress
 from melens.store import hash_facts, write_atomically
+
+if TYPE_CHECKING:
+    from melens.finetuning.adapters import TrainedModel
 
 
 def finetune(  # noqa: PLR0913 (settings of the training come on top)
@@ -61,7 +65,7 @@ def finetune(  # noqa: PLR0913 (settings of the training come on top)
     held_out: Path | str | None = None,
     me_layer: HoldsMELayer | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> FineTuning:
     """Fine-tune a model with a mask in force where it should be, and watch its ME Layer.
 
@@ -125,16 +129,19 @@ def run(
     return read_run(folder)
 
 
-def ready(subject: TrainingSubject, how: Training) -> tuple[Any, list[Any]]:
+def ready(subject: TrainingSubject, how: Training) -> tuple[TrainedModel, list[TrainerCallback]]:
     """The model as it is trained, and what must be told of its steps.
 
     Raises:  InterventionError, ModelError: what cannot be trained so.
     """
     trained = trainable(subject.hf, how, subject.me_layer, first_token=subject.first_token)
-    callbacks: list[Any] = []
+    callbacks: list[TrainerCallback] = []
     if how.remedy == "focus":
+        from peft import PeftModel
+
         from melens.finetuning.focus import ThrowAway, add_fast_weights
 
+        assert isinstance(trained, PeftModel)  # the remedy is of LoRA alone
         add_fast_weights(trained)
         callbacks.append(ThrowAway())
     if how.checkpointing:
@@ -154,7 +161,7 @@ class RequireEdited(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """End the training.
 
@@ -175,7 +182,7 @@ def _finished(folder: Path) -> FineTuning | None:
     return read_run(folder)
 
 
-def _keep(subject: TrainingSubject, how: Training, trained: Any, folder: Path) -> None:
+def _keep(subject: TrainingSubject, how: Training, trained: TrainedModel, folder: Path) -> None:
     """Weights, then what is made of them, then the result; checkpoints go when all is there."""
     save(trained, folder / LAST, subject.tokenizer)
     result = _result(subject, how, trained, folder)
@@ -230,7 +237,9 @@ def _named(subject: TrainingSubject) -> str | None:
     return None if at is None else subject.tokenizer.decode([at])
 
 
-def _result(subject: TrainingSubject, how: Training, trained: Any, folder: Path) -> FineTuning:
+def _result(
+    subject: TrainingSubject, how: Training, trained: TrainedModel, folder: Path
+) -> FineTuning:
     tokens, held = subject.rows.tokens, subject.held_out
     losses = losses_in(folder)
     ranked = [row for row in losses if rank_of(row) < INFINITE]
@@ -261,14 +270,14 @@ def _result(subject: TrainingSubject, how: Training, trained: Any, folder: Path)
 
 def _run_info(subject: TrainingSubject, how: Training) -> RunInfo:
     names = ("batch_size", "accumulate", "max_tokens", "packing", "checkpointing", "bf16")
-    settings: dict[str, Any] = {name: getattr(how, name) for name in names}
+    settings: JsonObject = {name: getattr(how, name) for name in names}
     settings |= {"learning_rate": f"{how.rate:g}", "chat": subject.rows.tokens.chat}
     run = RunInfo.collect(subject.facts, seed=how.seed, settings=settings)
     return run.model_copy(update={"versions": trained_with()})
 
 
 @contextmanager
-def masked(model: Any, how: Training, me_layer: MELayer | None) -> Iterator[Any]:
+def masked(model: AnyModel, how: Training, me_layer: MELayer | None) -> Iterator[MaskRecord | None]:
     """The mask in force on a model in training; nothing where it is off, or where the first token
     is no token any more but a trained key and value.
 
@@ -279,16 +288,16 @@ def masked(model: Any, how: Training, me_layer: MELayer | None) -> Iterator[Any]
         yield None
         return
     with where_held(applied(model, how.mask, me_layer)) as record:
-        yield record
+        yield record if isinstance(record, MaskRecord) else None
 
 
-def checkpointing(model: Any) -> dict[str, Any]:
+def checkpointing(model: AnyModel) -> Options:
     """Settings of torch's gradient checkpointing under which a block that is computed again sees
     the tokens of the pass it belongs to, whatever ran in between.
     """  # noqa: D205
     inner = decoder_of(model).model
 
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         try:
             seen = pass_of(inner)
         except InterventionError:  # no edit is open

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from melens.errors import InterventionError
 from melens.formatting import brief
 from melens.interventions.core import check_number
+from melens.protocols import JsonObject, Options
 from melens.registry import did_you_mean
 from melens.results.edit import Edit
 from melens.results.finetune import MaskedIn
@@ -175,7 +176,7 @@ class Training:
         """Whether the trained model is used with the mask."""
         return self.mask.name != "none" and self.masked_in in ("inference", "both")
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """What the weights depend on, for a run's record and the key of what is kept."""
         made = {**asdict(self), "mask": self.mask.model_dump(mode="json")}
         return {name: value for name, value in made.items() if name != "report_to"}
@@ -219,7 +220,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         )
 
 
-def training_of(given: Training | None, settings: dict[str, Any]) -> Training:
+def training_of(given: Training | None, settings: Options) -> Training:
     """Settings given as one object, as single words, or both; words win.
 
     Raises:  InterventionError: an unknown word, or no ``Training``.

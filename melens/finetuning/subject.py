@@ -22,7 +22,7 @@ from melens.measuring.located import check_same_model
 from melens.models.loading import adopt, load_plain
 from melens.models.origin import Origin, fingerprint, remember
 from melens.models.view import view_of
-from melens.protocols import Tokenizer
+from melens.protocols import Tokenizer, TransformersModel
 from melens.provenance import ModelFacts
 from melens.results import MELayer
 from melens.results.reading import HoldsMELayer, located_in
@@ -49,8 +49,8 @@ class TrainingSet:
 class TrainingSubject:
     """A model that is about to be trained, and what on."""
 
-    hf: Any
-    tokenizer: Any
+    hf: TransformersModel
+    tokenizer: Tokenizer
     facts: ModelFacts
     source: str
     """What the model is loaded by again: a path of a folder is whole."""

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from melens.chat import Message
 from melens.errors import ModelError
+from melens.finetuning.data import TrainingRow
 from melens.finetuning.keeping import CHECKPOINTS
 from melens.finetuning.rewards import reward_of
 from melens.finetuning.settings import Objective, Training
 from melens.finetuning.subject import TrainingSet, TrainingSubject, objective_of
+from melens.protocols import Options
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from melens.finetuning.adapters import TrainedModel
+
+Classes = tuple[type[TrainingArguments], type[Trainer]]
 
 
 def trainer_of(
-    model: Any,
+    model: TrainedModel,
     subject: TrainingSubject,
     how: Training,
     folder: Path,
     callbacks: Sequence[TrainerCallback],
-) -> Any:
+) -> Trainer:
     """The trainer of the objective; its loop, optimiser and checkpoints are TRL's own.
 
     Raises:  ModelError: a model that no hook would be seen in.
@@ -47,7 +58,7 @@ def trainer_of(
     return made
 
 
-def silent(trainer: Any) -> Any:
+def silent(trainer: type[Trainer]) -> Callable[..., Trainer]:
     """The trainer, which reports its use to nobody: the switch of the environment is read only when
     the hub's library is imported.
     """  # noqa: D205
@@ -60,7 +71,7 @@ def silent(trainer: Any) -> Any:
     return Silent
 
 
-def _more(objective: Objective, model: Any, how: Training) -> dict[str, Any]:
+def _more(objective: Objective, model: TrainedModel, how: Training) -> Options:
     """What one objective's trainer alone takes."""
     if objective == "grpo":
         return {"reward_funcs": [reward_of(how.reward)]}
@@ -69,7 +80,7 @@ def _more(objective: Objective, model: Any, how: Training) -> dict[str, Any]:
     return {}
 
 
-def _arguments(how: Training, folder: Path, *, evaluate: bool) -> dict[str, Any]:
+def _arguments(how: Training, folder: Path, *, evaluate: bool) -> Options:
     every = min(how.save_every, how.steps)
     return {
         "output_dir": str(folder / CHECKPOINTS),
@@ -99,14 +110,14 @@ def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def _sft() -> tuple[Any, Any]:
+def _sft() -> Classes:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     return SFTConfig, SFTTrainer
 
 
-def _focus() -> tuple[Any, Any]:
+def _focus() -> Classes:
     from trl.trainer.sft_config import SFTConfig
 
     from melens.finetuning.focus import FocusTrainer
@@ -114,21 +125,21 @@ def _focus() -> tuple[Any, Any]:
     return SFTConfig, FocusTrainer
 
 
-def _dpo() -> tuple[Any, Any]:
+def _dpo() -> Classes:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
     return DPOConfig, DPOTrainer
 
 
-def _grpo() -> tuple[Any, Any]:
+def _grpo() -> Classes:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     return GRPOConfig, GRPOTrainer
 
 
-def _token_rows(rows: TrainingSet, how: Training) -> Any:
+def _token_rows(rows: TrainingSet, how: Training) -> Dataset:
     """Ids and labels; of method sink without the token that the trained column stands for."""
     first = int(how.method == "sink")
     return _dataset(
@@ -137,11 +148,11 @@ def _token_rows(rows: TrainingSet, how: Training) -> Any:
     )
 
 
-def _pairs(rows: TrainingSet, how: Training) -> Any:
+def _pairs(rows: TrainingSet, how: Training) -> Dataset:
     """Conversations where there is a template, else texts; TRL tokenises them as data.py does."""
     chat = rows.tokens.chat
 
-    def answer(text: str | None) -> Any:
+    def answer(text: str | None) -> list[Message] | str | None:
         return [{"role": "assistant", "content": text}] if chat else text
 
     return _dataset(
@@ -151,32 +162,34 @@ def _pairs(rows: TrainingSet, how: Training) -> Any:
     )
 
 
-def _questions(rows: TrainingSet, how: Training) -> Any:
+def _questions(rows: TrainingSet, how: Training) -> Dataset:
     return _dataset(
         prompt=[_prompt(row, rows) for row in rows.kept],
         answer=[row.answer for row in rows.kept],
     )
 
 
-def _prompt(row: Any, rows: TrainingSet) -> Any:
+def _prompt(row: TrainingRow, rows: TrainingSet) -> list[Message] | str:
     if rows.tokens.chat:
         return list(row.messages)
     asked = row.messages[0]["content"]
     return f"Question: {asked}\nAnswer:" if rows.data.kind == "question" else asked
 
 
-def _dataset(**columns: list[Any]) -> Any:
+def _dataset(**columns: Sequence[object]) -> Dataset:
     from datasets import Dataset
 
     return Dataset.from_dict(columns)
 
 
-_KINDS: dict[Objective, tuple[Any, Any]] = {
+_KINDS: dict[
+    Objective, tuple[Callable[[], Classes], Callable[[TrainingSet, Training], Dataset]]
+] = {
     "sft": (_sft, _token_rows),
     "dpo": (_dpo, _pairs),
     "grpo": (_grpo, _questions),
 }
-_OWN: dict[str, Any] = {
+_OWN: dict[Objective, Callable[[Training], Options]] = {
     "sft": lambda how: {
         "max_length": how.max_tokens if how.packing else None,
         "packing": how.packing,
@@ -191,7 +204,7 @@ _OWN: dict[str, Any] = {
 before), so no length is given where none is needed."""
 
 
-def require_uncompiled(model: Any) -> None:
+def require_uncompiled(model: nn.Module) -> None:
     """Refuse what no hook would be seen in.
 
     Raises:  ModelError: the model was compiled.

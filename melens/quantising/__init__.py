@@ -1,7 +1,7 @@
 """quantise(): loss under number formats, with what melens knows kept whole, and with controls."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens.quantising.recipe import recipes, write_recipes
 from melens.quantising.schemes import DEFAULT, SCHEMES
@@ -14,7 +14,7 @@ __all__ = ["DEFAULT", "SCHEMES", "Protect", "quantise", "recipes", "write_recipe
 _HOMES = {"Protect": "bench", "quantise": "run"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load on first use: schemes and recipes are read without torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'melens.quantising' has no attribute {name!r}.")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -170,12 +170,11 @@ def _weights(layer: int, block: nn.Module, names: dict[int, str]) -> Iterator[Li
                 flipped = isinstance(module, Conv1D)
                 yield LinearWeight(f"{whole}.weight", layer, module, "weight", flipped)
             continue
-        part: Any = module
+        transposed = getattr(module, "is_transposed", None)  # of expert weights in one tensor
         for name, value in module._parameters.items():
-            laid_out = hasattr(part, "is_transposed") and name.endswith("_proj")
+            laid_out = transposed is not None and name.endswith("_proj")
             if value is not None and value.ndim == 3 and laid_out:
-                flipped = bool(part.is_transposed)
-                yield LinearWeight(f"{whole}.{name}", layer, module, name, flipped)
+                yield LinearWeight(f"{whole}.{name}", layer, module, name, bool(transposed))
 
 
 def linear_layers(plain: PlainModel) -> Iterator[LinearLayers]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from melens.errors import ResultError
+from melens.protocols import JsonObject
 from melens.quantising.schemes import Grid, Scheme
 from melens.results.quantise import LinearLayers, Quantisation
 
@@ -19,39 +19,42 @@ VLLM, SGLANG, TRANSFORMERS = "vLLM", "SGLang", "transformers"
 ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
 WHOLE = {"_type": "PerTensor", "_version": 1, "_data": {}}
 INT8_BOTH = "Int8DynamicActivationInt8WeightConfig"
-TOOLS: dict[str, dict[str, Any]] = {
+TOOLS: dict[str, dict[str, JsonObject]] = {
     "w8a8-tensor": {
         LLM_COMPRESSOR: {},
         COMPRESSED: {},
-        TORCHAO: (INT8_BOTH, {"granularity": [WHOLE, ROW]}),
+        TORCHAO: {"_type": INT8_BOTH, "_data": {"granularity": [WHOLE, ROW]}},
     },
     "w8a8-static": {LLM_COMPRESSOR: {}, COMPRESSED: {}},
     "w8a8-token": {
         LLM_COMPRESSOR: {},
         COMPRESSED: {},
         BITSANDBYTES: {"load_in_8bit": True, "llm_int8_threshold": 0.0},
-        TORCHAO: (INT8_BOTH, {"granularity": ROW}),
+        TORCHAO: {"_type": INT8_BOTH, "_data": {"granularity": ROW}},
     },
     "fp8-static": {LLM_COMPRESSOR: {}, COMPRESSED: {}},
     "fp8-token": {
         LLM_COMPRESSOR: {},
         COMPRESSED: {},
-        TORCHAO: ("Float8DynamicActivationFloat8WeightConfig", {"granularity": [ROW, ROW]}),
+        TORCHAO: {
+            "_type": "Float8DynamicActivationFloat8WeightConfig",
+            "_data": {"granularity": [ROW, ROW]},
+        },
     },
     "w8a16": {
         LLM_COMPRESSOR: {},
         COMPRESSED: {},
         GPTQMODEL: {"bits": 8},
-        TORCHAO: ("Int8WeightOnlyConfig", {"granularity": ROW}),
+        TORCHAO: {"_type": "Int8WeightOnlyConfig", "_data": {"granularity": ROW}},
     },
     "w4a16": {
         LLM_COMPRESSOR: {},
         COMPRESSED: {},
         GPTQMODEL: {"bits": 4},
-        TORCHAO: (
-            "IntxWeightOnlyConfig",
-            {"weight_dtype": {"_type": "torch.dtype", "_data": "int4"}},
-        ),
+        TORCHAO: {
+            "_type": "IntxWeightOnlyConfig",
+            "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": "int4"}},
+        },
     },
     "w4a4": {LLM_COMPRESSOR: {}, COMPRESSED: {}},
     "q8_0": {LLAMA_CPP: {"type": "Q8_0"}},
@@ -93,7 +96,7 @@ class Setting:
     kept: tuple[str, ...] = ()
 
     @property
-    def own(self) -> Any:
+    def own(self) -> JsonObject:
         """The tool's words for the numbers."""
         return TOOLS[self.scheme.name][self.tool]
 
@@ -167,14 +170,14 @@ def _any_block(name: str) -> str:
     return re.escape(name).replace(r"\*", r"\d+")
 
 
-def _args(grid: Grid, group: int | None = None) -> dict[str, Any]:
+def _args(grid: Grid, group: int | None = None) -> JsonObject:
     """A grid as compressed-tensors' QuantizationArgs."""
     strategy = "tensor" if grid.per == "text" else grid.per
     made = {"num_bits": grid.bits, "type": grid.kind, "symmetric": True, "strategy": strategy}
     return {**made, "group_size": group} if grid.per == "group" else made
 
 
-def _config_groups(setting: Setting) -> dict[str, Any]:
+def _config_groups(setting: Setting) -> JsonObject:
     scheme, groups = setting.scheme, setting.groups()
     assert isinstance(scheme.weights, Grid)
     made = {}
@@ -218,7 +221,7 @@ def llm_compressor(setting: Setting) -> str:
 @writer(GPTQMODEL, "json")
 def gptqmodel(setting: Setting) -> str:
     """QuantizeConfig's arguments; the first rule of ``dynamic`` that matches a module counts."""
-    rules: dict[str, Any] = {f"-:{_regex(name)}$": {} for name in setting.kept}
+    rules: JsonObject = {f"-:{_regex(name)}$": {} for name in setting.kept}
     sizes = setting.groups()
     first = next(iter(sizes), 0)
     for size, layers in sizes.items():
@@ -237,9 +240,8 @@ def bitsandbytes(setting: Setting) -> str:
 @writer(TORCHAO, "json")
 def torchao(setting: Setting) -> str:
     """Transformers' TorchAoConfig."""
-    name, data = setting.own
     sizes = setting.groups()
-    made = {size: _ao(name, data, size) for size in sizes}
+    made = {size: _ao(setting.own, size) for size in sizes}
     kind = next(iter(made.values()))
     if len(made) > 1:
         named = {f"re:{_target(one)}": made[size] for size in sizes for one in sizes[size]}
@@ -253,11 +255,11 @@ def torchao(setting: Setting) -> str:
     )
 
 
-def _ao(name: str, data: Mapping[str, Any], group: int) -> dict[str, Any]:
+def _ao(own: JsonObject, group: int) -> JsonObject:
+    data = dict(own["_data"])
     if group:
-        per = {"_type": "PerGroup", "_version": 1, "_data": {"group_size": group}}
-        data = {**data, "granularity": per}
-    return {"_type": name, "_version": 2, "_data": dict(data)}
+        data["granularity"] = {"_type": "PerGroup", "_version": 1, "_data": {"group_size": group}}
+    return {"_type": own["_type"], "_version": 2, "_data": data}
 
 
 @writer(LLAMA_CPP, "txt")
@@ -309,7 +311,7 @@ def sglang(setting: Setting) -> str:
     return f"kv-cache-dtype: {setting.own['dtype']}\n"
 
 
-def _json(value: Any) -> str:
+def _json(value: JsonObject) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GROUPS = (128, 64, 32)
 SCALE_BITS = 16
 """What engines keep a scale in."""
-Matrix = Float[Tensor, "outside inside"]
+Matrix = Float[Tensor, "*expert outside inside"]
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from melens.batches import Batch
 from melens.errors import CaptureError, ModelError
@@ -209,7 +210,7 @@ class _Pass:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Hooks on the linear layers' modules, which are of a tree that is the plain model's."""
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         originals = {
             one.name: one.module._parameters[one.attribute] for one in self.model.plain.weights
         }
@@ -268,7 +269,9 @@ class _Pass:
         self._put_back(weights, originals)
 
     @staticmethod
-    def _put_back(weights: Any, originals: dict[str, nn.Parameter | None]) -> None:
+    def _put_back(
+        weights: Sequence[LinearWeight], originals: dict[str, nn.Parameter | None]
+    ) -> None:
         for one in weights:
             one.module._parameters[one.attribute] = originals[one.name]
 
@@ -314,8 +317,8 @@ class _Pass:
             """Rounds new keys and values before it keeps them."""
 
             def update(
-                self, keys: Tensor, values: Tensor, layer_idx: int, *rest: Any, **how: Any
-            ) -> Any:
+                self, keys: Tensor, values: Tensor, layer_idx: int, *rest: object, **how: object
+            ) -> tuple[Tensor, Tensor]:
                 if grid is None or not now.rounding:
                     return super().update(keys, values, layer_idx, *rest, **how)
                 now.fired.add(CACHE)

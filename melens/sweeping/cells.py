@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from melens.errors import MelensError, SweepError
 from melens.formatting import brief
 from melens.progress import one_command
-from melens.protocols import JsonObject
+from melens.protocols import JsonObject, Options
 from melens.provenance import versions
 from melens.registry import unknown_name
 from melens.store import hash_facts, hash_file
 from melens.sweeping.config import RunConfig, SweepConfig, combinations
+
+if TYPE_CHECKING:
+    from typer.core import TyperArgument, TyperCommand, TyperOption
+
+    Param = TyperArgument | TyperOption
 
 SET_BY_SWEEP = (
     *("out", "as_json", "force", "quiet", "dry_run", "offline"),
@@ -49,7 +54,7 @@ class SweepCell:
             name.replace("-", "_"): value for name, value in self.options.items()
         }
 
-    def params(self) -> dict[str, Any]:
+    def params(self) -> Options:
         """Every option as the command reads it."""
         command = command_of(self.command, self.title)
         return command.make_context("melens", list(self.argv[1:])).params
@@ -82,7 +87,7 @@ def _cells_of_run(config: SweepConfig, run: RunConfig, name: str) -> Iterator[Sw
     known = options_of(command)
     asked = {key: value for key, value in config.common.items() if _plain(key) in known}
     asked |= dict(run.options)
-    axes: dict[str, list[Any]] = {"model": list(run.models)}
+    axes: dict[str, list[object]] = {"model": list(run.models)}
     for key, value in asked.items():
         option = _option(known, key, name)
         axes[_shown(option)] = _values(option, value, f"{name}: {key}")
@@ -91,7 +96,7 @@ def _cells_of_run(config: SweepConfig, run: RunConfig, name: str) -> Iterator[Sw
         yield _cell(command, run.command, model, choice, name)
 
 
-def command_of(name: str, run: str) -> Any:
+def command_of(name: str, run: str) -> TyperCommand:
     """The click command of that name.
 
     Raises:  SweepError: there is none, or it makes no result of a model.
@@ -105,17 +110,20 @@ def command_of(name: str, run: str) -> Any:
     return commands[name]
 
 
-def options_of(command: Any) -> dict[str, Any]:
+def options_of(command: TyperCommand) -> dict[str, Param]:
     """Parameters by the names that a config may give: as on the command line, dashes or not."""
+    from typer.core import TyperArgument, TyperOption
+
     return {
         _plain(name): param
         for param in command.params
-        if param.name not in (*SET_BY_SWEEP, "model", "help")
+        if isinstance(param, (TyperArgument, TyperOption))
+        and param.name not in (*SET_BY_SWEEP, "model", "help")
         for name in (param.name, *(one.lstrip("-") for one in param.opts))
     }
 
 
-def _option(known: Mapping[str, Any], key: str, run: str) -> Any:
+def _option(known: Mapping[str, Param], key: str, run: str) -> Param:
     if _plain(key) in SET_BY_SWEEP or key == "json":
         raise SweepError(
             f"{run}: {key} is the sweep's own; each cell gets its folder and keeps it."
@@ -136,8 +144,9 @@ def _require_used(config: SweepConfig) -> None:
             raise SweepError(f"the config's top: {unknown_name('key', key, names)}")
 
 
-def _values(option: Any, value: Any, name: str) -> list[Any]:
+def _values(option: Param, value: object, name: str) -> list[object]:
     """The values of an axis; a list is one value where the option may be given several times."""
+    made: list[object]
     if isinstance(value, list) and option.multiple:
         nested = [isinstance(one, list) for one in value]
         made = value if value and all(nested) else [value]
@@ -153,7 +162,7 @@ def _values(option: Any, value: Any, name: str) -> list[Any]:
     return made
 
 
-def _cell(command: Any, name: str, model: str, options: JsonObject, run: str) -> SweepCell:
+def _cell(command: TyperCommand, name: str, model: str, options: JsonObject, run: str) -> SweepCell:
     known = options_of(command)
     place = _model_place(model)
     words, beside = [name, place], []
@@ -175,7 +184,7 @@ def _cell(command: Any, name: str, model: str, options: JsonObject, run: str) ->
     return SweepCell(hash_facts(facts), name, model, dict(options), tuple(words))
 
 
-def _typed(param: Any, value: Any, name: str) -> list[str]:
+def _typed(param: Param, value: object, name: str) -> list[str]:
     """A value as it would be typed."""
     if param.param_type_name == "option" and getattr(param, "is_flag", False):
         if not isinstance(value, bool):
@@ -197,7 +206,7 @@ def _typed(param: Any, value: Any, name: str) -> list[str]:
     return [f"{longest}{joint}{text}" for text in texts]
 
 
-def _checked(command: Any, words: list[str], run: str) -> JsonObject:
+def _checked(command: TyperCommand, words: list[str], run: str) -> JsonObject:
     """Every parameter as the command reads it, files by their content.
 
     Raises:  SweepError: a value that the command refuses.
@@ -216,7 +225,7 @@ def _checked(command: Any, words: list[str], run: str) -> JsonObject:
     }
 
 
-def _by_content(value: Any) -> Any:
+def _by_content(value: object) -> object:
     if isinstance(value, Path):
         return _files(str(value)) or str(value)
     return getattr(value, "value", value)
@@ -258,7 +267,7 @@ def _absolute(name: str) -> str:
     return str(path.resolve()) if name not in ("", "-") and path.exists() else name
 
 
-def _is_path(param: Any) -> bool:
+def _is_path(param: Param) -> bool:
     from melens.cli.help import value_kind
 
     return value_kind(param).name == "path"
@@ -268,5 +277,5 @@ def _plain(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
 
 
-def _shown(param: Any) -> str:
+def _shown(param: Param) -> str:
     return max(param.opts, key=len).lstrip("-")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from melens.errors import SweepError
 from melens.formatting import brief
+from melens.protocols import JsonObject
 from melens.registry import unknown_name
 from melens.store.disk import PAGE, read_text
 
@@ -51,7 +52,7 @@ class RunConfig:
 
     command: str
     models: tuple[str, ...]
-    options: Mapping[str, Any]
+    options: JsonObject
     """By name as on the command line, without the dashes before it."""
 
 
@@ -62,11 +63,11 @@ class SweepConfig:
     runs: tuple[RunConfig, ...]
     out: Path | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
-    common: Mapping[str, Any] = field(default_factory=dict)
+    common: JsonObject = field(default_factory=dict)
     """Options of all runs; a command that has no such option goes without."""
 
 
-def read_config(given: str | Path | Mapping[str, Any]) -> SweepConfig:
+def read_config(given: str | Path | Mapping[str, object]) -> SweepConfig:
     """A sweep from a TOML file, or from what such a file would hold.
 
     Raises:  SweepError: not TOML, or a key that has no meaning; names the place.
@@ -85,7 +86,7 @@ def read_config(given: str | Path | Mapping[str, Any]) -> SweepConfig:
         raise SweepError(f"{path} is not valid TOML: {error}.") from None
 
 
-def _config(data: dict[str, Any], name: str) -> SweepConfig:
+def _config(data: JsonObject, name: str) -> SweepConfig:
     runs = data.pop("run", None)
     if not isinstance(runs, list) or not runs or not all(isinstance(r, Mapping) for r in runs):
         raise SweepError(
@@ -114,7 +115,7 @@ def _engine(given: object, name: str) -> EngineConfig:
         raise SweepError(f"{name}: {place}: {first['msg']}.") from None
 
 
-def _run(run: dict[str, Any], models: object, name: str) -> RunConfig:
+def _run(run: JsonObject, models: object, name: str) -> RunConfig:
     command = run.pop("command", None)
     if not isinstance(command, str):
         raise SweepError(f"{name} names no command; add e.g. command = 'locate'.")
@@ -128,7 +129,7 @@ def _run(run: dict[str, Any], models: object, name: str) -> RunConfig:
     return RunConfig(command, tuple(dict.fromkeys(listed)), run)
 
 
-def combinations(axes: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[JsonObject]:
     """Every choice of one value an axis, the last axis the fastest."""
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))

@@ -16,15 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 from melens.errors import EngineError, MissingPackageError, SweepError
 from melens.formatting import brief
 from melens.models.complaints import first_line
 from melens.progress import remark
+from melens.protocols import Options
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.config import EngineConfig
 from melens.sweeping.work import Work, run_work
+
+if TYPE_CHECKING:
+    from submitit import Job
+    from submitit.helpers import DelayedSubmission
 
 FIRST_WAIT = 1.0
 """Seconds before work that was lost begins again; doubled each time."""
@@ -96,7 +102,7 @@ class Local:
 
 
 @contextmanager
-def _ray(how: EngineConfig) -> Iterator[Any]:
+def _ray(how: EngineConfig) -> Iterator[ModuleType]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what fails is said in one line
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -115,12 +121,10 @@ def _ray(how: EngineConfig) -> Iterator[Any]:
             ray.shutdown()
 
 
-def _connect(ray: Any, how: EngineConfig) -> None:
+def _connect(ray: ModuleType, how: EngineConfig) -> None:
     if how.address is not None and how.address != "auto":
         _require_answer(how.address)
-    where: dict[str, Any] = (
-        {"address": how.address} if how.address else {"include_dashboard": False}
-    )
+    where: Options = {"address": how.address} if how.address else {"include_dashboard": False}
     if how.address is None:
         where["num_cpus"] = max(how.workers * (how.cpus or 1), os.cpu_count() or 1)
     try:
@@ -153,7 +157,7 @@ def _require_answer(address: str) -> None:
         ) from None
 
 
-def _require_resources(ray: Any, how: EngineConfig) -> None:
+def _require_resources(ray: ModuleType, how: EngineConfig) -> None:
     """A task that no machine can hold would wait for ever."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": how.cpus or 1, "GPU": how.gpus, "memory": (how.memory_gb or 0) * 1e9}
@@ -171,11 +175,11 @@ class OnRay:
     """Tasks of a Ray cluster; Ray decides where and when."""
 
     how: EngineConfig
-    ray: Any
+    ray: ModuleType
 
     def run(self, works: Sequence[Work]) -> None:
         """Run it; work whose worker or machine was lost begins again, at its first open cell."""
-        waiting, tasks = list(works), dict[Any, tuple[Work, int]]()
+        waiting, tasks = list(works), dict[object, tuple[Work, int]]()
         try:
             while waiting or tasks:
                 while waiting and len(tasks) < self.how.workers:
@@ -187,7 +191,7 @@ class OnRay:
                 self.ray.cancel(task, force=True)
             raise
 
-    def _wait(self, tasks: dict[Any, tuple[Work, int]]) -> None:
+    def _wait(self, tasks: dict[object, tuple[Work, int]]) -> None:
         """Until one task has ended; start it again where its worker was lost."""
         ended, _ = self.ray.wait(list(tasks), num_returns=1)
         work, lost = tasks.pop(ended[0])
@@ -203,7 +207,7 @@ class OnRay:
             time.sleep(wait)
             tasks[self._start(work)] = (work, lost + 1)
 
-    def _start(self, work: Work) -> Any:
+    def _start(self, work: Work) -> object:
         cpus = self.how.cpus or 1  # of another machine; this one's cores say nothing about it
         task = self.ray.remote(_begin).options(
             num_cpus=cpus,
@@ -257,7 +261,7 @@ def _say_lost(said: str, wait: float) -> None:
     remark(f"a worker was lost ({said}); its open cells begin again in {wait:g} s.")
 
 
-def _submitit(how: EngineConfig) -> Any:
+def _submitit(how: EngineConfig) -> ModuleType:
     try:
         submitit = import_module("submitit")
     except ImportError:
@@ -279,7 +283,7 @@ class JobOfCells:
         """Run the cells."""
         _begin(work)
 
-    def checkpoint(self, work: Work) -> Any:
+    def checkpoint(self, work: Work) -> DelayedSubmission:
         """The same work: what is done stands in the folder."""
         return import_module("submitit").helpers.DelayedSubmission(self, work)
 
@@ -290,11 +294,11 @@ class OnSlurm:
 
     how: EngineConfig
     folder: Path
-    submitit: Any
+    submitit: ModuleType
 
     def run(self, works: Sequence[Work]) -> None:
         """Run it; a job that was lost is submitted again, with what is open of its cells."""
-        waiting, running, lost = list(works), dict[Any, Work](), dict[int, int]()
+        waiting, running, lost = list(works), dict[Job[None], Work](), dict[int, int]()
         try:
             while waiting or running:
                 room = len(waiting) if self.how.cluster == "slurm" else self._room(running)
@@ -310,10 +314,10 @@ class OnSlurm:
                 job.cancel()
             raise
 
-    def _room(self, running: dict[Any, Work]) -> int:
+    def _room(self, running: dict[Job[None], Work]) -> int:
         return max(0, self.how.workers - len(running))
 
-    def _submit(self, works: Sequence[Work]) -> list[Any]:
+    def _submit(self, works: Sequence[Work]) -> list[Job[None]]:
         executor = self.submitit.AutoExecutor(self.folder / JOBS, cluster=self.how.cluster)
         cpus = self.how.cpus or max(1, (os.cpu_count() or 1) // self.how.workers)
         executor.update_parameters(
@@ -328,12 +332,12 @@ class OnSlurm:
             **({"slurm_additional_parameters": self.how.slurm} if self.how.slurm else {}),
         )
         with _environment(environment()):
-            jobs: Iterable[Any] = executor.map_array(
+            jobs: Iterable[Job[None]] = executor.map_array(
                 JobOfCells(), [replace(work, threads=cpus) for work in works]
             )
         return list(jobs)
 
-    def _again(self, job: Any, work: Work, lost: dict[int, int]) -> list[Work]:
+    def _again(self, job: Job[None], work: Work, lost: dict[int, int]) -> list[Work]:
         """The work of a job that did not come to its end."""
         said = _failure(job, self.submitit)
         if said is None:
@@ -349,7 +353,7 @@ class OnSlurm:
         return [work]
 
 
-def _failure(job: Any, submitit: Any) -> str | None:
+def _failure(job: Job[None], submitit: ModuleType) -> str | None:
     """What became of a job that has ended; None where it came to its end."""
     try:
         error = job.exception()

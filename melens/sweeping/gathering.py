@@ -189,13 +189,13 @@ def _grouped(
     return pd.DataFrame(made)
 
 
-def _is_number(column: Any) -> bool:
+def _is_number(column: object) -> bool:
     from pandas.api import types
 
     return bool(types.is_numeric_dtype(column) and not types.is_bool_dtype(column))
 
 
-def _mean(name: str, column: Any, cells: int) -> dict[str, float]:
+def _mean(name: str, column: pd.Series, cells: int) -> dict[str, float]:
     """Of the cells' own means; how many there are, where it is not all."""
     import torch
 

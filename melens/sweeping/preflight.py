@@ -7,10 +7,10 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from melens.errors import InterventionError, MelensError, SiteError, SweepError
 from melens.protocols import JsonObject
+from melens.results.edit import Edit
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.work import CELLS, OUT
 
@@ -80,7 +80,7 @@ def _refuse_early(cell: SweepCell, out: Path) -> None:
     if cell.command in ("scan", "reach", "finetune") or cell.params().get("stream"):
         return
 
-    def reached(*_: Any, **__: Any) -> None:
+    def reached(*_: object, **__: object) -> None:
         raise _ModelReachedError
 
     before = LOADER.set(reached)
@@ -113,7 +113,7 @@ def _require_takes_edit(cell: SweepCell) -> None:
         raise InterventionError(f"{cell.model} takes no mask: {said}")
 
 
-def _beyond(edit: Any, depth: int) -> list[int]:
+def _beyond(edit: Edit, depth: int) -> list[int]:
     """Layers of an edit that the model has not."""
     return [at for at in edit.layers if at >= depth] if isinstance(edit.layers, tuple) else []
 

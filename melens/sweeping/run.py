@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -30,7 +29,7 @@ from melens.sweeping.watching import watching
 from melens.sweeping.work import CELLS, Work, rows_of
 
 LOCK = ".sweep.lock"
-Given = str | Path | Mapping[str, Any]
+Given = str | Path | Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,19 @@ def understood(
     return SweepJob(read, tuple(cells_of(read)), folder)
 
 
-def plan(config: Given, **beside: Any) -> SweepPlan:
+def plan(
+    config: Given,
+    *,
+    out: str | Path | None = None,
+    engine: str | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+) -> SweepPlan:
     """What :func:`sweep` would run, and about what it takes; takes the same arguments.
 
     Raises:  SweepError and others: what :func:`sweep` refuses for the config's sake.
     """
-    asked = understood(config, **beside)
+    asked = understood(config, out=out, engine=engine, workers=workers, address=address)
     require_models(asked.cells)
     return plan_of(asked.cells, asked.config.engine, asked.folder)
 

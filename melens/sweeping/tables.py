@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens.protocols import JsonObject
 from melens.store import write_atomically
@@ -47,13 +47,13 @@ def tables_of(result: Result) -> dict[str, list[JsonObject]]:
 
 
 def _summary(result: Result) -> JsonObject:
-    row = {"said": result.summary()}
+    row: JsonObject = {"said": result.summary()}
     for name, value in _single(result.to_dict()):
         row.setdefault(name, value)
     return row
 
 
-def _single(data: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _single(data: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
     """Values that are no lists, parts by ``part_field``; a run's settings are no part of it."""
     for name, value in data.items():
         place = f"{before}{name}"
@@ -66,7 +66,7 @@ def _single(data: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield place, value
 
 
-def _columns(row: Mapping[str, Any]) -> JsonObject:
+def _columns(row: Mapping[str, object]) -> JsonObject:
     from melens.results.tabular import flat
 
     return {name.replace(".", "_"): value for name, value in flat(row).items()}
@@ -79,5 +79,5 @@ def _with_axes(cell: SweepCell, kind: str, row: JsonObject) -> JsonObject:
     return {name: _plain(value) for name, value in (axes | own).items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value if value is None or isinstance(value, PLAIN) else json.dumps(value)

@@ -10,11 +10,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TextIO
 
 from melens.formatting import clipped, printable
+from melens.protocols import JsonObject
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.work import CELLS, read_state
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
 
 EVERY = 0.5
 """Seconds between two looks at the cells."""
@@ -33,7 +38,7 @@ class Board:
         self.update()
         self.before = self.count("done")
 
-    def update(self) -> list[tuple[SweepCell, dict[str, Any]]]:
+    def update(self) -> list[tuple[SweepCell, JsonObject]]:
         """Cells that ended since the last look, each with its row."""
         ended = []
         for cell in self.cells:
@@ -69,7 +74,7 @@ class Board:
         for number, (cell, row) in enumerate(ended, before + 1):
             yield self._line(number, cell, row)
 
-    def _line(self, number: int, cell: SweepCell, row: dict[str, Any]) -> str:
+    def _line(self, number: int, cell: SweepCell, row: JsonObject) -> str:
         how = f"done in {row.get('seconds') or 0:.1f} s"
         if self.states[cell.id] == "failed":
             how = f"failed: {clipped(row.get('error', ''), 200)}"
@@ -104,7 +109,7 @@ def watching(
         beat.join()
 
 
-def _live(stream: Any) -> Any:
+def _live(stream: TextIO) -> Live:
     from rich.console import Console
     from rich.live import Live
 
@@ -112,7 +117,7 @@ def _live(stream: Any) -> Any:
     return Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
 
 
-def _watch(board: Board, over: threading.Event, stream: Any, live: Any) -> None:
+def _watch(board: Board, over: threading.Event, stream: TextIO, live: Live | None) -> None:
     if live is None:
         while not over.wait(EVERY):
             _write(board, stream)
@@ -126,7 +131,7 @@ def _watch(board: Board, over: threading.Event, stream: Any, live: Any) -> None:
             live.update(table_of_board(board), refresh=True)
 
 
-def _write(board: Board, stream: Any) -> None:
+def _write(board: Board, stream: TextIO) -> None:
     try:
         for line in board.lines():
             stream.write(f"melens: {printable(line)}\n")
@@ -135,7 +140,7 @@ def _write(board: Board, stream: Any) -> None:
         return
 
 
-def table_of_board(board: Board) -> Any:
+def table_of_board(board: Board) -> Table:
     """One row a model: cells done, running, failed, waiting."""
     from rich.table import Table
     from rich.text import Text

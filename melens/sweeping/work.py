@@ -13,16 +13,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melens.errors import COULD_NOT_RUN, OutputError, ResultError
 from melens.formatting import LAYOUT, printable
-from melens.protocols import JsonObject
+from melens.protocols import HookedModel, JsonObject
 from melens.results.sweep import CellRow
 from melens.store import write_atomically
 from melens.store.disk import PAGE, read_text
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.tables import keep_rows
+
+if TYPE_CHECKING:
+    from melens.cli.app import Ended
 
 CELLS, STATE, LOG, OUT, LOCK = "cells", "cell.json", "log.txt", "out", ".lock"
 RESULT = "result.json"
@@ -43,32 +46,33 @@ class Work:
     threads: int | None = None
 
     @classmethod
-    def of(cls, folder: Path, cells: Sequence[SweepCell], **how: Any) -> Work:
+    def of(
+        cls, folder: Path, cells: Sequence[SweepCell], *, session: str, retries: int = 3
+    ) -> Work:
         """For these cells."""
-        return cls(str(folder.resolve()), tuple(asdict(cell) for cell in cells), **how)
+        return cls(str(folder.resolve()), tuple(asdict(cell) for cell in cells), session, retries)
 
 
 class LastModel:
     """Gives a command its model: the last one again, where the next command asks for the same."""
 
     def __init__(self) -> None:
-        self._asked: tuple[Any, ...] | None = None
-        self._model: Any = None
+        self._kept: tuple[tuple[object, ...], HookedModel] | None = None
+        """What was asked for, and what was given for it."""
 
-    def __call__(self, model: str, **how: Any) -> Any:
+    def __call__(self, model: str, **how: Any) -> HookedModel:
         """The model, loaded by :func:`melens.models.load`."""
         from melens.models import load
 
         asked = (model, *sorted(how.items()))
-        if asked != self._asked:
+        if self._kept is None or asked != self._kept[0]:
             self.forget()
-            self._model = load(model, **how)
-            self._asked = asked
-        return self._model
+            self._kept = asked, load(model, **how)
+        return self._kept[1]
 
     def forget(self) -> None:
         """Its memory is free for another one."""
-        self._asked = self._model = None
+        self._kept = None
         gc.collect()
 
 
@@ -190,7 +194,7 @@ def run_cell(folder: Path, cell: SweepCell, models: LastModel | None = None) -> 
     )
 
 
-def _attempt(argv: list[str], log: Path) -> tuple[Any, str]:
+def _attempt(argv: list[str], log: Path) -> tuple[Ended, str]:
     """How a command ended, and what it printed; notes and progress go to the log."""
     from melens.cli.app import INTERRUPTED, Ended, attempt
 
@@ -263,7 +267,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _row(cell: SweepCell, status: str, **found: Any) -> CellRow:
+def _row(cell: SweepCell, status: str, **found: object) -> CellRow:
     return CellRow.model_validate(
         {
             "cell": cell.id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -244,7 +244,7 @@ def _margin(
     return Margin(control=rival.edit, delta=delta.value, interval=delta.interval)
 
 
-def _split(search: Any) -> Split:
+def _split(search: _Searched) -> Split:
     halves = search.halves
     return Split(
         development=tuple(item.id for item in halves.development),

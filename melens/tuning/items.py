@@ -65,7 +65,11 @@ class Objective:
         return value, weight
 
 
-def objective_of(metric: object) -> Objective | None:
+Metric = str | Score | Objective
+"""What is measured: "loss" or a forced task by name, a function of one's own, or an Objective."""
+
+
+def objective_of(metric: Metric) -> Objective | None:
     """The metric where it needs no task; None for the name of a forced task.
 
     Raises:  UnknownNameError: no task of that name. MetricError: neither name nor function.
@@ -78,12 +82,13 @@ def objective_of(metric: object) -> Objective | None:
         _ = FORCED_TASKS[metric]
         return None
     if callable(metric):
-        score: Any = metric
-        return Objective(score)
+        return Objective(metric)
     raise MetricError(f"metric must be 'loss', a task's name or a function, got {brief(metric)}.")
 
 
-def items_of(model: HookedModel, texts: Texts, metric: Any) -> tuple[Objective, tuple[Forced, ...]]:
+def items_of(
+    model: HookedModel, texts: Texts, metric: Metric
+) -> tuple[Objective, tuple[Forced, ...]]:
     """The metric and all items, as made for this model's tokenizer.
 
     Raises:  PromptError: no tokenizer, no texts, or an item over the model's context.
@@ -97,6 +102,7 @@ def items_of(model: HookedModel, texts: Texts, metric: Any) -> tuple[Objective, 
         if model.tokenizer is None:
             raise PromptError("this model has no tokenizer; load it with melens.load(tokenizer=).")
         if objective is None:
+            assert isinstance(metric, str)
             task = FORCED_TASKS[metric](model.tokenizer, _source(texts, metric))
             objective = Objective(
                 lambda item, found: task.score(item, found)[0],
@@ -141,7 +147,7 @@ def _forced(texts: object) -> TypeGuard[Sequence[Forced]]:
     )
 
 
-def _source(texts: Any, metric: str) -> Items:
+def _source(texts: Texts, metric: str) -> Items:
     if texts is None or isinstance(texts, Path):
         return Items(data=texts, n=ITEMS)
     if not isinstance(texts, Items):
@@ -149,7 +155,7 @@ def _source(texts: Any, metric: str) -> Items:
     return replace(texts, n=texts.n or ITEMS)
 
 
-def read_once(texts: Any, metric: object) -> Texts:
+def read_once(texts: Texts, metric: Metric) -> Texts:
     """What is cut into items, read here: standard input cannot be read again."""
     if objective_of(metric) is None or _forced(texts) or Batch.read(texts) is not None:
         return texts

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
 
 from melens import __version__, locating
 from melens.errors import InterventionError, MetricError
@@ -31,6 +30,7 @@ from melens.settings import Run, setting_of
 from melens.tuning.assemble import Found, Ledger, assembled, made_controls
 from melens.tuning.items import (
     Halves,
+    Metric,
     Objective,
     Texts,
     alike_items,
@@ -60,7 +60,7 @@ PROBED = 4
 def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four things)
     model: ModelLike,
     texts: Texts = None,
-    metric: object = "loss",
+    metric: Metric = "loss",
     budget: Budget | int | None = None,
     *,
     me_layer: HoldsMELayer | None = None,
@@ -129,7 +129,7 @@ def tune(  # noqa: PLR0913 (what is searched, on what, by what, and how are four
     return search.run()
 
 
-def _check_resumable(metric: Any, run: Run) -> None:
+def _check_resumable(metric: Metric, run: Run) -> None:
     objective = objective_of(metric)
     if run.keep is not None and objective is not None and objective.name is None:
         raise MetricError(

@@ -81,6 +81,7 @@ class EditJob:
         from melens.evaluating.edits import applied, where_held
         from melens.framing import require_known
         from melens.interventions.massive import with_firsts
+        from melens.interventions.wemask import MaskRecord
 
         loaded, bundled = self.job.load()
         tokenizer = loaded.tokenizer
@@ -110,7 +111,7 @@ class EditJob:
                 without = _continue(model, tokenizer, ids, draw)
                 with where_held(applied(model, self.edit, found)) as record:
                     edited = _continue(model, tokenizer, ids, draw)
-                count = getattr(record, "edited", record)
+                count = record.edited if isinstance(record, MaskRecord) else record
                 rows.append(_row(text, without, edited, tokenizer))
                 rows[-1]["tokens_edited"] = 0 if count is None else count.tokens
                 tick(len(rows), len(texts))

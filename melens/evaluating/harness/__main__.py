@@ -17,8 +17,8 @@ Answers cached with ``--use_cache`` are kept apart by weights, dtype, chat templ
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 from melens.errors import COULD_NOT_RUN, MelensError, ModelNotFoundError
 from melens.evaluating.harness.data import (
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prepare(parsed: Any) -> None:
+def _prepare(parsed: Namespace) -> None:
     """Check what can be checked before lm-eval reads its tasks and the model is loaded."""
     if parsed.model == "melens":
         settings = dict(parsed.model_args or {})

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melens.batches import read_text
 from melens.errors import MissingPackageError, OutputError, PromptError
@@ -16,6 +16,9 @@ from melens.protocols import JsonObject
 from melens.registry import Registry
 from melens.results.base import Part
 from melens.store import TEXT, digest, is_text, json_object, lines_of, read_limited
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -228,10 +231,10 @@ IGNORED = [",", r"\$", r"(?s).*#### ", r"\.$"]
 """As in lm-eval's own gsm8k task, whose scores these give."""
 TEXTS = ("question", "problem", "prompt", "answer", "solution")
 """Fields of items that are text."""
-Doc = dict[str, Any]
+Doc = JsonObject
 
 
-def data_folder(metadata: Any) -> Path:
+def data_folder(metadata: JsonObject) -> Path:
     """The folder that the user named.
 
     Raises:  PromptError: none was.
@@ -382,7 +385,7 @@ def _lm_eval_gsm8k(doc: Doc, answer: str, pattern: str, which: int) -> float:
     return float(theirs["exact_match"])
 
 
-def _dataset(task: str, metadata: Any) -> Any:
+def _dataset(task: str, metadata: JsonObject) -> dict[str, Dataset]:
     from datasets import Dataset
 
     return {"test": Dataset.from_list(items(task, data_folder(metadata)))}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
@@ -25,7 +25,7 @@ from melens.evaluating.harness.settings import (
 from melens.framing import prompt_ids
 from melens.inputs import Inputs
 from melens.measuring.located import check_same_model
-from melens.protocols import HookedModel, JsonObject, Tokenizer, TransformersModel
+from melens.protocols import AnyModel, HookedModel, JsonObject, Tokenizer, TransformersModel
 from melens.results import MELayer
 
 try:
@@ -35,6 +35,9 @@ except ImportError as _error:
     raise MissingPackageError(
         f"evaluation with lm-eval needs it ({_error}); run: pip install 'melens[eval]'"
     ) from None
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import CacheHook
 
 HFLM: Any = huggingface.HFLM  # its registering decorator hides its type
 
@@ -95,7 +98,9 @@ class Generator(HFLM):
         batch = Batch.pad(rows, side=padding_side)
         return batch.ids, batch.mask.long()
 
-    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+    def tok_decode(
+        self, tokens: object, skip_special_tokens: bool = True
+    ) -> str | list[str] | None:
         """Text of ids; None of the end token that a tokenizer lacks."""
         if tokens is None:
             return None
@@ -138,7 +143,7 @@ class MelensLM(Generator):
         self._open = ExitStack()
         self._open.enter_context(applied(edited, wanted.edit, me_layer))
 
-    def set_cache_hook(self, cache_hook: Any) -> None:
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Keep this model's answers apart in the file that lm-eval caches answers in."""
         if cache_hook.dbdict is not None:
             keep_apart(cache_hook.dbdict, self.key)
@@ -169,11 +174,11 @@ class MelensLM(Generator):
         return super()._model_generate(*args, **kwargs)
 
 
-def _with_padding(tokenizer: Tokenizer, model: Any) -> Any:
+def _with_padding(tokenizer: Tokenizer, model: Any) -> Tokenizer:
     """The tokenizer, or a copy that pads with an id which the model has."""
     size = model.get_input_embeddings().weight.shape[0]
 
-    def fits(token: object) -> bool:
+    def fits(token: object) -> TypeGuard[int]:
         return isinstance(token, int) and 0 <= token < size
 
     if fits(tokenizer.pad_token_id):
@@ -197,7 +202,9 @@ def _on_this_machine(loading: JsonObject) -> JsonObject:
     return {name: value for name, value in loading.items() if not (absent and name == "device")}
 
 
-def _loaded(name: str, wanted: ModelArguments) -> tuple[Any, Any, Any, MELayer | None]:
+def _loaded(
+    name: str, wanted: ModelArguments
+) -> tuple[AnyModel, TransformersModel, Tokenizer, MELayer | None]:
     """What is edited, the transformers model in it, its tokenizer, and the ME Layer."""
     from melens.locating import locate
     from melens.models.loading import load, load_plain

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from melens.chat import has_template, in_template, loses_prefix, render
+from melens.chat import Message, has_template, in_template, loses_prefix, render
 from melens.errors import PromptError
 from melens.evaluating.harness.data import (
     GENERATION_TASKS,
@@ -28,10 +28,16 @@ from melens.evaluating.harness.data import (
 from melens.evaluating.harness.settings import PLAIN, model_key
 from melens.framing import frame_of, require_known
 from melens.progress import only_errors_of
-from melens.protocols import AnyModel, Tokenizer, TransformersModel
+from melens.protocols import AnyModel, Options, Tokenizer, TransformersModel
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.store import KeptRows, Refusal, RowFormat, hash_facts
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
+
+    from melens.evaluating.harness.model import Generator
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Against a checkpoint's own generation settings, under which greedy would not be greedy."""
@@ -195,14 +201,14 @@ def _answers(
             yield [_row(theirs, job, *pair) for pair in zip(batch, answers, strict=True)]
 
 
-def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
+def _requests(theirs: Task, lm: Generator, numbers: Sequence[int]) -> list[Instance]:
     """lm-eval's requests for items, their prompts in the chat template where ``lm.chat``."""
     docs = [theirs.eval_docs[number] for number in numbers]
-    options: dict[str, object] = {"apply_chat_template": False}
-    chats: list[Any] = []
+    options: Options = {"apply_chat_template": False}
+    chats: list[list[Message]] = []
     if lm.chat:
 
-        def keep(chat: Any, add_generation_prompt: bool = True) -> str:
+        def keep(chat: list[Message], add_generation_prompt: bool = True) -> str:
             chats.append(chat)
             return ""
 
@@ -219,7 +225,7 @@ def _requests(theirs: Any, lm: Any, numbers: Sequence[int]) -> list[Any]:
     return made
 
 
-def _check_prompts(lm: Any, rows: Sequence[Sequence[int]], job: _Job) -> None:
+def _check_prompts(lm: Generator, rows: Sequence[Sequence[int]], job: _Job) -> None:
     """Ids that the model has, and room: lm-eval would cut off a beginning, and the first token."""
     require_known(rows, lm.model.get_input_embeddings().weight.shape[0])
     longest = max(map(len, rows))
@@ -230,7 +236,7 @@ def _check_prompts(lm: Any, rows: Sequence[Sequence[int]], job: _Job) -> None:
         )
 
 
-def _row(theirs: Any, job: _Job, request: Any, answer: str) -> AnswerRow:
+def _row(theirs: Any, job: _Job, request: Instance, answer: str) -> AnswerRow:
     doc: Doc = request.doc
     found = theirs.process_results(doc, [answer])
     scores, counts = {}, {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
@@ -19,6 +19,9 @@ from melens.registry import unknown_name
 from melens.results import MELayer, load_located
 from melens.results.edit import Edit
 from melens.store import hash_facts
+
+if TYPE_CHECKING:
+    from sqlitedict import SqliteDict
 
 MASK = ("mask_select", "mask_rate", "mask_strength", "mask_layers", "mask_seed")
 LOADING = ("device", "dtype", "revision", "trust_remote_code")
@@ -157,7 +160,7 @@ def model_key(
     )
 
 
-def keep_apart(database: Any, key: str) -> None:
+def keep_apart(database: SqliteDict, key: str) -> None:
     """Give one model under one edit a table of its own in lm-eval's cache file.
 
     lm-eval keys a cached answer by the request alone, so that a masked model would be given the
