@@ -18,11 +18,11 @@ TABLES = (("locate", "summary"), ("locate", "profile"), ("scan", "candidates"))
 
 @pytest.fixture(scope="module")
 def config(folders):
-    """Eighteen cells on two models."""
+    """Ten cells on two models."""
     return {
         "model": [str(folder) for folder in folders.values()],
         "run": [
-            {"command": "locate", "seed": list(range(8)), "n-seq": 2, "length": 16, "bos": True},
+            {"command": "locate", "seed": list(range(4)), "n-seq": 2, "length": 16, "bos": True},
             {"command": "scan", "reach": False},
         ],
     }
@@ -34,7 +34,7 @@ def alone(config, tmp_path_factory):
     import melens
 
     out = tmp_path_factory.mktemp("alone")
-    assert melens.sweep(config, out=out, quiet=True).count("done") == 18
+    assert melens.sweep(config, out=out, quiet=True).count("done") == 10
     return out
 
 
@@ -100,7 +100,7 @@ def test_a_worker_killed_in_mid_cell_and_a_node_taken_away_lose_nothing(
             lambda: running(tmp_path, 1), lambda _: cluster.remove_node(cluster.second)
         )
         drop.join()
-        kill, killed = when(lambda: running(tmp_path, 11), lambda pid: os.kill(pid, signal.SIGKILL))
+        kill, killed = when(lambda: running(tmp_path, 6), lambda pid: os.kill(pid, signal.SIGKILL))
         kill.join()
         lost.append((killed, gone))
 
@@ -112,7 +112,7 @@ def test_a_worker_killed_in_mid_cell_and_a_node_taken_away_lose_nothing(
     )
     thread.join(timeout=10)
     assert [len(one) for one in lost[0]] == [1, 1]
-    assert made.count("done") == 18
+    assert made.count("done") == 10
     assert capsys.readouterr().err.count("a worker was lost") >= 2
     same_rows(alone, tmp_path)
 
@@ -135,7 +135,7 @@ def test_one_worker_takes_one_models_cells_after_the_other(config, alone, tmp_pa
     made = melens.sweep(config, out=tmp_path, engine="ray", workers=1, quiet=True)
     over.set()
     counter.join()
-    assert made.count("done") == 18
+    assert made.count("done") == 10
     assert max(most) == 1
     same_rows(alone, tmp_path)
 
@@ -168,8 +168,8 @@ def test_a_cell_that_always_kills_its_worker_fails_alone(config, alone, tmp_path
     row = next(row for row in made.cells if row.status == "failed")
     assert row.error.startswith("its worker was lost 2 times")
     assert len(killed) == 2
-    assert made.count("done") == 17
-    assert melens.sweep({**config, "engine": engine}, out=tmp_path, quiet=True).count("done") == 18
+    assert made.count("done") == 9
+    assert melens.sweep({**config, "engine": engine}, out=tmp_path, quiet=True).count("done") == 10
     same_rows(alone, tmp_path)
 
 
