@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from melens.errors import ResultError, UnknownNameError
 from melens.formatting import brief, printable
 from melens.protocols import JsonObject
+from melens.provenance import RunInfo
 from melens.registry import unknown_name
 from melens.store import RESULT, read_text, write_atomically
 
@@ -46,6 +47,17 @@ def look_up(data: Any, pointer: str) -> Any:
     except (KeyError, IndexError, TypeError):
         raise ResultError(f"nothing is at {pointer!r} of this report.") from None
     return here
+
+
+def kind_name(kind: Result | type[Result]) -> str:
+    """A kind of result as commands and files call it: ``locate``, of ``melens/locate/1``."""
+    return kind.schema_id.split("/")[1]
+
+
+def run_of(result: Result) -> RunInfo | None:
+    """How a result was made; None of the kinds that say it elsewhere."""
+    found = getattr(result, "run", None)
+    return found if isinstance(found, RunInfo) else None
 
 
 R = TypeVar("R", bound="Result")
@@ -206,7 +218,7 @@ class Result(Part):
             raise ResultError(f"save() got {brief(path, 40)}; name a .json file or a folder.")
         file = Path(path)
         if file.is_dir():
-            file = file / f"{self.schema_id.split('/')[1]}.json"
+            file = file / f"{kind_name(self)}.json"
         if file.suffix.lower() != ".json":
             raise ResultError(
                 f"a result is saved as JSON, and {brief(file.name, 60)} says otherwise; end it in "
