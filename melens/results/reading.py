@@ -25,7 +25,7 @@ def load_result(path: str | Path) -> Result:
     Raises:  ResultError: no path, or the file is missing, no JSON, or of a kind this version does
              not know.
     """
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):  # pyright: ignore[reportUnnecessaryIsInstance]  (a user gives anything)
         raise ResultError(f"a result is read from a file: give its path, got {brief(path, 40)}.")
     return base.load_result(path)
 
