@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import binomtest  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+from scipy.stats import binomtest  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]  (it has no types)
 from torch import Tensor
 
 LEVEL = 0.95
@@ -134,4 +134,4 @@ def wilson(hits: int, n: int) -> Interval:
 
 def _share(hits: int, n: int, method: str) -> Interval:
     found = binomtest(hits, n).proportion_ci(LEVEL, method=method)
-    return float(found.low), float(found.high)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    return float(found.low), float(found.high)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]  (it has no types)

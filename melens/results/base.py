@@ -154,7 +154,7 @@ class Result(Part):
         from melens.results.tabular import chosen, frame_of
 
         frame = frame_of(self.table(table))
-        return frame if columns is None else frame.loc[:, chosen(frame, columns)]  # pyright: ignore[reportUnknownVariableType]  (as above)
+        return frame if columns is None else frame.loc[:, chosen(frame, columns)]  # pyright: ignore[reportUnknownVariableType]  (pandas does not say)
 
     def to_csv(
         self,
