@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import binomtest
+from scipy.stats import binomtest  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]  (it has no types)
 from torch import Tensor
 
 LEVEL = 0.95
@@ -76,7 +76,11 @@ def mean_interval(values: Items, *, seed: int = 0) -> Interval | None:
     """
     if len(values) < LEAST or bool((values == values[0]).all()):
         return None
-    return bootstrap(lambda drawn: drawn.mean(-1), values.double().cpu(), seed=seed)
+    return bootstrap(_mean, values.double().cpu(), seed=seed)
+
+
+def _mean(drawn: Tensor) -> Tensor:
+    return drawn.mean(-1)
 
 
 def bootstrap(
@@ -95,8 +99,8 @@ def bootstrap(
     drawn = resamples(len(items[0]), seed=seed, tests=tests)
     tail = (1 - LEVEL) / (tests or 1) / 2
     made = statistic(*(column[drawn] for column in items))
-    low, high = made.quantile(torch.tensor([tail, 1 - tail], dtype=made.dtype)).tolist()
-    return low, high
+    low, high = made.quantile(torch.tensor([tail, 1 - tail], dtype=made.dtype))
+    return float(low), float(high)
 
 
 def resamples(
@@ -116,8 +120,8 @@ def flip_interval(up: int, down: int, items: int) -> Interval:
     Source:  Clopper & Pearson, Biometrika 26, 1934; Agresti, Categorical Data Analysis, 10.1.
     """
     flips = up + down
-    share = binomtest(up, flips).proportion_ci(LEVEL, method="exact")
-    return (2 * share.low - 1) * flips / items, (2 * share.high - 1) * flips / items
+    low, high = _share(up, flips, "exact")
+    return (2 * low - 1) * flips / items, (2 * high - 1) * flips / items
 
 
 def wilson(hits: int, n: int) -> Interval:
@@ -125,5 +129,9 @@ def wilson(hits: int, n: int) -> Interval:
 
     Source:  Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
-    found = binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
-    return float(found.low), float(found.high)
+    return _share(hits, n, "wilson")
+
+
+def _share(hits: int, n: int, method: str) -> Interval:
+    found = binomtest(hits, n).proportion_ci(LEVEL, method=method)
+    return float(found.low), float(found.high)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]  (it has no types)

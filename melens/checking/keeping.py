@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens import __version__
 from melens.errors import ResultError
-from melens.protocols import HookedModel, JsonObject, Tokenizer
+from melens.protocols import AnyModel, HookedModel, JsonObject, Tokenizer
 from melens.provenance import versions
 from melens.results.base import Result, load_result
 from melens.results.quantise import Quantisation
@@ -120,14 +120,17 @@ class Keeper:
         return None if self.folder is None else self.folder / FOLDER / f"{stage}.json"
 
 
-def full_hash(model: Any) -> str:
+def full_hash(model: AnyModel) -> str:
     """sha256 over every byte of every weight: one changed entry is another model.
 
     The fingerprint of a RunInfo samples; a damaged entry between its samples would go unseen.
     """
-    from melens.placement import filled_state, is_offloaded  # needs torch
+    from torch import nn
+
+    from melens.placement import filled_state, is_offloaded
 
     inner = getattr(model, "original_model", model)
+    assert isinstance(inner, nn.Module)
     if is_offloaded(inner):
         with filled_state(inner, _hash_of) as filled:
             state = sorted(model.state_dict().items())
@@ -160,7 +163,7 @@ def tokenizer_hash(tokenizer: Tokenizer | None) -> str | None:
     return digest([repr([held, special, flags, getattr(tokenizer, "chat_template", None)])])
 
 
-def read_head(path: Path) -> dict[str, Any]:
+def read_head(path: Path) -> JsonObject:
     """What a key file says; nothing where there is none, or a damaged one."""
     try:
         return json_object(read_limited(path, PAGE).decode()) or {}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
@@ -110,7 +110,7 @@ def _keys_at(text: str) -> Iterator[tuple[Keys, int]]:
 def _keys(line: str) -> Keys:
     """The path of the one key that a line holds; empty where it holds none."""
     try:
-        data: Any = tomllib.loads(line)
+        data: object = tomllib.loads(line)
     except (ValueError, RecursionError):
         return ()
     found: list[str] = []

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from melens import __version__
 from melens.checking.keeping import FOLDER, Keeper, read_head
@@ -29,7 +28,7 @@ NOTES = (".md", ".html", ".xml")
 REPORT = "report.json"
 
 
-def asked_of(model: Any, texts: Any, **options: Any) -> str | None:
+def asked_of(model: object, texts: object, **options: object) -> str | None:
     """Short hash of what a check is asked: every byte of model and texts, options and versions.
 
     Args:    texts: as given, before a tokenizer cuts them. options: of loading and cutting.
@@ -37,6 +36,8 @@ def asked_of(model: Any, texts: Any, **options: Any) -> str | None:
     """
     if options.get("chat") or options.get("trust_remote_code"):
         return None  # a template may write today's date, and code may lie elsewhere
+    if not isinstance(model, (str, Path)):
+        return None
     try:
         files = _files_of(model)
         words = None if files is None else _words_of(texts)
@@ -80,12 +81,10 @@ def answered_before(folder: Path, question: str) -> tuple[Keeper, RunInfo] | Non
         return None
 
 
-def _files_of(model: Any) -> list[tuple[str, Path]] | None:
+def _files_of(model: str | Path) -> list[tuple[str, Path]] | None:
     """The files that a local model is loaded from."""
     from melens.models.named import NAMED
 
-    if not isinstance(model, (str, Path)):
-        return None
     wanted = asked(model)
     folder = NAMED[wanted.name].converted if wanted.kind == "named" else wanted.path
     if wanted.kind not in ("named", "folder") or not (folder / "config.json").is_file():
@@ -101,15 +100,16 @@ def _read_by_models(folder: Path) -> Iterator[Path]:
             yield from (one for one in path.rglob("*") if one.is_file() and one.suffix in CODE)
 
 
-def _words_of(texts: Any) -> Any:
+def _words_of(texts: object) -> object:
     if texts is None or (isinstance(texts, str) and texts != "-"):
         return "bundled" if texts is None else {"text": texts}
     if isinstance(texts, Path):
         return {"file": digest([read_limited(texts, TEXT)], length=64)}
-    batches: Any = sys.modules.get("melens.batches")  # there where its Prompts are
-    if batches is not None and isinstance(texts, batches.Prompts):
-        prompts: Any = texts
-        return None if prompts.chat else asdict(prompts)
+    if "melens.batches" in sys.modules:  # there where its Prompts are; it needs torch
+        from melens.batches import Prompts
+
+        if isinstance(texts, Prompts):
+            return None if texts.chat else asdict(texts)
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
         return list(texts)
     return None

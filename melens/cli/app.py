@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from melens import __version__
@@ -47,8 +48,10 @@ from melens.progress import one_command, tell
 from melens.registry import did_you_mean
 
 INTERRUPTED = 130
-ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-"""typer carries a click of its own in newer versions and uses the installed one in older."""
+if TYPE_CHECKING:
+    from typer._click import ClickException
+else:  # typer carries a click of its own in newer versions and uses the installed one in older
+    ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 NOT_ONE_OF = re.compile(r"'([^']*)' is not one of ('.*')")
 QUOTED = re.compile(r"'([^']*)'")
@@ -161,9 +164,11 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 
 
 @cache
-def group() -> Any:
+def group() -> TyperGroup:
     """All commands as click has them, made once: one process may run many."""
-    return get_command(app)
+    made = get_command(app)
+    assert isinstance(made, TyperGroup)
+    return made
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,7 @@ def _edits_said() -> Iterator[None]:
             warnings.showwarning(one.message, one.category, one.filename, one.lineno)
 
 
-def _usage(error: Any) -> str:
+def _usage(error: ClickException) -> str:
     context = getattr(error, "ctx", None)
     hint = f" See: {context.command_path} --help" if context else ""
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         shown += options
 
     @functools.wraps(command)
-    def run(**typed: Any) -> None:
+    def run(**typed: object) -> None:
         made = {
             name: kind(**{option: typed.pop(option) for option in options})
             for name, (kind, options) in groups.items()
@@ -52,7 +52,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _group(hint: Any) -> tuple[type | None, tuple[str, ...]]:
+def _group(hint: object) -> tuple[type | None, tuple[str, ...]]:
     """The group that a parameter is annotated with, if it is one, and what it leaves out."""
     kind, *beside = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     left_out = [name for one in beside if isinstance(one, Without) for name in one.names]
@@ -60,12 +60,12 @@ def _group(hint: Any) -> tuple[type | None, tuple[str, ...]]:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: type) -> dict[str, object]:
     """Read once: every command has the same groups, and help is to come at once."""
     return get_type_hints(kind, include_extras=True)
 
 
-def _options(kind: Any, left_out: tuple[str, ...]) -> list[inspect.Parameter]:
+def _options(kind: type, left_out: tuple[str, ...]) -> list[inspect.Parameter]:
     hints = _hints(kind)
     offered = {field.name: field.default for field in fields(kind)}
     for name in left_out:

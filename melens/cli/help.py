@@ -8,10 +8,13 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:  # older versions of typer have click's own
+    from typer._click import Context, HelpFormatter, Parameter
 
 MOST, LEAST = 100, 40
 """Columns: longer lines are hard to read, and shorter ones hold no option."""
@@ -29,7 +32,7 @@ WORDS = {"integer": "INT", "int": "INT", "float": "NUMBER", "path": "PATH"}
 class HelpedCommand(TyperCommand):
     """A command whose help is laid out here."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Usage, what it does with its examples, arguments, options."""
         formatter.write(help_of(self, ctx))
 
@@ -37,7 +40,7 @@ class HelpedCommand(TyperCommand):
 class HelpedGroup(TyperGroup):
     """The command with all others below it."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Usage, what it does, options, and a line a command."""
         formatter.write(help_of(self, ctx))
 
@@ -47,19 +50,20 @@ def width_of_terminal() -> int:
     return max(LEAST, min(MOST, shutil.get_terminal_size().columns))
 
 
-def help_of(command: Any, ctx: Any) -> str:
+def help_of(command: TyperCommand | TyperGroup, ctx: Context) -> str:
     """All of a command's help, a line break at its end."""
     width = width_of_terminal()
     params = [p for p in command.get_params(ctx) if not getattr(p, "hidden", False)]
     taken = [p for p in params if p.param_type_name == "argument"]
     offered = [p for p in params if p.param_type_name == "option"]
-    below = [command.get_command(ctx, name) for name in getattr(command, "commands", ())]
+    commands = command.commands if isinstance(command, TyperGroup) else {}
+    below = [(name, _first(one.help or "")) for name, one in commands.items()]
     places = [_place(p) for p in taken] + ["COMMAND [ARGS]..."] * bool(below)
     usage = " ".join(["Usage:", ctx.command_path, *["[OPTIONS]"] * bool(offered), *places])
     parts = [_filled(usage, width, "  "), *_prose(command.help or "", width)]
     parts += _panel("Arguments", [(_place(p), _said(p)) for p in taken], width)
     parts += _panel("Options", [(_spelt(p), _said(p)) for p in offered], width)
-    parts += _panel("Commands", [(one.name, _first(one.help or "")) for one in below], width)
+    parts += _panel("Commands", below, width)
     return "\n\n".join(parts) + "\n"
 
 
@@ -113,19 +117,19 @@ def _filled(text: str, width: int, later: str = "", first: str = "") -> str:
     )
 
 
-def _place(param: Any) -> str:
+def _place(param: Parameter) -> str:
     """An argument as the docstrings name it."""
     name = param.metavar or str(param.name).upper().strip("{}[]")
     return name if param.required else f"[{name}]"
 
 
-def _spelt(param: Any) -> str:
+def _spelt(param: Parameter) -> str:
     """All spellings of an option, the short one first, and what it takes."""
     opts = sorted(param.opts, key=lambda opt: opt.startswith("--"))
     return " ".join([", ".join([*opts, *param.secondary_opts]), *filter(None, [_takes(param)])])
 
 
-def _takes(param: Any) -> str:
+def _takes(param: Parameter) -> str:
     if getattr(param, "is_flag", False):
         return ""
     kind = value_kind(param)
@@ -157,9 +161,9 @@ def value_kind(param: Any) -> ValueKind:
     return ValueKind(name, named, low, None if high is None or high > OFFERED else high)
 
 
-def _said(param: Any) -> str:
+def _said(param: Parameter) -> str:
     """The help text, with choices, range, default and variable as far as it does not say them."""
-    said, kind = " ".join((param.help or "").split()), value_kind(param)
+    said, kind = " ".join((getattr(param, "help", None) or "").split()), value_kind(param)
     flag, default = getattr(param, "is_flag", False), getattr(param.default, "value", param.default)
     notes = []
     if any(choice not in said for choice in kind.choices):

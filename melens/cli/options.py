@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -18,10 +18,12 @@ from melens.errors import InterventionError, MelensError, ResultError
 from melens.formatting import brief
 from melens.network import go_offline
 from melens.progress import hush
+from melens.protocols import Options
 
 if TYPE_CHECKING:
     from melens.results.edit import Edit
 
+T = TypeVar("T")
 Model = Annotated[
     str,
     typer.Argument(
@@ -103,7 +105,7 @@ class Dtype(StrEnum):
     auto = "auto"
 
 
-def seed_option(help: str) -> Any:
+def seed_option(help: str) -> object:
     """A --seed that chooses something else than the tokens that are tried alone."""
     return typer.Option(min=0, max=2**63 - 1, help=help)
 
@@ -185,7 +187,7 @@ class RunOptions:
         ),
     ] = False
 
-    def loading(self) -> dict[str, Any]:
+    def loading(self) -> Options:
         """What the functions that load a model are told; refuses what does not fit together."""
         return {
             **self._placed(),
@@ -195,7 +197,7 @@ class RunOptions:
             "trust_remote_code": self.trust_remote_code,
         }
 
-    def _placed(self) -> dict[str, Any]:
+    def _placed(self) -> Options:
         if not (self.device_map or self.max_memory or self.offload_folder):
             return {}
         from melens.placement import memory_limits, placement_options
@@ -388,8 +390,8 @@ def layers_from(text: str) -> str | tuple[int, ...]:
 
 
 def values_from(
-    option: str, text: str, read: Callable[[str], Any], fits: str, error: type[MelensError]
-) -> tuple[Any, ...]:
+    option: str, text: str, read: Callable[[str], T], fits: str, error: type[MelensError]
+) -> tuple[T, ...]:
     """The values between commas, in the order they were typed.
 
     Raises:  ``error``: what ``read`` makes no value of.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,9 +16,11 @@ from melens.cli.listing import Listing
 from melens.cli.render import say, show_listings
 from melens.errors import OutputError, PromptError, ResultError
 from melens.progress import is_quiet, remark
+from melens.protocols import JsonObject
+from melens.results.base import kind_name, run_of
 
 if TYPE_CHECKING:
-    from melens.results import CheckReport
+    from melens.results import AttentionMaps, CheckReport, Result
 
 BUNDLED = "bundled"
 DRAWS: ContextVar[bool] = ContextVar("draws", default=True)
@@ -56,7 +58,7 @@ def refuse_unwritable(folder: Path | None) -> None:
         raise OutputError(f"cannot write into {folder}; choose another --out.")
 
 
-def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
+def save(result: Result, folder: Path | None, name: str, figure: str) -> None:
     """Write a result's JSON and its figure (PNG and SVG)."""
     if folder is None:
         return
@@ -66,7 +68,7 @@ def save(result: Any, folder: Path | None, name: str, figure: str) -> None:
     save_picture(result, folder / figure)
 
 
-def save_picture(result: Any, place: Path, style: str | None = None) -> None:
+def save_picture(result: Result, place: Path, style: str | None = None) -> None:
     """A result's figure as PNG and SVG, unless nobody looks at figures now."""
     from melens.figures import save_figure
 
@@ -75,15 +77,16 @@ def save_picture(result: Any, place: Path, style: str | None = None) -> None:
         save_figure(figure, *(place.with_name(f"{place.name}.{kind}") for kind in PICTURES))
 
 
-def draw(result: Any, path: Path, style: str | None) -> Path:
+def draw(result: Result, path: Path, style: str | None) -> Path:
     """One figure, or the page of a result that has one."""
     from melens.figures import save_figure
+    from melens.results import AttentionMaps
 
     if path.suffix.lower() not in (".html", ".htm"):
         return save_figure(result.plot(style), path)
-    if not hasattr(result, "view"):
+    if not isinstance(result, AttentionMaps):
         raise ResultError(
-            f"a result of '{result.kind}' has no page; end the file in .png, .svg or .pdf."
+            f"a result of '{kind_name(result)}' has no page; end the file in .png, .svg or .pdf."
         )
     if style is not None:
         raise ResultError("a page has no style; drop --style, or end the file in .png.")
@@ -158,7 +161,7 @@ def draw_all(folder: Path, into: Path, kind: str, style: str | None) -> list[Pat
     return made
 
 
-def save_page(result: Any, folder: Path | None) -> None:
+def save_page(result: AttentionMaps, folder: Path | None) -> None:
     """The circuitsvis page of a result."""
     if folder is not None:
         result.view().save_html(folder / f"{result.kind}.html")
@@ -169,7 +172,9 @@ def note(text: str) -> None:
     remark(f"note: {text}")
 
 
-def show(result: Any, *, as_json: bool, folder: Path | None = None, explain: bool = False) -> None:
+def show(
+    result: Result, *, as_json: bool, folder: Path | None = None, explain: bool = False
+) -> None:
     """Print a result: JSON alone, or its tables and one plain sentence; with --quiet the latter.
 
     Args:    explain: print the rule that the result was decided by, too.
@@ -182,17 +187,18 @@ def show(result: Any, *, as_json: bool, folder: Path | None = None, explain: boo
         say(result.to_json().rstrip("\n"))
         return
     if not is_quiet():
-        show_listings(TABLES[result.kind](result))
-    if explain:
-        show_listings([Listing(f"Rule: {result.rule}.")])
+        show_listings(TABLES[kind_name(result)](result))
+    if explain and (rule := getattr(result, "rule", None)):
+        show_listings([Listing(f"Rule: {rule}.")])
     show_listings([Listing(" ".join(result.summary().split()))])
     if folder is not None:
         remark(f"wrote {folder}")
 
 
-def _no_evidence(result: Any) -> str:
+def _no_evidence(result: Result) -> str:
     """Which texts show nothing, and what to give instead; empty where each shows something."""
-    settings = result.run.settings if hasattr(result, "run") else {}
+    run = run_of(result)
+    settings: JsonObject = {} if run is None else run.settings
     of, said, instead = settings.get("sequences"), [], []
     if unknown := settings.get("unknown_texts"):
         said.append(f"{unknown} of {of} texts hold nothing but tokens unknown to this tokenizer")

@@ -8,7 +8,6 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import typer
 from rich.cells import cell_len
@@ -34,7 +33,7 @@ def say(text: str) -> None:
     typer.echo(printable(text, keep=LAYOUT))
 
 
-def say_json(value: Any) -> None:
+def say_json(value: object) -> None:
     """JSON on stdout, in ASCII: no terminal reads anything else into it."""
     say(json.dumps(value, indent=1))
 
@@ -77,7 +76,7 @@ class Column:
         return max(longest_word, -(-self.cell_width // MOST_LINES))
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+def columns_of(rows: Sequence[Mapping[str, object]]) -> list[Column]:
     """The columns of rows that all have the names of the first."""
     return [
         Column(

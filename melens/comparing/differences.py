@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens.comparing import rows
 from melens.comparing.rows import Tolerances
 from melens.comparing.sides import Side, texts_like, two_sides
+from melens.protocols import ModelLike
 from melens.provenance import ModelFacts, RunInfo
+from melens.results.base import Result
 from melens.results.diff import Difference
 
 if TYPE_CHECKING:
@@ -18,8 +20,8 @@ BASE = Tolerances()
 
 
 def diff(
-    a: Any,
-    b: Any,
+    a: ModelLike | Result | Side,
+    b: ModelLike | Result | Side,
     prompts: Source = None,
     *,
     any_texts: bool = False,
@@ -40,12 +42,16 @@ def diff(
     Raises:  ResultError: a saved file of another kind, or of other texts.
              What ``melens.locate`` raises, for models.
     """
+
+    def measure(index: int, texts: Source, like: Side | None) -> Side:
+        model = (a, b)[index]
+        assert not isinstance(model, (Result, Side))  # those are read
+        return Side.of_model(model, texts, like=like, progress=progress)
+
     sides = two_sides(
         (a, b),
         lambda saved: texts_like(saved) if prompts is None else prompts,
-        lambda index, texts, like: Side.of_model(
-            (a, b)[index], texts, like=like, progress=progress
-        ),
+        measure,
         any_texts=any_texts,
     )
     return compare(sides[0], sides[1], tolerances)

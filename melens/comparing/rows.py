@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from melens.comparing.sides import Side
 from melens.errors import ResultError
 from melens.results import MELayer
 from melens.results.check import CheckReport
 from melens.results.diff import Change, SideRow, Value
-from melens.results.sinks import SINK_EPS
+from melens.results.sinks import SINK_EPS, Sinks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from melens.results import Result
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,9 @@ def report_rows(
             yield equal(f"rule {rule.id}", rule.status, now, why_not=why_not)
 
 
-def _sink_rows(a: Any, b: Any, limits: Tolerances) -> Iterator[Change]:
+def _sink_rows(a: Result, b: Result, limits: Tolerances) -> Iterator[Change]:
+    assert isinstance(a, Sinks)
+    assert isinstance(b, Sinks)
     what = f"share of heads with a sink (eps {EPS})"
     yield difference(what, a.overall.get(EPS), b.overall.get(EPS), limits.share)
     deep = "" if a.n_layers == b.n_layers else OTHER_DEPTH
@@ -242,7 +249,7 @@ def _angles(a: Side, b: Side) -> list[float] | None:
     return [_cosine(one, two) for one, two in zip(a.steps, b.steps, strict=True)]
 
 
-def _cosine(one: Any, two: Any) -> float:
+def _cosine(one: Tensor, two: Tensor) -> float:
     from melens.metrics import cosines  # which loads torch: two saved results need none
 
     return cosines(one[None], two).item()

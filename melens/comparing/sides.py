@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from melens.errors import ResultError
 from melens.models.resolve import asked
@@ -170,7 +170,7 @@ def read_side(source: object) -> Side | None:
 
 def texts_like(
     side: Side | None,
-    source: Any = "bundled",
+    source: str | Path | Sequence[str] = "bundled",
     *,
     n: int | None = None,
     length: int | None = None,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens import __version__
 from melens.comparing.found_models import FoundModel, find_models, require_here
@@ -173,8 +173,9 @@ def _told(error: BaseException) -> str:
 
 def _said_by(one: FoundModel, files: Checkpoint) -> CensusRow:
     """What the files say before any weight is read."""
-    config: Any = files.config
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    config = files.config
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else {}
     family = text.get("model_type") or config.get("model_type")
     return CensusRow(
         name=one.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Generic, TypeVar, overload
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -23,7 +23,7 @@ from melens.figures.draw import (
 )
 from melens.figures.profile import gaps
 from melens.formatting import brief
-from melens.results.base import Result
+from melens.results.base import Result, run_of
 from melens.results.collapse import Collapse
 from melens.results.describe import TokenPortrait
 from melens.results.evaluation import Evaluation
@@ -32,6 +32,7 @@ from melens.results.metric import MetricProfile
 from melens.results.scan import WeightScan
 from melens.results.sinks import SINK_EPS, Sinks
 
+R = TypeVar("R", bound=Result)
 Curve = Sequence[float | None]
 LINES = ("-", ":", "-.")
 """From one to the next where the ten colours begin again; dashes have a meaning of their own."""
@@ -39,40 +40,40 @@ DEPTH_LABEL = "share of the blocks passed (block outputs)"
 
 
 @dataclass(frozen=True)
-class ByLayer:
+class ByLayer(Generic[R]):
     """What a kind of result shows of a model, layer by layer."""
 
-    label: Callable[[Any], str]
-    values: Callable[[Any], Curve]
-    without: Callable[[Any], Curve] | None = None
+    label: Callable[[R], str]
+    values: Callable[[R], Curve]
+    without: Callable[[R], Curve] | None = None
     """The same without the massive token, dashed."""
-    marked: Callable[[Any], int | None] = lambda result: result.me_layer
+    marked: Callable[[R], int | None] = lambda result: getattr(result, "me_layer", None)
     """A layer that gets a large marker."""
     log: bool = False
 
 
-COMPARED: dict[type[Result], ByLayer] = {
-    MELayer: ByLayer(
+COMPARED: dict[type[Result], ByLayer[Any]] = {
+    MELayer: ByLayer[MELayer](
         lambda _: "largest |x| (residual units)", lambda r: [row.max for row in r.profile], log=True
     ),
-    TokenPortrait: ByLayer(
+    TokenPortrait: ByLayer[TokenPortrait](
         lambda _: "token's energy in its top coordinate",
         lambda r: r.energy_layers["1"] if r.energy_layers else [],
     ),
-    Collapse: ByLayer(
+    Collapse: ByLayer[Collapse](
         lambda _: "effective rank of keys, heads averaged",
         lambda r: r.curve("k")[0],
         lambda r: r.curve("k")[1] if r.sequences_massive else [],
     ),
-    Sinks: ByLayer(
+    Sinks: ByLayer[Sinks](
         lambda r: f"sink rate of the first token (eps {_eps(r)})", lambda r: r.sink_rate[_eps(r)]
     ),
-    WeightScan: ByLayer(
+    WeightScan: ByLayer[WeightScan](
         lambda _: "ceiling of the highest neuron (residual units)",
         lambda r: [row.ceiling for row in r.profile],
         log=True,
     ),
-    MetricProfile: ByLayer(
+    MetricProfile: ByLayer[MetricProfile](
         lambda r: f"{r.metric} ({r.unit}), mean of sequences",
         lambda r: [row.mean for row in r.profile],
         marked=lambda _: None,
@@ -157,31 +158,32 @@ def _shown(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def _label(result: Any) -> str:
+def _label(result: Result) -> str:
     """What is drawn of a result, with its unit."""
     return result.unit if isinstance(result, Evaluation) else COMPARED[type(result)].label(result)
 
 
-def _names(results: Sequence[Any]) -> list[str]:
+def _names(results: Sequence[Result]) -> list[str]:
     """Models by name; what tells equal names apart is added, and a number where nothing does.
 
     Evaluations have their task and edit beside the name.
     """
+    runs = [run for run in map(run_of, results) if run is not None]  # each of these has one
     if isinstance(results[0], Evaluation):
-        return [result.run.model for result in results]
+        return [run.model for run in runs]
     for parts in (
-        lambda r: (r.run.model,),
-        lambda r: (r.run.subject,),
-        lambda r: (r.run.subject, r.run.dtype),
-        lambda r: (r.run.subject, r.run.dtype, str(r.run.model_revision or r.run.weights)[:8]),
+        lambda run: (run.model,),
+        lambda run: (run.subject,),
+        lambda run: (run.subject, run.dtype),
+        lambda run: (run.subject, run.dtype, str(run.model_revision or run.weights)[:8]),
     ):
-        made = [", ".join(parts(result)) for result in results]
+        made = [", ".join(parts(run)) for run in runs]
         if len(set(made)) == len(made):
             return made
     return [f"{i}: {name}" for i, name in enumerate(made, start=1)]
 
 
-def _lines(results: Sequence[Any], names: Sequence[str], into: Into) -> Figure:
+def _lines(results: Sequence[Result], names: Sequence[str], into: Into) -> Figure:
     made, axes = panel(into, PAGE, 2.7 + 0.12 * len(results))
     what = COMPARED[type(results[0])]
     curves = [what.values(result) for result in results]

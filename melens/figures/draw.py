@@ -20,7 +20,7 @@ from melens.errors import ResultError
 from melens.figures.own_style import apply_own_style
 from melens.formatting import brief, printable
 from melens.registry import Registry
-from melens.results.base import Result
+from melens.results.base import Result, kind_name
 from melens.store import write_atomically
 
 COLUMN, PAGE = 3.3, 6.9
@@ -66,7 +66,7 @@ class Figures(Mapping[type[Result], Registry[Drawer]]):
 
     def of(self, kind: type[Result]) -> Registry[Drawer]:
         """The figures of a kind of result by style; empty where it has none."""
-        name = kind.schema_id.split("/")[1]
+        name = kind_name(kind)
         if name in _MODULES:
             import_module(f"melens.figures.{_MODULES[name]}")
         return self._styles.setdefault(kind, Registry(f"style of {name}"))

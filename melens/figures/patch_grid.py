@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -90,7 +89,7 @@ def _grid(result: PatchGrid, site: str) -> list[list[float]]:
     """Changes, layers down; positions and heads in one row, heads within a position."""
     made = []
     for row in result.values[site]:
-        cells: list[Any] = list(row) if isinstance(row, tuple) else [row]
+        cells = row if isinstance(row, tuple) else (row,)
         flat = [x for cell in cells for x in (cell if isinstance(cell, tuple) else (cell,))]
         made.append([x - result.baseline for x in flat])
     return made

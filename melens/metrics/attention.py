@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from einops import einsum, reduce
+from einops import einsum, reduce  # pyright: ignore[reportUnknownVariableType]  (of its reductions)
 from jaxtyping import Float
 from torch import Tensor
 

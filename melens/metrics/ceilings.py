@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melens.metrics.magnitude import norms
+
 Neurons = Float[Tensor, " neuron"]
 
 FLOORS = {  # how deep each covered activation dips below zero, rounded up: -min over t of act(t)
@@ -190,8 +192,8 @@ def best_input(
     if mean_zero:
         first = first - first.mean()
         second = None if second is None else second - second.mean()
-    found = first / first.norm().clamp(min=1e-30)
+    found = first / norms(first).clamp(min=1e-30)
     if second is not None:
-        other = second / second.norm().clamp(min=1e-30)
+        other = second / norms(second).clamp(min=1e-30)
         found = found + (other if found @ other >= 0 else -other)
-    return found / found.norm().clamp(min=1e-30)
+    return found / norms(found).clamp(min=1e-30)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.errors import MetricError
+from melens.metrics.spectrum import entropy_terms
 from melens.shapes import Trajectory
 
 
@@ -38,7 +39,7 @@ def effective_number(shares: Float[Tensor, " layer"]) -> float:
     if p.sum() == 0:
         raise MetricError("effective_number is undefined: no positive share.")
     p = p / p.sum()
-    return torch.special.entr(p).sum().exp().item()
+    return entropy_terms(p).sum().exp().item()
 
 
 def cosines(trajectory: Trajectory, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " step"]:

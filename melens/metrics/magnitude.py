@@ -95,6 +95,11 @@ def massive_ratio(x: Rows) -> Float[Tensor, ""]:
     return max_magnitude(x) / median
 
 
+def norms(x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """Euclidean norm over the last axis."""
+    return torch.linalg.vector_norm(x, dim=-1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  (torch does not say)
+
+
 @metric("heaviest_norm_ratio", unit="ratio", scale_invariant=True)
 def heaviest_norm_ratio(x: Rows) -> Float[Tensor, ""]:
     """Norm of the heaviest token over the median token norm of the same rows, >= 1.
@@ -103,8 +108,8 @@ def heaviest_norm_ratio(x: Rows) -> Float[Tensor, ""]:
     Source:  the ratio r of melens' ``ratio_jump`` (docs/definitions.md).
     """
     require_finite(x, "heaviest_norm_ratio")
-    norms = x.norm(dim=-1)
-    median = norms.median()
+    found = norms(x)
+    median = found.median()
     if median == 0:
         raise MetricError("heaviest_norm_ratio is undefined: the median token norm is 0.")
-    return norms.max() / median
+    return found.max() / median

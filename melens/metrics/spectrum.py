@@ -6,8 +6,10 @@ another. The ``*_of`` forms take singular values, for callers that have them alr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from einops import reduce
+from einops import reduce  # pyright: ignore[reportUnknownVariableType]  (of its reductions)
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,8 +19,8 @@ from melens.registry import Registry
 
 Spectrum = Float[Tensor, "*group value"]
 """Singular values, the last axis; zeros do not count."""
-SPECTRAL: Registry = Registry("spectral definition")
-"""Definition -> (function of singular values, its unit). A seam: add one, and collapse has it."""
+SPECTRAL: Registry[Callable[[Tensor], Tensor]] = Registry("spectral definition")
+"""Definition -> function of singular values. A seam: add one, and collapse has it."""
 
 
 def singular_values(x: Rows) -> Float[Tensor, " value"]:
@@ -27,7 +29,7 @@ def singular_values(x: Rows) -> Float[Tensor, " value"]:
     Raises:  MetricError: x is empty, not finite or all zero.
     """
     require_finite(x, "a spectrum")
-    return _nonzero(torch.linalg.svdvals(x.double()), "a spectrum")
+    return _nonzero(_values_of(x.double()), "a spectrum")
 
 
 def singular_values_centred(x: Rows) -> Float[Tensor, " value"]:
@@ -37,7 +39,11 @@ def singular_values_centred(x: Rows) -> Float[Tensor, " value"]:
     """
     require_finite(x, "a centred spectrum")
     centred = x.double() - x.double().mean(dim=-2, keepdim=True)
-    return _nonzero(torch.linalg.svdvals(centred), "a centred spectrum")
+    return _nonzero(_values_of(centred), "a centred spectrum")
+
+
+def _values_of(x: Tensor) -> Tensor:
+    return torch.linalg.svdvals(x)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  (torch does not say)
 
 
 def _nonzero(s: Tensor, name: str) -> Tensor:
@@ -46,11 +52,16 @@ def _nonzero(s: Tensor, name: str) -> Tensor:
     return s
 
 
+def entropy_terms(p: Tensor) -> Tensor:
+    """-p log p of every share, in nats; 0 where the share is 0."""
+    return torch.special.entr(p)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  (torch does not say)
+
+
 @SPECTRAL.register("effective_rank")
 def effective_rank_of(s: Spectrum) -> Float[Tensor, "*group"]:
     """exp(-sum p log p), p = s / sum(s), in nats."""
     p = s / reduce(s, "... value -> ... 1", "sum")
-    return reduce(torch.special.entr(p), "... value -> ...", "sum").exp()
+    return reduce(entropy_terms(p), "... value -> ...", "sum").exp()
 
 
 @SPECTRAL.register("participation_ratio")
@@ -69,7 +80,7 @@ def stable_rank_of(s: Spectrum) -> Float[Tensor, "*group"]:
 @SPECTRAL.register("matrix_entropy")
 def matrix_entropy_of(s: Spectrum) -> Float[Tensor, "*group"]:
     """-sum q log q, q = s^2 / sum(s^2), in nats."""
-    return reduce(torch.special.entr(_energy(s)), "... value -> ...", "sum")
+    return reduce(entropy_terms(_energy(s)), "... value -> ...", "sum")
 
 
 @SPECTRAL.register("top1_share")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from melens.errors import ResultError
 from melens.protocols import JsonObject
@@ -16,7 +16,7 @@ from melens.published.record import (
 )
 from melens.results.base import Result
 from melens.results.check import CheckReport
-from melens.results.known import Comparison, KnownCheck
+from melens.results.known import CONVENTION, Comparison, KnownCheck
 from melens.results.locate import MELayer, last_body_layer
 from melens.results.scan import WeightScan
 from melens.results.sinks import Sinks
@@ -84,7 +84,12 @@ def _hold_located(model: str, result: MELayer, d_model: int | None) -> KnownChec
 
 
 def checked(
-    model: str, made: Iterable[Comparison], sources: Sequence[str], **more: Any
+    model: str,
+    made: Iterable[Comparison],
+    sources: Sequence[str],
+    *,
+    bos_first: bool | None = None,
+    convention: str = CONVENTION,
 ) -> KnownCheck:
     """The check of all comparisons; the same one of several sources is one."""
     held = merged(made)
@@ -97,13 +102,19 @@ def checked(
             source=None,
             meant=None if named else meant(model),
             named=named,
-            **more,
+            bos_first=bos_first,
+            convention=convention,
         )
     found = {item.verdict for item in held}
-    verdict = next((name for name in ("mismatch", "match") if name in found), "unknown")
+    verdict = "mismatch" if "mismatch" in found else "match" if "match" in found else "unknown"
     said = "; ".join(dict.fromkeys(name for source in sources for name in source.split("; ")))
-    return KnownCheck.model_validate(
-        {"model": model, "verdict": verdict, "comparisons": held, "source": said, **more}
+    return KnownCheck(
+        model=model,
+        verdict=verdict,
+        comparisons=held,
+        source=said,
+        bos_first=bos_first,
+        convention=convention,
     )
 
 

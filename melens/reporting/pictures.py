@@ -10,7 +10,7 @@ import matplotlib as mpl
 from melens.figures import draw
 from melens.figures.draw import house_style, rendered
 from melens.formatting import printable
-from melens.results.base import Result
+from melens.results.base import Result, run_of
 
 NAME = 48
 """Characters of a model's name that a figure has room for."""
@@ -54,7 +54,7 @@ def _rounded(places: str) -> str:
 
 def _with_plain_name(result: Result) -> Result:
     """A copy whose model's name the figures' font can show; the page has the whole name."""
-    run = getattr(result, "run", None)
+    run = run_of(result)
     if run is None:
         return result
     name = printable(run.model).encode("ascii", "backslashreplace").decode()

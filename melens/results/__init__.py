@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens.results.base import Result
 
@@ -154,7 +154,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load a kind of result on first use: preparing all of them takes longer than a plot."""
     if name not in _HOMES:
         raise AttributeError(f"module 'melens.results' has no attribute {name!r}.")

@@ -111,7 +111,7 @@ class AttentionMaps(Result):
         """The circuitsvis views in a frame of their own; the figure where they are too many."""
         if len(self.heads) > most_heads(len(self.tokens)):
             return super()._repr_html_()
-        return self.view()._repr_html_()
+        return self.view()._repr_html_()  # pyright: ignore[reportPrivateUsage]  (a notebook's name)
 
     def summary(self) -> str:
         """One plain sentence."""

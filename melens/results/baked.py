@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -176,7 +176,7 @@ def require_apart(edits: Sequence[WeightEdit]) -> tuple[WeightEdit, ...]:
 
     Raises:  InterventionError: naming it.
     """
-    if not edits or not all(isinstance(edit, WeightEdit) for edit in edits):
+    if not edits or not all(isinstance(edit, WeightEdit) for edit in edits):  # pyright: ignore[reportUnnecessaryIsInstance]  (a user gives anything)
         raise InterventionError("edits must be one or more melens.results.edit.WeightEdit.")
     seen: dict[tuple[object, ...], WeightEdit] = {}
     for edit in edits:
@@ -184,7 +184,7 @@ def require_apart(edits: Sequence[WeightEdit]) -> tuple[WeightEdit, ...]:
             raise InterventionError(f"{edit.label} is named twice; give one factor.")
         seen[edit.place] = edit
     for edit in (e for e in edits if e.change == "transplant"):
-        used = {edit.layer} | ({edit.donor_layer} if edit.donor is None else set())
+        used = {edit.layer} | ({edit.donor_layer} if edit.donor is None else set[int | None]())
         if any(other is not edit and other.layer in used for other in edits):
             raise InterventionError(
                 f"{edit.label}: another edit changes one of these layers; bake one after the other."
@@ -192,7 +192,7 @@ def require_apart(edits: Sequence[WeightEdit]) -> tuple[WeightEdit, ...]:
     return tuple(edits)
 
 
-def _typed(change: Any, rest: str, text: str) -> WeightEdit:
+def _typed(change: Change, rest: str, text: str) -> WeightEdit:
     names, values = FORMS[change], rest.split(",")
     least = len(names) - ("factor" in names)
     if not least <= len(values) <= len(names):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from melens.errors import ResultError, UnknownNameError
 from melens.formatting import brief, printable
-from melens.protocols import JsonObject
+from melens.protocols import Json, JsonObject
+from melens.provenance import RunInfo
 from melens.registry import unknown_name
 from melens.store import RESULT, read_text, write_atomically
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]  (it has no stubs, but types)
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
     from numpy.typing import NDArray
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _INDEX = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 
 
-def look_up(data: Any, pointer: str) -> Any:
+def look_up(data: Json, pointer: str) -> Any:
     """What ``pointer`` names in ``data``; "" names all of it.
 
     Raises:  ResultError: nothing is there, or it is no pointer.
@@ -40,12 +41,26 @@ def look_up(data: Any, pointer: str) -> Any:
             raise KeyError(first)
         for part in parts:
             key = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(here, list) and not _INDEX.fullmatch(key):
-                raise IndexError(key)  # Python would take -1 and 007
-            here = here[int(key)] if isinstance(here, list) else here[key]
-    except (KeyError, IndexError, TypeError):
+            if isinstance(here, Mapping):
+                here = here[key]
+            elif isinstance(here, list) and _INDEX.fullmatch(key):  # Python would take -1 and 007
+                here = here[int(key)]
+            else:
+                raise KeyError(key)
+    except (KeyError, IndexError):
         raise ResultError(f"nothing is at {pointer!r} of this report.") from None
     return here
+
+
+def kind_name(kind: Result | type[Result]) -> str:
+    """A kind of result as commands and files call it: ``locate``, of ``melens/locate/1``."""
+    return kind.schema_id.split("/")[1]
+
+
+def run_of(result: Result) -> RunInfo | None:
+    """How a result was made; None of the kinds that say it elsewhere."""
+    found = getattr(result, "run", None)
+    return found if isinstance(found, RunInfo) else None
 
 
 R = TypeVar("R", bound="Result")
@@ -139,7 +154,7 @@ class Result(Part):
         from melens.results.tabular import chosen, frame_of
 
         frame = frame_of(self.table(table))
-        return frame if columns is None else frame.loc[:, chosen(frame, columns)]
+        return frame if columns is None else frame.loc[:, chosen(frame, columns)]  # pyright: ignore[reportUnknownVariableType]  (pandas does not say)
 
     def to_csv(
         self,
@@ -180,10 +195,10 @@ class Result(Part):
         """
         from melens.results.tabular import array_of, arrays_of
 
-        curves = {}
+        curves: dict[str, NDArray[Any]] = {}
         for name in type(self).model_fields:
-            value = getattr(self, name)
-            parts = value if isinstance(value, dict) else {"": value}
+            value: Json = getattr(self, name)
+            parts = value if isinstance(value, Mapping) else {"": value}
             for key, part in parts.items():
                 if isinstance(part, tuple) and (found := array_of(part)) is not None:
                     curves[f"{name}.{key}" if key else name] = found
@@ -191,7 +206,7 @@ class Result(Part):
         dense = {name: value for name, value in grids.items() if value is not None}
         return {**arrays_of(self.tables()), **curves, **dense}
 
-    def grids(self) -> dict[str, Any]:
+    def grids(self) -> Mapping[str, Sequence[Json]]:
         """Numbers that a figure shows as a grid, as nested lists by name; none by default."""
         return {}
 
@@ -202,11 +217,11 @@ class Result(Part):
         Returns: the file.
         Raises:  OutputError: it cannot be written. ResultError: no path, or not a .json file.
         """
-        if not isinstance(path, (str, Path)) or not str(path):
+        if not isinstance(path, (str, Path)) or not str(path):  # pyright: ignore[reportUnnecessaryIsInstance]  (a user gives anything)
             raise ResultError(f"save() got {brief(path, 40)}; name a .json file or a folder.")
         file = Path(path)
         if file.is_dir():
-            file = file / f"{self.schema_id.split('/')[1]}.json"
+            file = file / f"{kind_name(self)}.json"
         if file.suffix.lower() != ".json":
             raise ResultError(
                 f"a result is saved as JSON, and {brief(file.name, 60)} says otherwise; end it in "
@@ -259,16 +274,14 @@ class Result(Part):
 
     def _repr_html_(self) -> str:
         """The sentence, the default figure, and the table folded away."""
-        import pandas as pd
-
         from melens.figures import inline
+        from melens.results.tabular import html_of
 
-        frame, total = pd.DataFrame(self.shown()), len(self.rows())
-        table = frame.to_html(index=False, border=0, float_format="%.4g", escape=True)
-        table = printable(table, keep="\n")
+        shown, total = self.shown(), len(self.rows())
+        table = printable(html_of(shown), keep="\n")
         return (
             f"<p>{html.escape(str(self))}</p>{inline(self)}"
-            f"<details><summary>{len(frame)}{f' of {total}' * (len(frame) < total)} rows</summary>"
+            f"<details><summary>{len(shown)}{f' of {total}' * (len(shown) < total)} rows</summary>"
             f"{table}</details>"
         )
 
@@ -276,11 +289,14 @@ class Result(Part):
 def _lists_of_parts(part: Part, before: str = "") -> Iterator[tuple[str, list[JsonObject]]]:
     """Lists of records with their place, as ``controls.layers``; empty ones are no tables."""
     for name, field in type(part).model_fields.items():
-        value, place = getattr(part, name), f"{before}{field.alias or name}"
+        value: Part | tuple[object, ...] | str | float | None = getattr(part, name)
+        place = f"{before}{field.alias or name}"
         if isinstance(value, Part):
             yield from _lists_of_parts(value, f"{place}.")
-        elif isinstance(value, tuple) and value and all(isinstance(row, Part) for row in value):
-            yield place, [row.model_dump() for row in value]
+        elif isinstance(value, tuple):
+            rows = [row.model_dump() for row in value if isinstance(row, Part)]
+            if rows and len(rows) == len(value):
+                yield place, rows
 
 
 def _kept(text: str, path: str | Path | None) -> str:
@@ -295,10 +311,10 @@ def schema_of(text: str, name: str) -> str | None:
     Raises:  ResultError: not JSON.
     """
     try:
-        data = json.loads(text)
+        data: Json = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ResultError(f"{name} is not JSON: {str(error)[:120]}.") from None
-    found = data.get("schema") if isinstance(data, dict) else None
+    found = data.get("schema") if isinstance(data, Mapping) else None
     return found if isinstance(found, str) else None
 
 

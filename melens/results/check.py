@@ -232,7 +232,7 @@ class CheckReport(Result):
         return made
 
     @cached_property
-    def _read(self) -> dict[str, tuple[dict[str, Any], Result]]:
+    def _read(self) -> dict[str, tuple[JsonObject, Result]]:
         """Results that were read already, beside the JSON that they were read from."""
         return {}
 

@@ -84,7 +84,7 @@ class Collapse(Result):
 
     def grids(self) -> dict[str, list[float | None]]:
         """``definition.site.with_token`` and ``without_token``: (n_layers,), heads averaged."""
-        found = {}
+        found: dict[str, list[float | None]] = {}
         for definition in dict.fromkeys(row.definition for row in self.rows_):
             for site in self.sites:
                 curves = self.curve(site, definition)

@@ -63,10 +63,14 @@ class Edit(Part):
     @model_serializer(mode="wrap")
     def _own_settings(self, write: SerializerFunctionWrapHandler) -> JsonObject:
         """No default of a setting that the named edit lacks: what is written can be read again."""
-        foreign = set() if self.name in RATED else {"select", "rate", "seed"}
-        foreign |= set() if self.name in LAYERED else {"layers"}
+        foreign: set[str] = set()
+        if self.name not in RATED:
+            foreign |= {"select", "rate", "seed"}
+        if self.name not in LAYERED:
+            foreign |= {"layers"}
         foreign -= self.model_fields_set
-        foreign |= set() if self.start else {"start"}
+        if not self.start:
+            foreign |= {"start"}
         return {key: value for key, value in write(self).items() if key not in foreign}
 
     def changed(self, **settings: object) -> Edit:

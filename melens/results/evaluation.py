@@ -48,7 +48,7 @@ class EditedIn(Part):
     def said(self) -> str:
         """In words."""
         text = f"Edited: {self.tokens} massive tokens in {self.items} items"
-        sizes = []
+        sizes: list[str] = []
         if self.coordinate is not None:
             low, high = self.coordinate
             sizes.append(f"coordinate {low:,.0f} to {high:,.0f}")

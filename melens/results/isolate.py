@@ -68,7 +68,7 @@ class Factorial(Part):
 
 def cells(factorial: Factorial) -> list[JsonObject]:
     """The four cells of a 2 x 2 as rows."""
-    made = []
+    made: list[JsonObject] = []
     for name in ("kept_kept", "flat_kept", "kept_edited", "flat_edited"):
         norm, ffn = name.split("_")
         made.append({"norm": norm, "ffn": ffn, **getattr(factorial, name).model_dump()})

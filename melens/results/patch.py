@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -103,7 +103,7 @@ class PatchGrid(Result):
             for where, value in self._cells(site)
         ]
 
-    def grids(self) -> dict[str, Any]:
+    def grids(self) -> dict[str, Nested]:
         """``values.site``: the metric of each patched run, its shape that of the site's axes."""
         return {f"values.{site}": self.values[site] for site in self.sites}
 
@@ -148,7 +148,7 @@ class PatchGrid(Result):
             yield where, value
 
 
-def _check_shape(array: object, shape: list[int]) -> None:
+def _check_shape(array: Nested | float, shape: list[int]) -> None:
     if not shape:
         if not isinstance(array, float):
             raise ValueError("values must be floats")

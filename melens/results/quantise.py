@@ -119,7 +119,7 @@ class SchemeTrials(Part):
             return f"{text}; what helps cannot be said of so few texts (20 are needed)."
         if not helping:
             return f"{text}; nothing that was kept whole helps more than as much at random does."
-        parts = []
+        parts: list[str] = []
         for one in sorted(helping, key=lambda t: t.damage.value):
             if one.helps_loss:
                 share = "" if one.share is None else f", {one.share.value:.0%} less"

@@ -9,7 +9,7 @@ from melens.errors import ResultError
 from melens.formatting import brief
 from melens.progress import say_once
 from melens.results import base
-from melens.results.base import Result
+from melens.results.base import Result, kind_name
 from melens.results.check import CheckReport
 from melens.results.locate import MELayer
 from melens.results.scan import WeightScan
@@ -25,7 +25,7 @@ def load_result(path: str | Path) -> Result:
     Raises:  ResultError: no path, or the file is missing, no JSON, or of a kind this version does
              not know.
     """
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):  # pyright: ignore[reportUnnecessaryIsInstance]  (a user gives anything)
         raise ResultError(f"a result is read from a file: give its path, got {brief(path, 40)}.")
     return base.load_result(path)
 
@@ -49,7 +49,7 @@ def located_of(result: Result, name: str = "this") -> MELayer:
         raise ResultError(f"{name} {predicted(result)}, and here a measured one is needed: locate.")
     if not isinstance(result, CheckReport):
         raise ResultError(
-            f"{name} holds a result of '{result.schema_id.split('/')[1]}'; give a locate.json or "
+            f"{name} holds a result of '{kind_name(result)}'; give a locate.json or "
             "the report.json of a check."
         )
     try:

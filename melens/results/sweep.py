@@ -64,7 +64,7 @@ class SweepReport(Result):
 
     def rows(self) -> list[JsonObject]:
         """One row a cell, its options as columns."""
-        made = []
+        made: list[JsonObject] = []
         for row in self.cells:
             own = {
                 "status": row.status,

@@ -1,21 +1,27 @@
 """Results as tables and arrays: flat columns, intervals as two of them, CSV and LaTeX."""
 
+# pandas' own types have gaps.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from melens.errors import UnknownNameError
 from melens.formatting import printable
-from melens.protocols import JsonObject
+from melens.protocols import Json, JsonObject
 from melens.registry import unknown_name
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
+    from pandas.api.extensions import ExtensionArray
 
 INTERVALS = ("interval", "corrected")
 """A field whose name ends like this holds (low, high) or None, and follows its number."""
@@ -38,12 +44,13 @@ LATEX = str.maketrans(
 """Signs of a text that LaTeX reads as its own, or prints as others in its oldest fonts."""
 
 
-def flat(row: Mapping[str, Any]) -> JsonObject:
+def flat(row: Mapping[str, Json]) -> JsonObject:
     """A row with one plain value a column: parts as ``part.field``, an interval as two columns."""
     made: JsonObject = {}
     for name, value in row.items():
         if name.rpartition(".")[2].endswith(INTERVALS):
-            made[name + LOW], made[name + HIGH] = value if value is not None else (None, None)
+            low, high = value if isinstance(value, Sequence) else (None, None)
+            made[name + LOW], made[name + HIGH] = low, high
         elif isinstance(value, Mapping):
             made |= flat({f"{name}.{key}": inner for key, inner in value.items()})
         else:
@@ -51,7 +58,7 @@ def flat(row: Mapping[str, Any]) -> JsonObject:
     return made
 
 
-def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+def frame_of(rows: Iterable[Mapping[str, Json]]) -> pd.DataFrame:
     """Rows as a frame of flat columns."""
     import pandas as pd
 
@@ -60,7 +67,7 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame({name: _column([row.get(name) for row in made]) for name in names})
 
 
-def _column(values: list[Any]) -> Any:
+def _column(values: list[object]) -> Sequence[object] | ExtensionArray:
     """Whole numbers stay whole where some are missing."""
     import pandas as pd
 
@@ -91,28 +98,35 @@ def csv_of(frame: pd.DataFrame) -> str:
     return frame.map(_as_json).to_csv(index=False, lineterminator="\n")
 
 
-def parquet_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as a Parquet file: lists stay lists, numbers of both kinds become floats."""
-    import pyarrow as pa
-    from pyarrow import parquet
+def html_of(rows: Sequence[Mapping[str, Json]]) -> str:
+    """Rows as a table of a page, as they are: a list in a cell stays one."""
+    import pandas as pd
 
+    frame = pd.DataFrame(rows)
+    return frame.to_html(index=False, border=0, float_format="%.4g", escape=True)
+
+
+def parquet_of(rows: Sequence[Mapping[str, object]]) -> bytes:
+    """Rows as a Parquet file: lists stay lists, numbers of both kinds become floats."""
+    arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     names = dict.fromkeys(name for row in rows for name in row)
-    table = pa.table({name: _arrow([row.get(name) for row in rows]) for name in names})
+    table = arrow.table({name: _arrow([row.get(name) for row in rows]) for name in names})
     made = io.BytesIO()
     parquet.write_table(table, made, compression="zstd")
     return made.getvalue()
 
 
-def _arrow(values: list[Any]) -> Any:
+def _arrow(values: list[object]) -> object:
     """Of no type where nothing is known: another cell's says it."""
-    import pyarrow as pa
-
-    kinds = {type(value) for value in values if value is not None}
+    array = import_module("pyarrow").array
+    kinds: set[type] = {type(value) for value in values if value is not None}
     if kinds <= {int, float} and float in kinds:
-        return pa.array([None if value is None else float(value) for value in values])
+        return array(
+            [float(value) if isinstance(value, (int, float)) else None for value in values]
+        )
     if len(kinds) > 1:
-        return pa.array([None if value is None else str(value) for value in values])
-    return pa.array(values)
+        return array([None if value is None else str(value) for value in values])
+    return array(values)
 
 
 def latex_of(frame: pd.DataFrame) -> str:
@@ -121,20 +135,22 @@ def latex_of(frame: pd.DataFrame) -> str:
     A number that stands before its interval is given to the digits which two significant digits of
     the interval's half width allow; one without an interval to four significant digits.
     """
-    numeric = [name for name in frame.columns if _is_numeric(frame[name])]
-    texts = [name for name in frame.columns if name not in numeric]
+    names = list(map(str, frame.columns))
+    numeric = {str(name) for name, column in frame.items() if _is_numeric(column)}
     cells = frame.astype(object)
-    for name in numeric:
-        cells[name] = [_number(value) for value in frame[name]]
-    for name in texts:
-        cells[name] = [_text(value).translate(LATEX) for value in frame[name]]
-    for place, name in enumerate(frame.columns):
+    for name, column in frame.items():
+        values: list[object] = list(column)
+        if name in numeric:
+            cells[name] = list(map(_number, values))
+        else:
+            cells[name] = [_text(value).translate(LATEX) for value in values]
+    for place, name in enumerate(names):
         if name.endswith(LOW) and name in numeric and place:
             _round(cells, frame, place)
-    cells.columns = [name.translate(LATEX) for name in cells.columns]
+    cells.columns = [name.translate(LATEX) for name in names]
     styled = cells.style
     styled.hide(axis="index")
-    alignment = "".join("r" if name in numeric else "l" for name in frame.columns)
+    alignment = "".join("r" if name in numeric else "l" for name in names)
     return styled.to_latex(hrules=True, column_format=alignment)
 
 
@@ -144,14 +160,17 @@ def _round(cells: pd.DataFrame, frame: pd.DataFrame, low: int) -> None:
     A whole number is not the interval's own: a count stands before the interval of its share.
     """
     for row in range(len(frame)):
-        before, least, most = (frame.iat[row, column] for column in (low - 1, low, low + 1))
+        around: list[object] = [frame.iat[row, column] for column in (low - 1, low, low + 1)]
+        before, least, most = around
         if not (_is_number(least) and _is_number(most)):
             continue
         if most == least:
             continue
         places = decimals_of(most - least)
-        own = isinstance(before, float) and least <= before <= most
-        for column, value in ((low - 1, before), (low, least), (low + 1, most))[not own :]:
+        made = [(low, least), (low + 1, most)]
+        if isinstance(before, float) and least <= before <= most:
+            made.append((low - 1, before))
+        for column, value in made:
             cells.iat[row, column] = _math(_fixed(value, places))
 
 
@@ -165,7 +184,7 @@ def decimals_of(width: float) -> int:
     return max(0, INTERVAL_DIGITS - 1 - math.floor(math.log10(width / 2)))
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     if not _is_number(value):
         return "--"
     if float(value).is_integer() and abs(value) < 1e15:
@@ -180,30 +199,29 @@ def _math(text: str) -> str:
     return f"${text}$".replace(",", "{,}")
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     return "--" if missing else printable(str(_as_json(value)))
 
 
-def _is_number(value: Any) -> bool:
-    import numpy as np
-
-    kinds = (int, float, np.integer, np.floating)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object) -> TypeGuard[float]:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
-def _is_numeric(column: Any) -> bool:
-    missing = column.isna()
-    return not missing.all() and all(map(_is_number, column[~missing]))
+def _is_numeric(column: pd.Series) -> bool:
+    known: list[object] = list(column.dropna())
+    return bool(known) and all(map(_is_number, known))
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
 
 
-def arrays_of(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, NDArray[Any]]:
+def arrays_of(
+    tables: Mapping[str, Sequence[Mapping[str, Json]]],
+) -> dict[str, NDArray[Any]]:
     """Every column of numbers or texts as ``table.column``, one entry a row."""
-    found = {}
+    found: dict[str, NDArray[Any]] = {}
     for table, rows in tables.items():
         made = [flat(row) for row in rows]
         for name in dict.fromkeys(name for row in made for name in row):
@@ -213,7 +231,7 @@ def arrays_of(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, ND
     return found
 
 
-def array_of(values: Any) -> NDArray[Any] | None:
+def array_of(values: Iterable[Json]) -> NDArray[Any] | None:
     """Nested numbers as an array, None as NaN; texts, None as ""; None for anything else."""
     import numpy as np
 
@@ -230,7 +248,7 @@ def array_of(values: Any) -> NDArray[Any] | None:
     return made if made.size else None
 
 
-def _numbers(values: Any) -> bool:
+def _numbers(values: Json) -> bool:
     if isinstance(values, (list, tuple)):
         return all(map(_numbers, values))
     return values is None or (isinstance(values, (int, float)) and not isinstance(values, bool))

@@ -1,7 +1,5 @@
 """Files: written whole or not at all, read with a limit, and their lines."""
 
-# pyright: strict
-
 from __future__ import annotations
 
 import contextlib
@@ -16,13 +14,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from melens.errors import MelensError, OutputError
+from melens.protocols import Json, JsonObject
 from melens.store.identity import digest
-
-Json = dict[str, Any]
-"""An object of JSON."""
 
 PAGE, RESULT, TEXT, ROWS = 1_000_000, 256_000_000, 256_000_000, 4_000_000_000
 """Bytes that a policy or record, a result, a text and a file of items may have."""
@@ -270,13 +266,13 @@ def lines_of(text: str) -> list[str]:
     return made if made[-1] else made[:-1]
 
 
-def json_object(text: str) -> Json | None:
+def json_object(text: str) -> JsonObject | None:
     """The object that a text of JSON is; None where it is none."""
     try:
-        found = json.loads(text)
+        found: Json = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return cast(Json, found) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def is_text(value: object) -> bool:

@@ -1,7 +1,5 @@
 """Folders: filled beside their place and swapped in whole; a lock tells who is at work."""
 
-# pyright: strict
-
 from __future__ import annotations
 
 import contextlib

@@ -1,7 +1,5 @@
 """Hashes that tell apart what numbers depend on: facts, files and weights."""
 
-# pyright: strict
-
 from __future__ import annotations
 
 import hashlib

@@ -1,7 +1,5 @@
 """Rows of JSON that an interrupted run leaves, and that the same run takes up again."""
 
-# pyright: strict
-
 from __future__ import annotations
 
 import json
@@ -12,7 +10,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from melens.errors import OutputError, ResultError
-from melens.store.disk import ROWS, Json, json_object, read_limited, remove_file, write_atomically
+from melens.protocols import JsonObject
+from melens.store.disk import ROWS, json_object, read_limited, remove_file, write_atomically
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Heading:
 
     schema: str
     key: str
-    facts: Json | None = None
+    facts: JsonObject | None = None
     """What the key is of, for whoever reads the file."""
 
-    def fits(self, found: Json | None, refusal: Refusal | None, path: Path) -> bool:
+    def fits(self, found: JsonObject | None, refusal: Refusal | None, path: Path) -> bool:
         """Whether what is kept with this head may be taken up; None is no head at all.
 
         Args:    refusal: None = what does not fit is begun again.

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 from melens.errors import InterventionError, MelensError, SiteError, SweepError
 from melens.protocols import JsonObject
@@ -80,7 +81,7 @@ def _refuse_early(cell: SweepCell, out: Path) -> None:
     if cell.command in ("scan", "reach", "finetune") or cell.params().get("stream"):
         return
 
-    def reached(*_: object, **__: object) -> None:
+    def reached(*_: object, **__: object) -> NoReturn:
         raise _ModelReachedError
 
     before = LOADER.set(reached)

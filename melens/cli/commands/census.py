@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,10 @@ from melens.cli import options as opt
 from melens.cli.groups import without
 from melens.errors import COULD_NOT_RUN
 from melens.progress import progress_on
+
+if TYPE_CHECKING:
+    from melens.batches import Prompts
+    from melens.results import Census
 
 PARQUET = ".parquet"
 
@@ -94,7 +99,7 @@ def census(
         raise typer.Exit(COULD_NOT_RUN)
 
 
-def _prompts(source: Any, texts: opt.TextOptions) -> Any:
+def _prompts(source: str | Path | Sequence[str], texts: opt.TextOptions) -> Prompts:
     from melens.batches import prompts
 
     return prompts(source, n=texts.n_seq, length=texts.length, bos=texts.bos, chat=texts.chat)
@@ -114,7 +119,7 @@ def _refuse_files(folder: Path | None, parquet: Path | None, card: Path | None) 
         refuse_bad_card(card, CENSUS)
 
 
-def _write_files(result: Any, parquet: Path | None, card: Path | None) -> None:
+def _write_files(result: Census, parquet: Path | None, card: Path | None) -> None:
     if parquet is not None:
         from melens.results.tabular import flat, parquet_of
         from melens.store import write_atomically

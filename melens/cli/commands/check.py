@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,7 +69,7 @@ def check(
 
       melens check ./my-model --policy policy.toml --card ./my-model/README.md
     """
-    job = Job.of(model, run, texts=texts, output=out)
+    job = Job.of(model, run, texts=texts, out=out)
     _check_files(junit, card)
     from melens.checking import check as measure
     from melens.checking import junit_xml, read_policy
@@ -147,7 +147,7 @@ def _pages(report: CheckReport, folder: Path | None, card: Path | None) -> None:
         update_card(card, report)
 
 
-def _drawn(report: Any, folder: Path) -> bool:
+def _drawn(report: CheckReport, folder: Path) -> bool:
     """Whether the pages that lie there are this report's: drawing them is most of a second run.
 
     The text, which says when it was made, is written after the page.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from melens.cli import completing, output
 from melens.cli import options as opt
 from melens.cli.job import Job
+
+if TYPE_CHECKING:
+    from melens.comparing.sides import Side
+    from melens.inputs import Source
 
 
 def diff(
@@ -64,7 +68,7 @@ def diff(
 
       melens diff runs/base/report.json runs/quantised/report.json --json
     """
-    first = Job.of(a, run, texts=texts, output=out)
+    first = Job.of(a, run, texts=texts, out=out)
     other = replace(run, dtype=dtype_b or run.dtype, revision=revision_b or run.revision)
     second = replace(first, model=b, run=other)
     from melens.comparing.differences import compare
@@ -81,7 +85,7 @@ def diff(
         raise typer.Exit(1)
 
 
-def _sides(first: Any, second: Any, *, any_texts: bool) -> Any:
+def _sides(first: Job, second: Job, *, any_texts: bool) -> tuple[Side, Side]:
     from melens.comparing.sides import texts_like, two_sides
 
     jobs, texts = (first, second), first.texts
@@ -100,7 +104,7 @@ def _sides(first: Any, second: Any, *, any_texts: bool) -> Any:
     )
 
 
-def _measured(job: Job, texts: Any, like: Any) -> Any:
+def _measured(job: Job, texts: Source, like: Side | None) -> Side:
     from melens.comparing.sides import Side
     from melens.models import load
 

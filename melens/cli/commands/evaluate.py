@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -21,8 +21,13 @@ from melens.registry import did_you_mean
 from melens.results.base import Result
 
 if TYPE_CHECKING:
+    from melens.batches import Prompts
+    from melens.inputs import Source
+    from melens.results import Edit, MELayer
     from melens.settings import Compare, Items
 
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 RIVALS = "zero,mean,norm-flatten,ffn-cap,drop-key"
 
 
@@ -116,7 +121,7 @@ def evaluate(
     if out.out is not None and not out.force:
         check_folder(out.out, task, chosen)
     framed, run = opt.TextOptions(bos=bos), replace(run, batch_size=batch_size)
-    job = Job.of(model, run, texts=framed, output=out, located=located, edits=True)
+    job = Job.of(model, run, texts=framed, out=out, located=located, edits=True)
     loaded, _ = job.load()
     from melens.evaluating.run import evaluate as measure
 
@@ -178,7 +183,7 @@ def seeds_of(option: str, text: str) -> tuple[int, ...]:
     return found
 
 
-def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
+def _numbers(option: str, text: str, kind: type[Number], fits: str) -> tuple[Number, ...]:
     """Numbers apart by commas, each once, in order; ``none`` is none of them."""
     if text == "none":
         return ()
@@ -187,7 +192,7 @@ def _numbers(option: str, text: str, kind: type, fits: str) -> tuple[Any, ...]:
 
 
 def _refuse_early(
-    task: str, items: Items, edit: Any, *, length: int | None, max_new_tokens: int | None
+    task: str, items: Items, edit: Edit, *, length: int | None, max_new_tokens: int | None
 ) -> None:
     """Whatever can be refused without the model is."""
     from melens.evaluating.edits import check_edit
@@ -206,7 +211,7 @@ def _refuse_early(
         raise PromptError(f"{task} makes its prompts itself; drop --bos.")
 
 
-def _kept(job: Job, model: ModelLike, texts: Any) -> Any:
+def _kept(job: Job, model: ModelLike, texts: Source) -> MELayer | None:
     """The ME Layer that this evaluation located before it was interrupted, if it is this model's."""
     from melens.inputs import prepare
     from melens.results import MELayer, load_result
@@ -313,7 +318,7 @@ def tune(
         "rates": _list("--rates", rates, float),
         "strengths": _list("--strengths", strengths, float),
     }
-    job = Job.of(model, run, texts=opt.TextOptions(bos=bos), output=out, located=located)
+    job = Job.of(model, run, texts=opt.TextOptions(bos=bos), out=out, located=located)
     from melens.settings import Run
     from melens.tuning import Budget, Space
     from melens.tuning import tune as search
@@ -343,28 +348,30 @@ def tune(
         _save_edit(job.out / EDIT, result.best)
 
 
-def _list(option: str, text: str | None, read: Callable[[str], object]) -> tuple[Any, ...]:
+def _list(option: str, text: str | None, read: Callable[[str], T]) -> tuple[T, ...]:
     """Values between commas; none where the option was not given."""
     if text is None:
         return ()
     return opt.values_from(option, text, read, "numbers with commas", InterventionError)
 
 
-def _what(task: str, data: Path | None, **cut: Any) -> tuple[str, Any]:
+def _what(
+    task: str, data: Path | None, *, n: int | None, length: int | None, bos: bool | None
+) -> tuple[str, Prompts | Items]:
     """Metric and texts; refuses an unknown task and unreadable texts before the model loads."""
     from melens.batches import prompts
     from melens.settings import Items
     from melens.tuning.items import ITEMS, objective_of
 
     if task == LOSS:
-        cut["n"] = cut["n"] or ITEMS
-        return "loss", prompts("bundled" if data is None else data, **cut)
+        source = "bundled" if data is None else data
+        return "loss", prompts(source, n=n or ITEMS, length=length, bos=bos)
     objective_of(task)
-    given = {name: value for name, value in cut.items() if value is not None}
-    return task, Items(data=data, **given)
+    items = Items(data=data, n=n, bos=bos)
+    return task, items if length is None else replace(items, length=length)
 
 
-def _save_edit(path: Path, best: Any) -> None:
+def _save_edit(path: Path, best: Edit | None) -> None:
     """The best setting; an earlier run's does not stay where there is none."""
     from melens.store import remove_file, write_atomically
 

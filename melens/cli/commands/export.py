@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,13 +45,21 @@ class EditJob:
     """A command's shared options and the edit they mean."""
 
     job: Job
-    edit: Any
+    edit: Edit
 
     @classmethod
-    def of(cls, model: str, run: opt.RunOptions, edit: opt.EditOptions, **options: Any) -> EditJob:
+    def of(
+        cls,
+        model: str,
+        run: opt.RunOptions,
+        edit: opt.EditOptions,
+        *,
+        texts: opt.TextOptions,
+        located: Path | None,
+    ) -> EditJob:
         """From a command's options; refuses before torch loads."""
         chosen = opt.edit_of(edit, model)
-        return cls(Job.of(model, run, edits=True, **options), chosen)
+        return cls(Job.of(model, run, texts=texts, located=located, edits=True), chosen)
 
     def export(self, format: str, out: Path, first_token: str | None) -> Path:
         """Write the edit into a folder."""
@@ -74,7 +82,7 @@ class EditJob:
 
     def answers(
         self, texts: Sequence[str], chat: bool | None, *, max_new_tokens: int, temperature: float
-    ) -> list[dict[str, Any]]:
+    ) -> list[JsonObject]:
         """Both answers to each prompt, and how many of their tokens are equal before they part."""
         from melens.batches import encode_all
         from melens.chat import in_template

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,8 +17,11 @@ from melens.cli.listing import Listing
 from melens.cli.render import say_json, show_listings
 from melens.errors import InterventionError, ModelError, PromptError
 from melens.progress import progress_on, remark
+from melens.protocols import Options
 
 if TYPE_CHECKING:
+    from melens.finetuning.settings import Training
+    from melens.results import MELayer
     from melens.results.edit import Edit
 
 
@@ -215,13 +218,13 @@ def finetune(
     _train(model, data, how, out, held_out=held_out, me_layer=found, merge=merge, as_json=as_json)
 
 
-def _how(training: TrainingOptions, edit: opt.EditOptions, run: TrainRun) -> Any:
+def _how(training: TrainingOptions, edit: opt.EditOptions, run: TrainRun) -> Training:
     """The settings, as they were typed."""
     from melens.finetuning.settings import Training
     from melens.store import TEXT, read_text
 
     typed = {field.name: getattr(training, field.name) for field in fields(training)}
-    settings: dict[str, Any] = {name: _plain(value) for name, value in typed.items()}
+    settings: Options = {name: _plain(value) for name, value in typed.items()}
     if training.chat_template is not None:
         settings["chat_template"] = read_text(training.chat_template, TEXT, error=PromptError)
     return Training(
@@ -261,7 +264,7 @@ def require_train() -> None:
         raise ModelError(f"fine-tuning needs {', '.join(missing)}: pip install 'melens[train]'.")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value.value if isinstance(value, StrEnum) else value
 
 
@@ -273,7 +276,7 @@ def _mask(edit: opt.EditOptions) -> Edit:
     return opt.edit_of(edit) if typed or edit.edit_file is not None else Edit(name="none")
 
 
-def _located(path: Path | None) -> Any:
+def _located(path: Path | None) -> MELayer | None:
     if path is None:
         return None
     from melens.results import load_result
@@ -285,12 +288,20 @@ def _located(path: Path | None) -> Any:
     return found
 
 
-def _show_plan(model: str, data: Path, how: Any, *, as_json: bool, **given: Any) -> None:
+def _show_plan(
+    model: str,
+    data: Path,
+    how: Training,
+    *,
+    held_out: Path | None,
+    me_layer: MELayer | None,
+    as_json: bool,
+) -> None:
     from dataclasses import asdict
 
     from melens.finetuning.planning import plan
 
-    found = plan(model, data, how, **given)
+    found = plan(model, data, how, held_out=held_out, me_layer=me_layer)
     if as_json:
         say_json(asdict(found))
         return
@@ -298,13 +309,23 @@ def _show_plan(model: str, data: Path, how: Any, *, as_json: bool, **given: Any)
 
 
 def _train(
-    model: str, data: Path, how: Any, out: Path, *, merge: Path | None, as_json: bool, **given: Any
+    model: str,
+    data: Path,
+    how: Training,
+    out: Path,
+    *,
+    held_out: Path | None,
+    me_layer: MELayer | None,
+    merge: Path | None,
+    as_json: bool,
 ) -> None:
     from melens.finetuning.merging import merge as write_merged
     from melens.finetuning.run import finetune as train
 
     with progress_on("steps", what="training") as tick:
-        result = train(model, data, how, out=out, progress=tick, **given)
+        result = train(
+            model, data, how, out=out, held_out=held_out, me_layer=me_layer, progress=tick
+        )
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one writes and prints
         return
     output.save(result, out, "finetune", "finetune")

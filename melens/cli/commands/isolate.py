@@ -58,7 +58,7 @@ def isolate(
 
       melens isolate smollm2-135m --bos --layer 2 --ffn-edit drop --n-seq 2 --length 32
     """
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     loaded, prompts = job.load()
     found = job.locate(loaded, prompts)
     from melens.capture import work_counted
@@ -104,7 +104,7 @@ def super_weights(
 
       melens super-weights ./Llama-2-7b-hf --known meta-llama/Llama-2-7b-hf --most 4 --json
     """
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     if known is not None:
         from melens.published import check_known
 

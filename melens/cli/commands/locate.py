@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,6 +13,8 @@ from melens.cli import options as opt
 from melens.cli.job import Job, locate_streamed
 from melens.cli.listing import Listing
 from melens.cli.render import say, say_json, show_listings
+from melens.protocols import JsonObject
+from melens.results.base import run_of
 
 
 def locate(
@@ -40,7 +42,7 @@ def locate(
 
       melens locate ./Llama-3-8B --stream --out runs/large
     """
-    job = Job.of(model, run, texts=texts, output=out)
+    job = Job.of(model, run, texts=texts, out=out)
     result = locate_streamed(job) if stream else job.locate(*job.load(), overwrite=True)
     output.show(result, as_json=out.as_json, folder=job.out)
 
@@ -77,9 +79,9 @@ def known(
 
         names = (Path(model).name, *given_names(Path(model).expanduser()))
     made = published.known_by(names, lambda name: published.known(name, found))
-    measured = getattr(getattr(found, "run", None), "model", None)
-    if measured is not None and not published.same_name(measured, *names):
-        output.note(f"{result} is a result of {measured}; it is held against {made.model}.")
+    run = run_of(found)
+    if run is not None and not published.same_name(run.model, *names):
+        output.note(f"{result} is a result of {run.model}; it is held against {made.model}.")
     output.show(made, as_json=as_json)
 
 
@@ -288,7 +290,7 @@ def _list_families(name: str | None, *, as_json: bool) -> None:
     show_listings([Listing(caption, rows)])
 
 
-def _machine() -> dict[str, Any]:
+def _machine() -> JsonObject:
     """Versions, devices and folders."""
     import platform
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -15,6 +15,7 @@ from melens.cli.job import Job
 from melens.errors import PromptError
 
 ITEMS = "items.jsonl"
+Number = TypeVar("Number", int, float)
 
 
 class LongTask(StrEnum):
@@ -90,9 +91,11 @@ def long_context(
     """
     sizes, places = _numbers(lengths, int, "--lengths"), _numbers(depths, float, "--depths")
     framed = opt.TextOptions(bos=bos, chat=chat)
-    job = Job.of(model, run, texts=framed, output=out, located=located, edits=True)
+    job = Job.of(model, run, texts=framed, out=out, located=located, edits=True)
     chosen = opt.edit_of(edit, model)
-    haystack = _haystack(
+    from melens.evaluating.haystack import Haystack
+
+    haystack = Haystack(
         task=task.value,
         lengths=sizes,
         depths=places,
@@ -120,7 +123,7 @@ def long_context(
     job.finish(result, same_texts=False)
 
 
-def _numbers(given: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
+def _numbers(given: str, kind: type[Number], option: str) -> tuple[Number, ...]:
     """The numbers of a list with commas, smallest first.
 
     Raises:  PromptError: something else.
@@ -137,9 +140,3 @@ def _read(text: Path | None) -> str | None:
     from melens.batches import prompts
 
     return prompts("-" if str(text) == "-" else text).texts[0]
-
-
-def _haystack(**settings: Any) -> Any:
-    from melens.evaluating.haystack import Haystack
-
-    return Haystack(**settings)

@@ -30,7 +30,7 @@ def describe(
 
       melens describe smollm2-135m --located runs/demo/locate.json --first-tokens 500
     """
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     loaded, prompts = job.load()
     found = job.locate(loaded, prompts)
     from melens.measuring import describe as measure
@@ -59,7 +59,7 @@ def collapse(
 
       melens collapse smollm2-135m --located runs/demo/locate.json --json > collapse.json
     """
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     loaded, prompts = job.load()
     found = job.locate(loaded, prompts)
     from melens.measuring import collapse as measure
@@ -92,7 +92,7 @@ def metric(
     from melens.metrics import METRICS
 
     METRICS[name]
-    job = Job.of(model, run, texts=texts, output=out)
+    job = Job.of(model, run, texts=texts, out=out)
     loaded, prompts = job.load()
     from melens.measuring import metric_by_layer
 
@@ -119,7 +119,7 @@ def sinks(
 
       melens sinks smollm2-135m --located runs/demo/locate.json --json
     """
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     loaded, prompts = job.load()
     found = job.locate(loaded, prompts)
     from melens.measuring import sinks as measure
@@ -147,7 +147,7 @@ def mixers(
 
       melens mixers ./Qwen3-Next-80B --bos --json
     """
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     loaded, prompts = job.load()
     found = job.locate(loaded, prompts)
     from melens.measuring import mixers as measure
@@ -185,7 +185,7 @@ def attention(
 
       melens attention smollm2-135m --layer 12 --layer 20 --head 0 --head 3 --out runs/heads
     """
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     loaded, prompts = job.load()
     from melens.measuring import attention as measure
     from melens.measuring.maps import check_choice

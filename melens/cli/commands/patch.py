@@ -100,7 +100,7 @@ def patch(
             f"--located is for massive_coordinate and sink_rate; {metric.value} needs none."
         )
     texts = opt.TextOptions(prompt=clean, bos=bos)
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     from melens.patching import Sweep
     from melens.patching import patch as measure
 

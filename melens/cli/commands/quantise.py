@@ -63,7 +63,7 @@ def quantise(
     """
     seeds = seeds_of("--control-seeds", control_seeds)
     texts = replace(texts, n_seq=texts.n_seq or (None if texts.prompt else TEXTS))
-    job = Job.of(model, run, texts=texts, output=out, located=located)
+    job = Job.of(model, run, texts=texts, out=out, located=located)
     found = searched(super_weights)
     from melens.quantising import DEFAULT, SCHEMES, Protect
     from melens.quantising import quantise as measure

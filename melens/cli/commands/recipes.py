@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,11 @@ from melens.cli.listing import Listing
 from melens.cli.render import say, show_listings
 from melens.errors import ResultError
 from melens.progress import remark
+from melens.results.base import kind_name
+
+if TYPE_CHECKING:
+    from melens.quantising.recipe import CannotSay, Recipe
+    from melens.results.quantise import Quantisation
 
 NAME = "quantise.json"
 
@@ -61,7 +66,7 @@ def recipes(
     remark(f"wrote {len(files)} file{'s' * (len(files) != 1)} into {out}")
 
 
-def _listings(made: list[Any], refused: list[Any], none: str) -> list[Listing]:
+def _listings(made: list[Recipe], refused: list[CannotSay], none: str) -> list[Listing]:
     said = [
         {"tool": r.tool, "scheme": r.scheme, "keeps": r.protection, "file": r.file} for r in made
     ]
@@ -82,17 +87,18 @@ def _listings(made: list[Any], refused: list[Any], none: str) -> list[Listing]:
     return shown
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> Quantisation:
     """A saved quantisation.
 
     Raises:  ResultError: the file holds something else.
     """
     from melens.results import load_result
+    from melens.results.quantise import Quantisation
 
     file = path / NAME if path.is_dir() else path
     if path.is_dir() and not file.exists():
         raise ResultError(f"{path} holds no {NAME}; name the file, or run melens quantise first.")
-    found: Any = load_result(file)
-    if found.kind != "quantise":
-        raise ResultError(f"{file} holds a result of '{found.kind}'; give a {NAME}.")
+    found = load_result(file)
+    if not isinstance(found, Quantisation):
+        raise ResultError(f"{file} holds a result of '{kind_name(found)}'; give a {NAME}.")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from melens.cli import output
 from melens.cli.job import Job, read_scan
 from melens.errors import MelensError, ResultError
 from melens.progress import remark
+from melens.results.base import kind_name
 
 if TYPE_CHECKING:
     from melens.results.scan import WeightScan
@@ -85,11 +86,13 @@ def searched(path: Path | None) -> SuperWeights | None:
 
     Raises:  ResultError: the file holds something else.
     """
-    from melens.results import load_result
+    from melens.results import SuperWeights, load_result
 
     if path is None:
         return None
-    found: Any = load_result(path)
-    if found.kind != "super-weights":
-        raise ResultError(f"{path} holds a result of '{found.kind}'; give a super-weights.json.")
+    found = load_result(path)
+    if not isinstance(found, SuperWeights):
+        raise ResultError(
+            f"{path} holds a result of '{kind_name(found)}'; give a super-weights.json."
+        )
     return found

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,14 @@ from melens.cli.listing import Listing, cell
 from melens.cli.render import GAP, IN_A_FILE, room_for_lines, say, say_json, show_listings
 from melens.errors import ResultError
 from melens.progress import hush, is_quiet, remark
+from melens.protocols import Options
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from melens.results import Result
+    from melens.results.sweep import CellRow, SweepReport
+    from melens.sweeping.planning import SweepPlan
 
 FAILED = 3
 """Exit code where a cell failed, or could not run."""
@@ -82,7 +90,7 @@ def sweep(
     _obey(offline=offline, quiet=quiet)
     from melens.sweeping import run
 
-    beside: dict[str, Any] = {
+    beside: Options = {
         "out": out,
         "engine": engine and engine.value,
         "workers": workers,
@@ -106,7 +114,7 @@ def _obey(*, offline: bool, quiet: bool) -> None:
         hush()
 
 
-def _show_plan(plan: Any, *, as_json: bool) -> None:
+def _show_plan(plan: SweepPlan, *, as_json: bool) -> None:
     if as_json:
         say_json({"summary": plan.summary(), "cells": plan.rows()})
         return
@@ -196,14 +204,14 @@ def _names(text: str | None) -> tuple[str, ...]:
     return () if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _show_kinds(found: Any, kinds: dict[str, list[str]], *, as_json: bool) -> None:
+def _show_kinds(found: SweepReport, kinds: dict[str, list[str]], *, as_json: bool) -> None:
     output.show(found, as_json=as_json)
     if kinds and not as_json and not is_quiet():
         rows = [{"kind": kind, "tables": ", ".join(tables)} for kind, tables in kinds.items()]
         show_listings([Listing("\nTables, for --kind and --table:", rows)])
 
 
-def _plot(found: list[Any], path: Path) -> None:
+def _plot(found: list[tuple[CellRow, Result]], path: Path) -> None:
     from melens.cli.tables.sweeps import told_apart
     from melens.figures import compare, save_figure
 
@@ -215,7 +223,7 @@ def _plot(found: list[Any], path: Path) -> None:
     remark(f"wrote {path}")
 
 
-def _write_frame(frame: Any, csv: Path | None, latex: Path | None) -> None:
+def _write_frame(frame: pd.DataFrame, csv: Path | None, latex: Path | None) -> None:
     from melens.results.tabular import csv_of, latex_of
     from melens.store import write_atomically
 
@@ -234,7 +242,7 @@ MANY = 4
 """Columns that begin with the same word are one part of the result, shown only if asked for."""
 
 
-def _show_frame(frame: Any, *, chosen: bool) -> None:
+def _show_frame(frame: pd.DataFrame, *, chosen: bool) -> None:
     """The columns that were asked for; else short ones, as many as fit."""
     shown = list(frame.columns) if chosen else _fitting(frame)
     rows = json.loads(frame[shown].to_json(orient="records", double_precision=15) or "[]")
@@ -245,7 +253,7 @@ def _show_frame(frame: Any, *, chosen: bool) -> None:
         show_listings([Listing(f"Also there, for --columns: {names}. --csv and --json have all.")])
 
 
-def _fitting(frame: Any) -> list[str]:
+def _fitting(frame: pd.DataFrame) -> list[str]:
     begins = Counter(name.partition("_")[0] for name in frame.columns)
     room, made = (room_for_lines() or IN_A_FILE) - 4 * GAP, []
     for name in frame.columns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens.cli.listing import Listing, cell, rest, table_of
 from melens.cli.tables.measures import held_listings
@@ -13,7 +13,8 @@ from melens.results.isolate import cells
 
 if TYPE_CHECKING:
     from melens.results.isolate import EditedLayer, ExpertDamage, Interaction, Isolation
-    from melens.results.super_weights import LayerSpikes, Removal, SuperWeight
+    from melens.results.patch import PatchGrid
+    from melens.results.super_weights import LayerSpikes, Removal, SuperWeight, SuperWeights
 
 LISTED = 12
 
@@ -25,7 +26,7 @@ MOST_NEURONS = 4
 
 
 @table_of("isolate")
-def _isolate(result: Any) -> Iterator[Listing]:
+def _isolate(result: Isolation) -> Iterator[Listing]:
     yield Listing(
         f"Edits on the massive tokens of {result.sequences_massive} of {result.sequences} "
         f"sequences ({result.observations} distinct up to the token); sinks over layers after "
@@ -80,7 +81,7 @@ def _pruned(damage: ExpertDamage) -> list[JsonObject]:
     ]
 
 
-def _edited_layer(result: Any, edited: Any) -> Iterator[Listing]:
+def _edited_layer(result: Isolation, edited: EditedLayer) -> Iterator[Listing]:
     f = edited.factorial
     yield Listing(
         f"\nNorm ({f.norm}) x FFN ({f.ffn_edit}) at {result.role(edited.layer)}:",
@@ -201,7 +202,7 @@ SITES = {"output": "output", "write": "after the norm"}
 
 
 @table_of("super-weights")
-def _super_weights(result: Any) -> Iterator[Listing]:
+def _super_weights(result: SuperWeights) -> Iterator[Listing]:
     routed = any(row.expert is not None for row in result.profile)
     yield Listing(
         "Where the FFN stands out (largest |x|; in brackets, times the layer's median):",
@@ -214,16 +215,17 @@ def _super_weights(result: Any) -> Iterator[Listing]:
         "\nRule: one weight makes most of a spike that stands out in its layer and among layers "
         "(in full: --explain)."
     )
-    if result.super_weights:
+    together, control = result.together, result.control
+    if together is not None and control is not None:  # where one was found
         yield Listing(
             f"\nRemoved one at a time; mean loss without any removed {result.base_loss:.4f} nats a "
             "token, differences paired by sequence, 95 % bootstrap:",
             [{"": result.kind_of(w), **_weight(w, routed)} for w in result.super_weights],
             optional=("pass", "position", "token"),
         )
-        for name, group in (("All together", result.together), ("Control", result.control)):
+        for name, group in (("All together", together), ("Control", control)):
             yield Listing(f"{name}: {group.loss_delta:+.4f}{within(group.interval, '+.4f')}")
-        yield Listing(f"Control removed instead: {_control(result.control)}")
+        yield Listing(f"Control removed instead: {_control(control)}")
     if result.known is not None and result.known.comparisons:
         yield from held_listings(result.known, "\nPublished coordinates:")
     yield Listing("")
@@ -281,7 +283,7 @@ def _times(value: float, median: float | None) -> str:
 
 
 @table_of("patch")
-def _patch(result: Any) -> Iterator[Listing]:
+def _patch(result: PatchGrid) -> Iterator[Listing]:
     rows = result.strongest()[:LISTED]
     yield Listing(f"{result.metric}: {result.metric_about}")
     empty = {name for name in rows[0] if all(row[name] is None for row in rows)}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from melens.cli.listing import Listing, cell, table_of
 from melens.protocols import JsonObject
-from melens.results.check import RuleOutcome
+from melens.results.check import CacheNorms, CheckReport, RuleOutcome
 from melens.results.diff import Change, Difference, SideInfo, SideRow
 
 NOTHING = "nothing"
@@ -16,7 +15,7 @@ SIGNS = {"passed": "ok", "found": "FOUND", "not measured": "-", "off": "off"}
 
 
 @table_of("check")
-def _check(result: Any) -> Iterator[Listing]:
+def _check(result: CheckReport) -> Iterator[Listing]:
     grave = {finding.id: finding.severity for finding in result.findings}
     yield Listing(
         f"Rules of the policy '{result.policy.name}' (layers count from 0):",
@@ -53,7 +52,7 @@ def _sign(rule: RuleOutcome) -> str:
 
 
 @table_of("cache-norms")
-def _cache_norms(result: Any) -> Iterator[Listing]:
+def _cache_norms(result: CacheNorms) -> Iterator[Listing]:
     yield Listing(
         "Largest |entry| of keys and values, the head where the massive token leads most:",
         result.rows(),
@@ -63,7 +62,7 @@ def _cache_norms(result: Any) -> Iterator[Listing]:
 
 
 @table_of("diff")
-def _diff(result: Any) -> Iterator[Listing]:
+def _diff(result: Difference) -> Iterator[Listing]:
     yield Listing(f"A: {_side(result.a)}\nB: {_side(result.b)}\n")
     yield Listing("", [_layer_row(result, row) for row in result.profile])
     yield Listing("")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from melens.cli.listing import Listing, cell, table_of
 from melens.formatting import within
@@ -12,16 +12,19 @@ from melens.protocols import JsonObject
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from melens.results.edit import Edit
-    from melens.results.evaluation import Score
+    from melens.results.edit import Edit, EditFile
+    from melens.results.evaluation import Evaluation, Score
+    from melens.results.finetune import EmergenceRow, FineTuning, LossRow
     from melens.results.long_context import LongCondition, LongContext
-    from melens.results.tune import Confirmed, Trial
+    from melens.results.sidecar import Sidecar, SidecarLayer
+    from melens.results.tune import Confirmed, Trial, Tuning
 
+T = TypeVar("T")
 NAMES = {"energy": "masked energy"}
 
 
 @table_of("evaluate")
-def _evaluate(result: Any) -> Iterator[Listing]:
+def _evaluate(result: Evaluation) -> Iterator[Listing]:
     better = "higher" if result.higher_is_better else "lower"
     rows = result.rows()
     yield Listing(
@@ -61,7 +64,7 @@ def _beside(row: JsonObject) -> JsonObject:
 
 
 @table_of("long-context")
-def _long_context(result: Any) -> Iterator[Listing]:
+def _long_context(result: LongContext) -> Iterator[Listing]:
     yield Listing(
         f"{result.about}\n\nFound, and loss of the answers in nats a token; differences to no edit "
         "are paired by item, 95 % bootstrap:",
@@ -122,7 +125,7 @@ LISTED = 12
 
 
 @table_of("tune")
-def _tune(result: Any) -> Iterator[Listing]:
+def _tune(result: Tuning) -> Iterator[Listing]:
     better = "higher" if result.higher_is_better else "lower"
     ranked = sorted(result.trials, key=lambda trial: -result.sign * trial.delta)
     yield Listing(
@@ -144,7 +147,7 @@ def _tune(result: Any) -> Iterator[Listing]:
 
 
 @table_of("finetune")
-def _finetune(result: Any) -> Iterator[Listing]:
+def _finetune(result: FineTuning) -> Iterator[Listing]:
     yield Listing(
         f"{result.texts:,} texts, {result.tokens:,} tokens; {result.too_long:,} too long and left "
         "out. Loss, nats a token where the objective is sft:",
@@ -162,17 +165,17 @@ def _finetune(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _ends(rows: list[Any]) -> list[Any]:
+def _ends(rows: list[T]) -> list[T]:
     """First, last and up to ten in between."""
     step = max(1, len(rows) // (LISTED - 1))
     return [*rows[:-1:step], *rows[-1:]]
 
 
-def _loss(row: Any) -> JsonObject:
+def _loss(row: LossRow) -> JsonObject:
     return {"step": row.step, "loss": row.loss} | _rewarded("reward", row.reward)
 
 
-def _held_out(row: Any) -> JsonObject:
+def _held_out(row: LossRow) -> JsonObject:
     return {"step": row.step, "loss": row.held_out} | _rewarded("reward", row.held_out_reward)
 
 
@@ -180,7 +183,7 @@ def _rewarded(name: str, value: float | None) -> JsonObject:
     return {} if value is None else {name: value}
 
 
-def _look(row: Any) -> JsonObject:
+def _look(row: EmergenceRow) -> JsonObject:
     return {
         "step": row.step,
         "verdict": row.verdict,
@@ -229,12 +232,12 @@ def _percent(share: float | None) -> str:
 
 
 @table_of("edit")
-def _edit(result: Any) -> Iterator[Listing]:
+def _edit(result: EditFile) -> Iterator[Listing]:
     yield Listing("", result.rows())
 
 
 @table_of("sidecar")
-def _sidecar(result: Any) -> Iterator[Listing]:
+def _sidecar(result: Sidecar) -> Iterator[Listing]:
     told = [row for row in result.layers if row.coordinate is not None]
     if told:
         yield Listing(
@@ -255,7 +258,7 @@ def _sidecar(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _told(row: Any) -> JsonObject:
+def _told(row: SidecarLayer) -> JsonObject:
     pairs = zip(row.dims, row.values, strict=True)
     return {
         "layer": row.layer,

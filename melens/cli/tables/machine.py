@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from melens.cli.listing import Listing, table_of
 from melens.protocols import JsonObject
-from melens.results.census import CensusRow
+from melens.results.census import Census, CensusRow
 
 OPTIONAL = ("dims", "sink rate", "largest |x|", "parameters")
 MOST_DIMS = 4
 
 
 @table_of("census")
-def _census(result: Any) -> Iterator[Listing]:
+def _census(result: Census) -> Iterator[Listing]:
     found = [row for row in result.models if row.error is None]
     if found:
         yield Listing(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from melens.cli.listing import Listing, cell, rest, table_of
 from melens.protocols import JsonObject
@@ -11,22 +11,29 @@ from melens.results.describe import TokenPortrait
 from melens.results.locate import LayerRow, MELayer
 from melens.results.sinks import Sinks
 
+if TYPE_CHECKING:
+    from melens.results.attention import AttentionMaps
+    from melens.results.collapse import Collapse
+    from melens.results.known import KnownCheck
+    from melens.results.metric import MetricProfile
+    from melens.results.mixers import Mixers
+
 MOST_TOKENS = 8
 """Massive tokens that a table lists; the JSON has all."""
 
 
 @table_of("known")
-def _known(result: Any) -> Iterator[Listing]:
+def _known(result: KnownCheck) -> Iterator[Listing]:
     if result.comparisons:
         yield from held_listings(result)
 
 
-def held_listings(result: Any, caption: str = "") -> Iterator[Listing]:
+def held_listings(result: KnownCheck, caption: str = "") -> Iterator[Listing]:
     """Published numbers beside measured ones, their sources, and the convention."""
     sources = list(dict.fromkeys(row.source for row in result.comparisons if row.source))
     rows = []
     for row in result.comparisons:
-        made = {"what": row.what, "published": row.published, "measured": row.measured}
+        made: JsonObject = {"what": row.what, "published": row.published, "measured": row.measured}
         made["verdict"] = row.verdict
         if any(one.off for one in result.comparisons):
             made["off by"] = row.off
@@ -40,7 +47,7 @@ def held_listings(result: Any, caption: str = "") -> Iterator[Listing]:
 
 
 @table_of("describe")
-def _describe(result: Any) -> Iterator[Listing]:
+def _describe(result: TokenPortrait) -> Iterator[Listing]:
     if result.massive:
         yield Listing("", [_described_row(result, row) for row in result.rows()])
         about = "the first row is the primary token, which all else is about:"
@@ -64,7 +71,7 @@ def _describe(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _massive(result: Any, caption: str) -> Iterator[Listing]:
+def _massive(result: TokenPortrait | MELayer, caption: str) -> Iterator[Listing]:
     yield Listing(
         caption,
         [
@@ -97,7 +104,9 @@ def _described_row(result: TokenPortrait, row: JsonObject) -> JsonObject:
     return {names.get(name, name): value for name, value in row.items()} | {"": ", ".join(notes)}
 
 
-def _energies(result: Any) -> str:
+def _energies(result: TokenPortrait) -> str:
+    assert result.energy is not None  # nor is the next where a token is massive
+    assert result.energy_direction is not None
     shares = ", ".join(f"{100 * share:.1f} % in {top}" for top, share in result.energy.items())
     return (
         f"{shares} coordinates; {100 * result.energy_direction:.2f} % of {result.inputs} "
@@ -105,9 +114,10 @@ def _energies(result: Any) -> str:
     )
 
 
-def _next_norm(result: Any) -> str | None:
+def _next_norm(result: TokenPortrait) -> str | None:
     """What the first norm after the peak leaves."""
-    after = [norm for norm in result.norms if norm.layer == result.peak_layer + 1]
+    peak = result.peak_layer
+    after = [norm for norm in result.norms if peak is not None and norm.layer == peak + 1]
     if not after:
         return None
     parts = [f"{n.site} {n.before:z.1%} -> {n.after:z.1%}" for n in after]
@@ -122,7 +132,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 
 @table_of("collapse")
-def _collapse(result: Any) -> Iterator[Listing]:
+def _collapse(result: Collapse) -> Iterator[Listing]:
     yield Listing(
         "Effective rank exp(H(s / sum s)), uncentred, per sequence and averaged; heads averaged; "
         "in brackets without the massive tokens' rows:",
@@ -140,7 +150,7 @@ def _collapse(result: Any) -> Iterator[Listing]:
 
 
 @table_of("sinks")
-def _sinks(result: Any) -> Iterator[Listing]:
+def _sinks(result: Sinks) -> Iterator[Listing]:
     yield Listing(
         f"Sink^eps of the first token (Gu et al.): share of (sequence, head) with alpha > eps, "
         f"T = {result.t}; uniform attention would give alpha {result.uniform:.3f}:",
@@ -171,7 +181,7 @@ def _sink_row(result: Sinks, row: JsonObject) -> JsonObject:
 
 
 @table_of("mixers")
-def _mixers(result: Any) -> Iterator[Listing]:
+def _mixers(result: Mixers) -> Iterator[Listing]:
     yield Listing(
         f"Token {result.token!r} at position {result.position} is the sink token of "
         f"{result.texts_with_it} of {result.texts} texts ({result.chosen_by}). Norms are means "
@@ -190,12 +200,12 @@ def _mixers(result: Any) -> Iterator[Listing]:
 
 
 @table_of("attention")
-def _attention(result: Any) -> Iterator[Listing]:
+def _attention(result: AttentionMaps) -> Iterator[Listing]:
     yield Listing("", result.rows())
 
 
 @table_of("locate")
-def _locate(result: Any) -> Iterator[Listing]:
+def _locate(result: MELayer) -> Iterator[Listing]:
     yield Listing(
         "Each layer's output, layers from 0; max |x| is over all texts and tokens:",
         [_locate_row(result, row) for row in result.profile],
@@ -259,6 +269,6 @@ def _locate_row(result: MELayer, row: LayerRow) -> JsonObject:
 
 
 @table_of("metric")
-def _metric(result: Any) -> Iterator[Listing]:
+def _metric(result: MetricProfile) -> Iterator[Listing]:
     yield Listing("", result.rows())
     yield Listing("")

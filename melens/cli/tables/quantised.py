@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from melens.cli.listing import Listing, table_of
 from melens.formatting import within
 from melens.protocols import JsonObject
 
+if TYPE_CHECKING:
+    from melens.results.evaluation import Delta
+    from melens.results.quantise import Quantisation, QuantisedTrial
+
 
 @table_of("quantise")
-def _quantise(result: Any) -> Iterator[Listing]:
+def _quantise(result: Quantisation) -> Iterator[Listing]:
     texts, tokens = result.texts, result.tokens
     yield Listing(
         f"{tokens:,} tokens of {texts} texts, {result.massive_tokens} of them massive; "
@@ -30,15 +34,15 @@ def _quantise(result: Any) -> Iterator[Listing]:
     yield Listing("")
 
 
-def _grouped(trials: Any) -> list[list[Any]]:
+def _grouped(trials: Sequence[QuantisedTrial]) -> list[list[QuantisedTrial]]:
     """Controls of one protection together, all else alone."""
-    made: dict[object, list[Any]] = {}
+    made: dict[object, list[QuantisedTrial]] = {}
     for trial in trials:
         made.setdefault((trial.name, trial.control_of), []).append(trial)
     return list(made.values())
 
 
-def _row(trials: list[Any]) -> JsonObject:
+def _row(trials: list[QuantisedTrial]) -> JsonObject:
     first, count = trials[0], len(trials)
     alone = count == 1
     mean = sum(trial.damage.value for trial in trials) / count
@@ -57,19 +61,19 @@ def _row(trials: list[Any]) -> JsonObject:
     }
 
 
-def _name(trial: Any) -> str:
+def _name(trial: QuantisedTrial) -> str:
     if trial.role == "as is":
         return "nothing"
     return trial.name if trial.control_of is None else f"random, for {trial.control_of}"
 
 
-def _count(trial: Any) -> str | None:
+def _count(trial: QuantisedTrial) -> str | None:
     kinds = {"token": trial.tokens, "weight": len(trial.weights), "layer": len(trial.modules)}
     found = [f"{n} {kind}{'s' * (n != 1)}" for kind, n in kinds.items() if n]
     return found[0] if found else None
 
 
-def _beyond(found: Any) -> str | None:
+def _beyond(found: Delta | None) -> str | None:
     if found is None:
         return None
     said = "no interval" if found.interval is None else within(found.interval, ".3g").strip(" ()")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from melens.cli.listing import Listing, rest, table_of
 from melens.protocols import JsonObject
+
+if TYPE_CHECKING:
+    from melens.results.sweep import CellRow, SweepReport
 
 MOST = 40
 """Cells that the table lists."""
 
 
 @table_of("sweep")
-def _sweep(result: Any) -> Iterator[Listing]:
+def _sweep(result: SweepReport) -> Iterator[Listing]:
     rows, fixed = result.cells, _fixed(result.cells)
     shown = sorted(rows, key=lambda row: row.status == "done")[:MOST]
     yield Listing(
@@ -31,15 +34,15 @@ def _sweep(result: Any) -> Iterator[Listing]:
         )
 
 
-def told_apart(rows: Any) -> list[str]:
+def told_apart(rows: Sequence[CellRow]) -> list[str]:
     """A name for each cell: its model, and the options that differ."""
     fixed = _fixed(rows)
     return [" ".join([row.model, _cell(row, fixed)["options"]]).strip() for row in rows]
 
 
-def _fixed(rows: Any) -> JsonObject:
+def _fixed(rows: Sequence[CellRow]) -> JsonObject:
     """Options that tell no cells of a command apart: one value, in every cell of each command."""
-    values: dict[str, list[Any]] = {}
+    values: dict[str, list[object]] = {}
     for row in rows:
         for name, value in row.options.items():
             values.setdefault(name, []).append(value)
@@ -53,7 +56,7 @@ def _fixed(rows: Any) -> JsonObject:
     return {name: value for name, value in fixed.items() if name not in partly}
 
 
-def _cell(row: Any, fixed: JsonObject) -> JsonObject:
+def _cell(row: CellRow, fixed: JsonObject) -> JsonObject:
     given = {name: value for name, value in row.options.items() if name not in fixed}
     return {
         "command": row.command,

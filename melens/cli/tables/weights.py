@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from melens.cli.listing import Listing, table_of
 from melens.protocols import JsonObject
-from melens.results.reach import ReachRow
-from melens.results.scan import Candidate, LayerCeiling, TriedToken
+from melens.results.reach import Reach, ReachRow
+from melens.results.scan import Candidate, LayerCeiling, TriedToken, WeightScan
 
 MOST = 12
 """Candidates that the table lists; the JSON has all."""
@@ -22,7 +21,7 @@ ROLES = {"emerge": ("makes", "may make"), "erase": ("erases", "may erase"), "oth
 
 
 @table_of("scan")
-def _scan(result: Any) -> Iterator[Listing]:
+def _scan(result: WeightScan) -> Iterator[Listing]:
     paths = sorted({PATHS[row.path] for row in result.profile if row.path is not None})
     yield Listing(
         f"The highest neuron of each layer, by what it could write ({'; '.join(paths)}):",
@@ -109,7 +108,7 @@ def _sign(sign: int | None) -> str | None:
 
 
 @table_of("reach")
-def _reach(result: Any) -> Iterator[Listing]:
+def _reach(result: Reach) -> Iterator[Listing]:
     yield Listing(
         "First tokens, each alone at position 0 (layers count from 0, at the block output):",
         [
