@@ -94,23 +94,24 @@ MEASURES = [
 
 @pytest.mark.parametrize(("command", "options", "says"), MEASURES)
 def test_measures_write_their_files_and_say_one_sentence(
-    run, model, text, tmp_path, command, options, says
+    run, model, text, located, tmp_path, command, options, says
 ):
-    out = tmp_path / "out"
+    """The first locates by itself and writes that too."""
+    out, first = tmp_path / "out", command == MEASURES[0][0]
     texts = ("--text", text, "--bos", "--length", "40")
-    code, stdout, _ = run(command, model, *texts, *options, "-o", out)
+    given = () if first else ("--located", located)
+    code, stdout, _ = run(command, model, *texts, *options, *given, "-o", out)
     assert code == 0
     assert says in stdout.splitlines()[-1]
     expected = {f"{command}.{end}" for end in ("json", "png", "svg")}
-    expected |= {"locate.json", "profile.png", "profile.svg"}
+    expected |= {"locate.json", "profile.png", "profile.svg"} if first else set()
     expected |= {"attention.html"} if command == "attention" else set()
     assert {file.name for file in out.iterdir()} == expected
     saved = out / f"{command}.json"
     assert run("plot", saved, "-o", out / "again.svg")[0] == 0
     assert (out / "again.svg").read_bytes() == (out / f"{command}.svg").read_bytes()
-    code, stdout, _ = run(
-        command, model, *texts, *options, "--located", out / "locate.json", "--json"
-    )
+    where = out / "locate.json" if first else located
+    code, stdout, _ = run(command, model, *texts, *options, "--located", where, "--json")
     assert code == 0
     made, again = json.loads(saved.read_text()), json.loads(stdout)
     made.pop("run"), again.pop("run")
