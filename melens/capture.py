@@ -12,13 +12,13 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from melens.batches import Batch, Prompts
 from melens.errors import BusyError, CaptureError, PromptError, SiteError
 from melens.framing import require_known
 from melens.placement import input_device
-from melens.protocols import AnyModel, HookedModel
+from melens.protocols import AnyModel, Args, HookedModel, Kwargs
 
 T = TypeVar("T")
 
@@ -210,11 +210,11 @@ def hooked(model: HookedModel, hooks: Hooks) -> Iterator[None]:
 
 
 @contextmanager
-def work_counted(model: Any) -> Iterator[Callable[[], float]]:
+def work_counted(model: HookedModel) -> Iterator[Callable[[], float]]:
     """Counts tokens through blocks meanwhile: gives them as tokens through the whole model."""
     tokens = 0
 
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         nonlocal tokens
         resid = args[0] if args else kwargs["hidden_states"]
         tokens += resid.shape[0] * resid.shape[1]

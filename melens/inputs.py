@@ -26,7 +26,7 @@ from melens.models.object_bridges import last_bridge
 from melens.models.origin import fingerprint, origin_of
 from melens.placement import input_device, placed
 from melens.progress import say_once
-from melens.protocols import HookedModel, JsonObject, is_hooked
+from melens.protocols import HookedModel, JsonObject, Loadable, ModelLike, is_hooked
 from melens.provenance import ModelFacts, RunInfo
 from melens.settings import require_whole
 from melens.store import digest
@@ -145,7 +145,7 @@ class Inputs:
         return tick
 
 
-def _require_reach(model: Any) -> None:
+def _require_reach(model: Loadable) -> None:
     """Refuse an object that is edited itself: what is measured runs its bridge."""
     if isinstance(model, (str, Path)) or is_hooked(model):
         return
@@ -181,7 +181,7 @@ def _say_without_bos(model: HookedModel, source: object) -> None:
 
 
 def prepare(
-    model: Any, prompts: Source = None, *, batch_size: int = 4, least: int = MIN_TOKENS
+    model: ModelLike, prompts: Source = None, *, batch_size: int = 4, least: int = MIN_TOKENS
 ) -> Inputs:
     """Adopt a model and turn texts into batches for it; refuses before any forward pass.
 
@@ -218,7 +218,7 @@ def _batches(model: HookedModel, source: object, batch_size: int, least: int) ->
     return [fit_ids(model, batch) for batch in batches]
 
 
-def _listed(source: Any) -> Any:
+def _listed(source: object) -> object:
     """What is gone through only once, as a list; an open file is refused, its lines are no texts.
 
     A column of a table gives its own list.
@@ -227,9 +227,9 @@ def _listed(source: Any) -> Any:
         raise PromptError("an open file is not a text; pass pathlib.Path(its name), or its text.")
     if isinstance(source, Iterator):
         return list(source)
-    if hasattr(source, "tolist") and getattr(getattr(source, "dtype", None), "kind", "i") in "OTU":
-        return source.tolist()
-    return source
+    listed = getattr(source, "tolist", None)
+    kind = getattr(getattr(source, "dtype", None), "kind", "i")
+    return source if listed is None or kind not in "OTU" else listed()
 
 
 def _ready(source: object, pad_id: int | None, size: int) -> list[Batch] | None:

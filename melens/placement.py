@@ -12,13 +12,20 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from melens.errors import ModelError
 from melens.formatting import brief
+from melens.protocols import AnyModel, Options
+
+if TYPE_CHECKING:
+    from accelerate.hooks import ModelHook
+
+T = TypeVar("T")
+DeviceMap = str | Mapping[str, int | str | torch.device] | None
 
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """What ``device_map`` may be where it is not a dict."""
@@ -27,12 +34,12 @@ WHOLE = "load it without device_map, on one device that holds it"
 
 
 def placement_options(
-    device_map: str | Mapping[str, Any] | None,
-    max_memory: Mapping[Any, Any] | None,
+    device_map: DeviceMap,
+    max_memory: Mapping[int | str, int | str] | None,
     offload_folder: str | Path | None,
     *,
     device: str | None = None,
-) -> dict[str, Any]:
+) -> Options:
     """Options for transformers' ``from_pretrained``; empty without a ``device_map``.
 
     Args:    device_map: ``auto``, ``balanced``, ``balanced_low_0``, ``sequential``, or a dict of
@@ -57,7 +64,7 @@ def placement_options(
             )
     elif not isinstance(device_map, Mapping) or not device_map:
         raise ModelError(f"device_map takes {', '.join(MAPS)} or a dict of module names.")
-    options: dict[str, Any] = {"device_map": device_map}
+    options: Options = {"device_map": device_map}
     if max_memory:
         options["max_memory"] = {_place(key): _size(value) for key, value in max_memory.items()}
     if offload_folder:
@@ -65,7 +72,7 @@ def placement_options(
     return options
 
 
-def memory_limits(text: str | None) -> dict[int | str, str] | None:
+def memory_limits(text: str | None) -> dict[int | str, int | str] | None:
     """``cpu=4GB,0=20GB`` as a dict.
 
     Raises:  ModelError: what is no list of devices and sizes.
@@ -76,7 +83,7 @@ def memory_limits(text: str | None) -> dict[int | str, str] | None:
     return {_place(name.strip()): _size(size.strip()) for name, _, size in pairs}
 
 
-def _place(name: Any) -> int | str:
+def _place(name: object) -> int | str:
     if isinstance(name, int) or (isinstance(name, str) and name.isdecimal() and len(name) < 4):
         return int(name)
     if name in ("cpu", "mps", "disk"):
@@ -86,7 +93,7 @@ def _place(name: Any) -> int | str:
     )
 
 
-def _size(size: Any) -> Any:
+def _size(size: object) -> int | str:
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     unit = next((unit for unit in UNITS if str(size).endswith(unit)), "")
@@ -96,12 +103,12 @@ def _size(size: Any) -> Any:
     raise ModelError(f"max_memory takes sizes such as 20GB or 512MB; got {brief(str(size))}.")
 
 
-def is_offloaded(model: nn.Module) -> bool:
+def is_offloaded(model: AnyModel) -> bool:
     """Whether some of its weights are read from memory or disk at every pass."""
     return any(True for _ in _offloaded(model))
 
 
-def _offloaded(model: nn.Module) -> Iterator[nn.Module]:
+def _offloaded(model: AnyModel) -> Iterator[nn.Module]:
     """Modules that hold weights of their own which accelerate keeps elsewhere."""
     for module in model.modules():
         loads = getattr(vars(module).get("_hf_hook"), "offload", False)
@@ -166,15 +173,15 @@ def _own_weights_here(module: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def filled_state(model: Any, take: Callable[[Tensor], Any]) -> Iterator[dict[int, Any]]:
+def filled_state(model: AnyModel, take: Callable[[Tensor], T]) -> Iterator[dict[int, T]]:
     """Inside, ``model.state_dict()`` has a small stand-in for every offloaded tensor.
 
     Yields:  ``take`` of each such tensor's values, by the stand-in's id; one module at a time.
     """
-    found: dict[int, Any] = {}
+    found: dict[int, T] = {}
     kept: list[Tensor] = []  # an id is one thing's own for as long as that lives
 
-    def fill(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    def fill(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
         with _own_weights_here(module):
             for name, value in _own(module).items():
                 if f"{prefix}{name}" in state and state[f"{prefix}{name}"].is_meta:
@@ -190,7 +197,7 @@ def filled_state(model: Any, take: Callable[[Tensor], Any]) -> Iterator[dict[int
             handle.remove()
 
 
-def input_device(model: Any) -> torch.device:
+def input_device(model: AnyModel) -> torch.device:
     """The device that token ids go to: the embedding's."""
     first = next(model.parameters())
     if not first.is_meta:
@@ -203,7 +210,7 @@ def input_device(model: Any) -> torch.device:
     return first.device
 
 
-def device_of(module: Any, default: torch.device | None = None) -> torch.device:
+def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device:
     """The device that a module computes on; ``default``, else the CPU, where it has no weights."""
     first = next(iter([*module.parameters(), *module.buffers()]), None)
     if first is not None and not first.is_meta:
@@ -215,12 +222,12 @@ def device_of(module: Any, default: torch.device | None = None) -> torch.device:
     return default or torch.device("cpu")
 
 
-def called_there(module: Any, x: Tensor) -> Tensor:
+def called_there(module: nn.Module, x: Tensor) -> Tensor:
     """What a module makes of ``x``, on the device that the module computes on."""
     return module(x.to(device_of(module, x.device)))
 
 
-def execution_device(hook: Any) -> torch.device | None:
+def execution_device(hook: object) -> torch.device | None:
     """The device that a hook of accelerate moves its module's inputs to."""
     for one in getattr(hook, "hooks", (hook,)):
         if (found := getattr(one, "execution_device", None)) is not None:
@@ -228,7 +235,7 @@ def execution_device(hook: Any) -> torch.device | None:
     return None
 
 
-def placed(model: Any) -> str:
+def placed(model: AnyModel) -> str:
     """Where a model computes, for records: ``cpu``, ``cuda:0``, ``cuda:0 + cuda:1``, with
     ``(offloaded)`` where weights are read at every pass.
     """  # noqa: D205
@@ -262,19 +269,21 @@ def same_hooks(made: nn.Module) -> None:
     inside["forward"] = functools.update_wrapper(forward, old)
 
 
-def _copied(hook: Any) -> Any:
+def _copied(hook: ModelHook) -> ModelHook:
     """A hook keeps what it notes between the start and the end of a call; two would mix it up."""
+    from accelerate.hooks import SequentialHook
+
     made = copy.copy(hook)
-    if hasattr(made, "hooks"):
+    if isinstance(made, SequentialHook):
         made.hooks = tuple(_copied(one) for one in made.hooks)
     return made
 
 
-def _aligned(module: Any, *args: Any, **kwargs: Any) -> Any:
-    hook = module._hf_hook
+def _aligned(module: nn.Module, *args: object, **kwargs: object) -> object:
+    hook: ModelHook = vars(module)["_hf_hook"]
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
     with torch.no_grad() if hook.no_grad else nullcontext():
-        out = module._old_forward(*args, **kwargs)
+        out = vars(module)["_old_forward"](*args, **kwargs)
     return hook.post_forward(module, out)
 
 
@@ -284,7 +293,7 @@ def has_other_forward(module: nn.Module) -> bool:
     return "forward" in inside and "_hf_hook" not in inside
 
 
-def require_whole(model: Any, what: str) -> None:
+def require_whole(model: object, what: str) -> None:
     """Refuse what writes to weights, or saves them, where some are offloaded.
 
     Args:    what: the work, as the subject of a sentence.

@@ -10,9 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from melens.formatting import LAYOUT, printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 EVERY = 5.0
 """Seconds between two lines: often enough to see that it lives, seldom enough for a log."""
@@ -146,7 +149,7 @@ class Lines(Display):
 class Bar(Display):
     """For a terminal: tqdm's bar."""
 
-    shown: Any = None
+    shown: tqdm | None = None
 
     def moved(self) -> None:
         """Drawn at most ten times a second."""
@@ -204,7 +207,7 @@ def _beat(made: Display, over: threading.Event) -> None:
         made.tell()
 
 
-def _tqdm(unit: str | None) -> Any:
+def _tqdm(unit: str | None) -> tqdm:
     from tqdm import tqdm
 
     if unit is None:

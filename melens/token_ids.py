@@ -96,7 +96,7 @@ def _of_mapping(source: Mapping[str, object], pad_id: int | None) -> tuple[Rows,
     return rows, [[bool(value) for value in row] for row in made[0]]
 
 
-def _numbers(mask: Any) -> object:
+def _numbers(mask: object) -> object:
     """A mask of truth values as one of 0 and 1."""
     if isinstance(mask, bool):
         return int(mask)
@@ -105,7 +105,8 @@ def _numbers(mask: Any) -> object:
     if isinstance(mask, Tensor):
         return mask.long()
     kind = getattr(getattr(mask, "dtype", None), "kind", None)
-    return mask.astype(int) if kind == "b" else mask
+    astype = getattr(mask, "astype", None)
+    return astype(int) if kind == "b" and astype is not None else mask
 
 
 def _of_array(source: Tensor, pad_id: int | None) -> tuple[Rows, list[list[bool]]]:

@@ -19,7 +19,7 @@ from melens.exporting.subject import accept, check_probe, read_edit, transformer
 from melens.formatting import brief
 from melens.interventions.context import is_edited
 from melens.interventions.core import EditedTokens, warn_of
-from melens.models.loading import DeviceMap
+from melens.placement import DeviceMap
 from melens.protocols import AnyModel, HookedModel, Loadable, Tokenizer
 from melens.results import MELayer
 from melens.results.edit import Edit, EditFile

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -397,10 +397,10 @@ def _wanted(place: Place) -> str:
     )
 
 
-def _naming(layer: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+def _naming(layer: int, hook: Callable[..., object]) -> Callable[..., object]:
     """The hook, whose errors say at which layer it fired: an edit may have many of them."""
 
-    def call(*given: Any) -> Any:
+    def call(*given: object) -> object:
         try:
             return hook(*given)
         except InterventionError as error:
@@ -456,19 +456,22 @@ def blend(old: Tensor, new: Tensor, strength: float) -> Tensor:
     return new if strength == 1 else old + strength * (new - old)
 
 
-def as_index(value: Any) -> int | None:
+def as_index(value: object) -> int | None:
     """A whole number of any library as an int; None for anything else."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, str)) or not isinstance(value, SupportsIndex):
         return None
     return operator.index(value)
 
 
-def check_number(name: str, value: float, *, low: float = -math.inf) -> float:
+def check_number(name: str, value: object, *, low: float = -math.inf) -> float:
     """Refuse what is no number, or one below ``low``; infinity is one."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not value >= low:
+    number = math.nan
+    if isinstance(value, SupportsFloat) and not isinstance(value, (bool, str)):
+        number = float(value)
+    if not number >= low:
         floor = f" of at least {low:g}" if low > -math.inf else ""
         raise InterventionError(f"{name} must be a number{floor}, got {brief(value, 40)}.")
-    return float(value)
+    return number
 
 
 def check_indices(name: str, indices: Sequence[int], size: int, *, what: str) -> list[int]:

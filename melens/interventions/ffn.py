@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from einops import reduce
@@ -29,7 +28,7 @@ from melens.interventions.core import (
 from melens.interventions.target import Tokens
 from melens.models.anatomy import anatomy, norm_of
 from melens.models.ffn import FFN, ffn_input, ffn_of
-from melens.protocols import HookedModel
+from melens.protocols import HookedModel, is_hooked
 from melens.results.locate import MELayer
 from melens.shapes import TokenMask
 
@@ -337,10 +336,10 @@ def _donor(model: HookedModel, place: Place, given: object) -> tuple[HookedModel
     pair = given if isinstance(given, tuple) and len(given) == 2 else (given, place.layer)
     if isinstance(given, int) and not isinstance(given, bool):
         pair = model, given
-    donor: Any = pair[0]
+    donor: object = pair[0]
     if not isinstance(pair[1], int):
         raise InterventionError(f"the donor's layer must be a number, got {brief(pair[1], 40)}.")
-    if not hasattr(donor, "hook_dict"):
+    if not is_hooked(donor):
         raise InterventionError(
             "donor must be a hooked model, a layer's number or (model, layer), got "
             f"{type(donor).__name__}; melens.load a model first."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,8 @@ def residual_set(
             raise InterventionError("dims: name them, or pass a located ME Layer.")
         dims = sorted({token.dim for token in found.massive})
     wanted = check_indices("dims", dims, model.cfg.d_model, what="the residual's dimensions")
-    given: list[Any] = list(values) if isinstance(values, (list, tuple)) else [values] * len(wanted)
+    several = isinstance(values, (list, tuple))
+    given: list[object] = list(values) if several else [values] * len(wanted)
     if len(given) != len(wanted):
         raise InterventionError(f"values: {len(given)} were given for {len(wanted)} dims.")
     aim = torch.tensor([check_number("values", value) for value in given])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -128,7 +127,7 @@ def wemask(  # noqa: PLR0913 (the method's own settings)
         yield record
 
 
-def check_mask(*, rate: Any, strength: Any, select: object, seed: object = 0) -> None:
+def check_mask(*, rate: object, strength: object, select: object, seed: object = 0) -> None:
     """Refuse settings of a mask before any model is needed.
 
     Raises:  InterventionError: naming the setting and what would fit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from melens.errors import InterventionError, ResultError, SiteError
 from melens.inputs import Inputs, Source, prepare
@@ -18,7 +18,7 @@ from melens.isolating.runs import EditedTexts, Finished, check_ffn_edit, drop
 from melens.locating.thresholds import STEP_SHARE
 from melens.measuring.located import settle_primary
 from melens.models.anatomy import check_layer, require_unfolded
-from melens.protocols import ModelLike
+from melens.protocols import JsonObject, ModelLike
 from melens.results import MELayer
 from melens.results.isolate import Isolation, Neuron, Write
 from melens.results.reading import HoldsMELayer
@@ -87,7 +87,7 @@ def isolate(
     return result
 
 
-def _facts(inputs: Inputs, me_layer: MELayer, layer: int | None, ffn_edit: str) -> dict[str, Any]:
+def _facts(inputs: Inputs, me_layer: MELayer, layer: int | None, ffn_edit: str) -> JsonObject:
     """What every kept number depends on."""
     texts = [[batch.ids.tolist(), batch.mask.tolist()] for batch in inputs.batches]
     return {

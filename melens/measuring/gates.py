@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -19,7 +18,7 @@ from melens.batches import Batch
 from melens.capture import evaluating, forward, hooked
 from melens.models.anatomy import pattern_hook
 from melens.models.attention import HeadView, attention_sites
-from melens.protocols import HookedModel
+from melens.protocols import Args, HookedModel
 
 ONE = 1e-2
 """A ratio within this of 1 everywhere is no gate."""
@@ -90,7 +89,7 @@ class _Reader:
             (values.hook, self._take_values),
             (pattern_hook(layer), self._mix),
         ]
-        attn: Any = model.blocks[layer].attn
+        attn = model.blocks[layer].attn
         named = f"blocks.{layer}.attn.o.hook_in"
         if named in model.hook_dict:
             self.hooks.append((named, self._take))
@@ -129,7 +128,7 @@ class _Reader:
         """What the output projection reads; some bridges show the pattern only after that."""
         self._read = x.detach()[0].float().flatten(1).cpu()
 
-    def _take_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _take_input(self, module: nn.Module, args: Args) -> None:
         """Of several layers that read as many channels the output projection is the last."""
         x, mixed = args[0] if args else None, self._mixed
         if mixed is not None and isinstance(x, Tensor) and x[0].numel() == mixed.numel():

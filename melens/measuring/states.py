@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from einops import rearrange
@@ -22,7 +22,7 @@ from melens.capture import evaluating, one_thread
 from melens.errors import ModelError
 from melens.metrics import effective_rank
 from melens.placement import input_device
-from melens.protocols import HookedModel
+from melens.protocols import Args, HookedModel, KeyValueCache, Kwargs, TransformersModel
 
 PAST = "past_key_values"
 STEPS = 32
@@ -44,9 +44,9 @@ class Followed:
 @dataclass
 class _MixerCall:
     layer: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    before: Any
+    args: Args
+    kwargs: Kwargs
+    before: object
     """The layer's cache before the call."""
     out: Tensor | None = None
 
@@ -63,7 +63,7 @@ def follow(
     Returns: by layer; a layer whose state the cache does not show is left out.
     Raises:  ModelError: the cache does not give what the whole text gives.
     """
-    hf: Any = model.original_model
+    hf = model.original_model
     device = input_device(hf)
     ids = torch.tensor([row[: at + 1 + steps]], device=device)
     given = {"use_cache": True, _cache_name(hf): (cache := _new_cache(hf))}
@@ -77,21 +77,21 @@ def follow(
             started = _start(mixers[layer], call, cache.layers[layer])
             if started is not None:
                 found[layer], without[layer] = started
-        out: Any = None
+        shown = torch.empty(0)
         for step in range(at + 1, ids.shape[1]):
             watch.begin(with_cache=False)
-            out = hf(ids[:, step : step + 1], **given)
+            shown = hf(ids[:, step : step + 1], **given).logits[:, -1].float()
             for layer, follower in found.items():
                 _step(mixers[layer], watch.calls[layer], without[layer], follower)
         watch.begin(with_cache=False)
-        _require_same(hf, ids, out)
+        _require_same(hf, ids, shown)
     for layer, follower in found.items():
         apart = _apart(_states(cache.layers[layer]), _states(without[layer]))
         follower.left = apart / max(follower.norm, 1e-30)
     return found
 
 
-def _start(mixer: nn.Module, call: _MixerCall, after: Any) -> tuple[Followed, Any] | None:
+def _start(mixer: nn.Module, call: _MixerCall, after: object) -> tuple[Followed, object] | None:
     """The write itself, and the layer's cache as it were without it; None without a state."""
     real = _states(after)
     if not real:
@@ -108,7 +108,7 @@ def _start(mixer: nn.Module, call: _MixerCall, after: Any) -> tuple[Followed, An
     return Followed(norm, _rank(writes)), without
 
 
-def _step(mixer: nn.Module, call: _MixerCall, without: Any, follower: Followed) -> None:
+def _step(mixer: nn.Module, call: _MixerCall, without: object, follower: Followed) -> None:
     """One later token, with and without the write."""
     assert call.out is not None
     out = call.out.cpu().double()
@@ -119,7 +119,7 @@ def _step(mixer: nn.Module, call: _MixerCall, without: Any, follower: Followed) 
 def _again(mixer: nn.Module, call: _MixerCall, layer_cache: Any) -> Tensor:
     """The same call with another cache of this layer, which it fills."""
 
-    def swapped(value: Any) -> Any:
+    def swapped(value: object) -> object:
         if not _is_cache(value):
             return value
         other = copy.copy(value)
@@ -132,24 +132,24 @@ def _again(mixer: nn.Module, call: _MixerCall, layer_cache: Any) -> Tensor:
     return _first(mixer.forward(*args, **kwargs))
 
 
-def _is_cache(value: object) -> bool:
+def _is_cache(value: object) -> TypeGuard[KeyValueCache]:
     from transformers import Cache
 
     return isinstance(value, Cache)
 
 
-def _new_cache(hf: Any) -> Any:
+def _new_cache(hf: TransformersModel) -> KeyValueCache:
     from transformers import DynamicCache
 
     return DynamicCache(config=hf.config)
 
 
-def _cache_name(hf: Any) -> str:
+def _cache_name(hf: TransformersModel) -> str:
     """What a model calls the cache that it is given (Mamba has a name of its own)."""
     return "cache_params" if "cache_params" in signature(hf.forward).parameters else PAST
 
 
-def _states(layer_cache: Any) -> list[Tensor]:
+def _states(layer_cache: object) -> list[Tensor]:
     held = getattr(layer_cache, "recurrent_states", None) or {}
     return [state for state in held.values() if isinstance(state, Tensor)]
 
@@ -170,14 +170,16 @@ def _rank(writes: Sequence[Tensor]) -> float | None:
     return sum(ranks) / len(ranks) if ranks else None
 
 
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
+def _first(out: object) -> Tensor:
+    first = out[0] if isinstance(out, tuple) else out
+    assert isinstance(first, Tensor)
+    return first
 
 
-def _require_same(hf: Any, ids: Tensor, out: Any) -> None:
+def _require_same(hf: TransformersModel, ids: Tensor, shown: Tensor) -> None:
     whole = hf(ids, use_cache=False).logits[:, -1].float()
     limit = CLOSE if next(hf.parameters()).dtype.itemsize > 2 else HALF_CLOSE
-    apart = (whole - out.logits[:, -1].float()).abs().max()
+    apart = (whole - shown).abs().max()
     if not apart <= limit * whole.abs().max().clamp_min(1e-30):
         raise ModelError("token after token, its cache does not give what the whole text gives")
 
@@ -205,7 +207,7 @@ class _MixerCalls:
         self._stack.close()
 
     def _before(self, layer: int) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             caches = [value for value in (*args, *kwargs.values()) if _is_cache(value)]
             if caches:
                 kept = caches[0].layers[layer]
@@ -215,7 +217,7 @@ class _MixerCalls:
         return note
 
     def _after(self, layer: int) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        def note(module: nn.Module, args: Args, out: object) -> None:
             if layer in self.calls:
                 self.calls[layer].out = _first(out).clone()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,10 +170,9 @@ def _by_class(part: nn.Module) -> str:
 def _config_types(model: HookedModel) -> Sequence[str]:
     from transformers.cache_utils import get_layer_types_and_kwargs
 
-    config: Any = getattr(getattr(model, "original_model", None), "config", None)
     n = model.cfg.n_layers
     try:
-        text = config.get_text_config(decoder=True)
+        text = model.original_model.config.get_text_config(decoder=True)
         found = getattr(text, "layer_types", None) or get_layer_types_and_kwargs(text)[0]
     except (AttributeError, TypeError, ValueError, KeyError):
         return [""] * n

@@ -1,7 +1,7 @@
 """Loading, named models, hook-site names, and what a block is made of."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from melens.models.anatomy import anatomy, gains
 
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load on first use: a model's name is looked up without torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'melens.models' has no attribute {name!r}.")

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -43,15 +43,14 @@ def unwrapped(model: AnyModel) -> AnyModel:
             kind in PARALLEL and isinstance(inner := getattr(model, "module", None), nn.Module)
         ):  # torch.compile
             model = inner
-        elif isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
-            peft: Any = model
-            adapter = getattr(peft, "active_peft_config", None)
+        elif isinstance(model, nn.Module) and (base := getattr(model, "get_base_model", None)):
+            adapter = getattr(model, "active_peft_config", None)
             if adapter is not None and adapter.is_prompt_learning:
                 raise ModelError(
                     f"this {kind} puts virtual tokens before every text ({adapter.peft_type}), "
                     "which melens cannot count; give its base model (model.get_base_model())."
                 )
-            model = peft.get_base_model()
+            model = base()
         elif getattr(model, "_compiled_call_impl", None) is not None:
             raise ModelError(
                 f"this {kind} was compiled in place (model.compile()), so no hook would be seen; "
@@ -181,7 +180,7 @@ def bridge_module(hf: TransformersModel, tokenizer: Tokenizer | None, *, name: s
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     kind = type(hf).__name__
-    config: Any = copy.deepcopy(hf.config)
+    config = copy.deepcopy(hf.config)
     config.architectures = [kind]
     with (
         warnings.catch_warnings(),

@@ -42,7 +42,12 @@ class Blob:
     """A file that can be read from any place, on disk or on a server."""
 
     def __init__(
-        self, path: Path | str, size: int, opened: Callable[[], Any], *, stamp: int | None = None
+        self,
+        path: Path | str,
+        size: int,
+        opened: Callable[[], Any],
+        *,
+        stamp: int | None = None,
     ) -> None:
         """Opens nothing yet.
 
@@ -291,8 +296,8 @@ class Checkpoint:
 
     def _fill(self, stored: Stored, place: int, into: Tensor) -> None:
         """Fill ``into`` with the values from the ``place``-th on."""
-        view: Any = into.view(torch.uint8).numpy()
-        self._read(stored, place * stored.dtype.itemsize, memoryview(view))
+        view = into.view(torch.uint8).numpy().data
+        self._read(stored, place * stored.dtype.itemsize, view)
 
     def _read(self, stored: Stored, offset: int, view: memoryview) -> None:
         stored.blob.read_into(stored.start + offset, view, stored.name)

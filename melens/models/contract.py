@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -122,7 +121,7 @@ class OwnAnswer:
 
 
 @torch.no_grad()
-def own_answer(model: Any, *, upto: int | None = None) -> OwnAnswer:
+def own_answer(model: TransformersModel, *, upto: int | None = None) -> OwnAnswer:
     """Run a few tokens through a transformers model as it is.
 
     Args:    upto: the last block to run; None = all of it.
@@ -160,9 +159,10 @@ def _hooked(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def probe_ids(config: Any) -> TokenIds:
+def probe_ids(config: object) -> TokenIds:
     """Two rows that differ in their last token, longer than a short window of attention."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inner = getattr(config, "get_text_config", None)
+    config = config if inner is None else inner()
     windows = [getattr(config, name, None) for name in WINDOWS]
     short = [w for w in windows if isinstance(w, int) and 0 < w <= LONGEST_WINDOW]
     length = PROBE_TOKENS + (max(short) * 3 // 2 if short else 0)

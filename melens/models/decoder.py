@@ -16,12 +16,14 @@ from melens.errors import FoldedWeightsError, InterventionError, ModelError, Sit
 from melens.models.anatomy import anatomy, holds_attention, norm_gain
 from melens.models.norms import measured_norm
 from melens.placement import require_undivided
-from melens.protocols import HookedModel, TransformersModel
+from melens.protocols import AnyModel, HookedModel, TransformersModel, is_hooked
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
     from melens.models.roles import Roles
 
-_ROLES: weakref.WeakKeyDictionary[Any, tuple[Roles, ...]] = weakref.WeakKeyDictionary()
+_ROLES: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Roles, ...]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Decoder:
         Raises:  SiteError: no norm before attention (OLMo-2). FoldedWeightsError: the gain was
                  folded away, or there is none. ModelError: it is no norm.
         """
-        if hasattr(self.model, "hook_dict"):
+        if is_hooked(self.model):
             return norm_gain(self.model, layer, "ln1")
         where = f"layer {layer}'s norm before attention"
         if layer not in self.norms:
@@ -98,7 +100,7 @@ def layer_list(model: TransformersModel) -> torch.nn.ModuleList:
     )
 
 
-def decoder_of(model: Any) -> Decoder:
+def decoder_of(model: AnyModel) -> Decoder:
     """Of a TransformerBridge, a transformers causal LM, or a PEFT model around one.
 
     A plain model is looked at, never changed: no submodule is replaced.
@@ -106,9 +108,9 @@ def decoder_of(model: Any) -> Decoder:
     Raises:  InterventionError: something else. ModelError: its parts cannot be told, or it is
              tensor-parallel.
     """
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if hasattr(model, "hook_dict") and hasattr(model, "original_model"):
+    if (base := getattr(model, "get_base_model", None)) is not None:
+        model = base()
+    if is_hooked(model) and hasattr(model, "original_model"):
         parts = anatomy(model)
         name = getattr(model.cfg, "model_name", "this model")
         return Decoder(
@@ -116,11 +118,15 @@ def decoder_of(model: Any) -> Decoder:
             name,
             model.cfg.n_layers,
             model.cfg.d_model,
-            {layer: model.blocks[layer].attn for layer in parts.attention_layers},
+            {at: model.blocks[at].get_submodule("attn") for at in parts.attention_layers},
             {},
             {},
             unread=(unread := tuple(block.layer for block in parts.blocks if block.unread)),
-            closed={n: model.blocks[n].attn for n in unread if "attn" in model.blocks[n]._modules},
+            closed={
+                n: model.blocks[n].get_submodule("attn")
+                for n in unread
+                if "attn" in model.blocks[n]._modules
+            },
         )
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise InterventionError(
@@ -194,7 +200,9 @@ def _attention_in(block: torch.nn.Module) -> str | None:
     return tops[0] if len(tops) == 1 else None
 
 
-def _part(adapter: Any, model: TransformersModel, name: str) -> torch.nn.Module | None:
+def _part(
+    adapter: ArchitectureAdapter, model: TransformersModel, name: str
+) -> torch.nn.Module | None:
     try:
         found = adapter.get_component(model, name)
     except (ValueError, AttributeError, KeyError):  # a hybrid's layer, or a family without it
@@ -202,7 +210,7 @@ def _part(adapter: Any, model: TransformersModel, name: str) -> torch.nn.Module 
     return found if isinstance(found, torch.nn.Module) else None
 
 
-def _adapter(model: TransformersModel) -> Any:
+def _adapter(model: TransformersModel) -> ArchitectureAdapter | None:
     """TransformerLens's map of where this architecture keeps its parts; None where it has none."""
     from transformer_lens.factories import architecture_adapter_factory as factories
     from transformer_lens.model_bridge.sources import build_bridge_config_from_hf

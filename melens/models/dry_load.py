@@ -14,7 +14,7 @@ import torch
 
 from melens.errors import MelensError, ModelError, WeightsError
 from melens.models.complaints import MANY, what_to_do, with_setting
-from melens.protocols import JsonObject, TransformersModel
+from melens.protocols import JsonObject, PretrainedConfig, TransformersModel
 
 COUNTS = re.compile(r"layer|expert|block|label|depth")
 """Settings that a config or a model's constructor may loop over."""
@@ -114,7 +114,7 @@ def require_loadable(config: JsonObject, shapes: Shapes, *, name: str) -> None:
 
 
 def require_all_there(
-    info: Mapping[str, Any], n_layers: Any, *, name: object, quantised: bool = False
+    info: Mapping[str, Iterable[str]], n_layers: object, *, name: object, quantised: bool = False
 ) -> None:
     """Refuse a checkpoint that transformers would fill up with random values, or use in part.
 
@@ -136,7 +136,7 @@ def _range(layers: list[int]) -> str:
 
 
 def _require_all_used(
-    unused: Iterable[str], n_layers: Any, *, name: object, quantised: bool
+    unused: Iterable[str], n_layers: object, *, name: object, quantised: bool
 ) -> None:
     """Refuse weights that the model does not use: it is not the one that they were trained as.
 
@@ -149,11 +149,11 @@ def _require_all_used(
     if not found:
         return
     layers = {int(at[1]) for at in map(LAYER.search, found) if at}
-    beyond = sorted(layer for layer in layers if isinstance(n_layers, int) and layer >= n_layers)
-    if beyond:
+    count = n_layers if isinstance(n_layers, int) else math.inf
+    if beyond := sorted(layer for layer in layers if layer >= count):
         raise WeightsError(
             f"{name} holds weights of {_range(beyond)}, and its config.json has "
-            f"{n_layers} layers (0 to {n_layers - 1}); set that number right, or remove them."
+            f"{count} layers (0 to {count - 1}); set that number right, or remove them."
         )
     if quantised:
         return
@@ -164,7 +164,7 @@ def _require_all_used(
     )
 
 
-def _dry_load(config: JsonObject, shapes: Shapes, name: str) -> tuple[Any, JsonObject]:
+def _dry_load(config: JsonObject, shapes: Shapes, name: str) -> tuple[PretrainedConfig, JsonObject]:
     """The config as transformers has it, and what it says of a loading without values."""
     try:
         return _attempt(config, shapes, name)
@@ -179,7 +179,7 @@ def _dry_load(config: JsonObject, shapes: Shapes, name: str) -> tuple[Any, JsonO
         ) from None
 
 
-def _attempt(config: JsonObject, shapes: Shapes, name: str) -> tuple[Any, JsonObject]:
+def _attempt(config: JsonObject, shapes: Shapes, name: str) -> tuple[PretrainedConfig, JsonObject]:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     with _quiet(), warnings.catch_warnings():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -152,7 +152,7 @@ class FFN:
     product: str
     output: str
     """Hook of the down projection's output, before a norm on the write path."""
-    weights: Any
+    weights: nn.Module
     """The module that holds W_gate, W_in and W_out."""
     activation: Callable[[Tensor], Tensor]
 
@@ -245,7 +245,7 @@ def ffn_of(model: HookedModel, layer: int) -> FFN:
 
 @torch.no_grad()
 def _tried_activation(
-    width: int, weights: Any, inner: nn.Module
+    width: int, weights: object, inner: nn.Module
 ) -> Callable[[Tensor], Tensor] | None:
     """The activation that gives what the down projection reads, of a few random rows."""
     down, gate, up = (_module(weights, part) for part in ("out", "gate", "in"))
@@ -279,7 +279,7 @@ def ffn_input(model: HookedModel, layer: int) -> str:
     raise SiteError(f"block {layer} has no hook at its FFN's input.")
 
 
-def _has_neurons(weights: object) -> bool:
+def _has_neurons(weights: object) -> TypeGuard[nn.Module]:
     """One down projection, as a matrix or in a module of its own whose storage is packed."""
     try:
         down = getattr(weights, "W_out", None)
@@ -288,13 +288,15 @@ def _has_neurons(weights: object) -> bool:
     return isinstance(down, Tensor) and down.ndim == 2
 
 
-def _fits(weights: Any) -> bool:
+def _fits(weights: object) -> bool:
     """Whether there are as many neurons behind the up projection as before the down projection."""
     try:
-        up, down = getattr(weights, "W_in", None), weights.W_out
+        up, down = getattr(weights, "W_in", None), getattr(weights, "W_out", None)
     except NotImplementedError:  # packed: its module says it where it is probed
         return True
-    return not isinstance(up, Tensor) or up.ndim != 2 or up.shape[-1] == down.shape[0]
+    if not isinstance(up, Tensor) or up.ndim != 2:
+        return True
+    return isinstance(down, Tensor) and up.shape[-1] == down.shape[0]
 
 
 def _module(weights: object, part: str) -> torch.nn.Module | None:

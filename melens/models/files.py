@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from melens.errors import MelensError, ModelError, ModelNotFoundError
 from melens.models.cache import cache_dir
@@ -66,7 +65,7 @@ def require_regular_entries(folder: Path) -> None:
             raise ModelError(f"{path} is a pipe, a socket or a device, no regular file; remove it.")
 
 
-def _passed_before(folder: Path, config: Any, *, trust_remote_code: bool) -> Checkpoint | None:
+def _passed_before(folder: Path, config: object, *, trust_remote_code: bool) -> Checkpoint | None:
     """The tensors, where config and tensor table passed already: checking them takes transformers.
 
     None where they did not, where there are few, and with ``--no-cache``.
@@ -83,7 +82,9 @@ def _passed_before(folder: Path, config: Any, *, trust_remote_code: bool) -> Che
     return found if mark.is_file() else None
 
 
-def _remember(config: Any, shapes: dict[str, tuple[int, ...]], *, trust_remote_code: bool) -> None:
+def _remember(
+    config: object, shapes: dict[str, tuple[int, ...]], *, trust_remote_code: bool
+) -> None:
     if len(shapes) < LARGE or is_set("MELENS_NO_CACHE"):  # a small one is checked in no time
         return
     mark = _mark(config, shapes, trust_remote_code=trust_remote_code)
@@ -92,13 +93,13 @@ def _remember(config: Any, shapes: dict[str, tuple[int, ...]], *, trust_remote_c
         mark.touch()
 
 
-def _mark(config: Any, shapes: dict[str, tuple[int, ...]], *, trust_remote_code: bool) -> Path:
+def _mark(config: object, shapes: dict[str, tuple[int, ...]], *, trust_remote_code: bool) -> Path:
     """The empty file that stands for a check that passed, in these versions of the libraries."""
     facts = [versions(), config, sorted(shapes.items()), trust_remote_code]
     return cache_dir() / "checked" / hash_facts(facts)
 
 
-def check_fit(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], *, name: str) -> None:
+def check_fit(config: JsonObject, shapes: dict[str, tuple[int, ...]], *, name: str) -> None:
     """Refuse a config that does not fit the tensors, by their names and shapes alone.
 
     Raises:  ModelError, WeightsError: as :func:`check_folder`.

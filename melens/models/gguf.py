@@ -24,7 +24,7 @@ from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, t
 from melens.models.weight_files import INDEX, read_json, weight_files
 from melens.network import is_set
 from melens.progress import progress_on, remark
-from melens.protocols import JsonObject, Tokenizer
+from melens.protocols import JsonObject, PretrainedConfig, Tokenizer, TransformersModel
 from melens.store import PAGE, digest, read_limited, write_atomically
 
 EDGE = 1 << 20
@@ -77,7 +77,7 @@ def convert_gguf(path: Path, target: Path) -> None:
         _write_record(folder, plan.header)
 
 
-def read_gguf_whole(path: Path) -> tuple[Any, JsonObject]:
+def read_gguf_whole(path: Path) -> tuple[type[TransformersModel], JsonObject]:
     """The model's class, and what its ``from_pretrained`` takes in place of a folder.
 
     Raises:  WeightsError: as :func:`convert_gguf`.
@@ -139,7 +139,7 @@ def given_names(path: Path) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
-def _finished_config(plan: Conversion, counts: dict[torch.dtype, int]) -> Any:
+def _finished_config(plan: Conversion, counts: dict[torch.dtype, int]) -> PretrainedConfig:
     """The config, with its class and the dtype that most values are kept in."""
     config = plan.model.config
     config.architectures = [type(plan.model).__name__]

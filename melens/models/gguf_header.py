@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from melens.errors import WeightsError
-from melens.protocols import JsonObject
+from melens.protocols import JsonObject, PretrainedConfig
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -195,7 +195,7 @@ class _Bytes:
         self.at = end
         return made
 
-    def number(self, code: str, what: str) -> Any:
+    def number(self, code: str, what: str) -> int:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
 
     def pass_strings(self, count: int, what: str) -> None:
@@ -297,15 +297,16 @@ def _fields(data: _Bytes, count: int) -> tuple[JsonObject, JsonObject]:
     return fields, types
 
 
-def _value(data: _Bytes, kind: int, key: str) -> Any:
+def _value(data: _Bytes, kind: int, key: str) -> str | float:
     if kind == STRING:
         return data.string(LONGEST[False], key)
     if kind not in SCALARS:
         raise data.bad(f"{key!r} has the unknown type {kind}")
-    return data.number(SCALARS[kind], key)
+    code = f"<{SCALARS[kind]}"
+    return struct.unpack(code, data.take(struct.calcsize(code), key))[0]
 
 
-def _array(data: _Bytes, key: str) -> tuple[int, list[Any] | None]:
+def _array(data: _Bytes, key: str) -> tuple[int, list[str] | list[float] | None]:
     """The type of the values, and the values; None for a vocabulary's, which are passed over."""
     kind, count = data.number("I", key), data.number("Q", key)
     if kind != STRING and kind not in SCALARS:
@@ -440,7 +441,7 @@ def require_fields(header: GGUFHeader, arch: str) -> None:
         )
 
 
-def config_of(header: GGUFHeader) -> Any:
+def config_of(header: GGUFHeader) -> PretrainedConfig:
     """The config that transformers makes of the fields.
 
     It is given a small file of the fields and tensor names alone: its reader keeps an array for
@@ -452,9 +453,7 @@ def config_of(header: GGUFHeader) -> Any:
 
     with foreign(header), tempfile.TemporaryDirectory() as folder:
         write_fields(header, Path(folder) / "fields.gguf")
-        config: Any = AutoConfig.from_pretrained(
-            folder, gguf_file="fields.gguf", local_files_only=True
-        )
+        config = AutoConfig.from_pretrained(folder, gguf_file="fields.gguf", local_files_only=True)
     if (table := header.tensors.get("token_embd.weight")) is not None:
         config.vocab_size = table.shape[0]
     return config

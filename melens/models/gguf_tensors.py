@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,10 @@ from melens.models.gguf_header import (
     require_blocks,
     require_fields,
 )
-from melens.protocols import JsonObject, TransformersModel
+from melens.protocols import JsonObject, PretrainedConfig, TransformersModel
+
+if TYPE_CHECKING:
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
 SHARED = ("falcon", "bloom")
 """Architectures that unembed by the embedding whether or not the file has an ``output.weight``."""
@@ -96,7 +99,7 @@ def plan_conversion(header: GGUFHeader) -> Conversion:
     return conversion
 
 
-def _empty_model(config: Any) -> Any:
+def _empty_model(config: PretrainedConfig) -> TransformersModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), warnings.catch_warnings():
@@ -119,7 +122,7 @@ class _Named:
     each of them.
     """  # noqa: D205
 
-    config: Any
+    config: PretrainedConfig
     names: tuple[str, ...]
 
     def state_dict(self) -> dict[str, None]:
@@ -141,7 +144,7 @@ def _names(model: TransformersModel, arch: str) -> dict[str, str]:
     return {**bare, **found}
 
 
-def _processor(config: Any, arch: str) -> Any:
+def _processor(config: PretrainedConfig, arch: str) -> TensorProcessor:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     return TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
@@ -192,7 +195,7 @@ def _require_sizes(conversion: Conversion) -> None:
             )
 
 
-def set_frequencies(header: GGUFHeader, config: Any) -> None:
+def set_frequencies(header: GGUFHeader, config: PretrainedConfig) -> None:
     """Give the config the scaled positions of a Llama 3.1 or later: a GGUF holds them as a table,
     which transformers does not read. They are taken if Llama 3's rule gives the very table.
 
@@ -216,7 +219,7 @@ def set_frequencies(header: GGUFHeader, config: Any) -> None:
     )
 
 
-def _is_table_of(scaled: JsonObject, table: Tensor, config: Any) -> bool:
+def _is_table_of(scaled: JsonObject, table: Tensor, config: PretrainedConfig) -> bool:
     """Whether the table divides the plain frequencies into those of the scaled rule."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -45,13 +45,12 @@ from melens.models.origin import Origin, name_of, remember
 from melens.models.resolve import Asked, asked
 from melens.models.weight_files import read_json
 from melens.network import is_offline, pass_on
-from melens.placement import placement_options, require_undivided, spread
+from melens.placement import DeviceMap, placement_options, require_undivided, spread
 from melens.progress import only_errors_of, say_once
 from melens.protocols import HookedModel, Loadable, Options, Tokenizer, TransformersModel
 
 CHECKED: weakref.WeakSet[HookedModel] = weakref.WeakSet()
 """Model objects that passed the contract already."""
-DeviceMap = str | Mapping[str, int | str | torch.device] | None
 PLACES = ("device_map", "max_memory", "offload_folder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -143,7 +142,7 @@ def _load_hf(
     commit = getattr(hf.config, "_commit_hash", None)
     if commit is None and not wanted.is_local and isinstance(source, Path):
         commit = source.name  # the hub's cache names its folders by commit
-    also = given_names(source) if wanted.is_local else ()
+    also = given_names(source) if wanted.is_local and isinstance(source, Path) else ()
     origin = Origin(wanted.shown, revision=commit or revision, also=also)
     if where:
         say_once(f"weights of {wanted.shown}: {spread(hf)}.")
@@ -188,7 +187,7 @@ def adopt(
     return bridge
 
 
-def source_of(wanted: Asked, *, revision: str | None, trust_remote_code: bool) -> Any:
+def source_of(wanted: Asked, *, revision: str | None, trust_remote_code: bool) -> str | Path:
     """Where to load from: a folder, a ``.gguf`` file of which no copy is kept, or a hub id."""
     pass_on()
     name, path = wanted.name, wanted.path
@@ -236,7 +235,7 @@ def _read_weights(
     dtype: torch.dtype | str | None,
     options: Options,
     where: Options | None = None,
-) -> Any:
+) -> TransformersModel:
     from transformers import AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM
@@ -253,7 +252,7 @@ def _read_weights(
     quiet = quietly() if "key_mapping" in options or where else nullcontext()
     try:
         with quiet, only_errors_of("accelerate.big_modeling"):
-            loaded: Any = reader.from_pretrained(
+            loaded = reader.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
     except MemoryError:
@@ -278,7 +277,7 @@ def _read_weights(
     return hf
 
 
-def _inner(source: str | Path, options: Options) -> tuple[Any, Options] | None:
+def _inner(source: str | Path, options: Options) -> tuple[type[TransformersModel], Options] | None:
     """How to read the language model of a multimodal checkpoint; None for any other."""
     import transformers
 
@@ -354,7 +353,7 @@ def _given_tokenizer(tokenizer: Tokenizer | str | Path | None) -> Tokenizer | No
 
 def _bridge_object(model: Any, tokenizer: Tokenizer | None) -> HookedModel:
     """Bridge a plain HF model of the caller's."""
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise ModelError(f"{type(model).__name__} is neither an HF causal LM nor a hooked model.")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL

@@ -7,10 +7,11 @@ those modules, so that hooks have the names that they have everywhere.
 from __future__ import annotations
 
 import weakref
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -32,13 +33,13 @@ from transformer_lens.model_bridge.sources.transformers_driver import Transforme
 from melens.errors import ModelError
 from melens.models.anatomy import OTHERS
 from melens.models.decoder import layer_list
-from melens.models.ffn_formula import split
+from melens.models.ffn_formula import Bend, Formula, split
 from melens.models.norms import Norm as Measured
 from melens.models.norms import measured_norm
 from melens.models.observed import CALLED, NAME, SEATS, register
 from melens.models.roles import Roles, roles_of
 from melens.placement import input_device
-from melens.protocols import TransformersModel
+from melens.protocols import Args, Kwargs, TransformersModel
 from melens.shapes import TokenIds
 
 RESIDUAL = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
@@ -48,29 +49,35 @@ SHOWN = ("rot_q", "rot_k", "v", "attn_scores", "pattern", "z")
 class AnyPart(GeneralizedComponent):
     """Any module, with hooks on what goes in and on what it adds to the residual."""
 
-    def __init__(self, name: str, config: Any, *, scale: float = 1.0, **options: Any) -> None:
-        super().__init__(name, config, **options)
+    def __init__(self, name: str, config: TransformerBridgeConfig, *, scale: float = 1.0) -> None:
+        super().__init__(name, config)
         self._scale = scale
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Run the module itself; a factor that the block multiplies by is part of the hook."""
-        if args and isinstance(args[0], Tensor):
-            args = (self.hook_in(args[0]), *args[1:])
-        elif "hidden_states" in kwargs:
-            kwargs["hidden_states"] = self.hook_in(kwargs["hidden_states"])
-        inner: Any = self.original_component
-        out = inner(*args, **kwargs)
-        first = out[0] if isinstance(out, tuple) else out
-        made = self._hook_scaled_output(first, self.hook_out, self._scale)
-        made = made.clone()  # Falcon adds to it in place, and hooks have seen it
-        return (made, *out[1:]) if isinstance(out, tuple) else made
+        return _run_hooked(self, self._scale, args, kwargs)
+
+
+def _run_hooked(part: GeneralizedComponent, scale: float, args: Args, kwargs: Kwargs) -> object:
+    if args and isinstance(args[0], Tensor):
+        args = (part.hook_in(args[0]), *args[1:])
+    elif "hidden_states" in kwargs:
+        kwargs["hidden_states"] = part.hook_in(kwargs["hidden_states"])
+    assert part.original_component is not None
+    out = part.original_component(*args, **kwargs)
+    first = out[0] if isinstance(out, tuple) else out
+    made = part._hook_scaled_output(first, part.hook_out, scale)
+    made = made.clone()  # Falcon adds to it in place, and hooks have seen it
+    return (made, *out[1:]) if isinstance(out, tuple) else made
 
 
 class ObservedAttention(AnyPart):
     """Attention whose steps are shown by ``observed_attention``."""
 
-    def __init__(self, *args: Any, sunk: frozenset[int], **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self, name: str, config: TransformerBridgeConfig, *, scale: float, sunk: frozenset[int]
+    ) -> None:
+        super().__init__(name, config, scale=scale)
         self._sunk = sunk
         for site in SHOWN:
             setattr(self, f"hook_{site}", HookPoint())
@@ -114,14 +121,14 @@ class PartsByLayer:
     def __init__(self, rows: list[tuple[dict[str, GeneralizedComponent], dict[str, str], str]]):
         self.rows = rows
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PartsByLayer:
+    def __deepcopy__(self, memo: object) -> PartsByLayer:
         return self
 
 
 class MeasuredBlock(BlockBridge):
     """A block with the hooks that its measured parts give."""
 
-    def __init__(self, name: str, config: Any, layers: PartsByLayer) -> None:
+    def __init__(self, name: str, config: TransformerBridgeConfig, layers: PartsByLayer) -> None:
         super().__init__(name, config)
         self.hook_aliases = dict(RESIDUAL)
         self._layers, self._untold = layers, ""
@@ -133,9 +140,7 @@ class MeasuredBlock(BlockBridge):
         self.submodules, aliases, self._untold = self._layers.rows[layer]
         self.hook_aliases = {**RESIDUAL, **aliases}
 
-    def _hook_input_hidden_states(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _hook_input_hidden_states(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         args, kwargs = super()._hook_input_hidden_states(args, kwargs)
         resid = args[0] if args else kwargs["hidden_states"]
         for part in self.modules():
@@ -147,18 +152,26 @@ class MeasuredBlock(BlockBridge):
 class DenseFFN(MLPBridge):
     """An FFN whose own forward pass runs, with hooks around its layers."""
 
-    def __init__(self, *args: Any, scale: float, gated: bool, bend: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        name: str | None,
+        config: TransformerBridgeConfig,
+        layers: dict[str, GeneralizedComponent],
+        *,
+        scale: float,
+        formula: Formula,
+    ) -> None:
+        super().__init__(name, config, layers)
         self._scale = scale
-        object.__setattr__(self, "_bend", bend)  # no module of its own
+        object.__setattr__(self, "_bend", formula.activation)  # no module of its own
         self.hook_aliases = {"hook_post": "out.hook_in"}
-        names = ("hook_pre", "hook_pre_linear") if gated else (None, "hook_pre")
+        names = ("hook_pre", "hook_pre_linear") if formula.gate is not None else (None, "hook_pre")
         for name, part in zip(names, ("gate", "in"), strict=True):
             self.hook_aliases |= {name: f"{part}.hook_out"} if name else {}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """As `AnyPart`; the layers inside fire their own hooks."""
-        return AnyPart.forward(cast("AnyPart", self), *args, **kwargs)
+        return _run_hooked(self, self._scale, args, kwargs)
 
 
 def measured_bridge(
@@ -174,9 +187,8 @@ def measured_bridge(
     roles = roles_of(hf, ids)
     if not all(row.is_stream for row in roles):
         raise ModelError("its residual is not one stream, as all of melens takes it to be")
-    config: Any = hf.config
     kind = type(hf).__name__
-    cfg = build_bridge_config_from_hf(config, kind, name, next(hf.parameters()).dtype)
+    cfg = build_bridge_config_from_hf(hf.config, kind, name, next(hf.parameters()).dtype)
     adapter = MeasuredAdapter(cfg, hf, roles, _observed(hf, ids) if observe else {})
     cfg.device = str(input_device(hf))
     return TransformerBridge(hf, adapter, None, driver=TransformersDriver(hf, adapter, None))
@@ -211,7 +223,7 @@ class MeasuredAdapter(ArchitectureAdapter):
 
     def __init__(
         self,
-        cfg: Any,
+        cfg: TransformerBridgeConfig,
         hf: TransformersModel,
         roles: tuple[Roles, ...],
         observed: dict[nn.Module, bool],
@@ -295,24 +307,12 @@ class MeasuredAdapter(ArchitectureAdapter):
             return AnyPart(row.ffn or row.ffn_write, self.cfg, scale=scale)
         inner = {"in": form.up, "gate": form.gate, "out": form.down}
         start = len(row.ffn) + 1 if row.ffn else 0
-        layers = {part: LinearPart(path[start:]) for part, path in inner.items() if path}
-        if form.split:
-            return FusedFFN(
-                name,
-                self.cfg,
-                form.split,
-                form.activation,
-                {"out": layers["out"]},
-                layers["in"].name,
-            )
-        return DenseFFN(
-            name,
-            self.cfg,
-            submodules=layers,
-            scale=scale,
-            gated=form.gate is not None,
-            bend=form.activation,
-        )
+        layers: dict[str, GeneralizedComponent] = {
+            part: LinearPart(path[start:]) for part, path in inner.items() if path
+        }
+        if form.split and name is not None:
+            return FusedFFN(name, self.cfg, form, form.up[start:], layers["out"])
+        return DenseFFN(name, self.cfg, layers, scale=scale, formula=form)
 
 
 NAMES = ("linear_attn", "mamba", "mixer")
@@ -322,17 +322,28 @@ KINDS = {"linear_attn": ("delta", "linear", "lightning", "kda"), "mamba": ("mamb
 class FusedFFN(JointGateUpMLPBridge):
     """Gate and up out of one layer, in the measured order."""
 
-    def __init__(self, name: Any, config: Any, how: str, bend: Any, out: Any, fused: Any) -> None:
+    _bend: Bend
+
+    def __init__(
+        self,
+        name: str,
+        config: TransformerBridgeConfig,
+        formula: Formula,
+        fused: str,
+        out: GeneralizedComponent,
+    ) -> None:
         def halves(module: nn.Module) -> tuple[nn.Module, nn.Module]:
-            layer: Any = module.get_submodule(fused)
-            weights = split(layer.weight, how, 0)
-            biases = (None, None) if layer.bias is None else split(layer.bias, how, 0)
+            layer = module.get_submodule(fused)
+            weight, bias = layer.weight, layer.bias
+            assert isinstance(weight, Tensor)
+            weights = split(weight, formula.split, 0)
+            biases = split(bias, formula.split, 0) if isinstance(bias, Tensor) else (None, None)
             return _linear(weights[0], biases[0]), _linear(weights[1], biases[1])
 
-        super().__init__(name, config, out, split_gate_up_matrix=halves, fused_attr=fused)
-        object.__setattr__(self, "_bend", bend)  # no module of its own
+        super().__init__(name, config, {"out": out}, split_gate_up_matrix=halves, fused_attr=fused)
+        object.__setattr__(self, "_bend", formula.activation)  # no module of its own
 
-    def _resolve_activation_fn(self) -> Any:
+    def _resolve_activation_fn(self) -> Bend:
         return self._bend
 
 
@@ -351,9 +362,7 @@ def _aliases(parts: dict[str, GeneralizedComponent]) -> dict[str, str]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made: Any = torch.nn.utils.skip_init(
-        nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None
-    )
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from melens.protocols import JsonObject
+from melens.protocols import JsonObject, PretrainedConfig
 
 WHOLE = "melens_language_model_of"
 """Set in the inner config: the architecture that it was taken out of."""
@@ -79,7 +79,7 @@ def _one_position(text: JsonObject) -> JsonObject:
     return made
 
 
-def _with_floats(value: Any, depth: int = 0) -> Any:
+def _with_floats(value: object, depth: int = 0) -> object:
     if depth > DEEPEST:
         return value
     if isinstance(value, list):
@@ -102,7 +102,7 @@ def _is_tied(config: JsonObject) -> bool:
     return bool(known and getattr(CONFIG_MAPPING[kind], "tie_word_embeddings", False))
 
 
-def inner_config(config: JsonObject) -> Any:
+def inner_config(config: JsonObject) -> PretrainedConfig:
     """A language model's config as transformers has it."""
     from transformers import AutoConfig
 

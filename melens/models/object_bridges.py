@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -27,7 +26,7 @@ class Kept:
         return Kept, ()
 
 
-def kept_bridge(model: Any) -> HookedModel | None:
+def kept_bridge(model: object) -> HookedModel | None:
     """The bridge that an object is, or was given; None where it has none that still fits.
 
     A bridge has modules of its own. It no longer fits an object that was moved or cast, got other
@@ -37,7 +36,9 @@ def kept_bridge(model: Any) -> HookedModel | None:
     if is_hooked(model):
         return model
     bridge = last_bridge(model)
-    return bridge if bridge is not None and _kept(model).state == state_of(model, bridge) else None
+    if bridge is None or not isinstance(model, nn.Module):
+        return None
+    return bridge if _kept(model).state == state_of(model, bridge) else None
 
 
 def last_bridge(model: object) -> HookedModel | None:
@@ -54,7 +55,7 @@ def keep_bridge(model: nn.Module, bridge: HookedModel) -> None:
     vars(model)[KEPT] = Kept(state_of(model, bridge), bridge)
 
 
-def state_of(model: nn.Module, bridge: Any) -> object:
+def state_of(model: nn.Module, bridge: HookedModel) -> object:
     """All that a bridge took over from its model, to be compared later."""
     tensors = [*model.parameters(), *model.buffers()]
     held = {x.untyped_storage().data_ptr() for x in tensors if not x.is_meta}
@@ -76,5 +77,5 @@ def _of_module(module: nn.Module) -> Iterator[object]:
             yield name, value
     off = getattr(module, "disable_adapters", None)
     if isinstance(off, bool):  # a layer with adapters of PEFT's
-        layer: Any = module
-        yield off, tuple(layer.active_adapters), str(getattr(layer, "scaling", None))
+        active = getattr(module, "active_adapters", ())
+        yield off, tuple(active), str(getattr(module, "scaling", None))

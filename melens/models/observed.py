@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from einops import repeat
@@ -52,7 +52,7 @@ def observed_attention(  # noqa: PLR0913 (transformers calls it so)
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k' / sqrt(d) + mask) v, of ``[batch, head, pos, d]`` to ``[batch, pos, head, d]``.
 

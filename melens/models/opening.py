@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melens.errors import FetchError, ModelError, ModelNotFoundError, WeightsError
 from melens.models.checkpoint import Blob, Checkpoint, read_blobs, read_gguf
@@ -15,6 +15,9 @@ from melens.models.named import NAMED, fetch, kept_copy
 from melens.models.resolve import asked
 from melens.models.weight_files import HEADER_LIMIT, INDEX, SINGLE, main_file, weight_map
 from melens.network import is_offline, pass_on
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -72,7 +75,7 @@ def _on_the_hub(name: str, revision: str | None) -> Checkpoint:
         return by_range(name, commit, DirFileSystem(f"{name}@{commit}", HfFileSystem()))
 
 
-def by_range(name: str, revision: str | None, files: Any) -> Checkpoint:
+def by_range(name: str, revision: str | None, files: AbstractFileSystem) -> Checkpoint:
     """A checkpoint whose tensors are read where they lie, on a server.
 
     Args:    files: an fsspec file system with the repository as its root.
@@ -100,7 +103,7 @@ def _blob(files: Any, file: str) -> Blob:
     return Blob(file, files.size(file), lambda: files.open(file, "rb", cache_type="none"))
 
 
-def _json(files: Any, file: str) -> Any:
+def _json(files: AbstractFileSystem, file: str) -> object:
     """What a small file says; None where it is not JSON."""
     try:
         return json.loads(files.cat_file(file, 0, HEADER_LIMIT))

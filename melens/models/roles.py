@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from melens.models.decoder import layer_list
 from melens.models.ffn_formula import Formula, formula_of
 from melens.models.norms import Norm, measured_norm
 from melens.placement import input_device
-from melens.protocols import TransformersModel
+from melens.protocols import Args, Kwargs, TransformersModel
 from melens.shapes import TokenIds
 
 CLOSE = 1e-3
@@ -98,11 +97,11 @@ class _BlockWatch:
                 hook = module.register_forward_hook(self._keep(path), with_kwargs=True)
                 stack.callback(hook.remove)
 
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def begin(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             given = _tensor((args, kwargs))
             self.shape = None if given is None else tuple(given.shape[:2])
 
-        def end(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        def end(module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> None:
             self.shape = None  # parts are run again, and that is not to be noted
             given, made = _tensor((args, kwargs)), _tensor(out)
             if given is None or made is None or given.shape != made.shape or given.ndim != 3:
@@ -117,7 +116,7 @@ class _BlockWatch:
         stack.callback(self.block.register_forward_hook(end, with_kwargs=True).remove)
 
     def _keep(self, path: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        def keep(module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> None:
             given, made = _tensor((args, kwargs)), _tensor(out)
             if self.shape is not None and given is not None and made is not None:
                 self.often |= {path} & self.seen.keys()
@@ -318,12 +317,12 @@ def _places(
     return found
 
 
-def _tensor(value: Any) -> Tensor | None:
+def _tensor(value: object) -> Tensor | None:
     """The first tensor of floats, as a module's arguments or outputs hold it."""
     return next(_floats(value), None)
 
 
-def _floats(value: Any) -> Iterator[Tensor]:
+def _floats(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from melens.placement import same_hooks
+from melens.protocols import PretrainedConfig
 
 KEPT = "_melens_bridge"
 """Where a model object keeps the bridge that it was given; a view has none."""
@@ -83,7 +84,7 @@ def _merge(module: nn.Module) -> None:
             _merge(child)
 
 
-def _quiet(config: Any) -> Any:
+def _quiet(config: PretrainedConfig) -> PretrainedConfig:
     """A copy that asks for logits alone: a trainer wants the routers' as well, and takes them with
     hooks of its own that a view does not have.
     """  # noqa: D205
@@ -93,7 +94,7 @@ def _quiet(config: Any) -> Any:
     return made
 
 
-def _view(module: nn.Module, configs: dict[int, Any], *, hooked: bool) -> nn.Module:
+def _view(module: nn.Module, configs: dict[int, PretrainedConfig], *, hooked: bool) -> nn.Module:
     made = copy.copy(module)
     inside = made.__dict__
     for name in OWN:

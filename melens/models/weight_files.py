@@ -198,15 +198,16 @@ def main_file(exists: Callable[[str], bool], config: JsonObject) -> str | None:
     return next((name for name in (SINGLE, INDEX) if exists(name)), None)
 
 
-def weight_map(index: Any, name: str) -> dict[str, str]:
+def weight_map(index: object, name: str) -> dict[str, str]:
     """Tensor -> file, of an index that was read.
 
     Raises:  WeightsError: no such map, or a file that is not beside the index.
     """
-    placed = index.get("weight_map") if isinstance(index, dict) else None
+    table = index if isinstance(index, dict) else {}
+    placed = table.get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise WeightsError(f"{name} has no weight_map; fetch it again.")
-    if not isinstance(index.get("metadata"), dict):
+    if not isinstance(table.get("metadata"), dict):
         raise WeightsError(f"{name} has no metadata, which transformers asks for; fetch it again.")
     for file in placed.values():
         if not is_inside(file) or not file.endswith(".safetensors"):

@@ -176,7 +176,7 @@ def _nest(
     axes: Sequence[Axis],
     at: Mapping[tuple[str, int, int | None, int | None], Sequence[float]],
     row: int | None,
-) -> Any:
+) -> Nested:
     names = [axis.name for axis in axes]
 
     def value(chosen: Mapping[str, int]) -> float:
@@ -382,12 +382,12 @@ class _TooLarge(ModelError):
     exit_code = 3
 
 
-def _one_batch(ready: Inputs, source: Any, name: str) -> Inputs:
+def _one_batch(ready: Inputs, source: Source, name: str) -> Inputs:
     """Texts keep their full length here: the last token is what most metrics look at."""
     texts = [source] if isinstance(source, str) else source
     if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
         limit = getattr(ready.model.cfg, "n_ctx", None)
-        source = make_prompts(list(texts), length=limit or LONG)
+        source = make_prompts(list(map(str, texts)), length=limit or LONG)
     inputs = ready.over(source, batch_size=LONG, least=1)
     if len(inputs.batches) != 1:
         raise PromptError(

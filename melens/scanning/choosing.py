@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from melens.chat import chat_start, has_template
 from melens.errors import PromptError
 from melens.framing import frame_of, known_ids
-from melens.protocols import Tokenizer
+from melens.protocols import PretrainedConfig, Tokenizer
 from melens.results.scan import Why
 
 SAMPLE = 16
@@ -23,7 +22,7 @@ class Vocabulary:
     """What is known of a model's tokens."""
 
     tokenizer: Tokenizer | None
-    config: Any
+    config: PretrainedConfig | None
     """transformers' config, or None: it names BOS where there is no tokenizer."""
     size: int
 
@@ -61,7 +60,7 @@ def choose(
 
 def _bos(words: Vocabulary) -> int | None:
     """BOS, or what the tokenizer puts first in its place."""
-    tokenizer: Any = words.tokenizer
+    tokenizer = words.tokenizer
     if tokenizer is not None:
         start, prefix = tokenizer.bos_token_id, frame_of(tokenizer).prefix
         return prefix[0] if start is None and prefix else start

@@ -9,7 +9,6 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from melens.models.decoder import layer_list
 from melens.models.loading import read_tokenizer
 from melens.models.multimodal import language_config
 from melens.models.weight_files import read_json, weight_files
-from melens.protocols import Tokenizer
+from melens.protocols import Args, Tokenizer
 from melens.results.scan import Allowed, TokensTried, TriedToken, Why
 from melens.scanning.choosing import SAMPLE, Vocabulary, choose
 from melens.streaming.skeleton import build_skeleton
@@ -112,7 +111,7 @@ def first_tokens(files: Checkpoint, folder: Path, spot: Spot, *, device: str) ->
     ids = torch.tensor(list(chosen), device=device)
     outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, out: Any) -> None:
+    def keep(module: nn.Module, args: Args, out: Tensor | tuple[object, ...]) -> None:
         first = out if isinstance(out, Tensor) else out[0]
         if not isinstance(first, Tensor) or first.shape[:2] != (len(ids), 1) or first.ndim != 3:
             raise ModelError("what a block leaves is no residual stream")

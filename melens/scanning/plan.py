@@ -78,54 +78,59 @@ HF: Registry[Layout] = Registry("model type with an FFN layout")
 """By ``model_type`` of config.json; other families are measured (`measured_plan`)."""
 
 
-def _hf(name: str, *ffns: Ffn, **facts: Any) -> None:
-    usual: JsonObject = {"blocks": BLOCKS, "norm": AFTER_ATTENTION}
-    HF.add(name, Layout(ffns=ffns or (DENSE,), **{**usual, **facts}))
-
-
-_SANDWICH = {
-    "norm": "pre_feedforward_layernorm",
-    "post": "post_feedforward_layernorm",
-    "offset": 1.0,
-    "act": "gelu_pytorch_tanh",
-}
-_hf("llama")
-_hf("qwen2")
-_hf("qwen3")
-_hf("mistral")
-_hf("phi3", Ffn("mlp.gate_up_proj.weight", "mlp.down_proj.weight", fused=True))
-_hf("gemma", offset=1.0, act="gelu_pytorch_tanh")
-_hf("gemma2", **_SANDWICH)
-_hf("gemma3_text", **_SANDWICH)
-_hf("olmo2", norm=None, post="post_feedforward_layernorm")
-_hf(
+_HF = Layout(BLOCKS, (DENSE,), AFTER_ATTENTION)
+_SANDWICH = replace(
+    _HF,
+    norm="pre_feedforward_layernorm",
+    post="post_feedforward_layernorm",
+    offset=1.0,
+    act="gelu_pytorch_tanh",
+)
+HF.add("llama", _HF)
+HF.add("qwen2", _HF)
+HF.add("qwen3", _HF)
+HF.add("mistral", _HF)
+_PHI3 = Ffn("mlp.gate_up_proj.weight", "mlp.down_proj.weight", fused=True)
+HF.add("phi3", replace(_HF, ffns=(_PHI3,)))
+HF.add("gemma", replace(_HF, offset=1.0, act="gelu_pytorch_tanh"))
+HF.add("gemma2", _SANDWICH)
+HF.add("gemma3_text", _SANDWICH)
+HF.add("olmo2", replace(_HF, norm=None, post="post_feedforward_layernorm"))
+HF.add(
     "gpt2",
-    Ffn("mlp.c_fc.weight", "mlp.c_proj.weight"),
-    norm="ln_2",
-    layer_norm=True,
-    transposed=True,
-    act="gelu_new",
-    blocks=("transformer.h.{l}.", "h.{l}."),
+    Layout(
+        ("transformer.h.{l}.", "h.{l}."),
+        (Ffn("mlp.c_fc.weight", "mlp.c_proj.weight"),),
+        "ln_2",
+        layer_norm=True,
+        transposed=True,
+        act="gelu_new",
+    ),
 )
-_hf(
+HF.add(
     "gpt_neox",
-    Ffn("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),
-    layer_norm=True,
-    act="gelu",
-    blocks=("gpt_neox.layers.{l}.", "layers.{l}."),
+    Layout(
+        ("gpt_neox.layers.{l}.", "layers.{l}."),
+        (Ffn("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),),
+        AFTER_ATTENTION,
+        layer_norm=True,
+        act="gelu",
+    ),
 )
-_hf("phi", FC, norm="input_layernorm", layer_norm=True, act="gelu_new")
-_hf(
+HF.add("phi", Layout(BLOCKS, (FC,), "input_layernorm", layer_norm=True, act="gelu_new"))
+HF.add(
     "opt",
-    Ffn("fc1.weight", "fc2.weight"),
-    norm="final_layer_norm",
-    layer_norm=True,
-    act="relu",
-    blocks=("model.decoder.layers.{l}.", "decoder.layers.{l}."),
+    Layout(
+        ("model.decoder.layers.{l}.", "decoder.layers.{l}."),
+        (Ffn("fc1.weight", "fc2.weight"),),
+        "final_layer_norm",
+        layer_norm=True,
+        act="relu",
+    ),
 )
-_hf("mixtral", W123, STACKED)
-_hf("qwen3_moe", DENSE, EACH, STACKED)
-_hf("qwen3_next", DENSE, EACH, STACKED, SHARED, offset=1.0, hybrid=True)
+HF.add("mixtral", replace(_HF, ffns=(W123, STACKED)))
+HF.add("qwen3_moe", replace(_HF, ffns=(DENSE, EACH, STACKED)))
+HF.add("qwen3_next", replace(_HF, ffns=(DENSE, EACH, STACKED, SHARED), offset=1.0, hybrid=True))
 
 GGUF: Registry[Layout] = Registry("GGUF architecture with an FFN layout")
 """By ``general.architecture``. Gains kept around zero were made whole when the file was written."""
@@ -141,25 +146,31 @@ _SHARED_EXPERT = Ffn(
 )
 
 
-def _gguf(name: str, *ffns: Ffn, **facts: Any) -> None:
-    usual: JsonObject = {"blocks": ("blk.{l}.",), "norm": "ffn_norm"}
-    GGUF.add(name, Layout(ffns=ffns or (_GATED,), **{**usual, **facts}))
-
-
-_GELU = {"act": "gelu_pytorch_tanh"}
-_gguf("llama", _GATED, _ALL_EXPERTS, _ONE_EXPERT)
-_gguf("qwen2")
-_gguf("qwen3")
-_gguf("phi3", Ffn("ffn_up.weight", "ffn_down.weight", fused=True))
-_gguf("gemma", **_GELU)
-_gguf("gemma2", post="post_ffw_norm", **_GELU)
-_gguf("gemma3", post="post_ffw_norm", **_GELU)
-_gguf("olmo2", norm=None, post="post_ffw_norm")
-_gguf("gpt2", _UNGATED, layer_norm=True, act="gelu_new")
-_gguf("gptneox", _UNGATED, layer_norm=True, act="gelu")
-_gguf("phi2", _UNGATED, norm="attn_norm", layer_norm=True, act="gelu_new")
-_gguf("qwen3moe", _GATED, _ALL_EXPERTS)
-_gguf("qwen3next", _GATED, _ALL_EXPERTS, _SHARED_EXPERT, norm="post_attention_norm", hybrid=True)
+_GGUF = Layout(("blk.{l}.",), (_GATED,), "ffn_norm")
+_GEMMA = replace(_GGUF, act="gelu_pytorch_tanh")
+_GPT = replace(_GGUF, ffns=(_UNGATED,), layer_norm=True)
+_FUSED = Ffn("ffn_up.weight", "ffn_down.weight", fused=True)
+GGUF.add("llama", replace(_GGUF, ffns=(_GATED, _ALL_EXPERTS, _ONE_EXPERT)))
+GGUF.add("qwen2", _GGUF)
+GGUF.add("qwen3", _GGUF)
+GGUF.add("phi3", replace(_GGUF, ffns=(_FUSED,)))
+GGUF.add("gemma", _GEMMA)
+GGUF.add("gemma2", replace(_GEMMA, post="post_ffw_norm"))
+GGUF.add("gemma3", replace(_GEMMA, post="post_ffw_norm"))
+GGUF.add("olmo2", replace(_GGUF, norm=None, post="post_ffw_norm"))
+GGUF.add("gpt2", replace(_GPT, act="gelu_new"))
+GGUF.add("gptneox", replace(_GPT, act="gelu"))
+GGUF.add("phi2", replace(_GPT, norm="attn_norm", act="gelu_new"))
+GGUF.add("qwen3moe", replace(_GGUF, ffns=(_GATED, _ALL_EXPERTS)))
+GGUF.add(
+    "qwen3next",
+    replace(
+        _GGUF,
+        ffns=(_GATED, _ALL_EXPERTS, _SHARED_EXPERT),
+        norm="post_attention_norm",
+        hybrid=True,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -302,7 +313,7 @@ def _whole(files: Checkpoint, facts: JsonObject) -> JsonObject:
     return facts
 
 
-def _first(config: JsonObject, *names: str, default: Any = None) -> Any:
+def _first(config: JsonObject, *names: str, default: object = None) -> Any:
     """The first of several names under which a family may keep a setting."""
     return next((config[name] for name in names if config.get(name) is not None), default)
 

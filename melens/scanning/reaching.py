@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -111,7 +110,7 @@ def reach(
     )
 
 
-def _check(tokens: Any, sample: int | None) -> Sequence[int] | None:
+def _check(tokens: Sequence[int] | Tensor | None, sample: int | None) -> Sequence[int] | None:
     """Token ids as a sequence; before the model is touched."""
     if sample is not None and sample < 0:
         raise PromptError(f"sample must be 0 or more, got {sample}.")
@@ -221,7 +220,7 @@ def _row(
     tokens: list[int],
     output: tuple[Tensor, Tensor],
     write: Farthest | None,
-    bound: Any,
+    bound: LayerCeiling | None,
 ) -> ReachRow:
     values, dims = output
     top = int(values.abs().argmax())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from melens.models.checkpoint import Checkpoint
 from melens.models.complaints import first_line, what_to_do
 from melens.models.decoder import layer_list
 from melens.models.multimodal import WHOLE, inner_config
-from melens.protocols import JsonObject
+from melens.protocols import JsonObject, TransformersModel
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Slot:
 class Skeleton:
     """A transformers model whose parameters are placeholders, and the slots to fill, by place."""
 
-    model: Any
+    model: TransformersModel
     blocks: list[list[Slot]]
     embedding: Slot
     unembedding: Slot | None
@@ -126,7 +126,7 @@ def build_skeleton(
 
 
 def _translated(
-    model: Any, checkpoint: Checkpoint
+    model: TransformersModel, checkpoint: Checkpoint
 ) -> tuple[dict[str, str], dict[str, tuple[Piece, ...]]]:
     """What transformers renames as it loads: a parameter's name -> the one in the files; and what
     it puts together of several stored tensors: the name -> these.
@@ -159,7 +159,7 @@ def _translated(
     return found, joined
 
 
-def _way(operations: Any) -> str | None:
+def _way(operations: Iterable[object]) -> str | None:
     """How a conversion puts tensors together: one under the other, or an expert each and then one
     under the other; None for one that computes something.
     """  # noqa: D205
@@ -185,12 +185,14 @@ def _together(checkpoint: Checkpoint, held: dict[int, list[str]], way: str) -> t
     return tuple(made)
 
 
-def _meta_model(folder: Path, known: JsonObject, dtype: torch.dtype | str | None) -> Any:
+def _meta_model(
+    folder: Path, known: JsonObject, dtype: torch.dtype | str | None
+) -> TransformersModel:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config: Any = (
+        config = (
             inner_config(known)
             if WHOLE in known
             else AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -211,7 +213,7 @@ def _meta_model(folder: Path, known: JsonObject, dtype: torch.dtype | str | None
     return model.eval()
 
 
-def _named(checkpoint: Checkpoint, name: str, model: Any) -> tuple[Piece, ...]:
+def _named(checkpoint: Checkpoint, name: str, model: TransformersModel) -> tuple[Piece, ...]:
     """Where a parameter's values lie under its own name, or an older one.
 
     Raises:  WeightsError: nowhere.
@@ -257,10 +259,12 @@ def _shape_of(shape: tuple[int, ...], part: tuple[int | slice, ...]) -> tuple[in
     return (*kept, *shape[len(part) :])
 
 
-def _read_buffers(model: Any, checkpoint: Checkpoint) -> None:
+def _read_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Buffers that were saved; all others were computed when the model was built."""
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             full = f"{path}.{name}"
-            if full in checkpoint.tensors and name not in module._non_persistent_buffers_set:
+            if buffer is None or full not in checkpoint.tensors:
+                continue
+            if name not in module._non_persistent_buffers_set:
                 checkpoint.read(full, buffer)

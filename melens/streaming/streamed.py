@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from melens.capture import EverythingSeen
 from melens.errors import ContractError, ModelError, WeightsError
@@ -71,7 +71,7 @@ class BlockStream:
             self._require_no_copies(layer, block)
             block.register_forward_pre_hook(self._entering(layer))
             block.register_forward_hook(self._leave, always_call=True)
-        table: Any = skeleton.embedding.module
+        table = skeleton.embedding.module
         table.register_forward_pre_hook(self._embed)
         table.register_forward_hook(self._embedded, always_call=True)
         if (head := skeleton.model.get_output_embeddings()) is not None:
@@ -149,7 +149,7 @@ class BlockStream:
             left = self.n_layers - layer - 1
             self.progress(self.blocks_read, self.blocks_read + left)
 
-    def _embed(self, module: nn.Module, args: Args) -> Any:
+    def _embed(self, module: nn.Module, args: Args) -> Args:
         """Only the rows of the tokens that came, renumbered from 0."""
         found, places = args[0].unique(return_inverse=True)
         slot = self._skeleton.embedding
@@ -215,8 +215,7 @@ def load_streamed(
         skeleton = build_skeleton(
             folder, checkpoint, dtype=chosen_dtype(dtype, device), device=device
         )
-        table: Any = skeleton.embedding.module
-        table.padding_idx = None  # not all rows are there; it matters to gradients alone
+        _without_padding(skeleton)
         if device != "cpu":
             skeleton.model.to(device)
         place = skeleton.embedding.placeholder.dtype, device, way.__name__
@@ -300,15 +299,20 @@ def reading(
         skeleton.embedding.empty()
 
 
-def _renumbered(skeleton: Skeleton, checkpoint: Checkpoint, ids: Tensor) -> Any:
+def _without_padding(skeleton: Skeleton) -> None:
+    """Not all rows of the embedding are there; which one pads matters to gradients alone."""
+    if isinstance(table := skeleton.embedding.module, nn.Embedding):
+        table.padding_idx = None
+
+
+def _renumbered(skeleton: Skeleton, checkpoint: Checkpoint, ids: Tensor) -> RemovableHandle:
     """Only the rows of these tokens in the embedding, which is asked for them from 0 on."""
-    table: Any = skeleton.embedding.module
-    table.padding_idx = None
+    _without_padding(skeleton)
     found = ids.unique()
     name, dtype = skeleton.embedding.pieces[0].name, skeleton.embedding.placeholder.dtype
     rows = checkpoint.chosen(name, found.tolist(), dtype)
     skeleton.embedding.fill(rows.to(skeleton.embedding.placeholder.device))
-    return table.register_forward_pre_hook(
+    return skeleton.embedding.module.register_forward_pre_hook(
         lambda _, args: (torch.searchsorted(found, args[0].contiguous()), *args[1:])
     )
 
@@ -380,7 +384,7 @@ def _tokenizer(folder: Path, *, needed: bool) -> Tokenizer | None:
 Targets = tuple[tuple[Slot, ...], ...]
 
 
-def _splits(block: nn.Module) -> list[tuple[Any, str, Targets]]:
+def _splits(block: nn.Module) -> list[tuple[nn.Module, str, Targets]]:
     """Parts that hold a fused matrix in pieces: the part, its method, and where each piece goes."""
     found = []
     for part in block.modules():
@@ -391,7 +395,7 @@ def _splits(block: nn.Module) -> list[tuple[Any, str, Targets]]:
     return found
 
 
-def _targets(linear: Any) -> tuple[Slot, ...]:
+def _targets(linear: nn.Module) -> tuple[Slot, ...]:
     made = []
     for name, value in list(linear._parameters.items()):
         if value is not None:
