@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from melens.errors import ModelNotFoundError
+from melens.errors import ModelError, ModelNotFoundError
 from melens.models.weight_files import read_json
 from melens.registry import did_you_mean
 
@@ -41,11 +41,15 @@ def family_name(name: str) -> str:
     """The architecture that is meant: a class, the beginning of its name, or a model folder.
 
     Raises:  ModelNotFoundError: it is not in the table; with those that are named alike.
+             ModelError: a folder's config.json is no JSON object.
     """
     known = {key.lower(): key for key in families()}
     if (Path(name) / "config.json").is_file():
-        listed = read_json(Path(name) / "config.json").get("architectures") or [name]
-        name = str(listed[0])
+        config = read_json(Path(name) / "config.json")
+        if not isinstance(config, dict):
+            raise ModelError(f"{name}: config.json is not a JSON object.")
+        listed = config.get("architectures")
+        name = str(listed[0]) if isinstance(listed, list) and listed else name
     asked = name.lower()
     for wanted in (asked, f"{asked}forcausallm", f"{asked}lmheadmodel"):
         if wanted in known:

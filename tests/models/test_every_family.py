@@ -135,3 +135,16 @@ def test_a_row_is_found_by_its_short_name_or_not_at_all():
         MelensError, match=r"no architecture 'LamaForCausalLM' was measured.* Did you mean"
     ):
         family("LamaForCausalLM")
+
+
+def test_a_folder_is_found_by_its_config_or_refused(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    assert family(str(tmp_path)) == family("gpt2")
+    for wrong in ("[1]", '"a"'):
+        config.write_text(wrong)
+        with pytest.raises(MelensError, match=r"config\.json is not a JSON object"):
+            family(str(tmp_path))
+    config.write_text('{"architectures": 7}')
+    with pytest.raises(MelensError, match="no architecture"):
+        family(str(tmp_path))
