@@ -101,13 +101,17 @@ def command_of(name: str, run: str) -> TyperCommand:
 
     Raises:  SweepError: there is none, or it makes no result of a model.
     """
+    from typer.core import TyperCommand
+
     from melens.cli.app import group
 
     commands = group().commands
     known = [one for one in commands if one not in NO_RESULT]
     if name not in known:
         raise SweepError(f"{run}: {unknown_name('command', name, known)}")
-    return commands[name]
+    command = commands[name]
+    assert isinstance(command, TyperCommand), name
+    return command
 
 
 def options_of(command: TyperCommand) -> dict[str, Param]:

@@ -66,7 +66,7 @@ def _single(data: Mapping[str, object], before: str = "") -> Iterator[tuple[str,
             yield place, value
 
 
-def _columns(row: Mapping[str, object]) -> JsonObject:
+def _columns(row: JsonObject) -> JsonObject:
     from melens.results.tabular import flat
 
     return {name.replace(".", "_"): value for name, value in flat(row).items()}
