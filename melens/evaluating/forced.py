@@ -22,6 +22,8 @@ from melens.inputs import Inputs
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
 from melens.interventions.target import these
+from melens.metrics.divergence import kl_divergence, same_top1
+from melens.metrics.loss import token_loss
 from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
 from melens.resume import Resumable, Ways
@@ -225,11 +227,9 @@ def _compare(
     plain: Float[Tensor, "token vocab"],
     wanted: Int[Tensor, " token"],
 ) -> Foreseen:
-    top = edited.argmax(-1)
-    kl = (plain.exp() * (plain - edited)).sum(-1).clamp_min(0)
     return Foreseen(
-        loss=-edited.gather(-1, wanted[:, None])[:, 0].cpu(),
-        right=(top == wanted).cpu(),
-        kl=kl.cpu(),
-        agree=(top == plain.argmax(-1)).cpu(),
+        loss=token_loss(edited, wanted).cpu(),
+        right=(edited.argmax(-1) == wanted).cpu(),
+        kl=kl_divergence(plain, edited).clamp_min(0).cpu(),
+        agree=same_top1(edited, plain).cpu(),
     )

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from melens.capture import hooked
 from melens.errors import MetricError
+from melens.metrics.divergence import kl_divergence
+from melens.metrics.loss import token_loss
 from melens.models.anatomy import pattern_hook
 from melens.resume import Resumable
 from melens.shapes import Resid
@@ -126,8 +128,7 @@ class DivergenceReadout(LastLogits):
 
     def of_logits(self, logits: Tensor, row: Tensor) -> Tensor:
         """In nats."""
-        expected = self.target[row]
-        return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1)
+        return kl_divergence(self.target[row], logits.log_softmax(-1))
 
 
 class LossReadout(Readout):
@@ -153,9 +154,7 @@ class LossReadout(Readout):
         wanted = self.run.batch.ids[:, start + 1 :].repeat(copies, 1)
         flat = rearrange(resid[:, :-1], "row pos d -> (row pos) d")
         pieces = [
-            torch.nn.functional.cross_entropy(
-                self.run.logits(piece[None])[0].float(), ids, reduction="none"
-            ).double()
+            token_loss(self.run.logits(piece[None])[0].float().log_softmax(-1), ids).double()
             for piece, ids in zip(
                 flat.split(LOGIT_ROWS), wanted.flatten().split(LOGIT_ROWS), strict=True
             )
