@@ -22,7 +22,7 @@ from melens.results.census import Census, CensusRow
 from melens.results.known import KnownCheck
 from melens.results.locate import MELayer
 from melens.results.scan import WeightScan
-from melens.results.sinks import SINK_EPS, Sinks
+from melens.results.sinks import Sinks
 from melens.store import Heading, KeptRows, Refusal, RowFormat, digest, hash_facts, write_atomically
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _measured(
     if sinks is not None:
         _save(sinks, place, "sinks")
     update = {**_of_located(located, scanned), **_held(names, located, scanned.d_model)}
-    update |= {"sink_rate": _rate(sinks), "note": note}
+    update |= {"sink_rate": None if sinks is None else sinks.usual_rate, "note": note}
     return CensusRow.model_validate(made.model_copy(update=update).model_dump())
 
 
@@ -279,12 +279,6 @@ def _run(
         return located, sinks(inputs, located), None
     except MelensError as error:
         return located, None, f"no sinks: {_told(error)}"
-
-
-def _rate(sinks: Sinks | None) -> float | None:
-    if sinks is None:
-        return None
-    return next((rate for eps, rate in sinks.overall.items() if float(eps) == SINK_EPS), None)
 
 
 def _held(

@@ -15,6 +15,8 @@ ByLayer = tuple[float | None, ...]
 
 SINK_EPS = 0.3
 """A head has a sink on a key that draws at least this much attention on average (Gu et al.)."""
+USUAL_EPS = str(SINK_EPS)
+"""The same as results name it."""
 SINK_RATE = 0.3
 """A layer is said to have sinks from this share of its (text, head) on; a definition of melens."""
 
@@ -133,6 +135,16 @@ class Sinks(Result):
         if set(self.sink_rate) != set(self.overall):
             raise ValueError("sink_rate and overall must hold the same eps")
         return self
+
+    @property
+    def usual_rate(self) -> float | None:
+        """``overall`` at SINK_EPS; None where the result does not hold it."""
+        return self.overall.get(USUAL_EPS)
+
+    @property
+    def shown_eps(self) -> str:
+        """The eps that a figure or a tile shows: SINK_EPS, else the smallest there is."""
+        return USUAL_EPS if USUAL_EPS in self.overall else min(self.overall)
 
     def _taken(self, layer: int) -> float | None:
         heads = self.learned_sink[layer]
