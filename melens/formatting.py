@@ -78,6 +78,16 @@ def brief(value: object, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+def interval_text(interval: tuple[float, float] | None, spec: str, *, none: str = "-") -> str:
+    """An interval in words; ``none`` where there is none."""
+    return none if interval is None else f"{interval[0]:{spec}} to {interval[1]:{spec}}"
+
+
 def within(interval: tuple[float, float] | None, spec: str) -> str:
     """An interval in brackets, to follow its number; nothing where there is none."""
-    return "" if interval is None else f" ({interval[0]:{spec}} to {interval[1]:{spec}})"
+    return "" if interval is None else f" ({interval_text(interval, spec)})"
+
+
+def with_interval(value: float, interval: tuple[float, float] | None, spec: str) -> str:
+    """A number and its interval in brackets, both in one format."""
+    return f"{value:{spec}}{within(interval, spec)}"

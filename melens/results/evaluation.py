@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import within
+from melens.formatting import interval_text, with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -50,11 +50,9 @@ class EditedIn(Part):
         text = f"Edited: {self.tokens} massive tokens in {self.items} items"
         sizes = []
         if self.coordinate is not None:
-            low, high = self.coordinate
-            sizes.append(f"coordinate {low:,.0f} to {high:,.0f}")
+            sizes.append(f"coordinate {interval_text(self.coordinate, ',.0f')}")
         if self.norm_ratio is not None:
-            low, high = self.norm_ratio
-            sizes.append(f"norm {low:.3g} to {high:.3g} x the median")
+            sizes.append(f"norm {interval_text(self.norm_ratio, '.3g')} x the median")
         return f"{text} ({', '.join(sizes)})" if sizes else text
 
 
@@ -247,4 +245,4 @@ def _apart(found: Delta | None, least: float) -> int:
 
 
 def _delta(found: Delta) -> str:
-    return f"{found.value:+.4g}{within(found.interval, '+.4g')}"
+    return with_interval(found.value, found.interval, "+.4g")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from melens.cli.listing import Listing, table_of
-from melens.formatting import within
+from melens.formatting import interval_text
 from melens.protocols import JsonObject
 
 
@@ -48,7 +48,7 @@ def _row(trials: list[Any]) -> JsonObject:
         "how many": _count(first),
         "bits": first.bits,
         "costs": mean,
-        "interval": within(first.damage.interval, ".3g").strip(" ()") if alone else None,
+        "interval": interval_text(first.damage.interval, ".3g", none="") if alone else None,
         "KL": sum(trial.kl.value for trial in trials) / count,
         "agreement": f"{sum(trial.agreement.value for trial in trials) / count:.1%}",
         "less": f"{sum(shares) / count:.0%}" if shares else None,
@@ -72,5 +72,5 @@ def _count(trial: Any) -> str | None:
 def _beyond(found: Any) -> str | None:
     if found is None:
         return None
-    said = "no interval" if found.interval is None else within(found.interval, ".3g").strip(" ()")
+    said = interval_text(found.interval, ".3g", none="no interval")
     return f"{found.value:.3g} ({said})"
