@@ -309,16 +309,11 @@ def located_facts(me_layer: MELayer | None) -> list[object] | None:
 
 
 def _doses(edit: Edit, compare: Compare) -> list[EditCondition]:
-    if edit.name in RATED:
-        return [
-            EditCondition(f"rate {rate:g}", "dose", edit.changed(rate=rate))
-            for rate in compare.rates
-            if rate != edit.rate
-        ]
+    what = edit.dosed_by
     return [
-        EditCondition(f"strength {strength:g}", "dose", edit.changed(strength=strength))
-        for strength in compare.strengths
-        if strength != edit.strength
+        EditCondition(f"{what} {dose:g}", "dose", edit.changed(**{what: dose}))
+        for dose in (compare.rates if what == "rate" else compare.strengths)
+        if dose != getattr(edit, what)
     ]
 
 

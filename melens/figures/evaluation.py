@@ -22,7 +22,6 @@ from melens.figures.draw import (
     sheet,
     title_above,
 )
-from melens.results.edit import RATED
 from melens.results.evaluation import ConditionScore, Evaluation
 
 BLUE, GREY, GREEN, BLACK = "#0072B2", "#777777", "#009E73", "black"
@@ -79,12 +78,11 @@ def _doses(result: Evaluation) -> list[ConditionScore]:
 
 
 def _dose(result: Evaluation, condition: ConditionScore) -> float:
-    edit = condition.edit
-    return edit.rate if result.edit.name in RATED else edit.strength
+    return getattr(condition.edit, result.edit.dosed_by)
 
 
 def _dose_name(result: Evaluation) -> str:
-    if result.edit.name in RATED:
+    if result.edit.dosed_by == "rate":
         return "rate (share of the dimensions masked)"
     return f"strength of {result.edit.name} (1 = the whole edit)"
 

@@ -74,6 +74,11 @@ class Edit(Part):
         return Edit.model_validate({**self.model_dump(exclude_unset=True), **settings})
 
     @property
+    def dosed_by(self) -> Literal["rate", "strength"]:
+        """Which setting is its dose."""
+        return "rate" if self.name in RATED else "strength"
+
+    @property
     def label(self) -> str:
         """Short name for tables and axes."""
         if self.name == "none":

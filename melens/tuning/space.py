@@ -15,6 +15,7 @@ from melens.formatting import brief
 from melens.interventions.core import check_number
 from melens.interventions.wemask import SELECTS
 from melens.results.edit import Edit
+from melens.settings import RATES
 
 T = TypeVar("T")
 ETA = 2
@@ -35,7 +36,7 @@ class Space:
     """Candidates, by their rule for the dimensions."""
     layers: Sequence[str | Sequence[int]] = ("after", "next")
     """``after``, ``next``, or tuples of layers from 0."""
-    rates: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 0.9)
+    rates: Sequence[float] = RATES
     strengths: Sequence[float] = (0.25, 0.5, 1.0)
     control_seeds: Sequence[int] = (0,)
     """Random dimensions race as well, one draw a seed, in the same layers, rates and strengths;
