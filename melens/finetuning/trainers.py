@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from melens.errors import ModelError
@@ -15,6 +14,7 @@ from melens.finetuning.keeping import CHECKPOINTS
 from melens.finetuning.rewards import reward_of
 from melens.finetuning.settings import Objective, Training
 from melens.finetuning.subject import TrainingSet, TrainingSubject, objective_of
+from melens.models.loading import best_device
 
 
 def trainer_of(
@@ -81,7 +81,7 @@ def _arguments(how: Training, folder: Path, *, evaluate: bool) -> dict[str, Any]
         "lr_scheduler_type": "linear",
         "gradient_checkpointing": False,  # switched on apart, with the edit's own contexts
         "bf16": how.bf16,
-        "use_cpu": how.device == "cpu" or not _has_accelerator(),
+        "use_cpu": how.device == "cpu" or best_device() == "cpu",
         "seed": how.seed,
         "data_seed": how.seed,
         "save_strategy": "steps",
@@ -93,10 +93,6 @@ def _arguments(how: Training, folder: Path, *, evaluate: bool) -> dict[str, Any]
         "report_to": list(how.report_to),
         "disable_tqdm": True,
     }
-
-
-def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _sft() -> tuple[Any, Any]:
