@@ -33,7 +33,6 @@ KEPT = "census-rows.jsonl"
 """File in ``out`` that finished models are kept in; removed when all are there."""
 SCHEMA = "melens/census-rows/1"
 Progress = Callable[[int, int, str], None]
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 ROOM = 0.8
 """Of the machine's memory, what a model may fill."""
 REFUSAL = Refusal(
@@ -317,11 +316,14 @@ def _off(check: KnownCheck) -> str | None:
 
 def _too_large(row: CensusRow, survey: Survey) -> str | None:
     """Why a model is not run: it would not fit into this machine's memory."""
+    from melens.models.loading import DTYPES
+
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
-    needed = (row.parameters or 0) * BYTES[survey.dtype or "float32"]
+    width = 2 if survey.dtype == "auto" else DTYPES[survey.dtype or "float32"].itemsize
+    needed = (row.parameters or 0) * width
     if needed <= ROOM * memory or survey.device not in (None, "cpu"):
         return None
     return (

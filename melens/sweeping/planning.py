@@ -136,9 +136,11 @@ def _seconds(
 
 
 def _width(cell: SweepCell) -> int:
-    """Bytes of a weight."""
-    dtype = getattr(cell.params().get("dtype"), "value", None)
-    return 2 if dtype in ("bfloat16", "float16") else 4
+    """Bytes of a weight; as many as of float32 where the files say which it is."""
+    from melens.models.loading import DTYPES
+
+    dtype = getattr(cell.params().get("dtype"), "value", "float32")
+    return DTYPES.get(dtype, DTYPES["float32"]).itemsize
 
 
 def _parameters(model: str) -> int | None:
