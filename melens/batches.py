@@ -289,12 +289,12 @@ def read_text(path: Path) -> str:
     return _not_empty(decoded(raw, str(path), error=PromptError), str(path))
 
 
-def encode(tokenizer: Tokenizer, text: str, *, bos: bool | None, chat: bool = False) -> list[int]:
-    """Token ids of one text under the BOS and chat policy of :func:`prompts`.
+def encode(tokenizer: Tokenizer, text: str, *, bos: bool | None) -> list[int]:
+    """Token ids of one text under the BOS policy of :func:`prompts`.
 
     The text is open at its end: what the tokenizer would put behind it (EOS, [SEP]) is left out.
     """
-    return encode_all(tokenizer, [text], bos=bos, chat=chat)[0]
+    return encode_all(tokenizer, [text], bos=bos)[0]
 
 
 def encode_all(

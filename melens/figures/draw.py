@@ -177,12 +177,12 @@ def chosen(result: Result, style: str | None) -> Drawer:
     return styles[style if style is not None else next(iter(styles))]
 
 
-def mark_me_layer(axes: Axes, layer: int | None, *, at: float = 0.04) -> None:
+def mark_me_layer(axes: Axes, layer: int | None) -> None:
     """A line at the ME Layer, with its number."""
-    _mark(axes, layer, "ME Layer", ME_COLOUR, at)
+    _mark(axes, layer, "ME Layer", ME_COLOUR, 0.04)
 
 
-def mark_erase_layer(axes: Axes, layer: int | None, *, at: float = 0.04) -> None:
+def mark_erase_layer(axes: Axes, layer: int | None, *, at: float) -> None:
     """A line at the layer that erases most of the massive activation; its number left of it."""
     _mark(axes, layer, "erase layer", ERASE_COLOUR, at, left=True)
 

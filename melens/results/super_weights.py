@@ -21,11 +21,6 @@ Site = Literal["output", "write"]
 """Where the spike was read: the down projection's output, or that after the norm behind it."""
 Role = Literal["writes", "erases", "elsewhere"]
 Interval = tuple[float, float]
-ROLES = {
-    "writes": "grows the massive coordinate",
-    "erases": "shrinks the massive coordinate",
-    "elsewhere": "another dimension",
-}
 
 
 class Thresholds(Part):
