@@ -169,9 +169,22 @@ class Prompts:
         """
         require_whole("batch_size", batch_size, error=PromptError)
         rows = self.token_rows(tokenizer, max_length=max_length)
-        return [
-            Batch.pad(rows[i : i + batch_size], side=side) for i in range(0, len(rows), batch_size)
-        ]
+        return padded_batches(rows, batch_size, side=side)
+
+
+def padded_batches(rows: Sequence[Sequence[int]], size: int, *, side: str = "right") -> list[Batch]:
+    """Rows of ids as batches of at most ``size``, in order."""
+    return [Batch.pad(rows[i : i + size], side=side) for i in range(0, len(rows), size)]
+
+
+def behind_prefix(
+    rows: Sequence[Sequence[int]], prefix: Sequence[int], *, stands: bool
+) -> list[list[int]]:
+    """Rows of ids with a prefix before each.
+
+    Args:    stands: the prefix stands for each row's first token, which is left out.
+    """
+    return [[*prefix, *row[int(stands) :]] for row in rows]
 
 
 def prompts(

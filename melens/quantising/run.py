@@ -114,7 +114,7 @@ class SchemeLoop:
             found = quantised.logits(batch, whole)
             kept = whole.prefix * len(batch)
             kept += 0 if whole.tokens is None else int(whole.tokens.sum())
-            self.rows.add(_scored(items, name, base, found, batch, texts.start, kept))
+            self.rows.add(_scored(items, name, base, found, batch, texts.prefix, kept))
 
     def _tick(self, trials: int) -> None:
         self.done += trials
