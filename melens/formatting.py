@@ -78,6 +78,11 @@ def brief(value: object, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+def counted(n: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def interval_text(interval: tuple[float, float] | None, spec: str, *, none: str = "-") -> str:
     """An interval in words; ``none`` where there is none."""
     return none if interval is None else f"{interval[0]:{spec}} to {interval[1]:{spec}}"

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import counted
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -187,6 +188,6 @@ class Sinks(Result):
         if self.me_layer is None:
             return f"{text}, and there is no ME Layer."
         gap = self.onset_layer - self.me_layer
-        place = "in it" if not gap else f"{abs(gap)} layer{'s' * (abs(gap) != 1)} "
+        place = "in it" if not gap else f"{counted(abs(gap), 'layer')} "
         place += "" if not gap else ("after it" if gap > 0 else "before it")
         return f"{text}, {place} (ME Layer {self.me_layer}, counted from 0)."

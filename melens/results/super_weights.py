@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import with_interval
+from melens.formatting import counted, with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -286,7 +286,7 @@ class SuperWeights(Result):
     def _counted(self) -> str:
         """How many spike, by what their removal costs."""
         found = {"super": len(self.supers), "large": len(self.large)}
-        named = [f"{n} {kind} weight{'s' * (n != 1)}" for kind, n in found.items() if n]
+        named = [counted(n, f"{kind} weight") for kind, n in found.items() if n]
         return ("" if found["super"] else "no super weight, ") + " and ".join(named)
 
     def _held(self) -> str:

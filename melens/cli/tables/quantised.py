@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from melens.cli.listing import Listing, table_of
-from melens.formatting import interval_text
+from melens.formatting import counted, interval_text
 from melens.protocols import JsonObject
 
 
@@ -65,7 +65,7 @@ def _name(trial: Any) -> str:
 
 def _count(trial: Any) -> str | None:
     kinds = {"token": trial.tokens, "weight": len(trial.weights), "layer": len(trial.modules)}
-    found = [f"{n} {kind}{'s' * (n != 1)}" for kind, n in kinds.items() if n]
+    found = [counted(n, kind) for kind, n in kinds.items() if n]
     return found[0] if found else None
 
 
