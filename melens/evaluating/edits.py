@@ -139,18 +139,14 @@ def _mean(
 
 def _means(ready: Inputs, me_layer: MELayer, at: int | None, dims: list[int]) -> dict[int, float]:
     """Measured once for a model's weights: an edit is entered again for every batch."""
-    located = me_layer.run.settings
-    key = (ready.weights, me_layer.me_layer, located.get("ids"), at, tuple(dims))
+    located = me_layer.run
+    key = (ready.weights, me_layer.me_layer, located.settings.get("ids"), at, tuple(dims))
     kept = _KEPT_MEANS.setdefault(ready.model, {})
     if key not in kept:
         # BOS and chat as they were when the massive tokens were located, so that they are there.
-        texts = prompts(bos=_flag(located.get("bos")), chat=bool(located.get("chat")))
+        texts = prompts(bos=located.flag("bos"), chat=bool(located.settings.get("chat")))
         kept[key] = mean_coordinates(ready, me_layer, texts, layer=at, dims=dims)
     return kept[key]
-
-
-def _flag(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
 
 
 def _norm_flatten(

@@ -23,7 +23,7 @@ from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
 from melens.interventions.target import these
 from melens.metrics.divergence import kl_divergence, same_top1
-from melens.metrics.loss import token_loss
+from melens.metrics.loss import nll
 from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
 from melens.resume import Resumable, Ways
@@ -228,7 +228,7 @@ def _compare(
     wanted: Int[Tensor, " token"],
 ) -> Foreseen:
     return Foreseen(
-        loss=token_loss(edited, wanted).cpu(),
+        loss=nll(edited, wanted).cpu(),
         right=(edited.argmax(-1) == wanted).cpu(),
         kl=kl_divergence(plain, edited).clamp_min(0).cpu(),
         agree=same_top1(edited, plain).cpu(),

@@ -289,7 +289,7 @@ def _line(axes: Axes, result: Evaluation, rule: int, line: str, aside: float) ->
     rates, colour = [c.edit.rate + aside for c in doses], f"C{rule}"
     axes.plot(
         rates,
-        [_grid_delta(c) for c in doses],
+        [_delta(c) for c in doses],
         color=colour,
         ls=line,
         marker=GRID_MARKERS[rule % len(GRID_MARKERS)],
@@ -297,10 +297,6 @@ def _line(axes: Axes, result: Evaluation, rule: int, line: str, aside: float) ->
     for x, c in zip(rates, doses, strict=True):
         if c.delta is not None and c.delta.interval is not None:
             axes.vlines(x, *c.delta.interval, color=colour, lw=0.8, alpha=0.7)
-
-
-def _grid_delta(condition: ConditionScore) -> float:
-    return condition.delta.value if condition.delta else 0.0
 
 
 def _named(layers: str | tuple[int, ...]) -> str:

@@ -24,7 +24,7 @@ def next_token_loss(
     return torch.nn.functional.pad(torch.where(counted, found, 0.0), (1, 0))
 
 
-def token_loss(
+def nll(
     log_p: Float[Tensor, "token vocab"], wanted: Int[Tensor, " token"]
 ) -> Float[Tensor, " token"]:
     """-ln p of one token at every position, nats.

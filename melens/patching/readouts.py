@@ -16,7 +16,7 @@ from torch import Tensor
 from melens.capture import hooked
 from melens.errors import MetricError
 from melens.metrics.divergence import kl_divergence
-from melens.metrics.loss import token_loss
+from melens.metrics.loss import nll
 from melens.models.anatomy import pattern_hook
 from melens.resume import Resumable
 from melens.shapes import Resid
@@ -154,7 +154,7 @@ class LossReadout(Readout):
         wanted = self.run.batch.ids[:, start + 1 :].repeat(copies, 1)
         flat = rearrange(resid[:, :-1], "row pos d -> (row pos) d")
         pieces = [
-            token_loss(self.run.logits(piece[None])[0].float().log_softmax(-1), ids).double()
+            nll(self.run.logits(piece[None])[0].float().log_softmax(-1), ids).double()
             for piece, ids in zip(
                 flat.split(LOGIT_ROWS), wanted.flatten().split(LOGIT_ROWS), strict=True
             )

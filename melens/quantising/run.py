@@ -16,7 +16,7 @@ from melens.formatting import brief
 from melens.inputs import Inputs, Source, prepare
 from melens.item_rows import ItemRow, Rows
 from melens.metrics.divergence import kl_divergence, same_top1
-from melens.metrics.loss import token_loss
+from melens.metrics.loss import nll
 from melens.protocols import ModelLike
 from melens.quantising.bench import Protect, SchemeBench
 from melens.quantising.running import QuantisedModel, unquantised
@@ -140,7 +140,7 @@ def _scored(  # noqa: PLR0913 (two runs of one batch, and what to call it)
         wanted = batch.ids[row, start + 1 : at.stop + 1].to(base.device)
         before = base[row, at].float().log_softmax(-1)
         after = found[row, at].float().log_softmax(-1)
-        loss, plain = (float(token_loss(x, wanted).double().mean()) for x in (after, before))
+        loss, plain = (float(nll(x, wanted).double().mean()) for x in (after, before))
         kl = float(kl_divergence(before, after).clamp_min(0).double().mean())
         if not all(map(math.isfinite, (loss, plain, kl))):
             raise MetricError(
