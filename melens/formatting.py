@@ -9,6 +9,7 @@ from __future__ import annotations
 import reprlib
 import unicodedata
 
+Interval = tuple[float, float]
 LAYOUT = "\n\t"
 """Controls that our own lines are made with; a table's cells hold none."""
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -83,16 +84,16 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-def interval_text(interval: tuple[float, float] | None, spec: str, *, none: str = "-") -> str:
+def interval_text(interval: Interval | None, spec: str, *, none: str = "-") -> str:
     """An interval in words; ``none`` where there is none."""
     return none if interval is None else f"{interval[0]:{spec}} to {interval[1]:{spec}}"
 
 
-def within(interval: tuple[float, float] | None, spec: str) -> str:
+def within(interval: Interval | None, spec: str) -> str:
     """An interval in brackets, to follow its number; nothing where there is none."""
     return "" if interval is None else f" ({interval_text(interval, spec)})"
 
 
-def with_interval(value: float, interval: tuple[float, float] | None, spec: str) -> str:
+def with_interval(value: float, interval: Interval | None, spec: str) -> str:
     """A number and its interval in brackets, both in one format."""
     return f"{value:{spec}}{within(interval, spec)}"

@@ -17,8 +17,8 @@ the two values."""
 LEAST_OF_MANY, RESAMPLES_OF_MANY = 20, 10_000
 """One of several comparisons is read off further out in the tails: more draws, and more items,
 below which a percentile interval is too narrow for the rate that is promised."""
-Items = Float[Tensor, " item"]
 Interval = tuple[float, float]
+Items = Float[Tensor, " item"]
 
 
 @dataclass(frozen=True)

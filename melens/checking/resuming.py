@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from melens import __version__
-from melens.checking.keeping import FOLDER, Keeper, read_head
+from melens.checking.keeping import FOLDER, REPORT, Keeper, read_head
 from melens.errors import MelensError
 from melens.models.resolve import asked
 from melens.provenance import RunInfo, versions
@@ -26,7 +26,6 @@ CODE = (".py", ".jinja")
 """What a model may read from folders inside its own."""
 NOTES = (".md", ".html", ".xml")
 """What it never reads: a check may write its own into a model's folder, as its report."""
-REPORT = "report.json"
 
 
 def asked_of(model: Any, texts: Any, **options: Any) -> str | None:

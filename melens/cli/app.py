@@ -37,6 +37,7 @@ from melens.cli.help import HelpedCommand, HelpedGroup
 from melens.errors import (
     BAD_INPUT,
     COULD_NOT_RUN,
+    INTERRUPTED,
     EditWarning,
     MelensError,
     is_out_of_memory,
@@ -46,7 +47,6 @@ from melens.network import pass_on
 from melens.progress import one_command, tell
 from melens.registry import did_you_mean
 
-INTERRUPTED = 130
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """typer carries a click of its own in newer versions and uses the installed one in older."""
 

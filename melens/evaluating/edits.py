@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,6 +25,7 @@ from melens.protocols import AnyModel, HookedModel, Prepared
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
+from melens.results.evaluation import Role
 from melens.results.reading import HoldsMELayer, located_in
 from melens.settings import Compare, setting_of
 
@@ -186,7 +187,6 @@ for _name, _maker in {
     EDITS.add(_name, _maker)
 
 
-Role = Literal["base", "edited", "dose", "control", "rival"]
 RIVALS = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
 BASE = Edit(name="none")
 EDITED_BY = "residual/1"

@@ -13,6 +13,7 @@ from melens.evaluating.forced import Forced, Foreseen
 from melens.framing import frame_of, head_size, split_text
 from melens.protocols import JsonObject
 from melens.registry import Registry
+from melens.results.evaluation import NATS
 from melens.settings import Items
 from melens.store import is_text, json_object, lines_of
 
@@ -73,7 +74,7 @@ def perplexity(tokenizer: Any, chosen: Items) -> ForcedTask:
         items.append(Forced(str(i), tuple(ids), scored, about))
     return ForcedTask(
         "perplexity",
-        "nats a token",
+        NATS,
         higher_is_better=False,
         items=tuple(items),
         score=token_loss,
@@ -123,7 +124,7 @@ def _solutions(name: str, tokenizer: Any, chosen: Items) -> ForcedTask:
     how = "the chat template" if chat else "'Question: ... Answer:'"
     return ForcedTask(
         name,
-        "nats a token",
+        NATS,
         higher_is_better=False,
         items=tuple(items),
         score=token_loss,

@@ -25,10 +25,8 @@ from melens.protocols import (
 )
 from melens.results import MELayer
 from melens.results.base import load_result
-from melens.results.edit import EditFile, Probe
+from melens.results.edit import MELENS_JSON, EditFile, Probe
 from melens.store import write_atomically
-
-MELENS_JSON = "melens.json"
 
 
 def write_edit(record: EditFile, folder: Path) -> None:

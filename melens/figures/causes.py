@@ -16,8 +16,9 @@ from melens.figures.draw import (
     plain,
     sheet,
 )
+from melens.formatting import Interval
 from melens.results.isolate import Cell, Isolation
-from melens.results.super_weights import Interval, SuperWeights
+from melens.results.super_weights import SuperWeights
 
 CELLS = {
     "kept_kept": "as it is",

@@ -12,6 +12,8 @@ from melens.results.baked import Baked
 from melens.results.base import Part, Result, added_later
 from melens.results.locate import MELayer
 
+MELENS_JSON = "melens.json"
+"""An exported folder's record of its edit."""
 EditName = Literal["none", "wemask", "zero", "mean", "norm-flatten", "ffn-cap", "drop-key"]
 Select = Literal["gamma", "activation", "product", "random", "bottom", "bottom-gamma"]
 RATED: tuple[EditName, ...] = ("wemask",)

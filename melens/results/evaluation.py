@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import interval_text, with_interval
+from melens.formatting import Interval, interval_text, with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -16,7 +16,6 @@ from melens.results.edit import Edit
 NATS = "nats a token"
 LARGEST = 700.0
 """Nats; the exponential of more is no number."""
-Interval = tuple[float, float]
 Role = Literal["base", "edited", "dose", "control", "rival"]
 
 
@@ -57,7 +56,8 @@ class EditedIn(Part):
 
 
 RESOLUTION = 1e-5
-"""Of the base value: what differs by less is rounding."""
+"""Of the base value: what differs by less is rounding. A mask that meets next to nothing still
+changes how float32 rounds, which is no chance that more items would average out."""
 
 
 class ConditionScore(Score):

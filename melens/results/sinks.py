@@ -9,10 +9,7 @@ from pydantic import Field, model_validator
 from melens.formatting import counted
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result, added_later
-
-ByLayer = tuple[float | None, ...]
-"""One number a layer, None where a layer has no attention."""
+from melens.results.base import ByLayer, Part, Result, added_later
 
 SINK_EPS = 0.3
 """A head has a sink on a key that draws at least this much attention on average (Gu et al.)."""

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import counted, with_interval
+from melens.formatting import Interval, counted, with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -20,7 +20,6 @@ from melens.results.known import KnownCheck
 Site = Literal["output", "write"]
 """Where the spike was read: the down projection's output, or that after the norm behind it."""
 Role = Literal["writes", "erases", "elsewhere"]
-Interval = tuple[float, float]
 
 
 class Thresholds(Part):

@@ -6,17 +6,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import interval_text, with_interval
+from melens.formatting import Interval, interval_text, with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.edit import Edit
+from melens.results.evaluation import RESOLUTION
 
-Interval = tuple[float, float]
 Role = Literal["candidate", "control"]
-RESOLUTION = 1e-5
-"""Of the unedited value: a mask that meets next to nothing still changes how float32 rounds, which
-is no chance that more items would average out."""
 
 
 class Trial(Part):
