@@ -14,6 +14,7 @@ from melens.figures.draw import (
     figure,
     panel,
     plain,
+    shared_legend,
     sheet,
 )
 from melens.formatting import Interval
@@ -190,13 +191,7 @@ def draw_spikes(result: SuperWeights, into: Into = None) -> Figure:
     spikes, costs = made.subplots(1, 2, width_ratios=(1.15, 1))
     _spikes(spikes, result)
     _costs(costs, result)
-    handles = [axes.get_legend_handles_labels() for axes in (spikes, costs)]
-    made.legend(
-        [h for hs, _ in handles for h in hs],
-        [name for _, names in handles for name in names],
-        loc="outside lower center",
-        ncols=3,
-    )
+    shared_legend(made, spikes, costs, columns=3)
     title = f"{result.run.subject}: weights that spike (layer, row, column)"
     made.suptitle(plain(title), fontsize=8)
     return made

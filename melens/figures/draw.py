@@ -146,7 +146,14 @@ def legend_below(made: Figure, axes: Axes, into: Into, *, columns: int) -> None:
     if isinstance(into, Axes):
         axes.legend()
     else:
-        made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+        shared_legend(made, axes, columns=columns)
+
+
+def shared_legend(made: Figure, *panels: Axes, columns: int) -> None:
+    """One legend below the figure, of what these panels name."""
+    found = [axes.get_legend_handles_labels() for axes in panels]
+    handles, names = ([one for part in parts for one in part] for parts in zip(*found, strict=True))
+    made.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from melens.figures.draw import (
     legend_below,
     panel,
     plain,
+    shared_legend,
     sheet,
     title_above,
 )
@@ -50,7 +51,7 @@ def draw_dose(result: Evaluation, into: Into = None) -> Figure:
         if any(c.role == role for c in result.conditions):
             look = {"ls": "", "marker": MARKERS[role], "color": COLOURS[role]}
             beside.plot([], [], label=SHOWN[role], **look)  # type: ignore[arg-type]
-    made.legend(*beside.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    shared_legend(made, beside, columns=4)
     made.suptitle(plain(_title(result)), fontsize=8)
     return made
 
@@ -260,7 +261,7 @@ def draw_dose_grid(results: Sequence[Evaluation]) -> Figure:
         for i, strength in enumerate(strengths):
             line = STYLES[i % len(STYLES)]
             panels[0].plot([], [], "black", ls=line, label=f"strength {strength:g}")
-        made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+        shared_legend(made, panels[0], columns=7)
         made.suptitle(
             plain(
                 f"{first.run.subject}, {first.task}, {first.n} items, {first.base.value:.4g} "

@@ -14,6 +14,7 @@ from melens.figures.draw import (
     Into,
     figure,
     plain,
+    shared_legend,
     sheet,
 )
 from melens.results.reach import Reach
@@ -123,13 +124,7 @@ def draw_reach(result: Reach, into: Into = None) -> Figure:
     tokens, writes = made.subplots(1, 2)
     _tokens(tokens, result)
     _writes(writes, result)
-    handles = [axes.get_legend_handles_labels() for axes in (tokens, writes)]
-    made.legend(
-        [h for hs, _ in handles for h in hs],
-        [name for _, names in handles for name in names],
-        loc="outside lower center",
-        ncols=4,
-    )
+    shared_legend(made, tokens, writes, columns=4)
     made.suptitle(plain(f"{result.run.subject}: {len(result.tokens)} first tokens"), fontsize=8)
     return made
 
