@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import binomtest
 from torch import Tensor
 
 LEVEL = 0.95
@@ -108,6 +107,11 @@ def resamples(
     return torch.randint(count, (draws, count), generator=rng)
 
 
+def random_order(count: int, *, seed: int) -> Int[Tensor, " draw"]:
+    """0 to ``count - 1`` in an order that the seed alone decides."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 def flip_interval(up: int, down: int, items: int) -> Interval:
     """The mean of flips, given how many items flipped: Clopper-Pearson on the share that went up.
 
@@ -115,6 +119,8 @@ def flip_interval(up: int, down: int, items: int) -> Interval:
 
     Source:  Clopper & Pearson, Biometrika 26, 1934; Agresti, Categorical Data Analysis, 10.1.
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     flips = up + down
     share = binomtest(up, flips).proportion_ci(LEVEL, method="exact")
     return (2 * share.low - 1) * flips / items, (2 * share.high - 1) * flips / items
@@ -125,5 +131,7 @@ def wilson(hits: int, n: int) -> Interval:
 
     Source:  Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
+    from scipy.stats import binomtest
+
     found = binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
     return float(found.low), float(found.high)

@@ -8,11 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from melens.batches import Batch, prompts
 from melens.errors import InterventionError, NoTokenError
 from melens.inputs import Inputs
+from melens.intervals import random_order
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
 from melens.interventions.context import is_edited
 from melens.interventions.massive import MassiveRule, massive_tokens
@@ -102,10 +101,8 @@ def _dims(model: HookedModel, edit: Edit, me_layer: MELayer) -> list[int]:
     massive = [me_layer.massive[0].dim]  # the tokens that are edited are massive in this one
     if edit.select != "random":
         return massive
-    rng = torch.Generator().manual_seed(edit.seed)
-    others = [
-        d for d in torch.randperm(model.cfg.d_model, generator=rng).tolist() if d not in massive
-    ]
+    order = random_order(model.cfg.d_model, seed=edit.seed).tolist()
+    others = [dim for dim in order if dim not in massive]
     return sorted(others[: len(massive)])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from melens.batches import Batch, behind_prefix, padded_batches
 from melens.errors import SiteError
 from melens.inputs import Inputs
+from melens.intervals import random_order
 from melens.interventions.massive import massive_tokens
 from melens.isolating.spikes import DownEntry
 from melens.isolating.weight_damage import places_of, stand_ins
@@ -242,7 +243,7 @@ def choices(
 def _drawn(
     downs: Mapping[int, LinearWeight], layers: Sequence[int], count: int, seed: int
 ) -> frozenset[str]:
-    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = random_order(len(layers), seed=seed).tolist()
     return frozenset(downs[layers[n]].path for n in order[:count])
 
 

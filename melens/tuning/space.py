@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-import torch
-
 from melens.errors import InterventionError
 from melens.formatting import brief
+from melens.intervals import random_order
 from melens.interventions.core import check_number
 from melens.interventions.wemask import SELECTS
 from melens.results.edit import Edit
@@ -194,6 +193,6 @@ def race_of(space: Space, items: int, budget: int, keep: int) -> Race:
 
 def drawn(settings: Sequence[T], count: int, seed: int) -> list[T]:
     """``count`` of the settings, at random, in their own order."""
-    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = random_order(len(settings), seed=seed).tolist()
     chosen = set(order[:count])
     return [setting for i, setting in enumerate(settings) if i in chosen]
