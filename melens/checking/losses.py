@@ -168,8 +168,7 @@ def text_losses(
     """
     check_unedited(bench.model)
     items = [
-        Forced(str(i), tuple(row), tuple(at > start for at in range(len(row))), {})
-        for i, row in enumerate(bench.inputs.rows)
+        Forced.scored_from(start + 1, str(i), row, {}) for i, row in enumerate(bench.inputs.rows)
     ]
     trial = Setup(bench.inputs, tuple(tried), bench.located, Run(progress=tick))
     facts = {"items": [list(item.ids) for item in items]}

@@ -46,6 +46,11 @@ class Forced:
     about: JsonObject
     """What its rows keep of it: the text, a length, a depth."""
 
+    @classmethod
+    def scored_from(cls, start: int, name: str, ids: Sequence[int], about: JsonObject) -> Forced:
+        """An item whose tokens from index ``start`` on are to be foreseen."""
+        return cls(name, tuple(ids), tuple(at >= start for at in range(len(ids))), about)
+
     def __post_init__(self) -> None:
         """Refuse an item that nothing can be measured on."""
         if len(self.ids) != len(self.scored) or not any(self.scored[1:]) or self.scored[0]:

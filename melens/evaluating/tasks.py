@@ -70,8 +70,7 @@ def perplexity(tokenizer: Any, chosen: Items) -> ForcedTask:
     for i, ids in enumerate(texts.token_rows(tokenizer)):
         text = tokenizer.decode(ids[head:])
         about = {"text": tokenizer.decode(ids), "bytes": len(text.encode())}
-        scored = tuple(at >= head for at in range(len(ids)))
-        items.append(Forced(str(i), tuple(ids), scored, about))
+        items.append(Forced.scored_from(head, str(i), ids, about))
     return ForcedTask(
         "perplexity",
         NATS,
@@ -118,9 +117,8 @@ def _solutions(name: str, tokenizer: Any, chosen: Items) -> ForcedTask:
             raise PromptError("a question came out without any token.")
         text = answer.lstrip() if chat else answer
         _, tail = split_text(tokenizer, text, bos=False, frame=frame)
-        scored = (*[False] * len(head), *[True] * len(tail))
         about = {"prompt": tokenizer.decode(head), "answer": text, "bytes": len(text.encode())}
-        items.append(Forced(str(i), (*head, *tail), scored, about))
+        items.append(Forced.scored_from(len(head), str(i), (*head, *tail), about))
     how = "the chat template" if chat else "'Question: ... Answer:'"
     return ForcedTask(
         name,

@@ -215,8 +215,7 @@ def _pieces(model: HookedModel, texts: object) -> tuple[Forced, ...]:
 
 def _item(model: HookedModel, number: int, row: Sequence[int], head: int) -> Forced:
     """One row whose tokens from ``head`` on count."""
-    scored = tuple(at >= head for at in range(len(row)))
-    return Forced(str(number), tuple(row), scored, {"text": model.tokenizer.decode(row)})
+    return Forced.scored_from(head, str(number), row, {"text": model.tokenizer.decode(row)})
 
 
 @dataclass(frozen=True)
