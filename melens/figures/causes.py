@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from melens.figures.draw import (
     COLUMN,
@@ -12,6 +11,7 @@ from melens.figures.draw import (
     PAGE,
     Into,
     figure,
+    layer_axis,
     panel,
     plain,
     shared_legend,
@@ -102,8 +102,7 @@ def draw_layers(result: Isolation, into: Into = None) -> Figure:
     bottom.legend(loc="lower right", ncols=2)
     for axes in (top, middle, bottom):
         axes.axvline(result.layer, color=ME_COLOUR, lw=0.8)
-    bottom.set_xlabel(f"layer (counted from 0); line: layer {result.layer}, the one edited")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(bottom, f"layer (counted from 0); line: layer {result.layer}, the one edited")
     made.suptitle(plain(f"{result.run.subject}, dimension {result.dim}"), fontsize=8)
     return made
 
@@ -225,8 +224,7 @@ def _spikes(axes: Axes, result: SuperWeights) -> None:
             label="a weight spikes here",
         )
     axes.set_ylabel("largest |x|")
-    axes.set_xlabel("layer (counted from 0)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(axes, "layer (counted from 0)")
 
 
 def _costs(axes: Axes, result: SuperWeights) -> None:

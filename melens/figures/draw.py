@@ -15,6 +15,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 
 from melens.errors import ResultError
 from melens.figures.own_style import apply_own_style
@@ -182,6 +183,12 @@ def chosen(result: Result, style: str | None) -> Drawer:
     if not styles:
         raise ResultError(f"there is no figure for a {type(result).__name__}.")
     return styles[style if style is not None else next(iter(styles))]
+
+
+def layer_axis(axes: Axes, label: str = LAYER_LABEL) -> None:
+    """Layers along x, at whole numbers."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def mark_me_layer(axes: Axes, layer: int | None) -> None:

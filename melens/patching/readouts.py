@@ -135,8 +135,7 @@ class LossReadout(Readout):
     """Mean next-token loss; what precedes a patch is counted from the unpatched run."""
 
     def __init__(self, run: Resumable) -> None:
-        every = torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)
-        super().__init__(run, stop=run.n_layers, columns=every)
+        super().__init__(run, stop=run.n_layers, columns=last_column(run))
         mask = run.batch.mask
         self.pairs = mask[:, :-1] & mask[:, 1:]
         self.before = self._losses(run.resid_pre(run.n_layers), 0)
@@ -167,8 +166,7 @@ class OwnReadout(Readout):
     """A function of all logits; those before a patch are the unpatched run's."""
 
     def __init__(self, run: Resumable, function: Callable[[Tensor], Tensor]) -> None:
-        every = torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)
-        super().__init__(run, stop=run.n_layers, columns=every)
+        super().__init__(run, stop=run.n_layers, columns=last_column(run))
         self.function = function
         self.before = run.logits(run.resid_pre(run.n_layers))
 
@@ -194,8 +192,7 @@ class SinkReadout(Readout):
     """Counts heads with a sink on the first token, layer by layer."""
 
     def __init__(self, run: Resumable, layers: Sequence[int], eps: float) -> None:
-        every = torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)
-        super().__init__(run, stop=max(layers) + 1, columns=every)
+        super().__init__(run, stop=max(layers) + 1, columns=last_column(run))
         self.layers, self.eps = tuple(layers), eps
         self.first = first_columns(run)
         self.start = 0
@@ -254,3 +251,8 @@ class SinkReadout(Readout):
 def first_columns(run: Resumable) -> Tensor:
     """Each row's first real column."""
     return run.batch.mask.long().argmax(dim=1)
+
+
+def last_column(run: Resumable) -> Tensor:
+    """The batch's last column for every row: no position is behind it."""
+    return torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)
