@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,7 +21,6 @@ CAUSE_TOKENS = 64
 """Tokens of a text that single weights and blocks are edited on: each edit is a run of its own."""
 VIEW_TOKENS = 48
 """Tokens of the first text that attention is shown over."""
-Tick = Callable[[int, int], None]
 
 
 @dataclass

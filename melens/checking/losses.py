@@ -9,7 +9,8 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import stream
-from melens.checking.bench import Bench, Tick
+from melens.checking.bench import Bench
+from melens.checking.budgets import Tick
 from melens.errors import PromptError, SiteError
 from melens.evaluating.edits import (
     BASE,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melens.checking.budgets import CheckStage, stages_of
+from melens.checking.budgets import CheckStage, Tick, stages_of
 from melens.checking.findings import Measured
 from melens.checking.keeping import REPORT, Keeper
 from melens.checking.policy import Policy, read_policy
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """(stage, thousandths of the expected work done, 1000)."""
-Tick = Callable[[int, int], None]
 WHOLE = 1000
 LONGEST_REASON = 300
 

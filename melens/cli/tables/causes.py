@@ -277,17 +277,12 @@ def _times(value: float, median: float | None) -> str:
 
 @table_of("patch")
 def _patch(result: Any) -> Iterator[Listing]:
-    rows = result.strongest()[:LISTED]
+    rows = result.shown(LISTED)
     yield Listing(f"{result.metric}: {result.metric_about}")
-    empty = {name for name in rows[0] if all(row[name] is None for row in rows)}
     yield Listing(
         f"The {len(rows)} of {len(result.rows())} patched runs that change it most:",
         [
-            {
-                name: repr(value) if name == "token" else value
-                for name, value in row.items()
-                if name not in empty
-            }
+            {name: repr(value) if name == "token" else value for name, value in row.items()}
             for row in rows
         ],
     )
