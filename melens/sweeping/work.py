@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,10 @@ class LastModel:
         gc.collect()
 
 
-def run_work(work: Work) -> None:
+def run_work(work: Work, *, told: Callable[[CellRow], None] | None = None) -> None:
     """Run those of the cells that are not done yet.
 
+    Args:    told: called with each row that is new.
     Raises:  KeyboardInterrupt: after the cell it met has gone back to those that are missing.
     """
     from melens.cli.job import LOADER
@@ -86,7 +87,9 @@ def run_work(work: Work) -> None:
         with _threads(work.threads):
             for given in work.cells:
                 cell = SweepCell(**{**given, "argv": tuple(given["argv"])})
-                _run_once(Path(work.folder), cell, work, models)
+                row = _run_once(Path(work.folder), cell, work, models)
+                if row is not None and told is not None:
+                    told(row)
     finally:
         LOADER.reset(before)
         DRAWS.reset(drawn)
@@ -109,11 +112,11 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_once(folder: Path, cell: SweepCell, work: Work, models: LastModel) -> None:
+def _run_once(folder: Path, cell: SweepCell, work: Work, models: LastModel) -> CellRow | None:
     """Run a cell that is neither done, nor failed in this sweep."""
     home = folder / CELLS / cell.id
     with _alone(home):
-        _run_unless_done(folder, cell, work, models)
+        return _run_unless_done(folder, cell, work, models)
 
 
 @contextlib.contextmanager
@@ -134,28 +137,29 @@ def _alone(home: Path) -> Iterator[None]:
         lock.release()
 
 
-def _run_unless_done(folder: Path, cell: SweepCell, work: Work, models: LastModel) -> None:
+def _run_unless_done(
+    folder: Path, cell: SweepCell, work: Work, models: LastModel
+) -> CellRow | None:
     home = folder / CELLS / cell.id
     state = read_state(home)
     ours = state.get("session") == work.session
     before = row_of(home)
     if before is not None and (before.status == "done" or ours):
-        return
+        return None
     lost = int(state.get("begun", 0)) if ours else 0
     if lost > work.retries:
         said = (
             f"its worker was lost {lost} times (out of memory, killed, or over a job's time "
             f"limit); see {LOG}."
         )
-        _end(home, _row(cell, "failed", error=said), work.session)
-        return
+        return _end(home, _row(cell, "failed", error=said), work.session)
     _write_state(home, {"status": "running", "session": work.session, "begun": lost + 1})
     try:
         row = run_cell(folder, cell, models)
     except BaseException:  # an interrupt is no loss of the cell's own
         _write_state(home, {"status": "interrupted"})
         raise
-    _end(home, row, work.session)
+    return _end(home, row, work.session)
 
 
 def run_cell(folder: Path, cell: SweepCell, models: LastModel | None = None) -> CellRow:
@@ -274,9 +278,10 @@ def _row(cell: SweepCell, status: str, **found: Any) -> CellRow:
     )
 
 
-def _end(home: Path, row: CellRow, session: str) -> None:
+def _end(home: Path, row: CellRow, session: str) -> CellRow:
     kept = {"status": row.status, "session": session, "row": row.model_dump(mode="json")}
     _write_state(home, kept)
+    return row
 
 
 def read_state(home: Path) -> JsonObject:
