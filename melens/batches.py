@@ -169,9 +169,22 @@ class Prompts:
         """
         require_whole("batch_size", batch_size, error=PromptError)
         rows = self.token_rows(tokenizer, max_length=max_length)
-        return [
-            Batch.pad(rows[i : i + batch_size], side=side) for i in range(0, len(rows), batch_size)
-        ]
+        return padded_batches(rows, batch_size, side=side)
+
+
+def padded_batches(rows: Sequence[Sequence[int]], size: int, *, side: str = "right") -> list[Batch]:
+    """Rows of ids as batches of at most ``size``, in order."""
+    return [Batch.pad(rows[i : i + size], side=side) for i in range(0, len(rows), size)]
+
+
+def behind_prefix(
+    rows: Sequence[Sequence[int]], prefix: Sequence[int], *, stands: bool
+) -> list[list[int]]:
+    """Rows of ids with a prefix before each.
+
+    Args:    stands: the prefix stands for each row's first token, which is left out.
+    """
+    return [[*prefix, *row[int(stands) :]] for row in rows]
 
 
 def prompts(
@@ -289,12 +302,12 @@ def read_text(path: Path) -> str:
     return _not_empty(decoded(raw, str(path), error=PromptError), str(path))
 
 
-def encode(tokenizer: Tokenizer, text: str, *, bos: bool | None, chat: bool = False) -> list[int]:
-    """Token ids of one text under the BOS and chat policy of :func:`prompts`.
+def encode(tokenizer: Tokenizer, text: str, *, bos: bool | None) -> list[int]:
+    """Token ids of one text under the BOS policy of :func:`prompts`.
 
     The text is open at its end: what the tokenizer would put behind it (EOS, [SEP]) is left out.
     """
-    return encode_all(tokenizer, [text], bos=bos, chat=chat)[0]
+    return encode_all(tokenizer, [text], bos=bos)[0]
 
 
 def encode_all(

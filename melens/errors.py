@@ -8,6 +8,8 @@ BAD_INPUT = 2
 """Exit code: bad usage or bad input, refused before work starts."""
 COULD_NOT_RUN = 3
 """Exit code: the model, the data, the network or the memory said no."""
+INTERRUPTED = 130
+"""Exit code: Ctrl-C, as shells have it."""
 
 
 class MelensError(Exception):

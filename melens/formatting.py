@@ -9,6 +9,7 @@ from __future__ import annotations
 import reprlib
 import unicodedata
 
+Interval = tuple[float, float]
 LAYOUT = "\n\t"
 """Controls that our own lines are made with; a table's cells hold none."""
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -78,6 +79,21 @@ def brief(value: object, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-def within(interval: tuple[float, float] | None, spec: str) -> str:
+def counted(n: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def interval_text(interval: Interval | None, spec: str, *, none: str = "-") -> str:
+    """An interval in words; ``none`` where there is none."""
+    return none if interval is None else f"{interval[0]:{spec}} to {interval[1]:{spec}}"
+
+
+def within(interval: Interval | None, spec: str) -> str:
     """An interval in brackets, to follow its number; nothing where there is none."""
-    return "" if interval is None else f" ({interval[0]:{spec}} to {interval[1]:{spec}})"
+    return "" if interval is None else f" ({interval_text(interval, spec)})"
+
+
+def with_interval(value: float, interval: Interval | None, spec: str) -> str:
+    """A number and its interval in brackets, both in one format."""
+    return f"{value:{spec}}{within(interval, spec)}"

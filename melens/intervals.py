@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import binomtest  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]  (it has no types)
 from torch import Tensor
 
 LEVEL = 0.95
@@ -17,8 +16,8 @@ the two values."""
 LEAST_OF_MANY, RESAMPLES_OF_MANY = 20, 10_000
 """One of several comparisons is read off further out in the tails: more draws, and more items,
 below which a percentile interval is too narrow for the rate that is promised."""
-Items = Float[Tensor, " item"]
 Interval = tuple[float, float]
+Items = Float[Tensor, " item"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,11 @@ def resamples(
     return torch.randint(count, (draws, count), generator=rng)
 
 
+def random_order(count: int, *, seed: int) -> Int[Tensor, " draw"]:
+    """0 to ``count - 1`` in an order that the seed alone decides."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 def flip_interval(up: int, down: int, items: int) -> Interval:
     """The mean of flips, given how many items flipped: Clopper-Pearson on the share that went up.
 
@@ -133,5 +137,8 @@ def wilson(hits: int, n: int) -> Interval:
 
 
 def _share(hits: int, n: int, method: str) -> Interval:
+    # Takes a second to import, and has no types.
+    from scipy.stats import binomtest  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+
     found = binomtest(hits, n).proportion_ci(LEVEL, method=method)
-    return float(found.low), float(found.high)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]  (it has no types)
+    return float(found.low), float(found.high)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -49,12 +49,22 @@ def one_command() -> Iterator[None]:
     """What one command was told to keep silent about, the next one says again; a command that
     runs others stays as it was told.
     """  # noqa: D205
-    before, hushed = {name: os.environ.get(name) for name in BARS}, HUSHED.is_set()
+    hushed = HUSHED.is_set()
     try:
-        yield
+        with restored(BARS):
+            yield
     finally:
         if not hushed:
             HUSHED.clear()
+
+
+@contextmanager
+def restored(names: Iterable[str]) -> Iterator[None]:
+    """Variables of the environment are after the block what they were before."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -55,6 +55,11 @@ class RunInfo(BaseModel):
             return None
         return bos_said(self.settings["bos_first"])
 
+    def flag(self, name: str) -> bool | None:
+        """A setting that is true or false; None where it is neither."""
+        value = self.settings.get(name)
+        return value if isinstance(value, bool) else None
+
     @property
     def subject(self) -> str:
         """The model, and how its texts began: the same weights and words give other numbers."""

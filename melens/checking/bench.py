@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from melens.batches import Batch
+from melens.batches import Batch, padded_batches
 from melens.batches import prompts as make_prompts
 from melens.errors import ResultError
 from melens.inputs import Inputs, Source, prepare
@@ -21,7 +21,6 @@ CAUSE_TOKENS = 64
 """Tokens of a text that single weights and blocks are edited on: each edit is a run of its own."""
 VIEW_TOKENS = 48
 """Tokens of the first text that attention is shown over."""
-Tick = Callable[[int, int], None]
 
 
 @dataclass
@@ -65,12 +64,12 @@ class Bench:
     @cached_property
     def short(self) -> Inputs:
         """The texts' first CAUSE_TOKENS tokens."""
-        return self.inputs.over(packed([row[:CAUSE_TOKENS] for row in self.inputs.rows]))
+        return self.inputs.over(padded_batches([row[:CAUSE_TOKENS] for row in self.inputs.rows], 4))
 
     @cached_property
     def first(self) -> Inputs:
         """The first text's first VIEW_TOKENS tokens."""
-        return self.inputs.over(packed([self.inputs.rows[0][:VIEW_TOKENS]]))
+        return self.inputs.over([Batch.pad([self.inputs.rows[0][:VIEW_TOKENS]])])
 
     def run_info(self) -> RunInfo:
         """The check's own record, with what the model's config says."""
@@ -80,12 +79,6 @@ class Bench:
             **config_facts(self.model),
             varied_texts=sum(len(set(row)) > 1 for row in self.inputs.rows),
         )
-
-
-def packed(rows: Sequence[Sequence[int]], size: int = 4) -> list[Batch]:
-    """Rows of ids as batches of at most ``size``."""
-    whole = [list(row) for row in rows]
-    return [Batch.pad(whole[i : i + size]) for i in range(0, len(whole), size)]
 
 
 def config_facts(model: HookedModel) -> dict[str, int | str | None]:

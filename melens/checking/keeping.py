@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "melens/check-stage/2"
 FOLDER = "stages"
+REPORT = "report.json"
 MOST_SECONDS = 1e9
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.capture import stream
-from melens.checking.bench import Bench, Tick
+from melens.checking.bench import Bench
+from melens.checking.budgets import Tick
 from melens.errors import PromptError, SiteError
 from melens.evaluating.edits import (
     BASE,
@@ -168,8 +169,7 @@ def text_losses(
     """
     check_unedited(bench.model)
     items = [
-        Forced(str(i), tuple(row), tuple(at > start for at in range(len(row))), {})
-        for i, row in enumerate(bench.inputs.rows)
+        Forced.scored_from(start + 1, str(i), row, {}) for i, row in enumerate(bench.inputs.rows)
     ]
     trial = Setup(bench.inputs, tuple(tried), bench.located, Run(progress=tick))
     facts = {"items": [list(item.ids) for item in items]}

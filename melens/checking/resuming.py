@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from melens import __version__
-from melens.checking.keeping import FOLDER, Keeper, read_head
+from melens.checking.keeping import FOLDER, REPORT, Keeper, read_head
 from melens.errors import MelensError
 from melens.models.resolve import asked
 from melens.provenance import RunInfo, versions
@@ -25,7 +25,6 @@ CODE = (".py", ".jinja")
 """What a model may read from folders inside its own."""
 NOTES = (".md", ".html", ".xml")
 """What it never reads: a check may write its own into a model's folder, as its report."""
-REPORT = "report.json"
 
 
 def asked_of(model: object, texts: object, **options: object) -> str | None:

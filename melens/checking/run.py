@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melens.checking.budgets import CheckStage, stages_of
+from melens.checking.budgets import CheckStage, Tick, stages_of
 from melens.checking.findings import Measured
-from melens.checking.keeping import Keeper
+from melens.checking.keeping import REPORT, Keeper
 from melens.checking.policy import Policy, read_policy
 from melens.checking.resuming import answered_before, asked_of, remember
 from melens.checking.trimming import compact
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """(stage, thousandths of the expected work done, 1000)."""
-Tick = Callable[[int, int], None]
 WHOLE = 1000
-REPORT = "report.json"
 LONGEST_REASON = 300
 
 

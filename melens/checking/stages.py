@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from melens.checking.bench import Bench, Tick
+from melens.checking.bench import Bench
+from melens.checking.budgets import Tick
 from melens.checking.losses import cache_norms, dose_losses, edit_losses, eviction_losses
 from melens.errors import WeightsError
 from melens.isolating import isolate, super_weights

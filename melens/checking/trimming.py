@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 from melens.results import Collapse, CollapseRow
 from melens.results.base import Result
+from melens.results.collapse import known_mean
 
 MOST_ROWS = 10_000
 """Of a collapse with single heads: 1.6 MB of JSON. A report is e-mailed; 32 layers of 32 heads
@@ -32,8 +32,8 @@ def compact_collapse(result: Collapse) -> Collapse:
             site=site,
             head=None,
             definition=definition,
-            with_token=_mean([row.with_token for row in held]),
-            without_token=_mean([row.without_token for row in held]),
+            with_token=known_mean([row.with_token for row in held]),
+            without_token=known_mean([row.without_token for row in held]),
         )
         for (layer, site, definition), held in groups.items()
     )
@@ -43,8 +43,3 @@ def compact_collapse(result: Collapse) -> Collapse:
     )
     changed = {"rows_": rows, "missing": (*result.missing, said)}
     return result.model_copy(update=changed)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else None

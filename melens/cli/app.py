@@ -38,6 +38,7 @@ from melens.cli.help import HelpedCommand, HelpedGroup
 from melens.errors import (
     BAD_INPUT,
     COULD_NOT_RUN,
+    INTERRUPTED,
     EditWarning,
     MelensError,
     is_out_of_memory,
@@ -47,7 +48,6 @@ from melens.network import pass_on
 from melens.progress import one_command, tell
 from melens.registry import did_you_mean
 
-INTERRUPTED = 130
 if TYPE_CHECKING:
     from typer._click import ClickException
 else:  # typer carries a click of its own in newer versions and uses the installed one in older

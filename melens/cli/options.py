@@ -298,7 +298,6 @@ class EditOptions:
 
 
 SETTINGS = ("select", "rate", "strength", "layers", "seed")
-MELENS_JSON = "melens.json"
 RUN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
 
@@ -339,6 +338,8 @@ def edit_beside(model: str | Path | None) -> Edit | None:
 
     Raises:  ResultError: it cannot be read.
     """
+    from melens.results.edit import MELENS_JSON
+
     path = None if model is None else Path(model).expanduser() / MELENS_JSON
     return read_edit_file(path) if path is not None and path.is_file() else None
 

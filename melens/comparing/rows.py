@@ -12,7 +12,7 @@ from melens.errors import ResultError
 from melens.results import MELayer
 from melens.results.check import CheckReport
 from melens.results.diff import Change, SideRow, Value
-from melens.results.sinks import SINK_EPS, Sinks
+from melens.results.sinks import USUAL_EPS, Sinks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +47,6 @@ class Tolerances:
 
 PLATEAU = "not judged: the peak may move along a plateau"
 OTHER_DEPTH = "not judged: the models have another number of layers"
-EPS = str(SINK_EPS)
-"""As results name it; the one that reports print."""
 
 
 def equal(what: str, a: Value, b: Value, *, why_not: str = "") -> Change:
@@ -236,8 +234,8 @@ def report_rows(
 def _sink_rows(a: Result, b: Result, limits: Tolerances) -> Iterator[Change]:
     assert isinstance(a, Sinks)
     assert isinstance(b, Sinks)
-    what = f"share of heads with a sink (eps {EPS})"
-    yield difference(what, a.overall.get(EPS), b.overall.get(EPS), limits.share)
+    what = f"share of heads with a sink (eps {USUAL_EPS})"
+    yield difference(what, a.usual_rate, b.usual_rate, limits.share)
     deep = "" if a.n_layers == b.n_layers else OTHER_DEPTH
     yield equal("first layer with sinks", a.onset_layer, b.onset_layer, why_not=deep)
 

@@ -104,7 +104,7 @@ class Side:
             dtype=run.dtype,
             weights=run.weights,
             ids=run.settings.get("ids"),
-            bos_first=_flag(run.settings.get("bos_first")),
+            bos_first=run.flag("bos_first"),
         )
 
 
@@ -211,10 +211,6 @@ def _about(settings: JsonObject) -> str:
 
 def _count(value: object) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
-
-
-def _flag(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
 
 
 def _prefix(inputs: Inputs, found: MELayer) -> list[int]:

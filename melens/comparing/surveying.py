@@ -22,7 +22,7 @@ from melens.results.census import Census, CensusRow
 from melens.results.known import KnownCheck
 from melens.results.locate import MELayer
 from melens.results.scan import WeightScan
-from melens.results.sinks import SINK_EPS, Sinks
+from melens.results.sinks import Sinks
 from melens.store import Heading, KeptRows, Refusal, RowFormat, digest, hash_facts, write_atomically
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ KEPT = "census-rows.jsonl"
 """File in ``out`` that finished models are kept in; removed when all are there."""
 SCHEMA = "melens/census-rows/1"
 Progress = Callable[[int, int, str], None]
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 ROOM = 0.8
 """Of the machine's memory, what a model may fill."""
 REFUSAL = Refusal(
@@ -221,7 +220,7 @@ def _measured(
     if sinks is not None:
         _save(sinks, place, "sinks")
     update = {**_of_located(located, scanned), **_held(names, located, scanned.d_model)}
-    update |= {"sink_rate": _rate(sinks), "note": note}
+    update |= {"sink_rate": None if sinks is None else sinks.usual_rate, "note": note}
     return CensusRow.model_validate(made.model_copy(update=update).model_dump())
 
 
@@ -282,12 +281,6 @@ def _run(
         return located, None, f"no sinks: {_told(error)}"
 
 
-def _rate(sinks: Sinks | None) -> float | None:
-    if sinks is None:
-        return None
-    return next((rate for eps, rate in sinks.overall.items() if float(eps) == SINK_EPS), None)
-
-
 def _held(
     names: Sequence[str], result: MELayer | WeightScan, d_model: int | None = None
 ) -> JsonObject:
@@ -324,11 +317,14 @@ def _off(check: KnownCheck) -> str | None:
 
 def _too_large(row: CensusRow, survey: Survey) -> str | None:
     """Why a model is not run: it would not fit into this machine's memory."""
+    from melens.models.loading import DTYPES
+
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
-    needed = (row.parameters or 0) * BYTES[survey.dtype or "float32"]
+    width = 2 if survey.dtype == "auto" else DTYPES[survey.dtype or "float32"].itemsize
+    needed = (row.parameters or 0) * width
     if needed <= ROOM * memory or survey.device not in (None, "cpu"):
         return None
     return (

@@ -6,13 +6,11 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
 
 from melens.batches import Batch, prompts
 from melens.errors import InterventionError, NoTokenError
 from melens.inputs import Inputs
+from melens.intervals import random_order
 from melens.interventions import drop_key, ffn_cap, norm_flatten, residual_set, wemask
 from melens.interventions.context import is_edited
 from melens.interventions.core import EditedTokens
@@ -26,6 +24,7 @@ from melens.protocols import AnyModel, HookedModel, ModelLike, Prepared
 from melens.registry import Registry
 from melens.results import MELayer
 from melens.results.edit import LAYERED, RATED, Edit
+from melens.results.evaluation import Role
 from melens.results.reading import HoldsMELayer, located_in
 from melens.settings import Compare, setting_of
 
@@ -104,10 +103,8 @@ def _dims(model: HookedModel, edit: Edit, me_layer: MELayer) -> list[int]:
     massive = [me_layer.massive[0].dim]  # the tokens that are edited are massive in this one
     if edit.select != "random":
         return massive
-    rng = torch.Generator().manual_seed(edit.seed)
-    others = [
-        d for d in torch.randperm(model.cfg.d_model, generator=rng).tolist() if d not in massive
-    ]
+    order = random_order(model.cfg.d_model, seed=edit.seed).tolist()
+    others = [dim for dim in order if dim not in massive]
     return sorted(others[: len(massive)])
 
 
@@ -142,18 +139,14 @@ def _mean(
 
 def _means(ready: Inputs, me_layer: MELayer, at: int | None, dims: list[int]) -> dict[int, float]:
     """Measured once for a model's weights: an edit is entered again for every batch."""
-    located = me_layer.run.settings
-    key = (ready.weights, me_layer.me_layer, located.get("ids"), at, tuple(dims))
+    located = me_layer.run
+    key = (ready.weights, me_layer.me_layer, located.settings.get("ids"), at, tuple(dims))
     kept = _KEPT_MEANS.setdefault(ready.model, {})
     if key not in kept:
         # BOS and chat as they were when the massive tokens were located, so that they are there.
-        texts = prompts(bos=_flag(located.get("bos")), chat=bool(located.get("chat")))
+        texts = prompts(bos=located.flag("bos"), chat=bool(located.settings.get("chat")))
         kept[key] = mean_coordinates(ready, me_layer, texts, layer=at, dims=dims)
     return kept[key]
-
-
-def _flag(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
 
 
 def _norm_flatten(
@@ -193,7 +186,6 @@ for _name, _maker in {
     EDITS.add(_name, _maker)
 
 
-Role = Literal["base", "edited", "dose", "control", "rival"]
 RIVALS = ("zero", "mean", "norm-flatten", "ffn-cap", "drop-key")
 BASE = Edit(name="none")
 EDITED_BY = "residual/1"
@@ -312,16 +304,11 @@ def located_facts(me_layer: MELayer | None) -> list[object] | None:
 
 
 def _doses(edit: Edit, compare: Compare) -> list[EditCondition]:
-    if edit.name in RATED:
-        return [
-            EditCondition(f"rate {rate:g}", "dose", edit.changed(rate=rate))
-            for rate in compare.rates
-            if rate != edit.rate
-        ]
+    what = edit.dosed_by
     return [
-        EditCondition(f"strength {strength:g}", "dose", edit.changed(strength=strength))
-        for strength in compare.strengths
-        if strength != edit.strength
+        EditCondition(f"{what} {dose:g}", "dose", edit.changed(**{what: dose}))
+        for dose in (compare.rates if what == "rate" else compare.strengths)
+        if dose != getattr(edit, what)
     ]
 
 

@@ -21,6 +21,8 @@ from melens.inputs import Inputs
 from melens.interventions import MaskRecord
 from melens.interventions.massive import MassiveRule
 from melens.interventions.target import Tokens, these
+from melens.metrics.divergence import kl_divergence, same_top1
+from melens.metrics.loss import nll
 from melens.protocols import HookedModel, JsonObject
 from melens.results import MELayer
 from melens.resume import Resumable, Ways
@@ -42,6 +44,11 @@ class Forced:
     """As long as ``ids``; the first is never scored, since nothing comes before it."""
     about: JsonObject
     """What its rows keep of it: the text, a length, a depth."""
+
+    @classmethod
+    def scored_from(cls, start: int, name: str, ids: Sequence[int], about: JsonObject) -> Forced:
+        """An item whose tokens from index ``start`` on are to be foreseen."""
+        return cls(name, tuple(ids), tuple(at >= start for at in range(len(ids))), about)
 
     def __post_init__(self) -> None:
         """Refuse an item that nothing can be measured on."""
@@ -226,11 +233,9 @@ def _compare(
     plain: Float[Tensor, "token vocab"],
     wanted: Int[Tensor, " token"],
 ) -> Foreseen:
-    top = edited.argmax(-1)
-    kl = (plain.exp() * (plain - edited)).sum(-1).clamp_min(0)
     return Foreseen(
-        loss=-edited.gather(-1, wanted[:, None])[:, 0].cpu(),
-        right=(top == wanted).cpu(),
-        kl=kl.cpu(),
-        agree=(top == plain.argmax(-1)).cpu(),
+        loss=nll(edited, wanted).cpu(),
+        right=(edited.argmax(-1) == wanted).cpu(),
+        kl=kl_divergence(plain, edited).clamp_min(0).cpu(),
+        agree=same_top1(edited, plain).cpu(),
     )

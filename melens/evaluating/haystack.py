@@ -267,9 +267,8 @@ def _item(
         "needles": [[n.name, n.key, at / count] for n, at in zip(needles, places, strict=True)],
         "prompt": tokenizer.decode(prompt),
     }
-    scored = (*[False] * len(prompt), *[True] * len(answer))
     name = f"{haystack.task}-{length}-{depth:g}-{number}"
-    return Forced(name, (*prompt, *answer), scored, about)
+    return Forced.scored_from(len(prompt), name, (*prompt, *answer), about)
 
 
 def _needles(haystack: Haystack, depth: float, rng: random.Random) -> list[_Needle]:

@@ -12,6 +12,7 @@ from melens.evaluating.forced import Forced, Foreseen
 from melens.framing import frame_of, head_size, split_text
 from melens.protocols import JsonObject, Tokenizer
 from melens.registry import Registry
+from melens.results.evaluation import NATS
 from melens.settings import Items
 from melens.store import is_text, json_object, lines_of
 
@@ -68,11 +69,10 @@ def perplexity(tokenizer: Tokenizer, chosen: Items) -> ForcedTask:
     for i, ids in enumerate(texts.token_rows(tokenizer)):
         text = tokenizer.decode(ids[head:])
         about = {"text": tokenizer.decode(ids), "bytes": len(text.encode())}
-        scored = tuple(at >= head for at in range(len(ids)))
-        items.append(Forced(str(i), tuple(ids), scored, about))
+        items.append(Forced.scored_from(head, str(i), ids, about))
     return ForcedTask(
         "perplexity",
-        "nats a token",
+        NATS,
         higher_is_better=False,
         items=tuple(items),
         score=token_loss,
@@ -116,13 +116,12 @@ def _solutions(name: str, tokenizer: Tokenizer, chosen: Items) -> ForcedTask:
             raise PromptError("a question came out without any token.")
         text = answer.lstrip() if chat else answer
         _, tail = split_text(tokenizer, text, bos=False, frame=frame)
-        scored = (*[False] * len(head), *[True] * len(tail))
         about = {"prompt": tokenizer.decode(head), "answer": text, "bytes": len(text.encode())}
-        items.append(Forced(str(i), (*head, *tail), scored, about))
+        items.append(Forced.scored_from(len(head), str(i), (*head, *tail), about))
     how = "the chat template" if chat else "'Question: ... Answer:'"
     return ForcedTask(
         name,
-        "nats a token",
+        NATS,
         higher_is_better=False,
         items=tuple(items),
         score=token_loss,

@@ -32,7 +32,6 @@ FIELD = "melens.baked"
 """The field that keeps the changes, as JSON; no other program reads it."""
 OWN = ("GGUF.", "split.", "general.architecture", FIELD)
 """Beginnings of fields that a new file has of its own."""
-PLAIN = ("F32", "F16", "BF16")
 CLOSE = 1e-6
 """Largest difference, of the largest value, between a value that was to be written and what the
 file gives: a gain without its offset is rounded once more."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from melens.batches import Batch
+from melens.batches import Batch, behind_prefix, padded_batches
 from melens.capture import evaluating
 from melens.errors import InterventionError
 from melens.exporting.subject import transformers_of
@@ -39,11 +39,10 @@ class _Texts:
     batch_size: int
     tried: int = 0
 
-    def batches(self, tokens: Sequence[int]) -> Iterator[Batch]:
-        """The texts behind a prefix; the token that it stands for is not there twice."""
-        rows = [[*tokens, *row[self.stands :]] if tokens else row for row in self.rows]
-        for n in range(0, len(rows), self.batch_size):
-            yield Batch.pad(rows[n : n + self.batch_size])
+    def batches(self, tokens: Sequence[int]) -> list[Batch]:
+        """The texts behind a prefix, or as they are."""
+        rows = behind_prefix(self.rows, tokens, stands=self.stands) if tokens else self.rows
+        return padded_batches(rows, self.batch_size)
 
     def massive(self, tokens: Sequence[int]) -> int:
         """How many of the texts' own tokens are massive behind a prefix."""

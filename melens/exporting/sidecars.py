@@ -15,6 +15,7 @@ from melens.batches import Batch
 from melens.capture import Reducer, stream
 from melens.errors import InterventionError
 from melens.inputs import Inputs, Source, prepare
+from melens.intervals import random_order
 from melens.interventions.massive import FirstRule, IdRule, MassiveRule, massive_tokens
 from melens.measuring.located import check_same_model
 from melens.metrics.magnitude import SUN_ABSOLUTE, SUN_RATIO
@@ -139,7 +140,7 @@ def _sizes(ready: Inputs, located: MELayer, dim: int) -> list[LayerSizes]:
 def _drawn(total: int, most: int) -> Bool[Tensor, " token"]:
     """``most`` of so many tokens, the same ones each time; all where there are no more."""
     made = torch.zeros(total, dtype=torch.bool)
-    made[torch.randperm(total, generator=torch.Generator().manual_seed(0))[:most]] = True
+    made[random_order(total, seed=0)[:most]] = True
     return made
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from melens.errors import ModelError, ResultError
 from melens.interventions.target import note_weights, require_located_here, require_room
+from melens.models.bridging import transformers_of
 from melens.models.loading import load, load_plain
 from melens.models.object_bridges import kept_bridge
 from melens.models.origin import Origin, fingerprint, name_of, origin_of
@@ -24,10 +25,8 @@ from melens.protocols import (
 )
 from melens.results import MELayer
 from melens.results.base import load_result
-from melens.results.edit import EditFile, Probe
+from melens.results.edit import MELENS_JSON, EditFile, Probe
 from melens.store import write_atomically
-
-MELENS_JSON = "melens.json"
 
 
 def write_edit(record: EditFile, folder: Path) -> None:
@@ -103,12 +102,6 @@ def subject_of(
         room = {"n_layers": text.num_hidden_layers, "d_model": text.hidden_size}
         require_room(me_layer, **room, name=name)
     return found
-
-
-def transformers_of(model: AnyModel) -> TransformersModel:
-    """The transformers module inside a bridge; a plain model is itself."""
-    # a bridge keeps it; else it is one
-    return cast("TransformersModel", getattr(model, "original_model", model))
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from melens.figures.draw import (
     COLUMN,
@@ -12,12 +11,15 @@ from melens.figures.draw import (
     PAGE,
     Into,
     figure,
+    layer_axis,
     panel,
     plain,
+    shared_legend,
     sheet,
 )
+from melens.formatting import Interval
 from melens.results.isolate import Cell, Isolation
-from melens.results.super_weights import Interval, SuperWeights
+from melens.results.super_weights import SuperWeights
 
 CELLS = {
     "kept_kept": "as it is",
@@ -100,8 +102,7 @@ def draw_layers(result: Isolation, into: Into = None) -> Figure:
     bottom.legend(loc="lower right", ncols=2)
     for axes in (top, middle, bottom):
         axes.axvline(result.layer, color=ME_COLOUR, lw=0.8)
-    bottom.set_xlabel(f"layer (counted from 0); line: layer {result.layer}, the one edited")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(bottom, f"layer (counted from 0); line: layer {result.layer}, the one edited")
     made.suptitle(plain(f"{result.run.subject}, dimension {result.dim}"), fontsize=8)
     return made
 
@@ -189,13 +190,7 @@ def draw_spikes(result: SuperWeights, into: Into = None) -> Figure:
     spikes, costs = made.subplots(1, 2, width_ratios=(1.15, 1))
     _spikes(spikes, result)
     _costs(costs, result)
-    handles = [axes.get_legend_handles_labels() for axes in (spikes, costs)]
-    made.legend(
-        [h for hs, _ in handles for h in hs],
-        [name for _, names in handles for name in names],
-        loc="outside lower center",
-        ncols=3,
-    )
+    shared_legend(made, spikes, costs, columns=3)
     title = f"{result.run.subject}: weights that spike (layer, row, column)"
     made.suptitle(plain(title), fontsize=8)
     return made
@@ -229,8 +224,7 @@ def _spikes(axes: Axes, result: SuperWeights) -> None:
             label="a weight spikes here",
         )
     axes.set_ylabel("largest |x|")
-    axes.set_xlabel("layer (counted from 0)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(axes, "layer (counted from 0)")
 
 
 def _costs(axes: Axes, result: SuperWeights) -> None:

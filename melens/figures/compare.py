@@ -30,7 +30,7 @@ from melens.results.evaluation import Evaluation
 from melens.results.locate import MELayer
 from melens.results.metric import MetricProfile
 from melens.results.scan import WeightScan
-from melens.results.sinks import SINK_EPS, Sinks
+from melens.results.sinks import Sinks
 
 R = TypeVar("R", bound=Result)
 Curve = Sequence[float | None]
@@ -66,7 +66,8 @@ COMPARED: dict[type[Result], ByLayer[Any]] = {
         lambda r: r.curve("k")[1] if r.sequences_massive else [],
     ),
     Sinks: ByLayer[Sinks](
-        lambda r: f"sink rate of the first token (eps {_eps(r)})", lambda r: r.sink_rate[_eps(r)]
+        lambda r: f"sink rate of the first token (eps {r.shown_eps})",
+        lambda r: r.sink_rate[r.shown_eps],
     ),
     WeightScan: ByLayer[WeightScan](
         lambda _: "ceiling of the highest neuron (residual units)",
@@ -239,9 +240,3 @@ def _forest(results: Sequence[Evaluation], names: Sequence[str], into: Into) -> 
         + (f" ({directions.pop()} is better)" if len(directions) == 1 else "")
     )
     return made
-
-
-def _eps(result: Sinks) -> str:
-    """The usual eps, or the first that was measured."""
-    usual = str(SINK_EPS)
-    return usual if usual in result.sink_rate else next(iter(result.sink_rate))

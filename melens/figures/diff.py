@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from melens.figures.draw import (
-    LAYER_LABEL,
     PAGE,
     Into,
     figure,
+    layer_axis,
     plain,
     sheet,
 )
@@ -29,8 +28,7 @@ def draw_profiles(result: Difference, into: Into = None) -> Figure:
     top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _sizes(top, result)
     _ratios(bottom, result)
-    bottom.set_xlabel(LAYER_LABEL)
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(bottom)
     made.align_ylabels()
     made.legend(loc="outside lower center", ncols=2)
     return made

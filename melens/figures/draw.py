@@ -15,6 +15,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 
 from melens.errors import ResultError
 from melens.figures.own_style import apply_own_style
@@ -146,7 +147,14 @@ def legend_below(made: Figure, axes: Axes, into: Into, *, columns: int) -> None:
     if isinstance(into, Axes):
         axes.legend()
     else:
-        made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+        shared_legend(made, axes, columns=columns)
+
+
+def shared_legend(made: Figure, *panels: Axes, columns: int) -> None:
+    """One legend below the figure, of what these panels name."""
+    found = [axes.get_legend_handles_labels() for axes in panels]
+    handles, names = ([one for part in parts for one in part] for parts in zip(*found, strict=True))
+    made.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 @contextmanager
@@ -177,12 +185,18 @@ def chosen(result: Result, style: str | None) -> Drawer:
     return styles[style if style is not None else next(iter(styles))]
 
 
-def mark_me_layer(axes: Axes, layer: int | None, *, at: float = 0.04) -> None:
+def layer_axis(axes: Axes, label: str = LAYER_LABEL) -> None:
+    """Layers along x, at whole numbers."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def mark_me_layer(axes: Axes, layer: int | None) -> None:
     """A line at the ME Layer, with its number."""
-    _mark(axes, layer, "ME Layer", ME_COLOUR, at)
+    _mark(axes, layer, "ME Layer", ME_COLOUR, 0.04)
 
 
-def mark_erase_layer(axes: Axes, layer: int | None, *, at: float = 0.04) -> None:
+def mark_erase_layer(axes: Axes, layer: int | None, *, at: float) -> None:
     """A line at the layer that erases most of the massive activation; its number left of it."""
     _mark(axes, layer, "erase layer", ERASE_COLOUR, at, left=True)
 

@@ -19,10 +19,10 @@ from melens.figures.draw import (
     legend_below,
     panel,
     plain,
+    shared_legend,
     sheet,
     title_above,
 )
-from melens.results.edit import RATED
 from melens.results.evaluation import ConditionScore, Evaluation
 
 BLUE, GREY, GREEN, BLACK = "#0072B2", "#777777", "#009E73", "black"
@@ -51,7 +51,7 @@ def draw_dose(result: Evaluation, into: Into = None) -> Figure:
         if any(c.role == role for c in result.conditions):
             look = {"ls": "", "marker": MARKERS[role], "color": COLOURS[role]}
             beside.plot([], [], label=SHOWN[role], **look)  # type: ignore[arg-type]
-    made.legend(*beside.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    shared_legend(made, beside, columns=4)
     made.suptitle(plain(_title(result)), fontsize=8)
     return made
 
@@ -79,12 +79,11 @@ def _doses(result: Evaluation) -> list[ConditionScore]:
 
 
 def _dose(result: Evaluation, condition: ConditionScore) -> float:
-    edit = condition.edit
-    return edit.rate if result.edit.name in RATED else edit.strength
+    return getattr(condition.edit, result.edit.dosed_by)
 
 
 def _dose_name(result: Evaluation) -> str:
-    if result.edit.name in RATED:
+    if result.edit.dosed_by == "rate":
         return "rate (share of the dimensions masked)"
     return f"strength of {result.edit.name} (1 = the whole edit)"
 
@@ -262,7 +261,7 @@ def draw_dose_grid(results: Sequence[Evaluation]) -> Figure:
         for i, strength in enumerate(strengths):
             line = STYLES[i % len(STYLES)]
             panels[0].plot([], [], "black", ls=line, label=f"strength {strength:g}")
-        made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+        shared_legend(made, panels[0], columns=7)
         made.suptitle(
             plain(
                 f"{first.run.subject}, {first.task}, {first.n} items, {first.base.value:.4g} "
@@ -291,7 +290,7 @@ def _line(axes: Axes, result: Evaluation, rule: int, line: str, aside: float) ->
     rates, colour = [c.edit.rate + aside for c in doses], f"C{rule}"
     axes.plot(
         rates,
-        [_grid_delta(c) for c in doses],
+        [_delta(c) for c in doses],
         color=colour,
         ls=line,
         marker=GRID_MARKERS[rule % len(GRID_MARKERS)],
@@ -299,10 +298,6 @@ def _line(axes: Axes, result: Evaluation, rule: int, line: str, aside: float) ->
     for x, c in zip(rates, doses, strict=True):
         if c.delta is not None and c.delta.interval is not None:
             axes.vlines(x, *c.delta.interval, color=colour, lw=0.8, alpha=0.7)
-
-
-def _grid_delta(condition: ConditionScore) -> float:
-    return condition.delta.value if condition.delta else 0.0
 
 
 def _named(layers: str | tuple[int, ...]) -> str:

@@ -14,6 +14,7 @@ from melens.figures.draw import (
     Into,
     figure,
     plain,
+    shared_legend,
     sheet,
 )
 from melens.results.long_context import LengthCell, LongCondition, LongContext
@@ -56,8 +57,7 @@ def draw_positions(result: LongContext, into: Into = None) -> Figure:
     else:
         _losses(losses, result)
         _changes(changes, result)
-        handles, names = losses.get_legend_handles_labels()
-        made.legend(handles, names, loc="outside lower center", ncols=2)
+        shared_legend(made, losses, columns=2)
     bands = any(part.loss.interval for c in _shown(result) for part in c.bins)
     said = "mean and 95 % over texts" if bands else "mean"
     made.suptitle(plain(f"{result.run.subject}: {result.texts} plain texts, {said}"), fontsize=8)

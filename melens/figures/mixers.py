@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from melens.figures.draw import (
-    LAYER_LABEL,
     PAGE,
     Into,
     figure,
+    layer_axis,
     mark_me_layer,
     plain,
     sheet,
@@ -34,8 +33,7 @@ def draw_layers(result: Mixers, into: Into = None) -> Figure:
     norms.set_ylabel("norm at the output")
     mark_me_layer(norms, result.me_layer)
     _bars(shares, result)
-    shares.set_xlabel(LAYER_LABEL)
-    shares.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(shares)
     norms.set_title(
         plain(f"{result.run.subject}: token {result.token!r} at position {result.position}"),
         loc="left",

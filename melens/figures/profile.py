@@ -5,14 +5,13 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from melens.figures.draw import (
-    LAYER_LABEL,
     ME_COLOUR,
     PAGE,
     Into,
     figure,
+    layer_axis,
     mark_erase_layer,
     mark_me_layer,
     named,
@@ -36,8 +35,7 @@ def draw_profile(result: MELayer, into: Into = None) -> Figure:
     top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _magnitudes(top, result)
     _shares(bottom, result)
-    bottom.set_xlabel(LAYER_LABEL)
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(bottom)
     made.align_ylabels()
     made.legend(loc="outside lower center", ncols=3)
     return made
@@ -98,8 +96,7 @@ def draw_curves(result: TokenPortrait, into: Into = None) -> Figure:
     top.legend(loc="lower right", ncols=4, bbox_to_anchor=(1, 1), borderaxespad=0.2)
     mark_me_layer(top, result.me_layer)
     _cosines(bottom, result)
-    bottom.set_xlabel(LAYER_LABEL)
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(bottom)
     made.align_ylabels()
     return made
 
@@ -138,8 +135,7 @@ def draw_dimensions(result: TokenPortrait, into: Into = None) -> Figure:
     )
     axes.set_yticks(range(len(shown)), [str(coordinate.dim) for coordinate in shown])
     axes.set_ylabel("dimension")
-    axes.set_xlabel(LAYER_LABEL)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(axes)
     axes.set_title(_token_title(result), loc="left")
     if result.me_layer is not None:
         axes.axvline(result.me_layer - 0.5, color=ME_COLOUR, lw=1.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from melens.figures.draw import ME_COLOUR, PAGE, Into, figure, plain, sheet
+from melens.figures.draw import ME_COLOUR, PAGE, Into, figure, plain, shared_legend, sheet
 from melens.results.quantise import Quantisation, QuantisedTrial
 
 COLOURS = {"as is": "black", "protected": ME_COLOUR, "control": "#777777"}
@@ -40,7 +40,7 @@ def draw_quantised(result: Quantisation, into: Into = None) -> Figure:
     for role, label in SHOWN.items():
         if role in shown:
             axes.plot([], [], MARKERS[role], color=COLOURS[role], ms=4, label=label)
-    made.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    shared_legend(made, axes, columns=3)
     made.suptitle(plain(f"{result.run.model}: cost of number formats"), fontsize=8)
     return made
 

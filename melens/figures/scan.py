@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from melens.figures.draw import (
     ERASE_COLOUR,
-    LAYER_LABEL,
     ME_COLOUR,
     PAGE,
     Into,
     figure,
+    layer_axis,
     plain,
+    shared_legend,
     sheet,
 )
 from melens.results.reach import Reach
@@ -83,9 +83,8 @@ def _points(axes: Axes, result: WeightScan, value: str) -> None:
 def _frame(axes: Axes, result: WeightScan) -> None:
     if any(row.covered and row.ceiling for row in result.profile):
         axes.set_yscale("log")
-    axes.set_xlabel(LAYER_LABEL)
+    layer_axis(axes)
     axes.set_xlim(-0.5, result.n_layers - 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     marks = (
         (result.me_layer, ME_COLOUR, "predicted ME Layer", 0.93),
         (result.erase_layer, ERASE_COLOUR, "predicted erasure", 0.03),
@@ -123,13 +122,7 @@ def draw_reach(result: Reach, into: Into = None) -> Figure:
     tokens, writes = made.subplots(1, 2)
     _tokens(tokens, result)
     _writes(writes, result)
-    handles = [axes.get_legend_handles_labels() for axes in (tokens, writes)]
-    made.legend(
-        [h for hs, _ in handles for h in hs],
-        [name for _, names in handles for name in names],
-        loc="outside lower center",
-        ncols=4,
-    )
+    shared_legend(made, tokens, writes, columns=4)
     made.suptitle(plain(f"{result.run.subject}: {len(result.tokens)} first tokens"), fontsize=8)
     return made
 
@@ -173,5 +166,4 @@ def _writes(axes: Axes, result: Reach) -> None:
 def _finish(axes: Axes, label: str) -> None:
     axes.set_yscale("log")
     axes.set_ylabel(label)
-    axes.set_xlabel("layer (counted from 0)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(axes, "layer (counted from 0)")

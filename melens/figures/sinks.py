@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from melens.errors import ResultError
 from melens.figures.draw import (
     COLUMN,
-    LAYER_LABEL,
     ME_COLOUR,
     PAGE,
     Into,
     figure,
     house_style,
+    layer_axis,
     legend_below,
     mark_me_layer,
     panel,
@@ -64,8 +64,7 @@ def draw_curves(result: Sinks, into: Into = None) -> Figure:
     axes.axhline(result.uniform, ls=":", color="black", lw=0.8, label="uniform attention")
     axes.set_ylim(0, 1.03)
     axes.set_ylabel("first token")
-    axes.set_xlabel(LAYER_LABEL)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_axis(axes)
     axes.set_title(plain(f"{result.run.subject}, T = {result.t}"), loc="left")
     legend_below(made, axes, into, columns=5)
     mark_me_layer(axes, result.me_layer)

@@ -33,8 +33,6 @@ SHARE = 0.05
 """Of the training time, at most; a look that would cost more waits."""
 N_SEQ, LENGTH = 4, 64
 """Of the fixed batch, where none is given."""
-EPSILON = "0.3"
-"""A head sinks where it gives its first key more than this on average."""
 
 
 class EmergenceCallback(TrainerCallback):
@@ -211,7 +209,7 @@ def row_of(
         coordinate=first and first.value,
         norm=None if peak is None else located.profile[peak].norm_ratio,
         largest=max(row.max for row in located.profile),
-        sink_rate=None if sinks is None else sinks.overall[EPSILON],
+        sink_rate=None if sinks is None else sinks.usual_rate,
         key_rank=sum(known) / len(known) if known else None,
         by_layer=tuple(row.max for row in located.profile),
         seconds=seconds,

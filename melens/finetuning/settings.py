@@ -171,11 +171,6 @@ class Training:
         """Whether the mask is in force in training."""
         return self.mask.name != "none" and self.masked_in in ("training", "both")
 
-    @property
-    def infers_masked(self) -> bool:
-        """Whether the trained model is used with the mask."""
-        return self.mask.name != "none" and self.masked_in in ("inference", "both")
-
     def facts(self) -> JsonObject:
         """What the weights depend on, for a run's record and the key of what is kept."""
         made = {**asdict(self), "mask": self.mask.model_dump(mode="json")}

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -18,6 +17,7 @@ from melens.finetuning.keeping import CHECKPOINTS
 from melens.finetuning.rewards import reward_of
 from melens.finetuning.settings import Objective, Training
 from melens.finetuning.subject import TrainingSet, TrainingSubject, objective_of
+from melens.models.loading import best_device
 from melens.protocols import Options
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _arguments(how: Training, folder: Path, *, evaluate: bool) -> Options:
         "lr_scheduler_type": "linear",
         "gradient_checkpointing": False,  # switched on apart, with the edit's own contexts
         "bf16": how.bf16,
-        "use_cpu": how.device == "cpu" or not _has_accelerator(),
+        "use_cpu": how.device == "cpu" or best_device() == "cpu",
         "seed": how.seed,
         "data_seed": how.seed,
         "save_strategy": "steps",
@@ -104,10 +104,6 @@ def _arguments(how: Training, folder: Path, *, evaluate: bool) -> Options:
         "report_to": list(how.report_to),
         "disable_tqdm": True,
     }
-
-
-def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _sft() -> Classes:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from melens.capture import check_sites, hooked
 from melens.errors import EditWarning, InterventionError, NoTokenError
-from melens.formatting import brief
+from melens.formatting import brief, counted
 from melens.interventions.context import PassTokens, pass_of, watching
 from melens.interventions.massive import FirstRule, MassiveRule, noting
 from melens.interventions.target import Choice, Tokens, choice_of, meant, require_located_here
@@ -46,10 +46,6 @@ class LayerSpan:
     def mean(self) -> float | None:
         """None where nothing was seen."""
         return self.total / self.count if self.count else None
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
 
 
 @dataclass
@@ -96,7 +92,9 @@ class EditedTokens:
 
     def summary(self) -> str:
         """What was edited, in words; layers count from 0 at the block output."""
-        text = f"{_count(self.tokens, 'token')} edited in {_count(self.rows, 'row')} of all passes"
+        text = (
+            f"{counted(self.tokens, 'token')} edited in {counted(self.rows, 'row')} of all passes"
+        )
         if self.tokens and not self.changed:
             text += ", and nothing changed: every value is as it was (see rate and strength)"
         if self.coordinate.count:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from melens.errors import InterventionError
 from melens.formatting import brief
+from melens.intervals import random_order
 from melens.interventions.context import PassTokens
 from melens.interventions.core import (
     EditedTokens,
@@ -139,7 +140,7 @@ def norm_shuffle(
         raise InterventionError(f"seed must be a whole number, got {brief(seed, 40)}.")
 
     def shuffled(gain: Gain) -> Gain:
-        order = torch.randperm(gain.shape[-1], generator=torch.Generator().manual_seed(seed))
+        order = random_order(gain.shape[-1], seed=seed)
         return blend(gain, gain[:, order.to(gain.device)], strength)
 
     with _regained(model, layer, tokens, norm, shuffled) as edited:

@@ -9,6 +9,7 @@ import torch
 
 from melens.errors import InterventionError, SiteError
 from melens.inputs import Inputs
+from melens.intervals import random_order
 from melens.isolating.cells import cell_of, factorial_of
 from melens.isolating.neurons import (
     Written,
@@ -269,7 +270,7 @@ class Edited:
         pool = near[: max(LIKE, 2 * len(self.neurons))]
         changes = []
         for seed in range(DRAWS):
-            order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+            order = random_order(len(pool), seed=seed)
             chosen = pool[order[: len(self.neurons)]].tolist()
             changes.append(RunChange(self.layer, (ablate(self.layer, chosen),)))
         return changes

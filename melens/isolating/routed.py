@@ -12,6 +12,7 @@ from torch import Tensor
 from melens.capture import stream
 from melens.errors import ModelError, SiteError
 from melens.inputs import Inputs
+from melens.intervals import random_order
 from melens.isolating.cells import Groups, cell_of
 from melens.isolating.path import Others
 from melens.isolating.runs import EditOutcome, Prefixes, RunChange, prune
@@ -61,7 +62,7 @@ class RoutedWrites:
         every = [(layer, n) for layer, used in self.used.items() for n in range(len(used))]
         free = [other for other in every if other not in keep]
         pool = [other for other in free if other[0] == at[0]] or free
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(SEED)).tolist()
+        order = random_order(len(pool), seed=SEED).tolist()
         own = self.share_of(at)
         near = sorted((pool[i] for i in order), key=lambda other: abs(self.share_of(other) - own))
         return tuple(at for at in near[:CONTROLS] if abs(self.share_of(at) - own) <= NEAR)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from melens.batches import Batch
 from melens.errors import ModelError
+from melens.intervals import random_order
 from melens.locating.thresholds import SPARSE_SHARE, SPARSE_TOKENS, last_body_layer
 from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
 from melens.shapes import Resid
@@ -303,5 +304,5 @@ def sample_first_tokens(
     """Token ids to try alone at position 0: drawn from the texts, none of them first already."""
     known = {row[0] for row in ids} | {group.token_id for group in groups if group.first}
     pool = sorted({token for row in ids for token in row} - known)
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    order = random_order(len(pool), seed=seed)
     return [pool[i] for i in order[:count].tolist()]

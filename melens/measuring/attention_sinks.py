@@ -21,7 +21,7 @@ from melens.models.anatomy import anatomy, pattern_hook
 from melens.protocols import HookedModel, ModelLike
 from melens.results import Sinks
 from melens.results.reading import HoldsMELayer
-from melens.results.sinks import SINK_EPS, HeadSink, KeySink, Span, TokenSink
+from melens.results.sinks import SINK_EPS, USUAL_EPS, HeadSink, KeySink, Span, TokenSink
 
 EPSILONS = (0.2, 0.3, 0.5)
 Token = tuple[bool, int]
@@ -268,7 +268,7 @@ class SinkPlan:
         others = any(received is not None for received in later.values())
         leading = any(first for mean in means.values() for first, _ in mean.tokens)
         of_first = leading or not others
-        passed = spans(_rates(first if of_first else later, n)[str(SINK_EPS)])
+        passed = spans(_rates(first if of_first else later, n)[USUAL_EPS])
         lengths = [min(len(row), self.t) for row in self.inputs.rows]
         return Sinks(
             me_layer=found.me_layer,

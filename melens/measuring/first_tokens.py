@@ -11,7 +11,7 @@ from melens.chat import chat_ids, has_template
 from melens.errors import PromptError
 from melens.framing import Frame, frame_of, known_ids
 from melens.inputs import Inputs
-from melens.intervals import wilson
+from melens.intervals import random_order, wilson
 from melens.locating.assemble import massive_alone
 from melens.locating.criteria import first_over
 from melens.locating.thresholds import FIRST_SHARE
@@ -65,7 +65,7 @@ def sample_vocabulary(model: HookedModel, *, count: int, seed: int) -> list[int]
     tokenizer = getattr(model, "tokenizer", None)
     known = known_ids(tokenizer, model.cfg.d_vocab)
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = random_order(len(known), seed=seed).tolist()
     return [known[i] for i in order if known[i] not in special][:count]
 
 

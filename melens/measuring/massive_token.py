@@ -23,6 +23,7 @@ from melens.models.anatomy import anatomy
 from melens.protocols import JsonObject, ModelLike
 from melens.results import MELayer, TokenPortrait
 from melens.results.describe import (
+    RESID,
     TOPS,
     Coordinate,
     FirstTokenRow,
@@ -36,7 +37,6 @@ from melens.results.reading import HoldsMELayer
 
 CHUNK_BYTES = 2**28
 """Activations of at most this size are held at a time while inputs are compared."""
-RESID = "resid_post"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from melens.shapes import TokenIds, TokenMask
@@ -22,6 +22,16 @@ def next_token_loss(
     found = before.logsumexp(-1) - before.gather(-1, ids[:, 1:, None])[..., 0]
     counted = mask[:, 1:] & mask[:, :-1]
     return torch.nn.functional.pad(torch.where(counted, found, 0.0), (1, 0))
+
+
+def nll(
+    log_p: Float[Tensor, "token vocab"], wanted: Int[Tensor, " token"]
+) -> Float[Tensor, " token"]:
+    """-ln p of one token at every position, nats.
+
+    Args:    log_p: natural logs of the distributions that predict them.
+    """
+    return -log_p.gather(-1, wanted[:, None])[:, 0]
 
 
 def sequence_loss(

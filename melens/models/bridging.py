@@ -11,8 +11,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from melens.errors import ContractError, ModelError, WeightsError
+from melens.errors import ContractError, ModelError
 from melens.framing import frame_of
+from melens.models.checkpoint import not_finite
 from melens.models.contract import (
     OwnAnswer,
     check_contract,
@@ -26,6 +27,12 @@ from melens.placement import missing_weights, named_weights
 from melens.protocols import AnyModel, HookedModel, Tokenizer, TransformersModel
 
 PARALLEL = ("DataParallel", "DistributedDataParallel")
+
+
+def transformers_of(model: AnyModel) -> TransformersModel:
+    """The transformers module inside a bridge; a plain model is itself."""
+    # a bridge keeps it; else it is one
+    return cast("TransformersModel", getattr(model, "original_model", model))
 
 
 def unwrapped(model: AnyModel) -> AnyModel:
@@ -86,11 +93,7 @@ def require_finite_weights(model: nn.Module) -> None:
         # one pass over the values, and no copy of them; NaN is an extreme
         found = value if small else torch.stack(torch.aminmax(value.detach()))
         if not torch.isfinite(found).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise WeightsError(
-                f"{name} holds {bad} NaN or Inf of {value.numel()} values; the checkpoint is "
-                "damaged, or was saved in a dtype too small for it."
-            )
+            raise not_finite(name, value)
 
 
 Way = Callable[..., HookedModel]

@@ -411,8 +411,13 @@ def _require_finite(made: Tensor, stored: Stored) -> None:
     low, high = torch.aminmax(made)
     if torch.isfinite(low) and torch.isfinite(high):
         return
-    bad = int((~torch.isfinite(made)).sum())
-    raise WeightsError(
-        f"{stored} holds {bad} NaN or Inf of {made.numel()} values; the checkpoint is damaged, or "
+    raise not_finite(str(stored), made)
+
+
+def not_finite(name: str, value: Tensor) -> WeightsError:
+    """The error that says how many values of a weight are no numbers."""
+    bad = int((~torch.isfinite(value)).sum())
+    return WeightsError(
+        f"{name} holds {bad} NaN or Inf of {value.numel()} values; the checkpoint is damaged, or "
         "was saved in a dtype too small for it."
     )

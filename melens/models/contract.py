@@ -174,7 +174,7 @@ def probe_ids(config: object) -> TokenIds:
 
 
 @contextmanager
-def failing(what: str, *, hint: str = "") -> Iterator[None]:
+def failing(what: str) -> Iterator[None]:
     """One ModelError for whatever another library raises inside.
 
     Raises:  ModelError: what could not be done, and why.
@@ -184,7 +184,7 @@ def failing(what: str, *, hint: str = "") -> Iterator[None]:
     except FAILS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ModelError(f"{what} ({first_line(error, named=True)}).{hint}") from None
+        raise ModelError(f"{what} ({first_line(error, named=True)}).") from None
 
 
 def force_eager(model: TransformersModel) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melens.errors import FetchError, ModelError, WeightsError
+from melens.errors import FetchError, ModelError
 from melens.models.cache import building, cache_dir
 from melens.models.checkpoint import read_folder
-from melens.models.gguf_header import GGUFHeader, config_of, read_gguf_header
+from melens.models.gguf_header import GGUFHeader, config_of, foreign, read_gguf_header
 from melens.models.gguf_tensors import Conversion, narrowest, plan_conversion, tensors_of
 from melens.models.weight_files import INDEX, read_json, weight_files
 from melens.network import is_set
@@ -107,13 +107,8 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer | None:
     with tempfile.TemporaryDirectory() as folder, header.path.open("rb") as file:
         # alone in a folder: files that lie beside the .gguf are another tokenizer's
         write_atomically(Path(folder) / "header.gguf", file.read(header.n_bytes))
-        try:
+        with foreign(header, "the tokenizer of "):
             return kind.from_pretrained(folder, gguf_file="header.gguf")
-        except Exception as error:  # it raises whatever the fields lead it to
-            first = " ".join(str(error).split())[:200] or type(error).__name__
-            raise WeightsError(
-                f"transformers cannot read the tokenizer of {header.name}: {first}"
-            ) from None
 
 
 def is_whole(folder: Path) -> bool:

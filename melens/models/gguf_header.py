@@ -483,12 +483,15 @@ def write_fields(header: GGUFHeader, path: Path) -> None:
 
 
 @contextmanager
-def foreign(header: GGUFHeader) -> Iterator[None]:
-    """What transformers makes of fields that nobody has checked is a WeightsError, one line."""
+def foreign(header: GGUFHeader, part: str = "") -> Iterator[None]:
+    """What transformers makes of fields that nobody has checked is a WeightsError, one line.
+
+    Args:    part: what of the file is read, as "the tokenizer of "; "" = all of it.
+    """
     try:
         yield
     except WeightsError:
         raise
     except Exception as error:  # it raises whatever the fields lead it to
         first = " ".join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f"transformers cannot read {header.name}: {first}") from None
+        raise WeightsError(f"transformers cannot read {part}{header.name}: {first}") from None

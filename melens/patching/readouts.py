@@ -15,6 +15,8 @@ from torch import Tensor
 
 from melens.capture import hooked
 from melens.errors import MetricError
+from melens.metrics.divergence import kl_divergence
+from melens.metrics.loss import nll
 from melens.models.anatomy import pattern_hook
 from melens.resume import Resumable
 from melens.shapes import Resid
@@ -126,16 +128,14 @@ class DivergenceReadout(LastLogits):
 
     def of_logits(self, logits: Tensor, row: Tensor) -> Tensor:
         """In nats."""
-        expected = self.target[row]
-        return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1)
+        return kl_divergence(self.target[row], logits.log_softmax(-1))
 
 
 class LossReadout(Readout):
     """Mean next-token loss; what precedes a patch is counted from the unpatched run."""
 
     def __init__(self, run: Resumable) -> None:
-        every = torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)
-        super().__init__(run, stop=run.n_layers, columns=every)
+        super().__init__(run, stop=run.n_layers, columns=last_column(run))
         mask = run.batch.mask
         self.pairs = mask[:, :-1] & mask[:, 1:]
         self.before = self._losses(run.resid_pre(run.n_layers), 0)
@@ -153,9 +153,7 @@ class LossReadout(Readout):
         wanted = self.run.batch.ids[:, start + 1 :].repeat(copies, 1)
         flat = rearrange(resid[:, :-1], "row pos d -> (row pos) d")
         pieces = [
-            torch.nn.functional.cross_entropy(
-                self.run.logits(piece[None])[0].float(), ids, reduction="none"
-            ).double()
+            nll(self.run.logits(piece[None])[0].float().log_softmax(-1), ids).double()
             for piece, ids in zip(
                 flat.split(LOGIT_ROWS), wanted.flatten().split(LOGIT_ROWS), strict=True
             )
@@ -168,8 +166,7 @@ class OwnReadout(Readout):
     """A function of all logits; those before a patch are the unpatched run's."""
 
     def __init__(self, run: Resumable, function: Callable[[Tensor], Tensor]) -> None:
-        every = torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)
-        super().__init__(run, stop=run.n_layers, columns=every)
+        super().__init__(run, stop=run.n_layers, columns=last_column(run))
         self.function = function
         self.before = run.logits(run.resid_pre(run.n_layers))
 
@@ -195,8 +192,7 @@ class SinkReadout(Readout):
     """Counts heads with a sink on the first token, layer by layer."""
 
     def __init__(self, run: Resumable, layers: Sequence[int], eps: float) -> None:
-        every = torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)
-        super().__init__(run, stop=max(layers) + 1, columns=every)
+        super().__init__(run, stop=max(layers) + 1, columns=last_column(run))
         self.layers, self.eps = tuple(layers), eps
         self.first = first_columns(run)
         self.start = 0
@@ -255,3 +251,8 @@ class SinkReadout(Readout):
 def first_columns(run: Resumable) -> Tensor:
     """Each row's first real column."""
     return run.batch.mask.long().argmax(dim=1)
+
+
+def last_column(run: Resumable) -> Tensor:
+    """The batch's last column for every row: no position is behind it."""
+    return torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)

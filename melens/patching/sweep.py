@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from melens.batches import prompts as make_prompts
 from melens.capture import evaluating
 from melens.errors import MetricError, ModelError, PromptError, ResultError
 from melens.inputs import Inputs, Source
-from melens.measuring.located import check_same_model
+from melens.measuring.located import Progress, check_same_model
 from melens.patching.choices import Sweep, cells_of, columns_of
 from melens.patching.metrics import Own, PatchMetric, metric_of
 from melens.patching.readouts import Readout
@@ -191,7 +191,6 @@ def _nest(
     return nest({}, 0)
 
 
-Progress = Callable[[int, int], None] | None
 LONG = 1 << 20
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import hooked, stream
 from melens.errors import CaptureError, PromptError
+from melens.intervals import random_order
 from melens.models.anatomy import resid_pre
 from melens.patching.readouts import Readout
 from melens.patching.sites import PatchPlace
@@ -278,7 +279,7 @@ def resampled_values(values: Values, batch: Batch, *, seed: int) -> dict[PatchPl
 
 def other_rows(rows: int, *, seed: int) -> Tensor:
     """A seeded permutation of the rows without fixed points: one random cycle through all."""
-    cycle = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    cycle = random_order(rows, seed=seed)
     order = torch.empty_like(cycle)
     order[cycle] = cycle.roll(-1)
     return order

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from melens.errors import ResultError
+from melens.formatting import counted
 from melens.protocols import JsonObject
 from melens.published.record import (
     PublishedProfile,
@@ -206,7 +207,7 @@ def layer_compared(
     off = None
     if published != measured and None not in (published, measured):
         gap = int(measured or 0) - int(published or 0)
-        off = f"{abs(gap)} layer{'s' * (abs(gap) != 1)} {'later' if gap > 0 else 'earlier'}"
+        off = f"{counted(abs(gap), 'layer')} {'later' if gap > 0 else 'earlier'}"
     made = compared(
         what, (published, measured), row, fits=published == measured, place=place, off=off
     )

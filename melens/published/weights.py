@@ -148,7 +148,7 @@ def hold_sinks(model: str, result: Sinks) -> KnownCheck:
         if "sink_layers" in row:
             first = row["sink_layers"][0]
             made.append(layer_compared("first layer with sinks", first, result.onset_layer, row))
-        rate = next((v for eps, v in result.overall.items() if float(eps) == SINK_EPS), None)
+        rate = result.usual_rate
         if "sink_rate" in row and rate is not None:
             gap = rate - row["sink_rate"]
             fits = abs(gap) <= SINK_TOLERANCE

@@ -77,10 +77,6 @@ class PlainModel:
     """Weights that are not rounded though a quantiser would: layers that no pass runs as modules,
     and experts that are kept in a way melens does not know."""
 
-    def of_layer(self, layer: int) -> list[LinearWeight]:
-        """The weights of one block."""
-        return [one for one in self.weights if one.layer == layer]
-
     def holding(self, parameter: object) -> LinearWeight | None:
         """The weight that is this very parameter of the bridge."""
         for one in self.weights:

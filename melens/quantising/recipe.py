@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from melens.errors import ResultError
-from melens.formatting import clipped, printable, within
+from melens.formatting import clipped, printable, with_interval
 from melens.quantising.recipe_tools import (
     BITSANDBYTES,
     COMPRESSED,
@@ -391,7 +391,7 @@ def _why(result: Quantisation, found: SchemeTrials, trial: QuantisedTrial) -> st
 
 
 def _said(found: Delta) -> str:
-    return f"{found.value:.3g}{within(found.interval, '.3g')} nats a token"
+    return f"{with_interval(found.value, found.interval, '.3g')} nats a token"
 
 
 def _readme(result: Quantisation, made: Sequence[Recipe], refused: Sequence[CannotSay]) -> str:

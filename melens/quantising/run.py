@@ -15,6 +15,8 @@ from melens.evaluating.edits import check_unedited
 from melens.formatting import brief
 from melens.inputs import Inputs, Source, prepare
 from melens.item_rows import ItemRow, Rows
+from melens.metrics.divergence import kl_divergence, same_top1
+from melens.metrics.loss import nll
 from melens.protocols import ModelLike
 from melens.quantising.bench import Protect, SchemeBench
 from melens.quantising.running import QuantisedModel, unquantised
@@ -112,7 +114,7 @@ class SchemeLoop:
             found = quantised.logits(batch, whole)
             kept = whole.prefix * len(batch)
             kept += 0 if whole.tokens is None else int(whole.tokens.sum())
-            self.rows.add(_scored(items, name, base, found, batch, texts.start, kept))
+            self.rows.add(_scored(items, name, base, found, batch, texts.prefix, kept))
 
     def _tick(self, trials: int) -> None:
         self.done += trials
@@ -135,17 +137,17 @@ def _scored(  # noqa: PLR0913 (two runs of one batch, and what to call it)
     """
     for row, item in enumerate(items):
         at = slice(start, int(batch.mask[row].sum()) - 1)
-        wanted = batch.ids[row, start + 1 : at.stop + 1, None].to(base.device)
+        wanted = batch.ids[row, start + 1 : at.stop + 1].to(base.device)
         before = base[row, at].float().log_softmax(-1)
         after = found[row, at].float().log_softmax(-1)
-        loss, plain = (float(-x.gather(-1, wanted).double().mean()) for x in (after, before))
-        kl = float((before.exp() * (before - after)).sum(-1).clamp_min(0).double().mean())
+        loss, plain = (float(nll(x, wanted).double().mean()) for x in (after, before))
+        kl = float(kl_divergence(before, after).clamp_min(0).double().mean())
         if not all(map(math.isfinite, (loss, plain, kl))):
             raise MetricError(
                 f"text {item} under {name} has a loss of {loss} and a KL of {kl}; load the model "
                 "in float32 or bfloat16."
             )
-        agrees = float((before.argmax(-1) == after.argmax(-1)).double().mean())
+        agrees = float(same_top1(before, after).double().mean())
         size = float(len(wanted))
         also = {BASE: (plain, size), DIVERGES: (kl, size), AGREES: (agrees, size)}
         yield ItemRow(item, name, loss, size, also, {"kept": kept if row == 0 else 0})

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from melens.batches import Batch
+from melens.batches import Batch, behind_prefix, padded_batches
 from melens.errors import SiteError
 from melens.inputs import Inputs
+from melens.intervals import random_order
 from melens.interventions.massive import massive_tokens
 from melens.isolating.spikes import DownEntry
 from melens.isolating.weight_damage import places_of, stand_ins
@@ -65,11 +66,8 @@ class MarkedTexts:
     batches: list[Batch]
     massive: list[Tensor]
     """Of each batch, ``[batch, pos]``."""
-    start: int
-    """Column of the first token whose logits are scored: each row's own first, and nothing of a
-    prefix."""
-    prefix: int = 0
-    """Tokens of a prefix, which are computed as they are."""
+    prefix: int
+    """Tokens of a prefix, which are computed as they are; scored are the logits after it."""
 
     @classmethod
     def of(
@@ -85,18 +83,14 @@ class MarkedTexts:
 
         Args:    located: None = nothing is massive.
         """
-        start = 0
         if prefix is not None:
-            ids, stands = prefix.token_ids, prefix.starts_texts
-            rows = [[*ids, *row[int(stands) :]] for row in rows]
-            start = len(ids)
-        parts = range(0, len(rows), batch_size)
-        batches = [Batch.pad(rows[n : n + batch_size]) for n in parts]
+            rows = behind_prefix(rows, prefix.token_ids, stands=prefix.starts_texts)
+        batches = padded_batches(rows, batch_size)
         if located is None:
             marks = [torch.zeros_like(batch.mask) for batch in batches]
         else:
             marks = [found.cpu() for found, _ in massive_tokens(model, located, batches)]
-        return cls(batches, marks, start, 0 if prefix is None else len(prefix.token_ids))
+        return cls(batches, marks, 0 if prefix is None else len(prefix.token_ids))
 
     @property
     def massive_count(self) -> int:
@@ -249,7 +243,7 @@ def choices(
 def _drawn(
     downs: Mapping[int, LinearWeight], layers: Sequence[int], count: int, seed: int
 ) -> frozenset[str]:
-    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = random_order(len(layers), seed=seed).tolist()
     return frozenset(downs[layers[n]].path for n in order[:count])
 
 

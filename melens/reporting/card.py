@@ -16,7 +16,6 @@ Marks = tuple[str, str]
 """The lines that a section begins and ends with."""
 CHECK: Marks = ("<!-- melens check: start -->", "<!-- melens check: end -->")
 CENSUS: Marks = ("<!-- melens census: start -->", "<!-- melens census: end -->")
-START, END = CHECK
 _LINE = rb"^[ \t]*%s[ \t]*\r?$"
 CELLS = ("model", "parameters", "ME Layer", "depth", "verdict", "largest", "published", "match")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from melens.formatting import counted
 from melens.reporting.sections import Fact
 from melens.reporting.source import Addressed, step
 from melens.results.check import SEVERITIES, CheckReport, Finding
@@ -52,19 +53,14 @@ def ship_answer(report: CheckReport) -> ShipAnswer:
         return ShipAnswer(worst, f"{said}: {_kinds(found)} under {rules}.{could_not}{open_}")
     if failed or report.verdict == "incomplete":
         return ShipAnswer("incomplete", f"Not known yet:{could_not}{open_}")
-    beside = many(len(report.findings), "remark") if report.findings else "nothing"
+    beside = counted(len(report.findings), "remark") if report.findings else "nothing"
     return ShipAnswer("pass", f"Yes, as far as {rules} asks; {beside} found beside it.{open_}")
 
 
 def _kinds(found: Sequence[Finding]) -> str:
     """How many findings of each severity."""
     counts = [(one, sum(f.severity == one for f in found)) for one in SEVERITY_NAMES]
-    return " and ".join(many(n, SEVERITY_NAMES[one]) for one, n in counts if n)
-
-
-def many(n: int, what: str) -> str:
-    """A number of things, in words."""
-    return f"{n} {what}{'s' * (n != 1)}"
+    return " and ".join(counted(n, SEVERITY_NAMES[one]) for one, n in counts if n)
 
 
 def _open(report: CheckReport) -> str:

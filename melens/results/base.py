@@ -66,6 +66,8 @@ def run_of(result: Result) -> RunInfo | None:
 R = TypeVar("R", bound="Result")
 _NUMBERS = re.compile(r"\[\n\s+(?:-?\d[-+.\deE]*|null)(?:,\n\s+(?:-?\d[-+.\deE]*|null))*\n\s+\]")
 """An indented JSON list of numbers; no string holds a raw line break, so none can match."""
+ByLayer = tuple[float | None, ...]
+"""One number a layer, None where a layer has none."""
 
 
 class Part(BaseModel):

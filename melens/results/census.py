@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import counted
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
@@ -127,7 +128,7 @@ class Census(Result):
         """Plain sentences; layers count from 0."""
         n, failed = len(self.models), len(self.failed)
         how = Counter(row.how for row in self.models)
-        text = f"{n} model{'s' * (n != 1)}: {how['located']} located, "
+        text = f"{counted(n, 'model')}: {how['located']} located, "
         text += f"{how['predicted']} predicted from the weights, {failed} failed"
         depths = [row.depth for row in self.models if row.depth is not None]
         if depths:

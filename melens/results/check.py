@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from melens.errors import ResultError
+from melens.formatting import Interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later, kind_of, look_up
@@ -79,7 +80,6 @@ Severity = Literal["info", "warning", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
 """From least to most severe."""
 Number = float | int | str | None
-Interval = tuple[float, float]
 
 
 class StageRecord(Part):

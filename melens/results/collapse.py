@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -72,8 +73,8 @@ class Collapse(Result):
                 found.setdefault(row.layer, []).append(row)
         layers = [found.get(layer, []) for layer in range(self.n_layers)]
         return (
-            [_mean([row.with_token for row in rows]) for rows in layers],
-            [_mean([row.without_token for row in rows]) for rows in layers],
+            [known_mean([row.with_token for row in rows]) for rows in layers],
+            [known_mean([row.without_token for row in rows]) for rows in layers],
         )
 
     @property
@@ -128,7 +129,8 @@ class Collapse(Result):
         return f"{here}, the layer before {_both(kept[layer - 1], left[layer - 1])}"
 
 
-def _mean(values: list[float | None]) -> float | None:
+def known_mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are there."""
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found else None
 

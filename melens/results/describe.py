@@ -8,9 +8,8 @@ from pydantic import Field, model_validator
 
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result
+from melens.results.base import ByLayer, Part, Result
 
-ByLayer = tuple[float | None, ...]
 Start = Literal["bos", "text", "chat", "vocabulary"]
 TOPS = ("1", "2", "4", "8")
 RESID = "resid_post"

@@ -12,6 +12,8 @@ from melens.results.baked import Baked
 from melens.results.base import Part, Result, added_later
 from melens.results.locate import MELayer
 
+MELENS_JSON = "melens.json"
+"""An exported folder's record of its edit."""
 EditName = Literal["none", "wemask", "zero", "mean", "norm-flatten", "ffn-cap", "drop-key"]
 Select = Literal["gamma", "activation", "product", "random", "bottom", "bottom-gamma"]
 RATED: tuple[EditName, ...] = ("wemask",)
@@ -76,6 +78,11 @@ class Edit(Part):
     def changed(self, **settings: object) -> Edit:
         """The same edit with other settings."""
         return Edit.model_validate({**self.model_dump(exclude_unset=True), **settings})
+
+    @property
+    def dosed_by(self) -> Literal["rate", "strength"]:
+        """Which setting is its dose."""
+        return "rate" if self.name in RATED else "strength"
 
     @property
     def label(self) -> str:

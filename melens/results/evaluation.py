@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import within
+from melens.formatting import Interval, interval_text, with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -16,7 +16,6 @@ from melens.results.edit import Edit
 NATS = "nats a token"
 LARGEST = 700.0
 """Nats; the exponential of more is no number."""
-Interval = tuple[float, float]
 Role = Literal["base", "edited", "dose", "control", "rival"]
 
 
@@ -50,16 +49,15 @@ class EditedIn(Part):
         text = f"Edited: {self.tokens} massive tokens in {self.items} items"
         sizes: list[str] = []
         if self.coordinate is not None:
-            low, high = self.coordinate
-            sizes.append(f"coordinate {low:,.0f} to {high:,.0f}")
+            sizes.append(f"coordinate {interval_text(self.coordinate, ',.0f')}")
         if self.norm_ratio is not None:
-            low, high = self.norm_ratio
-            sizes.append(f"norm {low:.3g} to {high:.3g} x the median")
+            sizes.append(f"norm {interval_text(self.norm_ratio, '.3g')} x the median")
         return f"{text} ({', '.join(sizes)})" if sizes else text
 
 
 RESOLUTION = 1e-5
-"""Of the base value: what differs by less is rounding."""
+"""Of the base value: what differs by less is rounding. A mask that meets next to nothing still
+changes how float32 rounds, which is no chance that more items would average out."""
 
 
 class ConditionScore(Score):
@@ -247,4 +245,4 @@ def _apart(found: Delta | None, least: float) -> int:
 
 
 def _delta(found: Delta) -> str:
-    return f"{found.value:+.4g}{within(found.interval, '+.4g')}"
+    return with_interval(found.value, found.interval, "+.4g")

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import within
+from melens.formatting import with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
@@ -226,10 +226,10 @@ class LongContext(Result):
         assert delta is not None
         others = [(c.name, delta_of(c, what)) for c in self.controls]
         said = _verdict(delta, [(n, d) for n, d in others if d is not None], higher=higher)
-        text = f"{shown_delta(delta)}, {said}."
+        text = f"{_shown(delta)}, {said}."
         if others:
             text += " Controls: "
-            text += "; ".join(f"{name} {shown_delta(d)}" for name, d in others if d is not None)
+            text += "; ".join(f"{name} {_shown(d)}" for name, d in others if d is not None)
             text += "."
         return text
 
@@ -241,9 +241,8 @@ def delta_of(condition: LongCondition, what: str) -> Delta | None:
     return condition.overall.found_delta if what == "found" else condition.overall.loss_delta
 
 
-def shown_delta(delta: Delta) -> str:
-    """A difference with its interval."""
-    return f"{delta.value:+.3g}{within(delta.interval, '+.3g')}"
+def _shown(delta: Delta) -> str:
+    return with_interval(delta.value, delta.interval, "+.3g")
 
 
 def _verdict(delta: Delta, controls: Sequence[tuple[str, Delta]], *, higher: bool) -> str:

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import interval_text
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
@@ -244,5 +245,5 @@ def _beside(found: Rhythm, *, of: str = " of them") -> str:
     better = "more than" if found.value > high else "less than" if found.value < low else "as"
     return (
         f"{found.value:.0%}{of} ({better} with these layers elsewhere: {found.control:.0%}, "
-        f"{low:.0%} to {high:.0%}, {found.shifts} placements)"
+        f"{interval_text(found.interval, '.0%')}, {found.shifts} placements)"
     )

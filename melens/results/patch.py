@@ -111,9 +111,9 @@ class PatchGrid(Result):
         """The rows by size of their change, largest first."""
         return sorted(self.rows(), key=lambda row: -abs(row["change"]))
 
-    def shown(self) -> list[JsonObject]:
+    def shown(self, most: int = SHOWN) -> list[JsonObject]:
         """The strongest rows, without the columns that nobody swept."""
-        top = self.strongest()[:SHOWN]
+        top = self.strongest()[:most]
         empty = {name for name in top[0] if all(row[name] is None for row in top)}
         return [{name: cell for name, cell in row.items() if name not in empty} for row in top]
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from melens.formatting import counted
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -109,5 +110,5 @@ class Sidecar(Result):
             f"{self.model}: massive tokens ({self.massive_tokens} of {self.tokens} here) are told "
             f"by dimension {self.dim} at {len(told)} layers ({span}, counted from 0 at the block "
             f"output), as at ME Layer {self.me_layer}; {len(self.protected)} protected weights, "
-            f"{outliers} dimension{'s' * (outliers != 1)} large on nearly all tokens."
+            f"{counted(outliers, 'dimension')} large on nearly all tokens."
         )

@@ -6,15 +6,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from melens.formatting import counted
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
-from melens.results.base import Part, Result, added_later
-
-ByLayer = tuple[float | None, ...]
-"""One number a layer, None where a layer has no attention."""
+from melens.results.base import ByLayer, Part, Result, added_later
 
 SINK_EPS = 0.3
 """A head has a sink on a key that draws at least this much attention on average (Gu et al.)."""
+USUAL_EPS = str(SINK_EPS)
+"""The same as results name it."""
 SINK_RATE = 0.3
 """A layer is said to have sinks from this share of its (text, head) on; a definition of melens."""
 
@@ -134,6 +134,16 @@ class Sinks(Result):
             raise ValueError("sink_rate and overall must hold the same eps")
         return self
 
+    @property
+    def usual_rate(self) -> float | None:
+        """``overall`` at SINK_EPS; None where the result does not hold it."""
+        return self.overall.get(USUAL_EPS)
+
+    @property
+    def shown_eps(self) -> str:
+        """The eps that a figure or a tile shows: SINK_EPS, else the smallest there is."""
+        return USUAL_EPS if USUAL_EPS in self.overall else min(self.overall)
+
     def _taken(self, layer: int) -> float | None:
         heads = self.learned_sink[layer]
         return None if not heads else sum(heads) / len(heads)
@@ -175,6 +185,6 @@ class Sinks(Result):
         if self.me_layer is None:
             return f"{text}, and there is no ME Layer."
         gap = self.onset_layer - self.me_layer
-        place = "in it" if not gap else f"{abs(gap)} layer{'s' * (abs(gap) != 1)} "
+        place = "in it" if not gap else f"{counted(abs(gap), 'layer')} "
         place += "" if not gap else ("after it" if gap > 0 else "before it")
         return f"{text}, {place} (ME Layer {self.me_layer}, counted from 0)."

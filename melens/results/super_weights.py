@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import within
+from melens.formatting import Interval, counted, with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
@@ -20,12 +20,6 @@ from melens.results.known import KnownCheck
 Site = Literal["output", "write"]
 """Where the spike was read: the down projection's output, or that after the norm behind it."""
 Role = Literal["writes", "erases", "elsewhere"]
-Interval = tuple[float, float]
-ROLES = {
-    "writes": "grows the massive coordinate",
-    "erases": "shrinks the massive coordinate",
-    "elsewhere": "another dimension",
-}
 
 
 class Thresholds(Part):
@@ -270,13 +264,13 @@ class SuperWeights(Result):
             f"pass {self.passes}). Mean loss {self.base_loss:.3f} nats a token; removing "
             f"{'the costliest' if worst.loss_delta > 0 else 'none raises it: the nearest'}, "
             f"{worst.name}, changes it by "
-            f"{worst.loss_delta:+.3g}{within(worst.interval, '+.3g')} (its whole neuron: "
+            f"{with_interval(worst.loss_delta, worst.interval, '+.3g')} (its whole neuron: "
             f"{worst.neuron_loss_delta:+.3g})"
         )
         if n > 1:
-            cost = f"{self.together.loss_delta:+.3g}{within(self.together.interval, '+.3g')}"
+            cost = with_interval(self.together.loss_delta, self.together.interval, "+.3g")
             text += f", all {n} by {cost}"
-        control = f"{self.control.loss_delta:+.3g}{within(self.control.interval, '+.3g')}"
+        control = with_interval(self.control.loss_delta, self.control.interval, "+.3g")
         others = "another weight" if n == 1 else f"{n} other weights"
         text += f"; {others} of the nearest size by {control} (layers count from 0)."
         if self.large:
@@ -291,7 +285,7 @@ class SuperWeights(Result):
     def _counted(self) -> str:
         """How many spike, by what their removal costs."""
         found = {"super": len(self.supers), "large": len(self.large)}
-        named = [f"{n} {kind} weight{'s' * (n != 1)}" for kind, n in found.items() if n]
+        named = [counted(n, f"{kind} weight") for kind, n in found.items() if n]
         return ("" if found["super"] else "no super weight, ") + " and ".join(named)
 
     def _held(self) -> str:

@@ -6,17 +6,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import within
+from melens.formatting import Interval, interval_text, with_interval
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result
 from melens.results.edit import Edit
+from melens.results.evaluation import RESOLUTION
 
-Interval = tuple[float, float]
 Role = Literal["candidate", "control"]
-RESOLUTION = 1e-5
-"""Of the unedited value: a mask that meets next to nothing still changes how float32 rounds, which
-is no chance that more items would average out."""
 
 
 class Trial(Part):
@@ -203,7 +200,7 @@ class Tuning(Result):
             f"items, {self.budget.used} evaluations. {self.verdict()}"
         )
         controls = [
-            f"{row.edit.label} {_within(row.delta, row.interval)}"
+            f"{row.edit.label} {with_interval(row.delta, row.interval, '+.3g')}"
             for row in self.confirmed
             if row.role == "control"
         ]
@@ -232,10 +229,10 @@ class Tuning(Result):
                 f"No setting that was tried {verb} the {self.metric} on {on} beyond chance; the "
                 f"best in development, {row.edit.label}, changes it by"
             )
-        text += f" {_within(row.delta, row.interval)} over {row.items} items"
+        text += f" {with_interval(row.delta, row.interval, '+.3g')} over {row.items} items"
         if row.corrected is not None:
-            low, high = row.corrected
-            text += f", {low:+.3g} to {high:+.3g} corrected for {tested} confirmed (Bonferroni)"
+            corrected = interval_text(row.corrected, "+.3g")
+            text += f", {corrected} corrected for {tested} confirmed (Bonferroni)"
         assert row.development is not None
         assert row.optimism is not None
         text += f". In development {row.development:+.3g}: optimism {row.optimism:+.3g}."
@@ -253,7 +250,7 @@ class Tuning(Result):
         said = "It does more than" if ahead else "The items cannot tell it from, or it is behind,"
         return text + (
             f" {said} the best control ({self.margin.control.label}): "
-            f"{_within(self.margin.delta, known)} between them."
+            f"{with_interval(self.margin.delta, known, '+.3g')} between them."
         )
 
 
@@ -263,7 +260,3 @@ def _beyond(interval: Interval | None, sign: int, least: float) -> bool:
         return False
     nearest = interval[0] if sign > 0 else -interval[1]
     return nearest > least
-
-
-def _within(value: float, interval: Interval | None) -> str:
-    return f"{value:+.3g}{within(interval, '+.3g')}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from melens.chat import chat_start, has_template
 from melens.errors import PromptError
 from melens.framing import frame_of, known_ids
+from melens.intervals import random_order
 from melens.protocols import PretrainedConfig, Tokenizer
 from melens.results.scan import Why
 
@@ -50,7 +49,7 @@ def choose(
     if too_high := [token for token in found if token >= words.size]:
         raise PromptError(f"token {too_high[0]} is outside the vocabulary, 0 to {words.size - 1}.")
     known = known_ids(words.tokenizer, words.size)
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = random_order(len(known), seed=seed).tolist()
     for token in [known[i] for i in order if known[i] not in found][:sample]:
         found[token] = "sample"
     if not found:

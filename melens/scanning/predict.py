@@ -14,6 +14,7 @@ from melens.formatting import brief
 from melens.locating.thresholds import ERASED_LEFT, FIRST_SHARE, last_body_layer
 from melens.metrics.magnitude import SUN_ABSOLUTE
 from melens.models.checkpoint import Checkpoint
+from melens.models.loading import usable_device
 from melens.models.opening import open_checkpoint
 from melens.models.resolve import asked
 from melens.provenance import ModelFacts, RunInfo
@@ -287,7 +288,7 @@ def scan(
     """
     if not isinstance(reach, (bool, type(None))):
         raise ModelError(f"reach must be True, False or None, got {brief(reach)}.")
-    device = _device(device)
+    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     files = open_checkpoint(model, revision=revision)
     try:
         plan, layers = _ceilings(files, model, device, keep, progress)
@@ -395,17 +396,3 @@ def _plan(files: Checkpoint, model: str | Path) -> CheckpointPlan:
     from melens.scanning.measured_plan import measured_plan
 
     return measured_plan(files, wanted.path)
-
-
-def _device(device: str | None) -> str:
-    """A device that can be used.
-
-    Raises:  ModelError: it cannot.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device).sum().item()
-    except (RuntimeError, AssertionError) as error:
-        first = " ".join(str(error).split())[:90]
-        raise ModelError(f"device {device!r} cannot be used: {first}") from None
-    return device

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from melens.errors import EngineError, MissingPackageError, SweepError
 from melens.formatting import brief
 from melens.models.complaints import first_line
-from melens.progress import remark
+from melens.progress import remark, restored
 from melens.protocols import Options
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.config import EngineConfig
@@ -368,12 +368,6 @@ def _failure(job: Job[None], submitit: ModuleType) -> str | None:
 @contextmanager
 def _environment(wanted: dict[str, str]) -> Iterator[None]:
     """Jobs inherit the environment that they are submitted in."""
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
+    with restored(wanted):
+        os.environ.update(wanted)
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from melens.errors import MelensError
+from melens.formatting import counted
 from melens.protocols import JsonObject
 from melens.sweeping.cells import SweepCell
 from melens.sweeping.config import EngineConfig
@@ -74,10 +75,7 @@ class SweepPlan:
         """One plain sentence."""
         known = [cost for cost in self.seconds if cost is not None]
         cells, models = len(self.cells), len(self.memory)
-        said = (
-            f"{cells} cell{'s' * (cells != 1)} on {models} model{'s' * (models != 1)}, {self.done} "
-            "of them done"
-        )
+        said = f"{counted(cells, 'cell')} on {counted(models, 'model')}, {self.done} of them done"
         if not known:
             return f"{said}; how long they take is not known."
         hours = sum(known) / self.engine.workers / 3600
@@ -136,9 +134,11 @@ def _seconds(
 
 
 def _width(cell: SweepCell) -> int:
-    """Bytes of a weight."""
-    dtype = getattr(cell.params().get("dtype"), "value", None)
-    return 2 if dtype in ("bfloat16", "float16") else 4
+    """Bytes of a weight; as many as of float32 where the files say which it is."""
+    from melens.models.loading import DTYPES
+
+    dtype = getattr(cell.params().get("dtype"), "value", "float32")
+    return DTYPES.get(dtype, DTYPES["float32"]).itemsize
 
 
 def _parameters(model: str) -> int | None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melens.errors import COULD_NOT_RUN, OutputError, ResultError
+from melens.errors import COULD_NOT_RUN, INTERRUPTED, OutputError, ResultError
 from melens.formatting import LAYOUT, printable
 from melens.protocols import HookedModel, JsonObject
 from melens.results.sweep import CellRow
@@ -196,7 +196,7 @@ def run_cell(folder: Path, cell: SweepCell, models: LastModel | None = None) -> 
 
 def _attempt(argv: list[str], log: Path) -> tuple[Ended, str]:
     """How a command ended, and what it printed; notes and progress go to the log."""
-    from melens.cli.app import INTERRUPTED, Ended, attempt
+    from melens.cli.app import Ended, attempt
 
     printed, typed = io.StringIO(), sys.argv
     with log.open("a", encoding="utf-8") as noted:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
-
 from melens.batches import Batch, Prompts, prompts
 from melens.capture import pad_id_of
 from melens.errors import MetricError, PromptError
@@ -25,7 +23,7 @@ from melens.evaluating.tasks import (
 from melens.formatting import brief
 from melens.framing import bos_first, head_size, require_known
 from melens.inputs import Ids, rows_of
-from melens.intervals import LEAST_OF_MANY
+from melens.intervals import LEAST_OF_MANY, random_order
 from melens.protocols import HookedModel, Tokenizer
 from melens.settings import Items
 
@@ -223,8 +221,7 @@ def _pieces(model: HookedModel, texts: object) -> tuple[Forced, ...]:
 
 def _item(model: HookedModel, number: int, row: Sequence[int], head: int) -> Forced:
     """One row whose tokens from ``head`` on count."""
-    scored = tuple(at >= head for at in range(len(row)))
-    return Forced(str(number), tuple(row), scored, {"text": model.tokenizer.decode(row)})
+    return Forced.scored_from(head, str(number), row, {"text": model.tokenizer.decode(row)})
 
 
 @dataclass(frozen=True)
@@ -245,7 +242,7 @@ def split(items: Sequence[Forced], *, share: float, seed: int) -> Halves:
     """
     first = {item.ids: item for item in reversed(items)}
     unique = [item for item in items if first[item.ids] is item]
-    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = random_order(len(unique), seed=seed).tolist()
     held = _require_enough(len(unique), share)
     return Halves(
         development=tuple(unique[i] for i in order[held:]),

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-import torch
-
 from melens.errors import InterventionError
 from melens.formatting import brief
+from melens.intervals import random_order
 from melens.interventions.core import check_number
 from melens.interventions.wemask import SELECTS
 from melens.results.edit import Edit
+from melens.settings import RATES
 
 T = TypeVar("T")
 ETA = 2
@@ -35,7 +35,7 @@ class Space:
     """Candidates, by their rule for the dimensions."""
     layers: Sequence[str | Sequence[int]] = ("after", "next")
     """``after``, ``next``, or tuples of layers from 0."""
-    rates: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 0.9)
+    rates: Sequence[float] = RATES
     strengths: Sequence[float] = (0.25, 0.5, 1.0)
     control_seeds: Sequence[int] = (0,)
     """Random dimensions race as well, one draw a seed, in the same layers, rates and strengths;
@@ -193,6 +193,6 @@ def race_of(space: Space, items: int, budget: int, keep: int) -> Race:
 
 def drawn(settings: Sequence[T], count: int, seed: int) -> list[T]:
     """``count`` of the settings, at random, in their own order."""
-    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = random_order(len(settings), seed=seed).tolist()
     chosen = set(order[:count])
     return [setting for i, setting in enumerate(settings) if i in chosen]

@@ -28,7 +28,7 @@ from melens.reporting import (
     writing,
 )
 from melens.reporting import page as report_page
-from melens.reporting.card import END, START
+from melens.reporting.card import CHECK
 from melens.reporting.sections.base import PageView
 from melens.reporting.source import (
     GLOSSARY,
@@ -44,6 +44,7 @@ from melens.results.base import look_up
 from melens.results.check import CheckReport
 
 DOCS = Path(__file__).parents[2] / "docs"
+START, END = CHECK
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from melens.checking.findings.core import Judgement, Measured, RuleCard, nothing, rule
 from melens.protocols import JsonObject
 from melens.results import Evaluation, MELayer, SuperWeights
-
-NATS = "nats a token"
+from melens.results.evaluation import NATS
 
 
 @rule(

@@ -6,13 +6,11 @@ from melens.checking.findings.core import Judgement, Measured, RuleCard, Unmeasu
 from melens.protocols import JsonObject
 from melens.results import MELayer, Sinks, TokenPortrait
 from melens.results.describe import Condition
-from melens.results.sinks import SINK_EPS, SINK_RATE
+from melens.results.sinks import SINK_RATE, USUAL_EPS
 
 WITH_BOS = "with BOS"
 NO_BOS = "texts' own, no BOS"
 CHAT = "chat template"
-EPS = str(SINK_EPS)
-"""As results name it."""
 
 
 @rule(
@@ -113,7 +111,7 @@ def _first(portrait: TokenPortrait, name: str) -> JsonObject:
         id="sink-heads",
         highest=1.0,
         looks_for="attention sinks on the first token",
-        unit=f"share of (text, layer, head) with a sink, eps {EPS}",
+        unit=f"share of (text, layer, head) with a sink, eps {USUAL_EPS}",
         needs=("sinks",),
         why="So many heads rest on the first key that whatever touches it touches most of them: a "
         "cache that drops or quantises it, a window that leaves it behind, a prompt without it.",
@@ -123,13 +121,12 @@ def _first(portrait: TokenPortrait, name: str) -> JsonObject:
 def sink_heads(view: Measured, threshold: float) -> Judgement | Unmeasured:
     """Sink^eps of the first token over all layers (Gu et al.)."""
     found = view.held("sinks", Sinks)
-    if EPS not in found.overall:
-        return Unmeasured(f"the sinks were not measured at eps {EPS}")
-    value = found.overall[EPS]
+    if (value := found.usual_rate) is None:
+        return Unmeasured(f"the sinks were not measured at eps {USUAL_EPS}")
     return Judgement(
         found=value > threshold,
         value=value,
-        source=f"/results/sinks/overall/{EPS}",
+        source=f"/results/sinks/overall/{USUAL_EPS}",
         title=f"{value:.0%} of (text, layer, head) have a sink on the first token",
         evidence={"onset_layer": found.onset_layer, "uniform_attention": found.uniform},
     )
@@ -155,7 +152,7 @@ def sink_window(view: Measured, threshold: float) -> Judgement | Unmeasured:
     if not isinstance(context, int) or not context:
         return Unmeasured(f"the config has a window of {window:,} tokens and names no context")
     layers = [int(n) for n in str(view.run.settings.get("windowed_layers") or "").split(",") if n]
-    rates = view.held("sinks", Sinks).sink_rate.get(EPS, ())
+    rates = view.held("sinks", Sinks).sink_rate.get(USUAL_EPS, ())
     hit = [n for n in layers if n < len(rates) and (rates[n] or 0.0) >= SINK_RATE]
     value = window / context
     first = view.held("locate", MELayer).massive

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from melens.checking.findings.causes import NATS
 from melens.checking.findings.core import Judgement, Measured, RuleCard, nothing, rule
 from melens.formatting import within
 from melens.protocols import JsonObject
+from melens.results.evaluation import NATS
 from melens.results.quantise import Quantisation, SchemeTrials
 
 

@@ -14,6 +14,7 @@ from melens.cli import output
 from melens.cli.listing import Listing
 from melens.cli.render import say, show_listings
 from melens.errors import ResultError
+from melens.formatting import counted
 from melens.progress import remark
 from melens.results.base import kind_name
 
@@ -63,7 +64,7 @@ def recipes(
         )
         return
     show_listings(_listings(made, refused, nothing_said(found)))
-    remark(f"wrote {len(files)} file{'s' * (len(files) != 1)} into {out}")
+    remark(f"wrote {counted(len(files), 'file')} into {out}")
 
 
 def _listings(made: list[Recipe], refused: list[CannotSay], none: str) -> list[Listing]:

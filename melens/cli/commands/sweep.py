@@ -15,6 +15,7 @@ from melens.cli import output
 from melens.cli.listing import Listing, cell
 from melens.cli.render import GAP, IN_A_FILE, room_for_lines, say, say_json, show_listings
 from melens.errors import ResultError
+from melens.formatting import counted
 from melens.progress import hush, is_quiet, remark
 from melens.protocols import Options
 
@@ -247,7 +248,7 @@ def _show_frame(frame: pd.DataFrame, *, chosen: bool) -> None:
     shown = list(frame.columns) if chosen else _fitting(frame)
     rows = json.loads(frame[shown].to_json(orient="records", double_precision=15) or "[]")
     left_out = [name for name in frame.columns if name not in shown]
-    show_listings([Listing(f"{len(rows)} row{'s' * (len(rows) != 1)}:", rows)])
+    show_listings([Listing(f"{counted(len(rows), 'row')}:", rows)])
     if left_out:
         names = ", ".join(left_out)
         show_listings([Listing(f"Also there, for --columns: {names}. --csv and --json have all.")])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from melens.cli.listing import Listing, cell, rest, table_of
 from melens.cli.tables.measures import held_listings
-from melens.formatting import within
+from melens.formatting import interval_text, with_interval
 from melens.protocols import JsonObject
 from melens.results.isolate import cells
 
@@ -75,7 +75,7 @@ def _pruned(damage: ExpertDamage) -> list[JsonObject]:
             "coordinate left": f"{row.without.left:z.1%}",
             "loss": row.without.loss,
             "change": f"{row.without.loss_delta:+.4f}",
-            "95 %": interval(row.without.loss_interval),
+            "95 %": interval_text(row.without.loss_interval, "+.4f"),
         }
         for i, row in enumerate((damage.pruned, *damage.controls))
     ]
@@ -106,13 +106,8 @@ def _cell(row: JsonObject) -> JsonObject:
         "sinks > 0.3": row["sink_rate"],
         "loss": row["loss"],
         "change": row["loss_delta"],
-        "95 %": interval(row["loss_interval"]),
+        "95 %": interval_text(row["loss_interval"], "+.4f"),
     }
-
-
-def interval(found: tuple[float, float] | None) -> str:
-    """Two numbers, or that there is nothing to resample."""
-    return "-" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
 
 
 def _interaction(found: Interaction) -> str:
@@ -120,7 +115,7 @@ def _interaction(found: Interaction) -> str:
     return (
         f"Interaction: {log} in ln |coordinate| (0 = the edits multiply), "
         f"{found.coordinate:+,.0f} on the additive scale, {found.sink_rate:+.3f} in sinks, "
-        f"{found.loss:+.4f} nats ({interval(found.loss_interval)})."
+        f"{found.loss:+.4f} nats ({interval_text(found.loss_interval, '+.4f')})."
     )
 
 
@@ -224,7 +219,7 @@ def _super_weights(result: SuperWeights) -> Iterator[Listing]:
             optional=("pass", "position", "token"),
         )
         for name, group in (("All together", together), ("Control", control)):
-            yield Listing(f"{name}: {group.loss_delta:+.4f}{within(group.interval, '+.4f')}")
+            yield Listing(f"{name}: {with_interval(group.loss_delta, group.interval, '+.4f')}")
         yield Listing(f"Control removed instead: {_control(control)}")
     if result.known is not None and result.known.comparisons:
         yield from held_listings(result.known, "\nPublished coordinates:")
@@ -264,7 +259,7 @@ def _weight(weight: SuperWeight, routed: bool) -> JsonObject:
         "position": weight.position,
         "token": repr(weight.token),
         "role": weight.role,
-        "loss change": f"{weight.loss_delta:+.4f}{within(weight.interval, '+.4f')}",
+        "loss change": with_interval(weight.loss_delta, weight.interval, "+.4f"),
         "whole neuron": f"{weight.neuron_loss_delta:+.4f}",
     }
 
@@ -284,17 +279,12 @@ def _times(value: float, median: float | None) -> str:
 
 @table_of("patch")
 def _patch(result: PatchGrid) -> Iterator[Listing]:
-    rows = result.strongest()[:LISTED]
+    rows = result.shown(LISTED)
     yield Listing(f"{result.metric}: {result.metric_about}")
-    empty = {name for name in rows[0] if all(row[name] is None for row in rows)}
     yield Listing(
         f"The {len(rows)} of {len(result.rows())} patched runs that change it most:",
         [
-            {
-                name: repr(value) if name == "token" else value
-                for name, value in row.items()
-                if name not in empty
-            }
+            {name: repr(value) if name == "token" else value for name, value in row.items()}
             for row in rows
         ],
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from melens.cli.listing import Listing, cell, table_of
-from melens.formatting import within
+from melens.formatting import interval_text, with_interval, within
 from melens.protocols import JsonObject
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _evaluate(result: Evaluation) -> Iterator[Listing]:
     yield Listing(f"\n{result.about}")
     if result.edited.also_delta:
         shown = ", ".join(
-            f"{name.replace('_', ' ')} {found.value:+.4g}{within(found.interval, '+.4g')}"
+            f"{name.replace('_', ' ')} {with_interval(found.value, found.interval, '+.4g')}"
             for name, found in result.edited.also_delta.items()
         )
         yield Listing(f"Edited minus base: {shown}.")
@@ -118,7 +118,7 @@ def _bin(result: LongContext, shown: Sequence[LongCondition], i: int) -> JsonObj
 
 
 def _change(delta: Score | None) -> str:
-    return "" if delta is None else f" {delta.value:+.3g}{within(delta.interval, '+.3g')}"
+    return "" if delta is None else f" {with_interval(delta.value, delta.interval, '+.3g')}"
 
 
 LISTED = 12
@@ -220,7 +220,7 @@ def _confirmed(row: Confirmed) -> JsonObject:
     return {
         "setting": row.edit.label,
         "difference": f"{row.delta:+.4g}{within(row.interval, '+.3g')}",
-        "corrected": within(row.corrected, "+.3g").strip(" ()") or "-",
+        "corrected": interval_text(row.corrected, "+.3g"),
         "optimism": "-" if row.optimism is None else f"{row.optimism:+.4g}",
         "masked energy": _percent(row.energy),
         "": "control" if row.role == "control" else "",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from melens.cli.listing import Listing, cell, rest, table_of
+from melens.formatting import interval_text
 from melens.protocols import JsonObject
 from melens.results.describe import TokenPortrait
 from melens.results.locate import LayerRow, MELayer
@@ -62,7 +63,7 @@ def _describe(result: TokenPortrait) -> Iterator[Listing]:
                 "start": row.name,
                 "first tokens": row.first_tokens,
                 "massive": row.massive,
-                "95 % interval": _interval(row.interval),
+                "95 % interval": interval_text(row.interval, ".3f"),
                 "median largest |x|": row.median_value,
             }
             for row in result.conditions
@@ -125,10 +126,6 @@ def _next_norm(result: TokenPortrait) -> str | None:
         f"Energy in the massive dimensions before -> after the norms of layer {after[0].layer}, "
         f"gains included: {', '.join(parts)}."
     )
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 @table_of("collapse")

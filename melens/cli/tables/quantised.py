@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from melens.cli.listing import Listing, table_of
-from melens.formatting import within
+from melens.formatting import counted, interval_text
 from melens.protocols import JsonObject
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _row(trials: list[QuantisedTrial]) -> JsonObject:
         "how many": _count(first),
         "bits": first.bits,
         "costs": mean,
-        "interval": within(first.damage.interval, ".3g").strip(" ()") if alone else None,
+        "interval": interval_text(first.damage.interval, ".3g", none="") if alone else None,
         "KL": sum(trial.kl.value for trial in trials) / count,
         "agreement": f"{sum(trial.agreement.value for trial in trials) / count:.1%}",
         "less": f"{sum(shares) / count:.0%}" if shares else None,
@@ -69,12 +69,12 @@ def _name(trial: QuantisedTrial) -> str:
 
 def _count(trial: QuantisedTrial) -> str | None:
     kinds = {"token": trial.tokens, "weight": len(trial.weights), "layer": len(trial.modules)}
-    found = [f"{n} {kind}{'s' * (n != 1)}" for kind, n in kinds.items() if n]
+    found = [counted(n, kind) for kind, n in kinds.items() if n]
     return found[0] if found else None
 
 
 def _beyond(found: Delta | None) -> str | None:
     if found is None:
         return None
-    said = "no interval" if found.interval is None else within(found.interval, ".3g").strip(" ()")
+    said = interval_text(found.interval, ".3g", none="no interval")
     return f"{found.value:.3g} ({said})"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from melens.cli.listing import Listing, table_of
 from melens.protocols import JsonObject
-from melens.results.reach import Reach, ReachRow
+from melens.results.reach import Reach, ReachRow, ReachToken
 from melens.results.scan import Candidate, LayerCeiling, TriedToken, WeightScan
 
 MOST = 12
@@ -44,7 +44,10 @@ def _scan(result: WeightScan) -> Iterator[Listing]:
         yield Listing(
             "\nFirst tokens in the predicted coordinates, each alone at position 0 (layers "
             f"{result.seen.layer} to {result.seen.until}; above {result.seen.needed:g} is needed):",
-            [_tried(token) for token in _farthest(result.seen.tokens)],
+            [
+                _token(token) | {"x own median": token.times}
+                for token in sorted(result.seen.tokens, key=_by_size)
+            ],
         )
     yield Listing(
         "\nRule: a neuron whose ceiling stands out names the layer, unless first tokens that were "
@@ -53,11 +56,11 @@ def _scan(result: WeightScan) -> Iterator[Listing]:
     yield Listing(f"No bound here for: {'; '.join(result.leaves_out)}.\n")
 
 
-def _farthest(tokens: tuple[TriedToken, ...]) -> list[TriedToken]:
-    return sorted(tokens, key=lambda token: -abs(token.value))
+def _by_size(token: TriedToken | ReachToken) -> float:
+    return -abs(token.value)
 
 
-def _tried(token: TriedToken) -> JsonObject:
+def _token(token: TriedToken | ReachToken) -> JsonObject:
     return {
         "id": token.token_id,
         "token": repr(token.token),
@@ -65,7 +68,6 @@ def _tried(token: TriedToken) -> JsonObject:
         "value": token.value,
         "dim": token.dim,
         "layer": token.layer,
-        "x own median": token.times,
     }
 
 
@@ -111,17 +113,7 @@ def _sign(sign: int | None) -> str | None:
 def _reach(result: Reach) -> Iterator[Listing]:
     yield Listing(
         "First tokens, each alone at position 0 (layers count from 0, at the block output):",
-        [
-            {
-                "id": token.token_id,
-                "token": repr(token.token),
-                "why": token.why,
-                "value": token.value,
-                "dim": token.dim,
-                "layer": token.layer,
-            }
-            for token in sorted(result.tokens, key=lambda token: -abs(token.value))
-        ],
+        [_token(token) for token in sorted(result.tokens, key=_by_size)],
     )
     scanned = any(row.ceiling for row in result.profile)
     yield Listing(

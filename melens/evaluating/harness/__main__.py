@@ -20,7 +20,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from melens.errors import COULD_NOT_RUN, MelensError, ModelNotFoundError
+from melens.errors import COULD_NOT_RUN, INTERRUPTED, MelensError, ModelNotFoundError
 from melens.evaluating.harness.data import (
     GENERATION_TASKS,
     OFFLINE_TASKS,
@@ -39,7 +39,6 @@ except MelensError as _error:
     sys.exit(f"Error: {_error}")
 
 __all__ = ["MelensLM", "main"]
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,15 +132,6 @@ class AnswerRow(Part):
     """Metric to the number of judgements its score averages, where that is not 1."""
     metric: str
     """The task's primary metric."""
-
-
-def mean_score(rows: Iterable[AnswerRow], metric: str) -> float | None:
-    """Mean of a metric over the items that have it, weighted by ``counts``; None without any."""
-    found = [
-        (row.scores[metric], row.counts.get(metric, 1)) for row in rows if metric in row.scores
-    ]
-    total = sum(count for _, count in found)
-    return sum(score * count for score, count in found) / total if total else None
 
 
 PROBE = "Dr. Smith went home. He was tired."

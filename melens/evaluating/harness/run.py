@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from melens.chat import Message, has_template, in_template, loses_prefix, render
 from melens.errors import PromptError
@@ -27,8 +27,9 @@ from melens.evaluating.harness.data import (
 )
 from melens.evaluating.harness.settings import PLAIN, model_key
 from melens.framing import frame_of, require_known
+from melens.models.bridging import transformers_of
 from melens.progress import only_errors_of
-from melens.protocols import AnyModel, Options, Tokenizer, TransformersModel
+from melens.protocols import AnyModel, Options, Tokenizer
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.store import KeptRows, Refusal, RowFormat, hash_facts
@@ -132,11 +133,6 @@ class _Job:
         return self.settings.max_new_tokens or GENERATION_TASKS[self.task].max_new_tokens
 
 
-def _plain(model: AnyModel) -> TransformersModel:
-    # a bridge keeps it; else it is one
-    return cast("TransformersModel", getattr(model, "original_model", model))
-
-
 def _run_key(
     model: AnyModel,
     tokenizer: Tokenizer,
@@ -154,7 +150,7 @@ def _run_key(
             "format": FORMAT,
             "lm_eval": __version__,
             "task": task,
-            "model": model_key(_plain(model), tokenizer, edit, me_layer),
+            "model": model_key(transformers_of(model), tokenizer, edit, me_layer),
             "data": file_key(data_file(task, settings.data)),
             "length": settings.max_new_tokens or GENERATION_TASKS[task].max_new_tokens,
             **({"open_end": True} if frame_of(tokenizer).suffix else {}),
@@ -176,7 +172,7 @@ def _answers(
 
     edited, size = models.edited, job.settings.batch_size
     with only_errors_of("lm_eval"):
-        lm = Generator(_plain(models.model), models.tokenizer, batch_size=size)
+        lm = Generator(transformers_of(models.model), models.tokenizer, batch_size=size)
         manager = TaskManager(
             include_defaults=False,
             include_path=str(OFFLINE_TASKS),

@@ -13,7 +13,7 @@ from melens.reporting.source import number_text
 from melens.results.attention import AttentionMaps, HeadMap
 from melens.results.check import CacheNorms
 from melens.results.collapse import Collapse
-from melens.results.sinks import SINK_EPS, Sinks
+from melens.results.sinks import Sinks
 
 BOXES = 100_000
 """Squares of all heads' maps together: 0.7 MB, and few seconds of drawing."""
@@ -88,7 +88,7 @@ def sink(view: PageView) -> PageBlock:
     """The map of heads, rates by layer and the tokens that draw attention."""
     result: Sinks = view.result
     made = view.block()
-    eps = str(SINK_EPS) if str(SINK_EPS) in result.overall else min(result.overall)
+    eps = result.shown_eps
     made.tiles = [Fact(f"Heads with a sink (eps {eps})", view.number(f"/overall/{eps}", "percent"))]
     made.facts = [
         Fact(f"Sink rate at eps {name}", view.number(f"/overall/{name}", "percent"))

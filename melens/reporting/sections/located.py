@@ -30,7 +30,7 @@ def emergence(view: PageView) -> PageBlock:
         Fact("Layer where it is largest (from 0)", view.number("/peak_layer")),
         Fact("Layer that erases most of it (from 0)", view.number("/erase_layer")),
         Fact("Effective number of layers", view.number("/effective_layers")),
-        Fact(f"Confidence that {_claim(result)}", view.number("/confidence")),
+        Fact(f"Confidence that {result.claim}", view.number("/confidence")),
         Fact("Layers of the model", view.number("/n_layers")),
     ]
     if result.writer is not None:
@@ -47,10 +47,6 @@ def emergence(view: PageView) -> PageBlock:
     made.pictures = [Picture(result, "profile", _profile_alt(result), PROFILE)]
     made.tables = [_layers(view)]
     return made
-
-
-def _claim(result: MELayer) -> str:
-    return "there is none" if result.verdict == "none" else "one layer explains it"
 
 
 PROFILE = (
