@@ -83,7 +83,7 @@ test-engines: $(VENV)/.engines
 # Runs every notebook as it is; its source in percent format is kept beside it.
 notebooks: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= -m notebooks tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= -m notebooks tests/test_notebooks.py tests/figures/test_shown_figures.py
 
 # Every example of docs/examples.md and the Python of the pages: they must print what stands there.
 examples: $(VENV)/.test

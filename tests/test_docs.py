@@ -38,6 +38,7 @@ def figures():
     return script("make_figures")
 
 
+@pytest.mark.examples
 def test_tables_and_figures_are_what_the_results_say(figures, capsys):
     assert figures.main(["--check"]) == 0, (
         f"run: python experiments/make_figures.py\n{capsys.readouterr().out}"

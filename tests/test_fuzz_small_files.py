@@ -23,7 +23,7 @@ from melens.patching.sweep import Cells
 from melens.results import load_result
 
 FUZZ = settings(
-    max_examples=int(os.environ.get("MELENS_FUZZ", "200")),
+    max_examples=int(os.environ.get("MELENS_FUZZ", "100")),
     deadline=20_000,
     database=None,
     suppress_health_check=[

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,18 @@ LAZY = {("results", "figures"), ("cli", "sweeping")}
 FILES = sorted(SRC.rglob("*.py"))
 
 
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
 def _home(path: Path) -> str:
     return path.relative_to(SRC).parts[0].removesuffix(".py")
 
 
 def _imports(path: Path) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
             if node.module == "melens":
@@ -77,7 +83,7 @@ def test_files_and_functions_stay_short():
     for path in FILES:
         text = path.read_text("utf-8")
         assert len(text.splitlines()) <= 500, path
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(_tree(path)):
             if isinstance(node, ast.FunctionDef) and "cli" not in path.parts:
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 length = (body[-1].end_lineno - body[0].lineno + 1) if body else 0
@@ -155,7 +161,7 @@ def _dotted(path: Path) -> str:
 def _opened(path: Path) -> Iterator[str]:
     """Modules that a module needs before it is ready, itself and its own packages left out."""
     here = _dotted(path)
-    for node in ast.parse(path.read_text("utf-8")).body:
+    for node in _tree(path).body:
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in (node.module, *(f"{node.module}.{n.name}" for n in node.names)):
                 parts = name.split(".")
@@ -168,7 +174,7 @@ def _opened(path: Path) -> Iterator[str]:
 def test_no_class_name_means_two_things():
     homes: dict[str, list[str]] = {}
     for path in FILES:
-        for node in ast.parse(path.read_text("utf-8")).body:
+        for node in _tree(path).body:
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name, []).append(_dotted(path))
     assert not [name for name, where in homes.items() if len(where) > 1]

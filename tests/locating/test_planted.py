@@ -13,7 +13,13 @@ from melens.errors import ContractError
 from melens.locating import locate
 from melens.models import anatomy, contract, load
 
-SEEDS = range(4)
+
+def seeds_of(kind, family):
+    """Two of four seeds, others in each family and for each kind."""
+    first = KINDS.index(kind) + FAMILIES.index(family)
+    return first % 4, (first + 2) % 4
+
+
 VERDICT = {"several-tokens": "single", "final-growth": "none"}
 
 
@@ -45,9 +51,7 @@ def _locate(kind, family, seed):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_planted_is_found(kind, family):
-    """Two of four seeds, others in each family and for each kind."""
-    first = KINDS.index(kind) + FAMILIES.index(family)
-    for seed in (first % 4, (first + 2) % 4):
+    for seed in seeds_of(kind, family):
         found, truth = _locate(kind, family, seed)
         where = f"{kind} {family} seed {seed}"
         assert found.verdict == VERDICT.get(kind, kind), where
@@ -64,10 +68,11 @@ def test_what_was_planted_is_found(kind, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_and_other_tokens_are_named(family):
-    for seed in SEEDS:
+    for seed in seeds_of("re-emergent", family):
         found, truth = _locate("re-emergent", family, seed)
         assert [stage.layer for stage in found.stages] == [truth.layers[0], truth.me_layer]
         assert found.stages[0].erased_at == truth.erased_at
+    for seed in seeds_of("several-tokens", family):
         several, _ = _locate("several-tokens", family, seed)
         assert {token.token_id for token in several.massive} == {BOS_ID, SECOND_ID}
         assert next(t for t in several.massive if t.token_id == SECOND_ID).position > 0
@@ -75,7 +80,7 @@ def test_stages_and_other_tokens_are_named(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_growth_in_the_last_layer_is_told_apart(family):
-    for seed in SEEDS:
+    for seed in seeds_of("final-growth", family):
         found, truth = _locate("final-growth", family, seed)
         assert found.final_layer_growth.layer == truth.main_layer
         assert found.final_layer_growth.dim == truth.dim

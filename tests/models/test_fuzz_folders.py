@@ -17,7 +17,7 @@ from melens.models.checkpoint import read_folder
 from melens.models.files import check_folder
 from melens.models.weight_files import INDEX, SINGLE, read_header, weight_files
 
-EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("MELENS_FUZZ", "100"))
 MEGABYTES = 600
 """Peak memory that one example may add; a hang ends by the time limit of the suite."""
 FUZZ = settings(

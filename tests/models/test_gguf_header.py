@@ -18,7 +18,7 @@ from memory import adds_less_than
 from melens.errors import MelensError, WeightsError
 from melens.models.gguf_header import read_gguf_header
 
-EXAMPLES = int(os.environ.get("MELENS_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("MELENS_FUZZ", "100"))
 GROWS = 600
 """Megabytes that are far too many; a hang ends by the time limit of the suite."""
 
