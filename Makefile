@@ -85,7 +85,7 @@ notebooks: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o addopts= -m notebooks tests/test_notebooks.py tests/figures/test_shown_figures.py
 
-# Every example of docs/examples.md and the Python of the pages: they must print what stands there.
+# Examples, Python, tables and figures of the pages again: they must give what stands there.
 examples: $(VENV)/.test
 	$(BIN)/melens models get smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/make_examples.py --check

@@ -23,7 +23,7 @@ from melens.interventions import ffn_ablate_neurons, norm_flatten
 from melens.patching import LogitDifference
 
 model = melens.load("smollm2-135m")
-texts = melens.prompts(n=2, length=32, bos=True)
+texts = melens.prompts(n=2, length=16, bos=True)
 layer = melens.locate(model, texts)
 layer.summary()
 
