@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 LIBRARIES := saelens dictionary_learning sparsify nnsight
 TOOLS := llmcompressor torchao bitsandbytes gptqmodel
 PIN := $(if $(filter any,$(TORCH)),,-c constraints-cpu.txt)
-# Many processes start below: what one compiles the next reads.
+# Many processes start below: what one compiles the next reads. So pip need not compile what none imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 SHAPES := tests/test_metrics.py \
@@ -115,22 +115,22 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet $(PIN) -e .
+	$(BIN)/python -m pip install --quiet --no-compile $(PIN) -e .
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet $(PIN) -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile $(PIN) -e '.[test]'
 	touch $@ $(VENV)/.run
 
 # The extra alone: melens itself is there, and may be running.
 $(VENV)/.docs: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet \
+	$(BIN)/python -m pip install --quiet --no-compile \
 	  "$$(sed -n 's/^docs = \["\(.*\)"\]$$/\1/p' pyproject.toml)"
 	touch $@
 
 # The extras alone: melens itself is there, and may be running.
 $(VENV)/.engines: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet \
+	$(BIN)/python -m pip install --quiet --no-compile \
 	  $$(sed -n 's/^\(ray\|slurm\) = \["\(.*\)"\]$$/\2/p' pyproject.toml)
 	touch $@
 
@@ -140,7 +140,7 @@ $(VENV)/.engines: $(VENV)/.test
 	$(BIN)/python -m venv --clear .interop/$*
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 	  $$(.interop/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
-	.interop/$*/bin/python -m pip install --quiet $(NEEDS)
+	.interop/$*/bin/python -m pip install --quiet --no-compile $(NEEDS)
 	touch $@
 
 .interop/hooked/.test: NEEDS = --no-deps transformer-lens==3.9.0 better-abc==0.0.3
