@@ -17,14 +17,14 @@ from melens.measuring.located import check_same_model
 from melens.protocols import JsonObject
 from melens.quantising.layers import PlainModel, plain_model
 from melens.quantising.rounding import require_divides
-from melens.quantising.running import Spared, require_cache, require_prefix
+from melens.quantising.running import KeptWhole, require_cache, require_prefix
 from melens.quantising.schemes import Scheme
 from melens.quantising.trials import (
     Calibration,
     Choices,
+    IdRows,
     MarkedTexts,
     TextPrefix,
-    TokenRows,
     TrialPlan,
     choices,
 )
@@ -154,7 +154,7 @@ class SchemeBench:
                 "no ME Layer or erase layer has a down projection, or no other layers are like them"
             )
 
-    def _texts(self, rows: TokenRows, *, prefixed: bool) -> MarkedTexts:
+    def _texts(self, rows: IdRows, *, prefixed: bool) -> MarkedTexts:
         holds = self.located if self.located.massive else None
         size = max(map(len, self.texts.batches))
         prefix = self.prefix if prefixed else None
@@ -182,13 +182,13 @@ class SchemeBench:
         behind = "prefix" in (trial.name, trial.control_of)
         return self.prefixed if behind and self.prefixed is not None else self.texts
 
-    def spared(self, trial: TrialPlan, texts: MarkedTexts, at: int, scheme: Scheme) -> Spared:
+    def spared(self, trial: TrialPlan, texts: MarkedTexts, at: int, scheme: Scheme) -> KeptWhole:
         """What one batch keeps whole under a trial."""
         first = self.protect.first
         largest: Mapping[str, float] = {}
         if scheme.static:
             largest = self.calibrations[texts is self.prefixed].largest(trial, first=first)
-        whole = Spared(entries=trial.entries, modules=trial.modules, largest=largest)
+        whole = KeptWhole(entries=trial.entries, modules=trial.modules, largest=largest)
         if trial.name == "prefix":
             return replace(whole, prefix=texts.prefix)
         return replace(whole, tokens=texts.kept(trial, at, first=first))

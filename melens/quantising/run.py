@@ -21,7 +21,7 @@ from melens.protocols import ModelLike
 from melens.quantising.bench import Protect, SchemeBench
 from melens.quantising.running import QuantisedModel, unquantised
 from melens.quantising.schemes import DEFAULT, SCHEMES, Scheme
-from melens.quantising.summing import AGREES, BASE, DIVERGES, Ran, assembled, condition
+from melens.quantising.summing import AGREES, BASE, DIVERGES, SchemeRun, assembled, condition
 from melens.quantising.trials import MarkedTexts, TrialPlan
 from melens.results.quantise import Quantisation
 from melens.results.reading import HoldsMELayer, located_in
@@ -84,7 +84,7 @@ class SchemeLoop:
         self.total = self.batches * sum(len(bench.trials(s)) for s in bench.schemes)
 
     @torch.no_grad()
-    def run(self, scheme: Scheme) -> Ran:
+    def run(self, scheme: Scheme) -> SchemeRun:
         """All trials of a scheme; what an earlier run left is not run again."""
         trials = self.bench.trials(scheme)
         quantised = QuantisedModel.of(self.bench.plain, scheme)
@@ -98,7 +98,7 @@ class SchemeLoop:
         bases = sum(bool(own) for _, own in sides)
         passes = len(trials) + bases * (1 + scheme.static)
         bits = {trial.key: quantised.bits(trial.entries, trial.modules) for trial in trials}
-        return Ran(scheme, trials, passes, bits)
+        return SchemeRun(scheme, trials, passes, bits)
 
     def _batch(
         self, quantised: QuantisedModel, texts: MarkedTexts, trials: Sequence[TrialPlan], at: int

@@ -35,7 +35,7 @@ Largest = dict[str, Float[Tensor, "batch pos"]]
 
 
 @dataclass(frozen=True)
-class Spared:
+class KeptWhole:
     """What stays as it is, in the model's own dtype."""
 
     tokens: TokenMask | None = None
@@ -83,7 +83,7 @@ class QuantisedModel:
         return total / count
 
     @torch.no_grad()
-    def logits(self, batch: Batch, spared: Spared) -> Float[Tensor, "batch pos vocab"]:
+    def logits(self, batch: Batch, spared: KeptWhole) -> Float[Tensor, "batch pos vocab"]:
         """One pass as the scheme makes it.
 
         Raises:  CaptureError: nothing was rounded.
@@ -118,7 +118,7 @@ def require_cache(plain: PlainModel, scheme: Scheme) -> None:
     """
     batch = Batch.of(torch.tensor([PROBE]))
     try:
-        QuantisedModel(plain, scheme, {}).logits(batch, Spared())
+        QuantisedModel(plain, scheme, {}).logits(batch, KeptWhole())
     except torch.OutOfMemoryError:
         raise
     except (CaptureError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -136,7 +136,7 @@ def require_prefix(plain: PlainModel) -> None:
     """
     batch, name = Batch.of(torch.tensor([PROBE])), type(plain.hf).__name__
     try:
-        found = QuantisedModel(plain, Scheme("none"), {}).logits(batch, Spared(prefix=1))
+        found = QuantisedModel(plain, Scheme("none"), {}).logits(batch, KeptWhole(prefix=1))
     except torch.OutOfMemoryError:
         raise
     except (CaptureError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -202,7 +202,7 @@ class _Pass:
 
     model: QuantisedModel
     batch: Batch
-    spared: Spared
+    spared: KeptWhole
     fired: set[str] = field(default_factory=set)
     rounding: bool = False
     """Whether the hooks are open: a prefix before them is as it is."""

@@ -24,7 +24,7 @@ Column = Float[Tensor, " text"]
 
 
 @dataclass(frozen=True)
-class Ran:
+class SchemeRun:
     """A scheme that was run."""
 
     scheme: Scheme
@@ -39,7 +39,9 @@ def condition(scheme: Scheme, trial: TrialPlan) -> str:
     return f"{scheme.name}: {trial.key}"
 
 
-def assembled(bench: SchemeBench, ran: Sequence[Ran], rows: Rows, *, seed: int) -> Quantisation:
+def assembled(
+    bench: SchemeBench, ran: Sequence[SchemeRun], rows: Rows, *, seed: int
+) -> Quantisation:
     """The result, from finished rows alone."""
     tests = 2 * sum(trial.role == "protected" for one in ran for trial in one.trials)
     tables = [_Table(one, rows, seed, max(tests, 1)) for one in ran]
@@ -100,7 +102,7 @@ class _Columns:
 class _Table:
     """All trials of one scheme."""
 
-    def __init__(self, ran: Ran, rows: Rows, seed: int, tests: int) -> None:
+    def __init__(self, ran: SchemeRun, rows: Rows, seed: int, tests: int) -> None:
         self.ran, self.seed, self.tests = ran, seed, tests
         self.columns: dict[str, _Columns] = {}
         for trial in ran.trials:

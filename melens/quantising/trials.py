@@ -25,7 +25,7 @@ from melens.results.locate import MELayer
 from melens.results.quantise import Role
 from melens.shapes import TokenMask
 
-TokenRows = Sequence[Sequence[int]]
+IdRows = Sequence[Sequence[int]]
 BATCHES = 100_003
 """A control's draws differ from batch to batch, and from seed to seed."""
 
@@ -73,7 +73,7 @@ class MarkedTexts:
     def of(
         cls,
         model: HookedModel,
-        rows: TokenRows,
+        rows: IdRows,
         located: MELayer | None,
         *,
         batch_size: int,

@@ -22,7 +22,7 @@ from melens.errors import (
 from melens.models import load
 from melens.quantising import SCHEMES, Protect, quantise
 from melens.quantising.layers import plain_model
-from melens.quantising.running import QuantisedModel, Spared, unquantised
+from melens.quantising.running import KeptWhole, QuantisedModel, unquantised
 from melens.results.evaluation import Delta
 from melens.settings import Run
 
@@ -90,7 +90,7 @@ def test_logits_are_those_of_a_model_whose_layers_were_written_by_hand(planted, 
     batch = Batch.of(texts[:3])
     with torch.no_grad():
         expected = by_hand(batch.ids, use_cache=False).logits
-    found = QuantisedModel.of(plain_model(model), SCHEMES[scheme]).logits(batch, Spared())
+    found = QuantisedModel.of(plain_model(model), SCHEMES[scheme]).logits(batch, KeptWhole())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - unquantised(plain_model(model), batch)).abs().max() > 1e-2
 
@@ -101,8 +101,8 @@ def test_what_one_text_costs_does_not_depend_on_the_others_or_on_padding(planted
     rows = [texts[0].tolist(), texts[1, :17].tolist()]
     for name in ("w8a8-tensor", "w8a8-token", "kv8-channel", "kv4-token"):
         quantised = QuantisedModel.of(plain, SCHEMES[name])
-        both = quantised.logits(Batch.pad(rows), Spared())
-        alone = quantised.logits(Batch.pad(rows[1:]), Spared())
+        both = quantised.logits(Batch.pad(rows), KeptWhole())
+        alone = quantised.logits(Batch.pad(rows[1:]), KeptWhole())
         torch.testing.assert_close(both[1, :17], alone[0], rtol=1e-3, atol=1e-3)
 
 
@@ -117,7 +117,7 @@ def test_padding_and_what_is_kept_whole_widen_no_scale(planted, name):
     kept[0, 1] = True
     loud = x.clone()
     loud[1, 2:], loud[0, 1] = 1e4, 1e4  # padding, and a token that is kept whole
-    how = Spared(kept, largest={"there": 4.0})
+    how = KeptWhole(kept, largest={"there": 4.0})
     found, plain = (_Pass(quantised, batch, how)._read("there", y, grid) for y in (loud, x))
     seen = batch.mask & ~kept
     assert torch.equal(found[seen], plain[seen])
@@ -131,11 +131,11 @@ def test_what_is_kept_whole_is_the_model_as_it_is(planted, scheme):
     plain, batch = plain_model(model), Batch.of(texts[:2])
     quantised = QuantisedModel.of(plain, SCHEMES[scheme])
     largest = {one.path: 1.0 for one in plain.weights}
-    rounded = quantised.logits(batch, Spared(largest=largest))
+    rounded = quantised.logits(batch, KeptWhole(largest=largest))
     whole = unquantised(plain, batch)
     assert not torch.equal(rounded, whole)
     every = frozenset(one.path for one in plain.weights)
-    kept = Spared(torch.ones_like(batch.mask), modules=every, largest=largest)
+    kept = KeptWhole(torch.ones_like(batch.mask), modules=every, largest=largest)
     if SCHEMES[scheme].cache is not None:
         assert torch.allclose(quantised.logits(batch, kept), whole, atol=1e-5)
     else:
@@ -145,7 +145,7 @@ def test_what_is_kept_whole_is_the_model_as_it_is(planted, scheme):
             one.name: tuple(map(tuple, torch.ones(one.matrix.shape).nonzero().tolist()))
             for one in plain.weights[:2]
         }
-        one = Spared(kept.tokens, entries, every - {w.path for w in plain.weights[:2]}, largest)
+        one = KeptWhole(kept.tokens, entries, every - {w.path for w in plain.weights[:2]}, largest)
         assert torch.allclose(quantised.logits(batch, one), whole, atol=1e-5)
 
 
@@ -221,7 +221,7 @@ def test_behind_a_prefix_keys_and_values_of_the_model_as_it_is_are_read(planted)
         before = plain.hf(batch.ids[:, :start], use_cache=True)
         expected = by_hand(batch.ids[:, start:], past_key_values=before.past_key_values).logits
     quantised = QuantisedModel.of(plain, SCHEMES["w8a8-token"])
-    found = quantised.logits(batch, Spared(prefix=start))
+    found = quantised.logits(batch, KeptWhole(prefix=start))
     assert torch.equal(found[:, :start], before.logits)
     torch.testing.assert_close(found[:, start:], expected, rtol=1e-4, atol=1e-4)
 
@@ -287,7 +287,7 @@ def test_weights_are_put_back_whatever_happens(planted, monkeypatch):
     rounded = running.rounded
     monkeypatch.setattr(running, "rounded", breaks)
     with pytest.raises(MemoryError):
-        quantised.logits(batch, Spared())
+        quantised.logits(batch, KeptWhole())
     assert torch.equal(unquantised(plain, batch), before)
 
 
@@ -361,7 +361,7 @@ def test_every_matrix_is_rounded_or_said_to_be_left(family):
     batch = Batch.of(torch.randint(5, 40, (2, 12), generator=torch.Generator().manual_seed(0)))
     whole = unquantised(plain, batch)
     for scheme in ("w8a8-tensor", "w8a8-token"):
-        found = QuantisedModel.of(plain, SCHEMES[scheme]).logits(batch, Spared())
+        found = QuantisedModel.of(plain, SCHEMES[scheme]).logits(batch, KeptWhole())
         assert torch.isfinite(found).all()
         apart = float((found - whole).abs().max() / whole.abs().max())
         assert 0 < apart < 1
@@ -373,7 +373,7 @@ def test_in_sixteen_bits_the_same_is_rounded(planted):
     half = plain_model(load(copy.deepcopy(planted[0]).to(torch.bfloat16)))
     for name in ("w8a8-tensor", "w4a16", "kv4-token"):
         wide, narrow = (
-            QuantisedModel.of(one, SCHEMES[name]).logits(batch, Spared()).float().log_softmax(-1)
+            QuantisedModel.of(one, SCHEMES[name]).logits(batch, KeptWhole()).float().log_softmax(-1)
             for one in (plain, half)
         )
         base = unquantised(half, batch).float().log_softmax(-1)
@@ -388,7 +388,7 @@ def test_a_weight_that_is_kept_whole_widens_no_scale(planted):
     at = divmod(int(one.matrix.abs().argmax()), one.matrix.shape[1])
     from melens.quantising.running import _Pass
 
-    kept = _Pass(quantised, batch, Spared(entries={one.name: (at,)}))._dense(one)
+    kept = _Pass(quantised, batch, KeptWhole(entries={one.name: (at,)}))._dense(one)
     plainly = quantised.packed[one.name].dense(torch.float32)
     assert kept[at] == one.matrix[at]
     row = slice(at[0], at[0] + 1)

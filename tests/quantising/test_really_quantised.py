@@ -12,7 +12,7 @@ from melens.batches import Batch
 from melens.models import load
 from melens.quantising import SCHEMES
 from melens.quantising.layers import plain_model
-from melens.quantising.running import QuantisedModel, Spared, unquantised
+from melens.quantising.running import KeptWhole, QuantisedModel, unquantised
 
 CLOSE = 1e-3
 
@@ -32,7 +32,7 @@ def made():
 
 def compare(hf, batch, scheme, real):
     plain = plain_model(load(hf))
-    found = QuantisedModel.of(plain, SCHEMES[scheme]).logits(batch, Spared())
+    found = QuantisedModel.of(plain, SCHEMES[scheme]).logits(batch, KeptWhole())
     with torch.no_grad():
         theirs = real(batch.ids, use_cache=False).logits
     whole = unquantised(plain, batch)

@@ -145,7 +145,7 @@ def test_compressed_tensors_computes_what_was_measured(bridged, ids, name):
     """The whole model by its own code, one text, the down projection of layer 1 left out."""
     from melens.batches import Batch
     from melens.quantising.layers import plain_model
-    from melens.quantising.running import QuantisedModel, Spared
+    from melens.quantising.running import KeptWhole, QuantisedModel
     from melens.quantising.schemes import SCHEMES
 
     plain, text = plain_model(bridged("llama")), ids[:1]
@@ -153,7 +153,7 @@ def test_compressed_tensors_computes_what_was_measured(bridged, ids, name):
     kept = frozenset({KEPT})
     found = theirs(text).logits
     close = {"rtol": 0, "atol": 1e-6}
-    torch.testing.assert_close(ours.logits(Batch.of(text), Spared(modules=kept)), found, **close)
+    torch.testing.assert_close(ours.logits(Batch.of(text), KeptWhole(modules=kept)), found, **close)
     moved = float((plain.hf(text).logits - found).abs().max())
     assert moved > 1e-4
     if name in ("w8a8-tensor", "w8a8-token"):
@@ -161,7 +161,7 @@ def test_compressed_tensors_computes_what_was_measured(bridged, ids, name):
 
         first = torch.zeros_like(text, dtype=torch.bool)
         first[:, 0] = True
-        measured = ours.logits(Batch.of(text), Spared(tokens=first, modules=kept))
+        measured = ours.logits(Batch.of(text), KeptWhole(tokens=first, modules=kept))
         cache = DynamicCache(config=plain.hf.config)
         as_compressed_tensors_runs(plain, "w8a16")(text[:, :1], past_key_values=cache)
         after = theirs(text[:, 1:], past_key_values=cache).logits
