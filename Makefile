@@ -135,7 +135,7 @@ $(VENV)/.engines: $(VENV)/.test
 	touch $@
 
 # A layer over $(VENV): what a library needs and $(VENV) has is not installed again, and what stands
-# in both is the library's (TransformerLens 3.9 for SAELens, of which pip complains for melens).
+# in both is the library's (TransformerLens 3.9 for SAELens, of which pip complains for melens). An editable melens is seen from the root alone.
 .interop/%/.test: Makefile | $(VENV)/.test
 	$(BIN)/python -m venv --clear .interop/$*
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
@@ -163,4 +163,4 @@ $(VENV)/.engines: $(VENV)/.test
 .interop/sglang/.test: NEEDS = --no-deps sglang==0.5.23 msgspec orjson pybase64 triton starlette
 
 clean:
-	rm -rf $(VENV) .interop runs
+	rm -rf $(VENV) .venv-hooked .interop runs

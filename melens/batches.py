@@ -177,14 +177,14 @@ def padded_batches(rows: Sequence[Sequence[int]], size: int, *, side: str = "rig
     return [Batch.pad(rows[i : i + size], side=side) for i in range(0, len(rows), size)]
 
 
-def behind_prefix(
-    rows: Sequence[Sequence[int]], prefix: Sequence[int], *, stands: bool
+def with_prefix(
+    rows: Sequence[Sequence[int]], prefix: Sequence[int], *, replaces_first: bool
 ) -> list[list[int]]:
     """Rows of ids with a prefix before each.
 
-    Args:    stands: the prefix stands for each row's first token, which is left out.
+    Args:    replaces_first: the prefix takes the place of each row's first token.
     """
-    return [[*prefix, *row[int(stands) :]] for row in rows]
+    return [[*prefix, *row[int(replaces_first) :]] for row in rows]
 
 
 def prompts(
@@ -204,7 +204,7 @@ def prompts(
              8 pieces of one file.
              length: tokens a row at most, >= 1; None = 128, or the model's context if shorter.
              bos: None as the tokenizer does, True with BOS first, False with nothing before the
-             text. What a tokenizer puts behind a text (EOS, [SEP]) is always left out.
+             text. What a tokenizer puts after a text (EOS, [SEP]) is always left out.
              chat: put each text through the tokenizer's chat template as a user's message;
              the template then decides about BOS.
     Raises:  PromptError: nothing to read, not UTF-8, empty texts, or n or length below 1.
@@ -305,7 +305,7 @@ def read_text(path: Path) -> str:
 def encode(tokenizer: Tokenizer, text: str, *, bos: bool | None) -> list[int]:
     """Token ids of one text under the BOS policy of :func:`prompts`.
 
-    The text is open at its end: what the tokenizer would put behind it (EOS, [SEP]) is left out.
+    The text is open at its end: what the tokenizer would put after it (EOS, [SEP]) is left out.
     """
     return encode_all(tokenizer, [text], bos=bos)[0]
 

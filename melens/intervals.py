@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from melens.formatting import Interval
+
 LEVEL = 0.95
 LEAST, RESAMPLES = 5, 2_000
 """Observations below which resampling says next to nothing: the interval of two values would be
@@ -16,7 +18,6 @@ the two values."""
 LEAST_OF_MANY, RESAMPLES_OF_MANY = 20, 10_000
 """One of several comparisons is read off further out in the tails: more draws, and more items,
 below which a percentile interval is too narrow for the rate that is promised."""
-Interval = tuple[float, float]
 Items = Float[Tensor, " item"]
 
 

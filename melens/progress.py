@@ -60,7 +60,7 @@ def one_command() -> Iterator[None]:
 
 @contextmanager
 def restored(names: Iterable[str]) -> Iterator[None]:
-    """Variables of the environment are after the block what they were before."""
+    """Restore these environment variables after the block."""
     before = {name: os.environ.get(name) for name in names}
     try:
         yield

@@ -87,7 +87,7 @@ class Resumable:
         self._per_row: dict[str, bool] = {}
         self.whole_blocks, self.whole_head = ways or (False, False)
         self.suffixes = ways is None and self._can_cut() and not reads_whole(model)
-        """Whether runs can start behind position 0; else every run takes whole sequences."""
+        """Whether runs can start after position 0; else every run takes whole sequences."""
         with one_thread(model), evaluating(model):
             last = self._record_what_can_be()
             self._per_row = self._which_are_per_row()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from melens.registry import Registry
 from melens.results.check import Budget
 from melens.results.locate import MELayer
 
-Tick = Callable[[int, int], None]
-"""(done, of) within a stage."""
 BUDGETS: tuple[Budget, ...] = ("quick", "standard", "full")
 """From the cheapest; each holds all stages of those before it."""
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import stream
 from melens.checking.bench import Bench
-from melens.checking.budgets import Tick
 from melens.errors import PromptError, SiteError
 from melens.evaluating.edits import (
     BASE,
@@ -24,7 +23,7 @@ from melens.evaluating.scores import Setup, TaskCard, assembled, held_facts
 from melens.evaluating.tasks import token_loss
 from melens.inputs import Inputs
 from melens.item_rows import ItemRow
-from melens.measuring.located import Progress, settle
+from melens.measuring.located import settle
 from melens.models.anatomy import anatomy
 from melens.models.attention import HeadView, attention_sites
 from melens.models.decoder import decoder_of
@@ -32,7 +31,7 @@ from melens.results import Evaluation, MELayer
 from melens.results.check import CacheNorms, CacheRow
 from melens.results.edit import Edit
 from melens.results.evaluation import NATS
-from melens.settings import Run
+from melens.settings import Progress, Run
 
 KEYS = ("rot_k", "k_norm", "k")
 """Where keys can be read, the closest to what a cache keeps first."""
@@ -74,7 +73,9 @@ class _Largest:
         )
 
 
-def cache_norms(inputs: Inputs, me_layer: MELayer, *, progress: Progress = None) -> CacheNorms:
+def cache_norms(
+    inputs: Inputs, me_layer: MELayer, *, progress: Progress | None = None
+) -> CacheNorms:
     """One pass over the texts; keys where the cache keeps them, and values.
 
     Raises:  ResultError: ``me_layer`` is of other weights.
@@ -114,7 +115,7 @@ MASK = Edit(name="wemask")
 """By gamma, rate 0.5, all layers after the ME Layer: what melens.evaluate takes by default."""
 
 
-def edit_losses(bench: Bench, tick: Tick) -> Evaluation:
+def edit_losses(bench: Bench, tick: Progress) -> Evaluation:
     """The massive coordinate zeroed, and as many random ones instead."""
     zero = Edit(name="zero")
     made = [
@@ -125,7 +126,7 @@ def edit_losses(bench: Bench, tick: Tick) -> Evaluation:
     return text_losses(bench, made, tick)
 
 
-def eviction_losses(bench: Bench, tick: Tick) -> Evaluation:
+def eviction_losses(bench: Bench, tick: Progress) -> Evaluation:
     """The massive token's key hidden in all layers, from the middle of the texts on.
 
     What comes before has seen it, as before a cache evicts it; only tokens foreseen without it
@@ -149,7 +150,7 @@ def eviction_losses(bench: Bench, tick: Tick) -> Evaluation:
     return text_losses(bench, made, tick, start=start)
 
 
-def dose_losses(bench: Bench, tick: Tick) -> Evaluation:
+def dose_losses(bench: Bench, tick: Progress) -> Evaluation:
     """The mask's doses and both its controls.
 
     Raises:  SiteError: no attention after the ME Layer that a mask could act on.
@@ -161,7 +162,7 @@ def dose_losses(bench: Bench, tick: Tick) -> Evaluation:
 
 
 def text_losses(
-    bench: Bench, tried: Sequence[EditCondition], tick: Tick, *, start: int = 0
+    bench: Bench, tried: Sequence[EditCondition], tick: Progress, *, start: int = 0
 ) -> Evaluation:
     """Every text under every condition, scored on tokens that positions from ``start`` foresee.
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melens.checking.budgets import CheckStage, Tick, stages_of
+from melens.checking.budgets import CheckStage, stages_of
 from melens.checking.findings import Measured
 from melens.checking.keeping import REPORT, Keeper
 from melens.checking.policy import Policy, read_policy
@@ -20,13 +20,14 @@ from melens.protocols import HookedModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import CheckReport, Evaluation, MELayer, StageRecord
 from melens.results.base import Result, load_result
+from melens.settings import Progress
 from melens.store import write_atomically
 
 if TYPE_CHECKING:
     from melens.checking.bench import Bench
     from melens.inputs import Source
 
-Progress = Callable[[str, int, int], None]
+StageProgress = Callable[[str, int, int], None]
 """(stage, thousandths of the expected work done, 1000)."""
 WHOLE = 1000
 LONGEST_REASON = 300
@@ -39,7 +40,7 @@ def check(
     budget: str = "quick",
     policy: str | Path | Policy | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> CheckReport:
     """Check a model before it is deployed: locate, describe, look for what could go wrong.
 
@@ -83,7 +84,7 @@ def take_up(
     *,
     budget: str,
     policy: Policy,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> CheckReport | None:
     """The report of stages that are all kept, without the model; None where one is missing.
 
@@ -121,7 +122,9 @@ def _written(folder: Path | None) -> CheckReport | None:
 
 
 def _through(
-    budget: str, progress: Progress | None, record: Callable[[CheckStage, Tick], StageRecord]
+    budget: str,
+    progress: StageProgress | None,
+    record: Callable[[CheckStage, Progress], StageRecord],
 ) -> list[StageRecord]:
     """Every stage in order, and how far that is."""
     wanted = stages_of(budget)
@@ -154,7 +157,7 @@ def _held(stage: CheckStage, results: dict[str, Result], keeper: Keeper) -> Stag
     return StageRecord(name=stage.name, status="done", seconds=kept[1], reason=None)
 
 
-def _run(stage: CheckStage, bench: Bench, keeper: Keeper, tick: Tick) -> StageRecord:
+def _run(stage: CheckStage, bench: Bench, keeper: Keeper, tick: Progress) -> StageRecord:
     """One stage: taken up from an earlier run, skipped, or measured now and kept."""
     from melens.checking.stages import MAKERS
 

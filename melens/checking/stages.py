@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from melens.checking.bench import Bench
-from melens.checking.budgets import Tick
 from melens.checking.losses import cache_norms, dose_losses, edit_losses, eviction_losses
 from melens.errors import WeightsError
 from melens.isolating import isolate, super_weights
@@ -17,19 +16,19 @@ from melens.published import known, known_by
 from melens.quantising import Protect, quantise
 from melens.results import Sinks, SuperWeights
 from melens.results.base import Result
-from melens.settings import Run
+from melens.settings import Progress, Run
 
 MOST_LAYERS, MOST_HEADS = 3, 4
 """Of the attention view: it is a picture, and its page has to stay small."""
-MAKERS: dict[str, Callable[[Bench, Tick], Result]] = {}
+MAKERS: dict[str, Callable[[Bench, Progress], Result]] = {}
 
 
-def _makes(stage: str) -> Callable[[Callable[[Bench, Tick], Result]], None]:
+def _makes(stage: str) -> Callable[[Callable[[Bench, Progress], Result]], None]:
     return lambda make: MAKERS.update({stage: make})
 
 
 @_makes("locate")
-def _locate(bench: Bench, tick: Tick) -> Result:
+def _locate(bench: Bench, tick: Progress) -> Result:
     found = locate_in(bench.inputs, progress=tick)
     if not any(row.max for row in found.profile):
         raise WeightsError("every activation is 0: these weights are zero, or damaged.")
@@ -37,50 +36,50 @@ def _locate(bench: Bench, tick: Tick) -> Result:
 
 
 @_makes("known")
-def _known(bench: Bench, tick: Tick) -> Result:
+def _known(bench: Bench, tick: Progress) -> Result:
     names = (bench.located.run.model, *origin_of(bench.model).also)
     width = bench.model.cfg.d_model
     return known_by(names, lambda name: known(name, bench.located, d_model=width))
 
 
 @_makes("describe")
-def _describe(bench: Bench, tick: Tick) -> Result:
+def _describe(bench: Bench, tick: Progress) -> Result:
     return describe(bench.inputs, bench.located, progress=tick)
 
 
 @_makes("collapse")
-def _collapse(bench: Bench, tick: Tick) -> Result:
+def _collapse(bench: Bench, tick: Progress) -> Result:
     return collapse(bench.inputs, bench.located, progress=tick)
 
 
 @_makes("sinks")
-def _sinks(bench: Bench, tick: Tick) -> Result:
+def _sinks(bench: Bench, tick: Progress) -> Result:
     return sinks(bench.inputs, bench.located, progress=tick)
 
 
 @_makes("cache_norms")
-def _cache_norms(bench: Bench, tick: Tick) -> Result:
+def _cache_norms(bench: Bench, tick: Progress) -> Result:
     return cache_norms(bench.inputs, bench.located, progress=tick)
 
 
 @_makes("attention")
-def _attention(bench: Bench, tick: Tick) -> Result:
+def _attention(bench: Bench, tick: Progress) -> Result:
     layers, heads = telling_heads(bench)
     return attention(bench.first, bench.located, layers=layers, heads=heads)
 
 
 @_makes("isolate")
-def _isolate(bench: Bench, tick: Tick) -> Result:
+def _isolate(bench: Bench, tick: Progress) -> Result:
     return isolate(bench.short, bench.located, run=Run(progress=tick))
 
 
 @_makes("super_weights")
-def _super_weights(bench: Bench, tick: Tick) -> Result:
+def _super_weights(bench: Bench, tick: Progress) -> Result:
     return super_weights(bench.short, me_layer=bench.located, progress=tick)
 
 
 @_makes("quantise")
-def _quantise(bench: Bench, tick: Tick) -> Result:
+def _quantise(bench: Bench, tick: Progress) -> Result:
     """The policy's schemes; what random ones would buy takes more texts than a check has."""
     found = bench.results.get("super_weights")
     weights = found if isinstance(found, SuperWeights) else None
@@ -92,17 +91,17 @@ def _quantise(bench: Bench, tick: Tick) -> Result:
 
 
 @_makes("edits")
-def _edits(bench: Bench, tick: Tick) -> Result:
+def _edits(bench: Bench, tick: Progress) -> Result:
     return edit_losses(bench, tick)
 
 
 @_makes("eviction")
-def _eviction(bench: Bench, tick: Tick) -> Result:
+def _eviction(bench: Bench, tick: Progress) -> Result:
     return eviction_losses(bench, tick)
 
 
 @_makes("dose")
-def _dose(bench: Bench, tick: Tick) -> Result:
+def _dose(bench: Bench, tick: Progress) -> Result:
     return dose_losses(bench, tick)
 
 

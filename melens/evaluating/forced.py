@@ -47,7 +47,7 @@ class Forced:
 
     @classmethod
     def scored_from(cls, start: int, name: str, ids: Sequence[int], about: JsonObject) -> Forced:
-        """An item whose tokens from index ``start`` on are to be foreseen."""
+        """An item whose tokens from index ``start`` on are scored."""
         return cls(name, tuple(ids), tuple(at >= start for at in range(len(ids))), about)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from melens.batches import Batch, behind_prefix, padded_batches
+from melens.batches import Batch, padded_batches, with_prefix
 from melens.capture import evaluating
 from melens.errors import InterventionError
 from melens.exporting.subject import transformers_of
@@ -40,12 +40,12 @@ class _Texts:
     tried: int = 0
 
     def batches(self, tokens: Sequence[int]) -> list[Batch]:
-        """The texts behind a prefix, or as they are."""
-        rows = behind_prefix(self.rows, tokens, stands=self.stands) if tokens else self.rows
+        """The texts after a prefix, or as they are."""
+        rows = with_prefix(self.rows, tokens, replaces_first=self.stands) if tokens else self.rows
         return padded_batches(rows, self.batch_size)
 
     def massive(self, tokens: Sequence[int]) -> int:
-        """How many of the texts' own tokens are massive behind a prefix."""
+        """How many of the texts' own tokens are massive after a prefix."""
         self.tried += 1
         own = len(tokens) if tokens else int(self.stands)
         marks = massive_tokens(self.model, self.me_layer, self.batches(tokens))

@@ -40,7 +40,7 @@ DEPTH_LABEL = "share of the blocks passed (block outputs)"
 
 
 @dataclass(frozen=True)
-class ByLayer(Generic[R]):
+class LayerCurve(Generic[R]):
     """What a kind of result shows of a model, layer by layer."""
 
     label: Callable[[R], str]
@@ -52,29 +52,29 @@ class ByLayer(Generic[R]):
     log: bool = False
 
 
-COMPARED: dict[type[Result], ByLayer[Any]] = {
-    MELayer: ByLayer[MELayer](
+COMPARED: dict[type[Result], LayerCurve[Any]] = {
+    MELayer: LayerCurve[MELayer](
         lambda _: "largest |x| (residual units)", lambda r: [row.max for row in r.profile], log=True
     ),
-    TokenPortrait: ByLayer[TokenPortrait](
+    TokenPortrait: LayerCurve[TokenPortrait](
         lambda _: "token's energy in its top coordinate",
         lambda r: r.energy_layers["1"] if r.energy_layers else [],
     ),
-    Collapse: ByLayer[Collapse](
+    Collapse: LayerCurve[Collapse](
         lambda _: "effective rank of keys, heads averaged",
         lambda r: r.curve("k")[0],
         lambda r: r.curve("k")[1] if r.sequences_massive else [],
     ),
-    Sinks: ByLayer[Sinks](
+    Sinks: LayerCurve[Sinks](
         lambda r: f"sink rate of the first token (eps {r.shown_eps})",
         lambda r: r.sink_rate[r.shown_eps],
     ),
-    WeightScan: ByLayer[WeightScan](
+    WeightScan: LayerCurve[WeightScan](
         lambda _: "ceiling of the highest neuron (residual units)",
         lambda r: [row.ceiling for row in r.profile],
         log=True,
     ),
-    MetricProfile: ByLayer[MetricProfile](
+    MetricProfile: LayerCurve[MetricProfile](
         lambda r: f"{r.metric} ({r.unit}), mean of sequences",
         lambda r: [row.mean for row in r.profile],
         marked=lambda _: None,

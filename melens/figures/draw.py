@@ -186,7 +186,7 @@ def chosen(result: Result, style: str | None) -> Drawer:
 
 
 def layer_axis(axes: Axes, label: str = LAYER_LABEL) -> None:
-    """Layers along x, at whole numbers."""
+    """Label the x axis as layers, with ticks at whole numbers."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 

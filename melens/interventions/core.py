@@ -6,7 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import SupportsFloat, SupportsIndex, TypeVar
 
@@ -465,7 +465,8 @@ def check_number(name: str, value: object, *, low: float = -math.inf) -> float:
     """Refuse what is no number, or one below ``low``; infinity is one."""
     number = math.nan
     if isinstance(value, SupportsFloat) and not isinstance(value, (bool, str)):
-        number = float(value)
+        with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            number = float(value)
     if not number >= low:
         floor = f" of at least {low:g}" if low > -math.inf else ""
         raise InterventionError(f"{name} must be a number{floor}, got {brief(value, 40)}.")

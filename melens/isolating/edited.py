@@ -34,11 +34,12 @@ from melens.isolating.runs import (
     named,
     shuffle,
 )
-from melens.measuring.located import Located, Progress
+from melens.measuring.located import Located
 from melens.models.anatomy import anatomy
 from melens.protocols import JsonObject
 from melens.results import MELayer
 from melens.results.isolate import Controls, Direction, EditedLayer, Gains, LayerControl, NormEdit
+from melens.settings import Progress
 
 MOST_SHARE = 0.9
 """The FFN edit ablates the fewest neurons that make this share of the write."""
@@ -53,7 +54,7 @@ class LocatedSubject:
     kind: str
     """Which FFN edit."""
     finished: Finished
-    progress: Progress
+    progress: Progress | None
     missing: list[str] = field(default_factory=list)
     """What could not be measured, and why."""
     without: list[int] = field(default_factory=list)

@@ -20,7 +20,7 @@ from melens.isolating.weight_damage import (
     stand_ins,
     value_of,
 )
-from melens.measuring.located import Progress, check_same_model
+from melens.measuring.located import check_same_model
 from melens.protocols import ModelLike
 from melens.results.locate import MELayer
 from melens.results.reading import HoldsMELayer, located_in
@@ -33,7 +33,7 @@ from melens.results.super_weights import (
     SuperWeights,
     Thresholds,
 )
-from melens.settings import require_seed
+from melens.settings import Progress, require_seed
 
 AGAINST_LAYERS = 3.0
 """A spike stands out among the layers, which is what the published plots show. On SmolLM2-135M the
@@ -68,7 +68,7 @@ def super_weights(
     me_layer: HoldsMELayer | None = None,
     search: Search = SEARCH,
     batch_size: int = 4,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> SuperWeights:
     """Find single weights that make an activation spike, and measure the damage of removing each.
 
@@ -158,7 +158,7 @@ def check_search(search: Search) -> None:
 class _Ticks:
     """Counts rows over all passes, for one progress callback."""
 
-    def __init__(self, rows: int, progress: Progress) -> None:
+    def __init__(self, rows: int, progress: Progress | None) -> None:
         self.rows, self.progress = rows, progress
         self.done = self.total = 0
 

@@ -14,7 +14,7 @@ from melens.batches import Batch
 from melens.capture import Reducer
 from melens.errors import CaptureError, ModelError, PromptError
 from melens.inputs import Inputs, Source, prepare
-from melens.measuring.located import Located, Progress, run_once, settle
+from melens.measuring.located import Located, run_once, settle
 from melens.metrics import uniform_alpha
 from melens.metrics.attention import attention_entropy, key_attention
 from melens.models.anatomy import anatomy, pattern_hook
@@ -22,6 +22,7 @@ from melens.protocols import HookedModel, ModelLike
 from melens.results import Sinks
 from melens.results.reading import HoldsMELayer
 from melens.results.sinks import SINK_EPS, USUAL_EPS, HeadSink, KeySink, Span, TokenSink
+from melens.settings import Progress
 
 EPSILONS = (0.2, 0.3, 0.5)
 Token = tuple[bool, int]
@@ -198,7 +199,7 @@ def sinks(
     *,
     t: int = T_PAPER,
     batch_size: int = 4,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> Sinks:
     """Attention sinks per layer, head and key position, by Gu et al.'s Sink_k^eps.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,7 @@ from melens.locating.thresholds import last_body_layer
 from melens.models.anatomy import resid_post
 from melens.results import MELayer
 from melens.results.reading import HoldsMELayer, located_in
-from melens.settings import require_seed
-
-Progress = Callable[[int, int], None] | None
+from melens.settings import Progress, require_seed
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,11 @@ class Located:
 
 
 def settle(
-    inputs: Inputs, me_layer: HoldsMELayer | None, *, seed: int = 0, progress: Progress = None
+    inputs: Inputs,
+    me_layer: HoldsMELayer | None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Located:
     """Locate if that was not done, and mark the massive tokens of the texts, in any dimension.
 
@@ -127,7 +129,7 @@ def _run_and_mark(inputs: Inputs, n_layers: int, dim: int | None) -> list[Tensor
     return marks
 
 
-def run_once(inputs: Inputs, *plans: Mapping[str, Reducer], progress: Progress) -> None:
+def run_once(inputs: Inputs, *plans: Mapping[str, Reducer], progress: Progress | None) -> None:
     """One pass over the inputs that feeds the taps of every plan; their hooks must differ."""
     taps = {hook: reducer for plan in plans for hook, reducer in plan.items()}
     stream(inputs.model, inputs.batches, taps, progress=inputs.ticker(progress))

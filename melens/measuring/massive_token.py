@@ -17,7 +17,7 @@ from melens.measuring.first_tokens import (
     conditions,
     first_token_row,
 )
-from melens.measuring.located import Located, Progress, settle
+from melens.measuring.located import Located, settle
 from melens.metrics import top1_share
 from melens.models.anatomy import anatomy
 from melens.protocols import JsonObject, ModelLike
@@ -34,6 +34,7 @@ from melens.results.describe import (
 )
 from melens.results.locate import MassiveToken
 from melens.results.reading import HoldsMELayer
+from melens.settings import Progress
 
 CHUNK_BYTES = 2**28
 """Activations of at most this size are held at a time while inputs are compared."""
@@ -140,7 +141,7 @@ def describe(
     *,
     first_tokens: int = FIRST_TOKENS,
     seed: int = 0,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> TokenPortrait:
     """Describe the massive token: dimensions, energy, steps, rigidity, and what sets it off.
 
@@ -173,7 +174,7 @@ def portray(
     *,
     first_tokens: int,
     seed: int,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> TokenPortrait:
     """:func:`describe` over inputs that were taken in already."""
     found = located.me_layer

@@ -9,11 +9,11 @@ from torch import Tensor
 from melens.batches import Batch
 from melens.capture import stream
 from melens.inputs import Source, prepare
-from melens.measuring.located import Progress
 from melens.metrics import METRICS, Metric
 from melens.models.anatomy import resid_post
 from melens.protocols import ModelLike
 from melens.results.metric import MetricProfile, MetricRow
+from melens.settings import Progress
 
 
 @dataclass
@@ -39,7 +39,7 @@ def metric_by_layer(
     prompts: Source = None,
     *,
     batch_size: int = 4,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> MetricProfile:
     """A registered metric of every layer's output, one number a sequence; one forward pass.
 

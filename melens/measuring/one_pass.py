@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 from melens.inputs import Source, prepare
 from melens.measuring.attention_sinks import T_PAPER, SinkPlan, check_attention, check_t
-from melens.measuring.located import Progress, run_once, settle
+from melens.measuring.located import run_once, settle
 from melens.measuring.massive_token import FIRST_TOKENS, portray
 from melens.measuring.rank_collapse import RankPlan
 from melens.models.attention import attention_sites
 from melens.protocols import ModelLike
 from melens.results import Collapse, Sinks, TokenPortrait
 from melens.results.reading import HoldsMELayer
+from melens.settings import Progress
 
 
 class Measurements(NamedTuple):
@@ -30,7 +31,7 @@ def measure_all(
     *,
     t: int = T_PAPER,
     batch_size: int = 4,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> Measurements:
     """:func:`describe`, :func:`collapse` and :func:`sinks` in one forward pass over the texts.
 

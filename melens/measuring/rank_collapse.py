@@ -17,13 +17,14 @@ from melens.batches import Batch
 from melens.capture import Reducer
 from melens.errors import CaptureError, ModelError
 from melens.inputs import Inputs, Source, prepare
-from melens.measuring.located import Located, Progress, run_once, settle
+from melens.measuring.located import Located, run_once, settle
 from melens.metrics.spectrum import SPECTRAL
 from melens.models.attention import AttentionSites, HeadView, attention_sites
 from melens.protocols import ModelLike
 from melens.results import Collapse
 from melens.results.collapse import CollapseRow
 from melens.results.reading import HoldsMELayer
+from melens.settings import Progress
 
 FLUSH_BYTES = 2**25
 """Matrices that wait are solved before they would pass this; one batch of a site may be more."""
@@ -251,7 +252,7 @@ def collapse(
     prompts: Source = None,
     *,
     batch_size: int = 4,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> Collapse:
     """Effective rank and its relatives at every layer, site and head.
 

@@ -15,7 +15,7 @@ from melens.inputs import Inputs, Source, prepare
 from melens.locating.trajectory import Path, trace
 from melens.measuring.attention_sinks import LEAST_QUERIES
 from melens.measuring.gates import GateSums, gates
-from melens.measuring.located import Progress, run_once, settle
+from melens.measuring.located import run_once, settle
 from melens.measuring.states import STEPS, Followed, follow
 from melens.metrics import key_attention, write_shares
 from melens.metrics.hybrid import (
@@ -29,6 +29,7 @@ from melens.models.contract import failing
 from melens.protocols import HookedModel, ModelLike
 from melens.results.mixers import FULL, Gate, MixerRow, Mixers, Rhythm, State, StateWrite
 from melens.results.reading import HoldsMELayer
+from melens.settings import Progress
 
 WORDS = {
     "sliding_attention": "window attention",
@@ -60,7 +61,7 @@ def mixers(
     *,
     seed: int = 0,
     batch_size: int = 4,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> Mixers:
     """Follow the sink token through full attention, window, linear attention and state space.
 
@@ -235,7 +236,7 @@ def _see(
     blocks: Sequence[Block],
     kinds: Sequence[tuple[str, ...]],
     heavy: Sequence[Tensor],
-    progress: Progress,
+    progress: Progress | None,
 ) -> _Seen:
     """One pass: the sink token of every text, and every token's size at every layer."""
     keys = {b.layer: KeyMeans() for b in blocks if b.attention and FULL in kinds[b.layer]}

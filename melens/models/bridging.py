@@ -31,7 +31,6 @@ PARALLEL = ("DataParallel", "DistributedDataParallel")
 
 def transformers_of(model: AnyModel) -> TransformersModel:
     """The transformers module inside a bridge; a plain model is itself."""
-    # a bridge keeps it; else it is one
     return cast("TransformersModel", getattr(model, "original_model", model))
 
 

@@ -41,7 +41,7 @@ def family_name(name: str) -> str:
     """The architecture that is meant: a class, the beginning of its name, or a model folder.
 
     Raises:  ModelNotFoundError: it is not in the table; with those that are named alike.
-             ModelError: a folder's config.json is no JSON object.
+             ModelError: a folder's config.json is not a JSON object.
     """
     known = {key.lower(): key for key in families()}
     if (Path(name) / "config.json").is_file():

@@ -33,7 +33,7 @@ class Readout:
     def __init__(self, run: Resumable, *, stop: int, columns: Tensor) -> None:
         self.run, self.stop = run, stop
         self.last_column = int(columns.max())
-        """No position behind it matters, so a patch there is not run."""
+        """No position after it matters, so a patch there is not run."""
         self.columns = columns
 
     def begin(self, start: int) -> None:
@@ -254,5 +254,5 @@ def first_columns(run: Resumable) -> Tensor:
 
 
 def last_column(run: Resumable) -> Tensor:
-    """The batch's last column for every row: no position is behind it."""
+    """The batch's last column for every row: no position is after it."""
     return torch.full_like(run.batch.ids[:, 0], run.batch.ids.shape[1] - 1)

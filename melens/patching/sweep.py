@@ -16,7 +16,7 @@ from melens.batches import prompts as make_prompts
 from melens.capture import evaluating
 from melens.errors import MetricError, ModelError, PromptError, ResultError
 from melens.inputs import Inputs, Source
-from melens.measuring.located import Progress, check_same_model
+from melens.measuring.located import check_same_model
 from melens.patching.choices import Sweep, cells_of, columns_of
 from melens.patching.metrics import Own, PatchMetric, metric_of
 from melens.patching.readouts import Readout
@@ -38,6 +38,7 @@ from melens.patching.waves import (
 from melens.protocols import JsonObject, ModelLike
 from melens.results.patch import Axis, Nested, PatchGrid
 from melens.resume import Resumable
+from melens.settings import Progress
 from melens.store import (
     ROWS,
     Heading,
@@ -200,7 +201,7 @@ def patch(
     clean: Source,
     corrupted: Source = None,
     *,
-    progress: Progress = None,
+    progress: Progress | None = None,
     checkpoint: Path | str | None = None,
     **sweep: Any,
 ) -> PatchGrid:
@@ -330,7 +331,7 @@ class _Prepared:
         return written(values, self.run.resid_pre)
 
 
-def _run_all(prepared: _Prepared, cells: Cells, progress: Progress) -> None:
+def _run_all(prepared: _Prepared, cells: Cells, progress: Progress | None) -> None:
     """Run what is not done; half the tokens at once whenever memory runs out."""
     left = [cell for cell in prepared.cells if cell.key not in cells.done]
     idle = {

@@ -107,7 +107,7 @@ class PatchCell:
 
 
 def changes(cell: PatchCell, readout: Readout, *, differs_from: int) -> bool:
-    """Whether the metric can feel the patch: not behind its positions or layers, and not where
+    """Whether the metric can feel the patch: not after its positions or layers, and not where
     both runs are one because no token before ``differs_from`` differs.
     """  # noqa: D205
     felt = cell.start <= readout.last_column and cell.place.layer < readout.stop

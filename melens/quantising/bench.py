@@ -94,7 +94,7 @@ class SchemeBench:
     texts: MarkedTexts
     prefix: TextPrefix | None = None
     prefixed: MarkedTexts | None = None
-    """The same texts behind the prefix."""
+    """The same texts after the prefix."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Schemes and protections that are not tried, with the reason."""
     choices: Choices = field(default_factory=lambda: Choices(None, None, ()))

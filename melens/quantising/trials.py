@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from melens.batches import Batch, behind_prefix, padded_batches
+from melens.batches import Batch, padded_batches, with_prefix
 from melens.errors import SiteError
 from melens.inputs import Inputs
 from melens.intervals import random_order
@@ -84,7 +84,7 @@ class MarkedTexts:
         Args:    located: None = nothing is massive.
         """
         if prefix is not None:
-            rows = behind_prefix(rows, prefix.token_ids, stands=prefix.starts_texts)
+            rows = with_prefix(rows, prefix.token_ids, replaces_first=prefix.starts_texts)
         batches = padded_batches(rows, batch_size)
         if located is None:
             marks = [torch.zeros_like(batch.mask) for batch in batches]

@@ -56,8 +56,8 @@ class EditedIn(Part):
 
 
 RESOLUTION = 1e-5
-"""Of the base value: what differs by less is rounding. A mask that meets next to nothing still
-changes how float32 rounds, which is no chance that more items would average out."""
+"""Of the base value: smaller differences are rounding. A mask that edits almost nothing still
+changes how float32 rounds, and more items do not remove that."""
 
 
 class ConditionScore(Score):

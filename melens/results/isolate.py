@@ -7,14 +7,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from melens.formatting import within
+from melens.formatting import Interval, within
 from melens.protocols import JsonObject
 from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later
 
-Interval = tuple[float, float] | None
-"""95 %, bootstrapped over sequences, for coordinates over distinct inputs up to the massive token;
-None where all observations are the same one."""
+# Intervals are 95 %, bootstrapped over sequences, those of coordinates over distinct inputs up to
+# the massive token; None where all observations are the same one.
 ADDS_UP = 1e-6
 
 
@@ -25,15 +24,15 @@ class Cell(Part):
     """Massive coordinate at the peak, mean over distinct inputs up to the massive token."""
     left: float
     """Share of the unedited coordinate."""
-    left_interval: Interval
+    left_interval: Interval | None
     sink_rate: float
     """Share of (sequence, layer after the ME Layer, head) with alpha > 0.3 on that token."""
-    sink_interval: Interval
+    sink_interval: Interval | None
     loss: float
     """Next-token loss in nats a token, mean over sequences."""
     loss_delta: float
     """Against the unedited run, paired."""
-    loss_interval: Interval
+    loss_interval: Interval | None
     """Of ``loss_delta``."""
 
 
@@ -42,14 +41,14 @@ class Interaction(Part):
 
     coordinate: float
     """On the additive scale, in residual units: misleading where the FFN multiplies."""
-    coordinate_interval: Interval
+    coordinate_interval: Interval | None
     log_coordinate: float | None
     """The same of ln |c|: 0 where the edits multiply; None where a coordinate is 0."""
-    log_interval: Interval
+    log_interval: Interval | None
     sink_rate: float
-    sink_interval: Interval
+    sink_interval: Interval | None
     loss: float
-    loss_interval: Interval
+    loss_interval: Interval | None
 
 
 class Factorial(Part):

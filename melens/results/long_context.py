@@ -44,7 +44,7 @@ class LengthCell(Part):
     length: int
     """Tokens, question and answer included."""
     depth: float
-    """0 = before the text, 1 = behind it."""
+    """0 = before the text, 1 = after it."""
     n: int
     found: int
     """Items whose answer is exact."""

@@ -14,7 +14,7 @@ from melens.results.base import ByLayer, Part, Result, added_later
 SINK_EPS = 0.3
 """A head has a sink on a key that draws at least this much attention on average (Gu et al.)."""
 USUAL_EPS = str(SINK_EPS)
-"""The same as results name it."""
+"""SINK_EPS as the key in results."""
 SINK_RATE = 0.3
 """A layer is said to have sinks from this share of its (text, head) on; a definition of melens."""
 

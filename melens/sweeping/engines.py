@@ -298,7 +298,8 @@ class OnSlurm:
 
     def run(self, works: Sequence[Work]) -> None:
         """Run it; a job that was lost is submitted again, with what is open of its cells."""
-        waiting, running, lost = list(works), dict[Job[None], Work](), dict[int, int]()
+        waiting, lost = list(works), dict[int, int]()
+        running: dict[Job[None], Work] = {}
         try:
             while waiting or running:
                 room = len(waiting) if self.how.cluster == "slurm" else self._room(running)

@@ -134,7 +134,7 @@ def _seconds(
 
 
 def _width(cell: SweepCell) -> int:
-    """Bytes of a weight; as many as of float32 where the files say which it is."""
+    """Bytes of a weight; 4 where the dtype is only known from the files."""
     from melens.models.loading import DTYPES
 
     dtype = getattr(cell.params().get("dtype"), "value", "float32")

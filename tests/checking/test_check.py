@@ -24,7 +24,7 @@ from planted_faults import (
     sharpen,
     tokenizer_for,
 )
-from processes import forked
+from processes import ended, forked
 
 from melens import store
 from melens.batches import Batch, prompts
@@ -658,9 +658,7 @@ def test_a_killed_process_loses_only_its_stage(saved, whole, tmp_path):
     report, texts = whole
     stage = "sinks"
     folder = tmp_path / "killed"
-    process = forked(_killed_in, stage, saved, texts, folder)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert ended(forked(_killed_in, stage, saved, texts, folder)) == [-signal.SIGKILL]
     kept = sorted(path.stem for path in (folder / "stages").glob("*.key"))
     quick = [name for name in STAGES if STAGES[name].budget == "quick"]
     assert kept == sorted(quick[: quick.index(stage)])

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from processes import forked, fresh
+from processes import ended, forked, fresh
 from safetensors.torch import load_file
 
 import melens
@@ -341,9 +341,7 @@ def test_two_processes_with_half_the_batch_are_one(folder, rows, tmp_path):
     call, port = ((folder, rows), few | {"batch_size": 2}), str(20_000 + os.getpid() % 20_000)
     where = tmp_path / "two"
     processes = [forked(_one_of_two, rank, port, where, call) for rank in "01"]
-    for process in processes:
-        process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert ended(*processes) == [0, 0]
     melens.finetune(folder, rows, out=tmp_path / "one", **few)
     losses = [[row.loss for row in losses_in(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -441,7 +441,7 @@ def test_smollm2(smol):
     by_place = {weight.at: weight for weight in found.super_weights}
     assert set(by_place) >= {(11, 507, 1229), (11, 507, 1487), (28, 507, 678), (9, 507, 200)}
     first = {weight.at[:2] for weight in found.super_weights if weight.found_in == 1}
-    assert first >= {(2, 507), (9, 507), (11, 507), (28, 507)}
+    assert first == {(1, 507), (2, 507), (9, 507), (11, 507), (28, 507)}
     main = by_place[11, 507, 1229]
     assert (main.position, main.found_in) == (0, 1)
     assert main.value == pytest.approx(5.876, abs=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from melens.models import anatomy, contract, load
 
 
 def seeds_of(kind, family):
-    """Two of four seeds, others in each family and for each kind."""
+    """Two of four seeds, others in each family and for each kind; all with MELENS_ALL_PLANTED=1."""
+    if os.environ.get("MELENS_ALL_PLANTED"):
+        return tuple(range(4))
     first = KINDS.index(kind) + FAMILIES.index(family)
     return first % 4, (first + 2) % 4
 

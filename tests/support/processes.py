@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ LIBRARIES = [
     "transformers.models.gpt2.modeling_gpt2",
     "transformer_lens.model_bridge",
 ]
+LIMIT = 120.0
 
 
 class Done(NamedTuple):
@@ -27,9 +29,21 @@ class Done(NamedTuple):
 
 def forked(call, *args):
     """A running fork of this process, which has everything that is imported here."""
-    process = multiprocessing.get_context("fork").Process(target=_alone, args=(call, args))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_alone, args=(call, args), daemon=True)
     process.start()
     return process
+
+
+def ended(*processes):
+    """Exit codes; those that have not ended in two minutes are killed."""
+    until = time.monotonic() + LIMIT
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
 
 
 def _alone(call, args):
@@ -44,15 +58,18 @@ def fresh(code, *args):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     with tempfile.TemporaryDirectory() as folder:
-        process = context.Process(target=_run, args=(code, list(map(str, args)), folder))
+        given = code, list(map(str, args)), dict(os.environ), folder
+        process = context.Process(target=_run, args=given, daemon=True)
         process.start()
-        process.join()
+        (exit_code,) = ended(process)
         written = [(Path(folder) / name).read_text("utf-8") for name in ("1", "2")]
-    return Done(process.exitcode, *written)
+    return Done(exit_code, *written)
 
 
-def _run(code, args, folder):
+def _run(code, args, environment, folder):
     assert "melens" not in sys.modules
+    os.environ.clear()  # it is the one of the first call
+    os.environ.update(environment)
     for number in (1, 2):
         os.dup2(os.open(Path(folder) / str(number), os.O_WRONLY | os.O_CREAT), number)
     sys.argv = ["-c", *args]

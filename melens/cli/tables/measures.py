@@ -106,7 +106,7 @@ def _described_row(result: TokenPortrait, row: JsonObject) -> JsonObject:
 
 
 def _energies(result: TokenPortrait) -> str:
-    assert result.energy is not None  # nor is the next where a token is massive
+    assert result.energy is not None  # a massive token has both
     assert result.energy_direction is not None
     shares = ", ".join(f"{100 * share:.1f} % in {top}" for top, share in result.energy.items())
     return (
