@@ -17,8 +17,8 @@ from checked_shapes import CHECKED
 SRC = Path(__file__).parent.parent / "melens"
 SAVED = repr(str(SRC.parent / "docs" / "results" / "smollm2-135m.locate.json"))
 ROWS = [
-    {"formatting", "intervals", "protocols"},
-    {"errors", "shapes", "provenance", "network", "progress", "chat_child"},
+    {"formatting", "protocols"},
+    {"errors", "intervals", "shapes", "provenance", "network", "progress", "chat_child"},
     {"registry", "settings", "store", "framing", "token_ids", "placement"},
     {"chat"},
     {"metrics", "results", "batches"},
