@@ -1,5 +1,5 @@
 # make demo   environment, embedded weights, the main job on them, figures in runs/demo/
-# make test   environment with the test tools, embedded weights, the suite (WORKERS=2 processes)
+# make test   environment with the test tools, the suite on tiny models (WORKERS=2 processes)
 # On a machine with a GPU: make demo TORCH=any (your own torch build, no CPU pin).
 
 PYTHON ?= python3
@@ -47,7 +47,7 @@ SHAPES := tests/test_metrics.py \
   'tests/evaluating/test_evaluation.py::test_a_resumed_run_is_a_whole_run_under_the_edit[llama]' \
   tests/exporting/test_sidecar.py::test_the_mask_equals_melens_on_held_out_texts_at_every_layer_it_tells
 
-.PHONY: demo test test-shapes test-families test-gemma test-browser test-hooked test-engines test-interop notebooks examples docs check all clean
+.PHONY: demo test test-weights test-shapes test-families test-gemma test-browser test-hooked test-engines test-interop notebooks examples docs check all clean
 
 demo: $(VENV)/.run
 	$(BIN)/melens locate smollm2-135m --out runs/demo
@@ -56,8 +56,12 @@ demo: $(VENV)/.run
 	$(BIN)/melens sinks smollm2-135m --located runs/demo/locate.json --out runs/demo
 
 test: $(VENV)/.test
-	$(BIN)/melens models get smollm2-135m
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30
+
+# The same on SmolLM2-135M: reference values, and what only real weights show.
+test-weights: $(VENV)/.test
+	$(BIN)/melens models get smollm2-135m
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m weights --durations=10
 
 # Shapes of tensors (jaxtyping, beartype), in tests that reach every function which has them.
 test-shapes: $(VENV)/.test
@@ -109,7 +113,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-all: check test test-shapes test-engines notebooks examples docs test-browser test-hooked demo
+all: check test test-weights test-shapes test-engines notebooks examples docs test-browser test-hooked demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
