@@ -4,7 +4,7 @@
 
 A notebook is its source in percent format (notebooks/NAME.py) run from top to bottom. Kept are
 pictures, tables and plain text; pages that carry a program of their own (circuitsvis) stay out, and
-so does what is said on stderr.
+so do progress bars and what is said on stderr.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nbformat import NotebookNode
 from melens.progress import tell
 from melens.store import write_atomically
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 MOST_HTML = 400_000
 """Characters of an output's HTML that are kept: a figure and a table, not a page with a program."""
@@ -52,12 +53,17 @@ def trimmed(book: NotebookNode) -> NotebookNode:
         cell["metadata"] = {}
         if cell.cell_type != "code":
             continue
-        cell["outputs"] = [out for out in cell.outputs if out.get("name") != "stderr"]
+        cell["outputs"] = [out for out in cell.outputs if not _passes(out)]
         for output in cell.outputs:
             data = output.get("data", {})
             if len(data.get("text/html", "")) > MOST_HTML:
                 del data["text/html"]
     return book
+
+
+def _passes(output: NotebookNode) -> bool:
+    """Whether an output is of the moment: stderr, or a bar where ipywidgets is installed."""
+    return output.get("name") == "stderr" or WIDGET in output.get("data", {})
 
 
 def main() -> None:
