@@ -37,3 +37,11 @@ def test_lists_and_names_of_files_are_taken():
     assert Compare(rates=[0.1], seeds=range(2)).seeds == (0, 1)
     assert Run(keep="rows.jsonl").keep == Path("rows.jsonl")
     assert setting_of(None, Items, "items") == Items()
+
+
+def test_an_order_is_a_permutation_that_the_seed_alone_decides():
+    from melens.intervals import random_order
+
+    one, again, other = (random_order(50, seed=seed).tolist() for seed in (1, 1, 2))
+    assert sorted(one) == list(range(50))
+    assert one == again != other

@@ -203,6 +203,7 @@ def test_settings_are_refused_before_any_pass(tiny):
         (transplant(tiny, 1, donor=None), "donor must be"),
         (qk_orthogonalise(tiny, 1, of=("v",)), "shows no v"),
         (norm_flatten(tiny, 1, alpha=float("nan")), "must be a number"),
+        (norm_flatten(tiny, 1, alpha=-(10**400)), "must be a number"),
         (norm_flatten(tiny, 1, norm="ln2_post"), "no norm 'ln2_post'"),
     ]
     for context, text in cases:

@@ -91,6 +91,8 @@ def test_the_json_has_what_it_promises(results):
     assert all(len(curve) == n for curve in found["sink_rate"].values())
     assert len(found["attention_to_token"]) == n
     assert "onset_layer" in found
+    rates = {"overall": {"0.2": 0.5, "0.3": 0.25, "0.5": 0.0}}
+    assert results["massive"]["sinks"].model_copy(update=rates).usual_rate == 0.25
     assert {"layer", "head", "alpha"} <= set(found["heads"][0])
 
 

@@ -298,7 +298,11 @@ def test_loss_kl_and_a_function_of_logits_equal_plain_runs(kind, tiny):
     def spread(logits):
         return logits[:, 2:5].std(dim=(1, 2))  # real tokens, whatever the side of padding
 
+    def at_the_end(logits):
+        return logits[ends].std(dim=-1)  # a patch of the last position is felt
+
     plain = {
+        at_the_end: lambda logits, _: at_the_end(logits).mean().item(),
         "loss": _mean_loss,
         "kl": divergence,
         spread: lambda logits, _: spread(logits).mean().item(),
