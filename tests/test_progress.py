@@ -156,3 +156,14 @@ def test_where_no_bar_can_be_drawn_the_stages_are_lines(monkeypatch, setting):
         tick(0, 1000, "locate")
         tick(500, 1000, "sinks")
     assert [line.split(":")[1] for line in screen.getvalue().splitlines()] == [" locate", " sinks"]
+
+
+def test_variables_are_after_the_block_what_they_were(monkeypatch):
+    from melens.progress import restored
+
+    monkeypatch.setenv("MELENS_THERE", "before")
+    monkeypatch.delenv("MELENS_NOT_THERE", raising=False)
+    with restored(["MELENS_THERE", "MELENS_NOT_THERE"]):
+        os.environ |= {"MELENS_THERE": "within", "MELENS_NOT_THERE": "within"}
+    assert os.environ["MELENS_THERE"] == "before"
+    assert "MELENS_NOT_THERE" not in os.environ

@@ -669,6 +669,13 @@ def test_a_killed_process_loses_only_its_stage(saved, whole, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
+def test_the_key_of_a_model_is_the_same_by_another_path(saved, tmp_path):
+    from melens.checking.keeping import config_of
+
+    shutil.copytree(saved, tmp_path / "moved")
+    assert config_of(load(saved)) == config_of(load(tmp_path / "moved"))
+
+
 def test_an_interruption_in_every_stage_ends_with_the_same_report(small, tmp_path):
     planted = plant("llama", "single", 1)
     texts, model = Batch.of(batch(planted, n=4, length=24)), model_of(planted)

@@ -23,6 +23,7 @@ from melens.locating.profile import Entry, LayerProfile, summarise
 from melens.locating.thresholds import last_body_layer
 from melens.locating.trajectory import Path
 from melens.metrics import METRICS
+from melens.metrics.magnitude import NORM_RATIO
 from melens.results import Criteria
 
 D = 8
@@ -271,3 +272,12 @@ def test_summary_of_a_sequence_by_hand():
     x[:, 5] = 0.1
     (hit,) = _summary(x, torch.arange(20, 30)).hits
     assert (hit.position, hit.token_id, hit.dim, hit.value) == (3, 23, 2, -400.0)
+
+
+def test_a_stage_begins_at_the_threshold_of_the_norm_and_not_below():
+    made = path([0, 0, 500, 0, 0, 0, 0, 0, 0, 0])
+    ratios = torch.ones(11, dtype=torch.float64)
+    ratios[3] = NORM_RATIO
+    assert spans(made, ratios) == [StageSpan(0, 2, None)]
+    ratios[3] = NORM_RATIO - 0.01
+    assert spans(made, ratios) == []
