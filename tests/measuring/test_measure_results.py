@@ -20,6 +20,7 @@ from melens.measuring import attention, measure_all
 from melens.models import load
 from melens.results import load_result
 from melens.results.base import all_kinds
+from melens.results.collapse import known_mean
 from melens.store import write_atomically
 
 
@@ -195,3 +196,8 @@ def test_sentences_say_the_definition_and_the_convention(results):
     assert "counted from 0" in results["massive"]["describe"].summary()
     assert "no massive token" in results["none"]["collapse"].summary()
     assert "no massive token to describe" in results["none"]["describe"].summary()
+
+
+def test_a_mean_is_of_the_values_that_are_there():
+    assert known_mean([1.0, None, 3.0]) == 2.0
+    assert known_mean([None]) is None
