@@ -348,6 +348,14 @@ def test_two_processes_with_half_the_batch_are_one(folder, rows, tmp_path):
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), within=1e-5)
 
 
+def test_two_half_batches_a_step_are_one_batch(folder, rows, tmp_path):
+    few = FEW | {"steps": 2, "mask": MASK}
+    melens.finetune(folder, rows, out=tmp_path / "one", **few)
+    halves = few | {"batch_size": 2, "accumulate": 2}
+    melens.finetune(folder, rows, out=tmp_path / "halves", **halves)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "halves"), within=1e-5)
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
