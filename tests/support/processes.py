@@ -67,10 +67,10 @@ def fresh(code, *args):
 
 
 def _run(code, args, environment, folder):
+    for number in (1, 2):  # first, so that whatever fails below is read by the caller
+        os.dup2(os.open(Path(folder) / str(number), os.O_WRONLY | os.O_CREAT), number)
     assert "melens" not in sys.modules
     os.environ.clear()  # it is the one of the first call
     os.environ.update(environment)
-    for number in (1, 2):
-        os.dup2(os.open(Path(folder) / str(number), os.O_WRONLY | os.O_CREAT), number)
     sys.argv = ["-c", *args]
     exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
