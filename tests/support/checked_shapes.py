@@ -35,6 +35,8 @@ PACKAGES = (
 )
 CHECKED = tuple(f"melens.{name}" for name in PACKAGES)
 """Where tensors are computed. Not capture, models and cli: their tensors pass through."""
+TOWER = beartype.BeartypeConf(is_pep484_tower=True)
+"""An int is a float, as it is for every type checker: ``alpha=2`` is a call like any other."""
 reached: set[str] = set()
 
 
@@ -54,7 +56,8 @@ def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The type checker that jaxtyping calls on every function: beartype, and a note of the name."""
-    checker, name = beartype.beartype(function), f"{function.__module__}.{function.__qualname__}"
+    checker = beartype.beartype(conf=TOWER)(function)
+    name = f"{function.__module__}.{function.__qualname__}"
 
     @wraps(checker)
     def noted(*args: Any, **kwargs: Any) -> Any:
