@@ -16,6 +16,7 @@ import typer
 from melens.cli import output
 from melens.cli.options import OutputOptions, RunOptions, TextOptions, has_edit
 from melens.cli.output import BUNDLED
+from melens.collector import rarely_collected
 from melens.errors import ModelError, ResultError
 from melens.progress import Display, progress_on
 from melens.protocols import HookedModel, Options
@@ -93,6 +94,7 @@ class Job:
         texts = self.texts
         return {"n": texts.n_seq, "length": texts.length, "bos": texts.bos, "chat": texts.chat}
 
+    @rarely_collected()  # here libraries are imported
     def load(self) -> tuple[HookedModel, Prompts]:
         """The model, and the texts."""
         texts = self.prompts()

@@ -23,7 +23,7 @@ from melens.models.attention import attention_sites
 from melens.models.bridging import unwrapped
 from melens.models.ffn import is_adapted
 from melens.models.loading import adopt
-from melens.models.view import merged_view_of, view_of
+from melens.models.view import merge_again, merged_view_of, view_of
 from melens.protocols import Tokenizer
 from melens.results import Collapse, MELayer, Sinks
 from melens.results.finetune import EmergenceRow
@@ -75,6 +75,7 @@ class EmergenceCallback(TrainerCallback):
         self._file = None if file is None else Path(file)
         self._began, self._spent = 0.0, 0.0
         self._view: nn.Module | None = None
+        self._seen: list[object] = []
 
     def on_train_begin(
         self,
@@ -146,12 +147,8 @@ class EmergenceCallback(TrainerCallback):
         assert isinstance(plain, nn.Module)
         if self._texts is None:
             self._texts = prompts(n=N_SEQ, length=LENGTH)
-        if is_adapted(plain):  # what is added to the weights changes with every step
-            self._view = merged_view_of(plain)
-        elif self._view is None:
-            self._view = view_of(plain)
         # bridged again where its bridge has copies of weights, which a step does not reach
-        inputs = prepare(adopt(self._view, tokenizer=tokenizer), self._texts)
+        inputs = prepare(adopt(self._view_of(plain), tokenizer=tokenizer), self._texts)
         located = settle(inputs, None)
         sinks = SinkPlan(inputs, located, T_PAPER)
         ranks = RankPlan(inputs, located, attention_sites(inputs.model))
@@ -159,6 +156,18 @@ class EmergenceCallback(TrainerCallback):
         rated = sinks.result() if sinks.taps else None  # a state-space model has no attention
         seconds = time.perf_counter() - started
         return row_of(located.me_layer, rated, ranks.result(), step=step, seconds=seconds)
+
+    def _view_of(self, model: nn.Module) -> nn.Module:
+        """The model to be bridged: the one of the last look, while it has the same parts."""
+        one = next(model.parameters())
+        parts = [*model.modules(), one.device, one.dtype]
+        adapted = is_adapted(model)
+        if self._view is None or parts != self._seen:
+            self._view = merged_view_of(model) if adapted else view_of(model)
+        elif adapted:  # what is added to the weights changes with every step
+            merge_again(self._view, model)
+        self._seen = parts
+        return self._view
 
     def _log(self, row: EmergenceRow) -> None:
         """To the trackers that the trainer has (TensorBoard and the like)."""

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from melens.collector import rarely_collected
 from melens.errors import ContractError, ModelError
 from melens.framing import frame_of
 from melens.models.checkpoint import not_finite
@@ -99,6 +100,7 @@ Way = Callable[..., HookedModel]
 """Puts a bridge around a transformers model, which it changes in place."""
 
 
+@rarely_collected()
 def checked_bridge(
     hf: TransformersModel, tokenizer: Tokenizer | None, *, name: str
 ) -> tuple[HookedModel, Way]:

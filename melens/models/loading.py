@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from melens.collector import rarely_collected
 from melens.errors import FetchError, ModelError, WeightsError
 from melens.models.bridging import (
     checked_bridge,
@@ -123,6 +124,7 @@ def load_plain(  # noqa: PLR0913 (as load)
     return _load_hf(str(model), None, device=device, dtype=dtype, options=options)
 
 
+@rarely_collected()
 def _load_hf(
     name: str,
     tokenizer: Tokenizer | None,

@@ -59,7 +59,7 @@ def merged_view_of(model: nn.Module) -> nn.Module:
     """:func:`view_of`, adapters of layers added to copies of the weights that they adapt.
 
     A bridge may split a layer that queries, keys and values share, past an adapter around it. The
-    copies are of this moment: make another view once the adapters have changed.
+    copies are of this moment: :func:`merge_again` once the adapters have changed.
     """
     made = view_of(model)
     _merge(made)
@@ -67,21 +67,42 @@ def merged_view_of(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+def merge_again(view: nn.Module, model: nn.Module) -> None:
+    """Write the adapters of this moment into the copies of a model's :func:`merged_view_of`, in
+    place: a bridge around the view sees them.
+    """  # noqa: D205
+    for name, child in model.named_children():
+        inside = view._modules[name]
+        assert inside is not None
+        if _adapts(child):
+            inside._parameters["weight"].copy_(_merged_weight(child))
+        elif not hasattr(child, "modules_to_save"):  # those are the optimiser's own
+            merge_again(inside, child)
+
+
+@torch.no_grad()
 def _merge(module: nn.Module) -> None:
     for name, found in module.named_children():
         child: Any = found  # PEFT's layers, told by what they have
-        if hasattr(child, "get_delta_weight"):
+        if _adapts(child):
             layer = copy.copy(child.base_layer)
-            own = getattr(child, "lora_A", child.active_adapters)  # some adapters are elsewhere
-            active = [adapter for adapter in child.active_adapters if adapter in own]
-            added = sum(child.get_delta_weight(adapter) for adapter in active)
             layer.__dict__["_parameters"] = dict(layer._parameters)
-            layer._parameters["weight"] = nn.Parameter(layer.weight + added, requires_grad=False)
+            layer._parameters["weight"] = nn.Parameter(_merged_weight(child), requires_grad=False)
             module._modules[name] = layer
         elif hasattr(child, "modules_to_save"):
             module._modules[name] = child.modules_to_save[child.active_adapters[0]]
         else:
             _merge(child)
+
+
+def _adapts(module: nn.Module) -> bool:
+    return hasattr(module, "get_delta_weight")
+
+
+def _merged_weight(layer: Any) -> torch.Tensor:
+    own = getattr(layer, "lora_A", layer.active_adapters)  # some adapters are elsewhere
+    active = [adapter for adapter in layer.active_adapters if adapter in own]
+    return layer.base_layer.weight + sum(layer.get_delta_weight(adapter) for adapter in active)
 
 
 def _quiet(config: PretrainedConfig) -> PretrainedConfig:

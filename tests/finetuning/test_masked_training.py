@@ -190,6 +190,34 @@ def test_looks_see_adapters_of_layers_that_a_bridge_splits(words):
     assert seen.sink_rate == merged.sink_rate
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_later_look_sees_what_adapters_have_learned_since(family, words):
+    """And what other weights have; a callback that is given another model looks at that one."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    inner = ["c_attn"] if family == "gpt2" else ["q_proj", "down_proj"]
+    kept = "ln_1" if family == "gpt2" else "input_layernorm"
+    config = LoraConfig(r=2, target_modules=inner, modules_to_save=[kept], task_type="CAUSAL_LM")
+    model = get_peft_model(plant(family, "single", 1).model, config)
+    texts = [[1, *range(20, 90)]]
+    callback = EmergenceCallback(words, texts)
+
+    def same(one, other):
+        assert one.by_layer == pytest.approx(other.by_layer, rel=1e-6)
+        assert one.largest == pytest.approx(other.largest, rel=1e-6)
+
+    first = callback.look(model, 0)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn_like(value), alpha=0.2)
+    seen = callback.look(model, 1)
+    assert seen.by_layer != pytest.approx(first.by_layer, rel=1e-3)
+    same(seen, EmergenceCallback(words, texts).look(model, 1))
+    same(callback.look(plant(family, "single", 1).model, 2), first)
+
+
 def test_looks_take_a_bounded_share_of_the_time(planted, words, monkeypatch):
     callback = EmergenceCallback(words, [[1, *range(20, 40)]], every=1, share=0.05)
     clock = iter(range(0, 10_000, 10))
