@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jupytext
 import nbformat
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
@@ -27,17 +30,31 @@ MOST_HTML = 400_000
 """Characters of an output's HTML that are kept: a figure and a table, not a page with a program."""
 
 
-def executed(source: Path, *, timeout: int = 600) -> NotebookNode:
-    """A notebook made of its percent source, and run.
+@contextmanager
+def kernel() -> Iterator[KernelManager]:
+    """A kernel for several notebooks: to import and to start costs more than most of them."""
+    made = KernelManager(kernel_name="python3")
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    made.start_kernel(cwd=str(FOLDER.parent), env=environment)
+    try:
+        yield made
+    finally:
+        made.shutdown_kernel(now=True)
+
+
+def executed(source: Path, inside: KernelManager, *, timeout: int = 600) -> NotebookNode:
+    """A notebook made of its percent source, and run, with no name of those that ran before.
 
     Raises:  CellExecutionError: a cell raised.
     """
     book = nbformat.from_dict(jupytext.read(source))
     for number, cell in enumerate(book.cells):
         cell["id"] = f"cell-{number}"
-    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    client = NotebookClient(book, timeout=timeout, kernel_name="python3")
-    client.execute(cwd=str(FOLDER.parent), env=environment)
+    forget = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("%reset -f")])
+    for cells in (book, forget):
+        client = NotebookClient(cells, timeout=timeout, km=inside)
+        client.execute()
+        client.kc.stop_channels()
     return book
 
 
@@ -72,7 +89,8 @@ def main() -> None:
     asked.add_argument("names", nargs="*", help="as 01_explore; all without names")
     names = asked.parse_args().names or sorted(path.stem for path in FOLDER.glob("*.py"))
     for name in names:
-        book = trimmed(executed(FOLDER / f"{name}.py"))
+        with kernel() as inside:  # of its own: what is kept must not lean on what ran before
+            book = trimmed(executed(FOLDER / f"{name}.py", inside))
         path = FOLDER / f"{name}.ipynb"
         write_atomically(path, nbformat.writes(book) + "\n")
         pictures = sum(map(images, book.cells))

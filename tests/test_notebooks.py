@@ -25,6 +25,12 @@ def made():
     return module
 
 
+@pytest.fixture(scope="module")
+def kernel(made):
+    with made.kernel() as inside:
+        yield inside
+
+
 def kinds(cell):
     """What a cell shows, without how it looks."""
     return [sorted(output.get("data", {"text": 0})) for output in cell.get("outputs", ())]
@@ -48,9 +54,9 @@ def test_a_kept_notebook_is_its_source_with_pictures(source, made):
 
 @pytest.mark.notebooks
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_shows_what_is_kept(source, made):
+def test_a_notebook_runs_and_shows_what_is_kept(source, made, kernel):
     """Every cell ends, every picture comes out again; the numbers are asserted in the cells."""
-    ran = made.trimmed(made.executed(source))
+    ran = made.trimmed(made.executed(source, kernel))
     kept = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     assert sum(map(made.images, ran.cells)) >= LEAST_PICTURES
     assert list(map(kinds, ran.cells)) == list(map(kinds, kept.cells)), AGAIN
