@@ -18,7 +18,7 @@ from melens.batches import Batch, Prompts
 from melens.errors import BusyError, CaptureError, PromptError, SiteError
 from melens.framing import require_known
 from melens.placement import input_device
-from melens.protocols import AnyModel, Args, HookedModel, Kwargs
+from melens.protocols import AnyModel, Args, HookedModel, Kwargs, transformers_of
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ _USES_LOCK = threading.Lock()
 
 
 def _key(model: AnyModel) -> AnyModel:
-    return getattr(model, "original_model", model)
+    return transformers_of(model)
 
 
 @contextmanager

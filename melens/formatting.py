@@ -79,9 +79,9 @@ def brief(value: object, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-def counted(n: int, what: str) -> str:
-    """A number of things, in words."""
-    return f"{n} {what}{'s' * (n != 1)}"
+def counted(n: int, what: str, *, none: str = "0") -> str:
+    """A number of things, in words; ``none`` says how many none are."""
+    return f"{n or none} {what}{'s' * (n != 1)}"
 
 
 def interval_text(interval: Interval | None, spec: str, *, none: str = "-") -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from melens.errors import ModelError
 from melens.formatting import brief
-from melens.protocols import AnyModel, Options
+from melens.protocols import AnyModel, Options, transformers_of
 
 if TYPE_CHECKING:
     from accelerate.hooks import ModelHook
@@ -202,7 +202,7 @@ def input_device(model: AnyModel) -> torch.device:
     first = next(model.parameters())
     if not first.is_meta:
         return first.device
-    inner = getattr(model, "original_model", model)
+    inner = transformers_of(model)
     for module in inner.modules():
         hook = vars(module).get("_hf_hook")
         if hook is not None and module._parameters:
@@ -239,7 +239,7 @@ def placed(model: AnyModel) -> str:
     """Where a model computes, for records: ``cpu``, ``cuda:0``, ``cuda:0 + cuda:1``, with
     ``(offloaded)`` where weights are read at every pass.
     """  # noqa: D205
-    inner = getattr(model, "original_model", model)
+    inner = transformers_of(model)
     devices = {str(value.device) for value in inner.parameters() if not value.is_meta}
     devices |= {str(device_of(part)) for part in _offloaded(inner)}
     said = " + ".join(sorted(devices)) or str(next(model.parameters()).device)
@@ -299,7 +299,7 @@ def require_whole(model: object, what: str) -> None:
     Args:    what: the work, as the subject of a sentence.
     Raises:  ModelError: with what to do instead.
     """
-    inner = getattr(model, "original_model", model)
+    inner = transformers_of(model)
     if isinstance(inner, nn.Module) and is_offloaded(inner):
         raise ModelError(f"{what} needs every weight in memory, and some are offloaded; {WHOLE}.")
 

@@ -7,7 +7,7 @@ attributes, and the suite's run-time checks see ``object``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 JsonObject = dict[str, Any]
 """A JSON object as the standard library reads and writes it: what its values are is for who parses
@@ -139,3 +139,13 @@ else:
 def is_hooked(model: object) -> TypeGuard[HookedModel]:
     """Whether a model has TransformerLens hooks."""
     return hasattr(model, "hook_dict")
+
+
+def transformers_of(model: AnyModel) -> TransformersModel:
+    """The transformers module inside a bridge; any other model is itself."""
+    return cast("TransformersModel", getattr(model, "original_model", model))
+
+
+def transformers_config(model: AnyModel) -> PretrainedConfig | None:
+    """The config of the transformers module inside a bridge; None where there is none."""
+    return getattr(getattr(model, "original_model", None), "config", None)

@@ -18,7 +18,8 @@ SRC = Path(__file__).parent.parent / "melens"
 SAVED = repr(str(SRC.parent / "docs" / "results" / "smollm2-135m.locate.json"))
 ROWS = [
     {"formatting", "protocols"},
-    {"collector", "errors", "intervals", "shapes", "provenance", "network", "progress", "chat_child"},
+    {"errors", "intervals", "shapes", "provenance", "network", "progress", "collector"}
+    | {"chat_child"},
     {"registry", "settings", "store", "framing", "token_ids", "placement"},
     {"chat"},
     {"metrics", "results", "batches"},

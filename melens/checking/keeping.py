@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from melens import __version__
 from melens.errors import ResultError
-from melens.protocols import AnyModel, HookedModel, JsonObject, Tokenizer
+from melens.protocols import (
+    AnyModel,
+    HookedModel,
+    JsonObject,
+    Tokenizer,
+    transformers_config,
+    transformers_of,
+)
 from melens.provenance import versions
 from melens.results.base import Result, load_result
 from melens.results.quantise import Quantisation
@@ -32,7 +39,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "melens/check-stage/2"
 FOLDER = "stages"
-REPORT = "report.json"
 MOST_SECONDS = 1e9
 
 
@@ -130,7 +136,7 @@ def full_hash(model: AnyModel) -> str:
 
     from melens.placement import filled_state, is_offloaded
 
-    inner = getattr(model, "original_model", model)
+    inner = transformers_of(model)
     assert isinstance(inner, nn.Module)
     if is_offloaded(inner):
         with filled_state(inner, _hash_of) as filled:
@@ -147,7 +153,7 @@ def _hash_of(value: Tensor) -> str:
 
 def config_of(model: HookedModel) -> JsonObject:
     """The model's config: an epsilon or a RoPE base is no weight and changes every number."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
+    config = transformers_config(model)
     found = dict(vars(model.cfg)) if config is None else dict(config.to_dict())
     found.pop("_name_or_path", None)  # the same model by another path
     return {**found, "attention": getattr(config, "_attn_implementation", None)}

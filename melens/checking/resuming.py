@@ -12,11 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from melens import __version__
-from melens.checking.keeping import FOLDER, REPORT, Keeper, read_head
+from melens.checking.keeping import FOLDER, Keeper, read_head
 from melens.errors import MelensError
 from melens.models.resolve import asked
 from melens.provenance import RunInfo, versions
 from melens.results import CheckReport
+from melens.results.check import REPORT_JSON
 from melens.store import TEXT, digest, hash_facts, hash_file, read_limited, write_atomically
 
 SCHEMA = "melens/check-asked/1"
@@ -93,7 +94,7 @@ def _files_of(model: str | Path) -> list[tuple[str, Path]] | None:
 
 def _read_by_models(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.is_file() and path.suffix not in NOTES and path.name != REPORT:
+        if path.is_file() and path.suffix not in NOTES and path.name != REPORT_JSON:
             yield path
         elif path.is_dir():
             yield from (one for one in path.rglob("*") if one.is_file() and one.suffix in CODE)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from melens.checking.budgets import CheckStage, stages_of
 from melens.checking.findings import Measured
-from melens.checking.keeping import REPORT, Keeper
+from melens.checking.keeping import Keeper
 from melens.checking.policy import Policy, read_policy
 from melens.checking.resuming import answered_before, asked_of, remember
 from melens.checking.trimming import compact
@@ -20,6 +20,7 @@ from melens.protocols import HookedModel
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import CheckReport, Evaluation, MELayer, StageRecord
 from melens.results.base import Result, load_result
+from melens.results.check import REPORT_JSON
 from melens.settings import Progress
 from melens.store import write_atomically
 
@@ -115,7 +116,7 @@ def take_up(
 def _written(folder: Path | None) -> CheckReport | None:
     """The report that lies in a folder; None where there is none, or a damaged one."""
     try:
-        found = None if folder is None else load_result(folder / REPORT)
+        found = None if folder is None else load_result(folder / REPORT_JSON)
     except ResultError:
         return None
     return found if isinstance(found, CheckReport) else None
@@ -183,7 +184,7 @@ def _write(folder: Path | None, asked: str | None, report: CheckReport) -> None:
     """The report, and what it answers: the same question again needs no model."""
     if folder is None:
         return
-    write_atomically(folder / REPORT, report.to_json())
+    write_atomically(folder / REPORT_JSON, report.to_json())
     if asked is not None:
         remember(folder, asked, report)
 

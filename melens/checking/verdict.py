@@ -9,7 +9,7 @@ from melens.checking.budgets import STAGES
 from melens.checking.findings import RULES, Judgement, Measured, Rule, Unmeasured
 from melens.checking.findings.core import nothing
 from melens.checking.policy import Policy, RulePolicy
-from melens.formatting import within
+from melens.formatting import counted, within
 from melens.results import Evaluation, Finding, Recommendation, RuleOutcome, StageRecord
 from melens.results.check import SEVERITIES
 
@@ -164,14 +164,14 @@ def answered(
 ) -> tuple[str, str]:
     """The verdict and its sentence."""
     least = None if policy.fail_on == "never" else SEVERITIES.index(policy.fail_on)
-    counted = [f for f in findings if least is not None and SEVERITIES.index(f.severity) >= least]
+    named = [f for f in findings if least is not None and SEVERITIES.index(f.severity) >= least]
     failed = [stage for stage in stages if stage.status == "failed"]
-    beside = len(findings) - len(counted)
-    also = f" {_count(beside, 'remark')} of lesser severity." if beside else ""
+    beside = len(findings) - len(named)
+    also = f" {counted(beside, 'remark')} of lesser severity." if beside else ""
     rules = f"the policy '{policy.name}'"
-    if counted:
-        first = counted[0]
-        text = f"{model} has {_count(len(counted), 'finding')} under {rules}; the most severe, "
+    if named:
+        first = named[0]
+        text = f"{model} has {counted(len(named), 'finding')} under {rules}; the most severe, "
         text += f"{first.id} ({first.severity}): {first.title}.{also}"
         return "findings", text + _unrun(failed)
     if failed:
@@ -179,14 +179,10 @@ def answered(
     passed = sum(rule.status == "passed" and rule.value is not None for rule in outcomes)
     empty = sum(rule.status == "passed" and rule.value is None for rule in outcomes)
     open_ = sum(rule.status == "not measured" for rule in outcomes)
-    text = f"{model} is within {rules}: {_count(passed, 'rule')} passed"
+    text = f"{model} is within {rules}: {counted(passed, 'rule', none='no')} passed"
     text += f", {empty} had nothing to measure" if empty else ""
     text += f", {open_} not measured" if open_ else ""
-    return "pass", f"{text}, {_count(len(findings), 'remark')}."
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n or 'no'} {what}{'s' * (n != 1)}"
+    return "pass", f"{text}, {counted(len(findings), 'remark', none='no')}."
 
 
 def _unrun(failed: Sequence[StageRecord]) -> str:

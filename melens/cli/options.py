@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from melens.results.edit import Edit
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 Model = Annotated[
     str,
     typer.Argument(
@@ -401,3 +402,22 @@ def values_from(
         return tuple(read(part.strip()) for part in text.split(","))
     except ValueError:
         raise error(f"{option} takes {fits}; got {brief(text)}.") from None
+
+
+def numbers_from(
+    option: str,
+    text: str,
+    kind: Callable[[str], Number],
+    fits: str,
+    error: type[MelensError],
+    *,
+    or_none: bool = False,
+) -> tuple[Number, ...]:
+    """The numbers between commas, each once, smallest first; where ``or_none``, ``none`` is none.
+
+    Raises:  ``error``: what is no such number.
+    """
+    if or_none and text == "none":
+        return ()
+    wanted = f"{fits}, or none" if or_none else fits
+    return tuple(sorted(set(values_from(option, text, kind, wanted, error))))

@@ -13,7 +13,7 @@ from melens.models.resolve import asked
 from melens.protocols import JsonObject, ModelLike
 from melens.provenance import bos_said
 from melens.results import MELayer, Result, load_result
-from melens.results.check import CheckReport
+from melens.results.check import REPORT_JSON, CheckReport
 from melens.results.diff import SideInfo
 from melens.results.reading import located_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from melens.batches import Prompts
     from melens.inputs import Inputs, Source
 
-SAVED = ("report.json", "locate.json")
+SAVED = (REPORT_JSON, "locate.json")
 
 
 @dataclass(frozen=True)

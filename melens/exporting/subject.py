@@ -10,7 +10,6 @@ import torch
 
 from melens.errors import ModelError, ResultError
 from melens.interventions.target import note_weights, require_located_here, require_room
-from melens.models.bridging import transformers_of
 from melens.models.loading import load, load_plain
 from melens.models.object_bridges import kept_bridge
 from melens.models.origin import Origin, fingerprint, name_of, origin_of
@@ -22,6 +21,7 @@ from melens.protocols import (
     Tokenizer,
     TransformersModel,
     is_hooked,
+    transformers_of,
 )
 from melens.results import MELayer
 from melens.results.base import load_result

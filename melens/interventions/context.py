@@ -18,7 +18,7 @@ from torch import Tensor
 
 from melens.capture import one_thread, require_this_thread
 from melens.errors import InterventionError
-from melens.protocols import AnyModel, Args, Kwargs
+from melens.protocols import AnyModel, Args, Kwargs, transformers_of
 from melens.shapes import Resid, TokenIds
 
 PASTS = ("past_key_values", "past_kv_cache", "cache_params")
@@ -148,7 +148,7 @@ class _Watch:
     """The one hook that notes a model's passes, and how many open edits need it."""
 
     def __init__(self, model: AnyModel) -> None:
-        outer = getattr(model, "original_model", model)
+        outer = transformers_of(model)
         self.bridged, key = outer is not model, weakref.ref(model)
         self.whole = lambda: (there := key()) is not None and reads_whole(there)
         self.names = list(inspect.signature(outer.forward).parameters)

@@ -24,7 +24,7 @@ from melens.metrics.magnitude import NORM_RATIO, SUN_ABSOLUTE, SUN_RATIO
 from melens.models.anatomy import resid_post, resid_pre
 from melens.models.decoder import decoder_of
 from melens.placement import input_device
-from melens.protocols import AnyModel, Args, Kwargs, is_hooked
+from melens.protocols import AnyModel, Args, Kwargs, is_hooked, transformers_of
 from melens.results.locate import FirstToken, MassiveToken, MELayer
 from melens.shapes import Resid, TokenMask
 
@@ -266,7 +266,7 @@ def massive_tokens(
     Raises:  InterventionError: nothing massive was located.
     """
     rule, decoder = MassiveRule.of(me_layer), decoder_of(model)
-    inner = getattr(decoder.model, "original_model", decoder.model)
+    inner = transformers_of(decoder.model)
     device = input_device(inner)
 
     def stop(now: PassTokens) -> None:

@@ -30,11 +30,6 @@ from melens.protocols import AnyModel, HookedModel, Tokenizer, TransformersModel
 PARALLEL = ("DataParallel", "DistributedDataParallel")
 
 
-def transformers_of(model: AnyModel) -> TransformersModel:
-    """The transformers module inside a bridge; a plain model is itself."""
-    return cast("TransformersModel", getattr(model, "original_model", model))
-
-
 def unwrapped(model: AnyModel) -> AnyModel:
     """The transformers model inside what torch.compile, data parallelism or PEFT made of it.
 

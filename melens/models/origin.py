@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from melens.placement import filled_state
-from melens.protocols import HookedModel
+from melens.protocols import HookedModel, transformers_of
 from melens.store import hash_tensors
 
 SAMPLES_PER_TENSOR = 256
@@ -60,7 +60,7 @@ def fingerprint(model: HookedModel) -> str:
     """
     if model in _ORIGINS and (known := _ORIGINS[model].weights):
         return known
-    with filled_state(getattr(model, "original_model", model), sample) as filled:
+    with filled_state(transformers_of(model), sample) as filled:
         state = model.state_dict()
         return digest_of((n, filled.get(id(x)) or sample(x)) for n, x in state.items())
 

@@ -12,7 +12,7 @@ from melens.reporting.sections import SECTIONS
 from melens.reporting.shipping import QUESTION, SIGNS, nothing_to_do, ship_answer, to_do
 from melens.reporting.source import Addressed, code_span, markdown_text, number_text
 from melens.results.base import Result
-from melens.results.check import CheckReport
+from melens.results.check import REPORT_JSON, CheckReport
 from melens.store import write_atomically
 
 
@@ -152,7 +152,7 @@ def write_report(report: CheckReport, folder: Path) -> list[Path]:
     texts = {
         "report.html": html_page(report),
         "report.md": markdown_report(report),
-        "report.json": report.to_json(),
+        REPORT_JSON: report.to_json(),
     }
     paths = []
     for name, text in texts.items():

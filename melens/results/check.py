@@ -15,6 +15,9 @@ from melens.provenance import RunInfo
 from melens.results.base import Part, Result, added_later, kind_of, look_up
 from melens.results.locate import MELayer
 
+REPORT_JSON = "report.json"
+"""What a folder of a check keeps its report as."""
+
 
 class CacheRow(Part):
     """One site of one layer, in the head where the massive token stands out most."""

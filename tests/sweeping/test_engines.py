@@ -13,6 +13,8 @@ import pytest
 
 pytestmark = [pytest.mark.engines, pytest.mark.enable_socket]
 TIMED = ("run_created", "run_command")
+EVERY = 0.02
+"""Seconds between two looks at states, which are files: the cores are the workers'."""
 TABLES = (("locate", "summary"), ("locate", "profile"), ("scan", "candidates"))
 
 
@@ -70,7 +72,7 @@ def when(found, act):
                 act(it)
                 done.append(it)
                 return
-            time.sleep(0.002)
+            time.sleep(EVERY)
 
     done = []
     thread = threading.Thread(target=run, daemon=True)
@@ -126,7 +128,7 @@ def test_one_worker_takes_one_models_cells_after_the_other(config, alone, tmp_pa
     over, most = threading.Event(), []
 
     def count():
-        while not over.wait(0.005):
+        while not over.wait(EVERY):
             states = [read_state(home).get("status") for home in tmp_path.glob("cells/*")]
             most.append(states.count("running"))
 
@@ -153,7 +155,7 @@ def test_a_cell_that_always_kills_its_worker_fails_alone(config, alone, tmp_path
     over, killed = threading.Event(), []
 
     def kill_always():
-        while not over.wait(0.001):
+        while not over.wait(EVERY):
             state = read_state(tmp_path / CELLS / victim.id)
             if state.get("status") == "running" and state["pid"] not in killed:
                 os.kill(state["pid"], signal.SIGKILL)

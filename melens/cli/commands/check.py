@@ -152,12 +152,12 @@ def _drawn(report: CheckReport, folder: Path) -> bool:
 
     The text, which says when it was made, is written after the page.
     """
-    from melens.checking.keeping import REPORT
     from melens.reporting import markdown_report
+    from melens.results.check import REPORT_JSON
 
     try:
         same = (folder / "report.md").read_text("utf-8") == markdown_report(report)
-        held = (folder / REPORT).read_text("utf-8")
+        held = (folder / REPORT_JSON).read_text("utf-8")
         names = [f"{output.FIGURES}/{stage}.svg" for stage in output.drawable(report)]
         there = all((folder / name).is_file() for name in ("report.html", *names))
         return same and there and held == report.to_json()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from melens.settings import Compare, Items
 
 T = TypeVar("T")
-Number = TypeVar("Number", int, float)
 RIVALS = "zero,mean,norm-flatten,ffn-cap,drop-key"
 
 
@@ -154,7 +153,8 @@ def comparison_of(rates: str | None, seeds: str | None, rivals: str, *, rated: b
 
     made: JsonObject = {}
     if rates is not None:
-        doses = _numbers("--rates", rates, float, "shares above 0 and at most 1, as 0.1,0.5")
+        shares = "shares above 0 and at most 1, as 0.1,0.5"
+        doses = opt.numbers_from("--rates", rates, float, shares, InterventionError, or_none=True)
         if not all(0 < dose <= 1 for dose in doses):
             raise InterventionError(f"--rates must be above 0 and at most 1, got {brief(rates)}.")
         made["rates" if rated else "strengths"] = doses
@@ -177,18 +177,11 @@ def seeds_of(option: str, text: str) -> tuple[int, ...]:
 
     Raises:  InterventionError: what is none.
     """
-    found = _numbers(option, text, int, "whole numbers from 0, as 0,1")
+    fits = "whole numbers from 0, as 0,1"
+    found = opt.numbers_from(option, text, int, fits, InterventionError, or_none=True)
     if any(not 0 <= seed < 2**63 for seed in found):
         raise InterventionError(f"{option} must be from 0, got {brief(text)}.")
     return found
-
-
-def _numbers(option: str, text: str, kind: type[Number], fits: str) -> tuple[Number, ...]:
-    """Numbers apart by commas, each once, in order; ``none`` is none of them."""
-    if text == "none":
-        return ()
-    found = opt.values_from(option, text, kind, f"{fits}, or none", InterventionError)
-    return tuple(sorted(set(found)))
 
 
 def _refuse_early(

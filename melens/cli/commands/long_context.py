@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ from melens.cli.job import Job
 from melens.errors import PromptError
 
 ITEMS = "items.jsonl"
-Number = TypeVar("Number", int, float)
+BETWEEN = "numbers with commas between"
 
 
 class LongTask(StrEnum):
@@ -89,7 +89,8 @@ def long_context(
       melens long-context smollm2-135m --task needles --needles 4 --lengths 256,1024 --chat
       --mask-select activation --mask-rate 0.1 --texts 0
     """
-    sizes, places = _numbers(lengths, int, "--lengths"), _numbers(depths, float, "--depths")
+    sizes = opt.numbers_from("--lengths", lengths, int, f"whole {BETWEEN}", PromptError)
+    places = opt.numbers_from("--depths", depths, float, BETWEEN, PromptError)
     framed = opt.TextOptions(bos=bos, chat=chat)
     job = Job.of(model, run, texts=framed, out=out, located=located, edits=True)
     chosen = opt.edit_of(edit, model)
@@ -121,16 +122,6 @@ def long_context(
         how = Run(seed=run.seed, keep=items, progress=tick)
         result = measure(loaded, chosen, me_layer=found, haystack=haystack, run=how)
     job.finish(result, same_texts=False)
-
-
-def _numbers(given: str, kind: type[Number], option: str) -> tuple[Number, ...]:
-    """The numbers of a list with commas, smallest first.
-
-    Raises:  PromptError: something else.
-    """
-    what = "whole numbers" if kind is int else "numbers"
-    fits = f"{what} with commas between"
-    return tuple(sorted(set(opt.values_from(option, given, kind, fits, PromptError))))
 
 
 def _read(text: Path | None) -> str | None:

@@ -27,9 +27,8 @@ from melens.evaluating.harness.data import (
 )
 from melens.evaluating.harness.settings import PLAIN, model_key
 from melens.framing import frame_of, require_known
-from melens.models.bridging import transformers_of
 from melens.progress import only_errors_of
-from melens.protocols import AnyModel, Options, Tokenizer
+from melens.protocols import AnyModel, Options, Tokenizer, transformers_of
 from melens.results import MELayer
 from melens.results.edit import Edit
 from melens.store import KeptRows, Refusal, RowFormat, hash_facts
