@@ -79,17 +79,17 @@ class Path:
 class LastRow:
     """Reducer: the row of each sequence's last real token, in float64 on the CPU."""
 
-    rows: list[Tensor] = field(default_factory=list)
+    batches: list[Tensor] = field(default_factory=list)
 
     def update(self, x: Tensor, batch: Batch) -> None:
         """Take in ``[batch, pos, d_model]``."""
         index = batch.positions.argmax(dim=-1)
         here = torch.arange(len(batch), device=x.device)
-        self.rows.extend(x.detach()[here, index.to(x.device)].float().cpu().double())
+        self.batches.append(x.detach()[here, index.to(x.device)].float().cpu().double())
 
     def result(self) -> Float[Tensor, "sequence d_model"]:
         """One row a sequence."""
-        return torch.stack(self.rows)
+        return torch.cat(self.batches)
 
 
 def trace(model: HookedModel, prefixes: Sequence[Sequence[int]]) -> list[Path]:
