@@ -35,6 +35,7 @@ from melens.cli.commands.sidecar import sidecar
 from melens.cli.commands.sweep import results, sweep
 from melens.cli.groups import grouped
 from melens.cli.help import HelpedCommand, HelpedGroup
+from melens.cli.stdout import printing
 from melens.errors import (
     BAD_INPUT,
     COULD_NOT_RUN,
@@ -147,12 +148,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
-        ended = attempt(arguments, debug=debug)
+        with printing():
+            ended = attempt(arguments, debug=debug)
     except (KeyboardInterrupt, typer.Abort):
         ended = Ended(INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     if ended.code == INTERRUPTED:
         tell(
             "interrupted; no half-written file is left, and what --out holds of finished work is "
@@ -184,7 +183,7 @@ class Ended:
 def attempt(arguments: list[str], *, debug: bool = False) -> Ended:
     """Run a command; what goes wrong is returned, not told.
 
-    Raises:  KeyboardInterrupt, typer.Abort, BrokenPipeError: nobody waits for it any more.
+    Raises:  KeyboardInterrupt, typer.Abort: nobody waits for it any more.
     """
     try:
         with one_command(), _edits_said():
@@ -196,7 +195,7 @@ def attempt(arguments: list[str], *, debug: bool = False) -> Ended:
         if debug:
             raise
         return Ended(BAD_INPUT, _usage(error))
-    except (BrokenPipeError, typer.Abort):
+    except typer.Abort:
         raise
     except Exception as error:  # the last resort: a user never sees a traceback unasked
         if is_out_of_memory(error):
