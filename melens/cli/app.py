@@ -63,7 +63,6 @@ app = typer.Typer(
     help="Find the layer where a language model's massive activations emerge, and what they do. "
     "Layers count from 0, at the block output. Exit codes: 0 done, 1 a finding or a difference, "
     "2 bad usage or bad input, 3 could not run, 130 interrupted.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -149,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         with printing():
-            ended = attempt(arguments, debug=debug)
+            ended = attempt(arguments or ["--help"], debug=debug)
     except (KeyboardInterrupt, typer.Abort):
         ended = Ended(INTERRUPTED)
     if ended.code == INTERRUPTED:
@@ -159,7 +158,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         )
     elif ended.error:
         tell(ended.error)
-    return ended.code
+    return ended.code if arguments else ended.code or BAD_INPUT
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Standard output that nobody reads, or that cannot be written."""
+"""Standard output that nobody reads, or that cannot be written; and no arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from melens.cli.app import main
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SAVED = str(RESULTS / "smollm2-135m.locate.json")
@@ -49,3 +50,14 @@ def test_a_full_disk_is_one_line(arguments):
     assert code == 3
     assert said.count("\n") == 1
     assert "cannot write to standard output: No space left on device" in said
+
+
+def test_no_arguments_show_the_help(capsys):
+    shown = []
+    for arguments, code in (([], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == code
+        shown.append(capsys.readouterr())
+    assert shown[0] == shown[1]
+    assert shown[0].out.count("\n") > 30
