@@ -162,8 +162,8 @@ def rungs_from(first: int, items: int) -> tuple[int, ...]:
     return tuple(made)
 
 
-def race_of(space: Space, items: int, budget: int, keep: int) -> Race:
-    """The race that a budget of evaluations pays for.
+def race_of(space: Space, items: int, budget: int, keep: int, *, reserved: int = 0) -> Race:
+    """The race that a budget of evaluations pays for, ``reserved`` of them put aside.
 
     All settings start if they can; what is left over lets them see more items before the first
     cut. If they cannot, as many start as the budget carries, candidates and controls in proportion.
@@ -175,19 +175,21 @@ def race_of(space: Space, items: int, budget: int, keep: int) -> Race:
         Race(candidates, controls, rungs_from(first, items), keep)
         for first in range(items, min(FIRST, items) - 1, -1)
     ]
-    if fits := [race for race in whole if race.cost <= budget]:
+    left = budget - reserved
+    if fits := [race for race in whole if race.cost <= left]:
         return fits[0]
     smaller = [
         Race(n, math.ceil(n * controls / candidates), whole[-1].rungs, keep)
         for n in range(candidates - 1, min(keep, candidates - 1) - 1, -1)
         if n
     ]
-    if fits := [race for race in smaller if race.cost <= budget]:
+    if fits := [race for race in smaller if race.cost <= left]:
         return fits[0]
     least = (smaller or whole)[-1].cost
     raise InterventionError(
-        f"{max(budget, 0)} evaluations are left to search with, and the smallest race over {items} "
-        f"development items takes {least}; give a larger budget, fewer items or fewer to confirm."
+        f"a budget of {budget} evaluations is too small: the smallest race over {items} "
+        f"development items takes {least}, and the confirmation {reserved}; give at least "
+        f"{least + reserved}, fewer items or fewer to confirm."
     )
 
 
