@@ -29,7 +29,7 @@ def asking_the_hub(name: str) -> Iterator[None]:
         said = first_line(error)
         if isinstance(error, HFValidationError) or "valid model identifier" in said:
             raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
-        why = _meant(error) or f"the hub could not be read: {said}"
+        why = _meant(error) or f"the hub could not be read: {said.rstrip('.')}; see: melens models"
         raise FetchError(f"{name} is no named model and no folder here, and {why}") from None
 
 
