@@ -107,7 +107,7 @@ def test_broken_results_are_refused(tmp_path, results):
     path = tmp_path / "x.json"
     path.write_text('{"schema": "melens/other/9"}')
     with pytest.raises(
-        ResultError, match="has schema 'melens/other/9', which is not a result of this melens"
+        ResultError, match="has schema 'melens/other/9', which is not a result"
     ):
         load_result(path)
     path.write_text('{"a": 1}')
