@@ -34,7 +34,8 @@ from melens.cli.commands.scan import reach, scan
 from melens.cli.commands.sidecar import sidecar
 from melens.cli.commands.sweep import results, sweep
 from melens.cli.groups import grouped
-from melens.cli.help import HelpedCommand, HelpedGroup
+from melens.cli.help import HelpedGroup
+from melens.cli.parsing import StrictCommand
 from melens.cli.stdout import printing
 from melens.errors import (
     BAD_INPUT,
@@ -131,7 +132,7 @@ COMMANDS = (
     env,
 )
 for _command in COMMANDS:
-    app.command("eval" if _command is evaluate else None, cls=HelpedCommand)(grouped(_command))
+    app.command("eval" if _command is evaluate else None, cls=StrictCommand)(grouped(_command))
 
 
 def main(arguments: list[str] | None = None) -> None:
