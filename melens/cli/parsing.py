@@ -28,8 +28,11 @@ class StrictCommand(HelpedCommand):
 
 
 def _refuse_empty(value: object, param: Parameter, ctx: Context) -> None:
-    if param.param_type_name != "option" and value_kind(param).name != "path":
+    is_option = param.param_type_name == "option"
+    if not is_option and value_kind(param).name != "path":
         return  # a name, of which its command says what fits
     if value == "" or (isinstance(value, (list, tuple)) and "" in value):
         way_out = "" if param.required else ", or leave it out"
-        raise typer.BadParameter(f"it is empty; give a value{way_out}.", ctx=ctx, param=param)
+        names = param.opts if is_option else [str(param.name).upper()]
+        hint = " / ".join(f"'{name}'" for name in names)
+        raise typer.BadParameter(f"it is empty; give a value{way_out}.", ctx=ctx, param_hint=hint)
