@@ -42,6 +42,7 @@ from melens.results import MELayer
 from melens.results.baked import BAKED, Baked, baked_in
 from melens.results.edit import CONSTANT, ChosenPrefix, Edit, EditFile, Format, PrefixFacts
 from melens.results.reading import HoldsMELayer, located_in
+from melens.settings import require_path
 from melens.store import try_writing, write_folder
 
 README = "README.md"
@@ -269,7 +270,7 @@ def check_out(out: str | Path) -> Path:
 
     Raises:  ResultError: a file, or a folder of other things. OutputError: it cannot be written.
     """
-    target = Path(out).expanduser().absolute()
+    target = require_path("out", out).expanduser().absolute()
     if target.exists() and not target.is_dir():
         raise ResultError(f"{out} is a file; name a folder to export into.")
     try:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from numbers import Real
 from typing import TypeVar
 
 from melens.errors import InterventionError
@@ -14,7 +15,7 @@ from melens.intervals import random_order
 from melens.interventions.core import check_number
 from melens.interventions.wemask import SELECTS
 from melens.results.edit import Edit
-from melens.settings import RATES
+from melens.settings import RATES, require_whole
 
 T = TypeVar("T")
 ETA = 2
@@ -119,13 +120,13 @@ class Budget:
     def __post_init__(self) -> None:
         """Refuse none, both, or nothing to spend or to confirm."""
         given = [value for value in (self.evaluations, self.seconds) if value is not None]
-        if len(given) != 1 or not 0 < given[0] < float("inf"):
+        numbers = all(isinstance(v, Real) and not isinstance(v, bool) for v in given)  # pyright: ignore[reportUnnecessaryIsInstance]  (a user gives anything)
+        if len(given) != 1 or not numbers or not 0 < given[0] < float("inf"):
             raise InterventionError(
                 "a budget is evaluations or seconds, one of them and over 0; got "
-                f"evaluations={self.evaluations}, seconds={self.seconds}."
+                f"evaluations={brief(self.evaluations, 40)}, seconds={brief(self.seconds, 40)}."
             )
-        if self.confirm < 1:
-            raise InterventionError(f"confirm must be at least 1, got {self.confirm}.")
+        require_whole("confirm", self.confirm)
 
 
 @dataclass(frozen=True)
