@@ -226,7 +226,8 @@ def _usage(error: ClickException) -> str:
     context = getattr(error, "ctx", None)
     hint = f" See: {context.command_path} --help" if context else ""
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
-    return " ".join(f"{message}.{_meant(message)}{hint}".split()) if message else ""
+    end = "" if message.endswith("?") else "."
+    return " ".join(f"{message}{end}{_meant(message)}{hint}".split()) if message else ""
 
 
 def _meant(message: str) -> str:

@@ -307,6 +307,7 @@ def test_texts_from_stdin_offline(run, model, monkeypatch):
     ("arguments", "code", "says"),
     [
         (["nonsense"], 2, "No such command 'nonsense'"),
+        (["evalu"], 2, "Did you mean 'eval'? See: melens --help"),
         (["locate"], 2, "Missing argument"),
         (["locate", "smollm2-13b"], 2, "Did you mean 'smollm2-135m'"),
         (["locate", "./nowhere"], 2, "there is no file or folder"),
