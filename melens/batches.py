@@ -12,7 +12,7 @@ import torch
 
 from melens.chat import chat_ids
 from melens.errors import PromptError
-from melens.formatting import brief
+from melens.formatting import brief, counted
 from melens.framing import cut, frame_of, split_text
 from melens.protocols import Tokenizer
 from melens.settings import require_whole
@@ -126,6 +126,10 @@ class Prompts:
     chat: bool = False
     places: tuple[str, ...] = ()
     """Where each text stands, as "line 7 of texts.txt"; () where nobody knows."""
+
+    def __repr__(self) -> str:
+        texts, chosen = counted(len(self.texts), "text"), ("n", "length", "bos", "chat")
+        return f"<Prompts: {texts}, {', '.join(f'{k}={getattr(self, k)}' for k in chosen)}>"
 
     def place(self, row: int) -> str:
         """What row of :meth:`token_rows` that is, in words; the texts' beginnings come first."""

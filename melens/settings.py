@@ -38,7 +38,7 @@ class Items:
     def __post_init__(self) -> None:
         """Refuse what is no path, number or switch."""
         if self.data is not None:
-            object.__setattr__(self, "data", _path("data", self.data))
+            object.__setattr__(self, "data", require_path("data", self.data))
         require_whole("n", self.n, or_none=True)
         require_whole("length", self.length)
         for name in ("bos", "chat"):
@@ -100,7 +100,7 @@ class Run:
             require_whole(name, getattr(self, name))
         require_whole("max_new_tokens", self.max_new_tokens, or_none=True)
         if self.keep is not None:
-            object.__setattr__(self, "keep", _path("keep", self.keep))
+            object.__setattr__(self, "keep", require_path("keep", self.keep))
 
 
 Setting = TypeVar("Setting", Items, Compare, Run)
@@ -136,7 +136,8 @@ def require_whole(
         return
     whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if whole is None or not least <= whole < LARGEST:
-        raise error(f"{name} must be a whole number, at least {least}, got {brief(value, 40)}.")
+        bound = f", at least {least}" if least > -LARGEST else ""
+        raise error(f"{name} must be a whole number{bound}, got {brief(value, 40)}.")
 
 
 def require_seed(seed: object) -> None:
@@ -149,7 +150,11 @@ def require_seed(seed: object) -> None:
     require_whole("seed", seed, least=0)
 
 
-def _path(name: str, value: object) -> Path:
-    if not isinstance(value, (str, Path)):
+def require_path(name: str, value: object) -> Path:
+    """A path as one; refuses what is none, and an empty one, which would be this folder.
+
+    Raises:  InterventionError: naming the setting and what was given.
+    """
+    if not isinstance(value, (str, Path)) or value == "":
         raise InterventionError(f"{name} must be a path, got {brief(value, 40)}.")
     return Path(value)

@@ -132,6 +132,12 @@ def test_packing_keeps_the_order(tokenizer):
     assert batches[1].ids.tolist() == [[8, 9]]
 
 
+def test_a_repr_is_short_and_says_how_texts_are_cut():
+    made = prompts(n=16, length=64, bos=True)
+    assert repr(made) == "<Prompts: 15 texts, n=16, length=64, bos=True, chat=False>"
+    assert made == prompts(n=16, length=64, bos=True) != prompts(n=16, length=64)
+
+
 def test_bundled_texts_are_varied_and_whole():
     texts = bundled_texts()
     assert len({text[0] for text in texts[:8]}) == 8

@@ -21,7 +21,7 @@ from melens.provenance import ModelFacts, RunInfo
 from melens.results import CheckReport, Evaluation, MELayer, StageRecord
 from melens.results.base import Result, load_result
 from melens.results.check import REPORT_JSON
-from melens.settings import Progress
+from melens.settings import Progress, require_path
 from melens.store import write_atomically
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def check(
              UnknownNameError: no such budget. OutputError: ``out`` cannot be written.
              PromptError, ModelError: as ``melens.locate``, without which there is nothing to say.
     """
-    folder, rules = None if out is None else Path(out), read_policy(policy)
+    folder, rules = None if out is None else require_path("out", out), read_policy(policy)
     stages_of(budget)
     asked = None if folder is None else asked_of(model, prompts)
     report = take_up(folder, asked, budget=budget, policy=rules, progress=progress)

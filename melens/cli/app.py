@@ -34,7 +34,9 @@ from melens.cli.commands.scan import reach, scan
 from melens.cli.commands.sidecar import sidecar
 from melens.cli.commands.sweep import results, sweep
 from melens.cli.groups import grouped
-from melens.cli.help import HelpedCommand, HelpedGroup
+from melens.cli.help import HelpedGroup
+from melens.cli.parsing import StrictCommand
+from melens.cli.stdout import printing
 from melens.errors import (
     BAD_INPUT,
     COULD_NOT_RUN,
@@ -62,7 +64,6 @@ app = typer.Typer(
     help="Find the layer where a language model's massive activations emerge, and what they do. "
     "Layers count from 0, at the block output. Exit codes: 0 done, 1 a finding or a difference, "
     "2 bad usage or bad input, 3 could not run, 130 interrupted.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -131,7 +132,7 @@ COMMANDS = (
     env,
 )
 for _command in COMMANDS:
-    app.command("eval" if _command is evaluate else None, cls=HelpedCommand)(grouped(_command))
+    app.command("eval" if _command is evaluate else None, cls=StrictCommand)(grouped(_command))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -147,12 +148,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
-        ended = attempt(arguments, debug=debug)
+        with printing():
+            ended = attempt(arguments or ["--help"], debug=debug)
     except (KeyboardInterrupt, typer.Abort):
         ended = Ended(INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     if ended.code == INTERRUPTED:
         tell(
             "interrupted; no half-written file is left, and what --out holds of finished work is "
@@ -160,7 +159,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         )
     elif ended.error:
         tell(ended.error)
-    return ended.code
+    return ended.code if arguments else ended.code or BAD_INPUT
 
 
 @cache
@@ -184,7 +183,7 @@ class Ended:
 def attempt(arguments: list[str], *, debug: bool = False) -> Ended:
     """Run a command; what goes wrong is returned, not told.
 
-    Raises:  KeyboardInterrupt, typer.Abort, BrokenPipeError: nobody waits for it any more.
+    Raises:  KeyboardInterrupt, typer.Abort: nobody waits for it any more.
     """
     try:
         with one_command(), _edits_said():
@@ -196,7 +195,7 @@ def attempt(arguments: list[str], *, debug: bool = False) -> Ended:
         if debug:
             raise
         return Ended(BAD_INPUT, _usage(error))
-    except (BrokenPipeError, typer.Abort):
+    except typer.Abort:
         raise
     except Exception as error:  # the last resort: a user never sees a traceback unasked
         if is_out_of_memory(error):
@@ -227,7 +226,8 @@ def _usage(error: ClickException) -> str:
     context = getattr(error, "ctx", None)
     hint = f" See: {context.command_path} --help" if context else ""
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
-    return " ".join(f"{message}.{_meant(message)}{hint}".split()) if message else ""
+    end = "" if message.endswith("?") else "."
+    return " ".join(f"{message}{end}{_meant(message)}{hint}".split()) if message else ""
 
 
 def _meant(message: str) -> str:

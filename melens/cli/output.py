@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -18,6 +17,7 @@ from melens.errors import OutputError, PromptError, ResultError
 from melens.progress import is_quiet, remark
 from melens.protocols import JsonObject
 from melens.results.base import kind_name, run_of
+from melens.store import try_writing
 
 if TYPE_CHECKING:
     from melens.results import AttentionMaps, CheckReport, Result
@@ -54,8 +54,26 @@ def refuse_unwritable(folder: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}.") from None
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write into {folder}; choose another --out.")
+    try:
+        try_writing(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write into {folder}: {error.strerror}; choose another --out."
+        ) from None
+
+
+def refuse_unwritable_file(option: str, path: Path) -> None:
+    """Refuse a file that cannot be written, before any work."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "not a file"
+        raise typer.BadParameter(f"{option} {path} is {what}; name a file to write.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try_writing(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {option} {path}: {error.strerror}; choose another place."
+        ) from None
 
 
 def save(result: Result, folder: Path | None, name: str, figure: str) -> None:
@@ -117,6 +135,7 @@ def draw_files(files: Sequence[Path], path: Path, style: str | None) -> Path:
     from melens.results import load_result
 
     found = [load_result(file) for file in files]
+    refuse_unwritable_file("--out", path)
     if len(found) == 1:
         return draw(found[0], path, style)
     return save_figure(compare(found), path)

@@ -6,7 +6,7 @@ import gc
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from melens.results.known import KnownCheck
 from melens.results.locate import MELayer
 from melens.results.scan import WeightScan
 from melens.results.sinks import Sinks
+from melens.settings import require_path
 from melens.store import Heading, KeptRows, Refusal, RowFormat, digest, hash_facts, write_atomically
 
 if TYPE_CHECKING:
@@ -93,10 +94,12 @@ def census(
     survey = survey or Survey()
     if not isinstance(survey, Survey):
         raise ModelError(f"survey must be a Survey, got {brief(survey, 40)}.")
+    folder = None if out is None else require_path("out", out)
+    if not isinstance(models, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  (a user gives anything)
+        raise ModelError(f"models must be names and paths, got {brief(models, 40)}.")
     asked = [models] if isinstance(models, (str, Path)) else list(models)
     found = find_models(asked)
     require_here(found)
-    folder = None if out is None else Path(out)
     facts = survey.facts(prompts)
     kept = _kept(folder, facts)
     rows = []

@@ -28,7 +28,7 @@ from melens.formatting import brief
 from melens.interventions import ffn_ablate_neurons, ffn_zero_weights, norm_scale_dims, transplant
 from melens.interventions.core import check_indices
 from melens.interventions.experts import expert_ablate_neuron, expert_prune, expert_zero_weights
-from melens.models.anatomy import anatomy, norm_of
+from melens.models.anatomy import anatomy, check_layer, norm_of
 from melens.models.decoder import decoder_of
 from melens.models.experts import experts_of
 from melens.models.ffn import ffn_of
@@ -289,6 +289,8 @@ def _transplanted(model: Opened, donor: Opened, edit: WeightEdit) -> list[Weight
     """The FFN's parameters, and those of the norm before it, of another layer."""
     assert edit.donor_layer is not None
     ends = (model, edit.layer), (donor, edit.donor_layer)
+    for end, layer in ends:
+        check_layer(end.bridge, layer)
     pairs: list[tuple[nn.Module, nn.Module]] = []
     for part in edit.parts:
         own, other = (_ffn if part == "ffn" else _ffn_norm for _ in ends)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -43,7 +42,8 @@ from melens.results import MELayer
 from melens.results.baked import BAKED, Baked, baked_in
 from melens.results.edit import CONSTANT, ChosenPrefix, Edit, EditFile, Format, PrefixFacts
 from melens.results.reading import HoldsMELayer, located_in
-from melens.store import write_folder
+from melens.settings import require_path
+from melens.store import try_writing, write_folder
 
 README = "README.md"
 CONFIG, NOT_APPLIED = "config.json", "melens_edit"
@@ -270,7 +270,7 @@ def check_out(out: str | Path) -> Path:
 
     Raises:  ResultError: a file, or a folder of other things. OutputError: it cannot be written.
     """
-    target = Path(out).expanduser().absolute()
+    target = require_path("out", out).expanduser().absolute()
     if target.exists() and not target.is_dir():
         raise ResultError(f"{out} is a file; name a folder to export into.")
     try:
@@ -279,10 +279,11 @@ def check_out(out: str | Path) -> Path:
                 f"{out} holds {other}, which no earlier export wrote; name another folder."
             )
         target.parent.mkdir(parents=True, exist_ok=True)
+        try_writing(target.parent)
     except OSError as error:
-        raise OutputError(f"cannot write into {target.parent}: {error.strerror}.") from None
-    if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"cannot write into {target.parent}; name another folder.")
+        raise OutputError(
+            f"cannot write into {target.parent}: {error.strerror}; name another folder."
+        ) from None
     return target
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,15 @@ from melens.interventions.core import EditedTokens
 from melens.protocols import JsonObject, Tokenizer
 from melens.results.finetune import EmergenceRow, LossRow
 from melens.settings import Progress
-from melens.store import RESULT, json_object, lines_of, read_text, write_atomically, write_folder
+from melens.store import (
+    RESULT,
+    json_object,
+    lines_of,
+    read_text,
+    try_writing,
+    write_atomically,
+    write_folder,
+)
 
 if TYPE_CHECKING:
     from melens.finetuning.adapters import TrainedModel
@@ -53,8 +60,12 @@ def refuse_folder(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ResultError(f"{folder} is not empty and holds no training; name another folder.")
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OutputError(f"cannot write into {above}; name another folder.")
+    try:
+        try_writing(above)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write into {above}: {error.strerror}; name another folder."
+        ) from None
 
 
 def take_up(folder: Path, facts: JsonObject, key: str, *, steps: int) -> Path | None:

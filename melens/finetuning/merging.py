@@ -28,6 +28,7 @@ from melens.protocols import Tokenizer, TransformersModel
 from melens.results import load_result
 from melens.results.edit import Edit, EditFile
 from melens.results.finetune import FineTuning
+from melens.settings import require_path
 from melens.store import write_atomically, write_folder
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def merge(folder: str | Path, out: str | Path, *, which: str = LAST) -> Path:
 
     Raises:  as :func:`trained_model`, and as :func:`melens.export` for ``out``.
     """
-    if Path(out).resolve() == Path(folder).resolve():
+    if require_path("out", out).resolve() == Path(folder).resolve():
         raise ResultError(f"{out} holds the training itself; name another folder.")
     check_out(out)
     result = read_run(folder)

@@ -49,7 +49,7 @@ from melens.provenance import RunInfo, versions
 from melens.results import MELayer
 from melens.results.finetune import FineTuning
 from melens.results.reading import HoldsMELayer
-from melens.settings import Progress
+from melens.settings import Progress, require_path
 from melens.store import hash_facts, write_atomically
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ def finetune(  # noqa: PLR0913 (settings of the training come on top)
              that cannot be meant. ModelNotFoundError, WeightsError, ModelError: no such model.
     """
     how = training_of(how, settings)
-    refuse_folder(Path(out))
+    folder = require_path("out", out)
+    refuse_folder(folder)
     subject = checked(model, data, how, held_out=held_out, me_layer=me_layer)
-    return run(subject, how, Path(out), progress=progress)
+    return run(subject, how, folder, progress=progress)
 
 
 def run(

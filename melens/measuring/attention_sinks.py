@@ -18,6 +18,7 @@ from melens.measuring.located import Located, run_once, settle
 from melens.metrics import uniform_alpha
 from melens.metrics.attention import attention_entropy, key_attention
 from melens.models.anatomy import anatomy, pattern_hook
+from melens.progress import say_once
 from melens.protocols import HookedModel, ModelLike
 from melens.results import Sinks
 from melens.results.reading import HoldsMELayer
@@ -219,6 +220,11 @@ def sinks(
     check_t(t)
     inputs = prepare(model, prompts, batch_size=batch_size)
     check_attention(inputs.model)
+    if t > (longest := max(map(len, inputs.rows))):
+        say_once(
+            f"T = {t} is more than the {longest} tokens of the longest text, so all texts count "
+            f"whole, as with T = {longest}; give longer texts, or a larger length."
+        )
     located = settle(inputs, me_layer, progress=progress)
     plan = SinkPlan(inputs, located, t)
     run_once(inputs, plan.taps, progress=progress)

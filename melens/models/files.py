@@ -171,6 +171,12 @@ def _require_causal(config: JsonObject, kind: str, *, name: str) -> None:
 
 def _no_config(folder: Path) -> str:
     """What a folder without a config is, and what to give instead."""
+    ggufs = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    if ggufs:
+        more = f" (one of {len(ggufs)} such files)" * (len(ggufs) > 1)
+        return (
+            f"{folder} holds no config.json, but a GGUF: give its file, {folder / ggufs[0]}{more}."
+        )
     if (folder / "melens.json").exists():
         return (
             f"{folder} holds no config.json; give a Hugging Face model folder (it is a prefix or "

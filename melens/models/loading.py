@@ -31,7 +31,7 @@ from melens.models.gguf import (
     read_gguf_tokenizer,
     read_gguf_whole,
 )
-from melens.models.hub import OFFLINE, asking_the_hub
+from melens.models.hub import OFFLINE, ask_once, asking_the_hub
 from melens.models.multimodal import (
     RENAMED,
     WHOLE,
@@ -138,7 +138,7 @@ def _load_hf(
     wanted = asked(name, revision=revision)
     source = source_of(wanted, revision=revision, trust_remote_code=trusted)
     device = usable_device(device or best_device())
-    options = {**options, "local_files_only": wanted.is_local or is_offline()}
+    options = {**options, "local_files_only": isinstance(source, Path) or is_offline()}
     tokenizer = tokenizer or read_tokenizer(source, options)
     hf = _read_weights(source, dtype=chosen_dtype(dtype, device), options=options, where=where)
     commit = getattr(hf.config, "_commit_hash", None)
@@ -203,6 +203,13 @@ def source_of(wanted: Asked, *, revision: str | None, trust_remote_code: bool) -
     if is_offline():
         # its folder and not its name: given a name the libraries may still ask for other things
         return _checked(_offline_copy(name, revision), trust_remote_code=trust_remote_code)
+    try:
+        ask_once(name, revision)
+    except FetchError:
+        folder = kept_copy(name, revision)
+        if folder is None:
+            raise
+        return _checked(folder, trust_remote_code=trust_remote_code)
     _check_hub(name, revision=revision, trust_remote_code=trust_remote_code)
     return name
 

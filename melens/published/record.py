@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from melens.errors import ResultError
+from melens.formatting import brief
 from melens.protocols import JsonObject
 from melens.registry import Registry, closest
 from melens.results.base import Part
@@ -188,16 +190,23 @@ def known_models() -> Registry[list[JsonObject]]:
 
 def published_rows(model: str) -> list[JsonObject]:
     """Rows on record for a model's name, its last part, or a name melens gives it."""
-    wanted = _key(ALIASES.get(model, model))
+    wanted = _key(ALIASES.get(_name(model), model))
     return [row for name, rows in known_models().items() for row in rows if wanted in _keys(name)]
 
 
 def published_profile(model: str) -> PublishedProfile | None:
     """The layer profile on record for a model's name, or None."""
-    wanted = _key(model)
+    wanted = _key(_name(model))
     return next(
         (one for one in profiles().profiles if wanted in _keys(one.model, one.published_as)), None
     )
+
+
+def _name(model: object) -> str:
+    """Raises: ResultError: it is not a name."""
+    if not isinstance(model, str):
+        raise ResultError(f"a model on record is asked for by its name, got {brief(model, 40)}.")
+    return model
 
 
 def meant(model: str) -> str | None:

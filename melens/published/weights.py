@@ -99,9 +99,7 @@ def hold_super_weights(model: str, result: SuperWeights) -> KnownCheck:
     """
     rows = [row for row in published_rows(model) if row.get("super_weights")]
     if not rows:
-        return KnownCheck(
-            model=model, verdict="unknown", comparisons=(), source=None, convention=CONVENTION
-        )
+        return checked(model, (), (), convention=CONVENTION)
     published = {tuple(at): row["source"] for row in rows for at in row["super_weights"]}
     # Published coordinates name no expert: they are of dense FFNs.
     dense = [weight for weight in result.super_weights if weight.expert is None]

@@ -365,6 +365,21 @@ def kind_of(schema: str | None) -> type[Result] | None:
     return next((kind for kind in Result.__subclasses__() if kind.schema_id == schema), None)
 
 
+def _not_read(schema: str | None) -> str:
+    """Why a JSON with this schema is not read, after its path; :func:`kind_of` looked already."""
+    give = "give a JSON that a command saved in --out, as melens locate saves locate.json."
+    if schema is None:
+        return f"names no schema, so it is not a result of melens; {give}"
+    name = schema.split("/")[1] if schema.startswith("melens/") else ""
+    for kind in Result.__subclasses__():
+        if kind.schema_id.split("/")[1] == name:
+            return (
+                f"has schema {brief(schema, 60)}, and this version of melens reads "
+                f"'{kind.schema_id}'; measure again, or use the version that saved it."
+            )
+    return f"has schema {brief(schema, 60)}, which is not a result of this melens; {give}"
+
+
 def load_result(path: str | Path) -> Result:
     """Read any saved result, whatever its kind.
 
@@ -375,8 +390,7 @@ def load_result(path: str | Path) -> Result:
     found = schema_of(text, str(path))
     kind = kind_of(found)
     if kind is None:
-        known = ", ".join(sorted(all_kinds()))
-        raise ResultError(f"{path} has schema {found!r}; this version reads {known}.")
+        raise ResultError(f"{path} {_not_read(found)}")
     try:
         return kind.validated(text)
     except ResultError as error:

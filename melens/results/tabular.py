@@ -13,8 +13,8 @@ from importlib import import_module
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from melens.errors import UnknownNameError
-from melens.formatting import printable
+from melens.errors import ResultError, UnknownNameError
+from melens.formatting import brief, printable
 from melens.protocols import Json, JsonObject
 from melens.registry import unknown_name
 
@@ -81,6 +81,8 @@ def chosen(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
 
     Raises:  UnknownNameError: the frame has no such column.
     """
+    if not isinstance(columns, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  (a user gives anything)
+        raise ResultError(f"columns must be a list of names, got {brief(columns, 40)}.")
     made: list[str] = []
     for name in [columns] if isinstance(columns, str) else columns:
         both = [name + LOW, name + HIGH]

@@ -16,6 +16,7 @@ from melens.store.disk import (
     read_stdin,
     read_text,
     remove_file,
+    try_writing,
     write_atomically,
 )
 from melens.store.folders import replacing, workspace, write_folder
@@ -47,6 +48,7 @@ __all__ = [
     "remove_file",
     "replacing",
     "tensor_bytes",
+    "try_writing",
     "workspace",
     "write_atomically",
     "write_folder",

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,16 @@ def write_atomically(path: Path, data: str | bytes, *, flush: bool = True) -> No
             flush_folder(target.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
+
+
+def try_writing(folder: Path) -> None:
+    """Make a file in a folder, and remove it: where the disk is full or read-only, asking for
+    permission says yes.
+
+    Raises:  OSError: it cannot be made.
+    """  # noqa: D205
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def remove_file(path: Path) -> None:

@@ -17,6 +17,7 @@ from melens.progress import remark
 from melens.provenance import command_line, versions
 from melens.results.base import load_result
 from melens.results.sweep import CellRow, SweepReport
+from melens.settings import require_path
 from melens.store import write_atomically
 from melens.store.disk import real_path
 from melens.sweeping.cells import SweepCell, cells_of
@@ -104,7 +105,7 @@ def understood(
         raise SweepError(f"engine: {first['loc'][0]}: {first['msg']}.") from None
     if how.address is not None and how.name != "ray":
         raise SweepError(f"address belongs to Ray, and the engine is {how.name}; add --engine ray.")
-    folder = read.out if out is None else Path(out).expanduser()
+    folder = read.out if out is None else require_path("out", out).expanduser()
     if folder is None:
         raise SweepError(
             "a sweep needs a folder for its results: out in the config, --out DIR, in Python out=."

@@ -205,7 +205,7 @@ def _attempt(argv: list[str], log: Path) -> tuple[Ended, str]:
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(noted):
                 ended = attempt(argv)
-        except (SystemExit, BrokenPipeError) as error:  # a library's, or a model's own code
+        except SystemExit as error:  # a library's, or a model's own code
             ended = Ended(COULD_NOT_RUN, f"could not run ({type(error).__name__}: {error}).")
         finally:
             sys.argv = typed

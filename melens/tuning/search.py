@@ -150,7 +150,8 @@ def _plan(space: Space, halves: Halves, budget: Budget, evaluations: int) -> tup
     """The race, and the evaluations put aside for the confirmation."""
     keep = min(budget.confirm, len(space.candidates()))
     reserved = (keep + CONTROLS) * len(halves.held_out)
-    return race_of(space, len(halves.development), evaluations - reserved, keep), reserved
+    items = len(halves.development)
+    return race_of(space, items, evaluations, keep, reserved=reserved), reserved
 
 
 @dataclass

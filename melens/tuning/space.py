@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from numbers import Real
 from typing import TypeVar
 
 from melens.errors import InterventionError
@@ -14,7 +15,7 @@ from melens.intervals import random_order
 from melens.interventions.core import check_number
 from melens.interventions.wemask import SELECTS
 from melens.results.edit import Edit
-from melens.settings import RATES
+from melens.settings import RATES, require_whole
 
 T = TypeVar("T")
 ETA = 2
@@ -119,13 +120,13 @@ class Budget:
     def __post_init__(self) -> None:
         """Refuse none, both, or nothing to spend or to confirm."""
         given = [value for value in (self.evaluations, self.seconds) if value is not None]
-        if len(given) != 1 or not 0 < given[0] < float("inf"):
+        numbers = all(isinstance(v, Real) and not isinstance(v, bool) for v in given)  # pyright: ignore[reportUnnecessaryIsInstance]  (a user gives anything)
+        if len(given) != 1 or not numbers or not 0 < given[0] < float("inf"):
             raise InterventionError(
                 "a budget is evaluations or seconds, one of them and over 0; got "
-                f"evaluations={self.evaluations}, seconds={self.seconds}."
+                f"evaluations={brief(self.evaluations, 40)}, seconds={brief(self.seconds, 40)}."
             )
-        if self.confirm < 1:
-            raise InterventionError(f"confirm must be at least 1, got {self.confirm}.")
+        require_whole("confirm", self.confirm)
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ def rungs_from(first: int, items: int) -> tuple[int, ...]:
     return tuple(made)
 
 
-def race_of(space: Space, items: int, budget: int, keep: int) -> Race:
-    """The race that a budget of evaluations pays for.
+def race_of(space: Space, items: int, budget: int, keep: int, *, reserved: int = 0) -> Race:
+    """The race that a budget of evaluations pays for, ``reserved`` of them put aside.
 
     All settings start if they can; what is left over lets them see more items before the first
     cut. If they cannot, as many start as the budget carries, candidates and controls in proportion.
@@ -175,19 +176,21 @@ def race_of(space: Space, items: int, budget: int, keep: int) -> Race:
         Race(candidates, controls, rungs_from(first, items), keep)
         for first in range(items, min(FIRST, items) - 1, -1)
     ]
-    if fits := [race for race in whole if race.cost <= budget]:
+    left = budget - reserved
+    if fits := [race for race in whole if race.cost <= left]:
         return fits[0]
     smaller = [
         Race(n, math.ceil(n * controls / candidates), whole[-1].rungs, keep)
         for n in range(candidates - 1, min(keep, candidates - 1) - 1, -1)
         if n
     ]
-    if fits := [race for race in smaller if race.cost <= budget]:
+    if fits := [race for race in smaller if race.cost <= left]:
         return fits[0]
     least = (smaller or whole)[-1].cost
     raise InterventionError(
-        f"{max(budget, 0)} evaluations are left to search with, and the smallest race over {items} "
-        f"development items takes {least}; give a larger budget, fewer items or fewer to confirm."
+        f"a budget of {budget} evaluations is too small: the smallest race over {items} "
+        f"development items takes {least}, and the confirmation {reserved}; give at least "
+        f"{least + reserved}, fewer items or fewer to confirm."
     )
 
 

@@ -186,7 +186,7 @@ def test_plot_all_draws_a_folder(run, tmp_path):
     code, stdout, stderr = run("plot", tmp_path, "--all", "--format", "svg", "--style", "curves")
     assert code == 0
     assert stdout.splitlines() == [f"{tmp_path}/{n}.curves.svg" for n in ("describe", "sinks")]
-    assert f"note: left out: {tmp_path}/other.json has schema None" in stderr
+    assert f"note: left out: {tmp_path}/other.json names no schema" in stderr
     into = tmp_path / "into"
     code, stdout, _ = run("plot", tmp_path, "--all", "--style", "default", "-o", into)
     assert sorted(path.name for path in into.iterdir()) == ["describe.curves.png", "sinks.map.png"]
@@ -307,6 +307,7 @@ def test_texts_from_stdin_offline(run, model, monkeypatch):
     ("arguments", "code", "says"),
     [
         (["nonsense"], 2, "No such command 'nonsense'"),
+        (["evalu"], 2, "Did you mean 'eval'? See: melens --help"),
         (["locate"], 2, "Missing argument"),
         (["locate", "smollm2-13b"], 2, "Did you mean 'smollm2-135m'"),
         (["locate", "./nowhere"], 2, "there is no file or folder"),
@@ -331,6 +332,12 @@ def test_texts_from_stdin_offline(run, model, monkeypatch):
         (["models", "ls", "x"], 2, "ls takes no name"),
         (["models", "get", "smollm2-135m", "--accept-license", "gemma"], 2, "does not ask for"),
         (["locate", ""], 2, "name is empty"),
+        (["locate", "MODEL", "--out", ""], 2, "'-o': it is empty; give a value, or leave it out"),
+        (["locate", "MODEL", "--out="], 2, "it is empty"),
+        (["export", "MODEL", "-o", ""], 2, "it is empty; give a value. See: melens export"),
+        (["quantise", "MODEL", "--scheme", ""], 2, "'--scheme': it is empty"),
+        (["locate", "MODEL", "--prompt", "w5 w6 w7 w8", "--prompt", ""], 2, "it is empty"),
+        (["known", "smollm2-135m", ""], 2, "it is empty"),
         (["locate", "MODEL", "--seed", "99999999999999999999"], 2, "--seed"),
         (["plot", "no-such.json", "-o", "."], 2, "cannot read no-such.json"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from melens.cli.app import main
 from melens.cli.output import source
 from melens.errors import PromptError
 from melens.framing import require_known
@@ -16,6 +18,7 @@ from melens.tuning.items import check_enough
 
 FAR = "no-such-model"
 """Loading it would be another error."""
+SAVED = Path(__file__).parents[2] / "docs" / "results" / "smollm2-135m.locate.json"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,42 @@ def test_what_may_be_enough_is_not_refused(tmp_path):
         tune(FAR, path, "gsm8k-likelihood")
     path.write_text('{"question": "w5", "answer": "w6"}\n' * 40)
     check_enough(path, "gsm8k-likelihood", 0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", FAR, "-o", "OUT"],
+        ["export", FAR, "--bake", "neuron:1,2", "-o", "OUT"],
+        ["export", FAR, "--format", "prefix", "--search-prefix", "2", "-o", "OUT"],
+        ["locate", FAR, "-o", "OUT"],
+        ["sidecar", FAR, "-o", "OUT.json"],
+        ["census", FAR, "--parquet", "OUT.parquet"],
+        ["plot", str(SAVED), "-o", "OUT.png"],
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    monkeypatch.setattr("melens.figures.save_figure", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(SystemExit) as done:
+        main([word.replace("OUT", str(tmp_path / "out")) for word in arguments])
+    said = capsys.readouterr().err
+    assert done.value.code == 3
+    assert said.count("\n") == 1
+    assert re.match(rf"melens: cannot write .*{tmp_path}.*: No space left on device; ", said)
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, capsys):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(SystemExit) as done:
+        main(["sidecar", FAR, "-o", str(tmp_path / "a.json")])
+    assert done.value.code == 2
+    assert "a.json is a folder; name a file to write" in capsys.readouterr().err
 
 
 def test_lines_are_texts(tmp_path):

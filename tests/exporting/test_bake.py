@@ -284,6 +284,8 @@ LACKING = [
     ("weight:1,32,4", InterventionError, "dim must be .* 0 to 31"),
     ("gain:1,ln2_post,4", SiteError, "no norm 'ln2_post'"),
     ("expert:1,0", SiteError, "no routed experts"),
+    ("transplant:1,99", SiteError, r"layer 99 is outside 0\.\.2"),
+    ("transplant:99,1", SiteError, r"layer 99 is outside 0\.\.2"),
 ]
 
 

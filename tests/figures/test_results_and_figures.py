@@ -106,7 +106,13 @@ def test_broken_results_are_refused(tmp_path, results):
         MELayer.from_json("[]")
     path = tmp_path / "x.json"
     path.write_text('{"schema": "melens/other/9"}')
-    with pytest.raises(ResultError, match="has schema 'melens/other/9'; this version reads"):
+    with pytest.raises(ResultError, match="has schema 'melens/other/9', which is not a result"):
+        load_result(path)
+    path.write_text('{"a": 1}')
+    with pytest.raises(ResultError, match="names no schema, so it is not a result of melens; giv"):
+        load_result(path)
+    path.write_text('{"schema": "melens/locate/9"}')
+    with pytest.raises(ResultError, match="and this version of melens reads 'melens/locate/1'"):
         load_result(path)
     with pytest.raises(ResultError, match="cannot read"):
         load_result(tmp_path / "none.json")

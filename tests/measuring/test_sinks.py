@@ -218,6 +218,16 @@ def test_short_texts_say_what_uniform_attention_gives(tiny):
     assert "short texts: uniform attention alone gives 0.52" in found.summary()
 
 
+def test_a_t_over_all_texts_is_said(tiny, ids, monkeypatch):
+    said = []
+    monkeypatch.setattr("melens.measuring.attention_sinks.say_once", said.append)
+    longest = ids.shape[1]
+    for t in (longest, longest + 1):
+        sinks(tiny, prompts=Batch.of(ids), t=t)
+    assert len(said) == 1
+    assert f"T = {longest + 1} is more than the {longest} tokens of the longest text" in said[0]
+
+
 def test_a_t_that_no_query_fills_is_refused(tiny, ids):
     with pytest.raises(
         PromptError, match="t must be a whole number of at least 2, got 1; the paper takes 64"

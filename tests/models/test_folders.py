@@ -602,3 +602,14 @@ def test_a_scan_by_range_follows_the_same_rule(saved, folder, tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds an adapter"):
         by_range("some/model", "main", repository(folder))
+
+
+@pytest.mark.parametrize("ask", [load, scan, load_streamed, loading.load_plain])
+def test_a_folder_of_a_gguf_names_the_file_to_give(ask, tmp_path):
+    for name in ("model.gguf", "melens.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelNotFoundError, match=rf"give its file, {tmp_path}/model\.gguf\.$"):
+        ask(tmp_path)
+    (tmp_path / "b.gguf").write_text("")
+    with pytest.raises(ModelNotFoundError, match=r"b\.gguf \(one of 2 such files\)"):
+        ask(tmp_path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -28,7 +29,7 @@ from melens.models import load
 from melens.results import Edit, Tuning
 from melens.settings import Run
 from melens.tuning import Budget, Objective, Space, search, tune
-from melens.tuning.items import read_once, split
+from melens.tuning.items import Halves, read_once, split
 from melens.tuning.space import Race, race_of, rungs_from
 
 N, LENGTH = 48, 20
@@ -214,6 +215,20 @@ def test_a_larger_budget_never_buys_a_smaller_race():
     assert races[-1].candidates == len(space.candidates()) == 120
 
 
+@pytest.mark.parametrize("space", [Space(), TINY])
+@pytest.mark.parametrize("confirm", [1, 3, 200])
+@pytest.mark.parametrize("items", [5, 32])
+def test_the_budget_that_is_said_to_be_enough_is(space, confirm, items):
+    halves, budget = Halves((None,) * items, (None,) * items, 0), Budget(1, confirm=confirm)
+    with pytest.raises(InterventionError, match="a budget of 1 evaluations") as refused:
+        search._plan(space, halves, budget, 1)
+    enough = int(re.search(r"give at least (\d+),", str(refused.value))[1])
+    race, reserved = search._plan(space, halves, budget, enough)
+    assert race.cost + reserved == enough
+    with pytest.raises(InterventionError, match=f"give at least {enough},"):
+        search._plan(space, halves, budget, enough - 1)
+
+
 def test_losers_stop_early_and_saw_fewer_items(none_found, found):
     for result in (none_found, found):
         assert result.budget.cut_short == ()
@@ -268,7 +283,7 @@ def test_a_small_budget_tries_some_settings_and_says_so(planted, plain_text):
     result = searched(planted, plain_text, 255)
     assert len(result.trials) < result.in_space == 12
     assert f"{len(result.trials)} of 12 settings tried" in result.summary()
-    with pytest.raises(InterventionError, match="evaluations are left to search with"):
+    with pytest.raises(InterventionError, match="a budget of 200 evaluations is too small"):
         searched(planted, plain_text, 200)
 
 
@@ -588,7 +603,7 @@ def test_the_command_names_what_it_found(run, planted, masked_text, folder, tmp_
         (["--data", "FOLDER/few.txt", "--length", "12"], "different items make"),
         (
             ["--data", "FOLDER/words.txt", "--length", "12", "--budget", "50"],
-            "evaluations are left",
+            "a budget of 50 evaluations is too small",
         ),
         (["--budget", "0"], "--budget"),
     ],

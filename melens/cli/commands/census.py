@@ -109,14 +109,15 @@ def _refuse_files(folder: Path | None, parquet: Path | None, card: Path | None) 
     """Refuse what could not be written at the end, before any model is read."""
     output.refuse_unwritable(folder)
     if parquet is not None:
-        if parquet.suffix.lower() != PARQUET or parquet.is_dir():
+        if parquet.suffix.lower() != PARQUET:
             raise typer.BadParameter(f"--parquet {parquet}: name a file that ends in {PARQUET}.")
-        output.refuse_unwritable(parquet.resolve().parent)
+        output.refuse_unwritable_file("--parquet", parquet.resolve())
     if card is not None:
         from melens.reporting import refuse_bad_card
         from melens.reporting.card import CENSUS
 
         refuse_bad_card(card, CENSUS)
+        output.refuse_unwritable_file("--card", card.resolve())
 
 
 def _write_files(result: Census, parquet: Path | None, card: Path | None) -> None:

@@ -12,7 +12,7 @@ from melens.cli import options as opt
 from melens.cli import output
 from melens.cli.groups import without
 from melens.cli.job import Job
-from melens.errors import COULD_NOT_RUN, OutputError
+from melens.errors import COULD_NOT_RUN
 from melens.progress import progress_on, remark
 
 if TYPE_CHECKING:
@@ -106,32 +106,17 @@ def _check_files(junit: Path | None, card: Path | None) -> None:
 
     Raises:  OutputError: naming the file. ResultError: a card whose section has no clear bounds.
     """
-    if junit is not None and (str(junit) == "-" or (junit.exists() and not junit.is_file())):
-        what = "a folder" if junit.is_dir() else "not a file"
-        raise typer.BadParameter(f"--junit {junit} is {what}; name a file to write.")
+    if junit is not None and str(junit) == "-":
+        raise typer.BadParameter("--junit - is not a file; name a file to write.")
     if junit is not None:
-        _refuse_unwritable("--junit", junit)
+        output.refuse_unwritable_file("--junit", junit)
     if card is not None and not card.is_file():
         raise typer.BadParameter(f"--card {card} is not a file; give the README.md of the model.")
     if card is not None:
         from melens.reporting import refuse_bad_card
 
         refuse_bad_card(card)
-        _refuse_unwritable("--card", card.resolve())
-
-
-def _refuse_unwritable(option: str, path: Path) -> None:
-    """Raises: OutputError: nothing can be written beside ``path``."""
-    import tempfile
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass  # asking for permission says yes where the disk is full or read-only
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {option} {path}: {error.strerror}; choose another place."
-        ) from None
+        output.refuse_unwritable_file("--card", card.resolve())
 
 
 def _pages(report: CheckReport, folder: Path | None, card: Path | None) -> None:

@@ -55,7 +55,7 @@ def sidecar(
     """
     if out.suffix.lower() != ".json":
         raise ResultError(f"--out {out} is not a .json file; name one, e.g. massive.json.")
-    output.refuse_unwritable(out.parent)
+    output.refuse_unwritable_file("--out", out)
     job = Job.of(model, run, texts=texts, located=located)
     found = searched(super_weights)
     scanned = read_scan(scan)

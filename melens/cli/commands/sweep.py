@@ -176,6 +176,9 @@ def results(
       melens results runs/sweep --kind evaluate --table main --group-by model,name --latex t.tex
     """
     _obey(offline=False, quiet=quiet)
+    for option, path in (("--csv", csv), ("--latex", latex), ("--plot", plot)):
+        if path is not None and str(path) != "-":
+            output.refuse_unwritable_file(option, path)
     from melens.sweeping import gathering
 
     found = gathering.read_sweep(folder)
