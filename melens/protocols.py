@@ -141,11 +141,11 @@ def is_hooked(model: object) -> TypeGuard[HookedModel]:
     return hasattr(model, "hook_dict")
 
 
-def transformers_of(model: AnyModel) -> TransformersModel:
+def transformers_of(model: object) -> TransformersModel:
     """The transformers module inside a bridge; any other model is itself."""
     return cast("TransformersModel", getattr(model, "original_model", model))
 
 
-def transformers_config(model: AnyModel) -> PretrainedConfig | None:
+def transformers_config(model: object) -> PretrainedConfig | None:
     """The config of the transformers module inside a bridge; None where there is none."""
     return getattr(getattr(model, "original_model", None), "config", None)

@@ -75,7 +75,7 @@ def merge_again(view: nn.Module, model: nn.Module) -> None:
         inside = view._modules[name]
         assert inside is not None
         if _adapts(child):
-            inside._parameters["weight"].copy_(_merged_weight(child))
+            inside.get_parameter("weight").copy_(_merged_weight(child))
         elif not hasattr(child, "modules_to_save"):  # those are the optimiser's own
             merge_again(inside, child)
 
