@@ -23,7 +23,7 @@ from melens.models.attention import attention_sites
 from melens.models.bridging import unwrapped
 from melens.models.ffn import is_adapted
 from melens.models.loading import adopt
-from melens.models.view import merge_again, merged_view_of, view_of
+from melens.models.view import merge_again, merged_view_of, parts_of, view_of
 from melens.protocols import Tokenizer
 from melens.results import Collapse, MELayer, Sinks
 from melens.results.finetune import EmergenceRow
@@ -75,7 +75,7 @@ class EmergenceCallback(TrainerCallback):
         self._file = None if file is None else Path(file)
         self._began, self._spent = 0.0, 0.0
         self._view: nn.Module | None = None
-        self._seen: list[object] = []
+        self._parts: list[object] = []
 
     def on_train_begin(
         self,
@@ -159,14 +159,13 @@ class EmergenceCallback(TrainerCallback):
 
     def _view_of(self, model: nn.Module) -> nn.Module:
         """The model to be bridged: the one of the last look, while it has the same parts."""
-        one = next(model.parameters())
-        parts = [*model.modules(), one.device, one.dtype]
+        parts = parts_of(model)
         adapted = is_adapted(model)
-        if self._view is None or parts != self._seen:
+        if self._view is None or parts != self._parts:
             self._view = merged_view_of(model) if adapted else view_of(model)
         elif adapted:  # what is added to the weights changes with every step
             merge_again(self._view, model)
-        self._seen = parts
+        self._parts = parts
         return self._view
 
     def _log(self, row: EmergenceRow) -> None:

@@ -56,7 +56,7 @@ def _strip(module: nn.Module) -> None:
 
 
 def merged_view_of(model: nn.Module) -> nn.Module:
-    """:func:`view_of`, adapters of layers added to copies of the weights that they adapt.
+    """:func:`view_of`, with copies of the layers that have adapters, which PEFT merged into them.
 
     A bridge may split a layer that queries, keys and values share, past an adapter around it. The
     copies are of this moment: :func:`merge_again` once the adapters have changed.
@@ -68,14 +68,15 @@ def merged_view_of(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def merge_again(view: nn.Module, model: nn.Module) -> None:
-    """Write the adapters of this moment into the copies of a model's :func:`merged_view_of`, in
-    place: a bridge around the view sees them.
+    """Write the current adapters into the copies of a model's :func:`merged_view_of`, in place:
+    a bridge around the view sees them.
     """  # noqa: D205
     for name, child in model.named_children():
         inside = view._modules[name]
         assert inside is not None
         if _adapts(child):
-            inside.get_parameter("weight").copy_(_merged_weight(child))
+            for own, value in _merged(child).named_parameters():
+                inside.get_parameter(own).copy_(value)
         elif not hasattr(child, "modules_to_save"):  # those are the optimiser's own
             merge_again(inside, child)
 
@@ -85,10 +86,7 @@ def _merge(module: nn.Module) -> None:
     for name, found in module.named_children():
         child: Any = found  # PEFT's layers, told by what they have
         if _adapts(child):
-            layer = copy.copy(child.base_layer)
-            layer.__dict__["_parameters"] = dict(layer._parameters)
-            layer._parameters["weight"] = nn.Parameter(_merged_weight(child), requires_grad=False)
-            module._modules[name] = layer
+            module._modules[name] = _merged(child)
         elif hasattr(child, "modules_to_save"):
             module._modules[name] = child.modules_to_save[child.active_adapters[0]]
         else:
@@ -99,10 +97,30 @@ def _adapts(module: nn.Module) -> bool:
     return hasattr(module, "get_delta_weight")
 
 
-def _merged_weight(layer: Any) -> torch.Tensor:
-    own = getattr(layer, "lora_A", layer.active_adapters)  # some adapters are elsewhere
-    active = [adapter for adapter in layer.active_adapters if adapter in own]
-    return layer.base_layer.weight + sum(layer.get_delta_weight(adapter) for adapter in active)
+def _merged(layer: nn.Module) -> nn.Module:
+    """A copy of the layer inside one or more adapters, with those that are in force in it."""
+    inner: Any = copy.deepcopy(layer)
+    while hasattr(inner, "base_layer"):
+        waiting = set(inner.active_adapters) - set(inner.merged_adapters)
+        if waiting and not inner.disable_adapters:
+            inner.merge()
+        inner = inner.base_layer
+    return inner
+
+
+def parts_of(model: nn.Module) -> list[object]:
+    """What a view takes over from its model, to be compared later: it fits while these are equal,
+    and holds them, so that no id is another's.
+    """  # noqa: D205
+    found: list[object] = []
+    for module in model.modules():
+        active = getattr(module, "active_adapters", None)  # PEFT's; of transformers' a method
+        off = getattr(module, "disable_adapters", None)
+        found += [module, list(active) if isinstance(active, (list, tuple)) else None]
+        found.append(off if isinstance(off, bool) else None)
+    for value in model.parameters():
+        found += [id(value), value.device, value.dtype]
+    return found
 
 
 def _quiet(config: PretrainedConfig) -> PretrainedConfig:

@@ -218,6 +218,67 @@ def test_a_later_look_sees_what_adapters_have_learned_since(family, words):
     same(callback.look(plant(family, "single", 1).model, 2), first)
 
 
+def stacked(model, lora):
+    from peft import LoHaConfig, get_peft_model
+
+    inner = get_peft_model(model, lora)
+    loha = LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)
+    return get_peft_model(inner.get_base_model(), loha)
+
+
+def in_half(model, lora):
+    from peft import get_peft_model
+
+    return get_peft_model(model.to(torch.bfloat16), lora)
+
+
+def with_magnitudes(model, lora):
+    from peft import get_peft_model
+
+    lora.use_dora = True
+    return get_peft_model(model, lora)
+
+
+def switched(model, lora):
+    from peft import get_peft_model
+
+    made = get_peft_model(model, lora)
+    made.add_adapter("other", lora)
+    return made
+
+
+@pytest.mark.parametrize("make", [stacked, in_half, with_magnitudes, switched])
+def test_looks_at_adapters_are_of_the_moment_and_change_no_weight(make, words):
+    """What PEFT itself computes, whichever adapters are in force; own weights stay bit for bit."""
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "down_proj"],
+        modules_to_save=None if make is stacked else ["input_layernorm"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model, texts = make(plant("llama", "single", 1).model, lora), [[1, *range(20, 90)]]
+    callback = EmergenceCallback(words, texts)
+    callback.look(model, 0)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn_like(value), alpha=0.2)
+    if make is switched:
+        model.set_adapter("other")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = callback.look(model, 1)
+    assert seen.by_layer == EmergenceCallback(words, texts).look(model, 1).by_layer
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        plain = model(torch.tensor(texts), output_hidden_states=True).hidden_states
+    largest = max(float(x.abs().max()) for x in plain[1:-1])
+    assert seen.largest == pytest.approx(largest, rel=0.02 if make is in_half else 1e-3)
+
+
 def test_looks_take_a_bounded_share_of_the_time(planted, words, monkeypatch):
     callback = EmergenceCallback(words, [[1, *range(20, 40)]], every=1, share=0.05)
     clock = iter(range(0, 10_000, 10))
