@@ -11,8 +11,9 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The program ``melens``, which ends with its process: more than a second would go by in
-    looking for garbage among all that was imported.
+    """The program ``melens``. As its process ends afterwards, a last collection of garbage, which
+    takes over a second, is skipped; whoever gives arguments looks after a process of their own.
     """  # noqa: D205
-    atexit.register(gc.freeze)
+    if arguments is None:
+        atexit.register(gc.freeze)
     app.main(arguments)

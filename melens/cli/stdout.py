@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
-from typing import IO
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import IO, Any
 
 from melens.errors import OutputError
+from melens.progress import discard
 
 
 class Printed:
-    """A stream that a command prints to. Where its reader has left, the rest goes nowhere and the
-    command ends as it would have.
+    """A stream that a command prints to. If its reader has left, what follows is dropped and the
+    exit code stays.
     """  # noqa: D205
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: IO[Any]) -> None:
         self._stream = stream
         self._fault: OutputError | None = None
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
+        found = getattr(self._stream, name)
+        return Printed(found) if name == "buffer" else found  # typer may wrap it anew
 
-    def write(self, text: str) -> int:
-        """Write a text.
+    def writelines(self, lines: Iterable[str | bytes]) -> None:
+        """Write each; raises as :meth:`write` does."""
+        for line in lines:
+            self.write(line)
+
+    def write(self, text: str | bytes) -> int:
+        """Write a text, or bytes where this is a buffer.
 
         Raises:  OutputError: it cannot be written, as on a full disk.
         """
@@ -47,8 +53,10 @@ class Printed:
             discard(self._stream)
         except OSError as error:
             discard(self._stream)
-            said = f"cannot write to standard output: {error.strerror}; send it somewhere else."
-            self._fault = OutputError(said)
+            why = error.strerror or error
+            self._fault = OutputError(
+                f"cannot write to standard output: {why}; send it somewhere else."
+            )
             raise self._fault from None
 
 
@@ -60,13 +68,3 @@ def printing() -> Iterator[None]:
         return
     with redirect_stdout(Printed(sys.stdout)):
         yield
-
-
-def discard(stream: IO[str]) -> None:
-    """Drop what a stream still holds. Python would write it as it exits, and where that fails end
-    with an exit code of its own.
-    """  # noqa: D205
-    with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)

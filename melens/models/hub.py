@@ -29,35 +29,42 @@ def asking_the_hub(name: str) -> Iterator[None]:
         said = first_line(error)
         if isinstance(error, HFValidationError) or "valid model identifier" in said:
             raise ModelNotFoundError(f"{NAMED.unknown(name)} The hub knows none either.") from None
-        why = _meant(error) or f"the hub could not be read: {said.rstrip('.')}; see: melens models"
-        raise FetchError(f"{name} is no named model and no folder here, and {why}") from None
+        raise _said_of(error, name) from None
 
 
-def _meant(error: Exception) -> str:
+def _said_of(error: Exception, name: str) -> FetchError | ModelNotFoundError:
     """What the hub's common answers mean; its own words quote addresses that are cut short."""
     from huggingface_hub import errors
 
+    here = f"{name} is no named model and no folder here, and"
     if isinstance(error, errors.GatedRepoError):
-        return "on the hub its terms must be accepted first; do so there, then: hf auth login"
+        return FetchError(f"{name} is gated: accept its terms on the hub, then run: hf auth login")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "the hub has none of that name, or a private one (then: hf auth login)."
+        way_out = "if it is private, run: hf auth login"
+        return ModelNotFoundError(f"{here} the hub has no model of that name; {way_out}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return "the hub has that model, but not this revision."
+        return FetchError(f"the hub has {name}, but not this revision of it.")
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return "the hub has no config.json of it; give a causal LM's id."
-    return ""
+        return FetchError(f"{name} has no config.json on the hub; give a causal LM's id.")
+    why = first_line(error).rstrip(".")
+    return FetchError(f"{here} the hub could not be read: {why}; see: melens models")
 
 
-def ask_once(name: str, revision: str | None) -> None:
-    """Whether the hub can be asked for a model's config. Its clients would ask again and again,
-    for half a minute, and say so each time.
+def reach_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once for a model's config: where it is out of reach its clients would go on for
+    half a minute, and say so each time. Whatever it answers is for whoever asks next.
 
-    Raises:  as :func:`asking_the_hub`.
+    Raises:  FetchError: it does not answer.
     """  # noqa: D205
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    with asking_the_hub(name):
+    try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError):
+        return
+    except Exception as error:  # each HTTP client has errors of its own
+        raise _said_of(error, name) from None
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:

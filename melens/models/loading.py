@@ -31,7 +31,7 @@ from melens.models.gguf import (
     read_gguf_tokenizer,
     read_gguf_whole,
 )
-from melens.models.hub import OFFLINE, ask_once, asking_the_hub
+from melens.models.hub import OFFLINE, asking_the_hub, reach_hub
 from melens.models.multimodal import (
     RENAMED,
     WHOLE,
@@ -204,11 +204,12 @@ def source_of(wanted: Asked, *, revision: str | None, trust_remote_code: bool) -
         # its folder and not its name: given a name the libraries may still ask for other things
         return _checked(_offline_copy(name, revision), trust_remote_code=trust_remote_code)
     try:
-        ask_once(name, revision)
+        reach_hub(name, revision)
     except FetchError:
         folder = kept_copy(name, revision)
         if folder is None:
             raise
+        say_once(f"the hub is out of reach; {name} is of its cache here, commit {folder.name:.8}.")
         return _checked(folder, trust_remote_code=trust_remote_code)
     _check_hub(name, revision=revision, trust_remote_code=trust_remote_code)
     return name

@@ -17,36 +17,48 @@ OTHER = str(RESULTS / "smollm2-135m-bos.locate.json")
 PROGRAM = "from melens.cli import main; main()"
 
 
-def ended(arguments, stdout):
+STREAMS = [{}, {"PYTHONUNBUFFERED": "1"}, {"PYTHONIOENCODING": "ascii"}]
+"""typer wraps the buffer of an ascii stream anew."""
+
+
+def ended(arguments, stdout, how, stderr=subprocess.PIPE):
+    given = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONUN")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], stdout=stdout, stderr=subprocess.PIPE
+        [sys.executable, "-c", PROGRAM, *arguments], stdout=stdout, stderr=stderr, env=given | how
     )
-    return done.returncode, done.stderr.decode()
+    return done.returncode, (done.stderr or b"").decode()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("arguments", "code", "how"),
     [
-        (["diff", SAVED, SAVED], 0),
-        (["diff", SAVED, OTHER, "--any-texts"], 1),
-        (["diff", SAVED, "nowhere.json"], 2),
-        (["--help"], 0),
+        *((["diff", SAVED, OTHER, "--any-texts"], 1, how) for how in STREAMS),
+        (["diff", SAVED, SAVED], 0, STREAMS[2]),
+        (["--help"], 0, STREAMS[0]),
     ],
 )
-def test_a_reader_that_left_does_not_change_the_exit_code(arguments, code):
+def test_a_reader_that_left_does_not_change_the_exit_code(arguments, code, how):
     reader, writer = os.pipe()
     os.close(reader)
-    found, said = ended(arguments, writer)
+    found, said = ended(arguments, writer, how)
     os.close(writer)
     assert found == code
     assert "pipe" not in said.lower()
 
 
+def test_nor_does_one_of_both_streams():
+    reader, writer = os.pipe()
+    os.close(reader)
+    found, _ = ended(["diff", SAVED, "nowhere.json"], writer, STREAMS[0], stderr=writer)
+    os.close(writer)
+    assert found == 2
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("arguments", [["known", "smollm2-135m", SAVED], ["--version"]])
-def test_a_full_disk_is_one_line(arguments):
+@pytest.mark.parametrize("how", STREAMS)
+def test_a_full_disk_is_one_line(how):
     with Path("/dev/full").open("w") as full:
-        code, said = ended(arguments, full)
+        code, said = ended(["known", "smollm2-135m", SAVED], full, how)
     assert code == 3
     assert said.count("\n") == 1
     assert "cannot write to standard output: No space left on device" in said
