@@ -51,11 +51,19 @@ def executed(source: Path, inside: KernelManager, *, timeout: int = 600) -> Note
     for number, cell in enumerate(book.cells):
         cell["id"] = f"cell-{number}"
     forget = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("%reset -f")])
-    for cells in (book, forget):
-        client = NotebookClient(cells, timeout=timeout, km=inside)
-        client.execute()
-        client.kc.stop_channels()
+    try:
+        _run(book, inside, timeout)
+    finally:
+        _run(forget, inside, timeout)
     return book
+
+
+def _run(book: NotebookNode, inside: KernelManager, timeout: int) -> None:
+    client = NotebookClient(book, timeout=timeout, km=inside)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()
 
 
 def images(cell: NotebookNode) -> int:

@@ -1,4 +1,4 @@
-"""Python's collector of cycles, kept from looking through what is only just being made.
+"""Run Python's collector of cycles rarely while libraries are imported and models bridged.
 
 To import torch, transformers and TransformerLens makes half a million objects that stay, and to
 bridge a model makes tens of thousands; looking through them again and again costs a fifth of the
@@ -13,23 +13,30 @@ from contextlib import contextmanager
 from threading import Lock
 
 RARELY = 50_000
-"""Objects made, less those freed, before the youngest are looked through; Python's own is 700."""
+"""Objects made, less those freed, that start a collection of the youngest."""
 _lock = Lock()
-_before: list[int] = []
-"""The threshold that every call which has not ended found."""
+_found: list[int] = []
+"""The thresholds that the blocks which are still open found."""
 
 
 @contextmanager
 def rarely_collected() -> Iterator[None]:
-    """Collect cycles rarely; afterwards as before, also where threads do this side by side."""
+    """Collect cycles rarely; afterwards as before, also where threads do this side by side.
+
+    A threshold that somebody sets inside the block stays. Not for a generator function: the block
+    would end before its body runs.
+    """
     with _lock:
-        _before.append(gc.get_threshold()[0])
-        gc.set_threshold(max(RARELY, _before[0]) if _before[0] else 0)
+        before = gc.get_threshold()[0]
+        _found.append(before)
+        first = _found[0]
+        ours = max(RARELY, first) if first else 0
+        gc.set_threshold(ours)
     try:
         yield
     finally:
         with _lock:
-            first = _before[0]
-            _before.pop()
-            if not _before:
+            first = _found[0]
+            _found.pop()
+            if not _found and gc.get_threshold()[0] == ours:
                 gc.set_threshold(first)

@@ -80,7 +80,7 @@ def brief(value: object, longest: int = 60) -> str:
 
 
 def counted(n: int, what: str, *, none: str = "0") -> str:
-    """A number of things, in words; ``none`` says how many none are."""
+    """A number of things, in words; ``none`` is written for 0."""
     return f"{n or none} {what}{'s' * (n != 1)}"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import TypeVar
 
-from melens.errors import InterventionError, MelensError
+from melens.errors import InterventionError, MelensError, OutputError
 from melens.formatting import brief
 
 Progress = Callable[[int, int], None]
@@ -151,10 +152,10 @@ def require_seed(seed: object) -> None:
 
 
 def require_path(name: str, value: object) -> Path:
-    """A path as one; refuses what is none, and an empty one, which would be this folder.
+    """A path as one; refuses what is none, and an empty text, which would be this folder.
 
-    Raises:  InterventionError: naming the setting and what was given.
+    Raises:  OutputError: naming the setting and what was given.
     """
-    if not isinstance(value, (str, Path)) or value == "":
-        raise InterventionError(f"{name} must be a path, got {brief(value, 40)}.")
+    if not isinstance(value, (str, os.PathLike)) or value == "":
+        raise OutputError(f"{name} must be a path, got {brief(value, 40)}.")
     return Path(value)

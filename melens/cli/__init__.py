@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
-
-from melens.cli import app
+import sys
 
 __all__ = ["main"]
 
@@ -16,4 +15,8 @@ def main(arguments: list[str] | None = None) -> None:
     """  # noqa: D205
     if arguments is None:
         atexit.register(gc.freeze)
+    try:
+        from melens.cli import app
+    except KeyboardInterrupt:  # nothing has begun
+        sys.exit(130)
     app.main(arguments)

@@ -183,7 +183,7 @@ class Ended:
 def attempt(arguments: list[str], *, debug: bool = False) -> Ended:
     """Run a command; what goes wrong is returned, not told.
 
-    Raises:  KeyboardInterrupt, typer.Abort: nobody waits for it any more.
+    Raises:  KeyboardInterrupt, typer.Abort: the user interrupted it.
     """
     try:
         with one_command(), _edits_said():
@@ -249,7 +249,7 @@ def _quiet_libraries(*, debug: bool) -> None:
     pass_on()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not debug:

@@ -58,10 +58,10 @@ def help_of(command: TyperCommand | TyperGroup, ctx: Context) -> str:
     offered = [p for p in params if p.param_type_name == "option"]
     commands = command.commands if isinstance(command, TyperGroup) else {}
     below = [(name, _first(one.help or "")) for name, one in commands.items()]
-    places = [_place(p) for p in taken] + ["COMMAND [ARGS]..."] * bool(below)
+    places = [place(p) for p in taken] + ["COMMAND [ARGS]..."] * bool(below)
     usage = " ".join(["Usage:", ctx.command_path, *["[OPTIONS]"] * bool(offered), *places])
     parts = [_filled(usage, width, "  "), *_prose(command.help or "", width)]
-    parts += _panel("Arguments", [(_place(p), _said(p)) for p in taken], width)
+    parts += _panel("Arguments", [(place(p), _said(p)) for p in taken], width)
     parts += _panel("Options", [(_spelt(p), _said(p)) for p in offered], width)
     parts += _panel("Commands", below, width)
     return "\n\n".join(parts) + "\n"
@@ -117,7 +117,7 @@ def _filled(text: str, width: int, later: str = "", first: str = "") -> str:
     )
 
 
-def _place(param: Parameter) -> str:
+def place(param: Parameter) -> str:
     """An argument as the docstrings name it."""
     name = param.metavar or str(param.name).upper().strip("{}[]")
     return name if param.required else f"[{name}]"

@@ -54,26 +54,19 @@ def refuse_unwritable(folder: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}.") from None
-    try:
-        try_writing(folder)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write into {folder}: {error.strerror}; choose another --out."
-        ) from None
+    try_writing(folder, "choose another --out")
 
 
 def refuse_unwritable_file(option: str, path: Path) -> None:
-    """Refuse a file that cannot be written, before any work."""
-    if path.exists() and not path.is_file():
+    """Refuse a file that cannot be written, before any work; no folder is made."""
+    try:
+        other = path.exists() and not path.is_file()
+    except OSError as error:
+        raise OutputError(f"cannot write {option} {path}: {error.strerror}.") from None
+    if other:
         what = "a folder" if path.is_dir() else "not a file"
         raise typer.BadParameter(f"{option} {path} is {what}; name a file to write.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try_writing(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {option} {path}: {error.strerror}; choose another place."
-        ) from None
+    try_writing(path.parent, f"choose another place for {option} {path}")
 
 
 def save(result: Result, folder: Path | None, name: str, figure: str) -> None:
@@ -161,6 +154,7 @@ def draw_all(folder: Path, into: Path, kind: str, style: str | None) -> list[Pat
     from melens.figures import save_figure
     from melens.results import load_result
 
+    try_writing(into, "choose another --out")
     made: list[Path] = []
     for path in sorted(folder.rglob("*.json")):
         try:

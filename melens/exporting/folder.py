@@ -278,12 +278,14 @@ def check_out(out: str | Path) -> Path:
             raise ResultError(
                 f"{out} holds {other}, which no earlier export wrote; name another folder."
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try_writing(target.parent)
     except OSError as error:
         raise OutputError(
             f"cannot write into {target.parent}: {error.strerror}; name another folder."
         ) from None
+    if target.is_mount():
+        raise OutputError(f"{out} is a mount point, which cannot be replaced; name a folder in it.")
+    for folder in (target, target.parent):
+        try_writing(folder, "name another folder")
     return target
 
 

@@ -87,11 +87,19 @@ class EmergenceCallback(TrainerCallback):
         processing_class: Tokenizer | None = None,
         **kwargs: object,
     ) -> None:
-        """Look before the first step; the time of this look is not training's."""
+        """Look before the first step; the time of this look is not training's.
+
+        Raises:  InterventionError: the file holds looks of another training.
+        """
         if not state.is_world_process_zero:
             return
         self._began, self._spent = time.perf_counter(), 0.0
         done = [] if self._file is None else [row["step"] for row in read_rows(self._file)]
+        if any(step > state.global_step for step in done):
+            raise InterventionError(
+                f"{self._file} holds looks up to step {max(done)}, and this training begins at "
+                f"{state.global_step}; name another file, or remove it."
+            )
         if state.global_step in done:
             return  # taken up again where it was
         self.look(model, state.global_step, processing_class)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from melens.errors import OutputError, ResultError
+from melens.errors import ResultError
 from melens.interventions.core import EditedTokens
 from melens.protocols import JsonObject, Tokenizer
 from melens.results.finetune import EmergenceRow, LossRow
@@ -55,17 +55,9 @@ def refuse_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ResultError(f"{folder} is a file; name a folder for the training.")
-    if (folder / SETTINGS).exists():
-        return
-    if folder.exists() and any(folder.iterdir()):
+    if not (folder / SETTINGS).exists() and folder.exists() and any(folder.iterdir()):
         raise ResultError(f"{folder} is not empty and holds no training; name another folder.")
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        try_writing(above)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write into {above}: {error.strerror}; name another folder."
-        ) from None
+    try_writing(folder, "name another folder")
 
 
 def take_up(folder: Path, facts: JsonObject, key: str, *, steps: int) -> Path | None:

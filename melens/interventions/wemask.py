@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -195,6 +196,12 @@ def _me_layer(decoder: Decoder, layer: int | MELayer | None, layers: str) -> int
     return number
 
 
+def least_rate(size: int) -> float:
+    """A rate that is one of ``size`` dimensions at least, of a few digits."""
+    digits = len(str(size)) + 1
+    return math.ceil(10**digits / size) / 10**digits
+
+
 Rule = Callable[[int, Tensor], Tensor]
 
 
@@ -204,7 +211,7 @@ def _rule(decoder: Decoder, layers: Sequence[int], *, rate: float, select: str, 
     count = int(rate * size)
     if rate > 0 and not count:
         raise InterventionError(
-            f"rate {rate:g} of {size} dimensions is none; it must be at least {1 / size:.2g}."
+            f"rate {rate:g} of {size} dimensions is none; it must be at least {least_rate(size):g}."
         )
     gains = {}
     if select in ("gamma", "product", "bottom-gamma"):

@@ -222,8 +222,8 @@ def sinks(
     check_attention(inputs.model)
     if t > (longest := max(map(len, inputs.rows))):
         say_once(
-            f"T = {t} is more than the {longest} tokens of the longest text, so all texts count "
-            f"whole, as with T = {longest}; give longer texts, or a larger length."
+            f"T = {t} exceeds the longest text ({longest} tokens), so every text counts whole. "
+            "Give longer texts, or a larger length."
         )
     located = settle(inputs, me_layer, progress=progress)
     plan = SinkPlan(inputs, located, t)

@@ -171,12 +171,11 @@ def _require_causal(config: JsonObject, kind: str, *, name: str) -> None:
 
 def _no_config(folder: Path) -> str:
     """What a folder without a config is, and what to give instead."""
-    ggufs = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
-    if ggufs:
+    ggufs = [file for file in folder.iterdir() if file.suffix.lower() == ".gguf"]
+    if ggufs:  # of a multimodal model the part that looks comes last
+        first = min(ggufs, key=lambda file: (file.name.startswith("mmproj"), file.name))
         more = f" (one of {len(ggufs)} such files)" * (len(ggufs) > 1)
-        return (
-            f"{folder} holds no config.json, but a GGUF: give its file, {folder / ggufs[0]}{more}."
-        )
+        return f"{folder} holds no config.json, but a GGUF; give {first} itself{more}."
     if (folder / "melens.json").exists():
         return (
             f"{folder} holds no config.json; give a Hugging Face model folder (it is a prefix or "

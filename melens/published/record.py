@@ -190,22 +190,22 @@ def known_models() -> Registry[list[JsonObject]]:
 
 def published_rows(model: str) -> list[JsonObject]:
     """Rows on record for a model's name, its last part, or a name melens gives it."""
-    wanted = _key(ALIASES.get(_name(model), model))
+    wanted = _key(ALIASES.get(_require_name(model), model))
     return [row for name, rows in known_models().items() for row in rows if wanted in _keys(name)]
 
 
 def published_profile(model: str) -> PublishedProfile | None:
     """The layer profile on record for a model's name, or None."""
-    wanted = _key(_name(model))
+    wanted = _key(_require_name(model))
     return next(
         (one for one in profiles().profiles if wanted in _keys(one.model, one.published_as)), None
     )
 
 
-def _name(model: object) -> str:
+def _require_name(model: object) -> str:
     """Raises: ResultError: it is not a name."""
-    if not isinstance(model, str):
-        raise ResultError(f"a model on record is asked for by its name, got {brief(model, 40)}.")
+    if not isinstance(model, str) or not model.strip():
+        raise ResultError(f"give the name of a model as text, got {brief(model, 40)}.")
     return model
 
 

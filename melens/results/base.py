@@ -367,7 +367,7 @@ def kind_of(schema: str | None) -> type[Result] | None:
 
 def _not_read(schema: str | None) -> str:
     """Why a JSON with this schema is not read, after its path; :func:`kind_of` looked already."""
-    give = "give a JSON that a command saved in --out, as melens locate saves locate.json."
+    give = "give a JSON that a command saved with --out, as locate.json of melens locate."
     if schema is None:
         return f"names no schema, so it is not a result of melens; {give}"
     name = schema.split("/")[1] if schema.startswith("melens/") else ""

@@ -64,9 +64,8 @@ class KnownCheck(Result):
         if self.source is None:
             if self.named:
                 return (
-                    f"{self.model}: unknown, on record is nothing that this result compares with: "
-                    "only numbers of another kind (known compares locate, scan, super-weights, "
-                    "sinks and report.json), or of another size of model."
+                    f"{self.model} is on record, but without a number of this kind and size; "
+                    "known compares locate, scan, super-weights, sinks and report.json."
                 )
             hint = f" Did you mean {self.meant}?" if self.meant else ""
             return f"{self.model}: unknown, nothing published is on record for this name.{hint}"

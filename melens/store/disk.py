@@ -25,6 +25,8 @@ PAGE, RESULT, TEXT, ROWS = 1_000_000, 256_000_000, 256_000_000, 4_000_000_000
 """Bytes that a policy or record, a result, a text and a file of items may have."""
 CHUNK = 1 << 20
 """Bytes that are hashed at once."""
+TRIAL = 4096
+"""Bytes that are written to see whether a disk has room."""
 ABANDONED = 3600.0
 """Seconds without a change after which a temporary file is a killed command's."""
 _NO_WAIT, _CLOSE, _BINARY = (
@@ -70,14 +72,20 @@ def write_atomically(path: Path, data: str | bytes, *, flush: bool = True) -> No
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from None
 
 
-def try_writing(folder: Path) -> None:
-    """Make a file in a folder, and remove it: where the disk is full or read-only, asking for
-    permission says yes.
+def try_writing(folder: Path, way_out: str) -> None:
+    """Write a file into a folder, or where it would be made, and remove it: a full disk and a
+    read-only one give permission all the same.
 
-    Raises:  OSError: it cannot be made.
+    Args:    way_out: what to do where it cannot be written, as "choose another --out".
+    Raises:  OutputError: it cannot.
     """  # noqa: D205
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    above = folder
+    try:
+        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=above, buffering=0) as file:
+            file.write(bytes(TRIAL))
+    except OSError as error:
+        raise OutputError(f"cannot write into {above}: {error.strerror}; {way_out}.") from None
 
 
 def remove_file(path: Path) -> None:
@@ -156,6 +164,8 @@ def read_stdin(limit: int, *, error: type[MelensError]) -> str:
 
     Raises:  ``error``: more than ``limit`` bytes, or no UTF-8.
     """
+    if sys.stdin is None:
+        raise error("standard input is closed; give a file in its place.")
     raw = sys.stdin.buffer.read(limit + 1)
     if len(raw) > limit:
         raise error(f"standard input has more than {limit:,} bytes, and at most that are read.")

@@ -19,6 +19,7 @@ from melens.evaluating.edits import (
 from melens.evaluating.forced import Forced, ItemOutcome, Runner
 from melens.evaluating.runner import ItemLoop
 from melens.inputs import Inputs
+from melens.interventions.wemask import least_rate
 from melens.item_rows import ItemRow, Rows
 from melens.models.decoder import decoder_of
 from melens.protocols import HookedModel, JsonObject, ModelLike
@@ -142,7 +143,8 @@ def _check_rates(model: HookedModel, space: Space) -> None:
     size = model.cfg.d_model
     if none := [rate for rate in space.rates if not int(rate * size)]:
         raise InterventionError(
-            f"rate {none[0]:g} of {size} dimensions is none; it must be at least {1 / size:.2g}."
+            f"rate {none[0]:g} of {size} dimensions is none; "
+            f"it must be at least {least_rate(size):g}."
         )
 
 

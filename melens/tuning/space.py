@@ -10,7 +10,7 @@ from numbers import Real
 from typing import TypeVar
 
 from melens.errors import InterventionError
-from melens.formatting import brief
+from melens.formatting import brief, counted
 from melens.intervals import random_order
 from melens.interventions.core import check_number
 from melens.interventions.wemask import SELECTS
@@ -188,8 +188,8 @@ def race_of(space: Space, items: int, budget: int, keep: int, *, reserved: int =
         return fits[0]
     least = (smaller or whole)[-1].cost
     raise InterventionError(
-        f"a budget of {budget} evaluations is too small: the smallest race over {items} "
-        f"development items takes {least}, and the confirmation {reserved}; give at least "
+        f"a budget of {counted(budget, 'evaluation')} is too small: the race over {items} "
+        f"development items needs at least {least}, and the confirmation {reserved}. Give at least "
         f"{least + reserved}, fewer items or fewer to confirm."
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import FullDisk
 
 from melens.cli.app import main
 from melens.cli.output import source
@@ -61,10 +62,7 @@ def test_what_may_be_enough_is_not_refused(tmp_path):
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     arguments, tmp_path, monkeypatch, capsys
 ):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    monkeypatch.setattr("tempfile.TemporaryFile", FullDisk)
     monkeypatch.setattr("melens.figures.save_figure", lambda *_: pytest.fail("drawn"))
     with pytest.raises(SystemExit) as done:
         main([word.replace("OUT", str(tmp_path / "out")) for word in arguments])

@@ -73,3 +73,11 @@ def test_no_arguments_show_the_help(capsys):
         shown.append(capsys.readouterr())
     assert shown[0] == shown[1]
     assert shown[0].out.count("\n") > 30
+
+
+def test_stderr_that_is_closed_changes_no_exit_code():
+    line = '"$0" -c "$1" diff "$2" "$3" --any-texts 2>&-'
+    called = ["bash", "-c", line, sys.executable, PROGRAM, SAVED, OTHER]
+    done = subprocess.run(called, stdout=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stdout

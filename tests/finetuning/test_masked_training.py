@@ -8,7 +8,7 @@ from planted import batch, plant
 
 import melens
 from melens.batches import Batch
-from melens.errors import ModelError
+from melens.errors import InterventionError, ModelError
 from melens.finetuning import EmergenceCallback, Training
 from melens.finetuning.callback import row_of
 from melens.finetuning.data import IGNORED
@@ -277,6 +277,22 @@ def test_looks_at_adapters_are_of_the_moment_and_change_no_weight(make, words):
         plain = model(torch.tensor(texts), output_hidden_states=True).hidden_states
     largest = max(float(x.abs().max()) for x in plain[1:-1])
     assert seen.largest == pytest.approx(largest, rel=0.02 if make is in_half else 1e-3)
+
+
+def test_a_file_of_another_training_is_refused(planted, words, tmp_path):
+    class State:
+        is_world_process_zero, global_step, max_steps = True, 0, 4
+
+    texts, file = [[1, *range(20, 40)]], tmp_path / "looks.jsonl"
+    callback = EmergenceCallback(words, texts, file=file)
+    callback.look(planted.model, 0)
+    callback.look(planted.model, 4)
+    again = EmergenceCallback(words, texts, file=file)
+    with pytest.raises(InterventionError, match=r"looks up to step 4, and this training begins"):
+        again.on_train_begin(None, State, None, model=planted.model)
+    State.global_step = 4  # the same training, taken up
+    again.on_train_begin(None, State, None, model=planted.model)
+    assert not again.rows
 
 
 def test_looks_take_a_bounded_share_of_the_time(planted, words, monkeypatch):

@@ -534,3 +534,12 @@ def test_every_error_of_a_hook_names_its_layer(tiny, ids):
         wemask(tiny, layers=(1, 7), rate=0.5),
     ):
         tiny(ids)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 576, 999, 1000, 16384])
+def test_the_least_rate_that_is_named_is_one_dimension(size):
+    from melens.interventions.wemask import least_rate
+
+    assert int(least_rate(size) * size) >= 1
+    assert least_rate(size) <= 1.1 / size
+    assert int(float(f"{least_rate(size):g}") * size) >= 1

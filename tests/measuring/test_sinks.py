@@ -225,7 +225,7 @@ def test_a_t_over_all_texts_is_said(tiny, ids, monkeypatch):
     for t in (longest, longest + 1):
         sinks(tiny, prompts=Batch.of(ids), t=t)
     assert len(said) == 1
-    assert f"T = {longest + 1} is more than the {longest} tokens of the longest text" in said[0]
+    assert f"T = {longest + 1} exceeds the longest text ({longest} tokens)" in said[0]
 
 
 def test_a_t_that_no_query_fills_is_refused(tiny, ids):

@@ -608,8 +608,8 @@ def test_a_scan_by_range_follows_the_same_rule(saved, folder, tmp_path):
 def test_a_folder_of_a_gguf_names_the_file_to_give(ask, tmp_path):
     for name in ("model.gguf", "melens.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(ModelNotFoundError, match=rf"give its file, {tmp_path}/model\.gguf\.$"):
+    with pytest.raises(ModelNotFoundError, match=rf"give {tmp_path}/model\.gguf itself\.$"):
         ask(tmp_path)
     (tmp_path / "b.gguf").write_text("")
-    with pytest.raises(ModelNotFoundError, match=r"b\.gguf \(one of 2 such files\)"):
+    with pytest.raises(ModelNotFoundError, match=r"b\.gguf itself \(one of 2 such files\)"):
         ask(tmp_path)

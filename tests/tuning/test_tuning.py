@@ -220,12 +220,12 @@ def test_a_larger_budget_never_buys_a_smaller_race():
 @pytest.mark.parametrize("items", [5, 32])
 def test_the_budget_that_is_said_to_be_enough_is(space, confirm, items):
     halves, budget = Halves((None,) * items, (None,) * items, 0), Budget(1, confirm=confirm)
-    with pytest.raises(InterventionError, match="a budget of 1 evaluations") as refused:
+    with pytest.raises(InterventionError, match="a budget of 1 evaluation is") as refused:
         search._plan(space, halves, budget, 1)
-    enough = int(re.search(r"give at least (\d+),", str(refused.value))[1])
+    enough = int(re.search(r"Give at least (\d+),", str(refused.value))[1])
     race, reserved = search._plan(space, halves, budget, enough)
     assert race.cost + reserved == enough
-    with pytest.raises(InterventionError, match=f"give at least {enough},"):
+    with pytest.raises(InterventionError, match=f"Give at least {enough},"):
         search._plan(space, halves, budget, enough - 1)
 
 
