@@ -146,6 +146,6 @@ def transformers_of(model: object) -> TransformersModel:
     return cast("TransformersModel", getattr(model, "original_model", model))
 
 
-def transformers_config(model: object) -> PretrainedConfig | None:
+def bridged_config(model: object) -> PretrainedConfig | None:
     """The config of the transformers module inside a bridge; None where there is none."""
     return getattr(getattr(model, "original_model", None), "config", None)

@@ -9,7 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TypeVar
 
-from melens.errors import InterventionError, MelensError, OutputError
+from melens.errors import InterventionError, MelensError
 from melens.formatting import brief
 
 Progress = Callable[[int, int], None]
@@ -154,8 +154,8 @@ def require_seed(seed: object) -> None:
 def require_path(name: str, value: object) -> Path:
     """A path as one; refuses what is none, and an empty text, which would be this folder.
 
-    Raises:  OutputError: naming the setting and what was given.
+    Raises:  InterventionError: naming the setting and what was given.
     """
     if not isinstance(value, (str, os.PathLike)) or value == "":
-        raise OutputError(f"{name} must be a path, got {brief(value, 40)}.")
+        raise InterventionError(f"{name} must be a path, got {brief(value, 40)}.")
     return Path(value)

@@ -12,7 +12,7 @@ from melens.batches import Batch, padded_batches
 from melens.batches import prompts as make_prompts
 from melens.errors import ResultError
 from melens.inputs import Inputs, Source, prepare
-from melens.protocols import HookedModel, transformers_config
+from melens.protocols import HookedModel, bridged_config
 from melens.provenance import RunInfo
 from melens.results import MELayer
 from melens.results.base import Result
@@ -83,7 +83,7 @@ class Bench:
 
 def config_facts(model: HookedModel) -> dict[str, int | str | None]:
     """Context and sliding window, as the model's config has them; None where it has none."""
-    config = transformers_config(model)
+    config = bridged_config(model)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(model.cfg, "n_ctx", None)

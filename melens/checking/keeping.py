@@ -14,7 +14,7 @@ from melens.protocols import (
     HookedModel,
     JsonObject,
     Tokenizer,
-    transformers_config,
+    bridged_config,
     transformers_of,
 )
 from melens.provenance import versions
@@ -153,7 +153,7 @@ def _hash_of(value: Tensor) -> str:
 
 def config_of(model: HookedModel) -> JsonObject:
     """The model's config: an epsilon or a RoPE base is no weight and changes every number."""
-    config = transformers_config(model)
+    config = bridged_config(model)
     found = dict(vars(model.cfg)) if config is None else dict(config.to_dict())
     found.pop("_name_or_path", None)  # the same model by another path
     return {**found, "attention": getattr(config, "_attn_implementation", None)}

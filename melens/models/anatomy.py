@@ -113,7 +113,9 @@ def check_layer(model: HookedModel, layer: int) -> None:
     n = model.cfg.n_layers
     require_whole("layer", layer, least=-LARGEST, error=SiteError)
     if not 0 <= layer < n:
-        name = getattr(model.cfg, "model_name", "this model")
+        from melens.models.origin import origin_of
+
+        name = origin_of(model).name
         raise SiteError(f"layer {layer} is outside 0..{n - 1} of {name}. Layers count from 0.")
 
 

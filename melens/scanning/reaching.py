@@ -17,7 +17,7 @@ from melens.formatting import brief
 from melens.models.anatomy import anatomy, resid_post
 from melens.models.loading import adopt
 from melens.models.origin import fingerprint, origin_of
-from melens.protocols import HookedModel, JsonObject, Loadable, transformers_config
+from melens.protocols import HookedModel, JsonObject, Loadable, bridged_config
 from melens.provenance import ModelFacts, RunInfo
 from melens.results import load_result
 from melens.results.reach import Reach, ReachRow, ReachToken
@@ -176,7 +176,7 @@ def _until(model: HookedModel, scan: WeightScan | None, until: int | None) -> in
 
 
 def _vocabulary(model: HookedModel) -> Vocabulary:
-    config = transformers_config(model)
+    config = bridged_config(model)
     return Vocabulary(getattr(model, "tokenizer", None), config, model.cfg.d_vocab)
 
 

@@ -228,7 +228,8 @@ class _Search:
             if self.budget.seconds is None:
                 raise
             raise InterventionError(
-                f"{self.budget.seconds:g} seconds are about {planned} evaluations here: {error}"
+                f"{self.budget.seconds:g} seconds are about {planned} evaluations here, "
+                f"{pace:.2g} s each: {error}"
             ) from None
         if self.budget.seconds is not None:
             also = {"seconds": (pace, 1.0)}

@@ -57,6 +57,8 @@ def test_what_may_be_enough_is_not_refused(tmp_path):
         ["sidecar", FAR, "-o", "OUT.json"],
         ["census", FAR, "--parquet", "OUT.parquet"],
         ["plot", str(SAVED), "-o", "OUT.png"],
+        ["results", "no-such-sweep", "--csv", "OUT.csv"],
+        ["finetune", FAR, "--data", "no-such-rows", "-o", "OUT"],
     ],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(

@@ -75,9 +75,10 @@ def test_no_arguments_show_the_help(capsys):
     assert shown[0].out.count("\n") > 30
 
 
-def test_stderr_that_is_closed_changes_no_exit_code():
-    line = '"$0" -c "$1" diff "$2" "$3" --any-texts 2>&-'
+@pytest.mark.parametrize("closed", ["2>&-", ">&-"])
+def test_a_stream_that_is_closed_changes_no_exit_code(closed):
+    line = f'"$0" -c "$1" diff "$2" "$3" --any-texts {closed}'
     called = ["bash", "-c", line, sys.executable, PROGRAM, SAVED, OTHER]
-    done = subprocess.run(called, stdout=subprocess.PIPE)
+    done = subprocess.run(called, capture_output=True)
     assert done.returncode == 1
-    assert done.stdout
+    assert bool(done.stdout) == (closed == "2>&-")

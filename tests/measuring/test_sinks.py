@@ -221,9 +221,9 @@ def test_short_texts_say_what_uniform_attention_gives(tiny):
 def test_a_t_over_all_texts_is_said(tiny, ids, monkeypatch):
     said = []
     monkeypatch.setattr("melens.measuring.attention_sinks.say_once", said.append)
-    longest = ids.shape[1]
+    longest, rows = ids.shape[1], [ids[0].tolist(), ids[1, :4].tolist()]
     for t in (longest, longest + 1):
-        sinks(tiny, prompts=Batch.of(ids), t=t)
+        sinks(tiny, prompts=rows, t=t)
     assert len(said) == 1
     assert f"T = {longest + 1} exceeds the longest text ({longest} tokens)" in said[0]
 

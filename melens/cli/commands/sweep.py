@@ -176,9 +176,7 @@ def results(
       melens results runs/sweep --kind evaluate --table main --group-by model,name --latex t.tex
     """
     _obey(offline=False, quiet=quiet)
-    for option, path in (("--csv", csv), ("--latex", latex), ("--plot", plot)):
-        if path is not None and str(path) != "-":
-            output.refuse_unwritable_file(option, path)
+    _refuse_places({"--csv": csv, "--latex": latex, "--plot": plot}, as_json=as_json)
     from melens.sweeping import gathering
 
     found = gathering.read_sweep(folder)
@@ -202,6 +200,18 @@ def results(
         say_json(json.loads(frame.to_json(orient="records") or "[]"))
     elif csv is None and latex is None and plot is None and not is_quiet():
         _show_frame(frame, chosen=columns is not None)
+
+
+def _refuse_places(places: dict[str, Path | None], *, as_json: bool) -> None:
+    """Refuse files that cannot be written, and two things on stdout."""
+    printed = ["--json"] if as_json else []
+    for option, path in places.items():
+        if path is not None and str(path) == "-":
+            printed.append(f"{option} -")
+        elif path is not None:
+            output.refuse_unwritable_file(option, path)
+    if len(printed) > 1:
+        raise typer.BadParameter(f"{' and '.join(printed)} would mix on stdout; give one a file.")
 
 
 def _names(text: str | None) -> tuple[str, ...]:
