@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from melens.batches import prompts
 from melens.errors import InterventionError, ModelError
-from melens.finetuning.keeping import append_row, read_rows
+from melens.finetuning.keeping import append_row, cut_rows, read_rows
 from melens.finetuning.settings import check_whole
 from melens.inputs import Source, prepare
 from melens.interventions.core import check_number
@@ -94,13 +94,7 @@ class EmergenceCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._began, self._spent = time.perf_counter(), 0.0
-        done = [] if self._file is None else [row["step"] for row in read_rows(self._file)]
-        if any(step > state.global_step for step in done):
-            raise InterventionError(
-                f"{self._file} holds looks up to step {max(done)}, and this training begins at "
-                f"{state.global_step}; name another file, or remove it."
-            )
-        if state.global_step in done:
+        if self._file is not None and state.global_step in _done(self._file, state.global_step):
             return  # taken up again where it was
         self.look(model, state.global_step, processing_class)
         self._began, self._spent = time.perf_counter(), 0.0
@@ -185,6 +179,22 @@ class EmergenceCallback(TrainerCallback):
         }
         if self.report is not None:
             self.report(numbers)
+
+
+def _done(file: Path, step: int) -> list[int]:
+    """Steps that were looked at up to here; of a training that is taken up, later ones come again.
+
+    Raises:  InterventionError: a training begins, and the file goes on.
+    """
+    found = [row["step"] for row in read_rows(file)]
+    if step:
+        cut_rows(file, step)
+    elif later := [one for one in found if one]:
+        raise InterventionError(
+            f"{file} holds looks of another training, up to step {max(later)}; name another file, "
+            "or remove it."
+        )
+    return found
 
 
 def _not_finite(step: int, seconds: float) -> EmergenceRow:

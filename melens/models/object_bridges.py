@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from melens.models.view import KEPT
+from melens.models.view import KEPT, adapters_of
 from melens.protocols import HookedModel, is_hooked
 
 
@@ -75,7 +75,5 @@ def _of_module(module: nn.Module) -> Iterator[object]:
     for name, value in vars(module).items():
         if type(value) is float:
             yield name, value
-    off = getattr(module, "disable_adapters", None)
-    if isinstance(off, bool):  # a layer with adapters of PEFT's
-        active = getattr(module, "active_adapters", ())
-        yield off, tuple(active), str(getattr(module, "scaling", None))
+    if (adapters := adapters_of(module)) is not None:
+        yield adapters, str(getattr(module, "scaling", None))

@@ -108,16 +108,23 @@ def _merged(layer: nn.Module) -> nn.Module:
     return inner
 
 
+def adapters_of(module: nn.Module) -> tuple[bool, tuple[str, ...]] | None:
+    """Whether a layer's adapters of PEFT's are off, and which are active; None where it has none.
+
+    Of a transformers model both names are methods.
+    """
+    off = getattr(module, "disable_adapters", None)
+    active: Any = getattr(module, "active_adapters", ())
+    return (off, tuple(active)) if isinstance(off, bool) else None
+
+
 def parts_of(model: nn.Module) -> list[object]:
     """What a view takes over from its model, to be compared later: it fits while these are equal,
     and holds them, so that no id is another's.
     """  # noqa: D205
     found: list[object] = []
     for module in model.modules():
-        active = getattr(module, "active_adapters", None)  # PEFT's; of transformers' a method
-        off = getattr(module, "disable_adapters", None)
-        found += [module, list(active) if isinstance(active, (list, tuple)) else None]
-        found.append(off if isinstance(off, bool) else None)
+        found += [module, adapters_of(module)]
     for value in model.parameters():
         found += [id(value), value.device, value.dtype]
     return found

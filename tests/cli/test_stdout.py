@@ -64,6 +64,16 @@ def test_a_full_disk_is_one_line(how):
     assert "cannot write to standard output: No space left on device" in said
 
 
+@pytest.mark.parametrize(("given", "skipped"), [("", True), ("['--version']", False)])
+def test_the_program_alone_ends_without_a_last_collection(given, skipped):
+    """Whoever calls it with arguments goes on, and what they left must be collected."""
+    code = "import atexit, gc; from melens.cli import main; "
+    code += f"atexit.register(lambda: print(gc.get_freeze_count() > 0)); main({given})"
+    called = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(called, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(skipped)
+
+
 def test_no_arguments_show_the_help(capsys):
     shown = []
     for arguments, code in (([], 2), (["--help"], 0)):

@@ -12,6 +12,7 @@ from melens.errors import InterventionError, ModelError
 from melens.finetuning import EmergenceCallback, Training
 from melens.finetuning.callback import row_of
 from melens.finetuning.data import IGNORED
+from melens.finetuning.keeping import read_rows
 from melens.finetuning.run import checkpointing, masked
 from melens.models.view import view_of
 from melens.results.edit import Edit
@@ -279,20 +280,22 @@ def test_looks_at_adapters_are_of_the_moment_and_change_no_weight(make, words):
     assert seen.largest == pytest.approx(largest, rel=0.02 if make is in_half else 1e-3)
 
 
-def test_a_file_of_another_training_is_refused(planted, words, tmp_path):
+def test_a_file_of_another_training_is_refused_and_its_own_is_taken_up(planted, words, tmp_path):
     class State:
         is_world_process_zero, global_step, max_steps = True, 0, 4
 
     texts, file = [[1, *range(20, 40)]], tmp_path / "looks.jsonl"
     callback = EmergenceCallback(words, texts, file=file)
-    callback.look(planted.model, 0)
-    callback.look(planted.model, 4)
+    for step in (0, 4, 6):
+        callback.look(planted.model, step)
     again = EmergenceCallback(words, texts, file=file)
-    with pytest.raises(InterventionError, match=r"looks up to step 4, and this training begins"):
+    with pytest.raises(InterventionError, match=r"looks of another training, up to step 6"):
         again.on_train_begin(None, State, None, model=planted.model)
-    State.global_step = 4  # the same training, taken up
+    assert [row["step"] for row in read_rows(file)] == [0, 4, 6]
+    State.global_step = 4  # the same training, taken up at a checkpoint
     again.on_train_begin(None, State, None, model=planted.model)
     assert not again.rows
+    assert [row["step"] for row in read_rows(file)] == [0, 4]
 
 
 def test_looks_take_a_bounded_share_of_the_time(planted, words, monkeypatch):
